@@ -1,0 +1,47 @@
+# Everything needs only `make` and a Python in range; PYTHON=... names another one.
+IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(IN_RANGE)' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# The tests use what is on this disk and nothing else.
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check test test-slow lint format type wheel
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## .venv with the pinned versions and rlhf-cli, editable
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; name one: make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install ## the whole chain on the shipped rows, in a few minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/demo.sh
+
+test: lint type ## lint, types and the fast tests: what a change must pass
+	$(BIN)/pytest -q
+
+check: test ## the same as test
+
+test-slow: install ## the tests that take minutes
+	$(BIN)/pytest -q -m slow
+
+lint: install ## format and lint, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: install ## static types
+	$(BIN)/mypy
+
+wheel: install ## dist/*.whl
+	$(BIN)/python -m build --wheel

@@ -1,0 +1,76 @@
+"""argv -> stage. The first word picks a stage or a command; Hydra composes what follows.
+
+Every user error becomes one line on stderr: status 2 for a wrong command, config or input, 1 for a
+run that failed, 130 for an interrupt. stdout carries the path of what a stage wrote, nothing else.
+Hydra and torch are imported only by commands that need them, so help answers at once.
+"""
+
+import importlib
+import os
+import sys
+
+from rlhf_cli import __version__
+from rlhf_cli.config.errors import RunError, UserError
+
+COMMANDS = ("ls", "cp", "env", "completion")
+
+
+def main() -> int:
+    """Run the command in sys.argv and return its exit status."""
+    show_traceback = os.environ.get("RLHF_TRACEBACK") == "1"
+    try:
+        status = _dispatch(sys.argv[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader of our stdout left, as `head` does. Python must not flush to it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        if show_traceback:
+            raise
+        return _fail("interrupted; the same command resumes", 130)
+    except Exception as error:
+        if show_traceback:
+            raise
+        if isinstance(error, UserError):
+            return _fail(str(error), 2)
+        if isinstance(error, RunError):
+            return _fail(str(error), 1)
+        hint = "set RLHF_TRACEBACK=1 for the traceback"
+        return _fail(f"{type(error).__name__}: {error} ({hint})", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"rlhf-cli: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        from rlhf_cli.commands.help import overview
+
+        print(overview())
+        return 0
+    first, rest = words[0], words[1:]
+    if first == "--version":
+        print(f"rlhf-cli {__version__}")
+        return 0
+    from rlhf_cli.config.schema import STAGES
+
+    if first in STAGES:
+        from rlhf_cli.commands import stage
+
+        stage.run(first, rest)
+        return 0
+    if first in COMMANDS:
+        command = importlib.import_module(f"rlhf_cli.commands.{first}")
+        command.run(rest)
+        return 0
+    from rlhf_cli.config.hints import nearest
+
+    if "=" in first or first.startswith("-"):
+        raise UserError(f"the stage comes first: rlhf-cli STAGE {first}; see rlhf-cli --help")
+    choices = ", ".join([*STAGES, *COMMANDS])
+    hint = nearest(first, [*STAGES, *COMMANDS])
+    raise UserError(f"unknown stage {first}{hint or ';'} choices: {choices}")

@@ -1,0 +1,1 @@
+"""What the command line offers besides stages: help, ls, cp, env and completion."""

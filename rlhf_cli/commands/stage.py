@@ -1,0 +1,226 @@
+"""`rlhf-cli STAGE ...`: flags, composition through hydra.main, sweeps, and the run itself."""
+
+import argparse
+import gc
+import importlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.hints import check_overrides, explain, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Hydra must leave nothing behind: stages write their own folder, after their own checks.
+_SETTINGS = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none")
+_SINGLE = (*_SETTINGS, "hydra/hydra_logging=none")
+# A sweep's folder gets Hydra's multirun.yaml, and what a cluster launcher keeps. Hydra announces
+# jobs on stdout, where only artifact paths belong; other libraries' chatter stays off.
+_SWEEP = (
+    *_SETTINGS,
+    "hydra.sweep.dir=${out}",
+    "hydra.sweep.subdir=.",
+    "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr",
+    "hydra.hydra_logging.root.level=WARNING",
+    "+hydra.hydra_logging.loggers.hydra.level=INFO",
+)
+
+
+@dataclass
+class Flags:
+    """The words after the stage, sorted."""
+
+    help: bool
+    check: bool
+    multirun: bool
+    config_dir: str | None
+    show: list[str]  # Hydra's own flags that print a config instead of running
+    overrides: list[str]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(stage: str, words: list[str]) -> Flags:
+    """Sort the words after a stage into flags and overrides.
+
+    Raises:
+        UserError: a flag that does not exist, or `--key=value`.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for names in (("--help", "-h"), ("--check",), ("--multirun", "-m"), ("--resolve",)):
+        parser.add_argument(*names, action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    parser.add_argument("--hydra-help", action="store_true")
+    flags, rest = parser.parse_known_args(words)
+    for word in rest:
+        if word.startswith("-"):
+            raise UserError(_wrong_flag(stage, word, list(parser._option_string_actions)))
+    if flags.config_dir is not None and not Path(flags.config_dir).is_dir():
+        raise UserError(f"--config-dir: no folder {flags.config_dir}")
+    show = [f"--{name}={value}" for name in ("cfg", "info") if (value := getattr(flags, name))]
+    show += ["--hydra-help"] if flags.hydra_help else []
+    if (flags.resolve or flags.package) and not flags.cfg:
+        raise UserError("--resolve and --package go with --cfg job")
+    if flags.cfg == "job" and flags.package and flags.package not in catalog.GROUPS:
+        raise UserError(f"--package takes {', '.join(catalog.GROUPS)}, got {flags.package}")
+    if len(show) + flags.multirun > 1 or (show and flags.check):
+        raise UserError(
+            "--check, -m, --cfg, --info and --hydra-help: take one (--check -m is fine)"
+        )
+    show += ["--resolve"] if flags.resolve else []
+    show += [f"--package={flags.package}"] if flags.package else []
+    return Flags(flags.help, flags.check, flags.multirun, flags.config_dir, show, rest)
+
+
+def _wrong_flag(stage: str, word: str, flags: list[str]) -> str:
+    key, equals, value = word.lstrip("-").partition("=")
+    if equals or key in catalog.keys(stage) or key in catalog.GROUPS:
+        return f"{word}: keys take no dashes, write {key}={value or 'VALUE'}"
+    return f"unknown flag {word}{nearest(word, flags) or f'; see rlhf-cli {stage} --help'}"
+
+
+def run(stage: str, words: list[str]) -> None:
+    """Do what the words after a stage say: help, show a config, check, sweep or run.
+
+    Raises:
+        UserError: the command, config or input is wrong.
+        RunError: the stage failed.
+    """
+    flags = parse(stage, words)
+    dirs = catalog.config_dirs(flags.config_dir)
+    check_overrides(stage, flags.overrides, dirs)
+    if flags.help:
+        from rlhf_cli.commands.help import stage_help
+
+        print(stage_help(stage, flags.overrides, dirs))
+    elif flags.show:
+        _hydra_main(stage, flags, _SINGLE, lambda cfg: None)
+    elif flags.multirun:
+        _sweep(stage, flags)
+    else:
+        _single(stage, flags)
+
+
+def _single(stage: str, flags: Flags) -> None:
+    # The task only hands the config over: errors of the stage then pass no frame of Hydra's, which
+    # would print a line of its own.
+    from rlhf_cli.config.compose import typed
+
+    composed: list[DictConfig] = []
+
+    def keep(cfg: "DictConfig") -> None:
+        composed.append(cfg)
+
+    _hydra_main(stage, flags, _SINGLE, keep)
+    _execute(stage, typed(composed[0], stage), flags.check)
+
+
+def _sweep(stage: str, flags: Flags) -> None:
+    """Check every job before the first one starts, then let Hydra run them."""
+    from rlhf_cli.config.compose import compose
+    from rlhf_cli.training.preflight import preflight
+
+    with _one_line(stage):
+        jobs = _jobs(flags.overrides)
+    configs = [compose(stage, overrides, flags.config_dir) for overrides in jobs]
+    for number, (overrides, cfg) in enumerate(zip(jobs, configs, strict=True)):
+        cfg.out = f"{cfg.out}/{number}"
+        summary = preflight(cfg)
+        if flags.check:
+            print(f"job {number}: {' '.join(overrides)}", *summary, sep="\n", file=sys.stderr)
+    if not flags.check:
+        _hydra_main(stage, flags, _SWEEP, sweep_job)
+
+
+def _jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, in Hydra's order and without `hydra.` settings."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+
+    if any(word.startswith("hydra/sweeper=") for word in overrides):
+        return []  # another sweeper chooses its jobs as it goes
+    words = [word for word in overrides if not word.startswith(("hydra.", "hydra/"))]
+    choices: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            if isinstance(override.value(), Glob):
+                raise UserError(f"{override.input_line}: name the options, as in {key}=A,B")
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def sweep_job(cfg: "DictConfig") -> None:
+    """One job of a sweep, in a folder of its own: `out`/NUMBER. Launchers import it by name."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from rlhf_cli.config.compose import typed
+
+    job = HydraConfig.get().job
+    stage = str(job.config_name)
+    config = typed(cfg, stage)
+    config.out = f"{config.out}/{job.num}"
+    _execute(stage, config, check=False)
+
+
+def _hydra_main(
+    stage: str, flags: Flags, settings: tuple[str, ...], task: "Callable[[DictConfig], None]"
+) -> None:
+    import hydra
+
+    from rlhf_cli.config.compose import open_maps, register_schemas
+
+    register_schemas()
+    # Without this Hydra prints its own errors, of many lines, and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    folder = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
+    mode = ["--multirun"] if flags.multirun else []
+    words = [*settings, f"hydra.job.name={stage}", *open_maps(stage, flags.overrides)]
+    sys.argv[1:] = [*flags.show, *mode, *folder, *words]
+    path = str(catalog.shipped("conf"))
+    with _one_line(stage):
+        hydra.main(version_base="1.3", config_path=path, config_name=stage)(task)()
+
+
+@contextmanager
+def _one_line(stage: str) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        line = explain(error, stage)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def _execute(stage: str, cfg: Any, check: bool) -> None:
+    from rlhf_cli.training.preflight import preflight
+
+    summary = preflight(cfg)
+    if check:
+        print(*summary, sep="\n", file=sys.stderr)
+        return
+    # Importing torch and transformers makes millions of objects that never die. Without the
+    # collector walking through them again and again it takes a third less time.
+    gc.disable()
+    module = importlib.import_module(f"rlhf_cli.stages.{stage}")
+    gc.freeze()
+    gc.enable()
+    print(module.run(cfg), flush=True)

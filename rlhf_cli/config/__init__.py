@@ -1,0 +1,1 @@
+"""What a run is told: the schema, its composition from conf/, and the errors that users see."""

@@ -1,0 +1,149 @@
+"""What may be written on the command line, read without Hydra: stages, groups, options and keys.
+
+Help, `ls`, completion and the hints in error messages need names and values at once. Importing
+Hydra and composing takes longer than all of that, so this module reads the schema and the YAML
+files itself. It follows only what conf/ uses: a defaults list of sibling options and `_self_`.
+"""
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import STAGES
+
+GROUPS = ("algo", "model", "data", "hardware")
+
+# Every scalar stays the text that the file has: `2e-4` is shown as 2e-4, not as 0.0002.
+_AsWritten: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+
+
+def shipped(folder: str) -> Path:
+    """`conf` or `recipes`, as installed in the package or as it lies beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def config_dirs(own: str | None = None) -> list[Path]:
+    """The folders that options come from: the user's `--config-dir`, if any, after ours."""
+    return [shipped("conf"), *([Path(own)] if own else [])]
+
+
+def keys(stage: str) -> dict[str, "dataclasses.Field[Any]"]:
+    """Every key of a stage by its dotted name, in the order of the schema."""
+    return dict(_leaves(STAGES[stage]))
+
+
+def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.type):
+            assert isinstance(field.type, type)
+            yield from _leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
+def group_keys(stage: str, group: str) -> set[str]:
+    """The names of the keys in one group of a stage, without the group."""
+    return {key.removeprefix(f"{group}.") for key in keys(stage) if key.startswith(f"{group}.")}
+
+
+def options(group: str, dirs: list[Path]) -> list[str]:
+    """All options of a group, sorted."""
+    return sorted({file.stem for folder in dirs for file in (folder / group).glob("*.yaml")})
+
+
+def option_file(group: str, option: str, dirs: list[Path]) -> Path | None:
+    """The file of an option, or None where there is none."""
+    files = (folder / group / f"{option}.yaml" for folder in dirs)
+    return next((file for file in files if file.is_file()), None)
+
+
+def read(file: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The defaults list and the own values of a YAML file, values as written.
+
+    Raises:
+        UserError: the file does not hold YAML keys and values.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_AsWritten) or {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{file} line {line}: not YAML: {error.problem}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold KEY: VALUE lines")
+    return content.pop("defaults", []), content
+
+
+def option_values(group: str, option: str, dirs: list[Path]) -> dict[str, Any]:
+    """The values of an option with those of the options that it builds on."""
+    file = option_file(group, option, dirs)
+    if file is None:
+        return {}
+    defaults, own = read(file)
+    values: dict[str, Any] = {}
+    for base in defaults:
+        values |= own if base == "_self_" else option_values(group, str(base), dirs)
+    return values if "_self_" in defaults else values | own
+
+
+def stages_of(group: str, option: str, dirs: list[Path]) -> list[str]:
+    """The stages that an option belongs to: those whose keys it sets, no more and no fewer."""
+    names = set(option_values(group, option, dirs))
+    return [stage for stage in STAGES if names == group_keys(stage, group)]
+
+
+def default_options(stage: str) -> dict[str, str]:
+    """The option that a stage takes for each group when nothing is said."""
+    defaults, _ = read(shipped("conf") / f"{stage}.yaml")
+    chosen: dict[str, str] = {}
+    for entry in defaults:
+        if isinstance(entry, dict):
+            chosen |= entry
+    return chosen
+
+
+def stage_values(stage: str, chosen: dict[str, str], dirs: list[Path]) -> dict[str, Any]:
+    """The value of every key of a stage under the chosen options, by dotted name, as written."""
+    _, own = read(shipped("conf") / f"{stage}.yaml")
+    values: dict[str, Any] = {}
+    for group, option in (default_options(stage) | chosen).items():
+        for key, value in option_values(group, option, dirs).items():
+            values[f"{group}.{key}"] = value
+    for key, value in own.items():
+        if key in GROUPS:
+            values |= {f"{key}.{name}": each for name, each in value.items()}
+        elif key != "hydra":
+            values[key] = value
+    return values
+
+
+_TYPES = {int: "integer", float: "number", str: "text", bool: "true|false"}
+
+
+def describe(field: "dataclasses.Field[Any]") -> str:
+    """What a key takes, in words: `number >= 0`, `cosine|linear|constant`, `text or null`."""
+    kinds = get_args(field.type) if _is_union(field.type) else (field.type,)
+    kind = next(each for each in kinds if each is not type(None))
+    limits = field.metadata
+    if "choices" in limits:
+        words = "|".join(limits["choices"])
+    else:
+        words = _TYPES.get(kind) or {list: "list", dict: "map"}[get_origin(kind)]
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    words += ",".join(f" {signs[name]} {limits[name]:g}" for name in signs if name in limits)
+    return words + (" or null" if type(None) in kinds else "")
+
+
+def is_map(field: "dataclasses.Field[Any]") -> bool:
+    """Whether a key holds a mapping whose own keys are free."""
+    return get_origin(field.type) is dict
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)

@@ -1,0 +1,93 @@
+"""Compose a stage's config from conf/ and turn it into the dataclasses of schema.py.
+
+`compose` serves Python callers and tests. The command line composes through hydra.main, which
+also gives sweeps and `--cfg`, and then takes the same second step: `typed`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.hints import check_overrides, explain
+from rlhf_cli.config.schema import STAGES, Run
+from rlhf_cli.config.validate import validate
+
+
+def register_schemas() -> None:
+    """Make `<stage>_schema`, the first entry of every primary file, known to Hydra.
+
+    Only root schemas are stored: a schema per group would show up as one more option of it.
+    """
+    for stage, schema in STAGES.items():
+        ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
+
+
+def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> Any:
+    """The typed config of a stage, as the same words give it on the command line.
+
+    Args:
+        stage: a name in STAGES.
+        overrides: `key=value` and `group=option` words.
+        config_dir: a folder with options of your own, laid out like conf/.
+
+    Raises:
+        UserError: a name or value is wrong; the message is one line.
+    """
+    dirs = catalog.config_dirs(config_dir)
+    check_overrides(stage, overrides, dirs)
+    return typed(_compose(stage, open_maps(stage, overrides), dirs), stage)
+
+
+def _compose(stage: str, overrides: list[str], dirs: list[Path]) -> DictConfig:
+    register_schemas()
+    own = [f"hydra.searchpath=[{','.join(f'file://{each.resolve()}' for each in dirs[1:])}]"]
+    try:
+        with initialize_config_dir(config_dir=str(dirs[0]), version_base="1.3"):
+            return hydra_compose(stage, [*own, *overrides] if dirs[1:] else overrides)
+    except Exception as error:
+        line = explain(error, stage)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def open_maps(stage: str, overrides: list[str]) -> list[str]:
+    """Let `data.columns.prompt=question` add an entry, for which Hydra's grammar asks `++`."""
+    maps = [key for key, field in catalog.keys(stage).items() if catalog.is_map(field)]
+    return [
+        f"++{word}"
+        if word.startswith(tuple(f"{key}{end}" for key in maps for end in ".="))
+        else word
+        for word in overrides
+    ]
+
+
+def typed(cfg: DictConfig, stage: str) -> Any:
+    """The dataclasses of a composed config, checked.
+
+    The plain values are merged into the schema once more, because `+key=1` and a config read from
+    a file pass Hydra without it. Bounds and rules between keys are checked last.
+
+    Raises:
+        UserError: an unknown, missing or wrong value; the message is one line.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        merged = OmegaConf.merge(OmegaConf.structured(STAGES[stage]), plain)
+        missing = OmegaConf.missing_keys(merged)
+        for key, field in catalog.keys(stage).items():
+            if key in missing:
+                raise UserError(f"{stage} needs {key}=VALUE: {field.metadata['meaning']}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, stage) or str(error)) from error
+    assert isinstance(config, Run)
+    validate(stage, config)
+    return config

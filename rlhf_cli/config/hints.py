@@ -1,0 +1,155 @@
+"""From a wrong word to one line that says what, where, and the nearest valid name.
+
+`check_overrides` looks at the words of a command before Hydra sees them. `explain` turns what
+Hydra and OmegaConf raise afterwards into the same kind of line. Neither imports them.
+"""
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import STAGES
+
+_PLAIN_NAMES = re.compile(r"[\w./,-]*")
+
+
+def nearest(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean NAME?` for the closest of the names, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
+    """Check the names in `key=value` and `group=option` words; values are checked by `typed`.
+
+    Raises:
+        UserError: a word is not key=value, or names no key, group or option of this stage.
+    """
+    for override in overrides:
+        if override.startswith("~"):
+            raise UserError(f"{override}: a key cannot be removed; give it another value")
+        key, equals, value = override.partition("=")
+        if not key:
+            raise UserError(f"{override} names no key; write KEY=VALUE")
+        if not equals:
+            raise UserError(f"{override} has no value; write {override}=VALUE, no spaces around =")
+        key = key.lstrip("+")
+        if key in catalog.GROUPS:
+            if _PLAIN_NAMES.fullmatch(value):
+                for option in value.split(","):
+                    _check_option(stage, key, option, dirs)
+        elif not key.startswith(("hydra.", "hydra/")):
+            _check_key(stage, key)
+
+
+def _check_option(stage: str, group: str, option: str, dirs: list[Path]) -> None:
+    names = catalog.options(group, dirs)
+    fitting = [name for name in names if stage in catalog.stages_of(group, name, dirs)]
+    choices = f"{stage} takes {', '.join(fitting)}"
+    if catalog.option_file(group, option, dirs) is None:
+        hint = nearest(option, fitting) or nearest(option, names)
+        raise UserError(f"unknown {group} option {option}{hint or ';'} {choices}")
+    owners = catalog.stages_of(group, option, dirs)
+    # An option with owners nowhere is a user's own file with a slip in it: composing names the key.
+    if owners and stage not in owners:
+        commands = ", ".join(f"`rlhf-cli {owner}`" for owner in owners)
+        raise UserError(f"{group}={option} belongs to {commands}; {choices}")
+
+
+def _check_key(stage: str, key: str) -> None:
+    known = catalog.keys(stage)
+    parent = key.rpartition(".")[0]
+    if key not in known and not (parent in known and catalog.is_map(known[parent])):
+        raise UserError(unknown_key(stage, key))
+
+
+def unknown_key(stage: str, key: str) -> str:
+    """The line for a key that a stage does not have."""
+    known = catalog.keys(stage)
+    group = key.rpartition(".")[0]
+    inside = [each for each in known if each.rpartition(".")[2] == key]
+    owners = [other for other in STAGES if key in catalog.keys(other)]
+    if inside:
+        hint = f"; did you mean {' or '.join(inside)}?"
+    elif owners:
+        hint = f"; it belongs to {', '.join(f'`rlhf-cli {owner}`' for owner in owners)}"
+    else:
+        hint = _nearest_key(key, known)
+    if not hint and group in catalog.GROUPS:
+        hint = f"; {group} has {', '.join(sorted(catalog.group_keys(stage, group)))}"
+    return f"unknown key {key}{hint or f'; see rlhf-cli {stage} --help'}"
+
+
+def _nearest_key(key: str, known: Iterable[str]) -> str:
+    group, _, name = key.rpartition(".")
+    siblings = [each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == group]
+    if not group:
+        return nearest(name, [*siblings, *catalog.GROUPS])
+    if siblings:  # compared without the group, which all of them share: all would look close
+        return nearest(name, siblings, prefix=f"{group}.")
+    return nearest(key, known)
+
+
+def wrong_value(stage: str, key: str, value: object) -> str:
+    """The line for a value of the wrong type or out of bounds."""
+    field = catalog.keys(stage).get(key)
+    takes = catalog.describe(field) if field else "a group of keys"
+    article = {"integer": "an ", "number": "a ", "list": "a ", "map": "a "}
+    takes = article.get(takes.partition(" ")[0], "") + takes
+    return f"{key} must be {takes}, got {'null' if value is None else value}"
+
+
+def explain(error: BaseException, stage: str) -> str | None:
+    """One line for an exception of Hydra or OmegaConf; None when it is not one of theirs."""
+    if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
+        return None
+    chain = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__
+    text = "\n".join(str(each) for each in reversed(chain))  # the cause first, it is the exact one
+    where = re.search(r"In '(\w+/[^']+)':", text)
+    file = f" (in {where[1]}.yaml)" if where else ""
+    return (_explain_key(text, stage) or _explain_words(error, text)) + file
+
+
+def _explain_key(text: str, stage: str) -> str | None:
+    """OmegaConf's complaints name the key: a wrong type, a null, an unknown or a missing key."""
+    named = re.search(r"full_key: (\S+)", text)
+    if not named:
+        return None
+    key = named[1]
+    if "already at" in text or "not in '" in text or "not in struct" in text:
+        return unknown_key(stage, key)
+    if interpolation := re.search(r"Interpolation key '(.*?)' not found", text):
+        return f"{key} refers to ${{{interpolation[1]}}}, which does not exist"
+    if value := re.search(r"Value '(.*?)' (?:of type|could not|is not)", text, re.DOTALL):
+        return wrong_value(stage, key, value[1])
+    if "not Optional" in text:
+        return wrong_value(stage, key, None)
+    if value := re.search(r"Cannot assign (\w+)", text):
+        return wrong_value(stage, key, value[1])
+    return f"{key}: {text.splitlines()[0]}"
+
+
+def _explain_words(error: BaseException, text: str) -> str:
+    """Hydra's complaints about a word of the command line, or about a file."""
+    override = getattr(error, "override", None)
+    if override:  # its grammar could not read the word
+        key, _, value = str(override).partition("=")
+        return f"cannot read {override}; quote the value: {_quoted(key, value)}"
+    if ambiguous := re.search(r"Ambiguous value for argument '(.*?)=(.*)'", text):
+        key, value = ambiguous.groups()
+        return f"{key}={value} has a comma; to sweep add -m, else quote it: {_quoted(key, value)}"
+    if appended := re.search(r"already at '(.*?)'", text):
+        return f"{appended[1]} exists already; write {appended[1]}=VALUE without +"
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _quoted(key: str, value: str) -> str:
+    return shlex.quote(f'{key}="{value}"')

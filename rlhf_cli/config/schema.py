@@ -1,0 +1,355 @@
+"""Every key of every stage: its name, type, bound and meaning. Values live in conf/*.yaml only.
+
+A field without a default is mandatory for OmegaConf, so a key that is forgotten in YAML fails by
+name. `rlhf-cli STAGE --help` prints these sentences; `validate` in compose.py enforces the bounds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(
+    meaning: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices."""
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(metadata={"meaning": meaning, **given})
+
+
+# --------------------------------------------------------------------------- hardware
+
+
+@dataclass
+class Hardware:
+    """Speed and memory only: no key here changes the mathematics."""
+
+    device: str = key(
+        "Where tensors live; auto takes cuda if there is one.", choices=("auto", "cpu", "cuda")
+    )
+    threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
+    tokens_per_microbatch: int = key(
+        "Padded tokens in one forward and backward pass; halve it when memory runs out.", ge=1
+    )
+    rollout_tokens: int = key(
+        "Padded tokens whose keys and values are cached at once while sampling.", ge=1
+    )
+    logprob_chunk: int = key(
+        "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1
+    )
+    gradient_checkpointing: bool = key("Recompute activations in backward: less memory, slower.")
+    save_every: int | None = key(
+        "Optimizer steps (ppo, grpo: iterations) between resume points; null keeps none.", ge=1
+    )
+
+
+# --------------------------------------------------------------------------- model
+
+
+@dataclass
+class FrozenModel:
+    """How weights are held by a stage that does not train them."""
+
+    dtype: str = key(
+        "Type of matrix products; weights stay float32. bfloat16 needs a GPU to be fast.",
+        choices=("float32", "bfloat16"),
+    )
+    trust_remote_code: bool = key("Run Python code that a model folder brings along.")
+
+
+@dataclass
+class Model(FrozenModel):
+    """How the weights of `policy=` are adapted by a stage."""
+
+    lora_rank: int = key("Rank of LoRA adapters on every linear layer; 0 trains all weights.", ge=0)
+    lora_alpha: float = key("LoRA scale: the update is multiplied by alpha / rank.", gt=0)
+    merge_lora: bool = key("Write merged weights (true) or an adapter folder (false).")
+
+
+@dataclass
+class SftModel(Model):
+    """Where sft starts: a pretrained model, or a small decoder built from scratch."""
+
+    path: str | None = key("Hub id or folder of a pretrained model; null builds one from scratch.")
+    dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
+    vocab_size: int | None = key("From scratch: tokens of the BPE that is learned.", ge=260)
+    hidden_size: int | None = key("From scratch: width; doubling costs four times the time.", ge=8)
+    layers: int | None = key("From scratch: decoder blocks.", ge=1)
+    heads: int | None = key("From scratch: attention heads; must divide hidden_size.", ge=1)
+    context: int | None = key("From scratch: longest sequence in tokens.", ge=8)
+
+
+# --------------------------------------------------------------------------- data
+
+
+@dataclass
+class Data:
+    """Where rows come from, how they become tokens, and what is held out."""
+
+    format: str = key(
+        "How rows are stored: the shipped demo, JSONL rows, HH dialogues or GSM8K problems.",
+        choices=("demo", "rows", "hh", "gsm8k"),
+    )
+    path: str | None = key("File, folder of files or hub dataset; generate also takes - (stdin).")
+    eval_path: str | None = key("Held-out rows; null holds out eval_rows of path.")
+    eval_rows: int = key("Rows held out of path when there is no eval_path.", ge=1)
+    max_rows: int | None = key("Use the first rows only; null uses all.", ge=1)
+    text_path: str | None = key("Plain text rows for the pretraining mix (ptx_coef, text_mix).")
+    columns: dict[str, str] = key("Your column names for ours, as {ours: yours}.")
+    template: str = key(
+        "How a prompt is written: text with {prompt} in it, or chat (the tokenizer's template)."
+    )
+    max_prompt_tokens: int = key("Longest prompt in tokens.", ge=1)
+    max_response_tokens: int = key("Longest response in tokens, trained on or sampled.", ge=1)
+    long_prompts: str = key(
+        "Prompts over the limit: stop, drop the row, or cut their start.",
+        choices=("error", "drop", "cut"),
+    )
+    bad_rows: str = key(
+        "Rows that are empty or misshapen: stop at the first, or drop and count them.",
+        choices=("error", "drop"),
+    )
+    gold: str | None = key("Scorer that training never sees; evaluate reports it.")
+
+
+# --------------------------------------------------------------------------- algo
+
+
+@dataclass
+class Optimizer:
+    """AdamW and its schedule, as every training stage uses it."""
+
+    lr: float = key("Peak learning rate.", gt=0)
+    lr_schedule: str = key(
+        "Shape after warmup; cosine ends at min_lr_ratio of the peak, linear at zero.",
+        choices=("cosine", "linear", "constant"),
+    )
+    min_lr_ratio: float = key("Cosine only: final over peak learning rate.", ge=0, le=1)
+    warmup_steps: int = key("Optimizer steps of linear warmup from zero.", ge=0)
+    adam_beta1: float = key("Decay of the gradient mean.", ge=0, lt=1)
+    adam_beta2: float = key("Decay of the squared-gradient mean.", ge=0, lt=1)
+    adam_eps: float = key("Added to the root of the second moment; PPO papers use 1e-5.", gt=0)
+    weight_decay: float = key("Decoupled weight decay.", ge=0)
+    max_grad_norm: float | None = key("Global gradient norm is cut to this; null never cuts.", gt=0)
+
+
+@dataclass
+class SftAlgo(Optimizer):
+    """Supervised fine-tuning."""
+
+    epochs: int = key("Passes over the demonstrations.", ge=1)
+    max_steps: int | None = key("Stop after this many optimizer steps; null runs all epochs.", ge=1)
+    batch_size: int = key("Sequences per optimizer step.", ge=1)
+    text_mix: float = key(
+        "Plain-text rows per demonstration row; InstructGPT mixed 0.1 before PPO.", ge=0
+    )
+    eval_every: int = key("Optimizer steps between evaluations of the held-out loss.", ge=1)
+    keep: str = key("Which weights are written.", choices=("best", "last"))
+
+
+@dataclass
+class RewardAlgo(Optimizer):
+    """Reward model from comparisons (Bradley-Terry)."""
+
+    epochs: int = key("Passes over the pairs; more than one overfits (InstructGPT).", ge=1)
+    batch_size: int = key("Pairs per optimizer step.", ge=1)
+    eval_every: int = key("Optimizer steps between evaluations of the held-out accuracy.", ge=1)
+
+
+@dataclass
+class PpoAlgo(Optimizer):
+    """PPO as in InstructGPT."""
+
+    steps: int = key("Iterations of rollout and update.", ge=1)
+    batch_size: int = key("Rollouts per iteration, one per prompt.", ge=1)
+    minibatch_size: int = key("Rollouts per optimizer step; must divide batch_size.", ge=1)
+    epochs: int = key("Passes over each batch of rollouts; InstructGPT 1, Stiennon 4.", ge=1)
+    value_lr: float = key("Peak learning rate of the critic.", gt=0)
+    kl_coef: float = key("Weight of the per-token KL to the reference in the reward.", ge=0)
+    kl_controller: str = key(
+        "Keep kl_coef, or steer it to kl_target (Ziegler's proportional, Schulman's 1.5/2 rule).",
+        choices=("fixed", "ziegler", "schulman"),
+    )
+    kl_target: float | None = key("KL per response, in nats, that a controller aims at.", gt=0)
+    kl_horizon: int | None = key("Ziegler: rollouts over which kl_coef adapts.", ge=1)
+    gamma: float = key("Discount per token.", gt=0, le=1)
+    lam: float = key("Lambda of generalised advantage estimation.", ge=0, le=1)
+    clip: float = key("The probability ratio is clipped to 1 - clip .. 1 + clip.", gt=0)
+    value_clip: float | None = key("Values stay this close to their old ones; null: free.", gt=0)
+    vf_coef: float = key("Weight of the value loss.", ge=0)
+    entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
+    whiten_advantages: bool = key("Advantages get mean 0, variance 1 over a batch of rollouts.")
+    missing_eos_reward: float | None = key(
+        "Reward of a response that never ended, in place of its score; null keeps the score."
+    )
+    temperature: float = key("Sampling temperature, also where log-probs are scored.", gt=0)
+    max_tokens: int = key("Longest sampled response in tokens.", ge=1)
+    ptx_coef: float = key("Weight of the pretraining loss in each step; InstructGPT 27.8.", ge=0)
+    ptx_batch_size: int = key("Plain-text rows per optimizer step when ptx_coef > 0.", ge=1)
+    show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
+
+
+@dataclass
+class DpoAlgo(Optimizer):
+    """Direct preference optimisation."""
+
+    beta: float = key("Strength of the tie to the reference; larger stays closer.", gt=0)
+    label_smoothing: float = key("Assumed share of flipped labels (cDPO).", ge=0, lt=0.5)
+    epochs: int = key("Passes over the pairs.", ge=1)
+    batch_size: int = key("Pairs per optimizer step.", ge=1)
+    precompute_reference: bool = key("Score all pairs once and free the reference model.")
+    eval_every: int = key("Optimizer steps between evaluations on held-out pairs.", ge=1)
+
+
+@dataclass
+class GrpoAlgo(Optimizer):
+    """Group-relative policy optimisation, outcome supervision."""
+
+    steps: int = key("Iterations of rollout and update.", ge=1)
+    batch_size: int = key("Prompts per iteration.", ge=1)
+    group_size: int = key("Responses per prompt; the paper uses 64.", ge=2)
+    minibatch_size: int = key("Prompts per optimizer step; must divide batch_size.", ge=1)
+    epochs: int = key("Passes over each batch of rollouts; the paper uses 1.", ge=1)
+    kl_coef: float = key("Weight of the KL to the reference in the loss; the paper 0.04.", ge=0)
+    clip: float = key("The probability ratio is clipped to 1 - clip .. 1 + clip.", gt=0)
+    missing_eos_reward: float | None = key(
+        "Reward of a response that never ended, in place of its score; null keeps the score."
+    )
+    temperature: float = key("Sampling temperature, also where log-probs are scored.", gt=0)
+    max_tokens: int = key("Longest sampled response in tokens.", ge=1)
+    show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
+
+
+@dataclass
+class Decoding:
+    """How tokens are chosen."""
+
+    temperature: float = key("Divides the logits; 0 is greedy.", ge=0)
+    top_k: int = key("Sample from the k likeliest tokens only; 0 is off.", ge=0)
+    top_p: float = key("Smallest set of tokens whose mass reaches p; 1 is off.", gt=0, le=1)
+    min_p: float = key("Tokens at least this likely beside the likeliest; 0 is off.", ge=0, le=1)
+    repetition_penalty: float = key("Above 1 makes tokens already seen unlikelier.", gt=0)
+    beams: int = key("Beam search over this many hypotheses; 1 is off.", ge=1)
+    length_penalty: float = key("Beam score is log-prob / length ** this.")
+    min_tokens: int = key("No response ends before this many tokens.", ge=0)
+    max_tokens: int = key("Longest response in tokens.", ge=1)
+    samples: int = key("Responses per prompt.", ge=1)
+    stop: list[str] = key("Strings that end a response; they are not part of it.")
+
+
+@dataclass
+class GenerateAlgo(Decoding):
+    """Sampling."""
+
+    prompts: int | None = key("Use the first prompts only; null uses all.", ge=1)
+
+
+@dataclass
+class EvaluateAlgo(Decoding):
+    """Evaluation on held-out prompts."""
+
+    prompts: int | None = key("Held-out prompts; null uses all.", ge=2)
+    tie: float = key("Reward differences up to this are ties in win rates.", ge=0)
+
+
+# --------------------------------------------------------------------------- stages
+
+
+@dataclass
+class Run:
+    """What every stage has."""
+
+    name: str = key("Name of the chain; default paths lie under runs/NAME.")
+    out: str = key("Folder that the stage writes.")
+    seed: int = key("Fixes initialisation, data order and sampling.", ge=0)
+    overwrite: bool = key("Start afresh in an out folder that another config made.")
+    data: Data
+    hardware: Hardware
+
+
+@dataclass
+class Sft(Run):
+    """Supervised fine-tuning: demonstrations -> policy."""
+
+    model: SftModel
+    algo: SftAlgo
+
+
+@dataclass
+class Reward(Run):
+    """Reward model: policy trunk and preferences -> sequence classifier with one label."""
+
+    policy: str = key("Policy folder or hub id whose trunk is used.")
+    model: Model
+    algo: RewardAlgo
+
+
+@dataclass
+class Ppo(Run):
+    """PPO and PPO-ptx: policy, reward and prompts -> policy."""
+
+    policy: str = key("Policy folder or hub id to start from; also the reference.")
+    reward: str = key("Reward folder or hub id, or a rule such as exact_answer.")
+    model: Model
+    algo: PpoAlgo
+
+
+@dataclass
+class Dpo(Run):
+    """Direct preference optimisation: policy and preferences -> policy."""
+
+    policy: str = key("Policy folder or hub id to start from; also the reference.")
+    model: Model
+    algo: DpoAlgo
+
+
+@dataclass
+class Grpo(Run):
+    """GRPO: policy, reward or verifier, and prompts -> policy."""
+
+    policy: str = key("Policy folder or hub id to start from; also the reference.")
+    reward: str = key("Reward folder or hub id, or a rule such as exact_answer.")
+    model: Model
+    algo: GrpoAlgo
+
+
+@dataclass
+class Generate(Run):
+    """Sampling: policy and prompts -> samples.jsonl."""
+
+    policy: str = key("Policy folder or hub id to sample from.")
+    reward: str | None = key("Reward folder, hub id or rule that scores the samples; null: none.")
+    model: FrozenModel
+    algo: GenerateAlgo
+
+
+@dataclass
+class Evaluate(Run):
+    """Evaluation: policy, baselines, reward -> report.json."""
+
+    policy: str = key("Policy folder or hub id to judge.")
+    baselines: list[str] | None = key(
+        "Policies to compare with; null takes the finished policies beside `policy`."
+    )
+    reference: str | None = key("Policy that KL is measured to; null measures none.")
+    reward: str | None = key("Reward folder, hub id or rule; null reports gold only.")
+    gold: str | None = key("Scorer that training never saw; null reports the reward only.")
+    model: FrozenModel
+    algo: EvaluateAlgo
+
+
+STAGES: dict[str, type[Run]] = {
+    "sft": Sft,
+    "reward": Reward,
+    "ppo": Ppo,
+    "dpo": Dpo,
+    "grpo": Grpo,
+    "generate": Generate,
+    "evaluate": Evaluate,
+}

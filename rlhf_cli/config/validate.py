@@ -1,0 +1,196 @@
+"""Bounds of single keys and rules between keys. One line per broken rule; no torch, no files."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.hints import nearest, wrong_value
+from rlhf_cli.config.schema import (
+    Decoding,
+    Evaluate,
+    Generate,
+    Grpo,
+    Model,
+    Optimizer,
+    Ppo,
+    PpoAlgo,
+    Run,
+    Sft,
+    SftModel,
+)
+
+
+def validate(stage: str, cfg: Run) -> None:
+    """Check a typed config.
+
+    Raises:
+        UserError: a value is out of bounds or contradicts another key.
+    """
+    for key, field in catalog.keys(stage).items():
+        _check_bounds(stage, key, field, _value(cfg, key))
+    for rule in _RULES:
+        for complaint in rule(cfg):
+            raise UserError(complaint)
+
+
+def _value(cfg: Run, key: str) -> Any:
+    node: Any = cfg
+    for name in key.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def _check_bounds(stage: str, key: str, field: "dataclasses.Field[Any]", value: Any) -> None:
+    if value is None:
+        return
+    limits = field.metadata
+    if "choices" in limits:
+        if value not in limits["choices"]:
+            hint = nearest(str(value), limits["choices"])
+            raise UserError(wrong_value(stage, key, value) + hint)
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} must be finite, got {value}")
+    within = {
+        "ge": lambda bound: value >= bound,
+        "gt": lambda bound: value > bound,
+        "le": lambda bound: value <= bound,
+        "lt": lambda bound: value < bound,
+    }
+    if not all(holds(limits[name]) for name, holds in within.items() if name in limits):
+        raise UserError(wrong_value(stage, key, value))
+
+
+# --------------------------------------------------------------------------- rules
+# Each yields the complaints about one subject; only the first is shown.
+
+
+def _batches(cfg: Run) -> Iterator[str]:
+    if isinstance(cfg, Ppo | Grpo) and cfg.algo.batch_size % cfg.algo.minibatch_size:
+        yield (
+            f"algo.minibatch_size={cfg.algo.minibatch_size} must divide "
+            f"algo.batch_size={cfg.algo.batch_size}"
+        )
+
+
+def _kl_controller(cfg: Run) -> Iterator[str]:
+    algo = getattr(cfg, "algo", None)
+    if not isinstance(algo, PpoAlgo):
+        return
+    if algo.kl_controller == "fixed":
+        for name in ("kl_target", "kl_horizon"):
+            if getattr(algo, name) is not None:
+                yield (
+                    f"algo.{name} is not used by algo.kl_controller=fixed; "
+                    f"set it to null or take algo=ppo_adaptive"
+                )
+    elif algo.kl_target is None:
+        yield f"algo.kl_controller={algo.kl_controller} needs algo.kl_target, in nats per response"
+    elif algo.kl_controller == "ziegler" and algo.kl_horizon is None:
+        yield "algo.kl_controller=ziegler needs algo.kl_horizon, in rollouts"
+    elif algo.kl_controller == "schulman" and algo.kl_horizon is not None:
+        yield "algo.kl_horizon is used by algo.kl_controller=ziegler only; set it to null"
+
+
+_FROM_SCRATCH = ("vocab_size", "hidden_size", "layers", "heads", "context")
+
+
+def _scratch_model(cfg: Run) -> Iterator[str]:
+    model = getattr(cfg, "model", None)
+    if not isinstance(model, SftModel):
+        return
+    if model.path is not None:
+        for name in _FROM_SCRATCH:
+            if getattr(model, name) is not None:
+                yield (
+                    f"model.{name} is for models from scratch, but model.path={model.path}; "
+                    f"take model=pretrained or set model.{name}=null"
+                )
+        return
+    for name in _FROM_SCRATCH:
+        if getattr(model, name) is None:
+            yield f"model.path is null, so model.{name} is needed; or give model.path"
+    assert model.hidden_size and model.heads and model.context  # for the type checker
+    if model.hidden_size % model.heads:
+        yield f"model.heads={model.heads} must divide model.hidden_size={model.hidden_size}"
+    longest = cfg.data.max_prompt_tokens + cfg.data.max_response_tokens
+    if model.context < longest:
+        yield (
+            f"model.context={model.context} is shorter than data.max_prompt_tokens + "
+            f"data.max_response_tokens = {longest}; set model.context={longest} or lower them"
+        )
+
+
+def _lora(cfg: Run) -> Iterator[str]:
+    model = getattr(cfg, "model", None)
+    if isinstance(model, Model) and model.lora_rank == 0 and not model.merge_lora:
+        yield "model.merge_lora=false writes an adapter, but model.lora_rank=0 trains none"
+
+
+def _plain_text(cfg: Run) -> Iterator[str]:
+    if cfg.data.format == "demo" or cfg.data.text_path is not None:
+        return
+    if isinstance(cfg, Ppo) and cfg.algo.ptx_coef > 0:
+        yield f"algo.ptx_coef={cfg.algo.ptx_coef:g} needs plain text: give data.text_path"
+    if isinstance(cfg, Sft) and cfg.algo.text_mix > 0:
+        yield (
+            f"algo.text_mix={cfg.algo.text_mix:g} needs plain text: give data.text_path "
+            f"or set algo.text_mix=0"
+        )
+
+
+def _schedule(cfg: Run) -> Iterator[str]:
+    algo = getattr(cfg, "algo", None)
+    if isinstance(algo, Optimizer) and algo.lr_schedule != "cosine" and algo.min_lr_ratio != 0:
+        yield (
+            f"algo.min_lr_ratio={algo.min_lr_ratio:g} works with algo.lr_schedule=cosine only; "
+            f"set algo.min_lr_ratio=0 with {algo.lr_schedule}"
+        )
+
+
+def _no_training(cfg: Run) -> Iterator[str]:
+    if isinstance(cfg, Generate | Evaluate):
+        if cfg.hardware.save_every is not None:
+            yield "hardware.save_every is for stages that train; set it to null"
+        if cfg.hardware.gradient_checkpointing:
+            yield "hardware.gradient_checkpointing is for stages that train; set it to false"
+
+
+def _decoding(cfg: Run) -> Iterator[str]:
+    algo = getattr(cfg, "algo", None)
+    if not isinstance(algo, Decoding):
+        return
+    if algo.min_tokens > algo.max_tokens:
+        yield f"algo.min_tokens={algo.min_tokens} exceeds algo.max_tokens={algo.max_tokens}"
+    if algo.beams > 1:
+        neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
+        for name, value in neutral.items():
+            if getattr(algo, name) != value:
+                yield (
+                    f"algo.beams={algo.beams} does not sample, so algo.{name} must be {value}, "
+                    f"got {getattr(algo, name):g}"
+                )
+        if algo.samples > algo.beams:
+            yield f"algo.samples={algo.samples} exceeds algo.beams={algo.beams}"
+
+
+def _template(cfg: Run) -> Iterator[str]:
+    template = cfg.data.template
+    if template != "chat" and "{prompt}" not in template:
+        yield f"data.template must be chat or contain {{prompt}}, got {template!r}"
+
+
+_RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
+    _batches,
+    _kl_controller,
+    _scratch_model,
+    _lora,
+    _plain_text,
+    _schedule,
+    _no_training,
+    _decoding,
+    _template,
+)

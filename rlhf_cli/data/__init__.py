@@ -1,0 +1,1 @@
+"""Rows of every kind: read, checked, tokenised once, and cut into batches."""

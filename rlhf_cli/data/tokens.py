@@ -1,0 +1,214 @@
+"""Text becomes token ids here and nowhere else: template, one BOS, boundary, EOS, limits.
+
+Prompt and response are tokenised apart, so a prompt has the same ids in training and in sampling
+and no token straddles the boundary.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import Data
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Text, Turns
+
+
+@dataclass
+class Tokens:
+    """One sequence: the ids of its prompt, BOS included, and of its response, EOS included."""
+
+    prompt: list[int]
+    response: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass
+class TokenPair:
+    """Chosen and rejected responses to one prompt."""
+
+    chosen: Tokens
+    rejected: Tokens
+
+    def __len__(self) -> int:
+        return 2 * max(len(self.chosen), len(self.rejected))
+
+
+class Encoder:
+    """Tokenises rows for one tokenizer and one data config; `notes()` counts what was cut."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        """Raises UserError where the tokenizer lacks an EOS, or a template that data asks for."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token")
+        if data.template == "chat" and not tokenizer.chat_template:
+            raise UserError(
+                f"data.template=chat, but the tokenizer of {tokenizer.name_or_path} has no chat "
+                'template; write one as data.template="...{prompt}..."'
+            )
+        self.tokenizer = tokenizer
+        self.data = data
+        adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        self.bos = [tokenizer.bos_token_id] if adds_bos else []
+        self._counts: Counter[str] = Counter()
+        self.end_of_turn = self._end_of_turn()
+
+    # ------------------------------------------------------------------ rows
+
+    def prompts(self, rows: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
+        """The rows that are kept and the ids of their prompts.
+
+        Raises:
+            UserError: a prompt is longer than the limit and data.long_prompts is error.
+        """
+        limited = [self._limit_prompt(ids, row) for ids, row in self._prompt_ids(rows)]
+        kept = [(row, ids) for row, ids in zip(rows, limited, strict=True) if ids is not None]
+        if not kept:
+            raise UserError("every prompt is longer than data.max_prompt_tokens")
+        return [row for row, _ in kept], [ids for _, ids in kept]
+
+    def demonstrations(self, rows: Sequence[Demonstration | Text]) -> list[Tokens]:
+        """Sequences to imitate; of plain text all tokens, of demonstrations the response."""
+        texts = [row for row in rows if isinstance(row, Text)]
+        demonstrations = [row for row in rows if isinstance(row, Demonstration)]
+        replies = self._responses(demonstrations, [row.completion for row in demonstrations])
+        pairs = zip(self._prompt_ids(demonstrations), replies, strict=True)
+        sequences = [
+            Tokens(prompt, response)
+            for (ids, row), response in pairs
+            if (prompt := self._limit_prompt(ids, row)) is not None
+        ]
+        return sequences + self.texts(texts)
+
+    def texts(self, rows: Sequence[Text]) -> list[Tokens]:
+        """Plain text: the BOS is the prompt, or the first token where there is none."""
+        if not rows:
+            return []
+        limit = self.data.max_prompt_tokens + self.data.max_response_tokens
+        sequences = []
+        for text_ids in self._ids([row.text for row in rows]):
+            ids = [*self.bos, *text_ids, self.tokenizer.eos_token_id]
+            if len(ids) > limit:
+                self._counts["texts cut to max_prompt_tokens + max_response_tokens"] += 1
+            sequences.append(Tokens(ids[:1], ids[1:limit]))
+        return sequences
+
+    def preferences(self, rows: Sequence[Preference]) -> list[TokenPair]:
+        """Pairs that share their prompt."""
+        chosen = self._responses(rows, [row.chosen for row in rows])
+        rejected = self._responses(rows, [row.rejected for row in rows])
+        pairs = []
+        for (ids, row), better, worse in zip(self._prompt_ids(rows), chosen, rejected, strict=True):
+            if (prompt := self._limit_prompt(ids, row)) is not None:
+                pairs.append(TokenPair(Tokens(prompt, better), Tokens(prompt, worse)))
+        return pairs
+
+    def notes(self) -> list[str]:
+        """What was cut or dropped since the last call, a line each."""
+        lines = [f"{count} {what}" for what, count in self._counts.items()]
+        self._counts.clear()
+        return lines
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Readable text of response ids."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end a response: EOS and the template's end of turn."""
+        return sorted({self.tokenizer.eos_token_id, self.end_of_turn})
+
+    # ------------------------------------------------------------------ ids
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return ids
+
+    def _prompt_ids(self, rows: Sequence[Any]) -> list[tuple[list[int], Any]]:
+        """Ids of each row's templated prompt, with exactly one BOS."""
+        if not rows:
+            return []
+        texts = [self._render(row.prompt) for row in rows]
+        bos = self.tokenizer.bos_token or ""
+        if bos and self.bos:  # a chat template may have written the BOS already
+            texts = [text.removeprefix(bos) for text in texts]
+        return [(self.bos + ids, row) for ids, row in zip(self._ids(texts), rows, strict=True)]
+
+    def _render(self, prompt: str | Turns) -> str:
+        if isinstance(prompt, str) and self.data.template != "chat":
+            return self.data.template.replace("{prompt}", prompt)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self._chat(turns, add_generation_prompt=True)
+
+    def _chat(self, turns: Turns, add_generation_prompt: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"the rows are messages, but the tokenizer of {self.tokenizer.name_or_path} has "
+                "no chat template"
+            )
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _responses(self, rows: Sequence[Any], responses: list[str]) -> list[list[int]]:
+        """Ids of responses, ended by EOS or the template's end of turn, within the limit."""
+        if not rows:
+            return []
+        pairs = zip(rows, responses, strict=True)
+        texts = [self._ended(row.prompt, response) for row, response in pairs]
+        limited = []
+        for ids in self._ids(texts):
+            if ids[-1:] != [self.end_of_turn]:
+                ids = [*ids, self.tokenizer.eos_token_id]
+            if len(ids) > self.data.max_response_tokens:
+                self._counts["responses cut to max_response_tokens (their EOS is lost)"] += 1
+            limited.append(ids[: self.data.max_response_tokens])
+        return limited
+
+    def _ended(self, prompt: str | Turns, response: str) -> str:
+        """The response as the chat template writes it, up to its end of turn."""
+        if isinstance(prompt, str) and self.data.template != "chat":
+            return response
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        start = self._chat(turns, add_generation_prompt=True)
+        whole = self._chat([*turns, {"role": "assistant", "content": response}], False)
+        if not whole.startswith(start):
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} rewrites the prompt when a "
+                "reply follows; give data.template as text with {prompt}"
+            )
+        return whole[len(start) :].rstrip()
+
+    def _end_of_turn(self) -> int:
+        """The special token with which the chat template ends a reply; EOS where there is none."""
+        eos = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template:
+            last = self._ids([self._ended([{"role": "user", "content": "a"}], "b")])[0][-1]
+            special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+            return last if last in special else eos
+        return eos
+
+    def _limit_prompt(self, ids: list[int], row: Any) -> list[int] | None:
+        """The prompt within the limit; None drops the row."""
+        limit = self.data.max_prompt_tokens
+        if len(ids) <= limit:
+            return ids
+        if self.data.long_prompts == "error":
+            raise UserError(
+                f"{row.source}: the prompt has {len(ids)} tokens, the limit is {limit}; raise "
+                "data.max_prompt_tokens or set data.long_prompts=cut or drop"
+            )
+        self._counts[f"prompts over max_prompt_tokens: {self.data.long_prompts}"] += 1
+        if self.data.long_prompts == "drop":
+            return None
+        return self.bos + ids[len(ids) - limit + len(self.bos) :]  # the end holds the question

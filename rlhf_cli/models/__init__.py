@@ -1,0 +1,1 @@
+"""Models: loaded and saved as plain Hugging Face folders, and run without a [B, T, V] tensor."""

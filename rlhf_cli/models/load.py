@@ -1,0 +1,291 @@
+"""Models in and out: a hub id, a folder, an adapter folder, or a small decoder from scratch."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.models.forward import check_unembedding, unwrap
+from rlhf_cli.models.heads import init_head
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+HEADS = {"score.weight", "score.bias"}
+
+
+def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with a pad token that is not its EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no usable tokenizer: {first_line(error)}") from None
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        unknown = tokenizer.unk_token_id
+        spare = unknown is not None and unknown != tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.unk_token if spare else "<pad>"
+        if not spare:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_policy(
+    path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> nn.Module:
+    """A language model ready for its stage: adapter merged or continued, dropout off.
+
+    An adapter folder is loaded as base plus adapter. With model.lora_rank > 0 its adapter goes on
+    being trained, otherwise it is merged into the weights.
+
+    Raises:
+        UserError: weights are missing or unreadable, or an adapter has another rank.
+    """
+    model = _load_base(path, config, AutoModelForCausalLM, allowed_missing=set())
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    check_unembedding(model)
+    return _adapt(model, path, config, "CAUSAL_LM").to(device)
+
+
+def load_scorer(
+    path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> nn.Module:
+    """A reward model, or a critic that starts as one: sequence classifier with one label.
+
+    Raises:
+        UserError: the folder holds no scalar head, or weights are missing or unreadable.
+    """
+    model = _load_base(path, config, AutoModelForSequenceClassification, allowed_missing=set())
+    if getattr(model, "score", None) is None or model.score.out_features != 1:
+        raise UserError(f"{path}: not a reward model with one label called score")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _adapt(model, path, config, "SEQ_CLS").to(device)
+
+
+def scorer_from_policy(
+    path: str, config: Model, tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
+) -> nn.Module:
+    """The policy's trunk with a fresh scalar head in place of the unembedding."""
+    model = _load_base(path, config, AutoModelForSequenceClassification, allowed_missing=HEADS)
+    if getattr(model, "score", None) is None:
+        raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
+    init_head(model.score, seed)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _adapt(model, path, config, "SEQ_CLS").to(device)
+
+
+def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
+    """The full model of a folder; of an adapter folder, its base."""
+    base = adapter_base(path)
+    scorer = auto is AutoModelForSequenceClassification
+    if base is not None and scorer:
+        allowed_missing = HEADS  # the adapter folder holds the head
+    labels = {"num_labels": 1} if scorer else {}
+    try:
+        model, info = auto.from_pretrained(
+            base or path,
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **labels,
+        )
+    except Exception as error:  # the library and safetensors raise many kinds
+        raise UserError(f"{path}: cannot load the model: {first_line(error)}") from None
+    missing = {str(name) for name in info["missing_keys"]} - allowed_missing
+    if missing or info["mismatched_keys"]:
+        names = sorted(missing) or sorted(str(name) for name in info["mismatched_keys"])
+        raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    disable_dropout(model)
+    model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
+    return model
+
+
+def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
+    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it."""
+    rank = config.lora_rank if isinstance(config, Model) else 0
+    if adapter_base(path) is not None:
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=rank > 0)
+        found = adapted.peft_config["default"].r  # type: ignore[attr-defined]
+        if rank == 0:
+            return adapted.merge_and_unload()
+        if rank != found:
+            raise UserError(f"{path}: its adapter has rank {found}; set model.lora_rank={found}")
+        return adapted
+    if rank == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    assert isinstance(config, Model)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        target_modules="all-linear",
+        exclude_modules=["score"] if task == "SEQ_CLS" else None,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        task_type=task,
+    )
+    return get_peft_model(model, lora)
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model that an adapter folder names; None where `path` is no adapter folder."""
+    file = Path(path) / "adapter_config.json"
+    if not file.exists():
+        return None
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------- dropout, roles
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """No dropout in any mode: only sft has some, by `residual_dropout`."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def residual_dropout(model: nn.Module, p: float) -> None:
+    """Drop what each attention and MLP block adds to the residual stream, in training mode."""
+
+    def drop(module: nn.Module, inputs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        dropped = nn.functional.dropout(first, p, module.training)
+        return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+
+    blocks = [
+        module
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("self_attn", "attn", "attention", "mlp")
+    ]
+    if not blocks:
+        raise UserError(f"{type(model).__name__}: no blocks found for model.dropout; set it to 0")
+    for block in blocks:
+        block.register_forward_hook(drop)
+
+
+class Reference:
+    """The policy as it was when the stage began, frozen; KL terms and DPO compare with it.
+
+    Of a full model it is a copy. Of an adapted one it is a frozen copy of the adapter: the base
+    weights exist once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._adapted: Any = model if hasattr(model, "peft_config") else None
+        self._model: nn.Module = model
+        if self._adapted is None:
+            self._model = copy.deepcopy(model).requires_grad_(False)
+        else:
+            self._adapted.add_adapter("reference", self._adapted.peft_config["default"])
+            with torch.no_grad():
+                parameters = dict(model.named_parameters())
+                for name, weight in parameters.items():
+                    if ".default." in name:
+                        parameters[name.replace(".default.", ".reference.")].copy_(weight)
+            self._adapted.set_adapter("default")
+        self.hash = self.digest()
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The reference model, without gradient; an adapted policy has it on in this block."""
+        if self._adapted is not None:
+            self._adapted.set_adapter("reference")
+        try:
+            with torch.no_grad():
+                yield self._model
+        finally:
+            if self._adapted is not None:
+                self._adapted.set_adapter("default")
+
+    def digest(self) -> str:
+        """Hash of the frozen weights, to prove that they did not move."""
+        digest = hashlib.sha256()
+        for name, weight in self._model.named_parameters():
+            if ".default." not in name:
+                digest.update(
+                    weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                )
+        return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------- saving
+
+
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
+) -> None:
+    """A folder that transformers (peft for an unmerged adapter) loads as it is."""
+    adapted: Any = model if hasattr(model, "peft_config") else None
+    if adapted is not None and not merge:
+        base = Path(unwrap(model).config._name_or_path)
+        if base.exists():
+            adapted.peft_config["default"].base_model_name_or_path = str(base.resolve())
+        adapted.save_pretrained(folder, selected_adapters=["default"])
+    elif adapted is not None:
+        merged = copy.deepcopy(adapted)
+        if "reference" in merged.peft_config:
+            merged.delete_adapter("reference")
+        merged.merge_and_unload().save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
+    """Generation stops where training ended responses, in every tool that reads the folder."""
+    base = unwrap(model)
+    eos = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    base.config.pad_token_id = tokenizer.pad_token_id
+    base.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The EOS ids of a folder's generation config, with the tokenizer's own."""
+    try:
+        eos = GenerationConfig.from_pretrained(adapter_base(path) or path).eos_token_id
+    except OSError:
+        eos = None
+    ids = eos if isinstance(eos, list) else [eos]
+    return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})
+
+
+def context_of(path: str, config: FrozenModel) -> int | None:
+    """Longest sequence that a model takes, in tokens; None where its config does not say."""
+    found = AutoConfig.from_pretrained(
+        adapter_base(path) or path, trust_remote_code=config.trust_remote_code
+    )
+    limit = getattr(found, "max_position_embeddings", None)
+    return int(limit) if limit else None

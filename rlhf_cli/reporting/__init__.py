@@ -1,0 +1,1 @@
+"""What people see: lines, progress, tables on stderr, and metrics.jsonl."""

@@ -1,0 +1,120 @@
+"""Lines, progress bars and tables on stderr; plain lines where there is no terminal."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
+
+Item = TypeVar("Item")
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    console.print(escape(line))
+
+
+class Bar:
+    """Progress of one activity: count, rate and time left.
+
+    Use as a context manager and call `advance`. An activity under a second leaves no line behind
+    where there is no terminal.
+    """
+
+    def __init__(self, activity: str, total: int) -> None:
+        self.activity = activity
+        self.total = total
+        self._done = 0
+        self._note = ""
+        self._began = self._shown = time.monotonic()
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> "Bar":
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task(self.activity, total=self.total, rate="", note="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        elif error[0] is None and self._seconds() >= 1.0:
+            say(f"{self.activity}: {self._done} in {self._seconds():.1f} s ({self._rate()})")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note` is shown at the end of the line."""
+        self._done += count
+        self._note = note or self._note
+        if self._progress is not None:
+            self._progress.update(
+                self._task, completed=self._done, rate=self._rate(), note=escape(self._note)
+            )
+        elif time.monotonic() - self._shown > PLAIN_SECONDS:
+            self._shown = time.monotonic()
+            left = self._seconds() / self._done * (self.total - self._done)
+            say(
+                f"{self.activity}: {self._done}/{self.total}, {self._rate()}, "
+                f"{left:.0f} s left  {self._note}"
+            )
+
+    def track(self, items: Iterable[Item], note: str = "") -> Iterator[Item]:
+        """The items, each counted once it has been worked on."""
+        for item in items:
+            yield item
+            self.advance(note=note)
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._began, 1e-9)
+
+    def _rate(self) -> str:
+        rate = self._done / self._seconds()
+        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; numbers stand on the right, floats with four digits, None as a dash."""
+    grid = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    cells = [[show(value) for value in row] for row in rows]
+    numeric = [
+        all(row[i].lstrip("-")[:1].isdigit() or row[i] == "-" for row in cells)
+        for i in range(len(columns))
+    ]
+    for name, right in zip(columns, numeric, strict=True):
+        grid.add_column(escape(name), justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*map(escape, row))
+    console.print(grid, soft_wrap=False)
+
+
+def show(value: object) -> str:
+    """A value as tables show it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

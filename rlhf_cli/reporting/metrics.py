@@ -1,0 +1,38 @@
+"""metrics.jsonl and samples.jsonl: a line a step, in the order of the steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file of objects, each with its `step`."""
+
+    def __init__(self, file: Path, resume_from: int = 0) -> None:
+        """Lines of steps after `resume_from` are dropped: the resumed run writes them again."""
+        kept = []
+        if resume_from and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= resume_from]
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = file
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append {"step": step, **values}."""
+        self.append({"step": step, **values})
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a row; floats keep six digits."""
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(round_figures(row)) + "\n")
+
+
+def round_figures(value: Any) -> Any:
+    """Floats to six significant digits, inside lists and dicts too; all else as it is."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: round_figures(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [round_figures(entry) for entry in value]
+    return value

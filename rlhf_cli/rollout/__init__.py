@@ -1,0 +1,1 @@
+"""Prompts become responses: decoding options, the batched decoder, and rollouts."""

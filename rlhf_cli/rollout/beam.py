@@ -1,0 +1,55 @@
+"""Beam search, by transformers' own generate."""
+
+import torch
+from torch import nn
+
+from rlhf_cli.config.schema import Decoding
+from rlhf_cli.data.batches import collate
+from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.models.forward import token_logprobs, unwrap
+from rlhf_cli.rollout.decode import Completion
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module,
+    prompt: list[int],
+    algo: Decoding,
+    stop_ids: list[int],
+    pad_id: int,
+    chunk: int,
+) -> list[Completion]:
+    """The `algo.samples` best of `algo.beams` hypotheses, best first.
+
+    A hypothesis is ranked by log-prob / length ** length_penalty; its log-probs are the model's.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt], device=device)
+    output = unwrap(model).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=algo.beams,
+        num_return_sequences=algo.samples,
+        length_penalty=algo.length_penalty,
+        repetition_penalty=algo.repetition_penalty,
+        min_new_tokens=algo.min_tokens or None,
+        max_new_tokens=algo.max_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=pad_id,
+    )
+    completions = []
+    for row in output[:, len(prompt) :].tolist():
+        end = next((i + 1 for i, id in enumerate(row) if id in stop_ids), None)
+        response = row[:end]
+        tokens = Tokens(prompt, response)
+        logprobs = _logprobs(model, tokens, chunk)
+        completions.append(Completion(response, logprobs, "length" if end is None else "eos"))
+    return completions
+
+
+def _logprobs(model: nn.Module, tokens: Tokens, chunk: int) -> list[float]:
+    batch = collate([tokens], next(model.parameters()).device)
+    grid = token_logprobs(model, batch, chunk=chunk).logprobs
+    values: list[float] = grid[batch.response].tolist()
+    return values

@@ -1,0 +1,91 @@
+"""Rollouts: rows of prompts and their sampled responses, the same for any batch size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.config.schema import Hardware
+from rlhf_cli.data.batches import cut, derived_seed
+from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.rollout.decode import Completion, decode
+from rlhf_cli.rollout.sampling import Sampling
+
+
+@dataclass
+class Rollout:
+    """A prompt row, one response to it, and how the response came to an end."""
+
+    row: Prompt
+    tokens: Tokens
+    logprobs: list[float]
+    finish: str
+    text: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the response ended by itself rather than at max_tokens."""
+        return self.finish != "length"
+
+
+def sample_rollouts(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: list[tuple[Prompt, list[int]]],
+    sampling: Sampling,
+    *,
+    samples: int,
+    seed: int,
+    stop_ids: list[int],
+    hardware: Hardware,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Rollout]:
+    """`samples` responses to each prompt, in the order of the prompts.
+
+    Each draw is fixed by `seed`, the prompt's place, the sample and the token, never by how
+    prompts are batched. Prompts of like length are decoded together.
+
+    Args:
+        prompts: rows and their ids.
+        seed: fixes all noise.
+        advance: told how many responses were finished.
+    """
+    completions: list[list[Completion]] = [[] for _ in prompts]
+    groups = cut(
+        range(len(prompts)),
+        hardware.rollout_tokens,
+        lambda i: (len(prompts[i][1]) + sampling.max_tokens) * samples,
+    )
+    for group in groups:
+        noise = torch.cat([_noise(seed, i, samples, sampling.max_tokens) for i in group])
+        decoded = decode(
+            model, [prompts[i][1] for i in group], noise, sampling, stop_ids, encoder.text
+        )
+        for place, i in enumerate(group):
+            completions[i] = decoded[place * samples : (place + 1) * samples]
+        advance(len(decoded))
+    return [
+        as_rollout(row, ids, completion, encoder, sampling)
+        for (row, ids), responses in zip(prompts, completions, strict=True)
+        for completion in responses
+    ]
+
+
+def as_rollout(
+    row: Prompt, prompt: list[int], completion: Completion, encoder: Encoder, sampling: Sampling
+) -> Rollout:
+    """The completion as readable text, cut before the earliest stop string."""
+    text = encoder.text(completion.ids)
+    if completion.finish == "stop":
+        text = text[: min(text.index(string) for string in sampling.stop if string in text)]
+    return Rollout(
+        row, Tokens(prompt, completion.ids), completion.logprobs, completion.finish, text
+    )
+
+
+def _noise(seed: int, place: int, samples: int, tokens: int) -> Tensor:
+    """(samples, tokens) uniform numbers of one prompt."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, place))
+    return torch.rand(samples, tokens, generator=generator)

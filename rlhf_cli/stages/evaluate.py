@@ -1,0 +1,186 @@
+"""Evaluation on held-out prompts: one policy beside baselines, judged on the same N x K samples.
+
+Mean reward and gold with a standard error clustered by prompt; KL(policy || reference) per response,
+estimated on the policy's own samples; held-out loss; head-to-head win rates with ties and a 95%
+interval. Gold is a scorer that training never saw, so a fooled reward model shows.
+
+    rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.config.schema import Evaluate
+from rlhf_cli.data.batches import derived_seed
+from rlhf_cli.data.kinds import Demonstration, Prompt
+from rlhf_cli.data.rows import read_split, read_texts
+from rlhf_cli.models.score import logprobs_of, mean_nll
+from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
+from rlhf_cli.objectives.kl import k1
+from rlhf_cli.reporting.console import Bar, table
+from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.rewards.sources import RewardSource, load_reward
+from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.training.manifest import kind_of, read_manifest
+from rlhf_cli.training.outfolder import staging, write_text
+from rlhf_cli.training.roles import Policy, load_role
+from rlhf_cli.training.session import Session, begin, note
+
+
+def run(cfg: Evaluate) -> Path:
+    """Write report.json and show it as tables; returns `out`."""
+    session = begin(cfg)
+    if session is None:
+        return Path(cfg.out)
+    rows = read_split(cfg.data, Prompt)
+    texts = read_texts(cfg.data).held_out
+    held_out = rows.held_out[: cfg.algo.prompts]
+    reference = load_role(session, cfg.reference) if cfg.reference else None
+
+    results: dict[str, dict[str, Any]] = {}
+    scores: dict[str, Tensor] = {}
+    paths = policies(cfg)
+    with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
+        for path in paths:
+            policy = load_role(session, path)
+            prompts = list(zip(*policy.encoder.prompts(held_out), strict=True))
+            rollouts = sample(cfg, policy, prompts, bar)
+            result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
+            for judge, source in judges(cfg, policy, session).items():
+                source.check(held_out, session.require)
+                values = torch.tensor(source.score(rollouts)).view(-1, cfg.algo.samples)  # (N, K)
+                result[judge] = asdict(clustered_mean(values))
+                scores[path] = values  # gold comes last and decides wins where there is one
+            if reference is not None:
+                result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
+            result |= losses(cfg, policy, texts)
+            result["length"] = mean_length(rollouts)
+            results[path] = result
+    note(policy.encoder, rows.notes)
+
+    wins = {
+        path: asdict(win_rate(scores[cfg.policy], scores[path], cfg.algo.tie, cfg.seed))
+        for path in paths[1:]
+    }
+    report = {"policies": results, "win_rates": wins, "prompts": len(held_out), **settings(cfg)}
+    write_text(
+        staging(session.out) / "report.json", json.dumps(round_figures(report), indent=2) + "\n"
+    )
+    show(cfg, results, wins)
+    return session.finish("report", {"policies": results, "win_rates": wins})
+
+
+def policies(cfg: Evaluate) -> list[str]:
+    """The policy, then its baselines: those given, or the finished policies beside it."""
+    if cfg.baselines is not None:
+        others = cfg.baselines
+    else:
+        siblings = Path(cfg.policy).parent.glob("*/stage.json") if Path(cfg.policy).is_dir() else ()
+        folders = [file.parent for file in siblings if kind_of(file.parent) == "policy"]
+        others = sorted(map(str, folders), key=lambda path: path != cfg.reference)
+    return list(dict.fromkeys([cfg.policy, *(str(Path(path)) for path in others)]))
+
+
+def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, RewardSource]:
+    """Reward, then gold, as far as the config names them."""
+    specs = {"reward": cfg.reward, "gold": cfg.gold}
+    return {
+        name: load_reward(spec, cfg.model, policy.tokenizer, cfg.hardware, session.device)
+        for name, spec in specs.items()
+        if spec is not None
+    }
+
+
+def sample(
+    cfg: Evaluate, policy: Policy, prompts: list[tuple[Prompt, list[int]]], bar: Bar
+) -> list[Rollout]:
+    """K responses to each held-out prompt, with the same noise for every policy."""
+    return sample_rollouts(
+        policy.model,
+        policy.encoder,
+        prompts,
+        Sampling.of(cfg.algo),
+        samples=cfg.algo.samples,
+        seed=derived_seed(cfg.seed, "evaluate"),
+        stop_ids=policy.stop_ids,
+        hardware=cfg.hardware,
+        advance=bar.advance,
+    )
+
+
+def estimated_kl(
+    cfg: Evaluate, policy: Policy, reference: Policy, rollouts: list[Rollout]
+) -> dict[str, float]:
+    """KL(policy || reference) per response in nats, both at the sampling temperature."""
+    sequences = [rollout.tokens for rollout in rollouts]
+    temperature = Sampling.of(cfg.algo).scored_at
+    ours = logprobs_of(policy.model, sequences, cfg.hardware, temperature)
+    theirs = logprobs_of(reference.model, sequences, cfg.hardware, temperature)
+    sums = [k1(ours[i], theirs[i]).sum() for i in range(len(sequences))]
+    estimate: Estimate = clustered_mean(torch.stack(sums).view(-1, cfg.algo.samples))
+    return asdict(estimate)
+
+
+def losses(cfg: Evaluate, policy: Policy, texts: list[Any]) -> dict[str, float | None]:
+    """Held-out loss per token on plain text and on demonstrations, where data has them."""
+    found: dict[str, float | None] = {"text_loss": None, "demonstration_loss": None}
+    if texts:
+        found["text_loss"] = mean_nll(policy.model, policy.encoder.texts(texts), cfg.hardware)
+    if cfg.data.format != "rows":
+        rows = read_split(cfg.data, Demonstration).held_out
+        sequences = policy.encoder.demonstrations(rows)
+        found["demonstration_loss"] = mean_nll(policy.model, sequences, cfg.hardware)
+    return found
+
+
+def mean_length(rollouts: list[Rollout]) -> float:
+    """Response tokens, EOS included."""
+    return sum(len(rollout.tokens.response) for rollout in rollouts) / len(rollouts)
+
+
+def settings(cfg: Evaluate) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "samples": cfg.algo.samples,
+        "temperature": cfg.algo.temperature,
+        "reward": cfg.reward,
+        "gold": cfg.gold,
+        "reference": cfg.reference,
+    }
+
+
+def show(cfg: Evaluate, results: dict[str, dict[str, Any]], wins: dict[str, Any]) -> None:
+    """The report as tables."""
+    columns = ["policy", "seconds", "gold", "reward", "KL", "text loss", "tokens"]
+
+    def pair(estimate: dict[str, float] | None) -> str:
+        return f"{estimate['mean']:.3f} +- {estimate['stderr']:.3f}" if estimate else "-"
+
+    rows = [
+        [
+            path,
+            result["seconds"],
+            *(pair(result.get(name)) for name in ("gold", "reward", "kl")),
+            result["text_loss"],
+            result["length"],
+        ]
+        for path, result in results.items()
+    ]
+    table("held-out prompts, mean +- standard error", columns, rows)
+    if wins:
+        title = f"{cfg.policy} against"
+        heads = ["baseline", "win", "tie", "loss", "wins + ties/2, 95%"]
+        table(
+            title,
+            heads,
+            [
+                [path, w["win"], w["tie"], w["loss"], f"{w['low']:.3f} .. {w['high']:.3f}"]
+                for path, w in wins.items()
+            ],
+        )

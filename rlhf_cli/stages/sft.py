@@ -1,0 +1,121 @@
+"""Supervised fine-tuning: imitate demonstrations.
+
+    L = - sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t     (InstructGPT 2203.02155, step 1)
+
+over all response tokens of an optimizer step, and over all tokens of plain text. Reads a pretrained
+model (`model.path`), or builds a small decoder and its tokenizer from the rows; writes a policy.
+
+    rlhf-cli sft model=pretrained model.path=HuggingFaceTB/SmolLM2-135M data=jsonl data.path=d.jsonl
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.config.schema import Sft
+from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
+from rlhf_cli.data.kinds import Demonstration, Text
+from rlhf_cli.data.rows import Split, read_split, read_texts
+from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.models.forward import token_logprobs, unwrap
+from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
+from rlhf_cli.models.score import mean_nll
+from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
+from rlhf_cli.objectives.likelihood import nll_sum
+from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.training.optimize import Loss, Optimizer, Part
+from rlhf_cli.training.session import begin, note, restore, snapshot
+
+
+def run(cfg: Sft) -> Path:
+    """Train and write the policy; returns `out`."""
+    session = begin(cfg)
+    if session is None:
+        return Path(cfg.out)
+    algo, hardware = cfg.algo, cfg.hardware
+    rows = read_split(cfg.data, Demonstration)
+    texts = read_texts(cfg.data) if algo.text_mix else Split([], [], [])
+    policy, tokenizer = initial_policy(cfg, rows.train + texts.train, session.device)
+    encoder = Encoder(tokenizer, cfg.data)
+    train, held_out = encoder.demonstrations(rows.train), encoder.demonstrations(rows.held_out)
+    mixed = encoder.texts(texts.train[: round(algo.text_mix * len(train))])
+    note(encoder, rows.notes + texts.notes)
+    train = train + mixed
+
+    steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
+    steps = min(steps, algo.max_steps or steps)
+    optimizer = Optimizer({"policy": (policy, algo.lr)}, algo, steps)
+    state, best_weights = session.resume({"policy": policy}, optimizer)
+    best = state.get("best", math.inf)
+    log = session.log()
+
+    def loss(sequences: list[Tokens]) -> Loss:
+        batch = collate(sequences, session.device)
+        logprobs = token_logprobs(policy, batch, chunk=hardware.logprob_chunk).logprobs
+        return nll_sum(logprobs, batch.response), {}
+
+    batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
+    with Bar("sft", steps) as bar:
+        for step, batch in zip(range(1, steps + 1), batches, strict=False):
+            bar.advance()
+            if step <= session.start:
+                continue
+            torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
+            policy.train()
+            metrics = optimizer.step(
+                [Part(cut(batch, hardware.tokens_per_microbatch), loss, trained_tokens(batch))]
+            )
+            policy.eval()
+            if step % algo.eval_every == 0 or step == steps:
+                nll = mean_nll(policy, held_out, hardware)
+                metrics |= {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
+                bar.advance(0, f"loss {metrics['loss']:.3f}  held-out {nll:.3f}")
+                if algo.keep == "best" and nll < best:
+                    best, best_weights = nll, snapshot(policy)
+            log.write(step, metrics)
+            session.save(step, {"policy": policy}, optimizer, {"best": best}, best_weights)
+
+    if algo.keep == "best" and best_weights:
+        restore(policy, best_weights)
+    policy.eval()
+    final = {"eval/loss": mean_nll(policy, held_out, hardware)}
+    if texts.held_out:
+        final["text/loss"] = mean_nll(policy, encoder.texts(texts.held_out), hardware)
+    final["eval/perplexity"] = math.exp(min(final["eval/loss"], 700.0))
+    say("  ".join(f"{name} {value:.4g}" for name, value in final.items()))
+    return session.finish_model(policy, "policy", encoder, final)
+
+
+def initial_policy(
+    cfg: Sft, rows: list[Demonstration | Text], device: torch.device
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The pretrained model of model.path, or a decoder and a tokenizer from scratch."""
+    if cfg.model.path is not None:
+        tokenizer = load_tokenizer(cfg.model.path, cfg.model)
+        policy = load_policy(cfg.model.path, cfg.model, tokenizer, device)
+    else:
+        assert cfg.model.vocab_size is not None
+        tokenizer = learn_tokenizer([written(row, cfg) for row in rows], cfg.model.vocab_size)
+        policy = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
+    if cfg.model.dropout:
+        residual_dropout(policy, cfg.model.dropout)
+    if cfg.hardware.gradient_checkpointing:
+        unwrap(policy).gradient_checkpointing_enable()
+    return policy, tokenizer
+
+
+def written(row: Demonstration | Text, cfg: Sft) -> str:
+    """A row as the text that a new tokenizer learns from."""
+    if isinstance(row, Text):
+        return row.text
+    turns = row.prompt if isinstance(row.prompt, list) else [{"content": row.prompt}]
+    prompt = "\n".join(turn["content"] for turn in turns)
+    return cfg.data.template.replace("{prompt}", prompt) + row.completion
+
+
+def trained_tokens(sequences: list[Tokens]) -> int:
+    """Tokens that carry loss."""
+    return sum(len(sequence.response) for sequence in sequences)

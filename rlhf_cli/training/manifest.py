@@ -1,0 +1,117 @@
+"""stage.json and what a folder is, told without torch: its kind, tokenizer, weights and hash."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.errors import UserError
+
+MANIFEST = "stage.json"
+
+Manifest = dict[str, Any]
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """stage.json of a folder; None where it has none (a foreign folder, or no folder)."""
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{file}: damaged; run the stage that wrote it again") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{file}: damaged; run the stage that wrote it again")
+    return manifest
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; of an adapter folder, of its base where that is local."""
+    adapter = folder / "adapter_config.json"
+    file = folder / "config.json"
+    try:
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            file = Path(base) / "config.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: damaged") from None
+
+
+def kind_of(folder: Path) -> str:
+    """policy or reward, by stage.json, else by the architecture in config.json."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return str(manifest.get("kind"))
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS":
+        return "reward"
+    architectures = read_config(folder).get("architectures") or []
+    scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
+    return "reward" if scorer else "policy"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model or adapter folder."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def check_weights(folder: Path) -> None:
+    """Stop at missing or cut weights, by the sizes that safetensors headers promise.
+
+    Raises:
+        UserError: naming the file.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise UserError(f"{folder}: no weights (*.safetensors) in this folder")
+    for file in files:
+        size = file.stat().st_size
+        try:
+            with file.open("rb") as stream:
+                (header_size,) = struct.unpack("<Q", stream.read(8))
+                if header_size > size - 8:
+                    raise ValueError
+                header = json.loads(stream.read(header_size))
+            ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
+            whole = 8 + header_size + max(ends, default=0)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{file}: damaged weights (unreadable header)") from None
+        if whole != size:
+            raise UserError(f"{file}: truncated weights: {size} bytes of {whole}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if absent := needed - {file.name for file in files}:
+            raise UserError(f"{folder}: weights missing: {sorted(absent)[0]}")
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 over the names and bytes of files, shortened to 16 digits."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def content_hash(path: str) -> str:
+    """Identity of a model folder: its weights and its config. A hub id stands for itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    configs = [folder / name for name in ("config.json", "adapter_config.json")]
+    return file_hash(*weight_files(folder), *(file for file in configs if file.is_file()))
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """Identity of a tokenizer: its vocabulary and merges; None where no tokenizer.json lies."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    model = json.loads(file.read_text(encoding="utf-8")).get("model")
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""The `out` folder of a stage: free, finished, resumable or somebody else's; written atomically."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import STAGES, Run
+from rlhf_cli.training.manifest import MANIFEST, Manifest, content_hash, read_manifest
+
+FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
+CONFIG = "config.yaml"
+HEADER = "# rlhf"  # how the first line of our own config.yaml begins
+STAGING = ".staging"
+
+# hardware changes no result, and overwrite is an order rather than a setting
+IGNORED_KEYS = ("hardware", "overwrite")
+
+
+def stage_name(cfg: Run) -> str:
+    """The subcommand that a typed config belongs to."""
+    return next(name for name, schema in STAGES.items() if type(cfg) is schema)
+
+
+def parents_of(cfg: Run) -> dict[str, str]:
+    """The model folders or hub ids that a stage reads, by role."""
+    roles = {role: getattr(cfg, role, None) for role in ("policy", "reward", "reference")}
+    if (model_path := getattr(cfg.model, "path", None)) is not None:  # type: ignore[attr-defined]
+        roles["model"] = model_path
+    for number, baseline in enumerate(getattr(cfg, "baselines", None) or []):
+        roles[f"baseline {number}"] = baseline
+    return {role: path for role, path in roles.items() if path and Path(path).is_dir()}
+
+
+def state_of(cfg: Run) -> str:
+    """Whether `out` is free, finished by this very config, or left unfinished by it.
+
+    Raises:
+        UserError: another config made it, a parent has changed since, or it cannot be written.
+    """
+    out = Path(cfg.out)
+    check_writable(out)
+    for role, path in parents_of(cfg).items():
+        if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
+    saved = out / CONFIG
+    if not saved.is_file() or not saved.read_bytes().startswith(HEADER.encode()):
+        if out.is_dir() and any(out.iterdir()):  # never emptied, whatever overwrite says
+            raise UserError(f"out={out} is not empty and not a stage's folder; name another out")
+        return FREE
+    if cfg.overwrite or cfg.data.path == "-":  # standard input is new each time
+        return FREE
+    made_by = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    if differing := differing_keys(made_by, asdict(cfg)):
+        raise UserError(
+            f"out={out} was made by another config ({', '.join(differing[:4])} differ); "
+            "name another out, or set overwrite=true"
+        )
+    manifest = read_manifest(out)
+    if manifest is None or not manifest.get("complete"):
+        return RESUMABLE
+    for role, path in parents_of(cfg).items():
+        before = manifest["parents"].get(role, {}).get("hash")
+        if before is not None and before != content_hash(path):
+            raise UserError(
+                f"out={out} was made from another {role} ({path} has changed since); "
+                "set overwrite=true to make it again"
+            )
+    return FINISHED
+
+
+def check_writable(out: Path) -> None:
+    """Stop before any work where `out` cannot be written."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"out={out}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"out={out}: no permission to write in {place}")
+
+
+def differing_keys(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, hardware and overwrite aside."""
+    flat_saved, flat_given = flatten(saved), flatten(given)
+    return [
+        name
+        for name in sorted(flat_saved.keys() | flat_given.keys())
+        if name.split(".")[0] not in IGNORED_KEYS and flat_saved.get(name) != flat_given.get(name)
+    ]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; empty groups vanish."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def claim(cfg: Run) -> Path:
+    """Make the folder this run's own: emptied if free, config.yaml written."""
+    out = Path(cfg.out)
+    if state_of(cfg) == FREE and out.is_dir():
+        for entry in out.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["rlhf-cli", *sys.argv[1:]]) if sys.argv[0].endswith("rlhf-cli") else ""
+    header = f"# {command or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
+    write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
+    return out
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write aside, flush to disk, then rename: readers see the old file or the whole new one."""
+    aside = file.with_name(f".{file.name}.part")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+def staging(out: Path) -> Path:
+    """An empty folder inside `out` for files that are not to be seen yet."""
+    folder = out / STAGING
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(out: Path, manifest: Manifest) -> None:
+    """Move staged files into `out`, then write stage.json: only that makes the folder complete."""
+    folder = out / STAGING
+    if folder.is_dir():
+        for file in sorted(folder.iterdir()):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            file.replace(out / file.name)
+        folder.rmdir()
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    write_text(out / MANIFEST, json.dumps({**manifest, "complete": True}, indent=2) + "\n")

@@ -1,0 +1,177 @@
+"""All that can be known before torch is imported: folders, kinds, tokenizers, files, arithmetic."""
+
+import re
+from pathlib import Path
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Run, Sft
+from rlhf_cli.data.rows import SUFFIXES
+from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
+from rlhf_cli.training.manifest import (
+    check_weights,
+    kind_of,
+    read_config,
+    read_manifest,
+    tokenizer_hash,
+)
+from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, stage_name, state_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MADE_BY = {"policy": "sft", "reward": "reward"}
+
+
+def preflight(cfg: Run) -> list[str]:
+    """Check paths, checkpoint kinds and arithmetic of a typed config.
+
+    Returns:
+        Lines that say what will happen.
+
+    Raises:
+        UserError: one line that says what is wrong, where, and what to do.
+    """
+    stage = stage_name(cfg)
+    lines = [f"{stage}: {(STAGES[stage].__doc__ or '').strip()}"]
+    state = state_of(cfg)
+    lines.append(f"out: {cfg.out} ({state})")
+    if state == FINISHED:
+        return lines
+    check_data(cfg)
+    check_models(cfg)
+    check_context(cfg)
+    if state == RESUMABLE:
+        lines.append("goes on from the last resume point")
+    return lines + arithmetic(cfg)
+
+
+def check_data(cfg: Run) -> None:
+    """Data files exist and say something."""
+    data = cfg.data
+    for key in ("path", "eval_path", "text_path"):
+        value = getattr(data, key)
+        if value == "-" and key == "path" and isinstance(cfg, Generate):
+            continue
+        if value is None:
+            if key == "path" and data.format != "demo":
+                raise UserError(f"data={data.format} needs data.path=FILE")
+            continue
+        place = Path(value)
+        if place.is_file():
+            if place.stat().st_size == 0:
+                raise UserError(f"data.{key}: the file {value} is empty")
+            if place.suffix not in SUFFIXES:
+                kinds = ", ".join(SUFFIXES)
+                raise UserError(f"data.{key}: {value} is none of {kinds}")
+        elif not place.is_dir() and not is_hub_id(value):
+            raise UserError(f"data.{key}: no such file: {value}")
+
+
+def is_hub_id(value: str) -> bool:
+    """owner/name, with no sign of being meant as a local path."""
+    name = value.split(":")[0]
+    local = name.startswith((".", "/", "~", "runs/")) or Path(name).suffix in SUFFIXES
+    return not local and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+
+
+def check_models(cfg: Run) -> None:
+    """Every model folder exists, is of the kind that its role needs, and shares the tokenizer."""
+    if isinstance(cfg, Sft):
+        if cfg.model.path is not None:
+            check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
+        return
+    assert isinstance(cfg, Reward | Ppo | Dpo | Grpo | Generate | Evaluate)
+    check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
+    reward = getattr(cfg, "reward", None)
+    if reward is not None and rule_of(reward) is None:
+        check_folder("reward", reward, "reward", "a reward output, or a rule")
+        check_tokenizers("reward", reward, cfg.policy)
+    if isinstance(cfg, Evaluate):
+        others = {"reference": cfg.reference}
+        others |= {f"baselines[{i}]": path for i, path in enumerate(cfg.baselines or [])}
+        for role, path in others.items():
+            if path is not None:
+                check_folder(role, path, "policy", "an sft, ppo, dpo or grpo output")
+                check_tokenizers(role, path, cfg.policy)
+        if cfg.gold is not None and rule_of(cfg.gold) is None:
+            check_folder("gold", cfg.gold, "reward", "a reward output, or a rule")
+        if cfg.reward is None and cfg.gold is None:
+            raise UserError("evaluate needs reward=... or gold=... to judge by")
+
+
+def check_folder(role: str, path: str, kind: str, meant: str) -> None:
+    """A local folder of the right kind with whole weights; a hub id passes."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{role}={path} is a file; {role} needs a folder ({meant})")
+        if is_hub_id(path):
+            return
+        maker = MADE_BY.get(kind)
+        made = f"run `rlhf-cli {maker} out={path}`" if maker else "check the path"
+        if match := re.fullmatch(r"runs/([^/]+)/(\w+)", path):
+            name = "" if match[1] == "demo" else f" name={match[1]}"
+            if match[2] in STAGES:
+                made = f"run `rlhf-cli {match[2]}{name}` first"
+        rules = f"; rules are {', '.join(RULE_NAMES)}" if kind == "reward" else ""
+        raise UserError(f"{role}={path} does not exist: {made}, or give {role}={meant}{rules}")
+    manifest = read_manifest(folder)
+    if manifest is None and not any(
+        (folder / name).is_file() for name in ("config.json", "adapter_config.json")
+    ):
+        raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
+    found = kind_of(folder)
+    if found != kind:
+        article = "reward model" if found == "reward" else found
+        raise UserError(f"{role}={path} is a {article}; {role} needs {meant}")
+    check_weights(folder)
+
+
+def check_tokenizers(role: str, path: str, policy: str) -> None:
+    """Two local folders have the same vocabulary; hub ids are checked once loaded."""
+    hashes = [tokenizer_hash(Path(place)) for place in (path, policy) if Path(place).is_dir()]
+    if len(hashes) == 2 and None not in hashes and hashes[0] != hashes[1]:
+        raise UserError(
+            f"{role}={path} has another tokenizer than policy={policy}; train both from one model"
+        )
+
+
+def check_context(cfg: Run) -> None:
+    """Prompt and response together fit into the model's positions."""
+    path = getattr(cfg, "policy", None) or getattr(cfg.model, "path", None)  # type: ignore[attr-defined]
+    if path is None or not Path(path).is_dir():
+        return
+    context = read_config(Path(path)).get("max_position_embeddings")
+    tokens = getattr(cfg.algo, "max_tokens", cfg.data.max_response_tokens)  # type: ignore[attr-defined]
+    if context is not None and cfg.data.max_prompt_tokens + tokens > context:
+        raise UserError(
+            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
+            f"do not fit the {context} positions of {path}; lower one of them"
+        )
+
+
+def arithmetic(cfg: Run) -> list[str]:
+    """The batch arithmetic, spelled out."""
+    if isinstance(cfg, Ppo):
+        algo = cfg.algo
+        updates = algo.batch_size // algo.minibatch_size * algo.epochs
+        return [
+            f"per iteration: {algo.batch_size} prompts x 1 response = {algo.batch_size} rollouts; "
+            f"/ minibatch {algo.minibatch_size} x {algo.epochs} epochs = {updates} updates",
+            f"in all: {algo.steps} iterations, {algo.steps * algo.batch_size} rollouts, "
+            f"{algo.steps * updates} updates",
+        ]
+    if isinstance(cfg, Grpo):
+        group = cfg.algo
+        updates = group.batch_size // group.minibatch_size * group.epochs
+        rollouts = group.batch_size * group.group_size
+        return [
+            f"per iteration: {group.batch_size} prompts x {group.group_size} responses = "
+            f"{rollouts} rollouts; / minibatch {group.minibatch_size} prompts x {group.epochs} "
+            f"epochs = {updates} updates",
+            f"in all: {group.steps} iterations, {group.steps * rollouts} rollouts, "
+            f"{group.steps * updates} updates",
+        ]
+    if isinstance(cfg, Sft | Reward | Dpo):
+        return [f"{cfg.algo.epochs} epochs in batches of {cfg.algo.batch_size}"]
+    assert isinstance(cfg, Generate | Evaluate)
+    prompts = "all" if cfg.algo.prompts is None else cfg.algo.prompts
+    return [f"{prompts} prompts x {cfg.algo.samples} responses"]

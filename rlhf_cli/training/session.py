@@ -1,0 +1,204 @@
+"""One run of one stage: its folder, device, logs, resume point, checks and manifest."""
+
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import rlhf_cli
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.schema import Run
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.load import save_model, set_stop_ids
+from rlhf_cli.reporting.console import say
+from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_cli.training.manifest import content_hash, tokenizer_hash
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.outfolder import (
+    FINISHED,
+    claim,
+    parents_of,
+    publish,
+    stage_name,
+    staging,
+    state_of,
+)
+from rlhf_cli.training.preflight import preflight
+
+
+@dataclass
+class Session:
+    """What a stage holds while it runs.
+
+    start: the step to go on after; 0 for a fresh run.
+    checks: measured values of the hand-off checks, for stage.json.
+    """
+
+    cfg: Run
+    out: Path
+    device: torch.device
+    began: float
+    start: int = 0
+    spent: float = 0.0
+    checks: dict[str, float] = field(default_factory=dict)
+
+    def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
+        """Record a hand-off check; stop the run where it does not hold."""
+        self.checks[name] = value
+        if not holds:
+            raise RunError(f"hand-off check {name} failed ({value:.6g}): {diagnosis}")
+
+    def log(self, file: str = "metrics.jsonl") -> JsonLines:
+        """A JSON-lines file in `out`, cut back to the resume point."""
+        return JsonLines(self.out / file, self.start)
+
+    def seconds(self) -> float:
+        """Working time, of earlier parts of a resumed run too."""
+        return self.spent + time.monotonic() - self.began
+
+    # ------------------------------------------------------------------ resume points
+
+    def save(
+        self,
+        step: int,
+        networks: dict[str, nn.Module],
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Keep a resume point if `hardware.save_every` steps have passed."""
+        every = self.cfg.hardware.save_every
+        if every is None or step % every:
+            return
+        tensors = {
+            f"{name}/{weight}": value
+            for name, network in networks.items()
+            for weight, value in snapshot(network).items()
+        }
+        tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
+        tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
+        meta = {**state, **optimizer.state(), "seconds": self.seconds(), "checks": self.checks}
+        save_checkpoint(self.out, step, tensors, meta)
+
+    def resume(
+        self, networks: dict[str, nn.Module], optimizer: Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Load the newest resume point into networks and optimizer.
+
+        Returns:
+            The state and the extra tensors that were given to `save`; empty for a fresh run.
+        """
+        found = load_checkpoint(self.out)
+        if found is None:
+            return {}, {}
+        tensors, state = found
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = value
+        for name, network in networks.items():
+            restore(network, groups[name])
+        optimizer.load(groups.get("optimizer", {}), state)
+        self.start = state["step"]
+        self.spent = state["seconds"]
+        self.checks = state["checks"]
+        say(f"resuming after step {self.start}")
+        return state, groups.get("extra", {})
+
+    # ------------------------------------------------------------------ the end
+
+    def finish_model(
+        self, model: nn.Module, kind: str, encoder: Encoder, metrics: dict[str, float], **more: Any
+    ) -> Path:
+        """Write the model folder and its manifest; only then is the stage complete."""
+        merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
+        if kind == "policy":
+            set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
+        folder = staging(self.out)
+        save_model(model, encoder.tokenizer, folder, merge)
+        identity = {
+            "tokenizer": tokenizer_hash(folder),
+            "eos_ids": encoder.stop_ids,
+            "pad_id": encoder.tokenizer.pad_token_id,
+            "template": self.cfg.data.template,
+        }
+        return self.finish(kind, metrics, **identity, **more)
+
+    def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
+        """Publish what is staged, with stage.json last."""
+        parents = {
+            role: {"path": path, "hash": content_hash(path)}
+            for role, path in parents_of(self.cfg).items()
+        }
+        publish(
+            self.out,
+            {
+                "stage": stage_name(self.cfg),
+                "kind": kind,
+                "parents": parents,
+                "seed": self.cfg.seed,
+                **more,
+                "checks": round_figures(self.checks),
+                "metrics": round_figures(metrics),
+                "seconds": round(self.seconds(), 1),
+                "versions": {
+                    "rlhf-cli": rlhf_cli.__version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+        )
+        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
+        return self.out
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights that training changes."""
+    return {
+        name: weight.detach().clone()
+        for name, weight in network.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put a snapshot back."""
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def begin(cfg: Run) -> Session | None:
+    """Check everything, claim `out` and set torch up; None where `out` is finished already."""
+    began = time.monotonic()
+    lines = preflight(cfg)
+    if state_of(cfg) == FINISHED:
+        say(f"{cfg.out}: already finished; nothing to do")
+        return None
+    out = claim(cfg)
+    for line in lines:
+        say(line)
+    if cfg.hardware.threads is not None:
+        torch.set_num_threads(cfg.hardware.threads)
+    return Session(cfg, out, device_of(cfg.hardware.device), began)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that hardware.device names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def note(encoder: Encoder, notes: list[str]) -> None:
+    """Say how many rows were read, cut and dropped, and why."""
+    for line in [*notes, *encoder.notes()]:
+        say(line)

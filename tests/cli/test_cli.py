@@ -1,0 +1,337 @@
+"""The console script, in a subprocess: help, ls, cp, env, completion, --check, sweeps, statuses."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.schema import STAGES
+from tests.conftest import Cli
+
+# --------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
+def test_the_overview_names_every_stage(words: tuple[str, ...], cli: Cli) -> None:
+    done = cli(*words)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for stage in STAGES:
+        assert f"\n  {stage} " in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_help_shows_every_key_with_value_and_meaning(stage: str, cli: Cli) -> None:
+    done = cli(stage, "--help", COLUMNS="120")
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    flat = " ".join(done.stdout.split())
+    for key, field in catalog.keys(stage).items():
+        assert f" {key}=" in flat
+        assert catalog.describe(field) in flat
+        assert field.metadata["meaning"].split()[0] in flat
+
+
+def test_stage_help_follows_options_and_values(cli: Cli) -> None:
+    text = cli("ppo", "algo=ppo_adaptive", "algo.lam=0.9", "--help").stdout
+    assert "algo.kl_controller=ziegler" in text
+    assert "algo.lam=0.9" in text
+
+
+def test_stage_help_is_readable_in_a_narrow_terminal(cli: Cli) -> None:
+    text = cli("ppo", "--help", COLUMNS="50").stdout
+    assert "Weight of the value loss." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (["--help"], ["torch", "hydra", "omegaconf"]),
+        (["ppo", "--help"], ["torch", "hydra", "omegaconf"]),
+        (["ls", "algo"], ["torch", "hydra", "omegaconf"]),
+        (["ppo", "--cfg", "job"], ["torch", "transformers"]),
+        (["ppo", "--check", "algo.kl_coef=abc"], ["torch", "transformers"]),
+        (["ppo", "--check"], ["torch", "transformers"]),
+    ],
+)
+def test_what_must_be_quick_imports_nothing_heavy(
+    words: list[str], absent: list[str], tmp_path: Path
+) -> None:
+    code = (
+        "import sys; sys.argv[0] = 'rlhf-cli'\n"
+        "from rlhf_cli.cli import main\n"
+        "main(); print('MODULES', *sys.modules)"
+    )
+    done = python(code, words, tmp_path)
+    modules = done.stdout.rpartition("MODULES")[2].split()
+    assert "rlhf_cli.cli" in modules
+    assert not [name for name in absent if name in modules]
+
+
+def python(
+    code: str, words: list[str], cwd: Path, **env: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "rlhf-cli"
+    done = subprocess.run(
+        f"'{script}' ppo --help | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("rlhf-cli ppo:")
+    assert done.stderr == ""
+
+
+# --------------------------------------------------------------------------- ls, cp, env
+
+
+def test_ls(cli: Cli) -> None:
+    assert cli("ls").stdout.split()[0] == "algo"
+    lines = cli("ls", "algo", COLUMNS="140").stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["dpo"] == ["dpo"]
+    assert rows["ppo_ptx"][:4] == ["ppo", "ppo", "with", "ptx_coef=1.0"]
+    assert "all stages" in cli("ls", "hardware").stdout
+    assert cli("ls", "recipes").returncode == 0
+
+
+def test_cp_copies_an_option_and_never_overwrites(cli: Cli, tmp_path: Path) -> None:
+    done = cli("cp", "algo/ppo_ptx", "mine/algo/")
+    copy = tmp_path / "mine" / "algo" / "ppo_ptx.yaml"
+    assert done.stdout == "mine/algo/ppo_ptx.yaml\n"
+    assert copy.read_text() == (catalog.shipped("conf") / "algo" / "ppo_ptx.yaml").read_text()
+    again = cli("cp", "algo/ppo_ptx.yaml", "mine/algo")
+    assert again.returncode == 2
+    assert "does not overwrite" in again.stderr
+    assert cli("cp", "algo/ppo", "mine/algo/other.yaml").returncode == 0
+    assert cli("ppo", "--config-dir", "mine", "algo=other", "--cfg", "job").returncode == 0
+
+
+def test_cp_copies_every_recipe(cli: Cli, tmp_path: Path) -> None:
+    for recipe in catalog.shipped("recipes").glob("*.sh"):
+        assert cli("cp", recipe.stem, ".").stdout == f"{recipe.name}\n"
+        assert os.access(tmp_path / recipe.name, os.X_OK) == os.access(recipe, os.X_OK)
+
+
+@pytest.mark.slow
+def test_env(cli: Cli) -> None:
+    text = cli("env").stdout
+    for name in ("python", "torch", "transformers", "hydra-core", "device", "threads"):
+        assert f"  {name} " in text
+
+
+# --------------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize(
+    ("line", "present", "absent"),
+    [
+        ("rlhf-cli ", ["sft ", "ppo ", "ls "], []),
+        ("rlhf-cli p", ["ppo "], ["sft "]),
+        ("rlhf-cli ppo ", ["algo=", "algo.kl_coef=", "policy="], ["algo.beta="]),
+        ("rlhf-cli ppo alg", ["algo=", "algo.kl_coef="], ["policy="]),
+        ("rlhf-cli ppo algo=", ["algo=ppo ", "algo=ppo_ptx "], ["algo=dpo "]),
+        ("rlhf-cli ppo seed=3 algo.kl_con", ["algo.kl_controller="], ["algo.kl_coef="]),
+        ("rlhf-cli ppo algo.kl_controller=", ["algo.kl_controller=fixed "], []),
+        ("rlhf-cli ppo overwrite=t", ["overwrite=true "], ["overwrite=false "]),
+        ("rlhf-cli ppo --ch", ["--check "], ["--cfg "]),
+        ("rlhf-cli ls ", ["algo ", "recipes "], []),
+        ("rlhf-cli cp algo/ppo_", ["algo/ppo_ptx "], ["algo/dpo "]),
+        ("rlhf-cli completion ", ["bash ", "zsh ", "fish "], []),
+        ("rlhf-cli nothing ", [], ["ppo "]),
+    ],
+)
+def test_completion(line: str, present: list[str], absent: list[str], cli: Cli) -> None:
+    done = cli("completion", "query", COMP_LINE=line, COMP_POINT=str(len(line)))
+    found = done.stdout.split("\n")
+    assert done.returncode == 0
+    assert set(present) <= set(found)
+    assert not set(absent) & set(found)
+
+
+def test_completion_stops_at_the_cursor(cli: Cli) -> None:
+    done = cli("completion", "query", COMP_LINE="rlhf-cli pp algo=x", COMP_POINT="11")
+    assert done.stdout == "ppo \n"
+
+
+def test_completion_knows_own_options(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "algo").mkdir(parents=True)
+    (tmp_path / "mine" / "algo" / "gentle.yaml").write_text("defaults: [ppo, _self_]\n")
+    line = "rlhf-cli ppo --config-dir mine algo=g"
+    done = cli("completion", "query", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert done.stdout == "algo=gentle \n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "expected"),
+    [
+        ("rlhf-cli pp", "rlhf-cli pp", ["ppo "]),
+        # bash cuts words at "=", so only what follows it is given back
+        ("rlhf-cli ppo algo=ppo_p", "rlhf-cli ppo algo = ppo_p", ["ppo_ptx "]),
+    ],
+)
+def test_bash_completes(line: str, words: str, expected: list[str], cli: Cli) -> None:
+    script = cli("completion", "bash").stdout
+    bin_folder = Path(sys.executable).parent
+    program = (
+        f'{script}\nCOMP_WORDS=({words}); COMP_LINE="{line}"; COMP_POINT={len(line)}\n'
+        '_rlhf_cli; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", program],
+        env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == expected
+
+
+# --------------------------------------------------------------------------- composing
+
+
+def test_cfg_job_prints_the_config(cli: Cli) -> None:
+    done = cli("ppo", "algo=ppo_ptx", "algo.kl_coef=0.3", "--cfg", "job")
+    assert done.returncode == 0
+    assert "kl_coef: 0.3" in done.stdout
+    assert "policy: runs/${name}/sft" in done.stdout
+    resolved = cli("ppo", "--cfg", "job", "--resolve").stdout
+    assert "policy: runs/demo/sft" in resolved
+    part = cli("ppo", "--cfg", "job", "-p", "algo").stdout
+    assert "kl_coef" in part
+    assert "policy" not in part
+
+
+def test_own_options_from_outside_the_checkout(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "algo").mkdir(parents=True)
+    (tmp_path / "mine" / "algo" / "gentle.yaml").write_text(
+        "defaults: [ppo, _self_]\nkl_coef: 0.7\n"
+    )
+    done = cli("ppo", "--config-dir", "mine", "algo=gentle", "--cfg", "job", "-p", "algo")
+    assert "kl_coef: 0.7" in done.stdout
+
+
+# --------------------------------------------------------------------------- running
+# A stand-in for the stage: what is tested is what the command line makes of its end.
+
+STAND_IN = """
+import sys, types
+from pathlib import Path
+from rlhf_cli.config.errors import RunError, UserError
+
+def run(cfg):
+{body}
+
+def preflight(cfg):
+    if cfg.seed == 13:
+        raise UserError("seed 13 is unlucky")
+    return [f"would write {{cfg.out}}"]
+
+for name, function in {{"stages.ppo": run, "training.preflight": preflight}}.items():
+    module = types.ModuleType(f"rlhf_cli.{{name}}")
+    setattr(module, function.__name__, function)
+    sys.modules[module.__name__] = module
+sys.argv[0] = "rlhf-cli"
+from rlhf_cli.cli import main
+sys.exit(main())
+"""
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Run:
+    """Run `rlhf-cli WORDS...` with a stage whose body is given."""
+
+    def run(body: str, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        code = STAND_IN.format(body=f"    {body}")
+        return python(code, ["ppo", *words], tmp_path, **env)
+
+    return run
+
+
+def test_stdout_is_the_path_alone(stand_in: Run, tmp_path: Path) -> None:
+    done = stand_in("print('log', file=sys.stderr); return Path(cfg.out)", "name=mine")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "runs/mine/ppo\n", "log\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_prints_the_summary_and_runs_nothing(stand_in: Run, tmp_path: Path) -> None:
+    done = stand_in("raise RunError('it ran')", "--check", "out=x")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "would write x\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("raise UserError('bad row')", 2, "rlhf-cli: error: bad row\n"),
+        ("raise RunError('loss is\\nnot finite')", 1, "rlhf-cli: error: loss is not finite\n"),
+        (
+            "raise KeyboardInterrupt",
+            130,
+            "rlhf-cli: error: interrupted; the same command resumes\n",
+        ),
+        ("{}['x']", 1, "KeyError: 'x' (set RLHF_TRACEBACK=1 for the traceback)\n"),
+    ],
+)
+def test_how_a_run_ends(body: str, status: int, message: str, stand_in: Run) -> None:
+    done = stand_in(body)
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert done.stderr.endswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["raise UserError('bad row')", "{}['x']"])
+def test_a_traceback_on_request(body: str, stand_in: Run) -> None:
+    done = stand_in(body, RLHF_TRACEBACK="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> None:
+    body = "Path(cfg.out).mkdir(parents=True); return Path(cfg.out)"
+    done = stand_in(body, "-m", "algo.kl_coef=0.1,0.2", "algo=ppo,ppo_ptx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"runs/demo/ppo/{job}" for job in range(4)]
+    assert "Launching 4 jobs" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_sweep_can_be_checked(stand_in: Run, tmp_path: Path) -> None:
+    done = stand_in("raise RunError('it ran')", "-m", "--check", "algo.kl_coef=0.1,0.2")
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert "would write runs/demo/ppo/1" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_with_a_bad_job_starts_none(stand_in: Run, tmp_path: Path) -> None:
+    done = stand_in("return Path(cfg.out)", "-m", "seed=1,13")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "rlhf-cli: error: seed 13 is unlucky\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "status"), [("UserError", 2), ("RunError", 1), ("KeyError", 1)])
+def test_a_failed_job_fails_the_sweep(error: str, status: int, stand_in: Run) -> None:
+    body = f"if cfg.seed == 1: raise {error}('lost')\n    return Path(cfg.out)"
+    done = stand_in(body, "-m", "seed=1,2")
+    assert done.returncode == status
+    assert done.stdout == "runs/demo/ppo/1\n"
+    assert "lost" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,125 @@
+"""What a user can get wrong, and the one line that answers it.
+
+Each case runs the console script: status 2, one line on stderr with the given parts, nothing on
+stdout, nothing written.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+
+# (the words after rlhf-cli, parts of the answer)
+NAMES = [
+    ("ppoo", ["unknown stage ppoo", "did you mean ppo?", "evaluate"]),
+    ("xyzzy", ["unknown stage xyzzy", "choices: sft, reward"]),
+    ("algo=ppo", ["the stage comes first", "rlhf-cli STAGE algo=ppo"]),
+    ("--chek", ["the stage comes first"]),
+    ("ppo algo.kl_coeff=0.1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
+    ("ppo alg.kl_coef=0.1", ["unknown key alg.kl_coef", "did you mean algo.kl_coef?"]),
+    ("ppo algo.zzz=1", ["unknown key algo.zzz", "algo has adam_beta1", "whiten_advantages"]),
+    ("ppo kl_coef=0.1", ["unknown key kl_coef", "did you mean algo.kl_coef?"]),
+    ("ppo dtype=float32", ["did you mean model.dtype?"]),
+    ("ppo algos=ppo", ["unknown key algos", "did you mean algo?"]),
+    ("ppo polcy=x", ["unknown key polcy", "did you mean policy?"]),
+    ("ppo algo.beta=0.1", ["unknown key algo.beta", "belongs to `rlhf-cli dpo`"]),
+    ("sft policy=x", ["unknown key policy", "belongs to `rlhf-cli reward`"]),
+    ("ppo +algo.kl_coeff=1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
+    ("ppo ++algo.kl_coeff=1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
+    ("ppo +algo.kl_coef=1", ["algo.kl_coef exists already", "without +"]),
+    ("ppo ~algo.kl_coef", ["~algo.kl_coef", "cannot be removed"]),
+    ("ppo algo=ppoo", ["unknown algo option ppoo", "did you mean ppo?", "ppo, ppo_adaptive"]),
+    ("ppo algo=", ["unknown algo option", "ppo takes ppo"]),
+    ("ppo algo=dpo", ["algo=dpo belongs to `rlhf-cli dpo`; ppo takes ppo, ppo_adaptive, ppo_ptx"]),
+    ("ppo model=tiny", ["model=tiny belongs to `rlhf-cli sft`", "ppo takes full, lora"]),
+    ("generate model=full", ["model=full belongs to", "generate takes frozen"]),
+    ("ppo -m algo=ppo,dpo", ["algo=dpo belongs to `rlhf-cli dpo`"]),
+    ("ls algoo", ["unknown group algoo", "did you mean algo?"]),
+    ("cp algo/pppo x", ["nothing is named algo/pppo", "did you mean algo/ppo?"]),
+    ("cp algo/ppo", ["cp takes two words"]),
+    ("completion tcsh", ["bash, zsh or fish"]),
+    ("env please", ["env takes no words"]),
+]
+
+GRAMMAR = [
+    ("ppo --algo.kl_coef=0.1", ["no dashes", "algo.kl_coef=0.1"]),
+    ("ppo --algo.kl_coef 0.1", ["no dashes", "algo.kl_coef=VALUE"]),
+    ("ppo --chek", ["unknown flag --chek", "did you mean --check?"]),
+    ("ppo --config-name x", ["unknown flag --config-name"]),
+    ("ppo --config-dir nowhere", ["--config-dir", "no folder nowhere"]),
+    ("ppo --cfg jbo", ["--cfg", "jbo"]),
+    ("ppo --cfg job -p algos", ["--package takes algo", "algos"]),
+    ("ppo --cfg job -m", ["take one"]),
+    ("ppo --resolve", ["--resolve", "--cfg job"]),
+    ("ppo algo.kl_coef 0.1", ["algo.kl_coef has no value", "algo.kl_coef=VALUE"]),
+    ("ppo =0.1", ["names no key"]),
+    ("ppo out=a=b", ["cannot read out=a=b", "'out=\"a=b\"'"]),
+    ("ppo name=a,b", ["name=a,b", "-m", "'name=\"a,b\"'"]),
+    ("ppo name=${nam}", ["name", "${nam}"]),
+]
+
+VALUES = [
+    ("ppo algo.kl_coef=abc", ["algo.kl_coef must be a number >= 0", "abc"]),
+    ("ppo algo.epochs=2.5", ["algo.epochs must be an integer >= 1", "2.5"]),
+    ("ppo algo.whiten_advantages=maybe", ["algo.whiten_advantages must be true|false", "maybe"]),
+    ("ppo algo.clip=null", ["algo.clip must be a number > 0", "null"]),
+    ("ppo data.columns=3", ["data.columns must be a map"]),
+    ("ppo algo.lam=1.5", ["algo.lam must be a number >= 0, <= 1", "1.5"]),
+    ("ppo algo.clip=0", ["algo.clip must be a number > 0", "0"]),
+    ("ppo seed=-1", ["seed must be an integer >= 0", "-1"]),
+    ("dpo algo.label_smoothing=0.5", ["algo.label_smoothing", "< 0.5"]),
+    ("ppo algo.lr=nan", ["algo.lr must be finite", "nan"]),
+    ("ppo algo.lr=inf", ["algo.lr must be finite", "inf"]),
+    ("ppo algo.lr_schedule=cosin", ["algo.lr_schedule", "did you mean cosine?"]),
+    ("grpo algo.group_size=1", ["algo.group_size must be an integer >= 2", "1"]),
+    ("ppo data=jsonl", ["ppo needs data.path=VALUE"]),
+    ("ppo -m algo.kl_coef=0.1,abc", ["algo.kl_coef must be a number >= 0", "abc"]),
+    ("ppo -m algo=glob(ppo*)", ["algo=glob(ppo*)", "algo=A,B"]),
+    ("ppo -m algo.kl_coef=interval(0,1)", ["INTERVAL"]),
+    ("ppo -m algo.clip=0.1,0", ["algo.clip must be a number > 0"]),
+]
+
+RULES = [
+    ("ppo algo.batch_size=64 algo.minibatch_size=24", ["minibatch_size=24 must divide", "=64"]),
+    ("grpo algo.batch_size=16 algo.minibatch_size=3", ["minibatch_size=3 must divide", "=16"]),
+    ("ppo algo.kl_target=6", ["algo.kl_target", "kl_controller=fixed"]),
+    ("ppo algo.kl_horizon=100", ["algo.kl_horizon", "kl_controller=fixed"]),
+    ("ppo algo.kl_controller=ziegler", ["kl_controller=ziegler needs algo.kl_target"]),
+    ("ppo algo=ppo_adaptive algo.kl_horizon=null", ["ziegler needs algo.kl_horizon"]),
+    ("ppo algo=ppo_adaptive algo.kl_controller=schulman", ["algo.kl_horizon", "ziegler only"]),
+    ("sft model.vocab_size=null", ["model.path is null", "model.vocab_size is needed"]),
+    ("sft model.path=gpt2", ["model.vocab_size is for models from scratch", "model=pretrained"]),
+    ("sft model.hidden_size=100 model.heads=3", ["model.heads=3 must divide", "100"]),
+    ("sft model.context=40", ["model.context=40 is shorter than", "max_prompt_tokens"]),
+    ("ppo model.merge_lora=false", ["model.merge_lora=false", "lora_rank=0"]),
+    (
+        "ppo data=jsonl data.path=x.jsonl algo=ppo_ptx",
+        ["algo.ptx_coef=", "needs plain text", "data.text_path"],
+    ),
+    (
+        "sft data=jsonl data.path=x.jsonl model=pretrained algo.text_mix=0.5",
+        ["algo.text_mix=0.5 needs plain text", "data.text_path"],
+    ),
+    ("ppo algo.min_lr_ratio=0.1", ["min_lr_ratio=0.1", "cosine only"]),
+    ("generate hardware.save_every=10", ["hardware.save_every", "stages that train"]),
+    ("evaluate hardware.gradient_checkpointing=true", ["gradient_checkpointing", "that train"]),
+    ("generate algo.min_tokens=50 algo.max_tokens=20", ["min_tokens=50 exceeds", "=20"]),
+    ("generate algo.beams=4 algo.temperature=0.7", ["beams=4", "temperature must be 1"]),
+    ("generate algo.beams=4 algo.top_k=5", ["beams=4", "top_k must be 0"]),
+    ("generate algo.beams=4 algo.top_p=0.9", ["beams=4", "top_p must be 1"]),
+    ("generate algo.beams=4 algo.samples=5", ["samples=5 exceeds algo.beams=4"]),
+    ("ppo data.template=Hello", ["data.template", "{prompt}"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), NAMES + GRAMMAR + VALUES + RULES)
+def test_a_user_error_is_one_line(words: str, parts: list[str], cli: Cli, tmp_path: Path) -> None:
+    done = cli(*words.split())
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("rlhf-cli: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert list(tmp_path.iterdir()) == []

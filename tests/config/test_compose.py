@@ -1,0 +1,145 @@
+"""Every shipped option composes with every stage that it belongs to, and every key is explained."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import STAGES, Ppo
+
+CONF = catalog.shipped("conf")
+DIRS = catalog.config_dirs()
+
+OPTIONS = [
+    (stage, group, option)
+    for group in catalog.GROUPS
+    for option in catalog.options(group, DIRS)
+    for stage in catalog.stages_of(group, option, DIRS)
+]
+
+# What a user has to say besides the option, because it has no sound default.
+NEEDED = {"jsonl": ["data.path=rows.jsonl"]}
+# The demo brings plain text, and prompts that a tiny model has room for; other data does not.
+OTHER_DATA = {"sft": ["algo.text_mix=0", "model=pretrained"]}
+
+
+def words_for(stage: str, group: str, option: str) -> list[str]:
+    words = [f"{group}={option}", *NEEDED.get(option, [])]
+    return words + (OTHER_DATA.get(stage, []) if group == "data" and option != "demo" else [])
+
+
+@pytest.mark.parametrize(("stage", "group", "option"), OPTIONS)
+def test_an_option_composes_with_its_stages(stage: str, group: str, option: str) -> None:
+    config = compose(stage, words_for(stage, group, option))
+    assert type(config) is STAGES[stage]
+
+
+@pytest.mark.parametrize("group", catalog.GROUPS)
+def test_every_option_belongs_to_a_stage(group: str) -> None:
+    for option in catalog.options(group, DIRS):
+        assert catalog.stages_of(group, option, DIRS), f"{group}/{option} fits no stage"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_key_has_a_meaning_and_a_value(stage: str) -> None:
+    values = catalog.stage_values(stage, {}, DIRS)
+    assert set(values) == set(catalog.keys(stage))
+    for key, field in catalog.keys(stage).items():
+        meaning = field.metadata["meaning"]
+        assert meaning.endswith("."), f"{key}: {meaning!r} is no sentence"
+        assert catalog.describe(field)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_help_reads_is_what_hydra_composes(stage: str) -> None:
+    config = compose(stage, [])
+    for key, written in catalog.stage_values(stage, {}, DIRS).items():
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if "${" not in str(written):
+            assert value == _parsed(written), key
+
+
+def _parsed(written: object) -> object:
+    """A value as written, read as YAML; numbers such as 2e-4 are words to a plain YAML reader."""
+    if not isinstance(written, str):
+        return written
+    try:
+        return float(written)
+    except ValueError:
+        return yaml.safe_load(written) if written in ("null", "true", "false") else written
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_an_option_repeats_no_value_of_its_base(file: Path) -> None:
+    if file.parent == CONF:
+        return
+    defaults, own = catalog.read(file)
+    bases = [base for base in defaults if base != "_self_"]
+    inherited: dict[str, object] = {}
+    for base in bases:
+        inherited |= catalog.option_values(file.parent.name, base, DIRS)
+    assert not {key for key in own if key in inherited and own[key] == inherited[key]}
+
+
+def test_the_schema_has_no_values() -> None:
+    for schema in STAGES.values():
+        for field in dataclasses.fields(schema):
+            assert field.default is dataclasses.MISSING
+            assert field.default_factory is dataclasses.MISSING
+
+
+def test_values_arrive_typed() -> None:
+    config = compose("ppo", ["algo=ppo_ptx", "algo.kl_coef=1e-1", "algo.max_grad_norm=null"])
+    assert isinstance(config, Ppo)
+    assert config.algo.kl_coef == 0.1
+    assert config.algo.max_grad_norm is None
+    assert config.algo.ptx_coef > 0
+    assert config.algo.max_tokens == config.data.max_response_tokens
+    assert config.policy == "runs/demo/sft"
+
+
+def test_a_name_moves_the_whole_chain() -> None:
+    config = compose("ppo", ["name=mine"])
+    assert (config.out, config.policy) == ("runs/mine/ppo", "runs/mine/sft")
+    assert config.reward == "runs/mine/reward"
+
+
+@pytest.mark.parametrize(
+    "word", ["data.columns.prompt=question", "data.columns={prompt: question}"]
+)
+def test_columns_take_new_entries_without_a_plus(word: str) -> None:
+    assert compose("sft", [word]).data.columns == {"prompt": "question"}
+
+
+def test_own_options_inherit_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "algo").mkdir()
+    (tmp_path / "algo" / "mine.yaml").write_text("defaults: [ppo, _self_]\nkl_coef: 0.3\n")
+    config = compose("ppo", ["algo=mine"], config_dir=str(tmp_path))
+    assert config.algo.kl_coef == 0.3
+    assert config.algo.lam == compose("ppo", []).algo.lam
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("defaults: [ppo, _self_]\nkl_coeff: 0.3\n", "did you mean algo.kl_coef? (in algo/mine"),
+        ("defaults: [ppo, _self_]\nkl_coef: high\n", "algo.kl_coef must be a number >= 0"),
+        ("defaults: [dpo, _self_]\nbeta: 0.3\n", "algo=mine belongs to `rlhf-cli dpo`"),
+        ("kl_coef: 0.3\n", "ppo needs algo.lr=VALUE"),
+        ("kl_coef: [0.3\n", "mine.yaml line 2: not YAML"),
+        ("0.3\n", "mine.yaml must hold KEY: VALUE lines"),
+    ],
+)
+def test_a_slip_in_an_own_option_is_named(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "algo").mkdir()
+    (tmp_path / "algo" / "mine.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        compose("ppo", ["algo=mine"], config_dir=str(tmp_path))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
