@@ -24,6 +24,7 @@ DEMO_FILES = {
     Text: "text",
 }
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors put first
 
 Raw = dict[str, Any]
 
@@ -50,14 +51,22 @@ def read_split(data: Data, kind: type) -> Split:
     notes: list[str] = []
     if data.format == "demo":
         file = f"{DEMO_FILES[kind]}.{{}}.jsonl"
-        train = read_rows(data, DEMO_FOLDER / file.format("train"), kind, notes)[: data.max_rows]
+        train = first_rows(data, DEMO_FOLDER / file.format("train"), kind, notes)
         held_out = read_rows(data, DEMO_FOLDER / file.format("eval"), kind, notes)
         return Split(train, held_out, notes)
     assert data.path is not None  # validate() refuses a missing path
-    train = read_rows(data, data.path, kind, notes)[: data.max_rows]
+    train = first_rows(data, data.path, kind, notes)
     if data.eval_path is not None:
         return Split(train, read_rows(data, data.eval_path, kind, notes), notes)
     return Split(*hold_out(train, data.eval_rows, data.path), notes)
+
+
+def first_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
+    """The first `data.max_rows` of `read_rows`."""
+    rows = read_rows(data, path, kind, notes)
+    if data.max_rows is not None and data.max_rows < len(rows):
+        notes.append(f"the first {data.max_rows} are used")
+    return rows[: data.max_rows]
 
 
 def read_texts(data: Data) -> Split:
@@ -154,7 +163,7 @@ def read_raw(path: str | Path) -> Iterator[tuple[Raw, str]]:
 
 def parse_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
     """Objects, one a line; blank lines are passed over."""
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding=ENCODING) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -169,7 +178,7 @@ def parse_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
 def parse_json(file: Path) -> Iterator[tuple[Any, int]]:
     """A list of objects; the number is the place in the list."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding=ENCODING))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: not JSON: {error}") from None
     if not isinstance(rows, list):
@@ -179,9 +188,12 @@ def parse_json(file: Path) -> Iterator[tuple[Any, int]]:
 
 def parse_csv(file: Path) -> Iterator[tuple[Any, int]]:
     """Rows under a header line."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), 2):
-            yield row, number
+    with file.open(encoding=ENCODING, newline="") as lines:
+        try:
+            for number, row in enumerate(csv.DictReader(lines), 2):
+                yield row, number
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not CSV in UTF-8: {error}") from None
 
 
 def parse_parquet(file: Path) -> Iterator[tuple[Any, int]]:

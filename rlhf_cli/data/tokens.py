@@ -67,8 +67,7 @@ class Encoder:
         """
         limited = [self._limit_prompt(ids, row) for ids, row in self._prompt_ids(rows)]
         kept = [(row, ids) for row, ids in zip(rows, limited, strict=True) if ids is not None]
-        if not kept:
-            raise UserError("every prompt is longer than data.max_prompt_tokens")
+        self._check_left(kept, rows)
         return [row for row, _ in kept], [ids for _, ids in kept]
 
     def demonstrations(self, rows: Sequence[Demonstration | Text]) -> list[Tokens]:
@@ -82,6 +81,7 @@ class Encoder:
             for (ids, row), response in pairs
             if (prompt := self._limit_prompt(ids, row)) is not None
         ]
+        self._check_left(sequences, demonstrations)
         return sequences + self.texts(texts)
 
     def texts(self, rows: Sequence[Text]) -> list[Tokens]:
@@ -105,6 +105,7 @@ class Encoder:
         for (ids, row), better, worse in zip(self._prompt_ids(rows), chosen, rejected, strict=True):
             if (prompt := self._limit_prompt(ids, row)) is not None:
                 pairs.append(TokenPair(Tokens(prompt, better), Tokens(prompt, worse)))
+        self._check_left(pairs, rows)
         return pairs
 
     def notes(self) -> list[str]:
@@ -212,3 +213,11 @@ class Encoder:
         if self.data.long_prompts == "drop":
             return None
         return self.bos + ids[len(ids) - limit + len(self.bos) :]  # the end holds the question
+
+    def _check_left(self, kept: Sequence[Any], rows: Sequence[Any]) -> None:
+        """Stop where dropping long prompts leaves nothing."""
+        if rows and not kept:
+            raise UserError(
+                f"every prompt of {len(rows)} rows is longer than "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens}"
+            )

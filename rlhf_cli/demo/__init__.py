@@ -1,1 +1,1 @@
-"""The toy-shop task that ships with the tool: rows to learn from and a gold scorer to judge by."""
+"""The museum-guide task that ships with the tool: rows to learn from, a gold score to judge by."""

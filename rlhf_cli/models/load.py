@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from rlhf_cli.models.heads import init_head
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+# what these libraries will rename is no news to our users
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
 HEADS = {"score.weight", "score.bias"}
 
@@ -202,8 +205,10 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._adapted: Any = model if hasattr(model, "peft_config") else None
         self._model: nn.Module = model
+        # typed Any in two steps, because a checker takes hasattr for a module's attribute
+        adapted: Any = model
+        self._adapted: Any = adapted if hasattr(adapted, "peft_config") else None
         if self._adapted is None:
             self._model = copy.deepcopy(model).requires_grad_(False)
         else:

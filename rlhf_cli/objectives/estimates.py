@@ -52,10 +52,10 @@ def win_rate(ours: Tensor, theirs: Tensor, tie: float, seed: int, resamples: int
     """
     difference = (ours[:, :, None] - theirs[:, None, :]).double().flatten(1)  # (N, K * L)
     wins = (difference > tie).double().mean(-1)  # (N,)
-    losses = (difference < -tie).double().mean(-1)
-    points = wins + (1 - wins - losses) / 2
+    ties = (difference.abs() <= tie).double().mean(-1)
+    points = wins + ties / 2
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(points), (resamples, len(points)), generator=generator)
     low, high = points[picks].mean(-1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    win, loss = wins.mean().item(), losses.mean().item()
-    return WinRate(win, max(0.0, 1 - win - loss), loss, low, high)
+    win, even = wins.mean().item(), ties.mean().item()
+    return WinRate(win, even, (difference < -tie).double().mean().item(), low, high)

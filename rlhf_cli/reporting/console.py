@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -16,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+MAX_UNBROKEN = 24  # characters of a table cell that stay on one line
 PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
 Item = TypeVar("Item")
@@ -98,14 +100,16 @@ class Bar:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; numbers stand on the right, floats with four digits, None as a dash."""
-    grid = Table(title=escape(title), title_justify="left", show_edge=False, pad_edge=False)
+    grid = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     cells = [[show(value) for value in row] for row in rows]
     numeric = [
         all(row[i].lstrip("-")[:1].isdigit() or row[i] == "-" for row in cells)
         for i in range(len(columns))
     ]
-    for name, right in zip(columns, numeric, strict=True):
-        grid.add_column(escape(name), justify="right" if right else "left", overflow="fold")
+    for i, name in enumerate(columns):
+        short = all(len(row[i]) <= MAX_UNBROKEN for row in cells)
+        justify: Literal["right", "left"] = "right" if numeric[i] else "left"
+        grid.add_column(escape(name), justify=justify, overflow="fold", no_wrap=short)
     for row in cells:
         grid.add_row(*map(escape, row))
     console.print(grid, soft_wrap=False)

@@ -30,7 +30,7 @@ from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.roles import Policy, load_role
-from rlhf_cli.training.session import Session, begin, note
+from rlhf_cli.training.session import Session, begin
 
 KL_PROMPTS = 64  # held-out prompts whose sampled responses estimate the KL
 
@@ -57,7 +57,7 @@ def run(cfg: Dpo) -> Path:
     rows = read_split(cfg.data, Preference)
     train = [ScoredPair(pair) for pair in policy.encoder.preferences(rows.train)]
     held_out = [ScoredPair(pair) for pair in policy.encoder.preferences(rows.held_out)]
-    note(policy.encoder, rows.notes)
+    session.note(policy.encoder, rows.notes)
 
     frozen = Reference(policy.model)
     ahead = held_out + train if algo.precompute_reference else held_out

@@ -1,8 +1,8 @@
 """Evaluation on held-out prompts: one policy beside baselines, judged on the same N x K samples.
 
-Mean reward and gold with a standard error clustered by prompt; KL(policy || reference) per response,
-estimated on the policy's own samples; held-out loss; head-to-head win rates with ties and a 95%
-interval. Gold is a scorer that training never saw, so a fooled reward model shows.
+Mean reward and gold with a standard error clustered by prompt; KL(policy || reference) per
+response, estimated on the samples of the policy itself; held-out loss; head-to-head win rates with
+ties and a 95% interval. Gold is a scorer that training never saw: a fooled reward model shows.
 
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
@@ -17,20 +17,22 @@ from torch import Tensor
 
 from rlhf_cli.config.schema import Evaluate
 from rlhf_cli.data.batches import derived_seed
-from rlhf_cli.data.kinds import Demonstration, Prompt
+from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import read_split, read_texts
+from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
-from rlhf_cli.reporting.console import Bar, table
+from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.reporting.report import show_report
 from rlhf_cli.rewards.sources import RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.manifest import kind_of, read_manifest
 from rlhf_cli.training.outfolder import staging, write_text
 from rlhf_cli.training.roles import Policy, load_role
-from rlhf_cli.training.session import Session, begin, note
+from rlhf_cli.training.session import Session, begin
 
 
 def run(cfg: Evaluate) -> Path:
@@ -50,29 +52,41 @@ def run(cfg: Evaluate) -> Path:
         for path in paths:
             policy = load_role(session, path)
             prompts = list(zip(*policy.encoder.prompts(held_out), strict=True))
+            unseen = held_out_sequences(cfg, policy, texts)
+            sources = judges(cfg, policy, session)
+            for source in sources.values():
+                source.check([row for row, _ in prompts], session.require)
+            if not results:
+                session.note(policy.encoder, rows.notes)
             rollouts = sample(cfg, policy, prompts, bar)
             result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
-            for judge, source in judges(cfg, policy, session).items():
-                source.check(held_out, session.require)
+            for judge, source in sources.items():
                 values = torch.tensor(source.score(rollouts)).view(-1, cfg.algo.samples)  # (N, K)
                 result[judge] = asdict(clustered_mean(values))
                 scores[path] = values  # gold comes last and decides wins where there is one
             if reference is not None:
                 result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
-            result |= losses(cfg, policy, texts)
+            for name, sequences in unseen.items():
+                result[name] = (
+                    mean_nll(policy.model, sequences, cfg.hardware) if sequences else None
+                )
             result["length"] = mean_length(rollouts)
             results[path] = result
-    note(policy.encoder, rows.notes)
 
+    if cfg.reference in scores:
+        for path in paths:  # paired: all policies answer the same prompts
+            gain = clustered_mean(scores[path] - scores[cfg.reference])
+            results[path]["gain_over_reference"] = asdict(gain)
     wins = {
         path: asdict(win_rate(scores[cfg.policy], scores[path], cfg.algo.tie, cfg.seed))
         for path in paths[1:]
     }
-    report = {"policies": results, "win_rates": wins, "prompts": len(held_out), **settings(cfg)}
+    report = {"policies": results, "win_rates": wins, "prompts": len(prompts), **settings(cfg)}
+    session.claim()
     write_text(
         staging(session.out) / "report.json", json.dumps(round_figures(report), indent=2) + "\n"
     )
-    show(cfg, results, wins)
+    show_report(cfg.policy, cfg.reference, results, wins)
     return session.finish("report", {"policies": results, "win_rates": wins})
 
 
@@ -127,16 +141,13 @@ def estimated_kl(
     return asdict(estimate)
 
 
-def losses(cfg: Evaluate, policy: Policy, texts: list[Any]) -> dict[str, float | None]:
-    """Held-out loss per token on plain text and on demonstrations, where data has them."""
-    found: dict[str, float | None] = {"text_loss": None, "demonstration_loss": None}
-    if texts:
-        found["text_loss"] = mean_nll(policy.model, policy.encoder.texts(texts), cfg.hardware)
-    if cfg.data.format != "rows":
-        rows = read_split(cfg.data, Demonstration).held_out
-        sequences = policy.encoder.demonstrations(rows)
-        found["demonstration_loss"] = mean_nll(policy.model, sequences, cfg.hardware)
-    return found
+def held_out_sequences(cfg: Evaluate, policy: Policy, texts: list[Text]) -> dict[str, list[Tokens]]:
+    """What held-out losses are measured on: plain text and demonstrations, where data has them."""
+    rows = read_split(cfg.data, Demonstration).held_out if cfg.data.format != "rows" else []
+    return {
+        "text_loss": policy.encoder.texts(texts),
+        "demonstration_loss": policy.encoder.demonstrations(rows),
+    }
 
 
 def mean_length(rollouts: list[Rollout]) -> float:
@@ -153,34 +164,3 @@ def settings(cfg: Evaluate) -> dict[str, Any]:
         "gold": cfg.gold,
         "reference": cfg.reference,
     }
-
-
-def show(cfg: Evaluate, results: dict[str, dict[str, Any]], wins: dict[str, Any]) -> None:
-    """The report as tables."""
-    columns = ["policy", "seconds", "gold", "reward", "KL", "text loss", "tokens"]
-
-    def pair(estimate: dict[str, float] | None) -> str:
-        return f"{estimate['mean']:.3f} +- {estimate['stderr']:.3f}" if estimate else "-"
-
-    rows = [
-        [
-            path,
-            result["seconds"],
-            *(pair(result.get(name)) for name in ("gold", "reward", "kl")),
-            result["text_loss"],
-            result["length"],
-        ]
-        for path, result in results.items()
-    ]
-    table("held-out prompts, mean +- standard error", columns, rows)
-    if wins:
-        title = f"{cfg.policy} against"
-        heads = ["baseline", "win", "tie", "loss", "wins + ties/2, 95%"]
-        table(
-            title,
-            heads,
-            [
-                [path, w["win"], w["tie"], w["loss"], f"{w['low']:.3f} .. {w['high']:.3f}"]
-                for path, w in wins.items()
-            ],
-        )

@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf_cli.config.schema import Generate
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.rows import read_rows, read_split
+from rlhf_cli.data.rows import first_rows, read_split
 from rlhf_cli.reporting.console import Bar, table
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.reporting.samples import SHOWN, clip, last_words
@@ -23,7 +23,7 @@ from rlhf_cli.rollout.rollouts import Rollout, as_rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.outfolder import staging
 from rlhf_cli.training.roles import Policy, load_role
-from rlhf_cli.training.session import Session, begin, note
+from rlhf_cli.training.session import Session, begin
 
 
 def run(cfg: Generate) -> Path:
@@ -34,7 +34,7 @@ def run(cfg: Generate) -> Path:
     policy = load_role(session, cfg.policy)
     rows, notes = prompt_rows(cfg)
     prompts = list(zip(*policy.encoder.prompts(rows[: cfg.algo.prompts]), strict=True))
-    note(policy.encoder, notes)
+    session.note(policy.encoder, notes)
     rollouts = responses(cfg, policy, prompts)
     scores: list[float | None] = [None] * len(rollouts)
     if cfg.reward is not None:
@@ -50,7 +50,7 @@ def prompt_rows(cfg: Generate) -> tuple[list[Prompt], list[str]]:
         split = read_split(cfg.data, Prompt)
         return split.held_out, split.notes
     notes: list[str] = []
-    return read_rows(cfg.data, cfg.data.path, Prompt, notes)[: cfg.data.max_rows], notes
+    return first_rows(cfg.data, cfg.data.path, Prompt, notes), notes
 
 
 def responses(
@@ -92,6 +92,7 @@ def responses(
 
 def finish(session: Session, rollouts: list[Rollout], scores: list[float | None]) -> Path:
     """Write the samples and show the first few."""
+    session.claim()
     file = JsonLines(staging(session.out) / "samples.jsonl")
     for rollout, score in zip(rollouts, scores, strict=True):
         file.append(

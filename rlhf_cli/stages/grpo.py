@@ -33,7 +33,7 @@ from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.roles import Policy, check_first_ratio, load_role
-from rlhf_cli.training.session import begin, note
+from rlhf_cli.training.session import begin
 
 
 @dataclass
@@ -62,7 +62,7 @@ def run(cfg: Grpo) -> Path:
     reward.check(rows.train, session.require)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
     unseen = policy.encoder.texts(read_texts(cfg.data).held_out)
-    note(policy.encoder, rows.notes)
+    session.note(policy.encoder, rows.notes)
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, algo.steps * updates)

@@ -46,7 +46,7 @@ from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.roles import Policy, check_first_ratio, load_role
-from rlhf_cli.training.session import Session, begin, note
+from rlhf_cli.training.session import Session, begin
 
 
 @dataclass
@@ -79,7 +79,7 @@ def run(cfg: Ppo) -> Path:
     reward.check(rows.train, session.require)
     plain = read_texts(cfg.data)
     texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
-    note(policy.encoder, rows.notes + plain.notes)
+    session.note(policy.encoder, rows.notes + plain.notes)
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
     networks = {"policy": policy.model, "critic": critic.model}

@@ -25,7 +25,7 @@ from rlhf_cli.models.score import scores_of
 from rlhf_cli.objectives.preference import bradley_terry_loss
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.session import begin, note
+from rlhf_cli.training.session import begin
 
 
 def run(cfg: Reward) -> Path:
@@ -38,9 +38,9 @@ def run(cfg: Reward) -> Path:
     encoder = Encoder(tokenizer, cfg.data)
     rows = read_split(cfg.data, Preference)
     train, held_out = encoder.preferences(rows.train), encoder.preferences(rows.held_out)
-    note(encoder, rows.notes)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device)
+    session.note(encoder, rows.notes)
     if hardware.gradient_checkpointing:
         unwrap(scorer).gradient_checkpointing_enable()
         scorer.train()  # transformers recomputes in training mode only; all dropout is off

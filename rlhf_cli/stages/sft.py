@@ -27,7 +27,7 @@ from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.objectives.likelihood import nll_sum
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
-from rlhf_cli.training.session import begin, note, restore, snapshot
+from rlhf_cli.training.session import begin, restore, snapshot
 
 
 def run(cfg: Sft) -> Path:
@@ -42,7 +42,7 @@ def run(cfg: Sft) -> Path:
     encoder = Encoder(tokenizer, cfg.data)
     train, held_out = encoder.demonstrations(rows.train), encoder.demonstrations(rows.held_out)
     mixed = encoder.texts(texts.train[: round(algo.text_mix * len(train))])
-    note(encoder, rows.notes + texts.notes)
+    session.note(encoder, rows.notes + texts.notes)
     train = train + mixed
 
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs

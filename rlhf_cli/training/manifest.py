@@ -16,28 +16,27 @@ Manifest = dict[str, Any]
 def read_manifest(folder: str | Path) -> Manifest | None:
     """stage.json of a folder; None where it has none (a foreign folder, or no folder)."""
     file = Path(folder) / MANIFEST
-    if not file.is_file():
-        return None
+    return read_object(file) if file.is_file() else None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file of a model folder that must hold an object."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{file}: damaged; run the stage that wrote it again") from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{file}: damaged; run the stage that wrote it again")
-    return manifest
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, or not text
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: damaged; make the folder again, by the stage that wrote it")
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; of an adapter folder, of its base where that is local."""
     adapter = folder / "adapter_config.json"
     file = folder / "config.json"
-    try:
-        if adapter.is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            file = Path(base) / "config.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: damaged") from None
+    if adapter.is_file():
+        file = Path(str(read_object(adapter).get("base_model_name_or_path"))) / "config.json"
+    return read_object(file) if file.is_file() else {}
 
 
 def kind_of(folder: Path) -> str:
@@ -46,7 +45,7 @@ def kind_of(folder: Path) -> str:
     if manifest is not None:
         return str(manifest.get("kind"))
     adapter = folder / "adapter_config.json"
-    if adapter.is_file() and json.loads(adapter.read_text()).get("task_type") == "SEQ_CLS":
+    if adapter.is_file() and read_object(adapter).get("task_type") == "SEQ_CLS":
         return "reward"
     architectures = read_config(folder).get("architectures") or []
     scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
@@ -83,7 +82,7 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"{file}: truncated weights: {size} bytes of {whole}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        needed = set(read_object(index).get("weight_map", {}).values())
         if absent := needed - {file.name for file in files}:
             raise UserError(f"{folder}: weights missing: {sorted(absent)[0]}")
 
@@ -113,5 +112,5 @@ def tokenizer_hash(folder: Path) -> str | None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    model = json.loads(file.read_text(encoding="utf-8")).get("model")
+    model = read_object(file).get("model")
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]

@@ -57,7 +57,10 @@ def state_of(cfg: Run) -> str:
         return FREE
     if cfg.overwrite or cfg.data.path == "-":  # standard input is new each time
         return FREE
-    made_by = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    try:
+        made_by = dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise UserError(f"{saved}: damaged; set overwrite=true to start afresh") from None
     if differing := differing_keys(made_by, asdict(cfg)):
         raise UserError(
             f"out={out} was made by another config ({', '.join(differing[:4])} differ); "
@@ -108,7 +111,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim(cfg: Run) -> Path:
+def claim(cfg: Run) -> None:
     """Make the folder this run's own: emptied if free, config.yaml written."""
     out = Path(cfg.out)
     if state_of(cfg) == FREE and out.is_dir():
@@ -118,7 +121,6 @@ def claim(cfg: Run) -> Path:
     command = shlex.join(["rlhf-cli", *sys.argv[1:]]) if sys.argv[0].endswith("rlhf-cli") else ""
     header = f"# {command or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
     write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
-    return out
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Run, Sft
-from rlhf_cli.data.rows import SUFFIXES
-from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt
+from rlhf_cli.data.rows import SUFFIXES, first_rows, read_split, read_texts
+from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
 from rlhf_cli.training.manifest import (
     check_weights,
     kind_of,
@@ -18,10 +19,22 @@ from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, stage_name, state_o
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MADE_BY = {"policy": "sft", "reward": "reward"}
+ROW_KINDS: dict[type[Run], type] = {
+    Sft: Demonstration,
+    Reward: Preference,
+    Ppo: Prompt,
+    Dpo: Preference,
+    Grpo: Prompt,
+    Generate: Prompt,
+    Evaluate: Prompt,
+}
 
 
-def preflight(cfg: Run) -> list[str]:
-    """Check paths, checkpoint kinds and arithmetic of a typed config.
+def preflight(cfg: Run, rows: bool = True) -> list[str]:
+    """Check paths, checkpoint kinds and arithmetic of a typed config, and local rows.
+
+    Args:
+        rows: read the rows too; a stage that is about to read them says false.
 
     Returns:
         Lines that say what will happen.
@@ -38,6 +51,7 @@ def preflight(cfg: Run) -> list[str]:
     check_data(cfg)
     check_models(cfg)
     check_context(cfg)
+    lines += check_rows(cfg) if rows else []
     if state == RESUMABLE:
         lines.append("goes on from the last resume point")
     return lines + arithmetic(cfg)
@@ -70,6 +84,32 @@ def is_hub_id(value: str) -> bool:
     name = value.split(":")[0]
     local = name.startswith((".", "/", "~", "runs/")) or Path(name).suffix in SUFFIXES
     return not local and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+
+
+def check_rows(cfg: Run) -> list[str]:
+    """Rows of local files are sound, of a kind that the stage can use, and have what it reads.
+
+    The shipped demo is sound; what the hub or standard input holds is known once the stage reads.
+
+    Returns:
+        How many rows there are of each file.
+    """
+    data, kind, notes = cfg.data, ROW_KINDS[type(cfg)], []
+    if data.text_path is not None and Path(data.text_path).exists():
+        notes += read_texts(data).notes
+    paths = [path for path in (data.path, data.eval_path) if path is not None]
+    if not paths or not all(Path(path).exists() for path in paths):
+        return notes
+    if isinstance(cfg, Generate):  # answers every row; nothing is held out
+        rows = first_rows(data, paths[0], kind, notes)
+    else:
+        split = read_split(data, kind)
+        rows = split.train + split.held_out
+        notes += split.notes
+    rule = rule_of(getattr(cfg, "reward", None) or "")
+    if rule is not None:
+        check_columns(rule, rows)
+    return notes
 
 
 def check_models(cfg: Run) -> None:

@@ -36,6 +36,9 @@ from rlhf_cli.training.preflight import preflight
 class Session:
     """What a stage holds while it runs.
 
+    `out` is untouched until `claim`, so that a bad row or model leaves it as it was.
+
+    plan: what will happen, to be said once the rows are known to be good.
     start: the step to go on after; 0 for a fresh run.
     checks: measured values of the hand-off checks, for stage.json.
     """
@@ -44,6 +47,7 @@ class Session:
     out: Path
     device: torch.device
     began: float
+    plan: list[str]
     start: int = 0
     spent: float = 0.0
     checks: dict[str, float] = field(default_factory=dict)
@@ -53,6 +57,15 @@ class Session:
         self.checks[name] = value
         if not holds:
             raise RunError(f"hand-off check {name} failed ({value:.6g}): {diagnosis}")
+
+    def note(self, encoder: Encoder, notes: list[str]) -> None:
+        """Say what will happen, and how many rows were read, cut and dropped, and why."""
+        for line in [*self.plan, *notes, *encoder.notes()]:
+            say(line)
+
+    def claim(self) -> None:
+        """Make `out` this run's own, once all input is known to be good; writing starts here."""
+        claim(self.cfg)
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
@@ -89,11 +102,12 @@ class Session:
     def resume(
         self, networks: dict[str, nn.Module], optimizer: Optimizer
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Load the newest resume point into networks and optimizer.
+        """Claim `out` and load its newest resume point into networks and optimizer.
 
         Returns:
             The state and the extra tensors that were given to `save`; empty for a fresh run.
         """
+        self.claim()
         found = load_checkpoint(self.out)
         if found is None:
             return {}, {}
@@ -177,18 +191,15 @@ def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def begin(cfg: Run) -> Session | None:
-    """Check everything, claim `out` and set torch up; None where `out` is finished already."""
+    """Check the config and its folders and set torch up; None where `out` is finished already."""
     began = time.monotonic()
-    lines = preflight(cfg)
+    plan = preflight(cfg, rows=False)
     if state_of(cfg) == FINISHED:
         say(f"{cfg.out}: already finished; nothing to do")
         return None
-    out = claim(cfg)
-    for line in lines:
-        say(line)
     if cfg.hardware.threads is not None:
         torch.set_num_threads(cfg.hardware.threads)
-    return Session(cfg, out, device_of(cfg.hardware.device), began)
+    return Session(cfg, Path(cfg.out), device_of(cfg.hardware.device), began, plan)
 
 
 def device_of(name: str) -> torch.device:
@@ -196,9 +207,3 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def note(encoder: Encoder, notes: list[str]) -> None:
-    """Say how many rows were read, cut and dropped, and why."""
-    for line in [*notes, *encoder.notes()]:
-        say(line)
