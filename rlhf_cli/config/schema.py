@@ -146,8 +146,10 @@ class SftAlgo(Optimizer):
     epochs: int = key("Passes over the demonstrations.", ge=1)
     max_steps: int | None = key("Stop after this many optimizer steps; null runs all epochs.", ge=1)
     batch_size: int = key("Sequences per optimizer step.", ge=1)
-    text_mix: float = key(
-        "Plain-text rows per demonstration row; InstructGPT mixed 0.1 before PPO.", ge=0
+    text_mix: float | None = key(
+        "Plain-text rows per demonstration row (InstructGPT before PPO: 0.1); null takes all "
+        "that data.text_path or the demo has.",
+        ge=0,
     )
     eval_every: int = key("Optimizer steps between evaluations of the held-out loss.", ge=1)
     keep: str = key("Which weights are written.", choices=("best", "last"))

@@ -135,7 +135,7 @@ def _plain_text(cfg: Run) -> Iterator[str]:
         return
     if isinstance(cfg, Ppo) and cfg.algo.ptx_coef > 0:
         yield f"algo.ptx_coef={cfg.algo.ptx_coef:g} needs plain text: give data.text_path"
-    if isinstance(cfg, Sft) and cfg.algo.text_mix > 0:
+    if isinstance(cfg, Sft) and cfg.algo.text_mix:
         yield (
             f"algo.text_mix={cfg.algo.text_mix:g} needs plain text: give data.text_path "
             f"or set algo.text_mix=0"

@@ -37,11 +37,12 @@ def run(cfg: Sft) -> Path:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
     rows = read_split(cfg.data, Demonstration)
-    texts = read_texts(cfg.data) if algo.text_mix else Split([], [], [])
+    texts = read_texts(cfg.data) if algo.text_mix != 0 else Split([], [], [])
     policy, tokenizer = initial_policy(cfg, rows.train + texts.train, session.device)
     encoder = Encoder(tokenizer, cfg.data)
     train, held_out = encoder.demonstrations(rows.train), encoder.demonstrations(rows.held_out)
-    mixed = encoder.texts(texts.train[: round(algo.text_mix * len(train))])
+    most = None if algo.text_mix is None else round(algo.text_mix * len(train))
+    mixed = encoder.texts(texts.train[:most])
     session.note(encoder, rows.notes + texts.notes)
     train = train + mixed
 
