@@ -126,30 +126,42 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
 def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it."""
     rank = config.lora_rank if isinstance(config, Model) else 0
-    if adapter_base(path) is not None:
-        from peft import PeftModel
-
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=rank > 0)
-        found = adapted.peft_config["default"].r  # type: ignore[attr-defined]
-        if rank == 0:
-            return adapted.merge_and_unload()
-        if rank != found:
-            raise UserError(f"{path}: its adapter has rank {found}; set model.lora_rank={found}")
-        return adapted
-    if rank == 0:
+    found = adapter_base(path) is not None
+    if rank == 0 and not found:
         return model
-    from peft import LoraConfig, get_peft_model
+    import peft
 
+    if rank == 0:
+        own = peft.LoraConfig.from_pretrained(path)
+        own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
+        merged = peft.PeftModel.from_pretrained(model, path, config=own).merge_and_unload()
+        return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
-    lora = LoraConfig(
+    alpha = config.lora_alpha
+    if found:
+        before = peft.LoraConfig.from_pretrained(path)
+        if rank != before.r:
+            raise UserError(
+                f"{path}: its adapter has rank {before.r}; set model.lora_rank={before.r}"
+            )
+        if before.task_type == task:
+            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+        alpha = before.lora_alpha  # a policy's adapter goes on under a new head
+    lora = peft.LoraConfig(
         r=rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules="all-linear",
         exclude_modules=["score"] if task == "SEQ_CLS" else None,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
         task_type=task,
     )
-    return get_peft_model(model, lora)
+    adapted = peft.get_peft_model(model, lora)
+    if found:
+        weights = peft.load_peft_weights(path)
+        for name, value in unwrap(adapted).score.original_module.named_parameters():
+            weights[f"base_model.model.score.{name}"] = value.detach()
+        peft.set_peft_model_state_dict(adapted, weights)
+    return adapted
 
 
 def adapter_base(path: str) -> str | None:

@@ -16,7 +16,6 @@ def beam_search(
     prompt: list[int],
     algo: Decoding,
     stop_ids: list[int],
-    pad_id: int,
     chunk: int,
 ) -> list[Completion]:
     """The `algo.samples` best of `algo.beams` hypotheses, best first.
@@ -36,7 +35,7 @@ def beam_search(
         min_new_tokens=algo.min_tokens or None,
         max_new_tokens=algo.max_tokens,
         eos_token_id=stop_ids,
-        pad_token_id=pad_id,
+        pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
     )
     completions = []
     for row in output[:, len(prompt) :].tolist():

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema import Decoding, Hardware
 from rlhf_cli.data.batches import cut, derived_seed
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.sampling import Sampling
 
@@ -71,6 +72,39 @@ def sample_rollouts(
         for (row, ids), responses in zip(prompts, completions, strict=True)
         for completion in responses
     ]
+
+
+def respond(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: list[tuple[Prompt, list[int]]],
+    algo: Decoding,
+    *,
+    seed: int,
+    stop_ids: list[int],
+    hardware: Hardware,
+    advance: Callable[[int], None],
+) -> list[Rollout]:
+    """`algo.samples` responses to each prompt by the decoding that `algo` asks for."""
+    sampling = Sampling.of(algo)
+    if algo.beams == 1:
+        return sample_rollouts(
+            model,
+            encoder,
+            prompts,
+            sampling,
+            samples=algo.samples,
+            seed=seed,
+            stop_ids=stop_ids,
+            hardware=hardware,
+            advance=advance,
+        )
+    found = []
+    for row, ids in prompts:
+        for completion in beam_search(model, ids, algo, stop_ids, hardware.logprob_chunk):
+            found.append(as_rollout(row, ids, completion, encoder, sampling))
+        advance(algo.samples)
+    return found
 
 
 def as_rollout(

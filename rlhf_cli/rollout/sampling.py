@@ -44,6 +44,12 @@ class Sampling:
         )
 
     @property
+    def unfiltered(self) -> bool:
+        """Whether samples come from the model's own distribution at some temperature."""
+        plain = Sampling(self.max_tokens, self.temperature, stop=self.stop)
+        return self == plain and self.temperature > 0
+
+    @property
     def scored_at(self) -> float:
         """The temperature at which log-probs are reported: the sampled one, 1 for greedy."""
         return self.temperature or 1.0

@@ -27,7 +27,7 @@ from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.reporting.report import show_report
 from rlhf_cli.rewards.sources import RewardSource, load_reward
-from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.manifest import kind_of, read_manifest
 from rlhf_cli.training.outfolder import staging, write_text
@@ -45,26 +45,37 @@ def run(cfg: Evaluate) -> Path:
     held_out = rows.held_out[: cfg.algo.prompts]
     reference = load_role(session, cfg.reference) if cfg.reference else None
 
+    sources: dict[str, RewardSource] = {}
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, Tensor] = {}
     paths = policies(cfg)
+    sampling = Sampling.of(cfg.algo)
     with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
         for path in paths:
             policy = load_role(session, path)
             prompts = list(zip(*policy.encoder.prompts(held_out), strict=True))
             unseen = held_out_sequences(cfg, policy, texts)
-            sources = judges(cfg, policy, session)
-            for source in sources.values():
-                source.check([row for row, _ in prompts], session.require)
-            if not results:
+            if not sources:
+                sources = judges(cfg, policy, session)
+                for source in sources.values():
+                    source.check([row for row, _ in prompts], session.require)
                 session.note(policy.encoder, rows.notes)
-            rollouts = sample(cfg, policy, prompts, bar)
+            rollouts = respond(
+                policy.model,
+                policy.encoder,
+                prompts,
+                cfg.algo,
+                seed=derived_seed(cfg.seed, "evaluate"),  # the same noise for every policy
+                stop_ids=policy.stop_ids,
+                hardware=cfg.hardware,
+                advance=bar.advance,
+            )
             result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
             for judge, source in sources.items():
                 values = torch.tensor(source.score(rollouts)).view(-1, cfg.algo.samples)  # (N, K)
                 result[judge] = asdict(clustered_mean(values))
                 scores[path] = values  # gold comes last and decides wins where there is one
-            if reference is not None:
+            if reference is not None and sampling.unfiltered:
                 result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
             for name, sequences in unseen.items():
                 result[name] = (
@@ -111,27 +122,13 @@ def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, RewardS
     }
 
 
-def sample(
-    cfg: Evaluate, policy: Policy, prompts: list[tuple[Prompt, list[int]]], bar: Bar
-) -> list[Rollout]:
-    """K responses to each held-out prompt, with the same noise for every policy."""
-    return sample_rollouts(
-        policy.model,
-        policy.encoder,
-        prompts,
-        Sampling.of(cfg.algo),
-        samples=cfg.algo.samples,
-        seed=derived_seed(cfg.seed, "evaluate"),
-        stop_ids=policy.stop_ids,
-        hardware=cfg.hardware,
-        advance=bar.advance,
-    )
-
-
 def estimated_kl(
     cfg: Evaluate, policy: Policy, reference: Policy, rollouts: list[Rollout]
 ) -> dict[str, float]:
-    """KL(policy || reference) per response in nats, both at the sampling temperature."""
+    """KL(policy || reference) per response in nats, both at the sampling temperature.
+
+    Unbiased for samples of the unfiltered policy only, so there is none under top-k and the like.
+    """
     sequences = [rollout.tokens for rollout in rollouts]
     temperature = Sampling.of(cfg.algo).scored_at
     ours = logprobs_of(policy.model, sequences, cfg.hardware, temperature)

@@ -7,7 +7,6 @@ sample is scored. Prompts come from data, or from standard input with data.path=
     echo "Once upon a time" | rlhf-cli generate policy=DIR data=jsonl data.path=- algo.samples=3
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_cli.config.schema import Generate
@@ -18,11 +17,9 @@ from rlhf_cli.reporting.console import Bar, table
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.reporting.samples import SHOWN, clip, last_words
 from rlhf_cli.rewards.sources import load_reward
-from rlhf_cli.rollout.beam import beam_search
-from rlhf_cli.rollout.rollouts import Rollout, as_rollout, sample_rollouts
-from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.training.outfolder import staging
-from rlhf_cli.training.roles import Policy, load_role
+from rlhf_cli.training.roles import load_role
 from rlhf_cli.training.session import Session, begin
 
 
@@ -35,7 +32,17 @@ def run(cfg: Generate) -> Path:
     rows, notes = prompt_rows(cfg)
     prompts = list(zip(*policy.encoder.prompts(rows[: cfg.algo.prompts]), strict=True))
     session.note(policy.encoder, notes)
-    rollouts = responses(cfg, policy, prompts)
+    with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
+        rollouts = respond(
+            policy.model,
+            policy.encoder,
+            prompts,
+            cfg.algo,
+            seed=derived_seed(cfg.seed, "generate"),
+            stop_ids=policy.stop_ids,
+            hardware=cfg.hardware,
+            advance=bar.advance,
+        )
     scores: list[float | None] = [None] * len(rollouts)
     if cfg.reward is not None:
         reward = load_reward(cfg.reward, cfg.model, policy.tokenizer, cfg.hardware, session.device)
@@ -51,43 +58,6 @@ def prompt_rows(cfg: Generate) -> tuple[list[Prompt], list[str]]:
         return split.held_out, split.notes
     notes: list[str] = []
     return first_rows(cfg.data, cfg.data.path, Prompt, notes), notes
-
-
-def responses(
-    cfg: Generate, policy: Policy, prompts: list[tuple[Prompt, list[int]]]
-) -> list[Rollout]:
-    """`samples` responses to each prompt, by beam search or by sampling."""
-    algo = cfg.algo
-    sampling = Sampling.of(algo)
-    with Bar("generate", len(prompts) * algo.samples) as bar:
-        if algo.beams == 1:
-            return sample_rollouts(
-                policy.model,
-                policy.encoder,
-                prompts,
-                sampling,
-                samples=algo.samples,
-                seed=derived_seed(cfg.seed, "generate"),
-                stop_ids=policy.stop_ids,
-                hardware=cfg.hardware,
-                advance=bar.advance,
-            )
-
-        def beams() -> Iterator[Rollout]:
-            for row, ids in prompts:
-                found = beam_search(
-                    policy.model,
-                    ids,
-                    algo,
-                    policy.stop_ids,
-                    policy.tokenizer.pad_token_id,
-                    cfg.hardware.logprob_chunk,
-                )
-                bar.advance(len(found))
-                for completion in found:
-                    yield as_rollout(row, ids, completion, policy.encoder, sampling)
-
-        return list(beams())
 
 
 def finish(session: Session, rollouts: list[Rollout], scores: list[float | None]) -> Path:

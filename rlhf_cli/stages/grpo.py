@@ -31,8 +31,8 @@ from rlhf_cli.reporting.samples import show_samples
 from rlhf_cli.rewards.sources import load_reward, scores_with_eos_rule
 from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.roles import Policy, check_first_ratio, load_role
+from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part, mean_metrics
+from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
 from rlhf_cli.training.session import begin
 
 
@@ -66,7 +66,8 @@ def run(cfg: Grpo) -> Path:
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, algo.steps * updates)
-    session.resume({"policy": policy.model}, optimizer)
+    state, _ = session.resume({"policy": policy.model}, optimizer)
+    metrics = state.get("metrics", {})
     log, samples = session.log(), session.log("samples.jsonl")
 
     def loss(items: list[Experience]) -> Loss:
@@ -117,20 +118,22 @@ def run(cfg: Grpo) -> Path:
             groups, metrics, kls = collect(rollouts, scores, policy, reference, cfg)
             if step == 1:
                 check_first_ratio(session, policy.model, rollouts, algo.temperature, metrics["kl"])
+            updated = []
             for epoch in range(algo.epochs):
                 order = order_of(len(groups), cfg.seed, f"minibatches {step}", epoch)
                 for start in range(0, len(order), algo.minibatch_size):
                     picked = order[start : start + algo.minibatch_size]
                     minibatch = [item for i in picked for item in groups[i]]
                     batches = cut(minibatch, hardware.tokens_per_microbatch)
-                    metrics |= optimizer.step([Part(batches, loss, len(minibatch))])
+                    updated.append(optimizer.step([Part(batches, loss, len(minibatch))]))
+            metrics |= mean_metrics(updated)
             log.write(step, metrics)
             if step % algo.show_every == 0 or step in (1, algo.steps):
                 show_samples(step, rollouts, scores.tolist(), kls, samples)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
-            session.save(step, {"policy": policy.model}, optimizer, {})
+            session.save(step, {"policy": policy.model}, optimizer, {"metrics": metrics})
 
-    session.checks["reference_unchanged"] = float(reference.digest() == reference.hash)
+    check_reference(session, reference)
     final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "equal_groups")}
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, hardware)

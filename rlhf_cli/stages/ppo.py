@@ -44,8 +44,8 @@ from rlhf_cli.rewards.sources import (
 )
 from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.roles import Policy, check_first_ratio, load_role
+from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part, mean_metrics
+from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
 from rlhf_cli.training.session import Session, begin
 
 
@@ -86,7 +86,7 @@ def run(cfg: Ppo) -> Path:
     rates = {"policy": (policy.model, algo.lr), "critic": (critic.model, algo.value_lr)}
     optimizer = Optimizer(rates, algo, algo.steps * updates)
     state, _ = session.resume(networks, optimizer)
-    kl_coef = state.get("kl_coef", algo.kl_coef)
+    kl_coef, metrics = state.get("kl_coef", algo.kl_coef), state.get("metrics", {})
     log, samples = session.log(), session.log("samples.jsonl")
 
     def rl_loss(items: list[Experience]) -> Loss:
@@ -153,21 +153,22 @@ def run(cfg: Ppo) -> Path:
             )
             if step == 1:
                 check_first_ratio(session, policy.model, rollouts, algo.temperature, metrics["kl"])
+            updated = []
             for epoch in range(algo.epochs):
                 order = order_of(len(experience), cfg.seed, f"minibatches {step}", epoch)
                 for i, start in enumerate(range(0, len(order), algo.minibatch_size)):
                     minibatch = [experience[j] for j in order[start : start + algo.minibatch_size]]
                     update = (step - 1) * updates + epoch * (updates // algo.epochs) + i
-                    metrics |= optimizer.step(parts(minibatch, update))
-            metrics["kl_coef"] = kl_coef
+                    updated.append(optimizer.step(parts(minibatch, update)))
+            metrics |= mean_metrics(updated) | {"kl_coef": kl_coef}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
             log.write(step, metrics)
             if step % algo.show_every == 0 or step in (1, algo.steps):
                 show_samples(step, rollouts, scores.tolist(), kls, samples)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
-            session.save(step, networks, optimizer, {"kl_coef": kl_coef})
+            session.save(step, networks, optimizer, {"kl_coef": kl_coef, "metrics": metrics})
 
-    session.checks["reference_unchanged"] = float(reference.digest() == reference.hash)
+    check_reference(session, reference)
     final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "kl_coef")}
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, hardware)

@@ -154,5 +154,11 @@ class Optimizer:
             group["lr"] = rate
 
 
+def mean_metrics(updates: list[Metrics]) -> Metrics:
+    """The mean of each metric over the updates of one iteration; the last count of `skipped`."""
+    means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return {**means, "skipped": updates[-1]["skipped"]}
+
+
 def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")

@@ -62,6 +62,8 @@ def check_data(cfg: Run) -> None:
     data = cfg.data
     for key in ("path", "eval_path", "text_path"):
         value = getattr(data, key)
+        if data.format == "demo" and key != "text_path" and value is not None:
+            raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
         if value == "-" and key == "path" and isinstance(cfg, Generate):
             continue
         if value is None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.forward import matmul_in_float32, unwrap
-from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
+from rlhf_cli.models.load import Reference, load_policy, load_tokenizer, stop_ids_of
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.rollouts import Rollout
@@ -80,4 +80,12 @@ def check_first_ratio(
         kl,
         abs(kl) < tolerance,
         "policy and reference are not the same model at the start",
+    )
+
+
+def check_reference(session: Session, reference: Reference) -> None:
+    """The reference ends as it began, to the bit."""
+    same = reference.digest() == reference.hash
+    session.require(
+        "reference_unchanged", float(same), same, "training has changed the frozen reference"
     )
