@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.schema import STAGES
+from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.reporting.console import table
-from rlhf_cli.training.manifest import read_manifest
 
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""

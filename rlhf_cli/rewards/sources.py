@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models.load import load_scorer
+from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.rewards.rules import Rule, check_columns, rule_of
 from rlhf_cli.rollout.rollouts import Rollout
-from rlhf_cli.training.manifest import read_manifest
 
 Require = Callable[[str, float, bool, str], None]
 """How a stage records a hand-off check: name, value, whether it holds, diagnosis."""

@@ -20,6 +20,7 @@ from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.models.manifest import kind_of, read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
@@ -29,7 +30,6 @@ from rlhf_cli.reporting.report import show_report
 from rlhf_cli.rewards.sources import RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.manifest import kind_of, read_manifest
 from rlhf_cli.training.outfolder import staging, write_text
 from rlhf_cli.training.roles import Policy, load_role
 from rlhf_cli.training.session import Session, begin

@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Run
-from rlhf_cli.training.manifest import MANIFEST, Manifest, content_hash, read_manifest
+from rlhf_cli.models.manifest import MANIFEST, Manifest, content_hash, read_manifest
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
 CONFIG = "config.yaml"

@@ -7,14 +7,14 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Run, Sft
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt
 from rlhf_cli.data.rows import SUFFIXES, first_rows, read_split, read_texts
-from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
-from rlhf_cli.training.manifest import (
+from rlhf_cli.models.manifest import (
     check_weights,
     kind_of,
     read_config,
     read_manifest,
     tokenizer_hash,
 )
+from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
 from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, stage_name, state_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

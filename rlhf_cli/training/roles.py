@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.forward import matmul_in_float32, unwrap
 from rlhf_cli.models.load import Reference, load_policy, load_tokenizer, stop_ids_of
+from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.rollouts import Rollout
-from rlhf_cli.training.manifest import read_manifest
 from rlhf_cli.training.session import Session
 
 

@@ -15,10 +15,10 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import save_model, set_stop_ids
+from rlhf_cli.models.manifest import content_hash, tokenizer_hash
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
-from rlhf_cli.training.manifest import content_hash, tokenizer_hash
 from rlhf_cli.training.optimize import Optimizer
 from rlhf_cli.training.outfolder import (
     FINISHED,
