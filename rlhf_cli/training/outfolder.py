@@ -51,7 +51,7 @@ def state_of(cfg: Run) -> str:
         if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
     saved = out / CONFIG
-    if not saved.is_file() or not saved.read_bytes().startswith(HEADER.encode()):
+    if not is_claimed(out):
         if out.is_dir() and any(out.iterdir()):  # never emptied, whatever overwrite says
             raise UserError(f"out={out} is not empty and not a stage's folder; name another out")
         return FREE
@@ -77,6 +77,12 @@ def state_of(cfg: Run) -> str:
                 "set overwrite=true to make it again"
             )
     return FINISHED
+
+
+def is_claimed(out: Path) -> bool:
+    """Whether a stage has written, or begun to write, this folder."""
+    saved = out / CONFIG
+    return saved.is_file() and saved.read_bytes().startswith(HEADER.encode())
 
 
 def check_writable(out: Path) -> None:
@@ -118,9 +124,14 @@ def claim(cfg: Run) -> None:
         for entry in out.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["rlhf-cli", *sys.argv[1:]]) if sys.argv[0].endswith("rlhf-cli") else ""
-    header = f"# {command or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
+    header = f"# {command_line() or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
     write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
+
+
+def command_line() -> str | None:
+    """The command as it was typed (Hydra rewrites sys.argv); None where Python called a stage."""
+    script, *words = sys.orig_argv[1:] or [""]
+    return shlex.join(["rlhf-cli", *words]) if Path(script).name == "rlhf-cli" else None
 
 
 def write_text(file: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from rlhf_cli.models.manifest import (
     tokenizer_hash,
 )
 from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
-from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, stage_name, state_of
+from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, is_claimed, stage_name, state_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MADE_BY = {"policy": "sft", "reward": "reward"}
@@ -156,9 +156,9 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
         rules = f"; rules are {', '.join(RULE_NAMES)}" if kind == "reward" else ""
         raise UserError(f"{role}={path} does not exist: {made}, or give {role}={meant}{rules}")
     manifest = read_manifest(folder)
-    if manifest is None and not any(
-        (folder / name).is_file() for name in ("config.json", "adapter_config.json")
-    ):
+    configs = ("config.json", "adapter_config.json")
+    foreign = any((folder / name).is_file() for name in configs) and not is_claimed(folder)
+    if manifest is None and not foreign:
         raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
     found = kind_of(folder)
     if found != kind:

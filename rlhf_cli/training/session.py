@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import rlhf_cli
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Run
+from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import save_model, set_stop_ids
 from rlhf_cli.models.manifest import content_hash, tokenizer_hash
@@ -199,6 +200,7 @@ def begin(cfg: Run) -> Session | None:
         return None
     if cfg.hardware.threads is not None:
         torch.set_num_threads(cfg.hardware.threads)
+    torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
     return Session(cfg, Path(cfg.out), device_of(cfg.hardware.device), began, plan)
 
 
