@@ -111,7 +111,9 @@ def columns(rows: Sequence[tuple[str, ...]]) -> str:
         indent = 6
     lines = []
     for row in rows:
-        head = "  " + "".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        head = "  " + "".join(
+            f"{cell}  ".ljust(width) for cell, width in zip(row, widths, strict=False)
+        )
         text = textwrap.wrap(row[-1], max(total - indent, 24)) or [""]
         if len(head.rstrip()) + 2 > indent:
             lines.append(head.rstrip())

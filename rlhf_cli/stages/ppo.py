@@ -179,7 +179,7 @@ class Critic:
     """The value network: the reward model's own weights, or the policy's trunk under a rule.
 
     Values are normalised as the reward is, so that a critic that starts as the reward model
-    already knows the scale of what it predicts.
+    already knows the scale of what it predicts; under a rule they start at 0.
     """
 
     def __init__(self, cfg: Ppo, reward: RewardSource, policy: Policy, session: Session) -> None:
@@ -188,6 +188,9 @@ class Critic:
             self.mean, self.std = 0.0, 1.0
             seed = derived_seed(cfg.seed, "head")
             self.model = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, device)
+            with torch.no_grad():  # values start at 0: those of a random head would be noise
+                for weight in unwrap(self.model).score.parameters():
+                    weight.zero_()
         else:
             self.mean, self.std = reward.mean, reward.std
             self.model = load_scorer(cfg.reward, cfg.model, tokenizer, device)
