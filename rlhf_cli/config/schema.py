@@ -28,7 +28,7 @@ def key(
 
 @dataclass
 class Hardware:
-    """Speed and memory only: no key here changes the mathematics."""
+    """Speed and memory only: no key here changes the mathematics (but which units drop out)."""
 
     device: str = key(
         "Where tensors live; auto takes cuda if there is one.", choices=("auto", "cpu", "cuda")
@@ -98,7 +98,9 @@ class Data:
     )
     path: str | None = key("File, folder of files or hub dataset; generate also takes - (stdin).")
     eval_path: str | None = key("Held-out rows; null holds out eval_rows of path.")
-    eval_rows: int = key("Rows held out of path when there is no eval_path.", ge=1)
+    eval_rows: int = key(
+        "Prompts held out of path, with all their rows, when there is no eval_path.", ge=1
+    )
     max_rows: int | None = key("Use the first rows only; null uses all.", ge=1)
     text_path: str | None = key("Plain text rows for the pretraining mix (ptx_coef, text_mix).")
     columns: dict[str, str] = key("Your column names for ours, as {ours: yours}.")
@@ -184,7 +186,9 @@ class PpoAlgo(Optimizer):
     lam: float = key("Lambda of generalised advantage estimation.", ge=0, le=1)
     clip: float = key("The probability ratio is clipped to 1 - clip .. 1 + clip.", gt=0)
     value_clip: float | None = key("Values stay this close to their old ones; null: free.", gt=0)
-    vf_coef: float = key("Weight of the value loss.", ge=0)
+    vf_coef: float = key(
+        "Weight of the value loss; the critic has its own AdamW, so value_lr matters more.", ge=0
+    )
     entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
     whiten_advantages: bool = key("Advantages get mean 0, variance 1 over a batch of rollouts.")
     missing_eos_reward: float | None = key(

@@ -87,6 +87,8 @@ def _kl_controller(cfg: Run) -> Iterator[str]:
                     f"algo.{name} is not used by algo.kl_controller=fixed; "
                     f"set it to null or take algo=ppo_adaptive"
                 )
+    elif algo.kl_coef == 0:
+        yield "a kl_controller multiplies algo.kl_coef, so it must start above 0"
     elif algo.kl_target is None:
         yield f"algo.kl_controller={algo.kl_controller} needs algo.kl_target, in nats per response"
     elif algo.kl_controller == "ziegler" and algo.kl_horizon is None:
@@ -114,6 +116,8 @@ def _scratch_model(cfg: Run) -> Iterator[str]:
         if getattr(model, name) is None:
             yield f"model.path is null, so model.{name} is needed; or give model.path"
     assert model.hidden_size and model.heads and model.context  # for the type checker
+    if model.lora_rank or model.dtype != "float32":
+        yield "a model from scratch trains all weights in float32: model.lora_rank=0 is needed"
     if model.hidden_size % model.heads:
         yield f"model.heads={model.heads} must divide model.hidden_size={model.hidden_size}"
     longest = cfg.data.max_prompt_tokens + cfg.data.max_response_tokens
@@ -175,6 +179,10 @@ def _decoding(cfg: Run) -> Iterator[str]:
                 )
         if algo.samples > algo.beams:
             yield f"algo.samples={algo.samples} exceeds algo.beams={algo.beams}"
+        if algo.stop:
+            yield f"algo.stop works with sampling only, but algo.beams={algo.beams}"
+    elif algo.length_penalty != 1:
+        yield f"algo.length_penalty={algo.length_penalty:g} ranks beams, but algo.beams=1"
 
 
 def _template(cfg: Run) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Rows from files: found, parsed and checked, each fault named by file, line and column."""
 
 import csv
+import hashlib
 import json
-import random
 import re
 import sys
 from collections import Counter
@@ -55,18 +55,23 @@ def read_split(data: Data, kind: type) -> Split:
         held_out = read_rows(data, DEMO_FOLDER / file.format("eval"), kind, notes)
         return Split(train, held_out, notes)
     assert data.path is not None  # validate() refuses a missing path
-    train = first_rows(data, data.path, kind, notes)
     if data.eval_path is not None:
+        train = first_rows(data, data.path, kind, notes)
         return Split(train, read_rows(data, data.eval_path, kind, notes), notes)
-    return Split(*hold_out(train, data.eval_rows, data.path), notes)
+    rows = parse_rows(data, data.path, notes)
+    if data.max_rows is not None and data.max_rows < len(rows):
+        notes.append(f"the first {data.max_rows} are used")
+    # Split before rows become another kind: every stage then holds out the same prompts.
+    train, held_out = hold_out(rows[: data.max_rows], data.eval_rows, data.path)
+    return Split(as_kind(train, kind, data.path), as_kind(held_out, kind, data.path), notes)
 
 
 def first_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
-    """The first `data.max_rows` of `read_rows`."""
-    rows = read_rows(data, path, kind, notes)
+    """`kind` rows of the first `data.max_rows` rows."""
+    rows = parse_rows(data, path, notes)
     if data.max_rows is not None and data.max_rows < len(rows):
         notes.append(f"the first {data.max_rows} are used")
-    return rows[: data.max_rows]
+    return as_kind(rows[: data.max_rows], kind, path)
 
 
 def read_texts(data: Data) -> Split:
@@ -79,22 +84,22 @@ def read_texts(data: Data) -> Split:
 
 
 def hold_out(rows: list[Any], count: int, path: object) -> tuple[list[Any], list[Any]]:
-    """Split off at least `count` rows, all rows of a prompt together, the same at every seed."""
+    """Split off the rows of `count` prompts: those whose hash is lowest.
+
+    A prompt is on one side, and on the same side at every seed, in every stage and in every file.
+    """
     groups: dict[str, list[Any]] = {}
     for row in rows:
         groups.setdefault(identity(row), []).append(row)
-    order = sorted(groups)
-    random.Random(0).shuffle(order)
-    held: list[Any] = []
-    while order and len(held) < count:
-        held += groups.pop(order.pop())
-    train = [row for row in rows if identity(row) in groups]
-    if not train:
+    order = sorted(groups, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    held = set(order[:count])
+    if len(held) == len(groups):
         raise UserError(
-            f"{path}: {len(rows)} rows leave none to train on after holding out {count}; "
+            f"{path}: {len(groups)} prompts leave none to train on after holding out {count}; "
             "set data.eval_rows lower or give data.eval_path"
         )
-    return train, held
+    train = [row for row in rows if identity(row) not in held]
+    return train, [row for row in rows if identity(row) in held]
 
 
 def identity(row: Row) -> str:
@@ -104,6 +109,11 @@ def identity(row: Row) -> str:
 
 def read_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
     """All rows of one source as `kind`, derived where that is sound; `notes` gets the counts."""
+    return as_kind(parse_rows(data, path, notes), kind, path)
+
+
+def parse_rows(data: Data, path: str | Path, notes: list[str]) -> list[Row]:
+    """All rows of one source, of the kinds that they are."""
     reader = FORMATS[data.format]
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
@@ -114,6 +124,19 @@ def read_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> lis
             if data.bad_rows == "error":
                 raise
             dropped[str(error).removeprefix(f"{source}: ")] += 1
+    kinds = Counter(type(row).__name__.lower() for row in rows)
+    counts = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items()) or "no rows"
+    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
+    notes.append(f"{path.name if isinstance(path, Path) else path}: {counts}{reasons}")
+    return rows
+
+
+def as_kind(rows: list[Row], kind: type, path: object) -> list[Any]:
+    """Rows as `kind`; at least one.
+
+    Raises:
+        UserError: no row, or one that cannot be of this kind.
+    """
     made, unfit = derive(rows, kind)
     if unfit:
         have = type(unfit[0]).__name__.lower()
@@ -123,9 +146,6 @@ def read_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> lis
         )
     if not made:
         raise UserError(f"{path}: no usable {kind.__name__.lower()} row ({EXPECTED[kind]})")
-    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
-    name = path.name if isinstance(path, Path) else path
-    notes.append(f"{name}: {len(made)} {kind.__name__.lower()} rows{reasons}")
     return made
 
 

@@ -109,11 +109,18 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropy if with_entropy else None)
 
 
+def score_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The scalar head, always in float32: bfloat16 would round scores into ties.
+
+    (..., d) -> (...).
+    """
+    scores: Tensor = unwrap(model).score(hidden.float())
+    return scores[..., 0]
+
+
 def token_scores(model: nn.Module, batch: Batch) -> Tensor:
     """The scalar head at every token, in float32: (B, T). Only real tokens mean anything."""
-    with matmul_type(model):
-        scores: Tensor = unwrap(model).score(hidden_states(model, batch))
-    return scores.float()[..., 0]
+    return score_head(model, hidden_states(model, batch))
 
 
 def state_values(critic: nn.Module, batch: Batch) -> Tensor:
@@ -126,9 +133,7 @@ def sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
     """The scalar head at the last real token of each sequence: (B,)."""
     last = batch.attention.sum(-1) - 1
     hidden = hidden_states(model, batch)[torch.arange(len(batch)), last]  # (B, d)
-    with matmul_type(model):
-        scores: Tensor = unwrap(model).score(hidden)
-    return scores.float()[..., 0]
+    return score_head(model, hidden)
 
 
 @torch.no_grad()

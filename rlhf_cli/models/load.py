@@ -62,8 +62,7 @@ def load_policy(
         UserError: weights are missing or unreadable, or an adapter has another rank.
     """
     model = _load_base(path, config, AutoModelForCausalLM, allowed_missing=set())
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    fit_embeddings(model, tokenizer)
     check_unembedding(model)
     return _adapt(model, path, config, "CAUSAL_LM").to(device)
 
@@ -91,10 +90,16 @@ def scorer_from_policy(
     if getattr(model, "score", None) is None:
         raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
     init_head(model.score, seed)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return _adapt(model, path, config, "SEQ_CLS").to(device)
+
+
+def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows for added tokens, drawn around the mean of the others so that none becomes likely."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
 
 
 def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
@@ -118,13 +123,18 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(name) for name in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
-    disable_dropout(model)
-    model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
     return model
 
 
 def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
-    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it."""
+    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout."""
+    model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
+    adapted = _with_adapter(model, path, config, task)
+    disable_dropout(adapted)
+    return adapted
+
+
+def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     rank = config.lora_rank if isinstance(config, Model) else 0
     found = adapter_base(path) is not None
     if rank == 0 and not found:
@@ -137,24 +147,25 @@ def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
         merged = peft.PeftModel.from_pretrained(model, path, config=own).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
-    alpha = config.lora_alpha
-    if found:
-        before = peft.LoraConfig.from_pretrained(path)
-        if rank != before.r:
-            raise UserError(
-                f"{path}: its adapter has rank {before.r}; set model.lora_rank={before.r}"
-            )
-        if before.task_type == task:
-            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
-        alpha = before.lora_alpha  # a policy's adapter goes on under a new head
     lora = peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         target_modules="all-linear",
         exclude_modules=["score"] if task == "SEQ_CLS" else None,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
         task_type=task,
     )
+    if found:
+        lora = peft.LoraConfig.from_pretrained(path)
+        if (rank, config.lora_alpha) != (lora.r, lora.lora_alpha):
+            raise UserError(
+                f"{path}: its adapter has rank {lora.r} and alpha {lora.lora_alpha}; set "
+                f"model.lora_rank={lora.r} model.lora_alpha={lora.lora_alpha}"
+            )
+        if lora.task_type == task:
+            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+        lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
+    if task == "SEQ_CLS":
+        lora.modules_to_save = ["score"]
     adapted = peft.get_peft_model(model, lora)
     if found:
         weights = peft.load_peft_weights(path)
@@ -269,6 +280,8 @@ def save_model(
         if base.exists():
             adapted.peft_config["default"].base_model_name_or_path = str(base.resolve())
         adapted.save_pretrained(folder, selected_adapters=["default"])
+        if unwrap(model).can_generate():  # the base's own may name other EOS ids
+            unwrap(model).generation_config.save_pretrained(folder)
     elif adapted is not None:
         merged = copy.deepcopy(adapted)
         if "reference" in merged.peft_config:
@@ -291,10 +304,13 @@ def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids:
 
 def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The EOS ids of a folder's generation config, with the tokenizer's own."""
-    try:
-        eos = GenerationConfig.from_pretrained(adapter_base(path) or path).eos_token_id
-    except OSError:
-        eos = None
+    eos = None
+    for place in (path, adapter_base(path)):
+        try:
+            eos = GenerationConfig.from_pretrained(place).eos_token_id if place else None
+            break
+        except OSError:
+            continue
     ids = eos if isinstance(eos, list) else [eos]
     return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})
 

@@ -1,5 +1,8 @@
 """Estimates from N prompts x K responses, with uncertainty clustered by prompt."""
 
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,18 @@ def clustered_mean(values: Tensor) -> Estimate:
     per_prompt = values.double().mean(-1)  # (N,)
     spread = per_prompt.std() if len(per_prompt) > 1 else torch.tensor(float("nan"))
     return Estimate(per_prompt.mean().item(), (spread / len(per_prompt) ** 0.5).item())
+
+
+def clustered_stderr(values: Tensor, clusters: Sequence[Hashable]) -> float:
+    """Standard error of the mean of (N,) values whose clusters (prompts) are independent.
+
+    sqrt(sum over clusters of (sum of deviations)^2) / N; with one value each it is the usual one.
+    """
+    sums: defaultdict[Hashable, float] = defaultdict(float)
+    deviations = (values.double() - values.double().mean()).tolist()
+    for cluster, deviation in zip(clusters, deviations, strict=True):
+        sums[cluster] += deviation
+    return math.sqrt(sum(total**2 for total in sums.values())) / len(deviations)
 
 
 @dataclass

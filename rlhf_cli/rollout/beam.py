@@ -6,7 +6,7 @@ from torch import nn
 from rlhf_cli.config.schema import Decoding
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.tokens import Tokens
-from rlhf_cli.models.forward import token_logprobs, unwrap
+from rlhf_cli.models.forward import matmul_type, token_logprobs, unwrap
 from rlhf_cli.rollout.decode import Completion
 
 
@@ -24,19 +24,20 @@ def beam_search(
     """
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
-    output = unwrap(model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=algo.beams,
-        num_return_sequences=algo.samples,
-        length_penalty=algo.length_penalty,
-        repetition_penalty=algo.repetition_penalty,
-        min_new_tokens=algo.min_tokens or None,
-        max_new_tokens=algo.max_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
-    )
+    with matmul_type(model):
+        output = unwrap(model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=algo.beams,
+            num_return_sequences=algo.samples,
+            length_penalty=algo.length_penalty,
+            repetition_penalty=algo.repetition_penalty,
+            min_new_tokens=algo.min_tokens or None,
+            max_new_tokens=algo.max_tokens,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
+        )
     completions = []
     for row in output[:, len(prompt) :].tolist():
         end = next((i + 1 for i, id in enumerate(row) if id in stop_ids), None)

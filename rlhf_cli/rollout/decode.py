@@ -42,6 +42,23 @@ def decode(
         stop_ids: ids that end a response.
         text_of: ids to text, for stop strings.
     """
+    # Gradient checkpointing works in training mode, where transformers keeps no cache.
+    training = model.training
+    model.eval()
+    try:
+        return _decode(model, prompts, noise, sampling, stop_ids, text_of)
+    finally:
+        model.train(training)
+
+
+def _decode(
+    model: nn.Module,
+    prompts: list[list[int]],
+    noise: Tensor,
+    sampling: Sampling,
+    stop_ids: list[int],
+    text_of: Callable[[list[int]], str],
+) -> list[Completion]:
     device = next(model.parameters()).device
     samples = len(noise) // len(prompts)
     width = max(map(len, prompts))

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import Evaluate
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
-from rlhf_cli.data.rows import read_split, read_texts
+from rlhf_cli.data.rows import identity, read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.manifest import kind_of, read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
@@ -42,7 +42,7 @@ def run(cfg: Evaluate) -> Path:
         return Path(cfg.out)
     rows = read_split(cfg.data, Prompt)
     texts = read_texts(cfg.data).held_out
-    held_out = rows.held_out[: cfg.algo.prompts]
+    held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
     reference = load_role(session, cfg.reference) if cfg.reference else None
 
     sources: dict[str, RewardSource] = {}
@@ -51,7 +51,7 @@ def run(cfg: Evaluate) -> Path:
     paths = policies(cfg)
     sampling = Sampling.of(cfg.algo)
     with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
-        for path in paths:
+        for number, path in enumerate(paths):
             policy = load_role(session, path)
             prompts = list(zip(*policy.encoder.prompts(held_out), strict=True))
             unseen = held_out_sequences(cfg, policy, texts)
@@ -65,7 +65,7 @@ def run(cfg: Evaluate) -> Path:
                 policy.encoder,
                 prompts,
                 cfg.algo,
-                seed=derived_seed(cfg.seed, "evaluate"),  # the same noise for every policy
+                seed=derived_seed(cfg.seed, "evaluate", number),  # independent responses
                 stop_ids=policy.stop_ids,
                 hardware=cfg.hardware,
                 advance=bar.advance,
@@ -75,21 +75,23 @@ def run(cfg: Evaluate) -> Path:
                 values = torch.tensor(source.score(rollouts)).view(-1, cfg.algo.samples)  # (N, K)
                 result[judge] = asdict(clustered_mean(values))
                 scores[path] = values  # gold comes last and decides wins where there is one
-            if reference is not None and sampling.unfiltered:
+            if reference is not None and sampling.unfiltered and cfg.algo.beams == 1:
                 result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
             for name, sequences in unseen.items():
                 result[name] = (
                     mean_nll(policy.model, sequences, cfg.hardware) if sequences else None
                 )
             result["length"] = mean_length(rollouts)
+            result["ended"] = sum(rollout.ended for rollout in rollouts) / len(rollouts)
             results[path] = result
 
-    if cfg.reference in scores:
+    base = str(Path(cfg.reference)) if cfg.reference else ""
+    if base in scores:
         for path in paths:  # paired: all policies answer the same prompts
-            gain = clustered_mean(scores[path] - scores[cfg.reference])
+            gain = clustered_mean(scores[path] - scores[base])
             results[path]["gain_over_reference"] = asdict(gain)
     wins = {
-        path: asdict(win_rate(scores[cfg.policy], scores[path], cfg.algo.tie, cfg.seed))
+        path: asdict(win_rate(scores[paths[0]], scores[path], cfg.algo.tie, cfg.seed))
         for path in paths[1:]
     }
     report = {"policies": results, "win_rates": wins, "prompts": len(prompts), **settings(cfg)}
@@ -97,7 +99,7 @@ def run(cfg: Evaluate) -> Path:
     write_text(
         staging(session.out) / "report.json", json.dumps(round_figures(report), indent=2) + "\n"
     )
-    show_report(cfg.policy, cfg.reference, results, wins)
+    show_report(paths[0], cfg.reference, results, wins)
     return session.finish("report", {"policies": results, "win_rates": wins})
 
 
@@ -108,8 +110,13 @@ def policies(cfg: Evaluate) -> list[str]:
     else:
         siblings = Path(cfg.policy).parent.glob("*/stage.json") if Path(cfg.policy).is_dir() else ()
         folders = [file.parent for file in siblings if kind_of(file.parent) == "policy"]
-        others = sorted(map(str, folders), key=lambda path: path != cfg.reference)
-    return list(dict.fromkeys([cfg.policy, *(str(Path(path)) for path in others)]))
+        others = sorted(map(str, folders))
+    return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *others]))
+
+
+def unique_prompts(rows: list[Prompt]) -> list[Prompt]:
+    """Each prompt once: several pairs of one prompt are not several prompts to judge by."""
+    return list({identity(row): row for row in reversed(rows)}.values())[::-1]
 
 
 def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, RewardSource]:

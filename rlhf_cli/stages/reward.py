@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware, Reward
 from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
 from rlhf_cli.data.kinds import Demonstration, Preference
@@ -22,6 +23,7 @@ from rlhf_cli.data.tokens import Encoder, TokenPair
 from rlhf_cli.models.forward import sequence_scores, unwrap
 from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
 from rlhf_cli.models.score import scores_of
+from rlhf_cli.objectives.estimates import clustered_stderr
 from rlhf_cli.objectives.preference import bradley_terry_loss
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
@@ -76,6 +78,11 @@ def run(cfg: Reward) -> Path:
     demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
     scores = scores_of(scorer, demonstrations, hardware).double()
     statistics = {"mean": scores.mean().item(), "std": scores.std().item()}
+    if not (math.isfinite(statistics["std"]) and statistics["std"] > 0):
+        raise RunError(
+            f"the scores of {len(demonstrations)} demonstrations have a standard deviation of "
+            f"{statistics['std']}, by which no reward can be normalised; give more demonstrations"
+        )
     say(
         f"held-out accuracy {final['eval/accuracy']:.3f} +- {final['eval/accuracy_stderr']:.3f}; "
         f"scores of demonstrations: mean {statistics['mean']:.3f}, std {statistics['std']:.3f}"
@@ -90,13 +97,15 @@ def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(scorer: nn.Module, pairs: list[TokenPair], hardware: Hardware) -> Metrics:
-    """Loss and accuracy on held-out pairs, with the binomial standard error."""
+    """Loss and accuracy on held-out pairs, with a standard error clustered by prompt."""
     chosen = scores_of(scorer, [pair.chosen for pair in pairs], hardware)
     rejected = scores_of(scorer, [pair.rejected for pair in pairs], hardware)
-    right = accuracy(chosen, rejected).mean().item()
+    hits = accuracy(chosen, rejected)
+    right = hits.mean().item()
+    stderr = clustered_stderr(hits, [tuple(pair.chosen.prompt) for pair in pairs])
     return {
         "eval/loss": bradley_terry_loss(chosen, rejected).mean().item(),
         "eval/accuracy": right,
-        "eval/accuracy_stderr": math.sqrt(right * (1 - right) / len(pairs)),
+        "eval/accuracy_stderr": stderr,
         "eval/pairs": float(len(pairs)),
     }

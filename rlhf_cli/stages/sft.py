@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Sft
 from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
 from rlhf_cli.data.kinds import Demonstration, Text
@@ -42,6 +43,11 @@ def run(cfg: Sft) -> Path:
     encoder = Encoder(tokenizer, cfg.data)
     train, held_out = encoder.demonstrations(rows.train), encoder.demonstrations(rows.held_out)
     most = None if algo.text_mix is None else round(algo.text_mix * len(train))
+    if most is not None and most > len(texts.train):
+        raise UserError(
+            f"algo.text_mix={algo.text_mix:g} asks for {most} plain-text rows, there are "
+            f"{len(texts.train)}; null takes all"
+        )
     mixed = encoder.texts(texts.train[:most])
     session.note(encoder, rows.notes + texts.notes)
     train = train + mixed

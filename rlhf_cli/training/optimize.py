@@ -141,8 +141,7 @@ class Optimizer:
                 start = f"{name}.{i}."
                 moments = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
                 self._adamw.state[weight] = {
-                    moment: value.to(weight.device) if moment != "step" else value
-                    for moment, value in moments.items()
+                    moment: value.to(weight.device) for moment, value in moments.items()
                 }
         self.skipped = state["skipped"]
         self._schedule.last_epoch = state["schedule"]

@@ -182,7 +182,8 @@ def check_context(cfg: Run) -> None:
     if path is None or not Path(path).is_dir():
         return
     context = read_config(Path(path)).get("max_position_embeddings")
-    tokens = getattr(cfg.algo, "max_tokens", cfg.data.max_response_tokens)  # type: ignore[attr-defined]
+    sampled = getattr(cfg.algo, "max_tokens", 0)  # type: ignore[attr-defined]
+    tokens = max(sampled, cfg.data.max_response_tokens)
     if context is not None and cfg.data.max_prompt_tokens + tokens > context:
         raise UserError(
             f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "

@@ -1,0 +1,579 @@
+"""What is wrong with rows and model folders, and the one line that says so.
+
+Each case runs in a folder with a finished policy and reward model, after one change to it: status
+2, one line on stderr with the given parts, nothing on stdout, and no file made, changed or gone.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.cli import main
+from rlhf_cli.config.compose import compose
+from tests.conftest import Cli
+
+LIMITS = "data.max_prompt_tokens=32 data.max_response_tokens=8"
+OWN = f"data=jsonl data.path=own.jsonl {LIMITS} out=new"
+OWN_SFT = f"sft {OWN}"
+ROWS = f"data=jsonl data.path=rows.jsonl data.eval_rows=10 {LIMITS}"
+MODEL = "model.vocab_size=270 model.hidden_size=16 model.layers=1 model.heads=2 model.context=64"
+SFT = f"sft {ROWS} {MODEL} algo.max_steps=2"
+REWARD = f"reward {ROWS}"
+PPO = f"ppo {ROWS} algo.steps=1 algo.batch_size=4 algo.minibatch_size=4"
+ADAPTER = f"dpo {ROWS} model=lora model.lora_rank=2 out=runs/demo/adapter"
+
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows.jsonl and, under runs/demo, a policy, an adapter of it and a reward."""
+    from rlhf_cli.stages import dpo, reward, sft
+
+    folder = tmp_path_factory.mktemp("made")
+    names = [f"{first}{second}" for first in "ABCDEF" for second in ("nn", "da", "lf", "ro")]
+    rows = [{"prompt": f"Greet {n}: ", "chosen": f"Hi {n}!", "rejected": "No."} for n in names]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with contextlib.chdir(folder):
+        for stage, words in ((sft, SFT), (reward, REWARD), (dpo, ADAPTER)):
+            name, *overrides = words.split()
+            stage.run(compose(name, overrides))
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path) -> Path:
+    """The test's own copy of that folder, which is where `cli` runs."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+# --------------------------------------------------------------------------- changes to the folder
+
+
+def as_it_is(folder: Path) -> None:
+    """No change."""
+
+
+def rows(*lines: object, name: str = "own.jsonl") -> Change:
+    """Write a file of rows; a string is a line as it stands."""
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    return write(name, "".join(line + "\n" for line in text))
+
+
+def write(name: str, content: str | bytes) -> Change:
+    """Put a file there, in a folder of its own if need be."""
+
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return change
+
+
+def gone(*names: str) -> Change:
+    """Remove files or folders."""
+
+    def change(folder: Path) -> None:
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def cut(name: str, size: int) -> Change:
+    """Keep the first bytes of a file, or all but the last where `size` is below 0."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def replaced(name: str, old: str, new: str) -> Change:
+    """Put `new` in the place of `old` in a text file."""
+
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+def both(first: Change, second: Change) -> Change:
+    """One change after the other."""
+    return lambda folder: (first(folder), second(folder))
+
+
+# --------------------------------------------------------------------------- the table
+# name -> (change, words after rlhf-cli, parts of the answer)
+
+Case = tuple[Change, str, list[str]]
+
+POLICY = "runs/demo/sft"
+GIVEN = {"prompt": "Greet Ann: ", "completion": "Hi!"}
+PAIR = {"prompt": "Greet Ann: ", "chosen": "Hi!", "rejected": "No."}
+PROBLEM = {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}
+DIALOGUES = {
+    "chosen": "\n\nHuman: Hi.\n\nAssistant: Hello!",
+    "rejected": "\n\nHuman: Hey.\n\nAssistant: No.",
+}
+
+FILES: dict[str, Case] = {
+    "no file": (as_it_is, OWN_SFT, ["data.path", "no such file", "own.jsonl"]),
+    "no held-out file": (
+        as_it_is,
+        f"{SFT} data.eval_path=e.jsonl out=new",
+        ["data.eval_path", "e.jsonl"],
+    ),
+    "no text file": (
+        as_it_is,
+        f"{SFT} data.text_path=t.jsonl out=new",
+        ["data.text_path", "t.jsonl"],
+    ),
+    "empty file": (write("own.jsonl", ""), OWN_SFT, ["own.jsonl is empty"]),
+    "blank file": (rows("", " "), OWN_SFT, ["own.jsonl: the file has no rows"]),
+    "unknown suffix": (
+        rows(GIVEN, name="own.txt"),
+        f"{OWN_SFT} data.path=own.txt",
+        ["own.txt is none of .jsonl, .json, .csv, .parquet"],
+    ),
+    "empty folder": (
+        lambda folder: (folder / "mine").mkdir(),
+        f"{OWN_SFT} data.path=mine",
+        ["mine: no .jsonl, .json, .csv, .parquet file in this folder"],
+    ),
+    "not UTF-8": (
+        write("own.jsonl", b'{"text": "\xff"}'),
+        OWN_SFT,
+        ["not a text file in UTF"],
+    ),
+    "malformed JSON line": (rows(GIVEN, '{"prompt": '), OWN_SFT, ["own.jsonl:2: not JSON"]),
+    "a line that is no object": (
+        rows(GIVEN, [1]),
+        OWN_SFT,
+        ["own.jsonl:2: expected an object, got list"],
+    ),
+    "malformed JSON file": (
+        write("own.json", "[{]"),
+        f"{OWN_SFT} data.path=own.json",
+        ["own.json: not JSON"],
+    ),
+    "JSON file without a list": (
+        write("own.json", "{}"),
+        f"{OWN_SFT} data.path=own.json",
+        ["own.json: expected a list of objects"],
+    ),
+    "CSV without the column": (
+        write("own.csv", "question,completion\nHi,Ho\n"),
+        f"{OWN_SFT} data.path=own.csv",
+        ["own.csv:2: no column 'prompt'; found question, completion"],
+    ),
+    "damaged Parquet": (
+        write("own.parquet", "PAR1 and so on"),
+        f"{OWN_SFT} data.path=own.parquet",
+        ["own.parquet: not Parquet"],
+    ),
+    "bad text row": (
+        rows({"txt": "a"}, name="t.jsonl"),
+        f"{SFT} data.text_path=t.jsonl out=new",
+        ["t.jsonl:1: no column 'prompt'; found txt"],
+    ),
+}
+
+BAD_ROWS: dict[str, Case] = {
+    "missing column": (
+        rows(PAIR, {"prompt": "a", "chosen": "b"}),
+        f"reward {OWN}",
+        ["own.jsonl:2: no column 'rejected'; found prompt, chosen"],
+    ),
+    "renamed column that is not there": (
+        rows(PROBLEM),
+        f"ppo {OWN} data.columns.prompt=problem",
+        ["own.jsonl:1: no column 'problem'; found question, answer"],
+    ),
+    "empty prompt": (
+        rows({"prompt": " ", "completion": "a"}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'prompt' is empty"],
+    ),
+    "empty completion": (
+        rows(GIVEN, {"prompt": "a", "completion": ""}),
+        OWN_SFT,
+        ["own.jsonl:2: column 'completion' is empty"],
+    ),
+    "empty rejected": (
+        rows({**PAIR, "rejected": ""}),
+        f"dpo {OWN}",
+        ["own.jsonl:1: column 'rejected' is empty"],
+    ),
+    "a number for a text": (
+        rows({"prompt": "a", "completion": 3}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'completion' holds int, expected text"],
+    ),
+    "ranking of one": (
+        rows({"prompt": "a", "responses": ["b"], "ranks": [1]}),
+        f"reward {OWN}",
+        ["own.jsonl:1: a ranking needs 2 or more responses, got 1"],
+    ),
+    "ranking without a place": (
+        rows({"prompt": "a", "responses": ["b", "c"], "ranks": [1]}),
+        f"reward {OWN}",
+        ["own.jsonl:1: column 'ranks' needs one number for each of 2"],
+    ),
+    "messages that end with the user": (
+        rows({"messages": [{"role": "user", "content": "a"}]}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'messages' must end in a reply of the assistant"],
+    ),
+    "wrong kind for dpo": (
+        rows(GIVEN),
+        f"dpo {OWN}",
+        ["own.jsonl:1: this is a demonstration row; needed: preference", "chosen, rejected"],
+    ),
+    "wrong kind for ppo": (
+        rows({"text": "Once."}),
+        f"ppo {OWN}",
+        ["own.jsonl:1: this is a text row; needed: prompt rows"],
+    ),
+    "gsm8k without ####": (
+        rows(PROBLEM, {"question": "2 + 2?", "answer": "4"}),
+        f"{OWN_SFT} data.format=gsm8k",
+        ["own.jsonl:2: column 'answer' has no '#### N'"],
+    ),
+    "hh without a shared prompt": (
+        rows(DIALOGUES),
+        f"reward data=hh data.path=own.jsonl data.bad_rows=error out=new {LIMITS}",
+        ["own.jsonl:1: chosen and rejected do not share a dialogue"],
+    ),
+    "hh with no row left": (
+        rows(DIALOGUES),
+        f"reward data=hh data.path=own.jsonl out=new {LIMITS}",
+        ["own.jsonl: no usable preference row"],
+    ),
+    "nothing left to train on": (
+        rows(PAIR, PAIR),
+        f"reward {OWN}",
+        ["own.jsonl: 2 rows leave none to train on", "data.eval_rows"],
+    ),
+    "no answer to check": (
+        rows({"prompt": "1 + 1?"}, {"prompt": "2 + 2?"}),
+        f"grpo {OWN} data.eval_rows=1",
+        ["own.jsonl:", "reward=exact_answer needs a column 'answer'; found prompt"],
+    ),
+}
+
+RULES: dict[str, Case] = {
+    "keywords without words": (as_it_is, f"{PPO} reward=keywords", ["keywords needs words"]),
+    "bad pattern": (as_it_is, f'{PPO} reward="regex:["', ["regex:[", "not a regular expression"]),
+    "length without a number": (as_it_is, f"{PPO} reward=length:x", ["length needs a number"]),
+    "an argument too many": (
+        as_it_is,
+        f"grpo {ROWS} reward=exact_answer:x",
+        ["exact_answer takes no argument, got 'x'"],
+    ),
+    "nothing to judge by": (
+        as_it_is,
+        f"evaluate {ROWS} policy={POLICY} reward=null gold=null",
+        ["evaluate needs reward=... or gold=..."],
+    ),
+}
+
+FOLDERS: dict[str, Case] = {
+    "no policy": (gone(POLICY), PPO, [f"policy={POLICY} does not exist: run `rlhf-cli sft` first"]),
+    "no policy of that name": (as_it_is, f"{PPO} name=x", ["run `rlhf-cli sft name=x` first"]),
+    "no policy anywhere": (
+        as_it_is,
+        f"{PPO} policy=./nowhere",
+        ["policy=./nowhere does not exist: run `rlhf-cli sft out=./nowhere`"],
+    ),
+    "no reward": (
+        gone("runs/demo/reward"),
+        PPO,
+        ["reward=runs/demo/reward does not exist: run `rlhf-cli reward` first", "keywords:..."],
+    ),
+    "no baseline": (
+        as_it_is,
+        f"evaluate {ROWS} policy={POLICY} baselines=[runs/demo/dpo]",
+        ["baselines[0]=runs/demo/dpo does not exist: run `rlhf-cli dpo` first"],
+    ),
+    "a file for a policy": (as_it_is, f"{PPO} policy=rows.jsonl", ["rows.jsonl is a file"]),
+    "a folder of nothing": (
+        lambda folder: (folder / "empty").mkdir(),
+        f"{PPO} policy=empty",
+        ["policy=empty holds no finished model"],
+    ),
+    "an unfinished policy": (
+        gone(f"{POLICY}/stage.json"),
+        PPO,
+        [f"policy={POLICY} holds no finished model; run the stage that makes it"],
+    ),
+    "a reward model for a policy": (
+        as_it_is,
+        f"{PPO} policy=runs/demo/reward",
+        ["policy=runs/demo/reward is a reward model; policy needs an sft, ppo, dpo or grpo output"],
+    ),
+    "a policy for a reward model": (
+        as_it_is,
+        f"{PPO} reward={POLICY}",
+        [f"reward={POLICY} is a policy; reward needs a reward output, or a rule"],
+    ),
+    "a foreign reward model for a policy": (
+        gone("runs/demo/reward/stage.json", "runs/demo/reward/config.yaml"),
+        f"dpo {ROWS} policy=runs/demo/reward",
+        ["policy=runs/demo/reward is a reward model"],
+    ),
+    "another tokenizer": (
+        replaced("runs/demo/reward/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
+        PPO,
+        [f"reward=runs/demo/reward has another tokenizer than policy={POLICY}"],
+    ),
+    "no weights": (
+        gone(f"{POLICY}/model.safetensors"),
+        PPO,
+        [f"{POLICY}: no weights (*.safetensors) in this folder"],
+    ),
+    "truncated weights": (
+        cut(f"{POLICY}/model.safetensors", -100),
+        PPO,
+        [f"{POLICY}/model.safetensors: truncated weights", "bytes of"],
+    ),
+    "weights that are none": (
+        write(f"{POLICY}/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        PPO,
+        [f"{POLICY}/model.safetensors: damaged weights"],
+    ),
+    "a shard missing": (
+        write(f"{POLICY}/model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'),
+        PPO,
+        [f"{POLICY}: weights missing: b.safetensors"],
+    ),
+    "damaged config.json": (cut(f"{POLICY}/config.json", 50), PPO, ["config.json: damaged"]),
+    "damaged stage.json": (cut(f"{POLICY}/stage.json", 50), PPO, ["stage.json: damaged"]),
+    "damaged tokenizer.json": (cut(f"{POLICY}/tokenizer.json", 50), PPO, ["tokenizer.json: dam"]),
+    "damaged adapter": (
+        cut("runs/demo/adapter/adapter_config.json", 50),
+        f"{PPO} policy=runs/demo/adapter",
+        ["adapter_config.json: damaged"],
+    ),
+    "too few positions": (
+        as_it_is,
+        f"{PPO} data.max_prompt_tokens=60",
+        ["data.max_prompt_tokens=60", "responses of 8 tokens do not fit the 64 positions"],
+    ),
+}
+
+OUT: dict[str, Case] = {
+    "of another config": (
+        as_it_is,
+        f"{SFT} seed=3 algo.lr=1e-5",
+        [f"out={POLICY} was made by another config (algo.lr, seed differ)", "overwrite=true"],
+    ),
+    "of another stage": (
+        as_it_is,
+        f"{REWARD} out={POLICY} policy=runs/demo/adapter",
+        [f"out={POLICY} was made by another config"],
+    ),
+    "from a policy that has changed": (
+        replaced(f"{POLICY}/config.json", '"architectures"', '"note": 1, "architectures"'),
+        REWARD,
+        ["runs/demo/reward was made from another policy", "overwrite=true"],
+    ),
+    "is the policy": (as_it_is, f"{PPO} out={POLICY}", ["holds the policy that this stage reads"]),
+    "holds the policy": (as_it_is, f"{PPO} out=runs", ["holds the policy that this stage reads"]),
+    "is the policy, overwritten": (
+        as_it_is,
+        f"{PPO} out={POLICY} overwrite=true",
+        ["holds the policy that this stage reads; name another out"],
+    ),
+    "is a file": (as_it_is, f"{SFT} out=rows.jsonl", ["rows.jsonl is not a folder"]),
+    "lies in a file": (as_it_is, f"{SFT} out=rows.jsonl/x", ["rows.jsonl is not a folder"]),
+    "is somebody else's": (
+        write("thesis/chapter.tex", "By me."),
+        f"{SFT} out=thesis",
+        ["out=thesis is not empty and not a stage's folder; name another out"],
+    ),
+    "is somebody else's, overwritten": (
+        write("thesis/chapter.tex", "By me."),
+        f"{SFT} out=thesis overwrite=true",
+        ["out=thesis is not empty and not a stage's folder; name another out"],
+    ),
+    "has somebody else's config.yaml": (
+        write("project/config.yaml", "# of my project\nkey: value\n"),
+        f"{SFT} out=project overwrite=true",
+        ["out=project is not empty and not a stage's folder"],
+    ),
+    "has a damaged config.yaml": (
+        write(f"{POLICY}/config.yaml", "# rlhf-cli sft\n{"),
+        SFT,
+        [f"{POLICY}/config.yaml: damaged; set overwrite=true"],
+    ),
+    "in a sweep": (
+        write("sweep/1/chapter.tex", "By me."),
+        f"{SFT} -m out=sweep seed=1,2",
+        ["out=sweep/1 is not empty and not a stage's folder"],
+    ),
+    "kept when it was to go on and the rows are bad": (
+        both(gone(f"{POLICY}/stage.json"), cut("rows.jsonl", 20)),
+        SFT,
+        ["rows.jsonl:1: not JSON"],
+    ),
+    "kept when overwriting fails": (
+        rows(GIVEN, "{"),
+        f"{OWN_SFT} {MODEL} out={POLICY} overwrite=true",
+        ["own.jsonl:2: not JSON"],
+    ),
+}
+
+EARLY = {**FILES, **BAD_ROWS, **RULES, **FOLDERS, **OUT}
+
+LONG = {"prompt": "Greet " + "x " * 40, "chosen": "Hi!", "rejected": "No."}
+TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+# Found once the tokenizer or the weights are loaded.
+LATE: dict[str, Case] = {
+    "long prompt": (
+        rows(PAIR, LONG),
+        f"reward {OWN} data.eval_rows=1",
+        ["own.jsonl:2: the prompt has", "the limit is 32", "data.long_prompts=cut or drop"],
+    ),
+    "long prompts only": (
+        rows(LONG, {**LONG, "prompt": LONG["prompt"] + "y"}),
+        f"dpo {OWN} data.eval_rows=1 data.long_prompts=drop",
+        ["every prompt of 1 rows is longer than data.max_prompt_tokens=32"],
+    ),
+    "messages without a chat template": (
+        rows(TALK, {"messages": [*TALK["messages"], *TALK["messages"]]}),
+        f"{OWN_SFT} data.eval_rows=1 model=pretrained model.path={POLICY}",
+        ["the rows are messages", "no chat template"],
+    ),
+    "chat without a chat template": (
+        as_it_is,
+        f"dpo {ROWS} data.template=chat",
+        ["data.template=chat", "no chat template"],
+    ),
+    "a hub id out of reach": (
+        as_it_is,
+        f"generate {ROWS} policy=nobody/nothing",
+        ["nobody/nothing: no usable tokenizer"],
+    ),
+    "a dataset out of reach": (
+        as_it_is,
+        f"dpo data=jsonl data.path=nobody/nothing {LIMITS}",
+        ["no file nobody/nothing, and no hub dataset of that name"],
+    ),
+    "an adapter of another rank": (
+        as_it_is,
+        f"{PPO} policy=runs/demo/adapter model=lora model.lora_rank=4",
+        ["runs/demo/adapter: its adapter has rank 2; set model.lora_rank=2"],
+    ),
+    "weights of another shape": (
+        replaced(f"{POLICY}/config.json", '"intermediate_size"', '"hidden_act": "x", "was"'),
+        f"dpo {ROWS}",
+        [f"{POLICY}: cannot load the model"],
+    ),
+    "weights that were never saved": (
+        replaced(f"{POLICY}/config.json", '"num_hidden_layers": 1', '"num_hidden_layers": 2'),
+        f"dpo {ROWS}",
+        [f"{POLICY}:", "weights missing or misshapen"],
+    ),
+}
+
+
+def check_line(stderr: str, parts: list[str]) -> None:
+    assert stderr.startswith("rlhf-cli: error: ")
+    assert stderr.count("\n") == 1, stderr
+    for part in parts:
+        assert part in stderr
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_bad_input_is_one_line_and_changes_nothing(name: str, cli: Cli, place: Path) -> None:
+    change, words, parts = EARLY[name]
+    change(place)
+    before = contents(place)
+    done = cli(*words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    check_line(done.stderr, parts)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_only_loading_shows_changes_nothing_either(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words, parts = LATE[name]
+    change(place)
+    before = contents(place)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.argv", ["rlhf-cli", *words.split()])
+    status = main()  # in this process, which has imported torch already
+    shown = capsys.readouterr()
+    assert (status, shown.out) == (2, "")
+    check_line(shown.err, parts)
+    assert contents(place) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_without_permission(cli: Cli, place: Path) -> None:
+    (place / "locked").mkdir(mode=0o500)
+    done = cli(*f"{SFT} out=locked/x".split())
+    assert done.returncode == 2
+    check_line(done.stderr, ["out=locked/x: no permission to write in locked"])
+
+
+def test_check_finds_bad_rows(cli: Cli, place: Path) -> None:
+    rows(GIVEN, "{")(place)
+    done = cli(*f"{OWN_SFT} --check".split())
+    assert (done.returncode, done.stdout) == (2, "")
+    check_line(done.stderr, ["own.jsonl:2: not JSON"])
+
+
+def test_check_counts_rows(cli: Cli, place: Path) -> None:
+    rows(PAIR, {**PAIR, "chosen": ""})(place)
+    done = cli(*f"ppo {OWN} data.bad_rows=drop data.eval_rows=1 --check".split())
+    assert done.returncode == 2  # one row cannot be split
+    rows(PAIR, {**PAIR, "chosen": ""}, {**PAIR, "prompt": "Other"})(place)
+    done = cli(*f"ppo {OWN} data.bad_rows=drop data.eval_rows=1 --check".split())
+    assert done.returncode == 0, done.stderr
+    assert "own.jsonl: 2 prompt rows, 1 dropped: column 'chosen' is empty" in done.stderr
+
+
+# --------------------------------------------------------------------------- what an out is told
+
+
+def test_a_finished_out_is_printed_and_left_alone(cli: Cli, place: Path) -> None:
+    before = contents(place)
+    done = cli(*SFT.split())
+    assert (done.returncode, done.stdout) == (0, f"{POLICY}\n")
+    assert done.stderr == f"{POLICY}: already finished; nothing to do\n"
+    assert contents(place) == before
+
+
+def test_a_sweep_writes_a_folder_for_each_job(cli: Cli, place: Path) -> None:
+    done = cli(*f"generate -m {ROWS} policy={POLICY} out=out algo.prompts=2 seed=1,2".split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out/0\nout/1\n"
+    for job in ("out/0", "out/1"):
+        assert json.loads((place / job / "stage.json").read_text())["complete"]
+        assert len((place / job / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_overwrite_starts_afresh_in_a_folder_of_ours(cli: Cli, place: Path) -> None:
+    write("runs/demo/reward/notes.txt", "Left by the run before.")(place)
+    done = cli(*f"{REWARD} seed=3 overwrite=true".split())
+    assert (done.returncode, done.stdout) == (0, "runs/demo/reward\n"), done.stderr
+    assert not (place / "runs/demo/reward/notes.txt").exists()
+    assert "seed: 3" in (place / "runs/demo/reward/config.yaml").read_text()

@@ -1,0 +1,607 @@
+"""Figures of public code (vectors.json: inputs, outputs, gradients, source) against ours.
+
+Each case passes within its own tolerance. It was recorded in float64; where a function of ours
+works in float32 (forward passes, decoding), the tolerance is 1e4 times as large, at most 1e-4.
+
+What public code does otherwise, on purpose or not, is left out:
+
+- ppo_rollout/*: the score goes to the token after the EOS; here it goes to the EOS.
+- whiten/*: of ddof 1 only `var_biased` is compared; alpaca_farm adds its eps to the deviation.
+- group_adv/*_none, rloo, remax, reinforce_pp, rloo_loss: other advantages than GRPO's.
+- grpo_loss/*: dapo, dr_grpo, cispo, gspo, luspo normalise or clip otherwise; ga=4 divides again.
+- ppo_loss: dual clip, asymmetric clip and sequence ratios are not offered.
+- dpo hinge, ipo, robust and the like; kto, orpo, simpo; rm/centered: not offered.
+- rm/kwise_beta0.0: a mean per prompt first; a ranking here is its pairs (rm/kwise_flat_pairs).
+- rm/plackett_luce_K7, kl/trl_abs, kl/trl_full, running_moments, elo, passk, soft_overlong: not
+  offered; nor are best-of-n, averaged weights and process supervision (analytic).
+- gae/cleanrl_episode_boundary: a response is one episode and never goes on after its end.
+- reward_shaping/torchtune_penalty_mask: a penalty for short responses too.
+- collate/dpo_ml4_keep_end: prompt and response share one limit; here each has its own.
+- verify/gsm8k_extract: the first `####` counts there and text after the number is ignored.
+- agg_loss/openrlhf: division by a count of its own; training/optimize.py tests that.
+- lora/rslora, model/tiny_gpt2, trace/dpo_hinge: not this package's arithmetic, or not offered.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_cli.data.batches import Batch, collate
+from rlhf_cli.data.kinds import Preference, Ranking, pairs_of
+from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.models.forward import hidden_states, sequence_scores, token_logprobs, unembed
+from rlhf_cli.models.load import disable_dropout
+from rlhf_cli.objectives.estimates import clustered_mean
+from rlhf_cli.objectives.kl import k1, k3, kl_loss, ziegler_kl_coef
+from rlhf_cli.objectives.likelihood import masked_mean, masked_whiten, nll_sum, sequence_logprob
+from rlhf_cli.objectives.policy_gradient import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    group_advantages,
+    kl_shaped_rewards,
+    last_index,
+)
+from rlhf_cli.objectives.preference import bradley_terry_loss, dpo_loss
+from rlhf_cli.rollout.beam import beam_search
+from rlhf_cli.rollout.decode import decode
+from rlhf_cli.rollout.sampling import Sampling, filter_logits
+from rlhf_cli.training.optimize import Optimizer, Part
+from tests.toys import GivenLogits, bigram, characters, composed, data_of
+
+HERE = Path(__file__).parent
+FILE = json.loads((HERE / "vectors.json").read_text())
+CASES = {case["id"]: case for case in FILE["cases"]}
+ANALYTIC = {case["id"]: case for case in FILE["analytic"]}
+
+Compared = Iterator[tuple[str, Any, Any]]
+"""Name, ours, expected."""
+
+
+class Case:
+    """A case whose tensors are read by name: floats as float64, masks as bool."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.raw = CASES[id]
+        self.params: dict[str, Any] = self.raw["params"]
+        self.out: dict[str, Any] = self.raw["outputs"]
+        self.grads: dict[str, Any] = self.raw.get("grads", {})
+
+    def read(self, name: str, grad: bool = False) -> Tensor:
+        """One input."""
+        tensor = torch.tensor(self.raw["inputs"][name])
+        if name.endswith("mask"):
+            return tensor.bool()
+        if tensor.is_floating_point() or tensor.numel() == 0:
+            tensor = torch.tensor(self.raw["inputs"][name], dtype=torch.float64)
+        return tensor.requires_grad_(grad)
+
+    def all(self, *names: str, grad: str = "") -> list[Tensor]:
+        """Several inputs; those that begin with `grad` collect a gradient."""
+        return [self.read(name, bool(grad) and name.startswith(grad)) for name in names]
+
+
+def matches(case: Case, ours: Any, expected: Any, what: str, single: bool = False) -> None:
+    """Compare within the case's tolerance."""
+    tol = case.raw["tol"]
+    if single:
+        tol = max(tol, min(tol * 1e4, 1e-4))
+    torch.testing.assert_close(
+        figures(ours), figures(numbers(expected)), rtol=tol, atol=tol, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def figures(value: Any) -> Tensor:
+    """As float64."""
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def numbers(value: Any) -> Any:
+    """Infinities are written as text."""
+    if isinstance(value, list):
+        return [numbers(entry) for entry in value]
+    return float(value) if isinstance(value, str) else value
+
+
+def labelled(labels: Tensor) -> Batch:
+    """Labels with -100 as a batch; the first token is never predicted."""
+    response = labels != -100
+    response[:, 0] = False
+    return Batch(labels.clamp(min=0), torch.ones_like(response), response)
+
+
+# --------------------------------------------------------------------------- preferences
+
+
+def preference_loss(sides: list[Tensor], beta: float, smoothing: float = 0.0) -> Any:
+    """DPO of log-probs in the order policy chosen, rejected, reference chosen, rejected."""
+    chosen, rejected, before_chosen, before_rejected = sides
+    return dpo_loss(chosen, rejected, before_chosen, before_rejected, beta, smoothing)
+
+
+def dpo(case: Case) -> Compared:
+    sides = case.all(
+        "policy_chosen_logps",
+        "policy_rejected_logps",
+        "reference_chosen_logps",
+        "reference_rejected_logps",
+        grad="policy",
+    )
+    beta, smoothing = case.params["beta"], case.params.get("label_smoothing", 0.0)
+    losses, chosen, rejected = preference_loss(sides, beta, smoothing)
+    losses.mean().backward()
+    yield "losses", losses, case.out["losses"]
+    yield "chosen", chosen, case.out["chosen_rewards"]
+    yield "rejected", rejected, case.out["rejected_rewards"]
+    yield "d chosen", sides[0].grad, case.grads["d_mean_loss_d_policy_chosen"]
+    yield "d rejected", sides[1].grad, case.grads["d_mean_loss_d_policy_rejected"]
+
+
+def dpo_from_logits(case: Case) -> Compared:
+    ids, attention, response = case.all("input_ids", "attention_mask", "completion_mask")
+    batch = Batch(ids, attention, response)
+    policy = GivenLogits(case.read("policy_logits"))
+    reference = GivenLogits(case.read("reference_logits"))
+    sums = [
+        sequence_logprob(token_logprobs(model, batch, chunk=3).logprobs, response).chunk(2)
+        for model in (policy, reference)
+    ]
+    losses, chosen, rejected = preference_loss([*sums[0], *sums[1]], case.params["beta"])
+    losses.mean().backward()
+    metrics = case.out["metrics"]
+    yield "loss", losses.mean(), case.out["loss"]
+    yield "d logits", policy.logits.grad, case.grads["d_loss_d_policy_logits"]
+    yield "chosen", chosen.mean(), metrics["rewards/chosen"]
+    yield "rejected", rejected.mean(), metrics["rewards/rejected"]
+
+
+def reward_model(case: Case) -> Compared:
+    chosen, rejected = case.all("rewards_chosen", "rewards_rejected", grad="rewards")
+    loss = bradley_terry_loss(chosen, rejected).mean()
+    loss.backward()
+    yield "loss", loss, case.out["loss"]
+    yield "d chosen", chosen.grad, case.grads["d_loss_d_chosen"]
+    yield "d rejected", rejected.grad, case.grads["d_loss_d_rejected"]
+
+
+def reward_model_kwise(case: Case) -> Compared:
+    scores, bounds = case.raw["inputs"]["rewards_best_first"], case.raw["inputs"]["cu_lengths"]
+    pairs: list[Preference] = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        names = [str(i) for i in range(start, end)]
+        pairs += pairs_of(Ranking("", names, [float(i) for i in range(len(names))]))
+    values = torch.tensor(scores, dtype=torch.float64)
+    better = values[[int(pair.chosen) for pair in pairs]]
+    worse = values[[int(pair.rejected) for pair in pairs]]
+    yield "loss", bradley_terry_loss(better, worse).mean(), case.out["loss"]
+
+
+def plackett_luce(case: Case) -> Compared:
+    scores = case.read("scores_best_first", grad=True)
+    loss = bradley_terry_loss(scores[:, 0], scores[:, 1]).mean()
+    loss.backward()
+    yield "loss", loss, case.out["mean_nll"]
+    yield "d scores", scores.grad, case.grads["d_loss_d_scores"]
+
+
+# --------------------------------------------------------------------------- policy gradients
+
+
+def whiten(case: Case) -> Compared:
+    values, mask = case.all("values", "mask")
+    mean, variance = case.out["mean"], case.out["var_biased"]
+    expected = (values - mean) / (variance + 1e-8) ** 0.5
+    kept = masked_whiten(values, mask, shift_mean=False)
+    yield "mean", masked_mean(values, mask), mean
+    yield "whitened", masked_whiten(values, mask), expected * mask
+    yield "mean kept", kept, (expected + mean) * mask
+
+
+def advantages(case: Case) -> Compared:
+    rewards, values, mask = case.all("rewards", "values", "mask")
+    ours, returns = gae(rewards, values, mask, case.params["gamma"], case.params["lam"])
+    yield "advantages", ours, figures(case.out["advantages_raw"]) * mask
+    yield "returns", returns, figures(case.out["returns"]) * mask
+
+
+def ppo_loss(case: Case) -> Compared:
+    if "rows" in case.out:
+        yield from clip_table(case)
+        return
+    names = ("new_logprobs", "old_logprobs", "advantages")
+    new, old, gains = case.all(*names, grad="new")
+    clip = case.params.get("cliprange") or case.params["clip_eps_low"]
+    one = "mask" in case.raw["inputs"]
+    mask, value_mask = case.all(*(("mask", "mask") if one else ("policy_mask", "value_mask")))
+    policy = masked_mean(clipped_policy_loss(new, old, gains, clip), mask)
+    policy.backward()
+    yield "policy", policy, case.out.get("pg_loss", case.out.get("loss"))
+    gradient = next(value for name, value in case.grads.items() if name.endswith("new_logprobs"))
+    yield "d logprobs", new.grad, gradient
+    if "new_values" not in case.raw["inputs"]:
+        return
+    values, before, returns = case.all("new_values", "old_values", "returns", grad="new")
+    loss = clipped_value_loss(values, before, returns, case.params["cliprange_value"])
+    value = masked_mean(loss, value_mask)
+    total = policy.detach() + case.params["vf_coef"] * value
+    total.backward()
+    yield "value", value, case.out["vf_loss"]
+    yield "total", total, case.out["total" if "total" in case.out else "loss"]
+    gradient = next(value for name, value in case.grads.items() if name.endswith("new_values"))
+    yield "d values", values.grad, gradient
+
+
+def clip_table(case: Case) -> Compared:
+    for advantage, ratio, loss, gradient in case.out["rows"]:
+        new = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
+        gain = torch.tensor([[advantage]], dtype=torch.float64)
+        ours = clipped_policy_loss(new, torch.zeros_like(new), gain, case.params["eps"]).sum()
+        ours.backward()
+        yield f"loss at {advantage}, {ratio}", ours, loss
+        if abs(abs(ratio - 1) - case.params["eps"]) > 1e-9:  # on the edge any choice is right
+            assert new.grad is not None
+            yield f"gradient at {advantage}, {ratio}", new.grad.sum(), gradient
+
+
+def value_loss(case: Case) -> Compared:
+    values, old, returns, mask = case.all("new_values", "old_values", "returns", "mask", grad="new")
+    losses = clipped_value_loss(values, old, returns, case.params["clip_eps"])
+    loss = masked_mean(losses, mask) if case.params["token_level_loss"] else rows(losses, mask)
+    loss.backward()
+    yield "loss", loss, case.out["loss"]
+    yield "d values", values.grad, case.grads["d_loss_d_new_values"]
+
+
+def rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over sequences of the mean over tokens, as GRPO's loss."""
+    return torch.stack([masked_mean(*row) for row in zip(values, mask, strict=True)]).mean()
+
+
+def loss_aggregation(case: Case) -> Compared:
+    values, mask = case.all("loss_matrix", "mask")
+    by_token = case.params["mode"] == "token-mean"
+    yield "loss", (masked_mean if by_token else rows)(values, mask), case.out["loss"]
+
+
+def group_advantage(case: Case) -> Compared:
+    rewards = case.read("rewards").view(-1, case.raw["inputs"]["group_size"])
+    ours = group_advantages(rewards, case.params["epsilon"])
+    yield "advantages", ours.flatten(), case.out["advantages"]
+
+
+def grpo_loss(case: Case) -> Compared:
+    new, old, reference, mask = case.all(
+        "new_logprobs", "old_logprobs", "ref_logprobs", "mask", grad="new"
+    )
+    gains = case.read("sequence_advantages")[:, None]
+    losses = clipped_policy_loss(new, old, gains, case.params["epsilon_low"])
+    losses = losses + case.params.get("beta", 0.0) * kl_loss(new, old, reference)
+    loss = rows(losses, mask)
+    loss.backward()
+    # an entropy bonus there is a mean over all tokens; it has no gradient through the log-probs
+    metrics = case.out["metrics"]
+    yield "loss", loss - case.params.get("entropy_coef", 0) * metrics["entropy"], case.out["loss"]
+    yield "d logprobs", new.grad, case.grads["d_loss_d_new_logprobs"]
+
+
+def kl(case: Case) -> Compared:
+    new, reference = case.all("logprob", "ref_logprob", grad="logprob")
+    ours = {"kl/k1": k1, "kl/k3": k3}[case.id](new, reference)
+    ours.sum().backward()
+    yield "value", ours, case.out["value"]
+    yield "d logprobs", new.grad, case.grads["d_sum_d_logprob"]
+
+
+def reward_shaping(case: Case) -> Compared:
+    scores, new, reference, mask = case.all("scores", "logprobs", "ref_logprobs", "mask")
+    ours = kl_shaped_rewards(scores, new, reference, mask, case.params["kl_coef"])
+    yield "rewards", ours, case.out["masked_rewards"]
+
+
+def kl_controller(case: Case) -> Compared:
+    coef, trace = case.params["init"], []
+    for value in case.raw["inputs"]["observed_kl"]:
+        steps = case.raw["inputs"]["n_steps"]
+        coef = ziegler_kl_coef(coef, value, case.params["target"], steps, case.params["horizon"])
+        trace.append(coef)
+    yield "trace", trace, case.out["coef_after"]
+
+
+# --------------------------------------------------------------------------- numerics and data
+
+
+def entropy(case: Case) -> Compared:
+    logits, mask = case.all("logits", "mask")
+    ours = shifted(logits, torch.zeros(mask.shape, dtype=torch.long), 1.0)[1]
+    yield "entropy", ours, case.out["token_entropy"]
+
+
+def shifted(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies where logits[t] score ids[t]."""
+    first = torch.zeros_like(ids[:, :1])
+    every = torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
+    response = every.clone()
+    response[:, 0] = False
+    batch = Batch(torch.cat([first, ids], -1), every, response)
+    logits = torch.cat([logits, logits[:, -1:]], 1)
+    scored = token_logprobs(
+        GivenLogits(logits), batch, chunk=4, temperature=temperature, with_entropy=True
+    )
+    assert scored.entropy is not None
+    return scored.logprobs[:, 1:], scored.entropy[:, 1:]
+
+
+def sequence_logprobs(case: Case) -> Compared:
+    if "token_ids" in case.raw["inputs"]:
+        logits, ids = case.all("logits", "token_ids")
+        logprobs, entropies = shifted(logits, ids, case.params.get("temperature", 1.0))
+        yield "log-probs", logprobs, case.out["logprobs"]
+        yield "entropy", entropies, case.out["entropy"]
+        return
+    model = GivenLogits(case.read("logits"))
+    batch = labelled(case.read("labels"))
+    sums = sequence_logprob(token_logprobs(model, batch, chunk=4).logprobs, batch.response)
+    yield "sum", sums, case.out["sum"]
+
+
+def sft_loss(case: Case) -> Compared:
+    model = GivenLogits(case.read("logits"))
+    batch = labelled(case.read("labels"))
+    loss = nll_sum(token_logprobs(model, batch, chunk=4).logprobs, batch.response)
+    (loss / batch.response.sum()).backward()
+    yield "loss", loss / batch.response.sum(), case.out["loss"]
+    yield "over 37", loss / 37, case.out["loss_sum_over_37"]
+    yield "d logits", model.logits.grad, case.grads["d_loss_d_logits"]
+
+
+def masks(case: Case) -> Compared:
+    if case.id == "masks/truncate_at_eos":
+        mask = ~torch.tensor(case.out["pad_mask"]).bool()
+        yield "last token", last_index(mask), case.out["last_token_index"]
+        return
+    ids = case.read("query_responses")
+    attention = torch.tensor(case.out["attention_mask"]).bool()
+    ours = Batch(ids, attention, attention).positions
+    yield "positions", ours * attention, torch.tensor(case.out["position_ids"]) * attention
+
+
+def labels_truncation(case: Case) -> Compared:
+    if "examples" in case.raw["inputs"]:
+        sides = [
+            Tokens(example["prompt_ids"], example[side])
+            for side in ("chosen_ids", "rejected_ids")
+            for example in case.raw["inputs"]["examples"]
+        ]
+        batch = collate(sides)
+    else:
+        longest = len(case.out["prompt_input_ids"])
+        data = data_of(max_prompt_tokens=longest, long_prompts="cut", max_response_tokens=20)
+        inputs = case.raw["inputs"]
+        row = Preference(inputs["prompt"], inputs["chosen"], inputs["rejected"])
+        pair = Encoder(characters(), data).preferences([row])[0]
+        for side, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids, labels = case.out[f"{side}_input_ids"], case.out[f"{side}_labels"]
+            yield side, tokens.prompt + tokens.response, ids
+            yield f"{side} labels", [-100] * len(tokens.prompt) + tokens.response, labels
+        return
+    yield "ids", batch.ids, case.out["input_ids"]
+    yield "attention", batch.attention, case.out["attention_mask"]
+    yield "response", batch.response, case.out["completion_mask"]
+
+
+def lr_schedule(case: Case) -> Compared:
+    kind, _, rest = case.id.removeprefix("lr/").partition("_")
+    config = replace(
+        composed("dpo").algo,
+        lr=case.raw["inputs"]["peak_lr"],
+        lr_schedule=kind,
+        min_lr_ratio=0.1 if rest == "to_10pct" else 0.0,
+        warmup_steps=5 if rest == "warm5" else 0,
+    )
+    layer = nn.Linear(1, 1)
+    optimizer = Optimizer({"x": (layer, config.lr)}, config, case.raw["inputs"]["total_steps"])
+    part = Part([torch.ones(1, 1)], lambda x: (layer(x).sum(), {}), 1)
+    rates = [optimizer.step([part])["lr"] for _ in case.out["lr_at_step"]]
+    yield "rates", rates, case.out["lr_at_step"]
+
+
+# --------------------------------------------------------------------------- decoding
+
+
+OPTIONS: dict[str, tuple[Sampling, int, list[int]]] = {
+    "decode/TemperatureLogitsWarper_temperature0.7": (Sampling(9, temperature=0.7), 2, []),
+    "decode/TopPLogitsWarper_top_p0.8": (Sampling(9, top_p=0.8), 2, []),
+    "decode/MinPLogitsWarper_min_p0.2": (Sampling(9, min_p=0.2), 2, []),
+    "decode/MinNewTokensLengthLogitsProcessor_prompt_length2_min_new_tokens4_eos9": (
+        Sampling(9, min_tokens=4),
+        2,
+        [9],
+    ),
+    "decode/pipeline_rep1.2_T0.7_k5_p0.9": (
+        Sampling(9, 0.7, top_k=5, top_p=0.9, repetition_penalty=1.2),
+        2,
+        [],
+    ),
+}
+
+
+def decoding(case: Case) -> Compared:
+    sampling, generated, stop_ids = OPTIONS[case.id]
+    seen, scores = case.all("input_ids", "scores")
+    ours = filter_logits(scores, seen, generated, sampling, stop_ids)
+    yield "probabilities", torch.softmax(ours, -1), case.out["probs"]
+    if "scores" in case.out:
+        yield "scores", ours, case.out["scores"]
+
+
+def greedy(model: nn.Module, prompts: list[list[int]], sampling: Sampling, eos: int) -> list[Any]:
+    """Greedy responses with the prompts before them."""
+    noise = torch.zeros(len(prompts), sampling.max_tokens)
+    found = decode(model, prompts, noise, sampling, [eos], lambda ids: "")
+    return [prompt + each.ids for prompt, each in zip(prompts, found, strict=True)]
+
+
+def padded(found: list[list[int]], like: list[list[int]], pad: int) -> list[list[int]]:
+    """The sequences, filled up on the right to the recorded length."""
+    return [ids + [pad] * (len(row) - len(ids)) for ids, row in zip(found, like, strict=True)]
+
+
+def decoding_beam(case: Case) -> Compared:
+    params, prompts = case.params, case.raw["inputs"]["prompts"]
+    model = bigram(torch.tensor(case.raw["inputs"]["bigram_logits"]))
+    if "num_beams" not in params:
+        penalty = params.get("repetition_penalty", 1.0)
+        sampling = Sampling(params["max_new_tokens"], 0.0, repetition_penalty=penalty)
+        found = greedy(model, prompts, sampling, params["eos"])
+    else:
+        algo = replace(
+            composed("generate").algo,
+            beams=params["num_beams"],
+            samples=1,
+            max_tokens=params["max_new_tokens"],
+            min_tokens=params.get("min_new_tokens", 0),
+            length_penalty=params.get("length_penalty", 1.0),
+        )
+        best = [beam_search(model, prompt, algo, [params["eos"]], 64)[0] for prompt in prompts]
+        found = [prompt + each.ids for prompt, each in zip(prompts, best, strict=True)]
+        scores = [sum(each.logprobs) / len(each.ids) ** algo.length_penalty for each in best]
+        yield "scores", scores, case.out["sequences_scores"]
+    # a closed hypothesis is filled with pads there, or with EOS where a longer one ended
+    ends = [row.index(params["eos"]) + 1 if params["eos"] in row else None for row in found]
+    for i, end in enumerate(ends):
+        yield f"sequence {i}", found[i], case.out["sequences"][i][:end]
+
+
+# --------------------------------------------------------------------------- a whole model
+
+
+def tiny_llama() -> Any:
+    """The checkpoint beside the figures."""
+    return AutoModelForCausalLM.from_pretrained(HERE / "tiny_llama", dtype=torch.float32).eval()
+
+
+def model_forward(case: Case) -> Compared:
+    model = tiny_llama()
+    ids, attention = case.all("input_ids", "attention_mask")
+    batch = Batch(ids, attention, attention)
+    hidden = hidden_states(model, batch)
+    yield "logits", unembed(model, hidden) * attention[..., None], case.out["logits"]
+    yield "hidden", hidden[1], case.out["last_hidden_row1"]
+
+    labels = case.read("sft_labels_for_row_1")
+    row = Batch(ids[1:], attention[1:], labels != -100)
+    loss = nll_sum(token_logprobs(model, row, chunk=2).logprobs, row.response) / 4
+    loss.backward()
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    yield "loss", loss, case.out["sft_loss_row1"]
+    yield "norm", nn.utils.clip_grad_norm_(weights, float("inf")), case.out["grad_norm_row1"]
+
+    prompts = [ids[0, 2:].tolist(), ids[1].tolist()]
+    found = [
+        [0, 0, *row] if i == 0 else row
+        for i, row in enumerate(greedy(model, prompts, Sampling(8, 0.0), 2))
+    ]
+    yield "greedy", padded(found, case.out["greedy"], 0), case.out["greedy"]
+    algo = replace(
+        composed("generate").algo, beams=3, samples=1, max_tokens=8, min_tokens=0, length_penalty=1
+    )
+    best = [prompt + beam_search(model, prompt, algo, [2], 64)[0].ids for prompt in prompts]
+    yield "beams", [[0, 0, *best[0]], best[1]], case.out["beam3"]
+
+
+def training_trace(case: Case) -> Compared:
+    """Six steps of plain SGD on four pairs each, as two tools' trainers took them."""
+    rows = case.raw["inputs"]["token_ids"]
+    pairs = [
+        [Tokens(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")]
+        for row in rows
+    ]
+    model = reference = tiny_llama()
+    if case.id == "trace/reward":
+        model = AutoModelForSequenceClassification.from_pretrained(
+            HERE / "tiny_llama", num_labels=1, dtype=torch.float32
+        )
+        with torch.no_grad():
+            model.score.weight.copy_(case.read("score_head_weight"))
+    else:
+        reference = tiny_llama().requires_grad_(False)
+    disable_dropout(model)
+    sgd = torch.optim.SGD(model.parameters(), case.params["learning_rate"])
+    for step, expected in enumerate(case.out["steps"]):
+        picked = [pairs[(4 * step + i) % len(pairs)] for i in range(4)]
+        batch = collate([pair[0] for pair in picked] + [pair[1] for pair in picked])
+        if case.id == "trace/reward":
+            chosen, rejected = sequence_scores(model, batch).chunk(2)
+            loss = bradley_terry_loss(chosen, rejected).mean()
+            yield f"margin {step}", (chosen - rejected).mean(), expected["margin"]
+        else:
+            ours, theirs = (
+                sequence_logprob(token_logprobs(each, batch, chunk=5).logprobs, batch.response)
+                for each in (model, reference)
+            )
+            losses, better, worse = preference_loss(
+                [*ours.chunk(2), *theirs.chunk(2)], case.params["beta"]
+            )
+            loss = losses.mean()
+            yield f"chosen {step}", better.mean(), expected["rewards/chosen"]
+            yield f"rejected {step}", worse.mean(), expected["rewards/rejected"]
+            yield f"log-probs {step}", ours.chunk(2)[0].mean(), expected["logps/chosen"]
+        sgd.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        sgd.step()
+        yield f"loss {step}", loss, expected["loss"]
+        yield f"norm {step}", norm, expected["grad_norm"]
+    weights = torch.cat([weight.flatten() for weight in model.parameters()]).double()
+    yield "weights", weights.abs().sum(), case.out["final"]["weight_abs_sum"]
+    yield "sum", weights.sum(), case.out["final"]["weight_sum"]
+
+
+GROUPS: Mapping[str, Callable[[Case], Compared]] = {
+    function.__name__: function
+    for function in (
+        *(dpo, dpo_from_logits, reward_model, reward_model_kwise, plackett_luce, whiten, ppo_loss),
+        *(value_loss, loss_aggregation, group_advantage, grpo_loss, kl, reward_shaping, masks),
+        *(kl_controller, entropy, sequence_logprobs, sft_loss, labels_truncation, lr_schedule),
+        *(decoding, decoding_beam, model_forward, training_trace),
+    )
+} | {"gae": advantages}
+SINGLE = {"dpo_from_logits", "entropy", "sequence_logprobs", "sft_loss", "decoding_beam"}
+
+
+@pytest.mark.parametrize("id", CASES)
+def test_a_case_of_public_code(id: str) -> None:
+    case = Case(id)
+    group = case.raw["group"]
+    compared = list(GROUPS[group](case))
+    assert compared
+    for what, ours, expected in compared:
+        matches(case, ours, expected, what, group in SINGLE)
+
+
+@pytest.mark.parametrize("id", ["kl_optimal_beta0.1", "kl_optimal_beta1.0"])
+def test_the_recorded_optimum_makes_every_shaped_reward_equal(id: str) -> None:
+    case = ANALYTIC[id]
+    best, reference, reward = (
+        torch.tensor(case[name], dtype=torch.float64) for name in ("pi_star", "pi_ref", "reward")
+    )
+    one = torch.ones(5, 1, dtype=torch.bool)
+    logs = best.log()[:, None], reference.log()[:, None]
+    shaped = kl_shaped_rewards(reward, *logs, one, case["beta"])
+    torch.testing.assert_close(shaped[:, 0], torch.full((5,), case["beta_logZ"]).double())
+    torch.testing.assert_close((best * k1(*logs)[:, 0]).sum().item(), case["kl"])
+
+
+def test_the_recorded_estimate_and_its_error() -> None:
+    case = ANALYTIC["expected_reward_estimate"]
+    found = clustered_mean(torch.tensor(case["rewards"], dtype=torch.float64))
+    assert found.mean == pytest.approx(case["mean"], abs=1e-12)
+    assert found.stderr == pytest.approx(case["stderr_over_queries"], abs=1e-12)

@@ -1,0 +1,395 @@
+"""Folders in and out: what is loaded is what was saved, and adapters add up."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.data.batches import collate
+from rlhf_cli.models.forward import hidden_states, token_logprobs, unwrap
+from rlhf_cli.models.load import (
+    Reference,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    residual_dropout,
+    save_model,
+    scorer_from_policy,
+    set_stop_ids,
+    stop_ids_of,
+)
+from rlhf_cli.models.score import logprobs_of, scores_of
+from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of
+
+CPU = torch.device("cpu")
+FULL = model_of(lora_rank=0)
+LORA = model_of(lora_rank=4, lora_alpha=16.0)
+SEQUENCES = sequences_of(6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy folder as another tool would write it."""
+    place = tmp_path_factory.mktemp("policy")
+    tokenizer = bpe()
+    llama(len(tokenizer)).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def policy_of(place: Path, config: FrozenModel) -> Any:
+    tokenizer = load_tokenizer(str(place), config)
+    return load_policy(str(place), config, tokenizer, CPU)
+
+
+def loaded(auto: Any, place: Path) -> Any:
+    """What a plain transformers user gets: every weight found, none left over."""
+    model, info = auto.from_pretrained(place, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def outputs(model: nn.Module) -> Tensor:
+    """Log-probs of fixed sequences."""
+    return torch.cat(logprobs_of(model, SEQUENCES, hardware_of()))
+
+
+def train(model: nn.Module, steps: int = 5) -> None:
+    """A few steps on whatever is trainable."""
+    adam = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], 5e-2)
+    for _ in range(steps):
+        adam.zero_grad()
+        (-token_logprobs(model, collate(SEQUENCES), chunk=99).logprobs.sum() / 30).backward()
+        adam.step()
+
+
+def base_weights(model: Any) -> list[Tensor]:
+    return [
+        weight.detach().clone() for name, weight in model.named_parameters() if "lora_" not in name
+    ]
+
+
+# --------------------------------------------------------------------------- full models
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_folder_makes_the_round_trip(family: str, tmp_path: Path) -> None:
+    tokenizer = bpe()
+    if family == "llama":
+        model: Any = llama(len(tokenizer))
+    else:
+        size = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+        model = GPT2LMHeadModel(size)
+    set_stop_ids(model, tokenizer, [2, 5])
+    save_model(model, tokenizer, tmp_path, merge=True)
+    plain = loaded(AutoModelForCausalLM, tmp_path)
+    ours = policy_of(tmp_path, FULL)
+    theirs = dict(plain.named_parameters())
+    for name, weight in ours.named_parameters():
+        assert torch.equal(weight, theirs[name]), name
+    assert plain.generation_config.eos_token_id == [2, 5]
+    assert plain.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert stop_ids_of(str(tmp_path), tokenizer) == [2, 5]
+    ids = AutoTokenizer.from_pretrained(tmp_path)("the cat").input_ids
+    assert ids == tokenizer("the cat").input_ids
+
+
+def test_dropout_is_off_in_all_that_is_loaded(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    size: Any = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(
+        GPT2Config(**size, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for model in (
+        policy_of(tmp_path, FULL),
+        policy_of(tmp_path, FROZEN),
+        policy_of(tmp_path, LORA),
+        scorer_from_policy(str(tmp_path), FULL, tokenizer, 0, CPU),
+    ):
+        model.train()
+        one, other = (model(collate(SEQUENCES[:1]).ids).logits for _ in range(2))
+        assert torch.equal(one, other)
+
+
+def test_residual_dropout_drops_in_training_mode_only() -> None:
+    model = llama()
+    before = outputs(model)
+    residual_dropout(model, 0.5)
+    assert torch.equal(outputs(model), before)
+    model.train()
+    assert not torch.equal(outputs(model), before)
+    blocks = sum(1 for name, _ in model.named_modules() if name.endswith(("self_attn", "mlp")))
+    assert blocks == 4 == sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_a_pad_token_is_never_the_eos() -> None:
+    tokenizer = bpe()
+    tokenizer.pad_token = tokenizer.eos_token
+    with_unknown = characters()
+    with_unknown.pad_token = None
+    for each in (tokenizer, with_unknown):
+        found = reloaded(each)
+        assert found.pad_token_id is not None
+        assert found.pad_token_id != found.eos_token_id
+
+
+def reloaded(tokenizer: Any) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place)
+        return load_tokenizer(place, FROZEN)
+
+
+def test_an_added_pad_token_has_an_embedding(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    size = len(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    llama(size).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = load_tokenizer(str(tmp_path), FULL)
+    model: Any = load_policy(str(tmp_path), FULL, found, CPU)
+    assert model.get_input_embeddings().num_embeddings >= len(found) > found.pad_token_id
+
+
+def test_missing_weights_are_no_random_weights(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights missing .*layers\.1\.mlp\.up_proj"):
+        policy_of(tmp_path, FULL)
+    with pytest.raises(UserError, match="weights missing"):
+        load_scorer(str(folder), FROZEN, bpe(), CPU)  # a policy is no reward model
+
+
+# --------------------------------------------------------------------------- scorers
+
+
+def test_a_scorer_has_the_policys_trunk_and_a_fresh_head(folder: Path, tmp_path: Path) -> None:
+    tokenizer = bpe()
+    policy = dict(policy_of(folder, FULL).named_parameters())
+    scorer: Any = scorer_from_policy(str(folder), FULL, tokenizer, 7, CPU)
+    trunk = {name: weight for name, weight in scorer.named_parameters() if "score" not in name}
+    assert trunk and all(torch.equal(weight, policy[name]) for name, weight in trunk.items())
+    assert set(policy) - set(trunk) == {"lm_head.weight"}
+    again: Any = scorer_from_policy(str(folder), FULL, tokenizer, 7, CPU)
+    assert torch.equal(scorer.score.weight, again.score.weight)
+
+    save_model(scorer, tokenizer, tmp_path, merge=True)
+    plain = loaded(AutoModelForSequenceClassification, tmp_path)
+    ours = load_scorer(str(tmp_path), FROZEN, tokenizer, CPU)
+    scores = [scores_of(each, SEQUENCES, hardware_of()) for each in (scorer, plain, ours)]
+    torch.testing.assert_close(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])
+    critic = load_scorer(str(tmp_path), FULL, tokenizer, CPU)
+    assert torch.equal(scores_of(critic, SEQUENCES, hardware_of()), scores[0])
+
+
+def test_a_scorer_with_an_adapter_makes_the_round_trip(folder: Path, tmp_path: Path) -> None:
+    tokenizer = bpe()
+    scorer: Any = scorer_from_policy(str(folder), LORA, tokenizer, 7, CPU)
+    trainable = {name for name, weight in scorer.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in trainable)  # the head is trained too
+    with torch.no_grad():
+        for name, weight in scorer.named_parameters():
+            if name in trainable:
+                weight += 0.1
+    save_model(scorer, tokenizer, tmp_path, merge=False)
+    assert (tmp_path / "adapter_config.json").exists()
+    expected = scores_of(scorer, SEQUENCES, hardware_of())
+    for config in (FROZEN, LORA):
+        again = load_scorer(str(tmp_path), config, tokenizer, CPU)
+        found = scores_of(again, SEQUENCES, hardware_of())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "adapter"])
+def test_a_scorer_from_an_adapter_has_the_sum_as_its_trunk(
+    config: Any, folder: Path, tmp_path: Path
+) -> None:
+    policy = policy_of(folder, LORA)
+    train(policy)
+    save_model(policy, bpe(), tmp_path, merge=False)
+    scorer = scorer_from_policy(str(tmp_path), config, bpe(), 7, CPU)
+    batch = collate(SEQUENCES)
+    ours, theirs = (hidden_states(model, batch)[batch.attention] for model in (scorer, policy))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    head = unwrap(scorer).score
+    assert next(head.parameters()).std().item() == pytest.approx(17**-0.5, rel=0.6)
+    trained = {name for name, weight in scorer.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in trained)
+    assert any("layers" in name for name in trained)
+
+
+# --------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_starts_as_the_base_and_leaves_it_alone(folder: Path) -> None:
+    base, adapted = policy_of(folder, FULL), policy_of(folder, LORA)
+    assert torch.equal(outputs(base), outputs(adapted))
+    before = base_weights(adapted)
+    trainable = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    train(adapted)
+    assert (outputs(adapted) - outputs(base)).abs().max() > 0.1
+    assert all(map(torch.equal, base_weights(adapted), before))
+
+
+@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "adapter"])
+def test_the_reference_stays_what_it_was(config: Any, folder: Path) -> None:
+    model = policy_of(folder, config)
+    reference = Reference(model)
+    start = outputs(model)
+    with reference.active() as frozen:
+        assert torch.equal(outputs(frozen), start)
+        assert not token_logprobs(frozen, collate(SEQUENCES), chunk=9).logprobs.requires_grad
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert not any("reference" in name for name in trainable)
+    train(model)
+    with reference.active() as frozen:
+        assert torch.equal(outputs(frozen), start)
+    after = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert after == trainable  # switching over froze nothing and thawed nothing
+    assert (outputs(model) - start).abs().max() > 0.1
+    assert reference.digest() == reference.hash
+    with torch.no_grad(), reference.active() as frozen:
+        next(iter(unwrap(frozen).model.layers[0].mlp.parameters())).add_(1e-6)
+    assert reference.digest() != reference.hash
+
+
+def test_an_adapter_is_saved_merged_and_continued(folder: Path, tmp_path: Path) -> None:
+    tokenizer = bpe()
+    adapted = policy_of(folder, LORA)
+    Reference(adapted)  # training stages hold one; it must not be saved
+    train(adapted)
+    expected = outputs(adapted)
+    save_model(adapted, tokenizer, tmp_path / "merged", merge=True)
+    save_model(adapted, tokenizer, tmp_path / "adapter", merge=False)
+    assert torch.equal(outputs(adapted), expected)  # saving changed nothing
+    files = {file.name for file in (tmp_path / "adapter").iterdir() if file.is_file()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert not any("reference" in path.name for path in tmp_path.rglob("*"))
+
+    plain = loaded(AutoModelForCausalLM, tmp_path / "merged")
+    torch.testing.assert_close(outputs(plain), expected, rtol=1e-5, atol=1e-5)
+    merged = policy_of(tmp_path / "adapter", FULL)
+    assert not hasattr(merged, "peft_config")
+    assert all(weight.requires_grad for weight in merged.parameters())
+    torch.testing.assert_close(outputs(merged), expected, rtol=1e-5, atol=1e-5)
+
+    # the next stage goes on from base plus adapter, and its reference is that same sum
+    going_on = policy_of(tmp_path / "adapter", LORA)
+    reference = Reference(going_on)
+    with reference.active() as frozen:
+        torch.testing.assert_close(outputs(frozen), expected, rtol=0, atol=1e-5)
+    train(going_on)
+    with reference.active() as frozen:
+        torch.testing.assert_close(outputs(frozen), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="its adapter has rank 4"):
+        policy_of(tmp_path / "adapter", model_of(lora_rank=8))
+
+
+def test_plain_peft_loads_our_adapter(folder: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    adapted = policy_of(folder, LORA)
+    train(adapted)
+    save_model(adapted, bpe(), tmp_path, merge=False)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(theirs), outputs(adapted), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_keeps_its_kind_of_scale_under_a_new_head(folder: Path, tmp_path: Path) -> None:
+    """A rank-stabilised adapter scales by alpha / sqrt(r); the scorer's trunk must as well."""
+    policy = policy_of(folder, FULL)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        use_rslora=True,
+        lora_dropout=0.5,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapted: Any = peft.get_peft_model(policy, config)
+    train(adapted)
+    save_model(adapted.eval(), bpe(), tmp_path, merge=False)
+    trunks = [
+        hidden_states(scorer_from_policy(str(tmp_path), each, bpe(), 7, CPU), collate(SEQUENCES))
+        for each in (FULL, LORA)  # merged, and continued
+    ]
+    mask = collate(SEQUENCES).attention
+    torch.testing.assert_close(trunks[0][mask], trunks[1][mask], rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_scale_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_model(policy_of(folder, LORA), bpe(), tmp_path, merge=False)
+    with pytest.raises(UserError, match=r"rank 4 and alpha 16.*model.lora_alpha=16"):
+        policy_of(tmp_path, model_of(lora_rank=4, lora_alpha=99.0))
+
+
+def test_the_dropout_of_a_foreign_adapter_is_off(folder: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted: Any = peft.get_peft_model(policy_of(folder, FULL), config)
+    train(adapted)
+    save_model(adapted, bpe(), tmp_path, merge=False)
+    again = policy_of(tmp_path, LORA).train()
+    assert torch.equal(outputs(again), outputs(again))
+
+
+def test_an_adapter_folder_names_its_own_eos_ids(folder: Path, tmp_path: Path) -> None:
+    tokenizer = bpe(chat=True)
+    model = load_policy(str(folder), LORA, tokenizer, CPU)
+    eos, turn = (int(tokenizer.convert_tokens_to_ids(each)) for each in ("</s>", "<|end|>"))  # type: ignore[arg-type]
+    set_stop_ids(model, tokenizer, [eos, turn])
+    save_model(model, tokenizer, tmp_path, merge=False)
+    assert stop_ids_of(str(tmp_path), tokenizer) == [eos, turn]
+
+
+def test_bfloat16_products_load_and_score_near_float32(folder: Path, tmp_path: Path) -> None:
+    half = policy_of(folder, model_of(dtype="bfloat16"))
+    assert next(half.parameters()).dtype == torch.float32  # weights stay float32
+    exact = outputs(policy_of(folder, FULL))
+    assert not torch.equal(outputs(half), exact)
+    torch.testing.assert_close(outputs(half), exact, rtol=0.1, atol=0.1)
+    scorer = scorer_from_policy(str(folder), model_of(dtype="bfloat16"), bpe(), 7, CPU)
+    scores = scores_of(scorer, sequences_of(40), hardware_of())
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())  # the head does not round to ties
+
+
+def test_an_added_pad_token_is_never_likely(folder: Path, tmp_path: Path) -> None:
+    """Logits far below zero would make a random row, whose logit is near zero, certain."""
+    tokenizer = bpe()
+    model = llama(len(tokenizer), tie_word_embeddings=False)
+    with torch.no_grad():  # every logit about -30, as in some pretrained models
+        model.model.norm.weight.fill_(1.0)
+        direction = torch.ones(model.config.hidden_size)
+        model.lm_head.weight.mul_(0.1)
+        model.model.embed_tokens.weight.add_(direction)
+        hidden = model.model(torch.tensor([[5]])).last_hidden_state[0, 0]
+        model.lm_head.weight.sub_(30 * hidden / hidden.norm() ** 2)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<added>"]})
+    grown: Any = load_policy(str(tmp_path), FULL, tokenizer, CPU)
+    probabilities = grown(torch.tensor([[5]])).logits[0, -1].softmax(-1)
+    assert probabilities[-1] < 0.1

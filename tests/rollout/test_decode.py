@@ -1,0 +1,186 @@
+"""The decoder against transformers, against the scorer, and whatever the batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.rollout.decode import Completion, decode
+from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
+from tests.toys import bigram, bpe, characters, data_of, hardware_of, llama
+
+PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 3, 20, 6, 8], [1, 4, 4]]
+EOS = 2
+
+
+def run(
+    model: Any,
+    sampling: Sampling,
+    prompts: list[list[int]] = PROMPTS,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[Completion]:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(prompts) * samples, sampling.max_tokens, generator=generator)
+    return decode(model, prompts, noise, sampling, [EOS], lambda ids: " ".join(map(str, ids)))
+
+
+def gpt2() -> Any:
+    """Absolute positions: a pad that counted as one would show."""
+    torch.manual_seed(0)
+    size = GPT2Config(
+        vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4
+    )
+    return GPT2LMHeadModel(size).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_greedy_is_transformers_greedy(make: Any) -> None:
+    model = make()
+    ours = run(model, Sampling(12, temperature=0))
+    for prompt, found in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        assert found.ids == theirs
+        assert found.finish == ("eos" if theirs[-1] == EOS else "length")
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_log_probs_are_what_training_scores(make: Any, temperature: float) -> None:
+    """The first ratio is 1: prefix cache and left padding against one right-padded pass."""
+    model = make()
+    found = run(model, Sampling(10, temperature), samples=3)
+    sequences = [Tokens(PROMPTS[i // 3], each.ids) for i, each in enumerate(found)]
+    assert len({len(each.ids) for each in found}) > 1
+    scored = logprobs_of(model, sequences, hardware_of(), temperature)
+    for each, values in zip(found, scored, strict=True):
+        assert each.logprobs == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_filters_do_not_touch_the_log_probs() -> None:
+    model = llama()
+    sampling = Sampling(8, 0.7, top_k=3, top_p=0.9, repetition_penalty=1.3, min_tokens=3)
+    found = run(model, sampling)
+    sequences = [Tokens(prompt, each.ids) for prompt, each in zip(PROMPTS, found, strict=True)]
+    scored = logprobs_of(model, sequences, hardware_of(), 0.7)
+    for each, values in zip(found, scored, strict=True):
+        assert each.logprobs == pytest.approx(values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
+)
+def test_every_cold_limit_is_greedy(options: dict[str, Any]) -> None:
+    model = llama()
+    greedy = [each.ids for each in run(model, Sampling(9, 0.0))]
+    assert [each.ids for each in run(model, Sampling(9, **options))] == greedy
+
+
+def test_neutral_options_draw_the_same_tokens() -> None:
+    model = llama()
+    plain = run(model, Sampling(9), samples=2)
+    neutral = Sampling(9, 1.0, top_k=23, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    assert run(model, neutral, samples=2) == plain
+    assert run(model, Sampling(9), samples=2, seed=1) != plain
+
+
+def test_lengths() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[EOS] *= 4  # the EOS is likely, or very unlikely
+    free = run(model, Sampling(12), samples=16)
+    ends = [each.ids.index(EOS) + 1 if EOS in each.ids else None for each in free]
+    assert {each.finish for each in free} == {"eos", "length"}
+    for each, end in zip(free, ends, strict=True):
+        assert len(each.ids) == (end or 12)  # nothing follows the first EOS
+        assert each.finish == ("length" if end is None else "eos")
+        assert len(each.logprobs) == len(each.ids)
+    assert min(end for end in ends if end) < 4
+    held = run(model, Sampling(12, min_tokens=4), samples=16)
+    assert all(EOS not in each.ids[:4] and len(each.ids) >= 4 for each in held)
+
+
+def test_a_token_at_the_limit_that_is_an_eos_is_an_end() -> None:
+    table = torch.full((6, 6), -50.0)
+    table[1, 3], table[3, EOS] = 50, 50
+    (found,) = run(bigram(table), Sampling(2), [[1]])
+    assert (found.ids, found.finish) == ([3, EOS], "eos")
+    (short,) = run(bigram(table), Sampling(1), [[1]])
+    assert (short.ids, short.finish) == ([3], "length")
+
+
+def test_stop_strings_end_a_response_before_them() -> None:
+    table = torch.full((12, 12), -50.0)
+    for i in range(3, 11):
+        table[i, i + 1] = 50  # 3 4 5 6 ... : d e f g
+    encoder = Encoder(characters(first=97), data_of())  # id 3 is d
+    row = (Prompt("d"), [3])
+    (found,) = rollouts(bigram(table), encoder, [row], Sampling(8, stop=("zz", "ghi", "h")))
+    assert found.finish == "stop"
+    assert found.tokens.response == [4, 5, 6, 7]  # the tokens that were drawn, e f g h
+    assert found.text == "efg"
+    assert found.ended
+
+
+def rollouts(
+    model: Any, encoder: Encoder, prompts: Any, sampling: Sampling, samples: int = 1, **more: Any
+) -> list[Rollout]:
+    hardware = hardware_of(rollout_tokens=more.pop("budget", 10_000))
+    return sample_rollouts(
+        model,
+        encoder,
+        prompts,
+        sampling,
+        samples=samples,
+        seed=more.pop("seed", 0),
+        stop_ids=[EOS],
+        hardware=hardware,
+        **more,
+    )
+
+
+def test_the_repetition_penalty_sees_no_pad() -> None:
+    """The short prompt is padded beside the long one; alone it is not."""
+    model = llama()
+    sampling = Sampling(8, 0.0, repetition_penalty=1.8)
+    for pad in (0, 5, 9):
+        longer = [1, *[pad] * 8, 3]
+        together = run(model, sampling, [[4, 6], longer])
+        assert together[0].ids == run(model, sampling, [[4, 6]])[0].ids
+    assert run(model, sampling)[2].ids != run(model, Sampling(8, 0.0))[2].ids
+
+
+@pytest.mark.parametrize("budget", [1, 60, 200])
+def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
+    tokenizer = bpe()
+    model = llama(len(tokenizer))
+    encoder = Encoder(tokenizer, data_of())
+    texts = ["the cat", "a", "the dog ran to the red boat", "two plus two", "a song"]
+    prompts = list(zip(*encoder.prompts([Prompt(text) for text in texts]), strict=True))
+    told: list[int] = []
+    sampling = Sampling(7, 0.9)
+    whole = rollouts(model, encoder, prompts, sampling, 3)
+    cut = rollouts(model, encoder, prompts, sampling, 3, budget=budget, advance=told.append)
+    assert [each.row.prompt for each in whole] == [text for text in texts for _ in range(3)]
+    for one, other in zip(whole, cut, strict=True):
+        assert one.tokens == other.tokens
+        assert one.text == other.text
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert sum(told) == 15 and (budget > 60 or len(told) > 1)
+    responses = {tuple(each.tokens.response) for each in whole}
+    assert len(responses) > 10  # samples of one prompt differ
+    twice = rollouts(model, encoder, prompts[:1] * 2, sampling, 3)
+    assert [each.tokens for each in twice[:3]] != [each.tokens for each in twice[3:]]
+    reseeded = rollouts(model, encoder, prompts, sampling, 3, seed=1)
+    assert [each.tokens for each in reseeded] != [each.tokens for each in whole]

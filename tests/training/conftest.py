@@ -1,0 +1,35 @@
+"""A chain of tiny stages, run once: rows, a policy, an adapter of it, and a reward model."""
+
+import contextlib
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from tests.training.tiny import WORDS, words_of
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows.jsonl, text.jsonl and runs/demo/{sft,reward,adapter}."""
+    folder = tmp_path_factory.mktemp("chain")
+    names = [f"{a}{b}{c}" for a in "ABCDEFGH" for b in ("n", "d", "l") for c in ("a", "o")]
+    rows = [
+        {"prompt": f"Greet {name}: ", "chosen": f"Hi {name}!", "rejected": "No no."}
+        for name in names
+    ]
+    texts = [{"text": f"{name} is here and {name} says hi to all."} for name in names]
+    for file, content in (("rows", rows), ("text", texts)):
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        (folder / f"{file}.jsonl").write_text(lines)
+    with contextlib.chdir(folder):
+        for stage, more in (
+            ("sft", ["algo.epochs=8", "algo.max_steps=null"]),
+            ("reward", ["algo.epochs=6"]),
+            ("dpo", [*WORDS["lora"], "out=runs/demo/adapter", "algo.epochs=2"]),
+        ):
+            run = importlib.import_module(f"rlhf_cli.stages.{stage}").run
+            run(compose(stage, [*words_of(stage), "hardware.save_every=null", *more]))
+    return folder

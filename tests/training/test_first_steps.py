@@ -1,0 +1,230 @@
+"""What a stage does in a step, computed once more by the letter of its equation."""
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.data.batches import draw
+from rlhf_cli.data.kinds import Demonstration
+from rlhf_cli.data.rows import read_split, read_texts
+from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.models.load import load_policy, load_tokenizer
+from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of
+from rlhf_cli.rewards.sources import load_reward, statistics_of
+from rlhf_cli.stages import grpo, ppo
+from tests.toys import FROZEN, hardware_of
+from tests.training.tiny import words_of
+
+CPU = torch.device("cpu")
+TEMPERATURE = 0.9
+ONE_UPDATE = [
+    *("algo.steps=2", "algo.epochs=1", "algo.minibatch_size=8", "hardware.save_every=null"),
+    *("algo.warmup_steps=0", f"algo.temperature={TEMPERATURE}"),
+]
+
+
+@pytest.fixture(autouse=True)
+def inside(chain: Path) -> Iterator[None]:
+    """Work in the chain's folder, as a user would."""
+    with contextlib.chdir(chain):
+        yield
+
+
+def run(stage: str, out: Path, *more: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    cfg = compose(stage, [*words_of(stage), *more, f"out={out}"])
+    importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def sft_policy() -> Any:
+    """The policy that every stage here starts from, and its encoder."""
+    cfg = compose("dpo", words_of("dpo"))
+    tokenizer = load_tokenizer("runs/demo/sft", FROZEN)
+    model = load_policy("runs/demo/sft", FROZEN, tokenizer, CPU)
+    return model, Encoder(tokenizer, cfg.data)
+
+
+def logprobs(model: Any, tokens: Tokens) -> Tensor:
+    """Of the response, from plain logits at the sampling temperature: (n, V)."""
+    ids = torch.tensor([tokens.prompt + tokens.response])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(tokens.prompt) - 1 : -1] / TEMPERATURE
+    return torch.log_softmax(logits, -1)
+
+
+def taken(model: Any, tokens: Tokens) -> Tensor:
+    """Log-probs of the response's own tokens."""
+    return logprobs(model, tokens).gather(-1, torch.tensor(tokens.response)[:, None])[:, 0]
+
+
+class Spy:
+    """Records the arguments and the result of a stage's `collect`."""
+
+    def __init__(self, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[tuple[Any, ...], Any]] = []
+        collect = stage.collect
+
+        def spying(*args: Any) -> Any:
+            result = collect(*args)
+            self.calls.append((args, result))
+            return result
+
+        monkeypatch.setattr(stage, "collect", spying)
+
+
+def test_sft_divides_by_the_tokens_of_the_whole_step(tmp_path: Path) -> None:
+    sizes = [f"model.{name}=null" for name in ("vocab_size", "hidden_size", "layers", "heads")]
+    start = ["model.path=runs/demo/sft", *sizes, "model.context=null", "model.dropout=0"]
+    one = ["algo.batch_size=500", "algo.max_steps=1", "hardware.tokens_per_microbatch=90"]
+    (entry,) = run("sft", tmp_path / "out", *start, *one)
+    model, encoder = sft_policy()
+    rows = read_split(encoder.data, Demonstration).train
+    texts = read_texts(encoder.data).train[: round(0.5 * len(rows))]
+    sequences = encoder.demonstrations(rows) + encoder.texts(texts)
+    assert entry["loss"] == pytest.approx(mean_nll(model, sequences, hardware_of()), rel=1e-5)
+
+
+def test_scores_are_centred_on_the_demonstrations() -> None:
+    _, encoder = sft_policy()
+    reward: Any = load_reward("runs/demo/reward", FROZEN, encoder.tokenizer, hardware_of(), CPU)
+    sequences = encoder.demonstrations(read_split(encoder.data, Demonstration).train)
+    raw = scores_of(reward.model, sequences, hardware_of()).double()
+    mean, std = statistics_of("runs/demo/reward")
+    assert (mean, std) == pytest.approx((raw.mean().item(), raw.std().item()), rel=1e-4)
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[list[Tokens]] = []
+
+    def drawing(items: Any, count: int, seed: int, name: str, step: int) -> Any:
+        drawn = draw(items, count, seed, name, step)
+        if name == "ptx":
+            texts.append(drawn)
+        return drawn
+
+    monkeypatch.setattr(ppo, "draw", drawing)
+    spy = Spy(ppo, monkeypatch)
+    words = [*ONE_UPDATE, f"algo.whiten_advantages={str(whiten).lower()}"]
+    coefficients = [
+        *("algo.gamma=0.9", "algo.lam=0.8", "algo.vf_coef=0.3", "algo.entropy_coef=0.7"),
+        *("algo.ptx_coef=0.4", "algo.kl_coef=0.6", "algo.kl_controller=fixed"),
+        *("algo.kl_target=null", "algo.kl_horizon=null", "algo.missing_eos_reward=-2"),
+    ]
+    entries = run("ppo", tmp_path / "out", *words, *coefficients)
+    start, encoder = sft_policy()
+    reward: Any = load_reward("runs/demo/reward", FROZEN, encoder.tokenizer, hardware_of(), CPU)
+
+    for step, (args, (experience, _, _)) in enumerate(spy.calls):
+        rollouts, scores = args[0], args[1]
+        found = []
+        for rollout, score, item in zip(rollouts, scores.tolist(), experience, strict=True):
+            length = len(rollout.tokens.response)
+            # the score of the checkpoint, or the missing-EOS rule
+            scored = reward.score([rollout])[0] if rollout.finish == "eos" else -2.0
+            assert score == pytest.approx(scored, abs=1e-5)
+            if step == 0:  # the critic is the reward model still: V of each state is its score
+                states = [
+                    Tokens(rollout.tokens.prompt, rollout.tokens.response[:t])
+                    for t in range(length)
+                ]
+                raw = scores_of(reward.model, states, hardware_of())
+                values = (raw - reward.mean) / reward.std
+                torch.testing.assert_close(item.values, values, rtol=1e-4, atol=1e-5)
+            # r_t = -kl_coef log(pi / ref), and the score at the end; GAE by its recursion
+            rewards = -0.6 * (item.old - taken(start, rollout.tokens))
+            rewards[-1] += score
+            advantage, after = 0.0, 0.0
+            advantages: list[float] = []
+            for t in reversed(range(length)):
+                delta = rewards[t].item() + 0.9 * after - item.values[t].item()
+                advantage, after = delta + 0.9 * 0.8 * advantage, item.values[t].item()
+                advantages.insert(0, advantage)
+            expected = torch.tensor(advantages)
+            found.append(expected)
+            torch.testing.assert_close(item.returns, expected + item.values, rtol=1e-4, atol=1e-4)
+        joined = torch.cat(found)
+        if whiten:
+            joined = (joined - joined.mean()) / joined.std(correction=0)
+        ours = torch.cat([item.advantages for item in experience])
+        torch.testing.assert_close(ours, joined, rtol=1e-3, atol=1e-3)
+
+        # on policy, at the one update of the iteration: means over all response tokens
+        entry = entries[step]
+        returns = torch.cat([item.returns for item in experience])
+        values = torch.cat([item.values for item in experience])
+        assert entry["loss/policy"] == pytest.approx(-ours.mean().item(), abs=1e-4)
+        assert entry["loss/value"] == pytest.approx(
+            0.5 * ((values - returns) ** 2).mean().item(), rel=1e-3
+        )
+        if step == 0:
+            full = torch.cat([logprobs(start, rollout.tokens) for rollout in rollouts])
+            entropy = -(full.exp() * full).sum(-1).mean().item()
+            assert entry["entropy"] == pytest.approx(entropy, rel=1e-4)
+            nll = mean_nll(start, texts[0], hardware_of())
+            assert entry["loss/ptx"] == pytest.approx(nll, rel=1e-4)
+        total = entry["loss/policy"] + 0.3 * entry["loss/value"] - 0.7 * entry["entropy"]
+        assert entry["loss"] == pytest.approx(total + 0.4 * entry["loss/ptx"], abs=1e-4)
+    assert entries[1]["kl"] > 1e-4  # the second iteration had something to pay
+
+
+def test_a_step_of_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(grpo, monkeypatch)
+    words = [*ONE_UPDATE, "algo.group_size=4", "algo.kl_coef=0.5", "algo.missing_eos_reward=null"]
+    entries = run("grpo", tmp_path / "out", *words)
+    start, _ = sft_policy()
+    for step, (args, (groups, _, _)) in enumerate(spy.calls):
+        rollouts, scores = args[0], args[1].tolist()
+        assert [len(group) for group in groups] == [4] * 8
+        assert scores == [float("a" in rollout.text) for rollout in rollouts]
+        terms = []
+        for place, group in enumerate(groups):
+            rewards = torch.tensor(scores[4 * place : 4 * place + 4])
+            expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            ours = torch.tensor([item.advantage for item in group])
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+            asked = {tuple(item.tokens.prompt) for item in group}
+            assert len(asked) == 1  # one prompt to a group
+            for item in group:
+                u = item.old - taken(start, item.tokens)
+                terms.append((torch.exp(-u) - 1 + u).mean())
+        entry = entries[step]
+        # 1/B sum_i 1/len_i sum_t; on policy the ratio is 1
+        assert entry["loss/kl"] == pytest.approx(torch.stack(terms).mean().item(), abs=1e-4)
+        assert entry["loss/policy"] == pytest.approx(0, abs=1e-4)
+        total = entry["loss/policy"] + 0.5 * entry["loss/kl"]
+        assert entry["loss"] == pytest.approx(total, abs=1e-5)
+    assert entries[1]["loss/kl"] > 1e-4
+
+
+def test_a_step_of_dpo(tmp_path: Path) -> None:
+    """After one step over all pairs the logged margin is that of the two models' log-probs."""
+    from rlhf_cli.data.kinds import Preference
+
+    one = ["algo.batch_size=500", "algo.epochs=1", "algo.label_smoothing=0.1", "algo.beta=0.3"]
+    words = [*one, "algo.warmup_steps=0", "hardware.tokens_per_microbatch=100"]
+    (entry,) = run("dpo", tmp_path / "out", *words)
+    start, encoder = sft_policy()
+    after = load_policy(str(tmp_path / "out"), FROZEN, encoder.tokenizer, CPU)
+    pairs = encoder.preferences(read_split(encoder.data, Preference).held_out)
+    rho = [
+        [
+            torch.stack([row.sum() for row in logprobs_of(model, sides, hardware_of())])
+            for model in (after, start)
+        ]
+        for sides in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    ]
+    h = 0.3 * ((rho[0][0] - rho[0][1]) - (rho[1][0] - rho[1][1]))
+    loss = -0.9 * torch.nn.functional.logsigmoid(h) - 0.1 * torch.nn.functional.logsigmoid(-h)
+    assert entry["eval/rewards/margin"] == pytest.approx(h.mean().item(), rel=1e-3)
+    assert entry["eval/loss"] == pytest.approx(loss.mean().item(), rel=1e-3)
+    assert entry["eval/rewards/margin"] > 0.01

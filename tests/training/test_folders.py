@@ -1,0 +1,102 @@
+"""Resume points and out folders: whole or not seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_cli.models.manifest import (
+    read_manifest,
+)
+from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.training import outfolder
+from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_cli.training.outfolder import differing_keys, publish, staging, write_text
+
+TENSORS = {"policy/a": torch.arange(6.0).view(2, 3), "optimizer/b": torch.ones(2)}
+
+
+# --------------------------------------------------------------------------- resume points
+
+
+def test_a_resume_point_replaces_the_one_before(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 9, TENSORS, {"kl_coef": 0.3})
+    save_checkpoint(tmp_path, 10, TENSORS, {"kl_coef": 0.1 + 0.2})
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert folder.name == "step-00000010"
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    tensors, state = found
+    assert state == {"kl_coef": 0.1 + 0.2, "step": 10}  # not rounded
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_a_crash_while_saving_leaves_the_point_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 1, TENSORS, {})
+
+    def crash(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(json, "dumps", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, 2, TENSORS, {})
+    monkeypatch.undo()
+    found = load_checkpoint(tmp_path)
+    assert found is not None and found[1]["step"] == 1
+    save_checkpoint(tmp_path, 2, TENSORS, {})
+    found = load_checkpoint(tmp_path)
+    assert found is not None and found[1]["step"] == 2
+
+
+def test_lines_after_the_resume_point_are_written_again(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    log = JsonLines(file)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step / 3})
+    JsonLines(file, resume_from=2).write(3, {"loss": 0.5})
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["loss"] == 0.5 and lines[0]["loss"] == 0.333333
+    JsonLines(file)
+    assert file.read_text() == ""
+    assert round_figures({"a": [1.23456789, 3], "b": "x"}) == {"a": [1.23457, 3], "b": "x"}
+
+
+# --------------------------------------------------------------------------- out folders
+
+
+def test_publishing_writes_the_manifest_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 1, TENSORS, {})
+    folder = staging(tmp_path)
+    (folder / "model.safetensors").write_text("weights")
+    assert not (tmp_path / "model.safetensors").exists()
+    seen: list[set[str]] = []
+
+    def look(file: Path, text: str) -> None:
+        seen.append({path.name for path in tmp_path.iterdir()})
+        write_text(file, text)
+
+    monkeypatch.setattr(outfolder, "write_text", look)
+    publish(tmp_path, {"kind": "policy"})
+    assert seen == [{"model.safetensors"}]
+    assert read_manifest(tmp_path) == {"kind": "policy", "complete": True}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "stage.json"}
+
+
+def test_staging_starts_empty(tmp_path: Path) -> None:
+    (staging(tmp_path) / "left over").write_text("x")
+    assert list(staging(tmp_path).iterdir()) == []
+
+
+def test_hardware_and_overwrite_are_no_difference() -> None:
+    saved = {"seed": 0, "hardware": {"threads": 1}, "overwrite": False, "algo": {"lr": 1, "b": []}}
+    given = {"seed": 0, "hardware": {"threads": 2}, "overwrite": True, "algo": {"lr": 1, "b": []}}
+    assert differing_keys(saved, given) == []
+    assert differing_keys(saved, {**given, "algo": {"lr": 2}}) == ["algo.b", "algo.lr"]

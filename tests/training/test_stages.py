@@ -1,0 +1,414 @@
+"""Whole stages on tiny models: resumed, repeated and cut differently they end the same."""
+
+import contextlib
+import importlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.models.load import Reference
+from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.reporting.metrics import JsonLines
+from rlhf_cli.stages import sft
+from rlhf_cli.training import outfolder
+from rlhf_cli.training.preflight import preflight
+from rlhf_cli.training.session import Session, snapshot
+from tests.toys import bpe, llama
+from tests.training.tiny import DATA, WORDS, words_of
+
+RUNS = {
+    "sft": ["sft"],
+    "sft on a model": ["sft", "model=pretrained", "model.path=runs/demo/sft"],
+    "reward": ["reward"],
+    "dpo": ["dpo"],
+    "dpo precomputed": ["dpo", "algo.precompute_reference=true"],
+    "dpo lora": ["dpo", *WORDS["lora"]],
+    "ppo": ["ppo"],
+    "ppo rule": ["ppo", "reward=regex:a", "algo.value_clip=null"],
+    "grpo": ["grpo"],
+    "grpo adapter": ["grpo", "policy=runs/demo/adapter", *WORDS["lora"]],
+}
+
+
+class Killed(Exception):
+    """As if the process had been killed."""
+
+
+@pytest.fixture(autouse=True)
+def inside(chain: Path) -> Iterator[None]:
+    """Work in the chain's folder, as a user would."""
+    with contextlib.chdir(chain):
+        yield
+
+
+def run(name: str, out: Path, *more: str) -> Path:
+    stage, *words = RUNS[name]
+    scratch = words_of(stage)
+    if "model=pretrained" in words:  # the sizes belong to models from scratch
+        sizes = ("vocab_size", "hidden_size", "layers", "heads", "context")
+        scratch = [each for each in scratch if not any(size in each for size in sizes)]
+    cfg = compose(stage, [*scratch, *words, f"out={out}", *more])
+    found: Path = importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
+    return found
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    """stage.json without what a clock says."""
+    found: dict[str, Any] = json.loads((out / "stage.json").read_text())
+    del found["seconds"]
+    return found
+
+
+def same(one: Path, other: Path) -> None:
+    """The same bytes, metrics, samples and manifest."""
+    assert weights(one) and weights(one) == weights(other)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (one / name).exists() == (other / name).exists()
+        if (one / name).exists():
+            assert (one / name).read_text() == (other / name).read_text()
+    assert manifest(one) == manifest(other)
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die once the metrics of `step` are written and before its resume point is."""
+    write = JsonLines.write
+
+    def dying(log: JsonLines, number: int, values: dict[str, Any]) -> None:
+        write(log, number, values)
+        if number == step and log._file.name == "metrics.jsonl":
+            raise Killed
+
+    monkeypatch.setattr(JsonLines, "write", dying)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(name, tmp_path / "whole")
+    assert not (whole / "checkpoints").exists() and not (whole / outfolder.STAGING).exists()
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(Killed):
+            run(name, out)
+    assert [entry["step"] for entry in lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not weights(out) and not (out / "stage.json").exists()
+    run(name, out)
+    same(whole, out)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo"])
+def test_a_run_killed_while_it_writes_its_model_goes_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last resume point is that of the last step: nothing is left to train."""
+    last = ["algo.epochs=1"] if name in ("reward", "dpo") else []
+    whole = run(name, tmp_path / "whole", "hardware.save_every=1", *last)
+    out = tmp_path / "killed"
+
+    def dying(session: Session, *args: Any, **more: Any) -> Path:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "finish", dying)
+        with pytest.raises(Killed):
+            run(name, out, "hardware.save_every=1", *last)
+    assert not weights(out) and (out / "checkpoints").exists()
+    run(name, out, "hardware.save_every=1", *last)
+    same(whole, out)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo lora", "ppo", "grpo"])
+def test_the_seed_alone_decides(name: str, tmp_path: Path) -> None:
+    one, other = run(name, tmp_path / "one"), run(name, tmp_path / "other")
+    same(one, other)
+    another = run(name, tmp_path / "another", "seed=1")
+    assert weights(another) != weights(one)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo"])
+def test_hardware_changes_no_metric(name: str, tmp_path: Path) -> None:
+    """Small micro-batches, small rollouts, small chunks and recomputed activations."""
+    plain = ["model.dropout=0"] if name == "sft" else []  # dropout's draws follow the batch
+    one = run(name, tmp_path / "one", *plain)
+    other = run(
+        name,
+        tmp_path / "other",
+        *plain,
+        *("hardware.tokens_per_microbatch=48", "hardware.logprob_chunk=3"),
+        *("hardware.gradient_checkpointing=true", "hardware.save_every=null"),
+        *(["hardware.rollout_tokens=70"] if name in ("dpo", "ppo", "grpo") else []),
+    )
+    ours, theirs = lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl")
+    assert len(ours) == len(theirs) == 6 or name in ("reward", "dpo")
+    for entry, again in zip(ours, theirs, strict=True):
+        if name == "dpo" and entry["step"] <= 2:  # margins of 0 up to rounding have any sign
+            del entry["rewards/accuracy"], again["rewards/accuracy"]
+        assert again == pytest.approx(entry, rel=1e-4, abs=1e-5)
+    if name in ("ppo", "grpo"):
+        texts = [[row["response"] for row in lines(out / "samples.jsonl")] for out in (one, other)]
+        assert texts[0] == texts[1]
+
+
+# --------------------------------------------------------------------------- hand-offs
+
+
+def checks(out: Path) -> dict[str, float]:
+    found: dict[str, float] = manifest(out)["checks"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo precomputed", "dpo lora"])
+def test_dpo_starts_at_ln_2(name: str, tmp_path: Path) -> None:
+    found = checks(run(name, tmp_path / "out", "algo.epochs=1"))
+    assert found["dpo_loss_at_start"] == pytest.approx(math.log(2), abs=1e-5)
+    assert found["dpo_margin_at_start"] == pytest.approx(0, abs=1e-5)
+    assert found["eos_ids_missing"] == 0
+
+
+@pytest.mark.parametrize("policy", ["sft", "adapter"])
+@pytest.mark.parametrize("model", ["full", "lora"])
+def test_an_adapter_is_handed_on_as_base_plus_adapter(
+    policy: str, model: str, tmp_path: Path
+) -> None:
+    words = [f"policy=runs/demo/{policy}", *(WORDS["lora"] if model == "lora" else [])]
+    out = run("dpo", tmp_path / "out", *words, "algo.epochs=1")
+    found = checks(out)
+    assert found["dpo_loss_at_start"] == pytest.approx(math.log(2), abs=1e-5)
+    assert (out / "adapter_config.json").exists() == (model == "lora")
+    start = manifest(Path(f"runs/demo/{policy}"))["metrics"]
+    first, last = lines(out / "metrics.jsonl")[0], lines(out / "metrics.jsonl")[-1]
+    assert last["eval/loss"] < math.log(2)  # and it was trained
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert start
+    followed = run("dpo", tmp_path / "next", f"policy={out}", *words[1:], "algo.epochs=1")
+    assert checks(followed)["dpo_loss_at_start"] == pytest.approx(math.log(2), abs=1e-5)
+    reward = run("reward", tmp_path / "reward", f"policy={out}", *words[1:])
+    assert manifest(reward)["metrics"]["eval/accuracy"] > 0.5
+    ppo = run(
+        "ppo", tmp_path / "ppo", f"policy={out}", f"reward={reward}", *words[1:], "algo.steps=1"
+    )
+    assert checks(ppo)["critic_minus_reward_at_start"] == pytest.approx(0, abs=1e-5)
+    assert checks(ppo)["kl_to_reference_at_start"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo rule", "grpo", "grpo adapter"])
+def test_the_first_ratio_is_1_and_the_first_kl_0(name: str, tmp_path: Path) -> None:
+    """With one update an iteration the very first loss is on policy: nothing can be clipped."""
+    once = ["algo.steps=2", "algo.epochs=1", "algo.minibatch_size=8", "hardware.save_every=null"]
+    out = run(name, tmp_path / "out", *once)
+    found = checks(out)
+    assert found["max_abs_log_ratio_at_start"] < 1e-5
+    assert found["kl_to_reference_at_start"] == pytest.approx(0, abs=1e-5)
+    assert found["reference_unchanged"] == 1
+    first = lines(out / "metrics.jsonl")[0]
+    assert first["clip_fraction"] == 0 and first["kl"] == pytest.approx(0, abs=1e-5)
+    if "ppo" in name:
+        assert first["approx_kl"] < 1e-9
+        assert first["rlhf_reward"] == pytest.approx(first["reward"], abs=1e-4)
+    else:  # groups weigh nothing in sum, each response by its own length
+        assert first["loss/policy"] == pytest.approx(0, abs=1e-5)
+    if name == "ppo":
+        assert found["critic_minus_reward_at_start"] == 0
+        assert found["reward_accuracy"] > 0.5
+
+
+def test_the_adaptive_coefficient_follows_the_measured_kl(tmp_path: Path) -> None:
+    entries = lines(run("ppo", tmp_path / "out") / "metrics.jsonl")
+    for before, after in zip(entries, entries[1:], strict=False):
+        error = min(max(before["kl"] / 0.5 - 1, -0.2), 0.2)
+        expected = before["kl_coef"] * (1 + error * 8 / 100)
+        assert after["kl_coef"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_plain_transformers_reads_what_stages_write(chain: Path) -> None:
+    policy, reward = chain / "runs/demo/sft", chain / "runs/demo/reward"
+    for place, auto in (
+        (policy, AutoModelForCausalLM),
+        (reward, AutoModelForSequenceClassification),
+    ):
+        loader: Any = auto
+        model, info = loader.from_pretrained(place, output_loading_info=True)
+        assert not any(info.values()), info
+        assert model.config.pad_token_id == AutoTokenizer.from_pretrained(place).pad_token_id
+    found = manifest(policy)
+    assert (found["stage"], found["kind"], found["complete"]) == ("sft", "policy", True)
+    assert found["metrics"]["eval/loss"] > 0
+    scored = manifest(reward)
+    assert scored["kind"] == "reward" and scored["reward"]["std"] > 0
+    assert scored["parents"]["policy"]["hash"] == content_hash(str(policy))
+    assert scored["metrics"]["eval/accuracy"] > 0.9
+
+
+def test_a_failed_hand_off_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that is another model is noticed before the first update."""
+    from rlhf_cli.stages import dpo
+
+    class Other(Reference):
+        def __init__(self, model: Any) -> None:
+            super().__init__(model)
+            model.get_output_embeddings().weight.data.mul_(1.5)
+
+    monkeypatch.setattr(dpo, "Reference", Other)
+    with pytest.raises(RunError, match=r"dpo_(loss|margin)_at_start failed .* not the same model"):
+        run("dpo", tmp_path / "out")
+    assert not (tmp_path / "out" / "stage.json").exists()
+
+
+@pytest.mark.parametrize(("keep", "step"), [("best", 4), ("last", 6)])
+def test_the_weights_that_were_asked_for_are_kept(
+    keep: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out loss is made to be lowest at step 4 of 6."""
+    held_out = iter([3.0, 1.0, 2.0, *[9.0] * 9])  # at steps 2, 4, 6, and at the end
+    monkeypatch.setattr(sft, "mean_nll", lambda *args: next(held_out))
+    seen: dict[int, Any] = {}
+
+    def spy(session: Session, number: int, networks: Any, *args: Any) -> None:
+        seen[number] = snapshot(networks["policy"])
+
+    monkeypatch.setattr(Session, "save", spy)
+    out = run("sft", tmp_path / "out", f"algo.keep={keep}")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in seen[step].items())
+    assert not torch.equal(seen[4]["model.norm.weight"], seen[6]["model.norm.weight"])
+
+
+def test_a_chat_policy_ends_its_turns_in_every_tool(tmp_path: Path) -> None:
+    """Trained to end with the template's end of turn, the folder generates until it or the EOS."""
+    tokenizer = bpe(chat=True)
+    llama(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = [f"model.path={tmp_path / 'base'}", "data.template=chat", "data.max_prompt_tokens=64"]
+    out = run("sft on a model", tmp_path / "out", *base)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert manifest(out)["eos_ids"] == sorted([tokenizer.eos_token_id, end])
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == manifest(out)["eos_ids"]
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    chat = [f"policy={out}", "data.template=chat", "data.max_prompt_tokens=64", "algo.epochs=1"]
+    found = checks(run("dpo", tmp_path / "next", *chat))
+    assert found["eos_ids_missing"] == 0
+    (out / "generation_config.json").write_text('{"eos_token_id": 2}')
+    with pytest.raises(RunError, match="eos_ids_missing failed .* was trained to end with ids"):
+        run("dpo", tmp_path / "changed", *chat)
+
+
+# --------------------------------------------------------------------------- sampling stages
+
+
+def sampled(stage: str, out: Path, *more: str) -> Path:
+    words = [*DATA, "policy=runs/demo/sft", f"out={out}", *more]
+    found: Path = importlib.import_module(f"rlhf_cli.stages.{stage}").run(compose(stage, words))
+    return found
+
+
+def test_generate_writes_what_it_sampled(tmp_path: Path) -> None:
+    words = ["algo.samples=3", "algo.prompts=4", "reward=runs/demo/reward"]
+    found = lines(sampled("generate", tmp_path / "one", *words) / "samples.jsonl")
+    assert len(found) == 12
+    assert [row["prompt"] for row in found[:3]] == [found[0]["prompt"]] * 3
+    for row in found:
+        assert row["finish_reason"] in ("eos", "length") and row["logprob"] < 0
+        assert 1 <= row["response_tokens"] <= 8 and math.isfinite(row["score"])
+    again = lines(sampled("generate", tmp_path / "two", *words) / "samples.jsonl")
+    assert again == found
+    beams = ["algo.beams=4", "algo.samples=2", "algo.prompts=2", "algo.length_penalty=0"]
+    best = lines(sampled("generate", tmp_path / "beams", *beams) / "samples.jsonl")
+    greedy = ["algo.temperature=0", "algo.prompts=2"]
+    plain = lines(sampled("generate", tmp_path / "greedy", *greedy) / "samples.jsonl")
+    for i in range(2):
+        assert best[2 * i]["logprob"] >= best[2 * i + 1]["logprob"] - 1e-5
+        assert best[2 * i]["logprob"] >= plain[i]["logprob"] - 1e-4
+
+
+def test_a_policy_judged_against_itself(tmp_path: Path) -> None:
+    words = ["reference=runs/demo/sft", "reward=regex:a", "gold=null", "algo.samples=3"]
+    base = ["baselines=[runs/demo/adapter]", "algo.prompts=6"]
+    report = json.loads((sampled("evaluate", tmp_path, *words, *base) / "report.json").read_text())
+    own, other = report["policies"].values()
+    assert own["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert other["kl"]["mean"] > 0.01
+    assert 0 <= own["reward"]["mean"] <= 1
+    (wins,) = report["win_rates"].values()
+    assert wins["win"] + wins["tie"] + wins["loss"] == pytest.approx(1, abs=1e-5)
+    assert wins["low"] <= wins["win"] + wins["tie"] / 2 <= wins["high"]
+
+
+def test_responses_of_two_policies_are_independent(tmp_path: Path) -> None:
+    """With shared noise a copy of the policy would tie with it every time."""
+    shutil.copytree("runs/demo/sft", tmp_path / "copy")
+    words = ["reference=runs/demo/sft", "reward=length:30", "gold=null", "algo.samples=1"]
+    base = [f"baselines=[{tmp_path}/copy]"]
+    report = json.loads(
+        (sampled("evaluate", tmp_path / "out", *words, *base) / "report.json").read_text()
+    )
+    (wins,) = report["win_rates"].values()
+    assert wins["tie"] < 1
+
+
+def test_beams_have_no_kl(tmp_path: Path) -> None:
+    words = ["reference=runs/demo/sft", "reward=regex:a", "gold=null", "algo.samples=2"]
+    beams = ["baselines=[]", "algo.beams=2", "algo.prompts=3"]
+    report = json.loads((sampled("evaluate", tmp_path, *words, *beams) / "report.json").read_text())
+    (own,) = report["policies"].values()
+    assert "kl" not in own
+
+
+# --------------------------------------------------------------------------- out folders
+
+
+def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
+    out = run("dpo", tmp_path / "out", "algo.epochs=1")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    more = ["algo.epochs=1", "hardware.tokens_per_microbatch=64"]  # no other mathematics
+    assert run("dpo", out, *more) == out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(UserError, match=r"made by another config \(algo.beta differ\)"):
+        run("dpo", out, "algo.epochs=1", "algo.beta=0.4")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    again = run("dpo", out, "algo.epochs=1", "algo.beta=0.4", "overwrite=true")
+    assert lines(again / "metrics.jsonl") and "beta: 0.4" in (again / "config.yaml").read_text()
+
+
+def test_a_half_written_folder_is_no_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the weights and stage.json, the folder looks like anybody's model."""
+    out = tmp_path / "out"
+    write = outfolder.write_text
+
+    def dying(file: Path, text: str) -> None:
+        if file.name == "stage.json":
+            raise Killed
+        write(file, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outfolder, "write_text", dying)
+        with pytest.raises(Killed):
+            run("dpo", out, "algo.epochs=1")
+    assert weights(out)
+    with pytest.raises(UserError, match="no finished"):
+        preflight(compose("dpo", [*words_of("dpo"), f"policy={out}", f"out={tmp_path / 'next'}"]))
+    run("dpo", out, "algo.epochs=1")
+    assert manifest(out)["complete"]
