@@ -169,6 +169,12 @@ def main(folder: Path) -> None:
         for side, count in zip(("train", "eval"), sizes, strict=True):
             rng = random.Random(f"rlhf-cli demo {kind} {side}")
             rows = [MAKERS[kind](rng, side == "eval") for _ in range(count)]
+            if (kind, side) == ("prompts", "eval"):  # each is judged once
+                distinct = {row["prompt"]: row for row in rows}
+                while len(distinct) < count:
+                    row = prompt(rng, held_out=True)
+                    distinct.setdefault(row["prompt"], row)
+                rows = list(distinct.values())
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{kind}.{side}.jsonl").write_text(lines, encoding="utf-8")
 
