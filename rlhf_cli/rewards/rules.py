@@ -34,10 +34,11 @@ def exact_answer(row: Prompt, response: str) -> float:
 
 
 def final_answer(response: str) -> str:
-    """What stands after the last ####, else the last number, else nothing."""
+    """The number after the last ####, or that line where it holds none; else the last number."""
     if "####" in response:
-        lines = response.rsplit("####", 1)[1].strip().splitlines()
-        return lines[0].strip() if lines else ""
+        line = (response.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
+        number = NUMBER.search(line)
+        return number[0] if number else line
     numbers = NUMBER.findall(response)
     return numbers[-1] if numbers else ""
 
