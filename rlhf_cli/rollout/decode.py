@@ -1,6 +1,7 @@
 """The batched decoder: one prefill per prompt, a key-value cache, finished rows leave the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,63 +43,60 @@ def decode(
         stop_ids: ids that end a response.
         text_of: ids to text, for stop strings.
     """
-    # Gradient checkpointing works in training mode, where transformers keeps no cache.
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        samples = len(noise) // len(prompts)
+        width = max(map(len, prompts))
+        # Left padding lets all rows grow at one column. A pad repeats the prompt's first id, so
+        # that the repetition penalty sees no token that is not there; attention never sees it.
+        padded = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]
+        real = [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]
+        seen = torch.tensor(padded, device=device)  # (P, S)
+        attention = torch.tensor(real, device=device)
+        cache = DynamicCache(config=unwrap(model).config)
+        logits = _next_logits(model, seen, attention, cache)  # (P, V)
+        cache.batch_repeat_interleave(samples)
+        logits, seen, attention = (
+            x.repeat_interleave(samples, 0) for x in (logits, seen, attention)
+        )
+
+        completions = [Completion([], [], "length") for _ in range(len(noise))]
+        rows = torch.arange(len(noise))  # which completion each live row writes
+        for step in range(sampling.max_tokens):
+            filtered = filter_logits(logits, seen, step, sampling, stop_ids)
+            token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)
+            logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
+            live = torch.ones(len(rows), dtype=torch.bool)
+            columns = zip(rows.tolist(), token.tolist(), logprob[:, 0].tolist(), strict=True)
+            for place, (row, id, value) in enumerate(columns):
+                completion = completions[row]
+                completion.ids.append(id)
+                completion.logprobs.append(value)
+                if id in stop_ids:
+                    completion.finish = "eos"
+                elif any(string in text_of(completion.ids) for string in sampling.stop):
+                    completion.finish = "stop"
+                live[place] = completion.finish == "length"
+            if not live.any() or step + 1 == sampling.max_tokens:
+                break
+            seen = torch.cat([seen, token[:, None]], -1)
+            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], -1)
+            if not live.all():
+                cache.batch_select_indices(live.nonzero()[:, 0].to(device))
+                rows, seen, attention = rows[live], seen[live], attention[live]
+            logits = _next_logits(model, seen, attention, cache)
+        return completions
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing wants training mode, in which transformers keeps no cache."""
     training = model.training
     model.eval()
     try:
-        return _decode(model, prompts, noise, sampling, stop_ids, text_of)
+        yield
     finally:
         model.train(training)
-
-
-def _decode(
-    model: nn.Module,
-    prompts: list[list[int]],
-    noise: Tensor,
-    sampling: Sampling,
-    stop_ids: list[int],
-    text_of: Callable[[list[int]], str],
-) -> list[Completion]:
-    device = next(model.parameters()).device
-    samples = len(noise) // len(prompts)
-    width = max(map(len, prompts))
-    # Left padding lets all rows grow at one column. A pad repeats the prompt's first id, so that
-    # the repetition penalty sees no token that is not there; attention never sees it.
-    padded = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]
-    real = [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]
-    seen = torch.tensor(padded, device=device)  # (P, S)
-    attention = torch.tensor(real, device=device)
-    cache = DynamicCache(config=unwrap(model).config)
-    logits = _next_logits(model, seen, attention, cache)  # (P, V)
-    cache.batch_repeat_interleave(samples)
-    logits, seen, attention = (x.repeat_interleave(samples, 0) for x in (logits, seen, attention))
-
-    completions = [Completion([], [], "length") for _ in range(len(noise))]
-    rows = torch.arange(len(noise))  # which completion each live row writes
-    for step in range(sampling.max_tokens):
-        filtered = filter_logits(logits, seen, step, sampling, stop_ids)
-        token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)
-        logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
-        live = torch.ones(len(rows), dtype=torch.bool)
-        columns = zip(rows.tolist(), token.tolist(), logprob[:, 0].tolist(), strict=True)
-        for place, (row, id, value) in enumerate(columns):
-            completion = completions[row]
-            completion.ids.append(id)
-            completion.logprobs.append(value)
-            if id in stop_ids:
-                completion.finish = "eos"
-            elif any(string in text_of(completion.ids) for string in sampling.stop):
-                completion.finish = "stop"
-            live[place] = completion.finish == "length"
-        if not live.any() or step + 1 == sampling.max_tokens:
-            break
-        seen = torch.cat([seen, token[:, None]], -1)
-        attention = torch.cat([attention, torch.ones_like(attention[:, :1])], -1)
-        if not live.all():
-            cache.batch_select_indices(live.nonzero()[:, 0].to(device))
-            rows, seen, attention = rows[live], seen[live], attention[live]
-        logits = _next_logits(model, seen, attention, cache)
-    return completions
 
 
 def _next_logits(model: nn.Module, seen: Tensor, attention: Tensor, cache: DynamicCache) -> Tensor:
