@@ -89,5 +89,7 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     except OmegaConfBaseException as error:
         raise UserError(explain(error, stage) or str(error)) from error
     assert isinstance(config, Run)
+    # Hydra's grammar has no escape for a line break, and prompts are full of them.
+    config.data.template = config.data.template.replace("\\n", "\n")
     validate(stage, config)
     return config

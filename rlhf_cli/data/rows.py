@@ -61,6 +61,7 @@ def read_split(data: Data, kind: type) -> Split:
     rows = parse_rows(data, data.path, notes)
     if data.max_rows is not None and data.max_rows < len(rows):
         notes.append(f"the first {data.max_rows} are used")
+    as_kind(rows, kind, data.path)  # unfit rows are the first thing to hear of
     # Split before rows become another kind: every stage then holds out the same prompts.
     train, held_out = hold_out(rows[: data.max_rows], data.eval_rows, data.path)
     return Split(as_kind(train, kind, data.path), as_kind(held_out, kind, data.path), notes)
@@ -95,7 +96,7 @@ def hold_out(rows: list[Any], count: int, path: object) -> tuple[list[Any], list
     held = set(order[:count])
     if len(held) == len(groups):
         raise UserError(
-            f"{path}: {len(groups)} prompts leave none to train on after holding out {count}; "
+            f"{path}: holding out {count} of {len(groups)} prompts leaves none to train on; "
             "set data.eval_rows lower or give data.eval_path"
         )
     train = [row for row in rows if identity(row) not in held]

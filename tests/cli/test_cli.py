@@ -44,7 +44,7 @@ def test_stage_help_follows_options_and_values(cli: Cli) -> None:
 
 def test_stage_help_is_readable_in_a_narrow_terminal(cli: Cli) -> None:
     text = cli("ppo", "--help", COLUMNS="50").stdout
-    assert "Weight of the value loss." in text
+    assert "Weight of the entropy bonus." in text
 
 
 @pytest.mark.parametrize(

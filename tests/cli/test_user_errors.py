@@ -266,7 +266,7 @@ BAD_ROWS: dict[str, Case] = {
     "nothing left to train on": (
         rows(PAIR, PAIR),
         f"reward {OWN}",
-        ["own.jsonl: 2 rows leave none to train on", "data.eval_rows"],
+        ["own.jsonl: holding out 100 of 1 prompts leaves none to train on", "data.eval_rows"],
     ),
     "no answer to check": (
         rows({"prompt": "1 + 1?"}, {"prompt": "2 + 2?"}),
@@ -477,7 +477,7 @@ LATE: dict[str, Case] = {
     "an adapter of another rank": (
         as_it_is,
         f"{PPO} policy=runs/demo/adapter model=lora model.lora_rank=4",
-        ["runs/demo/adapter: its adapter has rank 2; set model.lora_rank=2"],
+        ["runs/demo/adapter: its adapter has rank 2 and alpha 32.0; set model.lora_rank=2"],
     ),
     "weights of another shape": (
         replaced(f"{POLICY}/config.json", '"intermediate_size"', '"hidden_act": "x", "was"'),
@@ -548,7 +548,7 @@ def test_check_counts_rows(cli: Cli, place: Path) -> None:
     rows(PAIR, {**PAIR, "chosen": ""}, {**PAIR, "prompt": "Other"})(place)
     done = cli(*f"ppo {OWN} data.bad_rows=drop data.eval_rows=1 --check".split())
     assert done.returncode == 0, done.stderr
-    assert "own.jsonl: 2 prompt rows, 1 dropped: column 'chosen' is empty" in done.stderr
+    assert "own.jsonl: 2 preference rows, 1 dropped: column 'chosen' is empty" in done.stderr
 
 
 # --------------------------------------------------------------------------- what an out is told

@@ -143,3 +143,8 @@ def test_a_slip_in_an_own_option_is_named(text: str, part: str, tmp_path: Path) 
         compose("ppo", ["algo=mine"], config_dir=str(tmp_path))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_may_break_lines_on_the_command_line() -> None:
+    cfg = compose("dpo", [r'data.template="User: {prompt}\nAssistant: "'])
+    assert cfg.data.template == "User: {prompt}\nAssistant: "

@@ -269,7 +269,7 @@ def test_every_stage_holds_out_the_same_prompts(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_to_hold_out() -> None:
-    with pytest.raises(UserError, match="3 prompts leave none to train on after holding out 3"):
+    with pytest.raises(UserError, match="holding out 3 of 3 prompts leaves none to train on"):
         hold_out([Prompt(str(i)) for i in range(3)], 3, "x.jsonl")
 
 
