@@ -25,7 +25,7 @@ from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.likelihood import sequence_logprob
 from rlhf_cli.objectives.preference import dpo_loss
-from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
@@ -133,7 +133,6 @@ def run(cfg: Dpo) -> Path:
             session.save(step, {"policy": policy.model}, optimizer, {})
 
     final = evaluate(held_out)
-    say("  ".join(f"{name} {value:.4g}" for name, value in final.items()))
     return session.finish_model(policy.model, "policy", policy.encoder, final)
 
 

@@ -84,7 +84,7 @@ def run(cfg: Reward) -> Path:
             f"{statistics['std']}, by which no reward can be normalised; give more demonstrations"
         )
     say(
-        f"held-out accuracy {final['eval/accuracy']:.3f} +- {final['eval/accuracy_stderr']:.3f}; "
+        f"held-out accuracy {final['eval/accuracy']:.3f} ± {final['eval/accuracy_stderr']:.3f}; "
         f"scores of demonstrations: mean {statistics['mean']:.3f}, std {statistics['std']:.3f}"
     )
     return session.finish_model(scorer, "reward", encoder, final, reward=statistics)

@@ -26,7 +26,7 @@ from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.objectives.likelihood import nll_sum
-from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.console import Bar
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
 from rlhf_cli.training.session import begin, restore, snapshot
 
@@ -92,7 +92,6 @@ def run(cfg: Sft) -> Path:
     if texts.held_out:
         final["text/loss"] = mean_nll(policy, encoder.texts(texts.held_out), hardware)
     final["eval/perplexity"] = math.exp(min(final["eval/loss"], 700.0))
-    say("  ".join(f"{name} {value:.4g}" for name, value in final.items()))
     return session.finish_model(policy, "policy", encoder, final)
 
 

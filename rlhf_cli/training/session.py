@@ -17,7 +17,7 @@ from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import save_model, set_stop_ids
 from rlhf_cli.models.manifest import content_hash, tokenizer_hash
-from rlhf_cli.reporting.console import say
+from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_cli.training.optimize import Optimizer
@@ -143,6 +143,8 @@ class Session:
             "pad_id": encoder.tokenizer.pad_token_id,
             "template": self.cfg.data.template,
         }
+        shown = {**metrics, **more.get("reward", {}), **self.checks, "seconds": self.seconds()}
+        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 
     def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
