@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -313,12 +312,3 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             continue
     ids = eos if isinstance(eos, list) else [eos]
     return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})
-
-
-def context_of(path: str, config: FrozenModel) -> int | None:
-    """Longest sequence that a model takes, in tokens; None where its config does not say."""
-    found = AutoConfig.from_pretrained(
-        adapter_base(path) or path, trust_remote_code=config.trust_remote_code
-    )
-    limit = getattr(found, "max_position_embeddings", None)
-    return int(limit) if limit else None

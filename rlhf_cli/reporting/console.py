@@ -1,7 +1,7 @@
 """Lines, progress bars and tables on stderr; plain lines where there is no terminal."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
 from rich import box
@@ -83,12 +83,6 @@ class Bar:
                 f"{self.activity}: {self._done}/{self.total}, {self._rate()}, "
                 f"{left:.0f} s left  {self._note}"
             )
-
-    def track(self, items: Iterable[Item], note: str = "") -> Iterator[Item]:
-        """The items, each counted once it has been worked on."""
-        for item in items:
-            yield item
-            self.advance(note=note)
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._began, 1e-9)

@@ -20,7 +20,7 @@ from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import identity, read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
-from rlhf_cli.models.manifest import kind_of, read_manifest
+from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
@@ -30,7 +30,7 @@ from rlhf_cli.reporting.report import show_report
 from rlhf_cli.rewards.sources import RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.outfolder import staging, write_text
+from rlhf_cli.training.outfolder import baselines_of, staging, write_text
 from rlhf_cli.training.roles import Policy, load_role
 from rlhf_cli.training.session import Session, begin
 
@@ -105,13 +105,7 @@ def run(cfg: Evaluate) -> Path:
 
 def policies(cfg: Evaluate) -> list[str]:
     """The policy, then its baselines: those given, or the finished policies beside it."""
-    if cfg.baselines is not None:
-        others = cfg.baselines
-    else:
-        siblings = Path(cfg.policy).parent.glob("*/stage.json") if Path(cfg.policy).is_dir() else ()
-        folders = [file.parent for file in siblings if kind_of(file.parent) == "policy"]
-        others = sorted(map(str, folders))
-    return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *others]))
+    return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)]))
 
 
 def unique_prompts(rows: list[Prompt]) -> list[Prompt]:

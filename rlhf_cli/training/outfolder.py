@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES, Run
-from rlhf_cli.models.manifest import MANIFEST, Manifest, content_hash, read_manifest
+from rlhf_cli.config.schema import STAGES, Evaluate, Run
+from rlhf_cli.models.manifest import MANIFEST, Manifest, content_hash, kind_of, read_manifest
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
 CONFIG = "config.yaml"
@@ -34,9 +34,19 @@ def parents_of(cfg: Run) -> dict[str, str]:
     roles = {role: getattr(cfg, role, None) for role in ("policy", "reward", "reference")}
     if (model_path := getattr(cfg.model, "path", None)) is not None:  # type: ignore[attr-defined]
         roles["model"] = model_path
-    for number, baseline in enumerate(getattr(cfg, "baselines", None) or []):
-        roles[f"baseline {number}"] = baseline
+    if isinstance(cfg, Evaluate):
+        roles |= {f"baseline {path}": path for path in baselines_of(cfg)}
     return {role: path for role, path in roles.items() if path and Path(path).is_dir()}
+
+
+def baselines_of(cfg: Evaluate) -> list[str]:
+    """The baselines given, or else the finished policies beside the one that is judged."""
+    if cfg.baselines is not None:
+        return cfg.baselines
+    if not Path(cfg.policy).is_dir():
+        return []
+    folders = sorted(file.parent for file in Path(cfg.policy).parent.glob(f"*/{MANIFEST}"))
+    return [str(folder) for folder in folders if kind_of(folder) == "policy"]
 
 
 def state_of(cfg: Run) -> str:
@@ -69,7 +79,11 @@ def state_of(cfg: Run) -> str:
     manifest = read_manifest(out)
     if manifest is None or not manifest.get("complete"):
         return RESUMABLE
-    for role, path in parents_of(cfg).items():
+    parents = parents_of(cfg)
+    made_from = {parent["path"] for parent in manifest["parents"].values()}
+    if isinstance(cfg, Evaluate) and made_from != set(parents.values()):
+        return FREE  # there are other policies to compare with now
+    for role, path in parents.items():
         before = manifest["parents"].get(role, {}).get("hash")
         if before is not None and before != content_hash(path):
             raise UserError(

@@ -367,6 +367,22 @@ def test_responses_of_two_policies_are_independent(tmp_path: Path) -> None:
     assert wins["tie"] < 1
 
 
+def test_a_report_is_made_again_when_there_is_another_policy(tmp_path: Path) -> None:
+    shutil.copytree("runs/demo/sft", tmp_path / "chain/sft")
+    words = ["reference=null", "reward=regex:a", "gold=null", "algo.samples=1", "algo.prompts=3"]
+    judged = f"policy={tmp_path}/chain/sft"
+
+    def policies() -> int:
+        out = sampled("evaluate", tmp_path / "out", *words, judged)
+        return len(json.loads((out / "report.json").read_text())["policies"])
+
+    assert policies() == 1
+    before = (tmp_path / "out/report.json").stat().st_mtime_ns
+    assert policies() == 1 and (tmp_path / "out/report.json").stat().st_mtime_ns == before
+    shutil.copytree("runs/demo/sft", tmp_path / "chain/other")
+    assert policies() == 2
+
+
 def test_beams_have_no_kl(tmp_path: Path) -> None:
     words = ["reference=runs/demo/sft", "reward=regex:a", "gold=null", "algo.samples=2"]
     beams = ["baselines=[]", "algo.beams=2", "algo.prompts=3"]
