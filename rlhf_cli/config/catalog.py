@@ -133,6 +133,7 @@ def describe(field: "dataclasses.Field[Any]") -> str:
     limits = field.metadata
     if "choices" in limits:
         words = "|".join(limits["choices"])
+        words = f"list of {words}" if get_origin(kind) is list else words
     else:
         words = _TYPES.get(kind) or {list: "list", dict: "map"}[get_origin(kind)]
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

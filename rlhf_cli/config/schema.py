@@ -93,8 +93,9 @@ class Data:
     """Where rows come from, how they become tokens, and what is held out."""
 
     format: str = key(
-        "How rows are stored: the shipped demo, JSONL rows, HH dialogues or GSM8K problems.",
-        choices=("demo", "rows", "hh", "gsm8k"),
+        "How rows are stored: the shipped demo, JSONL rows, HH dialogues, GSM8K problems, or "
+        "GSM8K model solutions with their correctness.",
+        choices=("demo", "rows", "hh", "gsm8k", "gsm8k_solutions"),
     )
     path: str | None = key("File, folder of files or hub dataset; generate also takes - (stdin).")
     eval_path: str | None = key("Held-out rows; null holds out eval_rows of path.")
@@ -118,6 +119,23 @@ class Data:
         "Rows that are empty or misshapen: stop at the first, or drop and count them.",
         choices=("error", "drop"),
     )
+    convert: list[str] = key(
+        "Feedback may be turned into other kinds, in this order; nothing is turned unasked.",
+        choices=(
+            "feedback_to_ranking",
+            "feedback_to_steps",
+            "preference_to_feedback",
+            "preference_to_ranking",
+            "ranking_to_preference",
+        ),
+    )
+    doubtful_pairs: str = key(
+        "Pairs of identical sides, pairs labelled both ways, one side always the longer: count and "
+        "keep, drop the first two, or stop.",
+        choices=("keep", "drop", "error"),
+    )
+    step_join: str = key("Text between the steps of a row when they become one response.")
+    step_end: str = key("Regular expression whose matches end a step of a response.")
     gold: str | None = key("Scorer that training never sees; evaluate reports it.")
 
 

@@ -48,9 +48,10 @@ def _check_bounds(stage: str, key: str, field: "dataclasses.Field[Any]", value: 
         return
     limits = field.metadata
     if "choices" in limits:
-        if value not in limits["choices"]:
-            hint = nearest(str(value), limits["choices"])
-            raise UserError(wrong_value(stage, key, value) + hint)
+        for each in value if isinstance(value, list) else [value]:
+            if each not in limits["choices"]:
+                hint = nearest(str(each), limits["choices"])
+                raise UserError(wrong_value(stage, key, each) + hint)
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
