@@ -1,4 +1,4 @@
-"""Estimates from N prompts x K responses, with uncertainty clustered by prompt."""
+"""Estimates with uncertainty clustered by prompt, and how well scores agree with judgements."""
 
 import math
 from collections import defaultdict
@@ -40,6 +40,40 @@ def clustered_stderr(values: Tensor, clusters: Sequence[Hashable]) -> float:
 
 
 @dataclass
+class Share:
+    """A share, its standard error and a 95% interval."""
+
+    mean: float
+    stderr: float
+    low: float
+    high: float
+
+
+def clustered_share(hits: Tensor, clusters: Sequence[Hashable]) -> Share:
+    """Mean of (N,) hits (1, 0, or one half at a tie) whose clusters (prompts) are independent.
+
+    The interval is Wilson's, at the number of independent hits that would have the same standard
+    error (Kish's effective sample size), at most N. Where all hits are equal, or all of one
+    cluster, their spread says nothing and each cluster counts once. It is somewhat narrow where
+    few clusters hold all the misses: it covered 88% at a share of 0.95 in 60 clusters of 1 to 5.
+    """
+    share, stderr = hits.double().mean().item(), clustered_stderr(hits, clusters)
+    count = float(len(set(clusters)))
+    if count > 1 and 0 < share < 1:
+        independent = share * (1 - share) / len(hits)  # squared error, were there no clusters
+        count = len(hits) / max(1.0, stderr**2 / independent)
+    return Share(share, stderr, *wilson_interval(share * count, count))
+
+
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share (Wilson 1927): inside [0, 1], and of some width at 0 and at n of n."""
+    centre = 2 * successes + z**2
+    half = z * math.sqrt(z**2 + 4 * successes * (1 - successes / n))
+    width = 2 * (n + z**2)
+    return max(0.0, (centre - half) / width), min(1.0, (centre + half) / width)
+
+
+@dataclass
 class WinRate:
     """Shares of wins, ties and losses, and a 95% interval of wins + ties / 2."""
 
@@ -74,3 +108,81 @@ def win_rate(ours: Tensor, theirs: Tensor, tie: float, seed: int, resamples: int
     low, high = points[picks].mean(-1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     win, even = wins.mean().item(), ties.mean().item()
     return WinRate(win, even, (difference < -tie).double().mean().item(), low, high)
+
+
+@dataclass
+class Bin:
+    """Predictions with a probability in [low, high): their mean, and the share that came true."""
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    count: int
+
+
+@dataclass
+class Calibration:
+    """Expected calibration error and the bins, without the empty ones, that it is made of."""
+
+    error: float
+    bins: list[Bin]
+
+
+def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> Calibration:
+    """Sum over bins of n_b / N |accuracy_b - confidence_b| (Guo 2017, 1706.04599 eq. 3).
+
+    Bins are equal-width on [0, 1] and closed below, so that one half begins a bin; the last holds
+    1. The error is never negative, so chance alone makes it positive where bins are small.
+
+    Args:
+        probabilities: (N,) what the scorer gives the event.
+        outcomes: (N,) 1 where it happened, 0 where not, one half at a tie.
+    """
+    probabilities, outcomes = probabilities.double(), outcomes.double()
+    places = (probabilities * bins).floor().clamp(max=bins - 1)
+    filled, error = [], 0.0 if probabilities.isfinite().all() else math.nan
+    for place in range(bins):
+        inside = places == place
+        if count := int(inside.sum()):
+            confidence = probabilities[inside].mean().item()
+            accuracy = outcomes[inside].mean().item()
+            filled.append(Bin(place / bins, (place + 1) / bins, confidence, accuracy, count))
+            error += count / len(outcomes) * abs(accuracy - confidence)
+    return Calibration(error, filled)
+
+
+def kendall_tau(scores: Tensor, ranks: Tensor) -> float | None:
+    """tau-b of one ranking (Kendall 1945): 1 where the best score has the lowest rank, and so on.
+
+    (concordant - discordant) / sqrt(pairs untied in scores * pairs untied in ranks), over all
+    pairs; None where all scores or all ranks are tied.
+
+    Args:
+        scores: (K,) higher is better.
+        ranks: (K,) 1 is best.
+    """
+    by_score = (scores[:, None] - scores).double().sign()  # (K, K); each pair stands there twice
+    by_rank = (ranks - ranks[:, None]).double().sign()
+    untied = (by_score**2).sum() * (by_rank**2).sum()
+    return ((by_score * by_rank).sum() / untied.sqrt()).item() if untied > 0 else None
+
+
+def correlation(x: Tensor, y: Tensor) -> float | None:
+    """Pearson's correlation of (N,) values; None where either does not vary."""
+    if min(len(x.unique()), len(y.unique())) < 2:
+        return None
+    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].item()
+
+
+def area_under_curve(scores: Tensor, labels: Tensor) -> float | None:
+    """P(a positive scores above a negative), ties half: Mann-Whitney's U / (positives * negatives).
+
+    None without both. Args: scores (N,), labels (N,) in [0, 1]; a share counts as that share.
+    """
+    _, places = scores.unique(return_inverse=True)  # in ascending order of the scores
+    positives = places.bincount(labels.double())
+    negatives = places.bincount(1 - labels.double())
+    beaten = negatives.cumsum(0) - negatives / 2  # by a positive with this score
+    pairs = positives.sum() * negatives.sum()
+    return ((positives * beaten).sum() / pairs).item() if pairs > 0 else None

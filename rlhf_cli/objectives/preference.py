@@ -1,46 +1,175 @@
-"""Learning from comparisons: reward models and direct preference optimisation."""
+"""Direct optimisation of a policy on feedback, without a reward model.
 
+Symbols: y_w is preferred to y_l, rho(y) = log pi(y|x) - log ref(y|x) in nats, summed over the
+response's tokens with its EOS, and h = rho(y_w) - rho(y_l). The caller computes rho and h; beta rho
+is the implicit reward. Losses are per pair or per response, (N,) -> (N,).
+
+- Length-normalised DPO and IPO are `dpo_loss` and `ipo_loss` of an h from averaged log-ratios,
+  rho(y) / |y|.
+- Plackett-Luce DPO (2305.18290 App. A.3) is `reward_model.plackett_luce_loss` of beta rho.
+- ORPO and SimPO take mean log-probs of the policy, log pi(y|x) / |y|, and have no reference.
+"""
+
+import math
+
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r_w - r_l) for each pair (InstructGPT 2203.02155 eq. 1 with K = 2).
+def dpo_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
+
+    DPO (2305.18290 eq. 7) with e = 0, else conservative DPO (Mitchell, ericmitchell.ai/cdpo.pdf),
+    which is least at sigmoid(beta h) = 1 - e. ln 2 where policy and reference are the same.
 
     Args:
-        chosen, rejected: (N,) scores r_w and r_l.
-
-    Returns:
-        (N,) losses; ln 2 at equal scores.
-    """
-    return -logsigmoid(chosen - rejected)
-
-
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigmoid DPO loss (2305.18290 eq. 7), smoothed as in cDPO when label_smoothing e > 0.
-
-    With h = (log pi_w - log ref_w) - (log pi_l - log ref_l):
-    loss = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), stationary at
-    sigmoid(beta h) = 1 - e.
-
-    Args:
-        policy_*, reference_*: (N,) sequence log-probs, summed over response tokens with EOS.
+        h: (N,) difference of log-ratios.
         beta: tie to the reference; larger stays closer.
         label_smoothing: assumed share e of flipped labels, 0 <= e < 0.5.
-
-    Returns:
-        (N,) losses, and (N,) implicit rewards beta (log pi - log ref) of the chosen and of the
-        rejected side, without gradient.
     """
-    chosen = beta * (policy_chosen - reference_chosen)
-    rejected = beta * (policy_rejected - reference_rejected)
-    margin = chosen - rejected  # beta h
-    losses = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-    return losses, chosen.detach(), rejected.detach()
+    return -(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)
+
+
+def dpo_gradient_weight(h: Tensor, beta: float) -> Tensor:
+    """sigmoid(-beta h), how wrongly the implicit rewards order each pair; no gradient.
+
+    d dpo_loss / d rho_w = -beta times this (2305.18290 sec. 4). It is 1/2 at the start. (N,).
+    """
+    return torch.sigmoid(-beta * h).detach()
+
+
+def robust_dpo_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """[-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2e).
+
+    Where labels are flipped with probability e, its expectation is the loss on clean labels, so it
+    has the clean optimum (2403.00409 sec. 3); a single value may be negative.
+
+    Args:
+        h: (N,) difference of log-ratios.
+        beta: tie to the reference.
+        label_smoothing: the rate of flips e, 0 <= e < 0.5.
+    """
+    right, flipped = -logsigmoid(beta * h), -logsigmoid(-beta * h)
+    return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(h: Tensor, tau: float) -> Tensor:
+    """(h - 1 / (2 tau))^2 (2310.12036 eq. 17), whose optimum is finite for certain labels too.
+
+    Over all pairs from mu it is least at pi = ref exp(p(y beats mu) / tau) / Z. It starts at
+    1 / (4 tau^2).
+
+    Args:
+        h: (N,) difference of log-ratios; the paper sums over tokens, some tools average.
+        tau: tie to the reference; larger stays closer.
+    """
+    return (h - 1 / (2 * tau)) ** 2
+
+
+def hinge_loss(h: Tensor, beta: float) -> Tensor:
+    """relu(1 - beta h): SLiC (2305.10425) with a reference, as in RSO (2309.06657). (N,)."""
+    return torch.relu(1 - beta * h)
+
+
+def kto_loss(
+    rho: Tensor,
+    desirable: Tensor,
+    z0: Tensor | float,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor:
+    """w (1 - sigmoid(beta (rho - z0))) if desirable, w (1 - sigmoid(beta (z0 - rho))) if not.
+
+    For single responses labelled good or bad (KTO 2402.01306 sec. 4). At the start it is w / 2.
+
+    Args:
+        rho: (N,) log-ratios.
+        desirable: (N,) bool.
+        z0: baseline in nats, from `kto_baseline`; no gradient flows through it.
+        beta: how soon the loss saturates as rho leaves z0.
+        desirable_weight, undesirable_weight: lambda_D and lambda_U, from `kto_weights`.
+    """
+    if isinstance(z0, Tensor):
+        z0 = z0.detach()
+    gain = torch.where(desirable, rho - z0, z0 - rho)
+    losses = torch.sigmoid(-beta * gain)  # 1 - sigmoid(x) without the cancellation
+    return torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
+
+
+def kto_baseline(mismatched_rho: Tensor) -> Tensor:
+    """z0 = max(0, mean of rho), a biased estimate of KL(pi || ref); scalar, no gradient.
+
+    Each response stands after the prompt of another one (KTO 2402.01306 sec. 4).
+    Args: mismatched_rho (N,) log-ratios of these, N >= 1; a larger batch is less noisy.
+    """
+    return mismatched_rho.detach().mean().clamp(min=0)
+
+
+def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    """(lambda_D, lambda_U) with lambda_D n_D = lambda_U n_U: the larger side keeps weight 1.
+
+    2402.01306 sec. 4 asks for a ratio lambda_D n_D / (lambda_U n_U) in [1, 4/3] (later versions:
+    [1, 3/2]); this one is 1.
+
+    Args:
+        desirable, undesirable: numbers n_D and n_U of responses; ValueError if one is 0.
+    """
+    if desirable < 1 or undesirable < 1:
+        raise ValueError(
+            f"KTO needs desirable and undesirable responses, not {desirable} and {undesirable}"
+        )
+    most = max(desirable, undesirable)
+    return most / desirable, most / undesirable
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(log odds(y_w) - log odds(y_l)): ORPO's second term (2403.07691 eq. 6, 7).
+
+    The whole loss adds lambda times this to the mean negative log-likelihood of y_w.
+    Args: chosen, rejected (N,) mean log-probs.
+    """
+    return -logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def log_odds(mean_logprob: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(mean_logprob), the geometric mean of the token probabilities."""
+    return mean_logprob - log1mexp(mean_logprob)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, to full precision at both ends; elementwise.
+
+    Source: Mächler, Accurately computing log(1 - exp(-|a|)), 2012.
+    """
+    near = x > -math.log(2)
+    # at x = 0, where p was rounded to 1, the value stays finite and the gradient is 0
+    by_expm1 = (-torch.expm1(x.clamp(max=-torch.finfo(x.dtype).tiny))).log()
+    # of an x near 0 this slope is infinite, and NaN once torch.where has multiplied it by 0
+    by_log1p = torch.log1p(-torch.where(near, -1.0, x).exp())
+    return torch.where(near, by_expm1, by_log1p)
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta (a_w - a_l) - gamma) of mean log-probs a (SimPO 2405.14734 eq. 6).
+
+    Args:
+        chosen, rejected: (N,) a_w and a_l.
+        beta: scale of the implicit reward beta a.
+        gamma: the margin asked for, in units of that reward.
+    """
+    return -logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def unlikelihood_loss(chosen: Tensor, rejected: Tensor, alpha: float) -> Tensor:
+    """-log pi(y_w) + alpha log pi(y_l): a baseline of the DPO paper (2305.18290 sec. 6).
+
+    Unbounded below: nothing like `dpo_gradient_weight` fades as pi(y_l) vanishes, so the loss keeps
+    falling while the model falls apart.
+
+    Args:
+        chosen, rejected: (N,) log-probs summed over the response's tokens.
+        alpha: weight of the second term, 0 to 1.
+    """
+    return -chosen + alpha * rejected

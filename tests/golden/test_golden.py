@@ -10,16 +10,24 @@ What public code does otherwise, on purpose or not, is left out:
 - group_adv/*_none, rloo, remax, reinforce_pp, rloo_loss: other advantages than GRPO's.
 - grpo_loss/*: dapo, dr_grpo, cispo, gspo, luspo normalise or clip otherwise; ga=4 divides again.
 - ppo_loss: dual clip, asymmetric clip and sequence ratios are not offered.
-- dpo hinge, ipo, robust and the like; kto, orpo, simpo; rm/centered: not offered.
-- rm/kwise_beta0.0: a mean per prompt first; a ranking here is its pairs (rm/kwise_flat_pairs).
-- rm/plackett_luce_K7, kl/trl_abs, kl/trl_full, running_moments, elo, passk, soft_overlong: not
-  offered; nor are best-of-n, averaged weights and process supervision (analytic).
+- trl_dpo: nca_pair, sppo_hard, aot, apo_down, use_weighting and other divergences: not offered.
+- kl/trl_abs, kl/trl_full, running_moments, elo, passk, soft_overlong: not offered; nor are
+  best-of-n, averaged weights and process supervision (analytic).
 - gae/cleanrl_episode_boundary: a response is one episode and never goes on after its end.
 - reward_shaping/torchtune_penalty_mask: a penalty for short responses too.
 - collate/dpo_ml4_keep_end: prompt and response share one limit; here each has its own.
 - verify/gsm8k_extract: the first `####` counts there and text after the number is ignored.
 - agg_loss/openrlhf: division by a count of its own; training/optimize.py tests that.
-- lora/rslora, model/tiny_gpt2, trace/dpo_hinge: not this package's arithmetic, or not offered.
+- lora/rslora, model/tiny_gpt2: not this package's arithmetic, or not offered.
+
+What passes though public code means something else by a name:
+
+- IPO: dpo/ipo takes summed log-ratios; TRL averages them, which is the same function of another h.
+- Label smoothing: TRL's sigmoid loss ignores it; here it is the conservative loss (dpo/cdpo).
+- trl_dpo/sft: the mean over tokens of the chosen side, `nll_sum` over their number.
+- cpo/*: TRL's CPO is DPO or IPO of mean log-probs without a reference; simpo_gamma has no effect.
+- rm/kwise_beta0.0 averages per prompt first, rm/kwise_flat_pairs over all pairs: `kwise_loss`, and
+  `bradley_terry_loss` of the pairs of a ranking.
 """
 
 import json
@@ -49,7 +57,24 @@ from rlhf_cli.objectives.policy_gradient import (
     kl_shaped_rewards,
     last_index,
 )
-from rlhf_cli.objectives.preference import bradley_terry_loss, dpo_loss
+from rlhf_cli.objectives.preference import (
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_baseline,
+    kto_loss,
+    log1mexp,
+    log_odds,
+    odds_ratio_loss,
+    robust_dpo_loss,
+    simpo_loss,
+)
+from rlhf_cli.objectives.reward_model import (
+    bradley_terry_loss,
+    centring_penalty,
+    kwise_loss,
+    plackett_luce_loss,
+)
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Sampling, filter_logits
@@ -121,28 +146,39 @@ def labelled(labels: Tensor) -> Batch:
 # --------------------------------------------------------------------------- preferences
 
 
-def preference_loss(sides: list[Tensor], beta: float, smoothing: float = 0.0) -> Any:
-    """DPO of log-probs in the order policy chosen, rejected, reference chosen, rejected."""
-    chosen, rejected, before_chosen, before_rejected = sides
-    return dpo_loss(chosen, rejected, before_chosen, before_rejected, beta, smoothing)
+PAIRWISE: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": dpo_loss,
+    "cdpo": dpo_loss,
+    "robust": robust_dpo_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+}
+
+
+def pairwise(case: Case, h: Tensor) -> Tensor:
+    """The loss in the case's name."""
+    name = case.id.split("/")[1].removeprefix("dpo_").split("_")[0]  # trace/dpo_hinge
+    smoothing = case.params.get("label_smoothing", 0.0)
+    return PAIRWISE[name](h, case.params["beta"], *([smoothing] if smoothing else []))
 
 
 def dpo(case: Case) -> Compared:
-    sides = case.all(
+    chosen, rejected, before_chosen, before_rejected = case.all(
         "policy_chosen_logps",
         "policy_rejected_logps",
         "reference_chosen_logps",
         "reference_rejected_logps",
         grad="policy",
     )
-    beta, smoothing = case.params["beta"], case.params.get("label_smoothing", 0.0)
-    losses, chosen, rejected = preference_loss(sides, beta, smoothing)
+    better, worse = chosen - before_chosen, rejected - before_rejected
+    losses = pairwise(case, better - worse)
     losses.mean().backward()
     yield "losses", losses, case.out["losses"]
-    yield "chosen", chosen, case.out["chosen_rewards"]
-    yield "rejected", rejected, case.out["rejected_rewards"]
-    yield "d chosen", sides[0].grad, case.grads["d_mean_loss_d_policy_chosen"]
-    yield "d rejected", sides[1].grad, case.grads["d_mean_loss_d_policy_rejected"]
+    if "chosen_rewards" in case.out:
+        yield "chosen", case.params["beta"] * better, case.out["chosen_rewards"]
+        yield "rejected", case.params["beta"] * worse, case.out["rejected_rewards"]
+    yield "d chosen", chosen.grad, case.grads["d_mean_loss_d_policy_chosen"]
+    yield "d rejected", rejected.grad, case.grads["d_mean_loss_d_policy_rejected"]
 
 
 def dpo_from_logits(case: Case) -> Compared:
@@ -150,43 +186,106 @@ def dpo_from_logits(case: Case) -> Compared:
     batch = Batch(ids, attention, response)
     policy = GivenLogits(case.read("policy_logits"))
     reference = GivenLogits(case.read("reference_logits"))
-    sums = [
-        sequence_logprob(token_logprobs(model, batch, chunk=3).logprobs, response).chunk(2)
-        for model in (policy, reference)
-    ]
-    losses, chosen, rejected = preference_loss([*sums[0], *sums[1]], case.params["beta"])
-    losses.mean().backward()
-    metrics = case.out["metrics"]
-    yield "loss", losses.mean(), case.out["loss"]
+    ours, theirs = (token_logprobs(model, batch, chunk=3).logprobs for model in (policy, reference))
+    better, worse = sequence_logprob(ours - theirs, response).chunk(2)
+    if case.params["loss_type"] == "sft":
+        kept = response.chunk(2)[0]
+        loss = nll_sum(ours.chunk(2)[0], kept) / kept.sum()
+    else:
+        loss = pairwise(case, better - worse).mean()
+    loss.backward()
+    beta, metrics = case.params["beta"], case.out["metrics"]
+    yield "loss", loss, case.out["loss"]
     yield "d logits", policy.logits.grad, case.grads["d_loss_d_policy_logits"]
-    yield "chosen", chosen.mean(), metrics["rewards/chosen"]
-    yield "rejected", rejected.mean(), metrics["rewards/rejected"]
+    yield "chosen", beta * better.mean(), metrics["rewards/chosen"]
+    yield "rejected", beta * worse.mean(), metrics["rewards/rejected"]
+
+
+def kto(case: Case) -> Compared:
+    policy, reference, mismatched, before = case.all(
+        "policy_logps", "reference_logps", "policy_KL_logps", "reference_KL_logps", grad="policy"
+    )
+    weights = case.params["desirable_weight"], case.params["undesirable_weight"]
+    z0 = kto_baseline(mismatched - before)
+    rho, desirable = policy - reference, case.read("labels_desirable")
+    loss = kto_loss(rho, desirable, z0, case.params["beta"], *weights).mean()
+    loss.backward()
+    yield "loss", loss, case.out["loss"]
+    yield "z0", z0, case.out["kl"]
+    assert mismatched.grad is None
+    if case.grads:
+        yield "d policy", policy.grad, case.grads["d_loss_d_policy_logps"]
+
+
+def orpo(case: Case) -> Compared:
+    if case.id == "orpo/log1mexp":
+        yield "log(1 - e^x)", log1mexp(case.read("x")), case.out["y"]
+        return
+    weight = case.params["lam"]
+    chosen, rejected = case.all("avg_logp_chosen", "avg_logp_rejected", grad="avg")
+    losses = odds_ratio_loss(chosen, rejected)
+    total = case.raw["inputs"]["nll_chosen"] + weight * losses.mean()
+    total.backward()
+    ratio = log_odds(chosen) - log_odds(rejected)
+    yield "losses", -weight * losses, case.out["beta_times_logsigmoid"]
+    yield "log odds", ratio.mean(), case.out["mean_log_odds"]
+    yield "total", total, case.out["total_loss"]
+    yield "d chosen", chosen.grad, case.grads["d_total_d_chosen"]
+    yield "d rejected", rejected.grad, case.grads["d_total_d_rejected"]
+
+
+def simpo(case: Case) -> Compared:
+    chosen, rejected = case.all("avg_logp_chosen", "avg_logp_rejected", grad="avg")
+    beta = case.params["beta"]
+    if case.id.startswith("cpo/"):
+        losses = pairwise(case, chosen - rejected)
+    else:
+        losses = simpo_loss(chosen, rejected, beta, case.params["gamma"])
+    losses.mean().backward()
+    yield "losses", losses, case.out["losses"]
+    yield "chosen", beta * chosen, case.out["chosen_rewards"]
+    yield "rejected", beta * rejected, case.out["rejected_rewards"]
+    if case.grads:
+        yield "d chosen", chosen.grad, case.grads["d_mean_loss_d_chosen"]
+        yield "d rejected", rejected.grad, case.grads["d_mean_loss_d_rejected"]
 
 
 def reward_model(case: Case) -> Compared:
     chosen, rejected = case.all("rewards_chosen", "rewards_rejected", grad="rewards")
-    loss = bradley_terry_loss(chosen, rejected).mean()
-    loss.backward()
-    yield "loss", loss, case.out["loss"]
+    centring = case.params["center_rewards_coefficient"] or 0.0
+    losses = bradley_terry_loss(chosen, rejected) + centring * centring_penalty(chosen, rejected)
+    losses.mean().backward()
+    yield "loss", losses.mean(), case.out["loss"]
     yield "d chosen", chosen.grad, case.grads["d_loss_d_chosen"]
     yield "d rejected", rejected.grad, case.grads["d_loss_d_rejected"]
 
 
 def reward_model_kwise(case: Case) -> Compared:
-    scores, bounds = case.raw["inputs"]["rewards_best_first"], case.raw["inputs"]["cu_lengths"]
-    pairs: list[Preference] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        names = [str(i) for i in range(start, end)]
-        pairs += pairs_of(Ranking("", names, [float(i) for i in range(len(names))]))
-    values = torch.tensor(scores, dtype=torch.float64)
-    better = values[[int(pair.chosen) for pair in pairs]]
-    worse = values[[int(pair.rejected) for pair in pairs]]
-    yield "loss", bradley_terry_loss(better, worse).mean(), case.out["loss"]
+    values, bounds = case.read("rewards_best_first", grad=True), case.raw["inputs"]["cu_lengths"]
+    if case.id == "rm/kwise_flat_pairs":
+        pairs: list[Preference] = []
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            names = [str(i) for i in range(start, end)]
+            pairs += pairs_of(Ranking("", names, [float(i) for i in range(len(names))]))
+        better = values[[int(pair.chosen) for pair in pairs]]
+        worse = values[[int(pair.rejected) for pair in pairs]]
+        yield "loss", bradley_terry_loss(better, worse).mean(), case.out["loss"]
+        return
+    prompts = [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    scores = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    ranks = torch.arange(scores.shape[1]).expand_as(scores)
+    mask = ranks < torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    losses = kwise_loss(scores, ranks, mask)
+    losses.mean().backward()
+    yield "losses", losses, case.out["per_prompt_loss"]
+    yield "loss", losses.mean(), case.out["loss"]
+    yield "d scores", values.grad, case.grads["d_loss_d_rewards"]
 
 
 def plackett_luce(case: Case) -> Compared:
     scores = case.read("scores_best_first", grad=True)
-    loss = bradley_terry_loss(scores[:, 0], scores[:, 1]).mean()
+    ranks = torch.arange(scores.shape[1]).expand_as(scores)
+    loss = plackett_luce_loss(scores, ranks, torch.ones_like(scores, dtype=torch.bool)).mean()
     loss.backward()
     yield "loss", loss, case.out["mean_nll"]
     yield "d scores", scores.grad, case.grads["d_loss_d_scores"]
@@ -386,8 +485,8 @@ def labels_truncation(case: Case) -> Compared:
         data = data_of(max_prompt_tokens=longest, long_prompts="cut", max_response_tokens=20)
         inputs = case.raw["inputs"]
         row = Preference(inputs["prompt"], inputs["chosen"], inputs["rejected"])
-        pair = Encoder(characters(), data).preferences([row])[0]
-        for side, tokens in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        sides = Encoder(characters(), data).answers([row])[0].sequences
+        for side, tokens in zip(("chosen", "rejected"), sides, strict=True):
             ids, labels = case.out[f"{side}_input_ids"], case.out[f"{side}_labels"]
             yield side, tokens.prompt + tokens.response, ids
             yield f"{side} labels", [-100] * len(tokens.prompt) + tokens.response, labels
@@ -547,12 +646,10 @@ def training_trace(case: Case) -> Compared:
                 sequence_logprob(token_logprobs(each, batch, chunk=5).logprobs, batch.response)
                 for each in (model, reference)
             )
-            losses, better, worse = preference_loss(
-                [*ours.chunk(2), *theirs.chunk(2)], case.params["beta"]
-            )
-            loss = losses.mean()
-            yield f"chosen {step}", better.mean(), expected["rewards/chosen"]
-            yield f"rejected {step}", worse.mean(), expected["rewards/rejected"]
+            better, worse = (ours - theirs).chunk(2)
+            loss, beta = pairwise(case, better - worse).mean(), case.params["beta"]
+            yield f"chosen {step}", beta * better.mean(), expected["rewards/chosen"]
+            yield f"rejected {step}", beta * worse.mean(), expected["rewards/rejected"]
             yield f"log-probs {step}", ours.chunk(2)[0].mean(), expected["logps/chosen"]
         sgd.zero_grad()
         loss.backward()
@@ -568,9 +665,18 @@ def training_trace(case: Case) -> Compared:
 GROUPS: Mapping[str, Callable[[Case], Compared]] = {
     function.__name__: function
     for function in (
-        *(dpo, dpo_from_logits, reward_model, reward_model_kwise, plackett_luce, whiten, ppo_loss),
-        *(value_loss, loss_aggregation, group_advantage, grpo_loss, kl, reward_shaping, masks),
-        *(kl_controller, entropy, sequence_logprobs, sft_loss, labels_truncation, lr_schedule),
+        *(dpo, dpo_from_logits, kto, orpo, simpo, reward_model, reward_model_kwise, plackett_luce),
+        *(whiten, ppo_loss, value_loss, loss_aggregation, group_advantage, grpo_loss, kl),
+        *(
+            reward_shaping,
+            masks,
+            kl_controller,
+            entropy,
+            sequence_logprobs,
+            sft_loss,
+            labels_truncation,
+            lr_schedule,
+        ),
         *(decoding, decoding_beam, model_forward, training_trace),
     )
 } | {"gae": advantages}

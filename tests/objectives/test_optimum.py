@@ -1,9 +1,10 @@
 """The optimum pi_ref exp(r / beta) / Z on small spaces, reached by every route.
 
 Two tokens of three symbols, nine responses; the reference, the rewards and beta are arbitrary.
+IPO has another optimum, and reward models have the rewards themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from rlhf_cli.objectives.policy_gradient import (
     gae,
     kl_shaped_rewards,
 )
-from rlhf_cli.objectives.preference import dpo_loss
+from rlhf_cli.objectives.preference import dpo_loss, ipo_loss, robust_dpo_loss
+from rlhf_cli.objectives.reward_model import bradley_terry_loss, kwise_loss, plackett_luce_loss
 
 BETA = 0.5
 FIRST, SECOND = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(-1)  # 9 responses
@@ -56,9 +58,9 @@ OPTIMUM = torch.softmax(distribution(REFERENCE).log() + REWARD / BETA, -1)
 LOG_Z = torch.logsumexp(distribution(REFERENCE).log() + REWARD / BETA, -1)
 
 
-def distance(policy: Tables) -> float:
+def distance(policy: Tables, optimum: Tensor = OPTIMUM) -> float:
     """Total variation to the optimum."""
-    return (distribution(policy) - OPTIMUM).abs().sum().item() / 2
+    return (distribution(policy) - optimum).abs().sum().item() / 2
 
 
 def objective(policy: Tables) -> Tensor:
@@ -68,10 +70,10 @@ def objective(policy: Tables) -> Tensor:
     return (ours.sum(-1).exp() * shaped).sum()
 
 
-def minimise(policy: Tables, loss: Callable[[], Tensor]) -> None:
+def minimise(policy: Iterable[Tensor], loss: Callable[[], Tensor]) -> None:
     """Exact gradients, to convergence."""
     optimizer = torch.optim.LBFGS(
-        policy,
+        list(policy),
         max_iter=2000,
         tolerance_grad=1e-13,
         tolerance_change=0,
@@ -174,26 +176,40 @@ def ppo(seed: int, whiten: bool = False, iterations: int = 400) -> Tables:
     return policy
 
 
-def dpo(wins: Tensor) -> Tables:
-    """DPO on weighted pairs: wins[i, j] is how often i beats j."""
+def log_ratios(policy: Tables) -> Tensor:
+    """(9,) rho of each response."""
+    ours, theirs = logprobs(policy, RESPONSES), logprobs(REFERENCE, RESPONSES)
+    return sequence_logprob(ours - theirs, EVERY)
+
+
+def on_pairs(wins: Tensor, loss: Callable[[Tensor], Tensor]) -> Tables:
+    """Least loss(h) on weighted pairs: wins[i, j] is how often i beats j."""
     policy = start()
     i, j = wins.nonzero().unbind(-1)
 
-    def loss() -> Tensor:
-        ours = sequence_logprob(logprobs(policy, RESPONSES), EVERY)
-        theirs = sequence_logprob(logprobs(REFERENCE, RESPONSES), EVERY)
-        losses = dpo_loss(ours[i], ours[j], theirs[i], theirs[j], BETA)[0]
-        return (wins[i, j] * losses).sum() / wins.sum()
+    def total() -> Tensor:
+        rho = log_ratios(policy)
+        return (wins[i, j] * loss(rho[i] - rho[j])).sum() / wins.sum()
 
-    minimise(policy, loss)
+    minimise(policy, total)
     return policy
 
 
-PREFERRED = torch.sigmoid(REWARD[:, None] - REWARD) * (1 - torch.eye(9, dtype=torch.float64))
+def dpo(wins: Tensor) -> Tables:
+    return on_pairs(wins, lambda h: dpo_loss(h, BETA))
+
+
+OFF_DIAGONAL = 1 - torch.eye(9, dtype=torch.float64)
+PREFERRED = torch.sigmoid(REWARD[:, None] - REWARD) * OFF_DIAGONAL
 
 
 def test_dpo_on_all_preferences_reaches_the_optimum() -> None:
     assert distance(dpo(PREFERRED)) < 1e-4
+
+
+def test_sharper_preferences_and_a_stronger_tie_meet_at_the_same_optimum() -> None:
+    wins = torch.sigmoid(2 * (REWARD[:, None] - REWARD)) * OFF_DIAGONAL
+    assert distance(on_pairs(wins, lambda h: dpo_loss(h, 2 * BETA))) < 1e-4
 
 
 def test_dpo_on_sampled_preferences_comes_near() -> None:
@@ -201,6 +217,89 @@ def test_dpo_on_sampled_preferences_comes_near() -> None:
     picks = torch.multinomial(PREFERRED.flatten(), 20_000, True, generator=generator)
     wins = torch.bincount(picks, minlength=81).view(9, 9).double()
     assert distance(dpo(wins)) < 0.12
+
+
+def test_robust_dpo_sees_through_flipped_labels() -> None:
+    flipped = 0.8 * PREFERRED + 0.2 * PREFERRED.T
+    assert distance(on_pairs(flipped, lambda h: robust_dpo_loss(h, BETA, 0.2))) < 1e-4
+    assert distance(dpo(flipped)) > 0.05
+
+
+RANKINGS = torch.cartesian_prod(*[torch.arange(9)] * 3)  # every ordered triple
+RANKINGS = RANKINGS[(RANKINGS.sort(-1).values.diff(dim=-1) > 0).all(-1)]  # of different responses
+OF_THREE = torch.arange(3).expand(len(RANKINGS), 3), torch.ones(len(RANKINGS), 3).bool()
+
+
+def ranked() -> Tensor:
+    """(504,) probability of each ranking of a triple: the best is picked first, and so on."""
+    odds = REWARD.exp()[RANKINGS]
+    return odds[:, 0] / odds.sum(-1) * odds[:, 1] / odds[:, 1:].sum(-1)
+
+
+def test_there_is_a_ranking_for_every_triple() -> None:
+    assert len(RANKINGS) == 9 * 8 * 7
+    assert ranked().sum().item() == pytest.approx(84)  # C(9, 3), with six orders each
+
+
+def test_dpo_on_all_rankings_reaches_the_optimum() -> None:
+    policy, weights = start(), ranked() / 84
+
+    def loss() -> Tensor:
+        return (weights * plackett_luce_loss(BETA * log_ratios(policy)[RANKINGS], *OF_THREE)).sum()
+
+    minimise(policy, loss)
+    assert distance(policy) < 1e-4
+
+
+def test_ipo_reaches_its_own_optimum() -> None:
+    """pi = ref exp(p(y beats mu) / tau) / Z (2310.12036), whatever the preferences are.
+
+    A pair of y, y' from mu adds (h - (2 p(y beats y') - 1) / (2 tau))^2 and a constant; the least
+    squares rho(y) is the mean of the targets over y', p(y beats mu) / tau up to a constant.
+    """
+    tau, mu = 0.2, torch.softmax(drawn(9, seed=8), -1)
+    for better in (
+        torch.sigmoid(REWARD[:, None] - REWARD),
+        (REWARD[:, None] > REWARD).double() + torch.eye(9) / 2,  # certain labels
+        torch.sigmoid(drawn(9, 9, seed=9).triu() - drawn(9, 9, seed=9).triu().T),  # in circles
+    ):
+        torch.testing.assert_close(better + better.T, torch.ones_like(better))
+        found = on_pairs(mu[:, None] * mu * better, lambda h: ipo_loss(h, tau))
+        best = torch.softmax(distribution(REFERENCE).log() + better @ mu / tau, -1)
+        assert distance(start(), best) > 0.1
+        assert distance(found, best) < 1e-4
+
+
+def test_ipo_on_two_responses_stays_short_of_certainty() -> None:
+    """Uniform reference, the same one always preferred: pi = sigmoid(1 / (2 tau)), not 1."""
+    for tau in (0.1, 0.5, 2.0):
+        logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+        def loss(logits: Tensor = logits, tau: float = tau) -> Tensor:
+            return ipo_loss(logits[:1] - logits[1:], tau).sum()  # the reference cancels
+
+        minimise([logits], loss)
+        expected = torch.sigmoid(torch.tensor(1 / (2 * tau))).item()
+        assert torch.softmax(logits, -1)[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["pairs", "kwise", "plackett_luce"])
+def test_reward_models_recover_the_rewards_behind_all_comparisons(form: str) -> None:
+    scores = torch.zeros(9, dtype=torch.float64, requires_grad=True)
+
+    def loss() -> Tensor:
+        if form == "pairs":
+            losses = bradley_terry_loss(scores[:, None], scores)
+            return (PREFERRED * losses).sum() / PREFERRED.sum()
+        listwise = kwise_loss if form == "kwise" else plackett_luce_loss
+        return (ranked() * listwise(scores[RANKINGS], *OF_THREE)).sum() / 84
+
+    minimise([scores], loss)
+    found = (scores - scores.mean()).detach()
+    torch.testing.assert_close(found, REWARD - REWARD.mean(), rtol=0, atol=1e-3)
+    right = (PREFERRED * (found[:, None] > found)).sum() / PREFERRED.sum()
+    bayes = torch.maximum(PREFERRED, PREFERRED.T).sum() / 2 / PREFERRED.sum()
+    assert right.item() == pytest.approx(bayes.item(), abs=0.01)
 
 
 @pytest.mark.parametrize("seed", range(4))
