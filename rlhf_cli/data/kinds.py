@@ -1,9 +1,18 @@
-"""The kinds of rows, and which kind is soundly derived from which."""
+"""The kinds of rows, which kind is soundly derived from which, and conversions that users name.
 
+A derivation is silent, so it decides nothing about feedback. Whatever makes one kind of feedback
+out of another is a conversion, done only where data.convert names it.
+"""
+
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import Data
 
 Turns = list[dict[str, str]]
 """A dialogue: messages with `role` and `content`."""
@@ -38,12 +47,17 @@ class Text:
 
 @dataclass
 class Preference:
-    """Two responses to one prompt, the first preferred."""
+    """Two responses to one prompt, the first preferred; `group` is the part of the data it is of.
+
+    margin: by how much, where the row says so; 0 or more.
+    """
 
     prompt: str | Turns
     chosen: str
     rejected: str
     source: str = ""
+    margin: float | None = None
+    group: str = ""
 
 
 @dataclass
@@ -54,9 +68,111 @@ class Ranking:
     responses: list[str]
     ranks: list[float]
     source: str = ""
+    group: str = ""
 
 
-Row = Prompt | Demonstration | Text | Preference | Ranking
+@dataclass
+class Feedback:
+    """A judgement of one response: thumbs, a number (higher is better), or both."""
+
+    prompt: str | Turns
+    completion: str
+    label: bool | None = None
+    score: float | None = None
+    source: str = ""
+    group: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Steps:
+    """A response in steps, each right (1) or wrong (0), or in between."""
+
+    prompt: str | Turns
+    steps: list[str]
+    labels: list[float]
+    source: str = ""
+
+
+Row = Prompt | Demonstration | Text | Preference | Ranking | Feedback | Steps
+
+
+def name_of(kind: type) -> str:
+    """The word for a kind of row in what users read."""
+    return kind.__name__.lower()
+
+
+# --------------------------------------------------------------------------- derivations
+
+Derive = Callable[[Any, str], list[Any]]
+"""Rows made from one row; steps are joined by the text given."""
+
+
+def best_of(row: Ranking, join: str) -> list[Demonstration]:
+    """The best response of a ranking; the first of several."""
+    best = min(range(len(row.ranks)), key=row.ranks.__getitem__)
+    return [Demonstration(row.prompt, row.responses[best], row.source)]
+
+
+def if_liked(row: Feedback, join: str) -> list[Demonstration]:
+    """A response with thumbs up; what score is good enough to imitate, nobody but users can say."""
+    if row.label is not True:
+        return []
+    return [Demonstration(row.prompt, row.completion, row.source, row.columns)]
+
+
+def if_right(row: Steps, join: str) -> list[Demonstration]:
+    """A response without a step that is wrong."""
+    if min(row.labels) < 0.5:
+        return []
+    return [Demonstration(row.prompt, join.join(row.steps), row.source)]
+
+
+DERIVATIONS: dict[type, dict[type, Derive]] = {
+    Demonstration: {
+        Text: lambda row, join: [row],  # sft trains on all tokens of plain text
+        Preference: lambda row, join: [Demonstration(row.prompt, row.chosen, row.source)],
+        Ranking: best_of,
+        Feedback: if_liked,
+        Steps: if_right,
+    },
+    Prompt: {
+        Demonstration: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
+        Preference: lambda row, join: [Prompt(row.prompt, {}, row.source)],
+        Ranking: lambda row, join: [Prompt(row.prompt, {}, row.source)],
+        Feedback: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
+        Steps: lambda row, join: [Prompt(row.prompt, {}, row.source)],
+    },
+}
+
+
+def derivable(have: type, kind: type) -> bool:
+    """Whether rows of one kind are, or soundly give, rows of another."""
+    return have is kind or have in DERIVATIONS.get(kind, {})
+
+
+def derive(rows: list[Row], kind: type, join: str) -> list[Any]:
+    """Rows of `kind` made from rows that are all derivable."""
+    ways = DERIVATIONS.get(kind, {})
+    made: list[Any] = []
+    for row in rows:
+        made += [row] if isinstance(row, kind) else ways[type(row)](row, join)
+    return made
+
+
+# --------------------------------------------------------------------------- conversions
+
+Made = tuple[list[Any], Counter[str]]
+"""Rows, and how often something happened on the way that a user should know."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """From all rows of one kind to rows of another."""
+
+    start: type
+    end: type
+    make: Callable[[list[Any], Data], Made]
 
 
 def pairs_of(row: Ranking) -> list[Preference]:
@@ -65,45 +181,140 @@ def pairs_of(row: Ranking) -> list[Preference]:
     for i, j in combinations(range(len(row.responses)), 2):
         if row.ranks[i] != row.ranks[j]:
             better, worse = (i, j) if row.ranks[i] < row.ranks[j] else (j, i)
-            pairs.append(
-                Preference(row.prompt, row.responses[better], row.responses[worse], row.source)
-            )
+            chosen, rejected = row.responses[better], row.responses[worse]
+            pairs.append(Preference(row.prompt, chosen, rejected, row.source, group=row.group))
     return pairs
 
 
-def best_of(row: Ranking) -> Demonstration:
-    """The best response of a ranking; the first of several."""
-    best = min(range(len(row.ranks)), key=row.ranks.__getitem__)
-    return Demonstration(row.prompt, row.responses[best], row.source)
+def ranking_to_preference(rows: list[Ranking], data: Data) -> Made:
+    """All pairs of each ranking (InstructGPT 2203.02155 sec. 3.5)."""
+    pairs = [pair for row in rows for pair in pairs_of(row)]
+    possible = sum(len(row.ranks) * (len(row.ranks) - 1) // 2 for row in rows)
+    return pairs, Counter({"ties dropped": possible - len(pairs)})
 
 
-Derive = Callable[[Any], list[Any]]
+def preference_to_ranking(rows: list[Preference], data: Data) -> Made:
+    """Rankings of two."""
+    made = [
+        Ranking(row.prompt, [row.chosen, row.rejected], [1.0, 2.0], row.source, row.group)
+        for row in rows
+    ]
+    return made, Counter()
 
-DERIVATIONS: dict[type, dict[type, Derive]] = {
-    Demonstration: {
-        Text: lambda row: [row],  # sft trains on all tokens of plain text
-        Preference: lambda row: [Demonstration(row.prompt, row.chosen, row.source)],
-        Ranking: lambda row: [best_of(row)],
-    },
-    Preference: {Ranking: pairs_of},
-    Prompt: {
-        Demonstration: lambda row: [Prompt(row.prompt, row.columns, row.source)],
-        Preference: lambda row: [Prompt(row.prompt, {}, row.source)],
-        Ranking: lambda row: [Prompt(row.prompt, {}, row.source)],
-    },
-    Text: {},
+
+def preference_to_feedback(rows: list[Preference], data: Data) -> Made:
+    """Chosen is good, rejected is bad, as KTO does it (2402.01306 sec. 4)."""
+    made = [
+        Feedback(row.prompt, completion, label, source=row.source, group=row.group)
+        for row in rows
+        for completion, label in ((row.chosen, True), (row.rejected, False))
+    ]
+    return made, Counter()
+
+
+def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
+    """All answers to one prompt in one ranking with ties: by score where all have one, or label."""
+    prompts: dict[str, list[Feedback]] = defaultdict(list)
+    for row in rows:
+        prompts[str(row.prompt)].append(row)
+    made: list[Ranking] = []
+    counts: Counter[str] = Counter()
+    for answers in prompts.values():
+        by = "label" if any(row.score is None for row in answers) else "score"
+        judged = [row for row in answers if getattr(row, by) is not None]
+        counts["answers without a label dropped"] += len(answers) - len(judged)
+        # the same answer may stand at two places, but it has no tie with itself
+        values = list(dict.fromkeys((row.completion, float(getattr(row, by))) for row in judged))
+        counts["repeated answers counted once"] += len(judged) - len(values)
+        places = sorted({value for _, value in values}, reverse=True)
+        if len(values) < 2:
+            counts["prompts with fewer than 2 answers dropped"] += 1
+        elif len(places) < 2:
+            counts["prompts with all answers tied dropped"] += 1
+        else:
+            first, groups = judged[0], {row.group for row in judged}
+            made.append(
+                Ranking(
+                    first.prompt,
+                    [text for text, _ in values],
+                    [1.0 + places.index(value) for _, value in values],
+                    first.source,
+                    first.group if len(groups) == 1 else "",
+                )
+            )
+    return made, counts
+
+
+def feedback_to_steps(rows: list[Feedback], data: Data) -> Made:
+    """Each step gets the response's label: outcome supervision, as Cobbe 2110.14168 does it.
+
+    Raises:
+        UserError: data.step_join does not put the steps together again.
+    """
+    made = []
+    judged = [row for row in rows if row.label is not None]
+    for row in judged:
+        *others, last = cut_steps(row.completion, data.step_end)
+        steps = [step.removesuffix(data.step_join) for step in others] + [last]
+        if data.step_join.join(steps) != row.completion:
+            raise UserError(
+                f"{row.source}: the steps that data.step_end={data.step_end!r} ends, joined by "
+                f"data.step_join={data.step_join!r}, are not this response again; "
+                "data.step_join='' joins any steps"
+            )
+        labels = [float(bool(row.label))] * len(steps)
+        made.append(Steps(row.prompt, steps, labels, row.source))
+    return made, Counter({"without a label dropped": len(rows) - len(judged)})
+
+
+CONVERSIONS = {
+    "feedback_to_ranking": Conversion(Feedback, Ranking, feedback_to_ranking),
+    "feedback_to_steps": Conversion(Feedback, Steps, feedback_to_steps),
+    "preference_to_feedback": Conversion(Preference, Feedback, preference_to_feedback),
+    "preference_to_ranking": Conversion(Preference, Ranking, preference_to_ranking),
+    "ranking_to_preference": Conversion(Ranking, Preference, ranking_to_preference),
 }
 
 
-def derive(rows: list[Row], kind: type) -> tuple[list[Any], list[Row]]:
-    """Rows of `kind` made from `rows`, and the rows from which none can be made."""
-    made: list[Any] = []
-    unfit: list[Row] = []
-    for row in rows:
-        if isinstance(row, kind):
-            made.append(row)
-        elif derivation := DERIVATIONS[kind].get(type(row)):
-            made.extend(derivation(row))
-        else:
-            unfit.append(row)
-    return made, unfit
+def convert(rows: list[Row], name: str, data: Data, notes: list[str]) -> list[Row]:
+    """Rows after one conversion: kinds that it does not start from stay as they are."""
+    way = CONVERSIONS[name]
+    mine = [row for row in rows if isinstance(row, way.start)]
+    made, counts = way.make(mine, data)
+    told = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    notes.append(
+        f"{name}: {len(made)} {name_of(way.end)} rows from {len(mine)} {name_of(way.start)} rows"
+        + told
+    )
+    return [row for row in rows if not isinstance(row, way.start)] + made
+
+
+def route(start: type, end: type) -> list[str] | None:
+    """The fewest conversions from one kind to another; None where there is no way."""
+    ways: dict[type, list[str]] = {start: []}
+    reached = [start]
+    for have in reached:  # grows while it is walked: nearest kinds first
+        for name, way in CONVERSIONS.items():
+            if way.start is have and way.end not in ways:
+                ways[way.end] = [*ways[have], name]
+                reached.append(way.end)
+    return ways.get(end)
+
+
+def cut_steps(text: str, step_end: str) -> list[str]:
+    """The steps of a response: each ends where a match of `step_end` ends, the last with the text.
+
+    Joined by "" they are the text again. None is blank, for a blank could not be judged: blanks
+    belong to the step before them, or to the first step.
+    """
+    ends = [match.end() for match in re.finditer(step_end, text)]
+    steps: list[str] = []
+    start = 0
+    for end in [*ends, len(text)]:
+        piece = text[start:end]
+        if steps and (not piece.strip() or not steps[-1].strip()):
+            steps[-1] += piece
+        elif piece:
+            steps.append(piece)
+        start = end
+    return steps

@@ -3,6 +3,8 @@
 Replies vary in quality: a careless guide gets a third of the numbers wrong and is rude one time in
 five. Preferences are drawn from the gold score s with Bradley-Terry noise, P(a over b) =
 sigmoid(s(a) - s(b)), and rankings with Plackett-Luce noise, so a known share of labels is wrong.
+Thumbs go up with P = sigmoid(s - GOOD_ENOUGH), a visitor's marks are s and noise, rounded; labels
+of steps are exact.
 """
 
 import json
@@ -10,6 +12,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from rlhf_cli.demo.gold import CLOSINGS, FACTS, RUDE, UNSURE, gold_score
@@ -36,12 +39,16 @@ GREETINGS = ("Hello", "Good morning", "Hi")
 PLACES = ("park", "garden", "kitchen", "street", "school", "river", "forest", "market")
 FEELINGS = ("happy", "tired", "proud", "sad", "hungry", "excited", "calm", "curious")
 COLOURS = ("red", "blue", "green", "yellow", "black", "white")
+GOOD_ENOUGH = 2.5  # the gold score at which thumbs go up half the time: for one reply in three
+MARK_NOISE = 0.7
 TOYS = ("drum", "doll", "ball", "train", "bear", "bell", "hat", "flute", "robot", "puzzle")
 
 SIZES = {
     "demonstrations": (3000, 200),
     "preferences": (4000, 400),
     "rankings": (600, 100),
+    "feedback": (3000, 300),
+    "steps": (2000, 200),
     "prompts": (1000, 200),
     "text": (2000, 200),
 }
@@ -72,7 +79,11 @@ class Question:
         self.prompt = f"{self.name} asks: {asked}"
 
     def reply(self) -> str:
-        """Each part good, bad or missing on its own."""
+        """One reply of the careless guide."""
+        return " ".join(self.sentences())
+
+    def sentences(self) -> list[str]:
+        """Greeting, fact and goodbye: each good, bad or missing on its own."""
         rng = self.rng
         sentences = []
         if (draw := rng.random()) < 0.5:
@@ -89,7 +100,7 @@ class Question:
             sentences.append(f"{rng.choice(CLOSINGS)}!")
         elif draw < 0.6:
             sentences.append(f"{rng.choice(RUDE)}!")
-        return " ".join(sentences)
+        return sentences
 
     def replies(self, count: int) -> list[str]:
         """`count` replies, no two the same."""
@@ -132,6 +143,26 @@ def ranking(rng: random.Random, held_out: bool) -> dict[str, object]:
     return {"prompt": question.prompt, "responses": replies, "ranks": ranks}
 
 
+def feedback(rng: random.Random, held_out: bool) -> dict[str, object]:
+    """One reply with a visitor's thumbs, up (true) or down, and mark, higher for better."""
+    question = Question(rng, held_out)
+    completion = question.reply()
+    gold = gold_score(question.prompt, completion)
+    label = rng.random() < 1 / (1 + math.exp(GOOD_ENOUGH - gold))
+    score = round(gold + rng.gauss(0, MARK_NOISE))
+    return {"prompt": question.prompt, "completion": completion, "label": label, "score": score}
+
+
+def steps(rng: random.Random, held_out: bool) -> dict[str, object]:
+    """One reply in sentences: right are those that raise the gold score of what is said so far."""
+    question = Question(rng, held_out)
+    sentences = question.sentences()
+    said = [" ".join(sentences[:count]) for count in range(len(sentences) + 1)]
+    gold = [gold_score(question.prompt, text) for text in said]
+    labels = [after > before for before, after in pairwise(gold)]
+    return {"prompt": question.prompt, "steps": sentences, "labels": labels}
+
+
 def prompt(rng: random.Random, held_out: bool) -> dict[str, object]:
     """A question with its checkable answer."""
     question = Question(rng, held_out)
@@ -157,6 +188,8 @@ MAKERS: dict[str, Callable[[random.Random, bool], dict[str, object]]] = {
     "demonstrations": demonstration,
     "preferences": preference,
     "rankings": ranking,
+    "feedback": feedback,
+    "steps": steps,
     "prompts": prompt,
     "text": text,
 }

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text, pairs_of
+from rlhf_cli.data.kinds import (
+    Demonstration,
+    Feedback,
+    Preference,
+    Prompt,
+    Ranking,
+    Steps,
+    Text,
+)
 from rlhf_cli.data.rows import hold_out, read_rows, read_split, read_texts
-from tests.toys import data_of
+from tests.toys import composed, data_of
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "hello"}
@@ -52,10 +61,58 @@ SHAPES: list[tuple[Any, type, Any]] = [
         Ranking("p", ["a", "b"], [2.0, 1.0]),
     ),
     (
-        {"prompt": "p", "responses": ["a", "b"], "scores": [2, 1]},  # higher is better
+        {"prompt": "p", "responses": ["a", "b"], "scores": [1.5, 2], "source": "web"},
+        Ranking,  # higher is better
+        Ranking("p", ["a", "b"], [-1.5, -2], group="web"),
+    ),
+    (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5, "source": "web"},
+        Preference,
+        Preference("p", "a", "b", margin=0.5, group="web"),
+    ),
+    (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": None, "source": None},
         Preference,
         Preference("p", "a", "b"),
     ),
+    (
+        {"prompt": "p", "completion": "c", "label": True, "source": 3},
+        Feedback,
+        Feedback("p", "c", True, group="3"),
+    ),
+    ({"prompt": "p", "completion": "c", "label": 0}, Feedback, Feedback("p", "c", False)),
+    (
+        {"prompt": "p", "completion": "c", "label": "True", "score": -2},
+        Feedback,
+        Feedback("p", "c", True, -2.0),
+    ),
+    (
+        {"prompt": "p", "completion": "c", "score": 2.5, "label": "so-so", "answer": "7"},
+        Feedback,
+        Feedback("p", "c", None, 2.5, columns={"answer": "7"}),
+    ),
+    ({"messages": [USER, REPLY], "label": 1}, Feedback, Feedback([USER], "hello", True)),
+    (
+        {"prompt": "p", "completion": "c", "label": True, "answer": "7"},
+        Prompt,
+        Prompt("p", {"answer": "7"}),
+    ),
+    ({"prompt": "p", "completion": "c", "label": True}, Demonstration, Demonstration("p", "c")),
+    # a label or score of another form is a column like any other
+    ({"prompt": "p", "completion": "c", "label": 3}, Demonstration, Demonstration("p", "c")),
+    ({"prompt": "p", "completion": "c", "score": "high"}, Prompt, Prompt("p", {"score": "high"})),
+    (
+        {"prompt": "p", "steps": ["a", "b", "c"], "labels": [True, 0, 0.25]},
+        Steps,
+        Steps("p", ["a", "b", "c"], [1.0, 0.0, 0.25]),
+    ),
+    (
+        {"prompt": "p", "steps": ["a", "b"], "labels": [1, 0.5]},
+        Demonstration,
+        Demonstration("p", "a\nb"),
+    ),
+    ({"prompt": "p", "steps": ["a"], "labels": [0]}, Prompt, Prompt("p")),
+    ({"prompt": "p", "steps": 4}, Prompt, Prompt("p", {"steps": 4})),
     (
         {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]},
         Demonstration,
@@ -108,6 +165,81 @@ FAULTS: list[tuple[str, type, str, str]] = [
         "column 'scores' must hold numbers",
     ),
     ('{"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]}', Ranking, "rows", "is empty"),
+    (
+        '{"prompt": "p", "responses": ["a", "b"], "ranks": [1, NaN]}',
+        Ranking,
+        "rows",
+        "column 'ranks' must hold numbers",
+    ),
+    (
+        '{"prompt": "p", "responses": "a, b", "ranks": [1, 2]}',
+        Ranking,
+        "rows",
+        "column 'responses' holds str, expected a list",
+    ),
+    (
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}',
+        Preference,
+        "rows",
+        "column 'margin' holds -1, expected 0 or more",
+    ),
+    (
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "wide"}',
+        Preference,
+        "rows",
+        "column 'margin' holds 'wide', expected a number",
+    ),
+    (
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "source": ["x"]}',
+        Preference,
+        "rows",
+        "column 'source' holds list, expected text",
+    ),
+    (
+        '{"prompt": "p", "completion": "c", "label": true, "score": NaN}',
+        Feedback,
+        "rows",
+        "column 'score' holds nan, expected a number",
+    ),
+    (
+        '{"prompt": "p", "steps": ["a", "b"], "labels": [1]}',
+        Steps,
+        "rows",
+        "column 'labels' holds 1 for 2 steps",
+    ),
+    ('{"prompt": "p", "steps": ["a", " "], "labels": [1, 1]}', Steps, "rows", "'steps' is empty"),
+    ('{"prompt": "p", "steps": [], "labels": []}', Steps, "rows", "'steps' is empty"),
+    (
+        '{"prompt": "p", "steps": ["a"], "labels": [-1]}',
+        Steps,
+        "rows",
+        "column 'labels' holds -1, expected true, false or a number from 0 (wrong) to 1 (right)",
+    ),
+    ('{"prompt": "p", "steps": ["a"], "labels": ["x"]}', Steps, "rows", "'labels' holds 'x'"),
+    (
+        '{"prompt": "p", "completion": "c", "label": "maybe"}',
+        Feedback,
+        "rows",
+        "this is a demonstration row; needed: feedback rows ({prompt, completion, label: true |",
+    ),
+    (
+        '{"question": "q", "a": {"solution": "s"}}',
+        Feedback,
+        "gsm8k_solutions",
+        "no column with {solution, is_correct}; found question, a",
+    ),
+    (
+        '{"question": "q", "a": {"solution": "s", "is_correct": "no idea"}}',
+        Feedback,
+        "gsm8k_solutions",
+        "column 'a.is_correct' holds 'no idea', expected true or false",
+    ),
+    (
+        '{"question": "q", "a": {"solution": 7, "is_correct": true}}',
+        Feedback,
+        "gsm8k_solutions",
+        "column 'a.solution' holds int, expected text",
+    ),
     ('{"prompt": "p"}', Preference, "rows", "this is a prompt row; needed: preference rows"),
     ('{"text": "t"}', Prompt, "rows", "this is a text row; needed: prompt rows"),
     (json.dumps({"chosen": "a", "rejected": "b"}), Preference, "hh", "do not share a dialogue"),
@@ -131,6 +263,12 @@ def test_a_fault_is_named_by_its_place(
     good["gsm8k"] = json.dumps({"question": "q", "answer": "a #### 4"})
     if kind is Ranking:
         good["rows"] = json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]})
+    if kind is Feedback:
+        good["rows"] = json.dumps({"prompt": "p", "completion": "c", "label": True})
+        solution = {"solution": "s", "is_correct": True}
+        good["gsm8k_solutions"] = json.dumps({"question": "q", "a": solution})
+    if kind is Steps:
+        good["rows"] = json.dumps({"prompt": "p", "steps": ["a"], "labels": [1]})
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{good[format]}\n{line}\n")
     with pytest.raises(UserError) as caught:
@@ -160,6 +298,16 @@ def test_bad_rows_can_be_dropped_and_are_counted(tmp_path: Path) -> None:
     assert "1 dropped: no column 'prompt'; found x" in note
 
 
+def test_a_file_of_bad_rows_only(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", {"prompt": ""}, {"prompt": ""})
+    with pytest.raises(UserError) as caught:
+        read_split(data_of(path=str(file), bad_rows="drop"), Prompt)
+    assert str(caught.value) == (
+        f"{file}: no usable prompt row ({{prompt}}); {file}: no rows, "
+        "2 dropped: column 'prompt' is empty"
+    )
+
+
 def test_hh_is_split_before_the_last_reply(tmp_path: Path) -> None:
     file = write(tmp_path / "hh.jsonl", {"chosen": f"{HH} a", "rejected": f"{HH} b"})
     (row,) = read(file, Preference, format="hh")
@@ -172,6 +320,72 @@ def test_gsm8k_has_an_answer_in_every_role(tmp_path: Path) -> None:
     (asked,) = read(file, Prompt, format="gsm8k")
     assert shown.completion.endswith("#### 42")
     assert (asked.prompt, asked.columns["answer"]) == ("q", "42")
+
+
+SOLUTIONS = {
+    "question": "q",
+    "ground_truth": "A: 4",
+    "small": {"is_correct": False, "solution": "2 + 2 = 5\nA: 5"},
+    "empty": {"is_correct": True, "solution": " "},
+    "large": {"is_correct": True, "solution": "2 + 2 = 4\nA: 4"},
+}
+
+
+def test_gsm8k_solutions_are_a_row_each(tmp_path: Path) -> None:
+    """And an empty one is no reason to drop the others."""
+    file = write(tmp_path / "s.jsonl", SOLUTIONS, SOLUTIONS | {"question": "q2"})
+    with pytest.raises(UserError, match=r"s\.jsonl:1: column 'empty\.solution' is empty"):
+        read(file, Feedback, format="gsm8k_solutions")
+    notes: list[str] = []
+    data = data_of(format="gsm8k_solutions", bad_rows="drop")
+    rows = read_rows(data, str(file), Feedback, notes)
+    assert rows[:2] == [
+        Feedback("q", "2 + 2 = 5\nA: 5", False, None, f"{file}:1", "small"),
+        Feedback("q", "2 + 2 = 4\nA: 4", True, None, f"{file}:1", "large"),
+    ]
+    assert [row.prompt for row in rows] == ["q", "q", "q2", "q2"]
+    assert notes == [f"{file}: 4 feedback rows, 2 dropped: column 'empty.solution' is empty"]
+    held = read_split(
+        data_of(format="gsm8k_solutions", bad_rows="drop", path=str(file), eval_rows=1), Feedback
+    )
+    assert len({row.prompt for row in held.held_out}) == 1 and len(held.held_out) == 2
+
+
+FEEDBACK_CSV = """prompt,completion,label,score,source
+p,a,true,,web
+p,b,FALSE,2.5,
+p,c,,-1,
+p,d,1,0,
+p,e,0,,
+"""
+
+
+def test_judgements_in_csv(tmp_path: Path) -> None:
+    """Cells are text, and an empty one says nothing."""
+    file = tmp_path / "rows.csv"
+    file.write_text(FEEDBACK_CSV)
+    found = [(row.label, row.score, row.group) for row in read(file, Feedback)]
+    assert found == [
+        (True, None, "web"),
+        (False, 2.5, ""),
+        (None, -1.0, ""),
+        (True, 0.0, ""),
+        (False, None, ""),
+    ]
+    file.write_text("prompt,chosen,rejected,margin\np,a,b,0.5\np,a,b,\n")
+    assert [row.margin for row in read(file, Preference)] == [0.5, None]
+    file.write_text('prompt,steps,labels\np,"[""a"", ""b""]","[true, 0.5]"\n')
+    (row,) = read(file, Steps)
+    assert (row.steps, row.labels) == (["a", "b"], [1.0, 0.5])
+    file.write_text("prompt,steps,labels\np,first,1\n")
+    with pytest.raises(UserError, match=r"rows\.csv:2: column 'steps' holds str, expected a list"):
+        read(file, Steps)
+
+
+def test_a_margin_of_full_dialogues(tmp_path: Path) -> None:
+    row = {"chosen": [USER, REPLY], "rejected": [USER, OTHER], "margin": 2}
+    (found,) = read(write(tmp_path / "rows.jsonl", row), Preference)
+    assert found.margin == 2
 
 
 ROWS = [{"prompt": "a, b", "completion": 'say "x"\nand y'}, {"prompt": "ü", "completion": "c"}]
@@ -251,21 +465,184 @@ def test_the_hold_out_shares_no_prompt(tmp_path: Path) -> None:
     assert {row.prompt for row in prompts.held_out} == held  # the same for every stage
 
 
-def test_every_stage_holds_out_the_same_prompts(tmp_path: Path) -> None:
+RANKINGS = [
+    {"prompt": f"p{i}", "responses": ["a", "b", "c"], "ranks": [1, 1, 1] if i == 7 else [1, 2, 3]}
+    for i in range(40)
+]
+JUDGED = [
+    {"prompt": f"p{i % 20}", "completion": f"c{i}", "label": i % 3 > 0, "score": i}
+    for i in range(100)
+]
+PAIRED = ["ranking_to_preference"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "convert", "kind"),
+    [
+        (RANKINGS, PAIRED, Preference),
+        (JUDGED, ["feedback_to_ranking"], Ranking),
+        (JUDGED, ["feedback_to_ranking", *PAIRED], Preference),
+        (JUDGED, ["feedback_to_steps"], Steps),
+    ],
+)
+def test_every_stage_holds_out_the_same_prompts(
+    rows: list[Any], convert: list[str], kind: type, tmp_path: Path
+) -> None:
     """A row that makes no pair, or six, must not shift who is held out."""
-    rows = [
-        {
-            "prompt": f"p{i}",
-            "responses": ["a", "b", "c"],
-            "ranks": [1, 1, 1] if i == 7 else [1, 2, 3],
-        }
-        for i in range(40)
+    path = str(write(tmp_path / "rows.jsonl", *rows))
+    data = data_of(path=path, eval_rows=10, convert=convert)
+    converted = read_split(data, kind)
+    asked = {row.prompt for row in read_split(data, Prompt).held_out}
+    assert len(asked) == 10
+    assert not asked & {row.prompt for row in converted.train}
+    assert {row.prompt for row in converted.held_out} == asked - {"p7" if rows is RANKINGS else ""}
+    assert not asked & {row.prompt for row in read_split(data, Demonstration).train}
+
+
+def test_conversions_are_told_for_both_sides(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "rows.jsonl", *RANKINGS))
+    split = read_split(data_of(path=path, eval_rows=10, convert=PAIRED), Preference)
+    assert len(split.train) + len(split.held_out) == 39 * 3
+    told = [note for note in split.notes if "ranking_to_preference" in note]
+    assert len(told) == 2 and told[1].startswith("held-out rows: ranking_to_preference: ")
+    assert sum("3 ties dropped" in note for note in told) == 1
+    unseen = write(tmp_path / "eval.jsonl", RANKINGS[0])
+    data = data_of(path=path, eval_path=str(unseen), max_rows=2, convert=PAIRED)
+    split = read_split(data, Preference)
+    assert split.notes[:3] == [
+        f"{path}: 40 ranking rows",
+        "the first 2 are used",
+        f"{unseen}: 1 ranking rows",
     ]
-    data = data_of(path=str(write(tmp_path / "rows.jsonl", *rows)), eval_rows=10)
-    trained_on = {row.prompt for row in read_split(data, Preference).train}
-    held_out = {row.prompt for row in read_split(data, Prompt).held_out}
-    assert len(held_out) == 10
-    assert not trained_on & held_out
+    assert "ranking_to_preference: 6 preference rows from 2 ranking rows" in split.notes
+    assert len(split.held_out) == 3
+
+
+def test_conversions_leave_prompts_and_demonstrations_alone(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    file = write(tmp_path / "rows.jsonl", pair)
+    for kind in (Demonstration, Prompt):
+        assert len(read(file, kind, convert=["preference_to_feedback"])) == 1
+    assert len(read(file, Feedback, convert=["preference_to_feedback"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "convert", "said"),
+    [
+        (
+            RANKINGS[0],
+            Preference,
+            [],
+            ":1: this is a ranking row; needed: preference rows ({prompt, chosen, rejected}); "
+            "data.convert=[ranking_to_preference] makes them",
+        ),
+        (
+            JUDGED[0],
+            Preference,
+            [],
+            "; data.convert=[feedback_to_ranking,ranking_to_preference] makes them",
+        ),
+        (
+            RANKINGS[0],
+            Ranking,
+            PAIRED,
+            ":1: this is a ranking row, and a preference row after "
+            "data.convert=[ranking_to_preference]; needed: ranking rows "
+            "({prompt, responses, ranks}); data.convert=[] keeps them",
+        ),
+        (
+            RANKINGS[0],
+            Preference,
+            ["feedback_to_ranking", *PAIRED],
+            "data.convert: feedback_to_ranking found no feedback rows in FILE",
+        ),
+        (
+            RANKINGS[7],
+            Preference,
+            PAIRED,
+            "FILE: no usable preference row ({prompt, chosen, rejected}); ranking_to_preference: "
+            "0 preference rows from 1 ranking rows, 3 ties dropped",
+        ),
+        (
+            JUDGED[0],
+            Demonstration,
+            [],
+            "FILE: no usable demonstration row ({prompt, completion} or {text}); "
+            "0 demonstration rows from 1 rows: of feedback those with label true",
+        ),
+    ],
+)
+def test_a_conversion_that_is_missing_or_wrong(
+    row: Any, kind: type, convert: list[str], said: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "rows.jsonl", row)
+    with pytest.raises(UserError) as caught:
+        read(file, kind, convert=convert)
+    assert said.replace("FILE", str(file)) in str(caught.value)
+
+
+def test_a_prompt_row_has_no_conversion(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", {"prompt": "p"})
+    with pytest.raises(UserError) as caught:
+        read(file, Preference)
+    assert str(caught.value).endswith("({prompt, chosen, rejected})")
+
+
+def test_demonstrations_left_out_are_told(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "rows.jsonl", *JUDGED))
+    split = read_split(data_of(path=path, eval_rows=10), Demonstration)
+    assert 0 < len(split.train) < 50
+    assert any(
+        note.startswith(f"{len(split.train)} demonstration rows from 50 rows: of feedback")
+        for note in split.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "convert"),
+    [
+        (Preference, []),
+        (Ranking, []),
+        (Feedback, []),
+        (Steps, []),
+        (Preference, PAIRED),
+        (Feedback, ["preference_to_feedback"]),
+        (Ranking, ["feedback_to_ranking"]),
+        (Steps, ["feedback_to_steps"]),
+        (Demonstration, PAIRED),
+        (Prompt, ["feedback_to_steps"]),
+    ],
+)
+def test_the_demo_has_rows_for_every_conversion(kind: type, convert: list[str]) -> None:
+    data = composed("dpo").data
+    split = read_split(replace(data, convert=convert), kind)
+    assert split.train and all(isinstance(row, kind) for row in split.train + split.held_out)
+    assert not {row.prompt for row in split.train} & {row.prompt for row in split.held_out}
+    if convert and kind not in (Demonstration, Prompt):
+        assert any(note.startswith(f"{convert[0]}: ") for note in split.notes)
+    if convert == PAIRED and kind is Preference:
+        assert "ranking_to_preference: 3600 preference rows from 600 ranking rows" in split.notes
+
+
+def test_doubtful_pairs_are_dropped_on_both_sides(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": "longer"} for i in range(8)]
+    rows += [{"prompt": f"p{i}", "chosen": "x", "rejected": "x"} for i in range(8)]
+    path = str(write(tmp_path / "rows.jsonl", *rows))
+    data = data_of(path=path, eval_rows=3)
+    kept = read_split(data, Preference)
+    assert (len(kept.train), len(kept.held_out)) == (10, 6)
+    assert any(note.startswith("5 of 10 rows judge a text against itself") for note in kept.notes)
+    dropped = read_split(replace(data, doubtful_pairs="drop"), Preference)
+    assert (len(dropped.train), len(dropped.held_out)) == (5, 3)
+    assert "held-out rows: 3 of 6 rows judge a text against itself: dropped" in dropped.notes
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:\d+: one of 5 rows that judge a text against"
+    ):
+        read_split(replace(data, doubtful_pairs="error"), Preference)
+    same = str(write(tmp_path / "same.jsonl", *rows[8:]))
+    with pytest.raises(UserError, match=r"same\.jsonl: data.doubtful_pairs=drop leaves none of 5"):
+        read_split(replace(data, path=same, doubtful_pairs="drop"), Preference)
+    assert read_split(replace(data, doubtful_pairs="error"), Prompt).train  # no pairs are asked for
 
 
 def test_too_few_rows_to_hold_out() -> None:
@@ -289,9 +666,3 @@ def test_plain_text_comes_from_its_own_file(tmp_path: Path) -> None:
     split = read_texts(data)
     assert len(split.train) == 4 and len(split.held_out) == 1
     assert read_texts(data_of()).train == []
-
-
-def test_pairs_of_a_ranking() -> None:
-    row = Ranking("p", ["c", "a", "b", "b2"], [3, 1, 2, 2])
-    pairs = [(pair.chosen, pair.rejected) for pair in pairs_of(row)]
-    assert sorted(pairs) == [("a", "b"), ("a", "b2"), ("a", "c"), ("b", "c"), ("b2", "c")]

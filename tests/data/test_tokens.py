@@ -39,11 +39,12 @@ def test_a_prompt_has_the_same_ids_in_every_role(name: str) -> None:
     reply, other = ("efg", "hi") if name == "no BOS" else ("sat on a mat", "ran")
     sampled = encoder.prompts([Prompt(prompt)])[1][0]
     shown = encoder.demonstrations([Demonstration(prompt, reply)])[0]
-    pair = encoder.preferences([Preference(prompt, reply, other)])[0]
-    assert sampled == shown.prompt == pair.chosen.prompt == pair.rejected.prompt
-    assert shown.response == pair.chosen.response
+    (pair,) = encoder.answers([Preference(prompt, reply, other)])
+    chosen, rejected = pair.sequences
+    assert sampled == shown.prompt == pair.prompt
+    assert shown == chosen
     tokenizer = encoder.tokenizer
-    for tokens in (shown, pair.chosen, pair.rejected):
+    for tokens in (shown, chosen, rejected):
         ids = tokens.prompt + tokens.response
         bos = tokenizer.bos_token_id
         assert ids.count(bos) == (bos is not None) and (bos is None or ids[0] == bos)

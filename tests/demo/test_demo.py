@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.data.rows import DEMO_FOLDER
+from rlhf_cli.data.kinds import Preference, Prompt, Ranking, cut_steps
+from rlhf_cli.data.rows import DEMO_FOLDER, read_split
 from rlhf_cli.demo import make_rows
 from rlhf_cli.demo.gold import gold_score
 from rlhf_cli.rewards.rules import exact_answer
+from tests.toys import composed
 
 LEGS = "Mia asks: How many legs does a spider have?"
 KINDS = tuple(make_rows.SIZES)
@@ -100,9 +102,52 @@ def test_ranks_follow_the_gold_score_with_noise() -> None:
 
 
 @pytest.mark.parametrize("side", ["train", "eval"])
-def test_answers_are_checkable_and_demonstrations_mixed(side: str) -> None:
-    from rlhf_cli.data.kinds import Prompt
+def test_feedback_follows_the_gold_score_with_noise(side: str) -> None:
+    """Thumbs by their logistic; marks around the score; up is the rarer thumb, and common."""
+    found = rows("feedback", side)
+    gold = [gold_score(row["prompt"], row["completion"]) for row in found]
+    up = [row["label"] for row in found]
+    promised = [1 / (1 + math.exp(make_rows.GOOD_ENOUGH - score)) for score in gold]
+    error = math.sqrt(sum(p * (1 - p) for p in promised))
+    assert abs(sum(up) - sum(promised)) < 4 * error
+    assert 0.2 < sum(up) / len(up) < 0.4
+    off = [row["score"] - score for row, score in zip(found, gold, strict=True)]
+    spread = math.sqrt(make_rows.MARK_NOISE**2 + 1 / 12)  # of the noise and of rounding
+    assert abs(sum(off)) < 4 * spread * math.sqrt(len(off))
+    assert 0.8 < math.sqrt(sum(d * d for d in off) / len(off)) / spread < 1.2
+    assert all(isinstance(row["score"], int) for row in found)
 
+
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_steps_are_the_sentences_and_their_part_of_the_gold_score(side: str) -> None:
+    data = composed("dpo").data
+    labels = []
+    for row in rows("steps", side):
+        reply = data.step_join.join(row["steps"])
+        assert [step.strip() for step in cut_steps(reply, data.step_end)] == row["steps"]
+        for i, label in enumerate(row["labels"]):
+            before, after = (
+                gold_score(row["prompt"], " ".join(row["steps"][:count])) for count in (i, i + 1)
+            )
+            assert label == (after > before)
+        labels += row["labels"]
+    assert 0.5 < sum(labels) / len(labels) < 0.8
+
+
+def test_no_file_is_large() -> None:
+    assert max(file.stat().st_size for file in DEMO_FOLDER.glob("*.jsonl")) < 900_000
+
+
+@pytest.mark.parametrize("kind", [Preference, Ranking])
+def test_no_shipped_pair_stops_a_run(kind: type) -> None:
+    """A noisy judge contradicts itself at times; no text is judged against itself."""
+    notes = read_split(composed("dpo").data, kind).notes
+    assert not any("against itself" in note for note in notes)
+    assert sum("the better side is longer in" in note for note in notes) == 2
+
+
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_answers_are_checkable_and_demonstrations_mixed(side: str) -> None:
     for row in rows("prompts", side):
         answer = row.pop("answer")
         right = f"It is {answer}."
