@@ -4,16 +4,29 @@ Prompt and response are tokenised apart, so a prompt has the same ids in trainin
 and no token straddles the boundary.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Text, Turns
+from rlhf_cli.data.kinds import (
+    Demonstration,
+    Feedback,
+    Preference,
+    Prompt,
+    Ranking,
+    Steps,
+    Text,
+    Turns,
+    cut_steps,
+)
 
 
 @dataclass
@@ -28,14 +41,27 @@ class Tokens:
 
 
 @dataclass
-class TokenPair:
-    """Chosen and rejected responses to one prompt."""
+class Answers:
+    """K responses to one prompt, best first where a row ranks them, with the row that judges them.
 
-    chosen: Tokens
-    rejected: Tokens
+    Prompt and responses as in Tokens; no response is empty.
+
+    ends: for steps, the place of the last token of each step in the one response.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    row: Any
+    ends: list[int] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> list[Tokens]:
+        """Each response with the prompt."""
+        return [Tokens(self.prompt, response) for response in self.responses]
 
     def __len__(self) -> int:
-        return 2 * max(len(self.chosen), len(self.rejected))
+        """The longest sequence, in tokens."""
+        return len(self.prompt) + max(map(len, self.responses))
 
 
 class Encoder:
@@ -97,16 +123,58 @@ class Encoder:
             sequences.append(Tokens(ids[:1], ids[1:limit]))
         return sequences
 
-    def preferences(self, rows: Sequence[Preference]) -> list[TokenPair]:
-        """Pairs that share their prompt."""
-        chosen = self._responses(rows, [row.chosen for row in rows])
-        rejected = self._responses(rows, [row.rejected for row in rows])
-        pairs = []
-        for (ids, row), better, worse in zip(self._prompt_ids(rows), chosen, rejected, strict=True):
-            if (prompt := self._limit_prompt(ids, row)) is not None:
-                pairs.append(TokenPair(Tokens(prompt, better), Tokens(prompt, worse)))
-        self._check_left(pairs, rows)
-        return pairs
+    def answers(self, rows: Sequence[Preference | Ranking | Feedback | Steps]) -> list[Answers]:
+        """The responses that each row judges, with their shared prompt.
+
+        Raises:
+            UserError: the steps of a row are not the steps into which data.step_end cuts it.
+        """
+        texts = [self._judged(row) for row in rows]
+        counts = [len(responses) for responses in texts]
+        flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        ids = iter(self._responses(flat, [text for responses in texts for text in responses]))
+        found = []
+        for (prompt, row), count in zip(self._prompt_ids(rows), counts, strict=True):
+            responses = [next(ids) for _ in range(count)]
+            if (prompt_ids := self._limit_prompt(prompt, row)) is not None:
+                found.append(Answers(prompt_ids, responses, row))
+        found = [self._with_ends(item) if isinstance(item.row, Steps) else item for item in found]
+        kept = [item for item in found if item.ends or not isinstance(item.row, Steps)]
+        if len(kept) < len(found):
+            self._counts["responses whose first step exceeds max_response_tokens: drop"] += len(
+                found
+            ) - len(kept)
+        self._check_left(kept, rows)
+        return kept
+
+    def _judged(self, row: Preference | Ranking | Feedback | Steps) -> list[str]:
+        """The texts of the responses that a row judges."""
+        if isinstance(row, Preference):
+            return [row.chosen, row.rejected]
+        if isinstance(row, Ranking):
+            return row.responses
+        if isinstance(row, Feedback):
+            return [row.completion]
+        text = self.data.step_join.join(row.steps)
+        found = cut_steps(text, self.data.step_end)
+        if len(found) != len(row.steps):
+            raise UserError(
+                f"{row.source}: data.step_end={self.data.step_end!r} cuts these {len(row.steps)} "
+                f"steps, joined by data.step_join={self.data.step_join!r}, into {len(found)}"
+            )
+        return [text]
+
+    def _with_ends(self, item: Answers) -> Answers:
+        """Steps with their last tokens; a step that the length limit cut has none."""
+        (response,) = item.responses
+        ends = self.step_cutter.ends(response)
+        whole = response[-1] in self.stop_ids
+        return replace(item, ends=ends if whole else ends[:-1])
+
+    @cached_property
+    def step_cutter(self) -> "StepCutter":
+        """Finds steps by data.step_end."""
+        return StepCutter(self.tokenizer, self.data.step_end)
 
     def notes(self) -> list[str]:
         """What was cut or dropped since the last call, a line each."""
@@ -221,3 +289,33 @@ class Encoder:
                 f"every prompt of {len(rows)} rows is longer than "
                 f"data.max_prompt_tokens={self.data.max_prompt_tokens}"
             )
+
+
+class StepCutter:
+    """Finds the tokens that end the steps of a response, by a regular expression over its text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, step_end: str) -> None:
+        self._tokenizer = tokenizer
+        self._step_end = step_end
+        self._anchor = tokenizer("a", add_special_tokens=False).input_ids
+        self._pieces: dict[int, str] = {}
+
+    def ends(self, ids: Sequence[int]) -> list[int]:
+        """The place of the last token of each step; the last step ends with the response."""
+        pieces = [self._piece(id) for id in ids]
+        steps = cut_steps("".join(pieces), self._step_end)
+        limits = list(accumulate(map(len, steps)))[:-1]  # characters up to the end of each step
+        seen = list(accumulate(map(len, pieces)))  # characters up to the end of each token
+        return [bisect_left(seen, limit) for limit in limits] + [len(ids) - 1]
+
+    def _piece(self, id: int) -> str:
+        """What a token adds to a text; decoded after another, lest a leading space be lost."""
+        if id not in self._pieces:
+            alone, after = (
+                self._tokenizer.decode(
+                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                for ids in (self._anchor, [*self._anchor, id])
+            )
+            self._pieces[id] = str(after).removeprefix(str(alone))
+        return self._pieces[id]

@@ -1,5 +1,6 @@
 """Log-probs and scores of batches. Only response positions reach the unembedding, in chunks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.batches import Batch
+from rlhf_cli.data.batches import AnswerBatch, Batch, collate_answers, sharing_pays
+from rlhf_cli.data.tokens import Answers
+from rlhf_cli.models.heads import scalar_head
 
 
 @dataclass
@@ -42,15 +45,21 @@ def matmul_type(model: nn.Module) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=not matmul_in_float32(model))
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+def hidden_states(model: nn.Module, batch: Batch | AnswerBatch) -> Tensor:
     """Last hidden states, (B, T, d)."""
     with matmul_type(model):
-        output = trunk(model)(
-            input_ids=batch.ids,
-            attention_mask=batch.attention.long(),
-            position_ids=batch.positions,
-            use_cache=False,
-        )
+        return _run_trunk(model, batch)
+
+
+def _run_trunk(model: nn.Module, batch: Batch | AnswerBatch) -> Tensor:
+    # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
+    padding = batch.attention.ndim == 2
+    output = trunk(model)(
+        input_ids=batch.ids,
+        attention_mask=batch.attention.long() if padding else batch.attention,
+        position_ids=batch.positions,
+        use_cache=False,
+    )
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -85,6 +94,38 @@ def token_logprobs(
     predicts = batch.response[:, 1:]  # logits at t - 1 score the token at t
     states = hidden[:, :-1][predicts]  # (N, d)
     targets = batch.ids[:, 1:][predicts]  # (N,)
+    logprobs, entropy = (
+        on_grid(batch.response, values)
+        for values in _target_logprobs(model, states, targets, chunk, temperature, with_entropy)
+    )
+    return TokenLogprobs(logprobs, entropy if with_entropy else None)
+
+
+def answer_logprobs(model: nn.Module, batch: AnswerBatch, *, chunk: int) -> Tensor:
+    """log p of each response token given its prompt and its own response: (S, R), zero elsewhere.
+
+    Args:
+        chunk: as in token_logprobs.
+    """
+    hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
+    states = hidden[batch.before[batch.response]]  # (N, d)
+    targets = batch.ids.flatten()[batch.at[batch.response]]  # (N,)
+    logprobs, _ = _target_logprobs(model, states, targets, chunk)
+    return on_grid(batch.response, logprobs)
+
+
+def _target_logprobs(
+    model: nn.Module,
+    states: Tensor,
+    targets: Tensor,
+    chunk: int,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log p of each target and the entropy of its distribution: (N, d), (N,) -> (N,), (N,).
+
+    Logits of `chunk` states exist at once. Without with_entropy the second means nothing.
+    """
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = unembed(model, states, temperature)
@@ -101,12 +142,15 @@ def token_logprobs(
             parts.append(checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(score(*piece))
-    grid = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
-    logprobs, entropy = (
-        grid.masked_scatter(batch.response, torch.cat(column))
-        for column in zip(*parts, strict=True)
+    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprobs, entropy
+
+
+def on_grid(mask: Tensor, values: Tensor) -> Tensor:
+    """The values, (N,), where the mask is True; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
+        mask, values
     )
-    return TokenLogprobs(logprobs, entropy if with_entropy else None)
 
 
 def score_head(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -114,7 +158,7 @@ def score_head(model: nn.Module, hidden: Tensor) -> Tensor:
 
     (..., d) -> (...).
     """
-    scores: Tensor = unwrap(model).score(hidden.float())
+    scores: Tensor = scalar_head(unwrap(model))(hidden.float())
     return scores[..., 0]
 
 
@@ -134,6 +178,63 @@ def sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
     last = batch.attention.sum(-1) - 1
     hidden = hidden_states(model, batch)[torch.arange(len(batch)), last]  # (B, d)
     return score_head(model, hidden)
+
+
+def answer_scores(model: nn.Module, batch: AnswerBatch) -> Tensor:
+    """The scalar head at the last token of each response: (S,)."""
+    hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
+    return score_head(model, hidden[batch.at[:, -1]])
+
+
+def answer_token_scores(model: nn.Module, batch: AnswerBatch) -> Tensor:
+    """The scalar head at each response token: (S, R). Only real tokens mean anything."""
+    hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
+    return score_head(model, hidden[batch.at])
+
+
+def answer_batch(model: nn.Module, groups: Sequence[Answers], share: bool) -> AnswerBatch:
+    """The groups on the model's device, with each prompt once where `share` allows it and it pays.
+
+    Args:
+        share: whether the model computes the same in both layouts, by `shares_prompts`.
+    """
+    width = unwrap(model).config.get_text_config().hidden_size
+    device = next(model.parameters()).device
+    return collate_answers(groups, device, share and sharing_pays(groups, width))
+
+
+@torch.no_grad()
+def shares_prompts(model: nn.Module) -> bool:
+    """Whether a row of several responses to one prompt gives what each response alone gives.
+
+    Attention must follow a mask of who sees whom, positions the given ones, and no state may run
+    along the row. A short probe shows it; windows, which are longer, are read from the config.
+    """
+    config = unwrap(model).config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    full = all(kind == "full_attention" for kind in kinds) and not any(windows)
+    if config._attn_implementation != "sdpa" or not full:
+        return False
+    device = next(model.parameters()).device
+    vocabulary = unwrap(model).get_input_embeddings().num_embeddings
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (20,), generator=draw).tolist()
+    groups = [
+        Answers(ids[:5], [ids[5:9], ids[9:12]], None),
+        Answers(ids[12:14], [ids[14:15], ids[15:18], ids[18:]], None),
+    ]
+    found = []
+    try:
+        for share in (True, False):
+            batch = collate_answers(groups, device, share)
+            # in float32 whatever model.dtype, where rounding is far below any leak
+            hidden = _run_trunk(model, batch).flatten(0, 1)
+            found.append(hidden[batch.at[batch.response]])  # (N, d)
+    except Exception:  # models refuse a mask that they do not know in many ways
+        return False
+    together, alone = found
+    return bool((together - alone).norm() <= 1e-3 * alone.norm())
 
 
 @torch.no_grad()

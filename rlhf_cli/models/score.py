@@ -6,9 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.schema import Hardware
-from rlhf_cli.data.batches import Batch, collate, cut
-from rlhf_cli.data.tokens import Tokens
-from rlhf_cli.models.forward import sequence_scores, state_values, token_logprobs
+from rlhf_cli.data.batches import AnswerBatch, Batch, collate, cut
+from rlhf_cli.data.tokens import Answers, Tokens
+from rlhf_cli.models.forward import (
+    answer_batch,
+    answer_logprobs,
+    answer_scores,
+    sequence_scores,
+    state_values,
+    token_logprobs,
+    token_scores,
+)
 
 
 @torch.no_grad()
@@ -53,6 +61,18 @@ def values_of(critic: nn.Module, sequences: Sequence[Tokens], hardware: Hardware
     return _each(sequences, hardware, critic, of_batch)
 
 
+def token_scores_of(
+    scorer: nn.Module, sequences: Sequence[Tokens], hardware: Hardware
+) -> list[Tensor]:
+    """(len(response),) raw scores at each response token."""
+
+    def of_batch(batch: Batch) -> list[Tensor]:
+        grid = token_scores(scorer, batch)
+        return list(grid[batch.response].split(batch.response.sum(-1).tolist()))
+
+    return _each(sequences, hardware, scorer, of_batch)
+
+
 def scores_of(scorer: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> Tensor:
     """(N,) raw scores at the last token of each sequence."""
     rows = _each(sequences, hardware, scorer, lambda batch: list(sequence_scores(scorer, batch)))
@@ -63,3 +83,63 @@ def mean_nll(model: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) 
     """Mean negative log-likelihood per response token, in nats, summed in float64."""
     logprobs = torch.cat(logprobs_of(model, sequences, hardware)).double()
     return -logprobs.mean().item()
+
+
+def answer_logprobs_of(
+    model: nn.Module,
+    groups: Sequence[Answers],
+    hardware: Hardware,
+    share: bool,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[Tensor]]:
+    """(len(response),) log-probs of the tokens of each response of each group.
+
+    Args:
+        share: whether prompts may be computed once; where it does not pay they are not.
+        advance: told how many groups are done.
+    """
+
+    def of_batch(batch: AnswerBatch) -> list[Tensor]:
+        grid = answer_logprobs(model, batch, chunk=hardware.logprob_chunk)
+        return list(grid[batch.response].cpu().split(batch.response.sum(-1).tolist()))
+
+    return _each_group(groups, hardware, share, model, of_batch, advance)
+
+
+def answer_scores_of(
+    scorer: nn.Module, groups: Sequence[Answers], hardware: Hardware, share: bool
+) -> list[Tensor]:
+    """(K,) raw scores of each group's responses; share as in answer_logprobs_of."""
+
+    def of_batch(batch: AnswerBatch) -> list[Tensor]:
+        return list(answer_scores(scorer, batch).cpu())
+
+    return [
+        torch.stack(scores) for scores in _each_group(groups, hardware, share, scorer, of_batch)
+    ]
+
+
+@torch.no_grad()
+def _each_group(
+    groups: Sequence[Answers],
+    hardware: Hardware,
+    share: bool,
+    model: nn.Module,
+    of_batch: Callable[[AnswerBatch], list[Tensor]],
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[Tensor]]:
+    """`of_batch`, a tensor per response, over micro-batches; results in the order of `groups`."""
+    found: list[list[Tensor]] = [[]] * len(groups)
+    places = cut(
+        range(len(groups)),
+        hardware.tokens_per_microbatch,
+        length=lambda i: len(groups[i]),
+        count=lambda i: len(groups[i].responses),
+    )
+    for some in places:
+        batch = answer_batch(model, [groups[i] for i in some], share)
+        of_responses = iter(of_batch(batch))
+        for i in some:
+            found[i] = [next(of_responses) for _ in groups[i].responses]
+        advance(len(some))
+    return found

@@ -1,0 +1,310 @@
+"""Responses to one prompt: computed with it once, they are what each is alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlhf_cli.data.batches import AnswerBatch, collate, collate_answers
+from rlhf_cli.data.tokens import Answers
+from rlhf_cli.models.forward import (
+    answer_batch,
+    answer_logprobs,
+    answer_scores,
+    answer_token_scores,
+    sequence_scores,
+    shares_prompts,
+    token_logprobs,
+    token_scores,
+)
+from rlhf_cli.models.heads import init_head
+from rlhf_cli.models.score import answer_logprobs_of, answer_scores_of, logprobs_of, scores_of
+from tests.toys import hardware_of, llama
+
+VOCABULARY = 23
+WIDE = 10_000
+
+
+def group_of(prompt: int, *responses: int, seed: int = 0) -> Answers:
+    """Random ids of these lengths."""
+    draw = torch.Generator().manual_seed(1000 * seed + prompt)
+
+    def ids(length: int) -> list[int]:
+        drawn: list[int] = torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
+        return drawn
+
+    return Answers([1, *ids(prompt - 1)], [ids(length) for length in responses], None)
+
+
+# pairs, rankings, a response alone; long, short and of one token
+GROUPS = [group_of(6, 4, 7), group_of(1, 1, 1), group_of(9, 3, 1, 5, 2), group_of(4, 6)]
+
+
+def small(kind: Any, **changes: Any) -> Any:
+    """A small config of a family that names its sizes as Llama does."""
+    return kind(**{**llama(VOCABULARY).config.to_dict(), "model_type": kind.model_type, **changes})
+
+
+def gpt2() -> nn.Module:
+    """A random decoder with absolute positions."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model: nn.Module = GPT2LMHeadModel(config).eval()
+    return model
+
+
+def lora() -> nn.Module:
+    """A random decoder under an adapter that changes it."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model: nn.Module = peft.get_peft_model(llama(VOCABULARY), config)
+    return model.eval()
+
+
+def recomputing() -> nn.Module:
+    """A random decoder with gradient checkpointing, in the mode in which it recomputes."""
+    model = llama(VOCABULARY)
+    model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def scorer(kind: Any = LlamaForSequenceClassification) -> Any:
+    """A random decoder with a scalar head."""
+    torch.manual_seed(0)
+    model = kind(small(LlamaConfig, num_labels=1, classifier_dropout=0.0))
+    init_head(model.score, 0)
+    return model.eval()
+
+
+LANGUAGE_MODELS: list[Callable[[], nn.Module]] = [
+    lambda: llama(VOCABULARY),
+    gpt2,
+    lora,
+    recomputing,
+]
+SCORERS = [LlamaForSequenceClassification, LlamaForTokenClassification]
+
+
+def close(ours: Any, theirs: Any) -> None:
+    """Equal up to the rounding of float32."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def gradients(model: nn.Module, output: Tensor) -> Tensor:
+    """Gradient of a sum that weighs every entry of the output differently, by all parameters."""
+    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    grads = torch.autograd.grad((weights * output).sum(), trained, allow_unused=True)
+    flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
+    assert flat.abs().sum() > 0
+    return flat
+
+
+def same_in_both_layouts(model: nn.Module, compute: Callable[[AnswerBatch], Tensor]) -> None:
+    """Outputs and gradients, relative to the largest."""
+    found = []
+    for share in (True, False):
+        output = compute(collate_answers(GROUPS, share=share))
+        slopes = gradients(model, output)
+        found.append((output, slopes / slopes.abs().max()))
+    close(*found)
+
+
+# --------------------------------------------------------------------------- both layouts
+
+
+@pytest.mark.parametrize("make", LANGUAGE_MODELS)
+@pytest.mark.parametrize("chunk", [3, WIDE])
+def test_log_probs_and_gradients_are_the_same_in_both_layouts(
+    make: Callable[[], nn.Module], chunk: int
+) -> None:
+    model = make()
+    same_in_both_layouts(model, lambda batch: answer_logprobs(model, batch, chunk=chunk))
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_scores_and_gradients_are_the_same_in_both_layouts(kind: Any) -> None:
+    model = scorer(kind)
+    same_in_both_layouts(model, lambda batch: answer_scores(model, batch))
+    same_in_both_layouts(
+        model, lambda batch: answer_token_scores(model, batch) * batch.response.float()
+    )
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_answers_are_what_their_sequences_are(share: bool) -> None:
+    model, judge = llama(VOCABULARY), scorer()
+    answers = collate_answers(GROUPS, share=share)
+    plain = collate([each for group in GROUPS for each in group.sequences])
+    ours = answer_logprobs(model, answers, chunk=WIDE)
+    close(
+        ours[answers.response],
+        token_logprobs(model, plain, chunk=WIDE).logprobs[plain.response],
+    )
+    assert (ours[~answers.response] == 0).all()
+    close(answer_scores(judge, answers), sequence_scores(judge, plain))
+    each_token = answer_token_scores(judge, answers)
+    close(each_token[answers.response], token_scores(judge, plain)[plain.response])
+    close(each_token[:, -1], answer_scores(judge, answers))  # pads repeat the last
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_group_alone_is_what_it_is_in_a_batch(share: bool) -> None:
+    model = llama(VOCABULARY)
+    batch = collate_answers(GROUPS, share=share)
+    together = answer_logprobs(model, batch, chunk=WIDE)[batch.response]
+    alone = []
+    for group in GROUPS:
+        single = collate_answers([group], share=share)
+        alone.append(answer_logprobs(model, single, chunk=WIDE)[single.response])
+    close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_response_does_not_see_the_others(changed: int) -> None:
+    model, judge = llama(VOCABULARY), scorer()
+    before = group_of(5, 4, 4, 4)
+    responses = [list(each) for each in before.responses]
+    responses[changed] = [3 + (id - 2) % 20 for id in responses[changed]]
+    after = Answers(before.prompt, responses, None)
+    others = [place for place in range(3) if place != changed]
+    for compute in (
+        lambda batch: answer_logprobs(model, batch, chunk=WIDE),
+        lambda batch: answer_token_scores(judge, batch),
+    ):
+        old, new = (compute(collate_answers([group], share=True)) for group in (before, after))
+        assert torch.equal(old[others], new[others])
+        assert not torch.allclose(old[changed], new[changed], atol=1e-2)
+
+
+def test_a_response_sees_its_prompt_and_itself() -> None:
+    """Were the prompt invisible, the layouts could agree in what both leave out."""
+    model = llama(VOCABULARY)
+    before = group_of(5, 4, 4)
+    other_prompt = Answers([before.prompt[0], 9, *before.prompt[2:]], before.responses, None)
+    first = [before.responses[1][0] % 20 + 3, *before.responses[1][1:]]
+    other_start = Answers(before.prompt, [before.responses[0], first], None)
+    base, moved, turned = (
+        answer_logprobs(model, collate_answers([group], share=True), chunk=WIDE)
+        for group in (before, other_prompt, other_start)
+    )
+    assert (moved - base).abs().min() > 1e-4
+    assert ((turned - base)[1].abs() > 1e-4).all()
+
+
+# --------------------------------------------------------------------------- of many
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [1, 40, WIDE])
+def test_groups_come_back_in_order_whatever_the_budget(share: bool, budget: int) -> None:
+    model, judge = llama(VOCABULARY), scorer()
+    hardware = hardware_of(tokens_per_microbatch=budget, logprob_chunk=3)
+    sequences = [each for group in GROUPS for each in group.sequences]
+    rows = answer_logprobs_of(model, GROUPS, hardware, share)
+    assert [list(map(len, group)) for group in rows] == [
+        list(map(len, group.responses)) for group in GROUPS
+    ]
+    close([row for group in rows for row in group], logprobs_of(model, sequences, hardware))
+    scores = answer_scores_of(judge, GROUPS, hardware, share)
+    assert [len(group) for group in scores] == [len(group.responses) for group in GROUPS]
+    close(torch.cat(scores), scores_of(judge, sequences, hardware))
+
+
+def test_a_batch_shares_prompts_where_it_may_and_where_it_pays() -> None:
+    for model in (llama(VOCABULARY), gpt2(), lora(), scorer()):
+        assert answer_batch(model, [group_of(20, 3, 2)], share=True).ids.shape == (1, 25)
+        assert answer_batch(model, [group_of(20, 3, 2)], share=False).ids.shape == (2, 23)
+        assert answer_batch(model, [group_of(1, 9, 9)], share=True).ids.shape == (2, 10)
+
+
+# --------------------------------------------------------------------------- which models share
+
+
+@pytest.mark.parametrize("make", LANGUAGE_MODELS)
+def test_decoders_share(make: Callable[[], nn.Module]) -> None:
+    assert shares_prompts(make())
+
+
+@pytest.mark.parametrize("kind", SCORERS)
+def test_scorers_share(kind: Any) -> None:
+    assert shares_prompts(scorer(kind))
+    adapted = peft.get_peft_model(
+        scorer(kind), peft.LoraConfig(target_modules="all-linear", exclude_modules=["score"])
+    )
+    assert shares_prompts(adapted)
+
+
+def test_a_window_that_is_off_is_no_window() -> None:
+    assert shares_prompts(MistralForCausalLM(small(MistralConfig, sliding_window=None)))
+    off = small(Qwen2Config, use_sliding_window=False, sliding_window=32)
+    assert shares_prompts(Qwen2ForCausalLM(off))
+
+
+def test_windows_states_and_other_attention_do_not_share() -> None:
+    assert not shares_prompts(MistralForCausalLM(small(MistralConfig, sliding_window=32)))
+    some = small(Qwen2Config, use_sliding_window=True, sliding_window=32, max_window_layers=1)
+    assert not shares_prompts(Qwen2ForCausalLM(some))
+    assert not shares_prompts(llama(VOCABULARY, attn_implementation="eager"))
+    state_space = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1
+    )
+    assert not shares_prompts(MambaForCausalLM(state_space))
+
+
+def test_a_model_with_positions_of_its_own_fails_the_probe() -> None:
+    model = llama(VOCABULARY)
+    forward = model.model.forward
+
+    def counted(**inputs: Any) -> Any:
+        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+        return forward(**inputs)
+
+    model.model.forward = counted
+    assert not shares_prompts(model)
+
+
+def test_a_model_that_refuses_the_mask_fails_the_probe() -> None:
+    model = llama(VOCABULARY)
+    forward = model.model.forward
+
+    def strict(**inputs: Any) -> Any:
+        if inputs["attention_mask"].ndim != 2:
+            raise ValueError("a padding mask has two dimensions")
+        return forward(**inputs)
+
+    model.model.forward = strict
+    assert not shares_prompts(model)
+
+
+def test_a_probe_leaves_the_random_state_alone() -> None:
+    model = llama(VOCABULARY)
+    state = torch.random.get_rng_state()
+    shares_prompts(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
