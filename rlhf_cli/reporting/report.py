@@ -1,14 +1,35 @@
-"""The tables that `evaluate` ends with."""
+"""The tables that `evaluate` ends with, and those on how good a scorer is."""
 
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.schema import STAGES
 from rlhf_cli.models.manifest import read_manifest
-from rlhf_cli.reporting.console import table
+from rlhf_cli.reporting.console import say, show, table
 
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""
+
+FIGURES = {
+    "accuracy": "accuracy",
+    "base_rate": "base rate",
+    "auc": "AUC",
+    "kendall_tau": "Kendall tau",
+    "top1": "best on top",
+    "top1_chance": "by chance",
+    "mse": "squared error",
+    "r2": "R2",
+    "correlation": "correlation",
+    "loss": "loss",
+    "calibration_error": "calibration error",
+    "length_correlation": "correlation with length",
+    "longer_preferred": "longer preferred",
+    "longer_chosen": "longer chosen",
+}
+"""What the headline of a judgement names, and how."""
+
+BUCKETS = {"score margin": "by_score_margin", "row margin": "by_row_margin", "group": "by_group"}
+"""What a judgement's accuracies are told by, and where its report has them."""
 
 
 def show_report(policy: str, reference: str | None, results: Results, wins: Results) -> None:
@@ -58,3 +79,56 @@ def other_stages(folder: Path) -> Results:
         if manifest.get("kind") in ("reward", "samples"):
             found[str(file.parent)] = {"seconds": manifest.get("seconds")}
     return found
+
+
+def show_judgement(name: str, report: dict[str, Any]) -> None:
+    """How good a scorer is: a line of figures, then accuracy by bucket and calibration by bin."""
+    counted = ("rankings", "pairs", "labels", "targets", "prompts")
+    counts = [f"{report[things]} {things}" for things in counted if things in report]
+    figures = [figure(report, key, words) for key, words in FIGURES.items() if key in report]
+    say("; ".join([f"{name}: {', '.join(counts)}", *figures]))
+    rows: list[list[object]] = [
+        [
+            by,
+            part.get("group") or span(part),
+            decimals(part["accuracy"]),
+            interval(part),
+            part["pairs"],
+        ]
+        for by, parts in BUCKETS.items()
+        for part in report.get(parts, [])
+    ]
+    if rows:
+        rule = decimals(report["longer_accuracy"])
+        rows.append(["rule", "longer is better", rule, None, report["pairs"]])
+        table(f"{name}: accuracy", ["by", "value", "accuracy", "95%", "pairs"], rows)
+    if bins := report.get("calibration_bins"):
+        rows = [
+            [span(part), decimals(part["confidence"]), decimals(part["accuracy"]), part["count"]]
+            for part in bins
+        ]
+        table(f"{name}: calibration", ["confidence", "mean", "share right", "count"], rows)
+
+
+def figure(report: dict[str, Any], key: str, words: str) -> str:
+    """accuracy 0.712 ± 0.014 (95% 0.684 to 0.739), with as much of it as the report has."""
+    shown = f"{words} {decimals(report[key])}"
+    if f"{key}_stderr" in report:
+        shown += f" ± {decimals(report[f'{key}_stderr'])}"
+    return f"{shown} (95% {interval(report)})" if f"{key}_low" in report else shown
+
+
+def interval(part: dict[str, Any]) -> str:
+    """0.684 to 0.739."""
+    return f"{decimals(part['accuracy_low'])} to {decimals(part['accuracy_high'])}"
+
+
+def decimals(value: float | None) -> str:
+    """0.712; a dash for None."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def span(part: dict[str, Any]) -> str:
+    """From low to high."""
+    low, high = show(part["low"]), show(part["high"])
+    return low if low == high else f"{low} to {high}"
