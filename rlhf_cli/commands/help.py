@@ -38,6 +38,8 @@ _FLAGS = (
     ("--config-dir DIR", "options of your own: DIR/algo/mine.yaml, then algo=mine"),
 )
 
+MAX_TAKES = 60  # characters of what a key takes, in its column
+
 
 def overview() -> str:
     """The help of the whole tool."""
@@ -80,15 +82,15 @@ def _fitting(stage: str, group: str, dirs: list[Path]) -> list[str]:
 
 
 def _key_table(stage: str, group: str, values: dict[str, Any]) -> str:
-    rows = [
-        (
-            f"{key}={shown(values.get(key, '???'))}",
-            catalog.describe(field),
-            field.metadata["meaning"],
-        )
-        for key, field in catalog.keys(stage).items()
-        if key.rpartition(".")[0] == group
-    ]
+    rows = []
+    for key, field in catalog.keys(stage).items():
+        if key.rpartition(".")[0] == group:
+            takes, meaning = catalog.describe(field), field.metadata["meaning"]
+            if len(takes) > MAX_TAKES:  # many names are read better as a sentence
+                names = takes.removeprefix("list of ")
+                takes = takes.removesuffix(names) + "names"
+                meaning += f" Names: {names.replace('|', ', ')}."
+            rows.append((f"{key}={shown(values.get(key, '???'))}", takes, meaning))
     return columns(rows)
 
 

@@ -93,9 +93,26 @@ def option_values(group: str, option: str, dirs: list[Path]) -> dict[str, Any]:
 
 
 def stages_of(group: str, option: str, dirs: list[Path]) -> list[str]:
-    """The stages that an option belongs to: those whose keys it sets, no more and no fewer."""
-    names = set(option_values(group, option, dirs))
-    return [stage for stage in STAGES if names == group_keys(stage, group)]
+    """The stages that an option belongs to: it sets keys of theirs, to words that they know.
+
+    It must leave no key of the group without a value; the stage's own file may have the rest.
+    """
+    values = option_values(group, option, dirs)
+    return [stage for stage in STAGES if _fits(stage, group, values)]
+
+
+def _fits(stage: str, group: str, values: dict[str, Any]) -> bool:
+    fields = keys(stage)
+    names = group_keys(stage, group)
+    _, own = read(shipped("conf") / f"{stage}.yaml")
+    if not set(values) <= names <= set(values) | set(own.get(group, {})):
+        return False
+    return all(
+        value in (*choices, "null")
+        for name, value in values.items()
+        if (choices := fields[f"{group}.{name}"].metadata.get("choices"))
+        and not isinstance(value, list)
+    )
 
 
 def default_options(stage: str) -> dict[str, str]:
@@ -110,11 +127,21 @@ def default_options(stage: str) -> dict[str, str]:
 
 def stage_values(stage: str, chosen: dict[str, str], dirs: list[Path]) -> dict[str, Any]:
     """The value of every key of a stage under the chosen options, by dotted name, as written."""
-    _, own = read(shipped("conf") / f"{stage}.yaml")
+    defaults, own = read(shipped("conf") / f"{stage}.yaml")
+    options = default_options(stage) | chosen
     values: dict[str, Any] = {}
-    for group, option in (default_options(stage) | chosen).items():
-        for key, value in option_values(group, option, dirs).items():
-            values[f"{group}.{key}"] = value
+    for entry in defaults:  # later ones win, as in Hydra
+        if entry == "_self_":
+            values |= _dotted(own)
+        elif isinstance(entry, dict):
+            for group in entry:
+                values |= _dotted({group: option_values(group, options[group], dirs)})
+    return values
+
+
+def _dotted(own: dict[str, Any]) -> dict[str, Any]:
+    """{"algo": {"lr": 1}, "seed": 0} -> {"algo.lr": 1, "seed": 0}."""
+    values: dict[str, Any] = {}
     for key, value in own.items():
         if key in GROUPS:
             values |= {f"{key}.{name}": each for name, each in value.items()}

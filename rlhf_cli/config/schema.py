@@ -40,6 +40,9 @@ class Hardware:
     rollout_tokens: int = key(
         "Padded tokens whose keys and values are cached at once while sampling.", ge=1
     )
+    share_prompts: bool = key(
+        "Compute a prompt once for all of its responses where the model and the lengths allow it."
+    )
     logprob_chunk: int = key(
         "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1
     )
@@ -178,11 +181,36 @@ class SftAlgo(Optimizer):
 
 @dataclass
 class RewardAlgo(Optimizer):
-    """Reward model from comparisons (Bradley-Terry)."""
+    """Reward model: what it learns from, and by which loss."""
 
-    epochs: int = key("Passes over the pairs; more than one overfits (InstructGPT).", ge=1)
-    batch_size: int = key("Pairs per optimizer step.", ge=1)
-    eval_every: int = key("Optimizer steps between evaluations of the held-out accuracy.", ge=1)
+    loss: str = key(
+        "What the scores are fitted to: pairs (bradley_terry, token), rankings (kwise, "
+        "plackett_luce), judgements of one response (pointwise) or of its steps (steps).",
+        choices=("bradley_terry", "kwise", "plackett_luce", "pointwise", "steps", "token"),
+    )
+    row_margin: bool | None = key(
+        "Pairs: subtract the row's margin column, as Llama 2 did; null where the loss has none."
+    )
+    label_smoothing: float | None = key(
+        "Pairs: assumed share of flipped labels; null where the loss has none.", ge=0, lt=0.5
+    )
+    centring: float | None = key(
+        "Pairs: weight of (r_w + r_l)^2, which keeps scores around 0; TRL suggests 0.01.", ge=0
+    )
+    target: str | None = key(
+        "Pointwise: fit the label (logistic) or the score (regression); null for other losses.",
+        choices=("label", "score"),
+    )
+    aggregate: str | None = key(
+        "How scores within a response become its own: of steps the product of their "
+        "probabilities or the least of them, of tokens the mean or the sum.",
+        choices=("product", "min", "mean", "sum"),
+    )
+    epochs: int = key("Passes over the rows; more than one overfits (InstructGPT).", ge=1)
+    batch_size: int = key(
+        "Rows per optimizer step: pairs, prompts with a ranking, or responses.", ge=1
+    )
+    eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
 
 
 @dataclass
@@ -222,14 +250,51 @@ class PpoAlgo(Optimizer):
 
 @dataclass
 class DpoAlgo(Optimizer):
-    """Direct preference optimisation."""
+    """Preference objectives: DPO, its family, and the baselines of its paper."""
 
-    beta: float = key("Strength of the tie to the reference; larger stays closer.", gt=0)
-    label_smoothing: float = key("Assumed share of flipped labels (cDPO).", ge=0, lt=0.5)
-    epochs: int = key("Passes over the pairs.", ge=1)
-    batch_size: int = key("Pairs per optimizer step.", ge=1)
-    precompute_reference: bool = key("Score all pairs once and free the reference model.")
-    eval_every: int = key("Optimizer steps between evaluations on held-out pairs.", ge=1)
+    loss: str = key(
+        "The objective; README.md has a table of formulas.",
+        choices=(
+            "dpo",
+            "length_normalised",
+            "robust",
+            "ipo",
+            "ipo_mean",
+            "hinge",
+            "plackett_luce",
+            "kto",
+            "orpo",
+            "simpo",
+            "preferred_ft",
+            "unlikelihood",
+        ),
+    )
+    beta: float | None = key("Scale of implicit rewards; larger stays closer to reference.", gt=0)
+    tau: float | None = key("IPO: the margin settles at 1 / (2 tau).", gt=0)
+    label_smoothing: float | None = key(
+        "Assumed share of flipped labels (dpo: cDPO; robust: unbiased).", ge=0, lt=0.5
+    )
+    gamma: float | None = key("SimPO: margin that beta times the difference must pass.", ge=0)
+    lam: float | None = key("ORPO: weight of the odds ratio beside the likelihood.", ge=0)
+    alpha: float | None = key("Unlikelihood: weight of the rejected side's log-prob.", ge=0)
+    desirable_weight: float | None = key(
+        "KTO: weight of good responses; null with undesirable_weight null balances the classes.",
+        ge=0,
+    )
+    undesirable_weight: float | None = key("KTO: weight of bad responses.", ge=0)
+    sft_coef: float = key("Weight of the mean NLL of chosen responses, added to any loss.", ge=0)
+    epochs: int = key("Passes over the rows.", ge=1)
+    batch_size: int = key("Rows per optimizer step: pairs, rankings or responses.", ge=1)
+    precompute_reference: bool = key(
+        "Score all rows before training, keep that on disk, and free the reference model."
+    )
+    bootstrap_epochs: int | None = key(
+        "reference=bootstrap: passes of SFT over the chosen side; null takes 1.", ge=1
+    )
+    bootstrap_lr: float | None = key(
+        "reference=bootstrap: peak learning rate of that SFT; null takes algo.lr.", gt=0
+    )
+    eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
 
 
 @dataclass
@@ -302,13 +367,19 @@ class Run:
 class Sft(Run):
     """Supervised fine-tuning: demonstrations -> policy."""
 
+    select_by: str = key(
+        "How algo.keep=best chooses: lowest held-out loss, or highest mean reward of responses to "
+        "held-out prompts (InstructGPT).",
+        choices=("loss", "reward"),
+    )
+    reward: str | None = key("select_by=reward: folder, hub id or rule that scores responses.")
     model: SftModel
     algo: SftAlgo
 
 
 @dataclass
 class Reward(Run):
-    """Reward model: policy trunk and preferences -> sequence classifier with one label."""
+    """Reward model: policy trunk and feedback -> classifier with one label."""
 
     policy: str = key("Policy folder or hub id whose trunk is used.")
     model: Model
@@ -320,16 +391,25 @@ class Ppo(Run):
     """PPO and PPO-ptx: policy, reward and prompts -> policy."""
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
-    reward: str = key("Reward folder or hub id, or a rule such as exact_answer.")
+    reward: str = key(
+        "Reward folder or hub id, a dpo output (implicit reward), or a rule such as exact_answer."
+    )
     model: Model
     algo: PpoAlgo
 
 
 @dataclass
 class Dpo(Run):
-    """Direct preference optimisation: policy and preferences -> policy."""
+    """Direct preference optimisation and its family: policy and feedback -> policy."""
 
-    policy: str = key("Policy folder or hub id to start from; also the reference.")
+    policy: str = key("Policy folder or hub id to start from.")
+    reference: str | None = key(
+        "null: the policy as it starts; a folder or hub id; or bootstrap: SFT on the chosen side "
+        "first, from which both policy and reference start."
+    )
+    reference_cache: str | None = key(
+        "Folder that keeps precomputed log-probs of the reference; null keeps none."
+    )
     model: Model
     algo: DpoAlgo
 
@@ -339,7 +419,9 @@ class Grpo(Run):
     """GRPO: policy, reward or verifier, and prompts -> policy."""
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
-    reward: str = key("Reward folder or hub id, or a rule such as exact_answer.")
+    reward: str = key(
+        "Reward folder or hub id, a dpo output (implicit reward), or a rule such as exact_answer."
+    )
     model: Model
     algo: GrpoAlgo
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest, wrong_value
 from rlhf_cli.config.schema import (
     Decoding,
+    Dpo,
     Evaluate,
     Generate,
     Grpo,
@@ -17,6 +19,7 @@ from rlhf_cli.config.schema import (
     Optimizer,
     Ppo,
     PpoAlgo,
+    Reward,
     Run,
     Sft,
     SftModel,
@@ -186,6 +189,101 @@ def _decoding(cfg: Run) -> Iterator[str]:
         yield f"algo.length_penalty={algo.length_penalty:g} ranks beams, but algo.beams=1"
 
 
+_PAIRS = {"row_margin", "label_smoothing", "centring"}
+# The keys that a loss reads, of those that are not for every loss.
+_REWARD_KEYS = {
+    "bradley_terry": _PAIRS,
+    "kwise": set(),
+    "plackett_luce": set(),
+    "pointwise": {"target"},
+    "steps": {"aggregate"},
+    "token": {*_PAIRS, "aggregate"},
+}
+_AGGREGATES = {"steps": ("product", "min"), "token": ("mean", "sum")}
+_DPO_KEYS = {
+    "dpo": {"beta", "label_smoothing"},
+    "length_normalised": {"beta", "label_smoothing"},
+    "robust": {"beta", "label_smoothing"},
+    "ipo": {"tau"},
+    "ipo_mean": {"tau"},
+    "hinge": {"beta"},
+    "plackett_luce": {"beta"},
+    "kto": {"beta"},
+    "orpo": {"lam"},
+    "simpo": {"beta", "gamma"},
+    "preferred_ft": set(),
+    "unlikelihood": {"alpha"},
+}
+_KTO_WEIGHTS = {"desirable_weight", "undesirable_weight"}
+WITHOUT_REFERENCE = ("orpo", "simpo", "preferred_ft", "unlikelihood")
+
+
+def _losses(cfg: Run) -> Iterator[str]:
+    """Every key that belongs to some losses only is given where it is read, and nowhere else."""
+    if not isinstance(cfg, Reward | Dpo):
+        return
+    table = _REWARD_KEYS if isinstance(cfg, Reward) else _DPO_KEYS
+    loss = cfg.algo.loss
+    for name in sorted(set().union(*table.values())):
+        value = getattr(cfg.algo, name)
+        if name in table[loss] and value is None:
+            yield f"algo.loss={loss} needs algo.{name}; algo={loss} brings a value"
+        if name not in table[loss] and value is not None:
+            yield (
+                f"algo.{name} is not used by algo.loss={loss}; set it to null, "
+                f"or take algo={loss} as it is"
+            )
+
+
+def _reward_model(cfg: Run) -> Iterator[str]:
+    if not isinstance(cfg, Reward):
+        return
+    loss, aggregate = cfg.algo.loss, cfg.algo.aggregate
+    if aggregate is not None and aggregate not in _AGGREGATES[loss]:
+        yield (
+            f"algo.aggregate={aggregate} does not fit algo.loss={loss}, which takes "
+            f"{' or '.join(_AGGREGATES[loss])}"
+        )
+
+
+def _preferences(cfg: Run) -> Iterator[str]:
+    if not isinstance(cfg, Dpo):
+        return
+    algo = cfg.algo
+    for name in sorted(_KTO_WEIGHTS):
+        if algo.loss != "kto" and getattr(algo, name) is not None:
+            yield f"algo.{name} is not used by algo.loss={algo.loss}; set it to null"
+    if (algo.desirable_weight is None) != (algo.undesirable_weight is None):
+        yield "algo.desirable_weight and algo.undesirable_weight are given together or not at all"
+    if algo.loss in WITHOUT_REFERENCE:
+        if algo.precompute_reference:
+            yield f"algo.precompute_reference=true, but algo.loss={algo.loss} has no reference"
+        if cfg.reference not in (None, "bootstrap"):
+            yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
+    if cfg.reference != "bootstrap":
+        for name in ("bootstrap_epochs", "bootstrap_lr"):
+            if getattr(algo, name) is not None:
+                yield f"algo.{name} is used by reference=bootstrap only; set it to null"
+
+
+def _selection(cfg: Run) -> Iterator[str]:
+    if not isinstance(cfg, Sft):
+        return
+    if cfg.select_by == "reward" and cfg.reward is None:
+        yield "select_by=reward needs reward=DIR, a reward output or a rule"
+    if cfg.select_by == "loss" and cfg.reward is not None:
+        yield f"reward={cfg.reward} is not used by select_by=loss; set select_by=reward"
+    if cfg.select_by == "reward" and cfg.algo.keep != "best":
+        yield f"select_by=reward chooses the best weights, but algo.keep={cfg.algo.keep}"
+
+
+def _steps(cfg: Run) -> Iterator[str]:
+    try:
+        re.compile(cfg.data.step_end)
+    except re.error as error:
+        yield f"data.step_end={cfg.data.step_end!r} is not a regular expression: {error}"
+
+
 def _template(cfg: Run) -> Iterator[str]:
     template = cfg.data.template
     if template != "chat" and "{prompt}" not in template:
@@ -202,4 +300,9 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _no_training,
     _decoding,
     _template,
+    _losses,
+    _reward_model,
+    _preferences,
+    _selection,
+    _steps,
 )

@@ -1,9 +1,21 @@
 """The scalar head of reward models and critics, on the trunk of a policy."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+
+
+def head_name(model: Any) -> str | None:
+    """How an architecture calls the head of its classifiers; None where it has none."""
+    return next((name for name in ("score", "classifier") if getattr(model, name, None)), None)
+
+
+def scalar_head(model: Any) -> nn.Linear:
+    """The head of a classifier with one label."""
+    head: nn.Linear = getattr(model, head_name(model) or "score")
+    return head
 
 
 def init_head(head: nn.Linear, seed: int) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -23,14 +24,15 @@ from transformers.utils import logging as transformers_logging
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.models.forward import check_unembedding, unwrap
-from rlhf_cli.models.heads import init_head
+from rlhf_cli.models.heads import head_name, init_head, scalar_head
+from rlhf_cli.models.manifest import RESPONSE, level_of
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 # what these libraries will rename is no news to our users
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
-HEADS = {"score.weight", "score.bias"}
+HEADS = {f"{head}.{part}" for head in ("score", "classifier") for part in ("weight", "bias")}
 
 
 def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
@@ -69,29 +71,45 @@ def load_policy(
 def load_scorer(
     path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> nn.Module:
-    """A reward model, or a critic that starts as one: sequence classifier with one label.
+    """A reward model, or a critic that starts as one: classifier with one label.
+
+    Of whole responses it is a sequence classifier, of steps and tokens a token classifier.
 
     Raises:
         UserError: the folder holds no scalar head, or weights are missing or unreadable.
     """
-    model = _load_base(path, config, AutoModelForSequenceClassification, allowed_missing=set())
-    if getattr(model, "score", None) is None or model.score.out_features != 1:
+    auto, task = _classifier(level_of(path))
+    model = _load_base(path, config, auto, allowed_missing=set())
+    if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _adapt(model, path, config, "SEQ_CLS").to(device)
+    return _adapt(model, path, config, task).to(device)
 
 
 def scorer_from_policy(
-    path: str, config: Model, tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
+    path: str,
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    level: str = RESPONSE,
 ) -> nn.Module:
     """The policy's trunk with a fresh scalar head in place of the unembedding."""
-    model = _load_base(path, config, AutoModelForSequenceClassification, allowed_missing=HEADS)
-    if getattr(model, "score", None) is None:
+    auto, task = _classifier(level)
+    model = _load_base(path, config, auto, allowed_missing=HEADS)
+    if head_name(model) is None:
         raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
-    init_head(model.score, seed)
+    init_head(scalar_head(model), seed)
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _adapt(model, path, config, "SEQ_CLS").to(device)
+    return _adapt(model, path, config, task).to(device)
+
+
+def _classifier(level: str) -> tuple[Any, str]:
+    """The auto class of a reward model and peft's name of its task."""
+    if level == RESPONSE:
+        return AutoModelForSequenceClassification, "SEQ_CLS"
+    return AutoModelForTokenClassification, "TOKEN_CLS"
 
 
 def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,7 +122,7 @@ def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
     """The full model of a folder; of an adapter folder, its base."""
     base = adapter_base(path)
-    scorer = auto is AutoModelForSequenceClassification
+    scorer = auto is not AutoModelForCausalLM
     if base is not None and scorer:
         allowed_missing = HEADS  # the adapter folder holds the head
     labels = {"num_labels": 1} if scorer else {}
@@ -146,11 +164,12 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         merged = peft.PeftModel.from_pretrained(model, path, config=own).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
+    head = None if task == "CAUSAL_LM" else head_name(model)
     lora = peft.LoraConfig(
         r=rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         target_modules="all-linear",
-        exclude_modules=["score"] if task == "SEQ_CLS" else None,
+        exclude_modules=[head] if head else None,
         task_type=task,
     )
     if found:
@@ -163,13 +182,14 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         if lora.task_type == task:
             return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
         lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
-    if task == "SEQ_CLS":
-        lora.modules_to_save = ["score"]
+    if head:
+        lora.modules_to_save = [head]
     adapted = peft.get_peft_model(model, lora)
     if found:
         weights = peft.load_peft_weights(path)
-        for name, value in unwrap(adapted).score.original_module.named_parameters():
-            weights[f"base_model.model.score.{name}"] = value.detach()
+        fresh: Any = getattr(unwrap(adapted), head or "score")
+        for name, value in fresh.original_module.named_parameters():
+            weights[f"base_model.model.{head}.{name}"] = value.detach()
         peft.set_peft_model_state_dict(adapted, weights)
     return adapted
 
@@ -219,11 +239,19 @@ def residual_dropout(model: nn.Module, p: float) -> None:
         block.register_forward_hook(drop)
 
 
-class Reference:
-    """The policy as it was when the stage began, frozen; KL terms and DPO compare with it.
+def is_fresh(adapted: nn.Module) -> bool:
+    """Whether an adapter adds nothing yet: its B matrices are 0."""
+    return not any(
+        weight.any() for name, weight in adapted.named_parameters() if ".lora_B." in name
+    )
 
-    Of a full model it is a copy. Of an adapted one it is a frozen copy of the adapter: the base
-    weights exist once.
+
+class Reference:
+    """A frozen policy that KL terms and DPO compare with: the policy as the stage began.
+
+    Of a full model it is a copy. Of an adapted one the base weights exist once: a fresh adapter is
+    switched off, since it adds nothing yet; one that was trained before is copied, the adapter
+    alone. `Reference.of` takes another model as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -231,9 +259,10 @@ class Reference:
         # typed Any in two steps, because a checker takes hasattr for a module's attribute
         adapted: Any = model
         self._adapted: Any = adapted if hasattr(adapted, "peft_config") else None
+        self.switched_off = self._adapted is not None and is_fresh(model)
         if self._adapted is None:
             self._model = copy.deepcopy(model).requires_grad_(False)
-        else:
+        elif not self.switched_off:
             self._adapted.add_adapter("reference", self._adapted.peft_config["default"])
             with torch.no_grad():
                 parameters = dict(model.named_parameters())
@@ -243,17 +272,30 @@ class Reference:
             self._adapted.set_adapter("default")
         self.hash = self.digest()
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "Reference":
+        """Another model, frozen; it is not copied."""
+        reference = cls.__new__(cls)
+        reference._model, reference._adapted = model.requires_grad_(False), None
+        reference.switched_off = False
+        reference.hash = reference.digest()
+        return reference
+
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The reference model, without gradient; an adapted policy has it on in this block."""
-        if self._adapted is not None:
-            self._adapted.set_adapter("reference")
-        try:
-            with torch.no_grad():
+        """The reference model, without gradient; an adapted policy is it within this block."""
+        with torch.no_grad():
+            if self._adapted is None:
                 yield self._model
-        finally:
-            if self._adapted is not None:
-                self._adapted.set_adapter("default")
+            elif self.switched_off:
+                with self._adapted.disable_adapter():
+                    yield self._model
+            else:
+                self._adapted.set_adapter("reference")
+                try:
+                    yield self._model
+                finally:
+                    self._adapted.set_adapter("default")
 
     def digest(self) -> str:
         """Hash of the frozen weights, to prove that they did not move."""
@@ -312,3 +354,16 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             continue
     ids = eos if isinstance(eos, list) else [eos]
     return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})
+
+
+def load_weights(model: nn.Module, folder: str, config: Model) -> None:
+    """Put the weights of a folder that `save_model` wrote unmerged back into the same model."""
+    adapted: Any = model
+    if hasattr(adapted, "peft_config"):
+        import peft
+
+        peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder))
+    else:
+        model.load_state_dict(
+            _load_base(folder, config, AutoModelForCausalLM, allowed_missing=set()).state_dict()
+        )

@@ -12,6 +12,11 @@ MANIFEST = "stage.json"
 
 Manifest = dict[str, Any]
 
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+
+# Where a reward model's scores stand: at the end of a response, of each step, or at each token.
+RESPONSE, STEP, TOKEN = "response", "step", "token"
+
 
 def read_manifest(folder: str | Path) -> Manifest | None:
     """stage.json of a folder; None where it has none (a foreign folder, or no folder)."""
@@ -45,11 +50,21 @@ def kind_of(folder: Path) -> str:
     if manifest is not None:
         return str(manifest.get("kind"))
     adapter = folder / "adapter_config.json"
-    if adapter.is_file() and read_object(adapter).get("task_type") == "SEQ_CLS":
+    if adapter.is_file() and read_object(adapter).get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
         return "reward"
     architectures = read_config(folder).get("architectures") or []
-    scorer = any(name.endswith("ForSequenceClassification") for name in architectures)
+    scorer = any(name.endswith(CLASSIFIERS) for name in architectures)
     return "reward" if scorer else "policy"
+
+
+def level_of(path: str) -> str:
+    """The level of a reward folder, by stage.json; a foreign one scores whole responses."""
+    return str((read_manifest(path) or {}).get("level", RESPONSE))
+
+
+def implicit_reward_of(path: str) -> dict[str, Any] | None:
+    """What a dpo output says of its implicit reward: beta and the reference; None elsewhere."""
+    return (read_manifest(path) or {}).get("implicit_reward")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,50 +1,130 @@
-"""Direct preference optimisation: preferences without a reward model.
+"""Direct preference optimisation and its family: feedback without a reward model.
 
-    L = - mean log sigmoid(beta h),   h = log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l)
+With rho(y) = log pi(y|x) - log ref(y|x), h = rho(y_w) - rho(y_l), and h-bar from means per token:
 
-(2305.18290 eq. 7; label smoothing as in cDPO). The reference is the policy as it started, so the
-first loss is ln 2 and the first margin 0; the stage stops where they are not.
+    dpo                - log s(beta h), label smoothing as in cDPO           2305.18290 eq. 7
+    length_normalised  - log s(beta h-bar)                                   2411.15124
+    robust             cDPO's loss with a minus sign, over 1 - 2e            2403.00409
+    ipo, ipo_mean      (h - 1 / (2 tau))^2, (h-bar - 1 / (2 tau))^2          2310.12036 eq. 17
+    hinge              relu(1 - beta h)                                      2305.10425, 2309.06657
+    plackett_luce      whole rankings, of scores beta rho                    2305.18290 App. A.3
+    kto                w (1 - s(+-beta (rho - z0))), thumbs, unpaired        2402.01306
+    orpo, simpo        odds ratio, or margin, of mean log-probs; no ref      2403.07691, 2405.14734
+    preferred_ft       SFT on the chosen side                                2305.18290 sec. 6
+    unlikelihood       - log pi(y_w) + alpha log pi(y_l)                     2305.18290 sec. 6
+
+plus sft_coef times the NLL per token of chosen responses. The reference is the policy as it starts,
+another folder, or the policy after SFT on the chosen side (reference=bootstrap). Where policy and
+reference start as one, every rho is 0 at first; the stage stops where it is not.
 
     rlhf-cli dpo policy=runs/demo/sft data=hh data.path=hh.jsonl algo.beta=0.1
 """
 
 import math
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from rlhf_cli.config.schema import Dpo
-from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
-from rlhf_cli.data.kinds import Preference, Prompt
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import Dpo, DpoAlgo, FrozenModel
+from rlhf_cli.config.validate import WITHOUT_REFERENCE
+from rlhf_cli.data.batches import (
+    collate_answers,
+    cut,
+    derived_seed,
+    epochs_of,
+    order_of,
+    rankings_of,
+    sharing_pays,
+)
+from rlhf_cli.data.kinds import Feedback, Prompt, Ranking
 from rlhf_cli.data.rows import read_split
-from rlhf_cli.data.tokens import TokenPair
-from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.models.load import Reference
-from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.data.tokens import Answers, Tokens
+from rlhf_cli.models.forward import answer_logprobs, on_grid, shares_prompts
+from rlhf_cli.models.load import Reference, load_policy
+from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.models.score import answer_logprobs_of, logprobs_of
 from rlhf_cli.objectives.kl import k1
-from rlhf_cli.objectives.likelihood import sequence_logprob
-from rlhf_cli.objectives.preference import dpo_loss
+from rlhf_cli.objectives.preference import (
+    dpo_gradient_weight,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_baseline,
+    kto_loss,
+    kto_weights,
+    odds_ratio_loss,
+    robust_dpo_loss,
+    simpo_loss,
+    unlikelihood_loss,
+)
+from rlhf_cli.objectives.reward_model import plackett_luce_loss
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.roles import Policy, load_role
+from rlhf_cli.training.preflight import row_kind
+from rlhf_cli.training.references import BOOTSTRAP, ReferenceCache, bootstrap
+from rlhf_cli.training.roles import Policy, check_reference, load_role
 from rlhf_cli.training.session import Session, begin
 
 KL_PROMPTS = 64  # held-out prompts whose sampled responses estimate the KL
+PER_TOKEN = ("length_normalised", "ipo_mean", "orpo", "simpo")  # losses of means over tokens
+
+Sums = dict[str, Tensor]
 
 
 @dataclass
-class ScoredPair:
-    """A pair with the reference's log-prob of each side, once they are known."""
+class Item:
+    """The responses that a row judges, and what the loss compares them with.
 
-    pair: TokenPair
-    chosen: float | None = None
-    rejected: float | None = None
+    reference: (K,) log-probs of the responses under the reference, once they are known.
+    mismatched: kto: the row's prompt with the response of another row, for the baseline z0.
+    """
+
+    answers: Answers
+    reference: Tensor | None = None
+    mismatched: "Item | None" = None
 
     def __len__(self) -> int:
-        return len(self.pair)
+        return len(self.answers)
+
+    @property
+    def best(self) -> int:
+        """Place of the best response; kto: of the only one."""
+        row = self.answers.row
+        return row.ranks.index(min(row.ranks)) if isinstance(row, Ranking) else 0
+
+    @property
+    def worst(self) -> int:
+        """Place of the worst response, the last of several."""
+        row = self.answers.row
+        if isinstance(row, Ranking):
+            return max(range(len(row.ranks)), key=lambda i: (row.ranks[i], i))
+        return len(self.answers.responses) - 1
+
+    @property
+    def is_good(self) -> bool:
+        """Whether `best` is a response to imitate: kto's bad ones are not."""
+        row = self.answers.row
+        return not isinstance(row, Feedback) or bool(row.label)
+
+
+@dataclass
+class Batchwise:
+    """What one item's loss needs to know of all items of its optimizer step.
+
+    z0: kto's baseline in nats.
+    nll_scale: items per token of a good response; sums of NLL times it have the mean per token.
+    """
+
+    z0: float
+    nll_scale: float
 
 
 def run(cfg: Dpo) -> Path:
@@ -54,106 +134,336 @@ def run(cfg: Dpo) -> Path:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
     policy = load_role(session, cfg.policy)
-    rows = read_split(cfg.data, Preference)
-    train = [ScoredPair(pair) for pair in policy.encoder.preferences(rows.train)]
-    held_out = [ScoredPair(pair) for pair in policy.encoder.preferences(rows.held_out)]
+    rows = read_split(cfg.data, row_kind(cfg))
+    train = items_of(policy.encoder.answers(rows.train), algo, cfg.seed)
+    held_out = items_of(policy.encoder.answers(rows.held_out), algo, cfg.seed)
+    weights = class_weights(train, algo)
     session.note(policy.encoder, rows.notes)
+    share = hardware.share_prompts and shares_prompts(policy.model)
 
-    frozen = Reference(policy.model)
+    if cfg.reference == BOOTSTRAP:
+        bootstrap(session, policy, good_sequences(train))
+    origin = reference_origin(session, cfg)
+    reference = reference_of(session, policy, cfg) if origin else None
     ahead = held_out + train if algo.precompute_reference else held_out
-    with Bar("reference log-probs", len(ahead)) as bar:
-        for start in range(0, len(ahead), algo.batch_size):
-            items = ahead[start : start + algo.batch_size]
-            fill_reference(frozen, items, cfg)
-            bar.advance(len(items))
-    # precomputed, its memory is free again; eval/kl needs it and is left out
-    reference = None if algo.precompute_reference else frozen
-    del frozen
+    cache = ReferenceCache(cfg, origin, answers_in(ahead)) if algo.precompute_reference else None
+    fill_reference(reference, ahead, cfg, share, cache)
+    if algo.precompute_reference:
+        reference = None  # its memory is free again; eval/kl needs it and is left out
 
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
     session.resume({"policy": policy.model}, optimizer)
     log = session.log()
 
-    def loss(pairs: list[ScoredPair]) -> Loss:
-        sides = [item.pair.chosen for item in pairs] + [item.pair.rejected for item in pairs]
-        batch = collate(sides, session.device)
-        references = torch.tensor(
-            [item.chosen for item in pairs] + [item.rejected for item in pairs]
-        )
-        grid = token_logprobs(policy.model, batch, chunk=hardware.logprob_chunk).logprobs
-        logprobs = sequence_logprob(grid, batch.response)  # (2N,)
-        ref_chosen, ref_rejected = references.to(logprobs).chunk(2)
-        chosen, rejected = logprobs.chunk(2)
-        losses, better, worse = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, algo.beta, algo.label_smoothing
-        )
-        metrics = {
-            "rewards/chosen": better,
-            "rewards/rejected": worse,
-            "rewards/margin": better - worse,
-            "rewards/accuracy": (better > worse).float() + 0.5 * (better == worse).float(),
-            "logprobs/chosen": chosen.detach(),
-            "logprobs/rejected": rejected.detach(),
-        }
-        return losses.sum(), {name: value.sum() for name, value in metrics.items()}
+    def loss(items: list[Item], whole: Batchwise) -> Loss:
+        answers = [item.answers for item in items]
+        batch = collate_answers(answers, session.device, share and sharing_pays(answers))
+        grid = answer_logprobs(policy.model, batch, chunk=hardware.logprob_chunk)  # (S, R)
+        logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
+        known = [item.reference for item in items if item.reference is not None]
+        ref = torch.cat(known).to(logprobs) if known else torch.zeros_like(logprobs)
+        losses, metrics = objective(logprobs, ref, lengths, items, algo, whole, weights)
+        return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
-    def evaluate(pairs: list[ScoredPair]) -> Metrics:
-        sums: Metrics = {}
+    def batchwise(items: list[Item]) -> Batchwise:
+        """Over all items of a step, so that no cut into micro-batches changes the loss."""
+        tokens = sum(len(sequence.response) for sequence in good_sequences(items))
+        scale = len(items) / tokens if tokens else 0.0
+        mismatched = [item.mismatched for item in items if item.mismatched is not None]
+        if not mismatched:
+            return Batchwise(0.0, scale)
+        ours = torch.cat(sequence_logprobs(policy, mismatched, cfg, share))
+        return Batchwise(kto_baseline(ours - known_references(mismatched)).item(), scale)
+
+    def micro_batches(items: list[Item]) -> list[list[Item]]:
+        return cut(items, hardware.tokens_per_microbatch, count=responses_in)
+
+    def evaluate() -> Metrics:
+        whole, sums = batchwise(held_out), Metrics()
         with torch.no_grad():
-            for group in cut(pairs, hardware.tokens_per_microbatch):
-                total, metrics = loss(group)
+            for group in micro_batches(held_out):
+                total, metrics = loss(group, whole)
                 for name, value in {"loss": total, **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
-        means = {f"eval/{name}": value / len(pairs) for name, value in sums.items()}
+        means = by_class({name: sums[name] / len(held_out) for name in sums}, held_out)
         if reference is not None:
-            means["eval/kl"] = sampled_kl(policy, reference, cfg)
-        return means
+            prompts = [Prompt(row.prompt, {}, row.source) for row in rows.held_out[:KL_PROMPTS]]
+            means["kl"] = sampled_kl(policy, reference, prompts, cfg)
+        return {f"eval/{name}": value for name, value in means.items()}
 
-    if session.start == 0:
-        check_start(session, evaluate(held_out))
+    if session.start == 0 and origin and cfg.reference in (None, BOOTSTRAP):
+        ours = torch.cat(sequence_logprobs(policy, held_out, cfg, share))
+        gap = (ours - known_references(held_out)).abs().max().item()
+        check_start(session, evaluate(), gap, algo)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
     with Bar("dpo", steps) as bar:
         for step, batch in enumerate(batches, 1):
             bar.advance()
             if step <= session.start:
                 continue
-            if reference is not None:
-                fill_reference(reference, batch, cfg)
-            part = Part(cut(batch, hardware.tokens_per_microbatch), loss, len(batch))
-            metrics = optimizer.step([part])
+            began = time.monotonic()
+            fill_reference(reference, batch, cfg, share)
+            whole = batchwise(batch)
+            part = Part(micro_batches(batch), partial(loss, whole=whole), len(batch))
+            metrics = by_class(optimizer.step([part]), batch)
+            if algo.loss == "kto":
+                metrics["z0"] = whole.z0
+            metrics["tokens_per_second"] = tokens_in(batch) / (time.monotonic() - began)
             if step % algo.eval_every == 0 or step == steps:
-                metrics |= evaluate(held_out)
-                bar.advance(
-                    0,
-                    f"held-out loss {metrics['eval/loss']:.3f}  "
-                    f"accuracy {metrics['eval/rewards/accuracy']:.3f}",
-                )
+                metrics |= evaluate()
+                accuracy = metrics["eval/rewards/accuracy"]
+                line = f"held-out loss {metrics['eval/loss']:.3f}  accuracy {accuracy:.3f}"
+                bar.advance(0, line)
             log.write(step, metrics)
             session.save(step, {"policy": policy.model}, optimizer, {})
 
-    final = evaluate(held_out)
-    return session.finish_model(policy.model, "policy", policy.encoder, final)
+    final = evaluate()
+    more: dict[str, Any] = {}
+    if origin:
+        logprobs = sequence_logprobs(policy, held_out, cfg, share)
+        more = {"reference": origin, **implicit_reward(logprobs, held_out, algo, origin)}
+    if reference is not None:
+        check_reference(session, reference)
+    return session.finish_model(policy.model, "policy", policy.encoder, final, **more)
 
 
-def fill_reference(reference: Reference, items: list[ScoredPair], cfg: Dpo) -> None:
-    """The reference's log-probs of both sides, where they are not known yet."""
-    unknown = [item for item in items if item.chosen is None]
-    if not unknown:
+# --------------------------------------------------------------------------- the objective
+
+
+def objective(
+    logprobs: Tensor,
+    reference: Tensor,
+    lengths: Tensor,
+    items: list[Item],
+    algo: DpoAlgo,
+    whole: Batchwise,
+    weights: tuple[float, float],
+) -> tuple[Tensor, Sums]:
+    """The losses of a micro-batch, (N,) for N items, and metrics of the same shape.
+
+    Args:
+        logprobs, reference: (S,) summed log-probs of all responses, item by item; reference is 0
+            for a loss that has none.
+        lengths: (S,) tokens of the responses.
+        whole: of the optimizer step.
+        weights: kto's lambda_D and lambda_U.
+    """
+    rho = logprobs - reference
+    if algo.loss in PER_TOKEN:
+        rho = rho / lengths
+    starts = [0, *torch.tensor([len(item.answers.responses) for item in items]).cumsum(0).tolist()]
+    best = [start + item.best for start, item in zip(starts, items, strict=False)]
+    worst = [start + item.worst for start, item in zip(starts, items, strict=False)]
+    good = torch.tensor([item.is_good for item in items], device=rho.device)
+    nll = -logprobs[best] * good * whole.nll_scale  # (N,); its mean is the NLL per token
+    h = rho[best] - rho[worst]
+    beta = reward_scale(algo)
+    rewards = (beta * rho).detach()  # (S,)
+    smoothing = algo.label_smoothing or 0.0
+    match algo.loss:
+        case "dpo" | "length_normalised":
+            losses = dpo_loss(h, beta, smoothing)
+        case "robust":
+            losses = robust_dpo_loss(h, beta, smoothing)
+        case "ipo" | "ipo_mean":
+            losses = ipo_loss(h, beta)
+        case "hinge":
+            losses = hinge_loss(h, beta)
+        case "plackett_luce":
+            ranks, mask = rankings_of([item.answers for item in items], rho.device)  # (N, K)
+            losses = plackett_luce_loss(on_grid(mask, beta * rho), ranks, mask)
+        case "kto":
+            losses = kto_loss(rho, good, whole.z0, beta, *weights)
+        case "orpo":
+            assert algo.lam is not None
+            losses = nll + algo.lam * odds_ratio_loss(rho[best], rho[worst])
+        case "simpo":
+            assert algo.gamma is not None
+            losses = simpo_loss(rho[best], rho[worst], beta, algo.gamma)
+        case "unlikelihood":
+            assert algo.alpha is not None
+            losses = unlikelihood_loss(logprobs[best], logprobs[worst], algo.alpha)
+        case _:  # preferred_ft
+            losses = nll
+    if algo.sft_coef:
+        losses = losses + algo.sft_coef * nll
+    if algo.loss == "kto":
+        hits = ((rho > whole.z0) == good).float()
+        return losses, {
+            "rewards/chosen": rewards * good,
+            "rewards/rejected": rewards * ~good,
+            "rewards/accuracy": hits,
+            "logprobs/chosen": logprobs * good,
+            "logprobs/rejected": logprobs * ~good,
+        }
+    chosen, rejected = rewards[best], rewards[worst]
+    return losses, {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margin": chosen - rejected,
+        "rewards/accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+        "logprobs/chosen": logprobs[best],
+        "logprobs/rejected": logprobs[worst],
+        "gradient_weight": dpo_gradient_weight(h, beta),
+    }
+
+
+def reward_scale(algo: DpoAlgo) -> float:
+    """beta of the implicit reward beta rho; IPO calls it tau, and some losses have none."""
+    return algo.beta or algo.tau or 1.0
+
+
+def by_class(means: Metrics, items: list[Item]) -> Metrics:
+    """kto: means over all items become means over the good and over the bad; others stay."""
+    good = sum(item.is_good for item in items)
+    if "rewards/margin" in means:
+        return means
+    for side, count in (("chosen", good), ("rejected", len(items) - good)):
+        for name in (f"rewards/{side}", f"logprobs/{side}"):
+            total = means.pop(name) * len(items)
+            if count:
+                means[name] = total / count
+    if 0 < good < len(items):
+        means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
+
+
+def class_weights(items: list[Item], algo: DpoAlgo) -> tuple[float, float]:
+    """kto's lambda_D and lambda_U: those given, or else what balances the classes.
+
+    Raises:
+        UserError: all rows have one label.
+    """
+    if algo.loss != "kto":
+        return 1.0, 1.0
+    if algo.desirable_weight is not None and algo.undesirable_weight is not None:
+        return algo.desirable_weight, algo.undesirable_weight
+    good = sum(item.is_good for item in items)
+    if good in (0, len(items)):
+        raise UserError(
+            f"all {len(items)} rows are labelled {str(bool(good)).lower()}; kto needs both labels, "
+            "or algo.desirable_weight and algo.undesirable_weight"
+        )
+    return kto_weights(good, len(items) - good)
+
+
+# --------------------------------------------------------------------------- items
+
+
+def items_of(answers: list[Answers], algo: DpoAlgo, seed: int) -> list[Item]:
+    """An item per row; kto's with a partner: the response of the next row in a shuffled order.
+
+    The paper pairs within a batch. A partner that stays lets the reference score it once, and z0
+    has the same expectation.
+
+    Raises:
+        UserError: all rows have one prompt, so there is no response to another one.
+    """
+    if algo.loss != "kto":
+        return [Item(each) for each in answers]
+    unlabelled = next((each.row for each in answers if each.row.label is None), None)
+    if unlabelled is not None:
+        raise UserError(f"{unlabelled.source}: kto needs a column 'label' in every row")
+    count = len(answers)
+    order = order_of(count, seed, "kto partners", 0)
+    items: list[Item] = [Item(each) for each in answers]
+    for place, i in enumerate(order):
+        after = (answers[order[(place + step) % count]] for step in range(1, count))
+        partner = next((other for other in after if other.prompt != answers[i].prompt), None)
+        if partner is None:
+            raise UserError(
+                "all rows have one prompt; kto compares with responses to other prompts"
+            )
+        row = answers[i].row
+        items[i].mismatched = Item(Answers(answers[i].prompt, partner.responses, row))
+    return items
+
+
+def responses_in(item: Item) -> int:
+    """Sequences that an item takes in a batch."""
+    return len(item.answers.responses)
+
+
+def answers_in(items: list[Item]) -> list[Answers]:
+    """The responses of items and, for kto, of their partners."""
+    mismatched = [item.mismatched.answers for item in items if item.mismatched is not None]
+    return [item.answers for item in items] + mismatched
+
+
+def good_sequences(items: list[Item]) -> list[Tokens]:
+    """What SFT on the chosen side imitates."""
+    return [item.answers.sequences[item.best] for item in items if item.is_good]
+
+
+def tokens_in(items: list[Item]) -> int:
+    """Tokens of all sequences that a step trains on, prompts included once per response."""
+    return sum(len(sequence) for item in items for sequence in item.answers.sequences)
+
+
+# --------------------------------------------------------------------------- the reference
+
+
+def reference_origin(session: Session, cfg: Dpo) -> dict[str, str]:
+    """What the reference is, for stage.json; empty where the loss has none."""
+    if cfg.algo.loss in WITHOUT_REFERENCE:
+        return {}
+    if cfg.reference == BOOTSTRAP:
+        made = str(session.out / BOOTSTRAP)
+        return {"kind": BOOTSTRAP, "path": BOOTSTRAP, "hash": content_hash(made)}
+    path = cfg.reference or cfg.policy
+    kind = "start" if cfg.reference is None else "folder"
+    return {"kind": kind, "path": path, "hash": content_hash(path)}
+
+
+def reference_of(session: Session, policy: Policy, cfg: Dpo) -> Reference:
+    """The policy as it is now, frozen, or the model of another folder."""
+    if cfg.reference in (None, BOOTSTRAP):
+        return Reference(policy.model)
+    assert cfg.reference is not None
+    frozen = FrozenModel(cfg.model.dtype, cfg.model.trust_remote_code)
+    return Reference.of(load_policy(cfg.reference, frozen, policy.tokenizer, session.device))
+
+
+def fill_reference(
+    reference: Reference | None,
+    items: list[Item],
+    cfg: Dpo,
+    share: bool,
+    cache: ReferenceCache | None = None,
+) -> None:
+    """The reference's log-probs of all responses, where they are not known yet."""
+    everything = [*items, *(item.mismatched for item in items if item.mismatched is not None)]
+    unknown = [item for item in everything if item.reference is None]
+    if reference is None or not unknown:
         return
-    sides = [item.pair.chosen for item in unknown] + [item.pair.rejected for item in unknown]
-    with reference.active() as model:
-        sums = [values.sum().item() for values in logprobs_of(model, sides, cfg.hardware)]
-    for item, chosen, rejected in zip(
-        unknown, sums[: len(unknown)], sums[len(unknown) :], strict=True
-    ):
-        item.chosen, item.rejected = chosen, rejected
+    found = cache.read() if cache is not None else None
+    if found is None:
+        with reference.active() as model, Bar("reference log-probs", len(unknown)) as bar:
+            answers = [item.answers for item in unknown]
+            per_token = answer_logprobs_of(model, answers, cfg.hardware, share, bar.advance)
+        found = [torch.stack([each.sum() for each in responses]) for responses in per_token]
+        if cache is not None:
+            cache.write(found)
+    for item, values in zip(unknown, found, strict=True):
+        item.reference = values
 
 
-def sampled_kl(policy: Policy, reference: Reference, cfg: Dpo) -> float:
+def known_references(items: list[Item]) -> Tensor:
+    """(S,) log-probs under the reference, item by item."""
+    return torch.cat([item.reference for item in items if item.reference is not None])
+
+
+def sequence_logprobs(policy: Policy, items: list[Item], cfg: Dpo, share: bool) -> list[Tensor]:
+    """Per item the (K,) log-probs of its responses under the policy, without gradient."""
+    answers = [item.answers for item in items]
+    found = answer_logprobs_of(policy.model, answers, cfg.hardware, share)
+    return [torch.stack([each.sum() for each in responses]) for responses in found]
+
+
+def sampled_kl(policy: Policy, reference: Reference, rows: list[Prompt], cfg: Dpo) -> float:
     """KL(policy || reference) per response in nats, on responses to a few held-out prompts."""
-    rows = [Prompt(row.prompt, {}, row.source) for row in read_split(cfg.data, Preference).held_out]
-    prompts = list(zip(*policy.encoder.prompts(rows[:KL_PROMPTS]), strict=True))
+    prompts = list(zip(*policy.encoder.prompts(rows), strict=True))
     rollouts = sample_rollouts(
         policy.model,
         policy.encoder,
@@ -171,13 +481,41 @@ def sampled_kl(policy: Policy, reference: Reference, cfg: Dpo) -> float:
     return k1(torch.cat(ours), torch.cat(theirs)).sum().item() / len(rollouts)
 
 
-def check_start(session: Session, before: Metrics) -> None:
-    """With the starting policy as the reference the loss is ln 2 and the margin 0."""
+def implicit_reward(
+    logprobs: list[Tensor], items: list[Item], algo: DpoAlgo, origin: dict[str, str]
+) -> dict[str, Any]:
+    """For stage.json: what makes the policy a reward model, with statistics as of one.
+
+    Mean and standard deviation are those of beta rho over good held-out responses.
+    """
+    rewards = []
+    for item, ours in zip(items, logprobs, strict=True):
+        if item.is_good and item.reference is not None:
+            rho = ours[item.best] - item.reference[item.best]
+            length = len(item.answers.responses[item.best]) if algo.loss in PER_TOKEN else 1
+            rewards.append(reward_scale(algo) * rho.item() / length)
+    values = torch.tensor(rewards, dtype=torch.float64)
+    std = values.std().item() if len(values) > 1 else 0.0
+    return {
+        "implicit_reward": {
+            "beta": reward_scale(algo),
+            "per_token": algo.loss in PER_TOKEN,
+            "reference": origin["path"],
+            "hash": origin["hash"],
+        },
+        "reward": {"mean": values.mean().item(), "std": std or 1.0},
+    }
+
+
+def check_start(session: Session, before: Metrics, gap: float, algo: DpoAlgo) -> None:
+    """Where policy and reference start as one, all log-ratios are 0; then DPO's loss is ln 2."""
     diagnosis = (
         "policy and reference are not the same model: an adapter was not loaded, dropout is on, "
         "or their numerics differ"
     )
     tolerance = 1e-3
-    loss, margin = before["eval/loss"], before["eval/rewards/margin"]
-    session.require("dpo_loss_at_start", loss, abs(loss - math.log(2)) < tolerance, diagnosis)
-    session.require("dpo_margin_at_start", margin, abs(margin) < tolerance, diagnosis)
+    session.require("max_abs_log_ratio_at_start", gap, gap < 10 * tolerance, diagnosis)
+    if algo.loss == "dpo" and not algo.sft_coef:
+        loss, margin = before["eval/loss"], before["eval/rewards/margin"]
+        session.require("dpo_loss_at_start", loss, abs(loss - math.log(2)) < tolerance, diagnosis)
+        session.require("dpo_margin_at_start", margin, abs(margin) < tolerance, diagnosis)

@@ -2,7 +2,8 @@
 
 Mean reward and gold with a standard error clustered by prompt; KL(policy || reference) per
 response, estimated on the samples of the policy itself; held-out loss; head-to-head win rates with
-ties and a 95% interval. Gold is a scorer that training never saw: a fooled reward model shows.
+ties and a 95% interval. Where the data has comparisons, a reward model is judged by them, too.
+Gold is a scorer that training never saw: a fooled reward model shows.
 
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Evaluate
 from rlhf_cli.data.batches import derived_seed
-from rlhf_cli.data.kinds import Demonstration, Prompt, Text
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Text
 from rlhf_cli.data.rows import identity, read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.manifest import read_manifest
@@ -26,8 +28,9 @@ from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import round_figures
-from rlhf_cli.reporting.report import show_report
-from rlhf_cli.rewards.sources import RewardSource, load_reward
+from rlhf_cli.reporting.report import show_judgement, show_report
+from rlhf_cli.rewards.judging import Report, judge
+from rlhf_cli.rewards.sources import ModelReward, RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.outfolder import baselines_of, staging, write_text
@@ -59,6 +62,7 @@ def run(cfg: Evaluate) -> Path:
                 sources = judges(cfg, policy, session)
                 for source in sources.values():
                     source.check([row for row, _ in prompts], session.require)
+                judgement = judged(cfg, sources.get("reward"), policy)
                 session.note(policy.encoder, rows.notes)
             rollouts = respond(
                 policy.model,
@@ -94,12 +98,20 @@ def run(cfg: Evaluate) -> Path:
         path: asdict(win_rate(scores[paths[0]], scores[path], cfg.algo.tie, cfg.seed))
         for path in paths[1:]
     }
-    report = {"policies": results, "win_rates": wins, "prompts": len(prompts), **settings(cfg)}
+    report = {
+        "policies": results,
+        "win_rates": wins,
+        "prompts": len(prompts),
+        **settings(cfg),
+        "reward_model": judgement,
+    }
     session.claim()
     write_text(
         staging(session.out) / "report.json", json.dumps(round_figures(report), indent=2) + "\n"
     )
     show_report(paths[0], cfg.reference, results, wins)
+    if judgement is not None:
+        show_judgement(f"{cfg.reward} on held-out pairs", judgement)
     return session.finish("report", {"policies": results, "win_rates": wins})
 
 
@@ -121,6 +133,19 @@ def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, RewardS
         for name, spec in specs.items()
         if spec is not None
     }
+
+
+def judged(cfg: Evaluate, source: RewardSource | None, policy: Policy) -> Report | None:
+    """How a reward model orders held-out pairs; None without a model or without comparisons."""
+    if not isinstance(source, ModelReward):
+        return None
+    try:
+        rows = read_split(cfg.data, Preference).held_out
+    except UserError:  # prompts, say: nothing to judge it by
+        return None
+    items = policy.encoder.answers(rows)
+    scores = source.raw([sequence for item in items for sequence in item.sequences])
+    return judge(items, list(scores.view(-1, 2)))
 
 
 def estimated_kl(

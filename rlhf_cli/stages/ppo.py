@@ -23,7 +23,9 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import matmul_in_float32, state_values, token_logprobs, unwrap
+from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.load import Reference, load_scorer, scorer_from_policy
+from rlhf_cli.models.manifest import RESPONSE
 from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
 from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_whiten, nll_sum
@@ -38,7 +40,6 @@ from rlhf_cli.reporting.samples import show_samples
 from rlhf_cli.rewards.sources import (
     CheckpointReward,
     RewardSource,
-    RuleReward,
     load_reward,
     scores_with_eos_rule,
 )
@@ -176,20 +177,20 @@ def run(cfg: Ppo) -> Path:
 
 
 class Critic:
-    """The value network: the reward model's own weights, or the policy's trunk under a rule.
+    """The value network: the weights of a reward model of whole responses, or the policy's trunk.
 
     Values are normalised as the reward is, so that a critic that starts as the reward model
-    already knows the scale of what it predicts; under a rule they start at 0.
+    already knows the scale of what it predicts; under any other reward they start at 0.
     """
 
     def __init__(self, cfg: Ppo, reward: RewardSource, policy: Policy, session: Session) -> None:
         tokenizer, device = policy.tokenizer, session.device
-        if isinstance(reward, RuleReward):
+        if not (isinstance(reward, CheckpointReward) and reward.reading.level == RESPONSE):
             self.mean, self.std = 0.0, 1.0
             seed = derived_seed(cfg.seed, "head")
             self.model = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, device)
             with torch.no_grad():  # values start at 0: those of a random head would be noise
-                for weight in unwrap(self.model).score.parameters():
+                for weight in scalar_head(unwrap(self.model)).parameters():
                     weight.zero_()
         else:
             self.mean, self.std = reward.mean, reward.std

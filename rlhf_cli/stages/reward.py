@@ -1,32 +1,76 @@
-"""Reward model from comparisons: a scalar head on the policy's trunk.
+"""Reward models from every kind of feedback: a scalar head on the policy's trunk.
 
-    L = - mean log sigmoid(r(x, y_w) - r(x, y_l))     (InstructGPT 2203.02155 eq. 1, K = 2)
+    bradley_terry  - log s(r_w - r_l - margin)                    pairs     (2203.02155 eq. 1)
+    kwise          - 1/C(K,2) sum over pairs of log s(r_i - r_j)  rankings  (2203.02155 eq. 1)
+    plackett_luce  - sum_k [r_(k) - logsumexp_{j >= k} r_(j)]     rankings  (2305.18290 App. A.3)
+    pointwise      logistic on a label, or (r - score)^2          responses (2110.14168)
+    steps          logistic on each step's label, at its end      steps     (2305.20050)
+    token          bradley_terry on the mean of token rewards     pairs     (2306.00398 eq. 2)
 
-The score is read at the last token, the EOS. After training, mean and standard deviation of the
-scores of demonstrations go into stage.json, and every consumer normalises by them.
+Each response is forwarded once. Its score is read at its last token, the EOS; of steps at the last
+token of each; of tokens everywhere. After training, mean and standard deviation of the scores of
+demonstrations go into stage.json, and every consumer normalises by them.
 
-    rlhf-cli reward policy=runs/demo/sft data=hh data.path=hh.jsonl
+    rlhf-cli reward algo=kwise policy=runs/demo/sft data=jsonl data.path=rankings.jsonl
 """
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware, Reward
-from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
-from rlhf_cli.data.kinds import Demonstration, Preference
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.schema import Hardware, Reward, RewardAlgo
+from rlhf_cli.data.batches import (
+    AnswerBatch,
+    collate_answers,
+    cut,
+    derived_seed,
+    epochs_of,
+    rankings_of,
+    sharing_pays,
+)
+from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import read_split
-from rlhf_cli.data.tokens import Encoder, TokenPair
-from rlhf_cli.models.forward import sequence_scores, unwrap
+from rlhf_cli.data.tokens import Answers, Encoder
+from rlhf_cli.models.forward import (
+    answer_scores,
+    answer_token_scores,
+    on_grid,
+    shares_prompts,
+    unwrap,
+)
+from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
-from rlhf_cli.models.score import scores_of
-from rlhf_cli.objectives.estimates import clustered_stderr
-from rlhf_cli.objectives.preference import bradley_terry_loss
+from rlhf_cli.models.manifest import RESPONSE, STEP, TOKEN
+from rlhf_cli.models.score import answer_scores_of, token_scores_of
+from rlhf_cli.objectives.reward_model import (
+    bradley_terry_loss,
+    centring_penalty,
+    kwise_loss,
+    logistic_loss,
+    plackett_luce_loss,
+    regression_loss,
+)
 from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.reporting.plots import reliability_picture
+from rlhf_cli.reporting.report import show_judgement
+from rlhf_cli.rewards.judging import (
+    Report,
+    accuracy,
+    calibration_of,
+    figures,
+    judge,
+    with_prompts_exchanged,
+    with_sides_swapped,
+)
+from rlhf_cli.rewards.sources import Reading
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
+from rlhf_cli.training.preflight import row_kind
 from rlhf_cli.training.session import begin
 
 
@@ -38,26 +82,32 @@ def run(cfg: Reward) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     tokenizer = load_tokenizer(cfg.policy, cfg.model)
     encoder = Encoder(tokenizer, cfg.data)
-    rows = read_split(cfg.data, Preference)
-    train, held_out = encoder.preferences(rows.train), encoder.preferences(rows.held_out)
+    rows = read_split(cfg.data, row_kind(cfg))
+    check_rows(rows.train + rows.held_out, algo)
+    train, held_out = encoder.answers(rows.train), encoder.answers(rows.held_out)
+    demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
+    level = {"steps": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
-    scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device)
+    scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
     session.note(encoder, rows.notes)
     if hardware.gradient_checkpointing:
         unwrap(scorer).gradient_checkpointing_enable()
         scorer.train()  # transformers recomputes in training mode only; all dropout is off
+    share = hardware.share_prompts and shares_prompts(scorer)
+    reading = Reading(level, algo.aggregate, encoder.step_cutter)
 
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
     optimizer = Optimizer({"reward": (scorer, algo.lr)}, algo, steps)
     session.resume({"reward": scorer}, optimizer)
     log = session.log()
 
-    def loss(pairs: list[TokenPair]) -> Loss:
-        sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        chosen, rejected = sequence_scores(scorer, collate(sides, session.device)).chunk(2)
-        metrics = {"accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
-        total = bradley_terry_loss(chosen, rejected).sum()
-        return total, {name: value.detach().sum() for name, value in metrics.items()}
+    def loss(items: list[Answers]) -> Loss:
+        batch = collate_answers(items, session.device, share and sharing_pays(items))
+        losses, metrics = fit(scores_in(scorer, batch, items, reading), items, algo)
+        return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
+
+    def report(items: list[Answers]) -> Report:
+        return judge(items, scores_of_rows(scorer, items, reading, hardware, share), algo.target)
 
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
     with Bar("reward", steps) as bar:
@@ -65,47 +115,148 @@ def run(cfg: Reward) -> Path:
             bar.advance()
             if step <= session.start:
                 continue
-            part = Part(cut(batch, hardware.tokens_per_microbatch), loss, len(batch))
-            metrics = optimizer.step([part])
+            micro_batches = cut(batch, hardware.tokens_per_microbatch, count=responses_in)
+            metrics = optimizer.step([Part(micro_batches, loss, judgements_in(batch))])
             if step % algo.eval_every == 0 or step == steps:
-                metrics |= evaluate(scorer, held_out, hardware)
-                bar.advance(0, f"held-out accuracy {metrics['eval/accuracy']:.3f}")
+                metrics |= figures(report(held_out))
+                bar.advance(0, held_out_line(metrics))
             log.write(step, metrics)
             session.save(step, {"reward": scorer}, optimizer, {})
 
     scorer.eval()
-    final = evaluate(scorer, held_out, hardware)
-    demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
-    scores = scores_of(scorer, demonstrations, hardware).double()
+    final = report(held_out)
+    if "pairs" in final:  # an order that is heard in the pair itself, and a prompt that matters
+        for name, change in (
+            ("accuracy_swapped", with_sides_swapped),
+            ("accuracy_prompt_exchanged", with_prompts_exchanged),
+        ):
+            final[name] = report(change(held_out))["accuracy"]
+    statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())
+    show_judgement("held-out rows", final)
+
+    def write_report(folder: Path) -> None:
+        text = json.dumps(round_figures(final), indent=2) + "\n"
+        (folder / "report.json").write_text(text, encoding="utf-8")
+        if "calibration_bins" in final:
+            picture = folder / "reliability.png"
+            reliability_picture(picture, calibration_of(final), f"{cfg.out}, held-out rows")
+
+    return session.finish_model(
+        scorer,
+        "reward",
+        encoder,
+        figures(final),
+        write_beside=write_report,
+        reward=statistics,
+        level=level,
+        head={
+            "name": head_name(unwrap(scorer)),
+            "loss": algo.loss,
+            "aggregate": algo.aggregate,
+            "step_end": cfg.data.step_end if level == STEP else None,
+            "centring": algo.centring,
+        },
+    )
+
+
+def check_rows(rows: list[Any], algo: RewardAlgo) -> None:
+    """Every row has what the loss reads: its margin, its label or its score."""
+    needed = {"label": "label", "score": "score"}.get(algo.target or "")
+    needed = "margin" if algo.row_margin else needed
+    if needed is not None:
+        bad = next((row for row in rows if getattr(row, needed) is None), None)
+        if bad is not None:
+            setting = "row_margin=true" if algo.row_margin else f"target={algo.target}"
+            raise UserError(f"{bad.source}: algo.{setting}, but the row has no column {needed!r}")
+
+
+def responses_in(item: Answers) -> int:
+    """Sequences that an item takes in a batch."""
+    return len(item.responses)
+
+
+def judgements_in(items: list[Answers]) -> int:
+    """What the loss is a mean over: rows, or the steps of all rows."""
+    return sum(max(len(item.ends), 1) for item in items)
+
+
+def scores_in(
+    scorer: nn.Module, batch: AnswerBatch, items: list[Answers], reading: Reading
+) -> Tensor:
+    """Scores with gradient of all responses, (S,), or of all their steps, (N,)."""
+    if reading.level == RESPONSE:
+        return answer_scores(scorer, batch)
+    grid = answer_token_scores(scorer, batch)  # (S, R)
+    if reading.level == STEP:
+        return torch.cat([grid[i, item.ends] for i, item in enumerate(items)])
+    sums = (grid * batch.response).sum(-1)
+    return sums / batch.response.sum(-1) if reading.aggregate == "mean" else sums
+
+
+def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of a micro-batch, an item each, and metrics of the same shape.
+
+    Args:
+        scores: as `scores_in` gives them.
+    """
+    rows = [item.row for item in items]
+    if algo.loss in ("bradley_terry", "token"):
+        assert algo.label_smoothing is not None and algo.centring is not None
+        chosen, rejected = scores.view(-1, 2).unbind(-1)  # (N,) each
+        margin = scores.new_tensor([row.margin for row in rows]) if algo.row_margin else None
+        losses = bradley_terry_loss(chosen, rejected, margin, algo.label_smoothing)
+        losses = losses + algo.centring * centring_penalty(chosen, rejected)
+        return losses, {"accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
+    if algo.loss in ("kwise", "plackett_luce"):
+        ranks, mask = rankings_of(items, scores.device)  # (P, K)
+        objective = kwise_loss if algo.loss == "kwise" else plackett_luce_loss
+        return objective(on_grid(mask, scores), ranks, mask), {}
+    if algo.target == "score":
+        targets = scores.new_tensor([row.score for row in rows])
+        return regression_loss(scores, targets), {}
+    per_item = (
+        [row.labels[: len(item.ends)] for row, item in zip(rows, items, strict=True)]
+        if algo.loss == "steps"
+        else [[float(row.label)] for row in rows]
+    )
+    labels = scores.new_tensor([label for labels in per_item for label in labels])
+    hits = accuracy(scores, torch.zeros_like(scores))  # 1 where the model says right
+    return logistic_loss(scores, labels), {"accuracy": hits * labels + (1 - hits) * (1 - labels)}
+
+
+def scores_of_rows(
+    scorer: nn.Module, items: list[Answers], reading: Reading, hardware: Hardware, share: bool
+) -> list[Tensor]:
+    """Per row the scores of its responses, or of its steps; without gradient."""
+    if reading.level == RESPONSE:
+        return answer_scores_of(scorer, items, hardware, share)
+    sequences = [sequence for item in items for sequence in item.sequences]
+    if reading.level == STEP:
+        found = token_scores_of(scorer, sequences, hardware)
+        return [scores[item.ends] for scores, item in zip(found, items, strict=True)]
+    scores = reading.scores(scorer, sequences, hardware)
+    return list(scores.split([responses_in(item) for item in items]))
+
+
+def held_out_line(metrics: Metrics) -> str:
+    """The figure to watch."""
+    for name in ("accuracy", "kendall_tau", "mse"):
+        if f"eval/{name}" in metrics:
+            return f"held-out {name} {metrics[f'eval/{name}']:.3f}"
+    return ""
+
+
+def statistics_of(scores: Tensor) -> Metrics:
+    """Mean and standard deviation of the scores of demonstrations, (N,).
+
+    Raises:
+        RunError: they do not vary, so no reward can be normalised by them.
+    """
     statistics = {"mean": scores.mean().item(), "std": scores.std().item()}
     if not (math.isfinite(statistics["std"]) and statistics["std"] > 0):
         raise RunError(
-            f"the scores of {len(demonstrations)} demonstrations have a standard deviation of "
+            f"the scores of {len(scores)} demonstrations have a standard deviation of "
             f"{statistics['std']}, by which no reward can be normalised; give more demonstrations"
         )
-    say(
-        f"held-out accuracy {final['eval/accuracy']:.3f} ± {final['eval/accuracy_stderr']:.3f}; "
-        f"scores of demonstrations: mean {statistics['mean']:.3f}, std {statistics['std']:.3f}"
-    )
-    return session.finish_model(scorer, "reward", encoder, final, reward=statistics)
-
-
-def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where the chosen side scores higher, one half at a tie: (N,)."""
-    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-
-
-@torch.no_grad()
-def evaluate(scorer: nn.Module, pairs: list[TokenPair], hardware: Hardware) -> Metrics:
-    """Loss and accuracy on held-out pairs, with a standard error clustered by prompt."""
-    chosen = scores_of(scorer, [pair.chosen for pair in pairs], hardware)
-    rejected = scores_of(scorer, [pair.rejected for pair in pairs], hardware)
-    hits = accuracy(chosen, rejected)
-    right = hits.mean().item()
-    stderr = clustered_stderr(hits, [tuple(pair.chosen.prompt) for pair in pairs])
-    return {
-        "eval/loss": bradley_terry_loss(chosen, rejected).mean().item(),
-        "eval/accuracy": right,
-        "eval/accuracy_stderr": stderr,
-        "eval/pairs": float(len(pairs)),
-    }
+    say(f"scores of demonstrations: mean {statistics['mean']:.3f}, std {statistics['std']:.3f}")
+    return statistics

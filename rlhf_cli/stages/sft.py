@@ -5,6 +5,9 @@
 over all response tokens of an optimizer step, and over all tokens of plain text. Reads a pretrained
 model (`model.path`), or builds a small decoder and its tokenizer from the rows; writes a policy.
 
+With select_by=reward the weights kept are those whose responses to held-out prompts a reward likes
+best, as InstructGPT chose its SFT model, instead of those of the lowest held-out loss.
+
     rlhf-cli sft model=pretrained model.path=HuggingFaceTB/SmolLM2-135M data=jsonl data.path=d.jsonl
 """
 
@@ -18,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Sft
 from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
-from rlhf_cli.data.kinds import Demonstration, Text
+from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import Split, read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.forward import token_logprobs, unwrap
@@ -27,8 +30,13 @@ from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.objectives.likelihood import nll_sum
 from rlhf_cli.reporting.console import Bar
+from rlhf_cli.rewards.sources import ModelReward, RewardSource, load_reward
+from rlhf_cli.rollout.rollouts import sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
 from rlhf_cli.training.session import begin, restore, snapshot
+
+REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
 
 def run(cfg: Sft) -> Path:
@@ -56,8 +64,10 @@ def run(cfg: Sft) -> Path:
     steps = min(steps, algo.max_steps or steps)
     optimizer = Optimizer({"policy": (policy, algo.lr)}, algo, steps)
     state, best_weights = session.resume({"policy": policy}, optimizer)
-    best = state.get("best", math.inf)
+    best = state.get("best", -math.inf)
     log = session.log()
+    reward = judge_of(cfg, encoder, session.device)
+    questions = [Prompt(row.prompt, row.columns, row.source) for row in rows.held_out]
 
     def loss(sequences: list[Tokens]) -> Loss:
         batch = collate(sequences, session.device)
@@ -79,9 +89,14 @@ def run(cfg: Sft) -> Path:
             if step % algo.eval_every == 0 or step == steps:
                 nll = mean_nll(policy, held_out, hardware)
                 metrics |= {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
-                bar.advance(0, f"loss {metrics['loss']:.3f}  held-out {nll:.3f}")
-                if algo.keep == "best" and nll < best:
-                    best, best_weights = nll, snapshot(policy)
+                line = f"loss {metrics['loss']:.3f}  held-out {nll:.3f}"
+                if reward is not None:
+                    metrics["eval/reward"] = mean_reward(policy, encoder, questions, reward, cfg)
+                    line += f"  reward {metrics['eval/reward']:.3f}"
+                bar.advance(0, line)
+                merit = -nll if reward is None else metrics["eval/reward"]
+                if algo.keep == "best" and merit > best:
+                    best, best_weights = merit, snapshot(policy)
             log.write(step, metrics)
             session.save(step, {"policy": policy}, optimizer, {"best": best}, best_weights)
 
@@ -89,6 +104,8 @@ def run(cfg: Sft) -> Path:
         restore(policy, best_weights)
     policy.eval()
     final = {"eval/loss": mean_nll(policy, held_out, hardware)}
+    if reward is not None:
+        final["eval/reward"] = mean_reward(policy, encoder, questions, reward, cfg)
     if texts.held_out:
         final["text/loss"] = mean_nll(policy, encoder.texts(texts.held_out), hardware)
     final["eval/perplexity"] = math.exp(min(final["eval/loss"], 700.0))
@@ -111,6 +128,45 @@ def initial_policy(
     if cfg.hardware.gradient_checkpointing:
         unwrap(policy).gradient_checkpointing_enable()
     return policy, tokenizer
+
+
+def judge_of(cfg: Sft, encoder: Encoder, device: torch.device) -> RewardSource | None:
+    """The reward that chooses the weights, if one does.
+
+    Raises:
+        UserError: it reads other tokens than the policy writes.
+    """
+    if cfg.select_by != "reward":
+        return None
+    assert cfg.reward is not None  # validate() refuses a missing reward
+    reward = load_reward(cfg.reward, cfg.model, encoder.tokenizer, cfg.hardware, device)
+    if isinstance(reward, ModelReward):
+        theirs = load_tokenizer(cfg.reward, cfg.model).get_vocab()
+        if theirs != encoder.tokenizer.get_vocab():
+            raise UserError(
+                f"reward={cfg.reward} has another tokenizer than this policy; train both from one "
+                "model"
+            )
+    return reward
+
+
+def mean_reward(
+    policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: RewardSource, cfg: Sft
+) -> float:
+    """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5)."""
+    prompts = list(zip(*encoder.prompts(rows[:REWARD_PROMPTS]), strict=True))
+    rollouts = sample_rollouts(
+        policy,
+        encoder,
+        prompts,
+        Sampling(cfg.data.max_response_tokens, temperature=0.0),
+        samples=1,
+        seed=cfg.seed,
+        stop_ids=encoder.stop_ids,
+        hardware=cfg.hardware,
+    )
+    scores = reward.score(rollouts)
+    return sum(scores) / len(scores)
 
 
 def written(row: Demonstration | Text, cfg: Sft) -> str:

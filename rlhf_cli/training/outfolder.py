@@ -20,8 +20,8 @@ CONFIG = "config.yaml"
 HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 
-# hardware changes no result, and overwrite is an order rather than a setting
-IGNORED_KEYS = ("hardware", "overwrite")
+# hardware and a cache change no result, and overwrite is an order rather than a setting
+IGNORED_KEYS = ("hardware", "overwrite", "reference_cache")
 
 
 def stage_name(cfg: Run) -> str:
@@ -164,6 +164,22 @@ def staging(out: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def aside(folder: Path) -> Path:
+    """An empty folder beside `folder`, for what is to become it."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def move_into_place(part: Path, folder: Path) -> None:
+    """Flush what was written aside to disk, then rename: the folder is seen whole or not at all."""
+    for file in part.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    part.rename(folder)
 
 
 def publish(out: Path, manifest: Manifest) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Run, Sft
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt
+from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Steps
 from rlhf_cli.data.rows import SUFFIXES, first_rows, read_split, read_texts
 from rlhf_cli.models.manifest import (
     check_weights,
+    implicit_reward_of,
     kind_of,
     read_config,
     read_manifest,
@@ -19,15 +20,20 @@ from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, is_claimed, stage_n
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MADE_BY = {"policy": "sft", "reward": "reward"}
-ROW_KINDS: dict[type[Run], type] = {
-    Sft: Demonstration,
-    Reward: Preference,
-    Ppo: Prompt,
-    Dpo: Preference,
-    Grpo: Prompt,
-    Generate: Prompt,
-    Evaluate: Prompt,
+KIND_OF_LOSS: dict[str, type] = {
+    "kwise": Ranking,
+    "plackett_luce": Ranking,
+    "pointwise": Feedback,
+    "kto": Feedback,
+    "steps": Steps,
 }
+
+
+def row_kind(cfg: Run) -> type:
+    """The kind of rows that a stage learns from or answers."""
+    if isinstance(cfg, Reward | Dpo):
+        return KIND_OF_LOSS.get(cfg.algo.loss, Preference)
+    return Demonstration if isinstance(cfg, Sft) else Prompt
 
 
 def preflight(cfg: Run, rows: bool = True) -> list[str]:
@@ -96,7 +102,7 @@ def check_rows(cfg: Run) -> list[str]:
     Returns:
         How many rows there are of each file.
     """
-    data, kind, notes = cfg.data, ROW_KINDS[type(cfg)], []
+    data, kind, notes = cfg.data, row_kind(cfg), []
     if data.text_path is not None and Path(data.text_path).exists():
         notes += read_texts(data).notes
     paths = [path for path in (data.path, data.eval_path) if path is not None]
@@ -119,6 +125,10 @@ def check_models(cfg: Run) -> None:
     if isinstance(cfg, Sft):
         if cfg.model.path is not None:
             check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
+        if cfg.reward is not None and rule_of(cfg.reward) is None:
+            check_folder("reward", cfg.reward, "reward", "a reward output, or a rule")
+            if cfg.model.path is not None:
+                check_tokenizers("reward", cfg.reward, cfg.model.path, "model.path")
         return
     assert isinstance(cfg, Reward | Ppo | Dpo | Grpo | Generate | Evaluate)
     check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
@@ -126,6 +136,10 @@ def check_models(cfg: Run) -> None:
     if reward is not None and rule_of(reward) is None:
         check_folder("reward", reward, "reward", "a reward output, or a rule")
         check_tokenizers("reward", reward, cfg.policy)
+    if isinstance(cfg, Dpo) and cfg.reference not in (None, "bootstrap"):
+        assert cfg.reference is not None
+        check_folder("reference", cfg.reference, "policy", "an sft, ppo, dpo or grpo output")
+        check_tokenizers("reference", cfg.reference, cfg.policy)
     if isinstance(cfg, Evaluate):
         others = {"reference": cfg.reference}
         others |= {f"baselines[{i}]": path for i, path in enumerate(cfg.baselines or [])}
@@ -161,18 +175,20 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
     if manifest is None and not foreign:
         raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
     found = kind_of(folder)
+    if kind == "reward" and implicit_reward_of(path) is not None:
+        found = kind  # beta log(policy / reference) is a reward
     if found != kind:
         article = "reward model" if found == "reward" else found
         raise UserError(f"{role}={path} is a {article}; {role} needs {meant}")
     check_weights(folder)
 
 
-def check_tokenizers(role: str, path: str, policy: str) -> None:
+def check_tokenizers(role: str, path: str, policy: str, key: str = "policy") -> None:
     """Two local folders have the same vocabulary; hub ids are checked once loaded."""
     hashes = [tokenizer_hash(Path(place)) for place in (path, policy) if Path(place).is_dir()]
     if len(hashes) == 2 and None not in hashes and hashes[0] != hashes[1]:
         raise UserError(
-            f"{role}={path} has another tokenizer than policy={policy}; train both from one model"
+            f"{role}={path} has another tokenizer than {key}={policy}; train both from one model"
         )
 
 
@@ -214,7 +230,8 @@ def arithmetic(cfg: Run) -> list[str]:
             f"{group.steps * updates} updates",
         ]
     if isinstance(cfg, Sft | Reward | Dpo):
-        return [f"{cfg.algo.epochs} epochs in batches of {cfg.algo.batch_size}"]
+        rows = f"{row_kind(cfg).__name__.lower()} rows" if isinstance(cfg, Reward | Dpo) else "rows"
+        return [f"{cfg.algo.epochs} epochs in batches of {cfg.algo.batch_size} {rows}"]
     assert isinstance(cfg, Generate | Evaluate)
     prompts = "all" if cfg.algo.prompts is None else cfg.algo.prompts
     return [f"{prompts} prompts x {cfg.algo.samples} responses"]

@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Session:
     plan: list[str]
     start: int = 0
     spent: float = 0.0
+    claimed: bool = False
     checks: dict[str, float] = field(default_factory=dict)
 
     def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
@@ -66,7 +68,9 @@ class Session:
 
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""
-        claim(self.cfg)
+        if not self.claimed:
+            claim(self.cfg)
+        self.claimed = True
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
@@ -129,14 +133,26 @@ class Session:
     # ------------------------------------------------------------------ the end
 
     def finish_model(
-        self, model: nn.Module, kind: str, encoder: Encoder, metrics: dict[str, float], **more: Any
+        self,
+        model: nn.Module,
+        kind: str,
+        encoder: Encoder,
+        metrics: dict[str, float],
+        write_beside: Callable[[Path], None] = lambda folder: None,
+        **more: Any,
     ) -> Path:
-        """Write the model folder and its manifest; only then is the stage complete."""
+        """Write the model folder and its manifest; only then is the stage complete.
+
+        Args:
+            write_beside: writes further files into the folder.
+            more: further entries of stage.json.
+        """
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
         if kind == "policy":
             set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
         folder = staging(self.out)
         save_model(model, encoder.tokenizer, folder, merge)
+        write_beside(folder)
         identity = {
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,

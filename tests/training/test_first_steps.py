@@ -215,13 +215,13 @@ def test_a_step_of_dpo(tmp_path: Path) -> None:
     (entry,) = run("dpo", tmp_path / "out", *words)
     start, encoder = sft_policy()
     after = load_policy(str(tmp_path / "out"), FROZEN, encoder.tokenizer, CPU)
-    pairs = encoder.preferences(read_split(encoder.data, Preference).held_out)
+    pairs = encoder.answers(read_split(encoder.data, Preference).held_out)
     rho = [
         [
             torch.stack([row.sum() for row in logprobs_of(model, sides, hardware_of())])
             for model in (after, start)
         ]
-        for sides in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+        for sides in ([pair.sequences[side] for pair in pairs] for side in (0, 1))
     ]
     h = 0.3 * ((rho[0][0] - rho[0][1]) - (rho[1][0] - rho[1][1]))
     loss = -0.9 * torch.nn.functional.logsigmoid(h) - 0.1 * torch.nn.functional.logsigmoid(-h)
