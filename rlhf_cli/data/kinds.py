@@ -115,8 +115,8 @@ def best_of(row: Ranking, join: str) -> list[Demonstration]:
 
 
 def if_liked(row: Feedback, join: str) -> list[Demonstration]:
-    """A response with thumbs up; what score is good enough to imitate, nobody but users can say."""
-    if row.label is not True:
+    """A response that has no thumbs down; a score alone forbids no one to imitate it."""
+    if row.label is False:
         return []
     return [Demonstration(row.prompt, row.completion, row.source, row.columns)]
 

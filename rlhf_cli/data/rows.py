@@ -158,8 +158,6 @@ def source_rows(
         notes.append(f"the first {limit} are used")
         rows = rows[:limit]
     if not rows:
-        raise UserError(f"{path}: no usable {name_of(kind)} row ({EXPECTED[kind]})")
-    if not rows:
         raise nothing_left(path, kind, notes[-1:])
     check_kinds(rows, kind, data, path)
     return rows

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.batches import AnswerBatch, Batch, collate_answers, sharing_pays
-from rlhf_cli.data.tokens import Answers
+from rlhf_cli.data.batches import AnswerBatch, Batch, collate, collate_answers, sharing_pays
+from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.heads import scalar_head
+from rlhf_cli.objectives.likelihood import nll_sum
 
 
 @dataclass
@@ -99,6 +100,12 @@ def token_logprobs(
         for values in _target_logprobs(model, states, targets, chunk, temperature, with_entropy)
     )
     return TokenLogprobs(logprobs, entropy if with_entropy else None)
+
+
+def response_nll(model: nn.Module, sequences: Sequence[Tokens], *, chunk: int) -> Tensor:
+    """Negative log-likelihood summed over all response tokens of a micro-batch, with gradient."""
+    batch = collate(sequences, next(model.parameters()).device)
+    return nll_sum(token_logprobs(model, batch, chunk=chunk).logprobs, batch.response)
 
 
 def answer_logprobs(model: nn.Module, batch: AnswerBatch, *, chunk: int) -> Tensor:

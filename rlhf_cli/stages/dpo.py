@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Dpo, DpoAlgo, FrozenModel
+from rlhf_cli.config.schema import Dpo, DpoAlgo
 from rlhf_cli.config.validate import WITHOUT_REFERENCE
 from rlhf_cli.data.batches import (
     collate_answers,
@@ -46,9 +46,8 @@ from rlhf_cli.data.kinds import Feedback, Prompt, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.forward import answer_logprobs, on_grid, shares_prompts
-from rlhf_cli.models.load import Reference, load_policy
-from rlhf_cli.models.manifest import content_hash
-from rlhf_cli.models.score import answer_logprobs_of, logprobs_of
+from rlhf_cli.models.load import Reference
+from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.preference import (
     dpo_gradient_weight,
@@ -69,7 +68,16 @@ from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.preflight import row_kind
-from rlhf_cli.training.references import BOOTSTRAP, ReferenceCache, bootstrap
+from rlhf_cli.training.references import (
+    BOOTSTRAP,
+    Compared,
+    bootstrap,
+    fill_reference,
+    known_references,
+    reference_of,
+    reference_origin,
+    sequence_logprobs,
+)
 from rlhf_cli.training.roles import Policy, check_reference, load_role
 from rlhf_cli.training.session import Session, begin
 
@@ -80,19 +88,13 @@ Sums = dict[str, Tensor]
 
 
 @dataclass
-class Item:
+class Item(Compared):
     """The responses that a row judges, and what the loss compares them with.
 
-    reference: (K,) log-probs of the responses under the reference, once they are known.
     mismatched: kto: the row's prompt with the response of another row, for the baseline z0.
     """
 
-    answers: Answers
-    reference: Tensor | None = None
-    mismatched: "Item | None" = None
-
-    def __len__(self) -> int:
-        return len(self.answers)
+    mismatched: Compared | None = None
 
     @property
     def best(self) -> int:
@@ -143,13 +145,16 @@ def run(cfg: Dpo) -> Path:
 
     if cfg.reference == BOOTSTRAP:
         bootstrap(session, policy, good_sequences(train))
-    origin = reference_origin(session, cfg)
-    reference = reference_of(session, policy, cfg) if origin else None
-    ahead = held_out + train if algo.precompute_reference else held_out
-    cache = ReferenceCache(cfg, origin, answers_in(ahead)) if algo.precompute_reference else None
-    fill_reference(reference, ahead, cfg, share, cache)
-    if algo.precompute_reference:
-        reference = None  # its memory is free again; eval/kl needs it and is left out
+    origin: dict[str, str] = {}
+    reference = None
+    if algo.loss not in WITHOUT_REFERENCE:
+        origin, reference = reference_origin(session, cfg), reference_of(session, policy, cfg)
+        ahead = held_out + train if algo.precompute_reference else held_out
+        everything = compared(ahead)
+        with Bar("reference log-probs", len(everything)) as bar:
+            fill_reference(reference, everything, cfg, share, origin, bar.advance)
+        if algo.precompute_reference and not reference.switched_off:
+            reference = None  # its memory is free again; eval/kl needs it and is left out
 
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
@@ -173,7 +178,7 @@ def run(cfg: Dpo) -> Path:
         mismatched = [item.mismatched for item in items if item.mismatched is not None]
         if not mismatched:
             return Batchwise(0.0, scale)
-        ours = torch.cat(sequence_logprobs(policy, mismatched, cfg, share))
+        ours = torch.cat(sequence_logprobs(policy.model, mismatched, cfg.hardware, share))
         return Batchwise(kto_baseline(ours - known_references(mismatched)).item(), scale)
 
     def micro_batches(items: list[Item]) -> list[list[Item]]:
@@ -193,7 +198,7 @@ def run(cfg: Dpo) -> Path:
         return {f"eval/{name}": value for name, value in means.items()}
 
     if session.start == 0 and origin and cfg.reference in (None, BOOTSTRAP):
-        ours = torch.cat(sequence_logprobs(policy, held_out, cfg, share))
+        ours = torch.cat(sequence_logprobs(policy.model, held_out, hardware, share))
         gap = (ours - known_references(held_out)).abs().max().item()
         check_start(session, evaluate(), gap, algo)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
@@ -203,7 +208,8 @@ def run(cfg: Dpo) -> Path:
             if step <= session.start:
                 continue
             began = time.monotonic()
-            fill_reference(reference, batch, cfg, share)
+            if reference is not None:
+                fill_reference(reference, compared(batch), cfg, share)
             whole = batchwise(batch)
             part = Part(micro_batches(batch), partial(loss, whole=whole), len(batch))
             metrics = by_class(optimizer.step([part]), batch)
@@ -221,7 +227,7 @@ def run(cfg: Dpo) -> Path:
     final = evaluate()
     more: dict[str, Any] = {}
     if origin:
-        logprobs = sequence_logprobs(policy, held_out, cfg, share)
+        logprobs = sequence_logprobs(policy.model, held_out, hardware, share)
         more = {"reference": origin, **implicit_reward(logprobs, held_out, algo, origin)}
     if reference is not None:
         check_reference(session, reference)
@@ -298,15 +304,17 @@ def objective(
             "logprobs/rejected": logprobs * ~good,
         }
     chosen, rejected = rewards[best], rewards[worst]
-    return losses, {
+    metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": chosen - rejected,
         "rewards/accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
         "logprobs/chosen": logprobs[best],
         "logprobs/rejected": logprobs[worst],
-        "gradient_weight": dpo_gradient_weight(h, beta),
     }
+    if algo.loss not in ("preferred_ft", "unlikelihood"):  # these have no implicit reward
+        metrics["gradient_weight"] = dpo_gradient_weight(h, beta)
+    return losses, metrics
 
 
 def reward_scale(algo: DpoAlgo) -> float:
@@ -376,7 +384,7 @@ def items_of(answers: list[Answers], algo: DpoAlgo, seed: int) -> list[Item]:
                 "all rows have one prompt; kto compares with responses to other prompts"
             )
         row = answers[i].row
-        items[i].mismatched = Item(Answers(answers[i].prompt, partner.responses, row))
+        items[i].mismatched = Compared(Answers(answers[i].prompt, partner.responses, row))
     return items
 
 
@@ -385,10 +393,9 @@ def responses_in(item: Item) -> int:
     return len(item.answers.responses)
 
 
-def answers_in(items: list[Item]) -> list[Answers]:
-    """The responses of items and, for kto, of their partners."""
-    mismatched = [item.mismatched.answers for item in items if item.mismatched is not None]
-    return [item.answers for item in items] + mismatched
+def compared(items: list[Item]) -> list[Compared]:
+    """Items and, for kto, their partners: all that the reference scores."""
+    return [*items, *(item.mismatched for item in items if item.mismatched is not None)]
 
 
 def good_sequences(items: list[Item]) -> list[Tokens]:
@@ -401,64 +408,7 @@ def tokens_in(items: list[Item]) -> int:
     return sum(len(sequence) for item in items for sequence in item.answers.sequences)
 
 
-# --------------------------------------------------------------------------- the reference
-
-
-def reference_origin(session: Session, cfg: Dpo) -> dict[str, str]:
-    """What the reference is, for stage.json; empty where the loss has none."""
-    if cfg.algo.loss in WITHOUT_REFERENCE:
-        return {}
-    if cfg.reference == BOOTSTRAP:
-        made = str(session.out / BOOTSTRAP)
-        return {"kind": BOOTSTRAP, "path": BOOTSTRAP, "hash": content_hash(made)}
-    path = cfg.reference or cfg.policy
-    kind = "start" if cfg.reference is None else "folder"
-    return {"kind": kind, "path": path, "hash": content_hash(path)}
-
-
-def reference_of(session: Session, policy: Policy, cfg: Dpo) -> Reference:
-    """The policy as it is now, frozen, or the model of another folder."""
-    if cfg.reference in (None, BOOTSTRAP):
-        return Reference(policy.model)
-    assert cfg.reference is not None
-    frozen = FrozenModel(cfg.model.dtype, cfg.model.trust_remote_code)
-    return Reference.of(load_policy(cfg.reference, frozen, policy.tokenizer, session.device))
-
-
-def fill_reference(
-    reference: Reference | None,
-    items: list[Item],
-    cfg: Dpo,
-    share: bool,
-    cache: ReferenceCache | None = None,
-) -> None:
-    """The reference's log-probs of all responses, where they are not known yet."""
-    everything = [*items, *(item.mismatched for item in items if item.mismatched is not None)]
-    unknown = [item for item in everything if item.reference is None]
-    if reference is None or not unknown:
-        return
-    found = cache.read() if cache is not None else None
-    if found is None:
-        with reference.active() as model, Bar("reference log-probs", len(unknown)) as bar:
-            answers = [item.answers for item in unknown]
-            per_token = answer_logprobs_of(model, answers, cfg.hardware, share, bar.advance)
-        found = [torch.stack([each.sum() for each in responses]) for responses in per_token]
-        if cache is not None:
-            cache.write(found)
-    for item, values in zip(unknown, found, strict=True):
-        item.reference = values
-
-
-def known_references(items: list[Item]) -> Tensor:
-    """(S,) log-probs under the reference, item by item."""
-    return torch.cat([item.reference for item in items if item.reference is not None])
-
-
-def sequence_logprobs(policy: Policy, items: list[Item], cfg: Dpo, share: bool) -> list[Tensor]:
-    """Per item the (K,) log-probs of its responses under the policy, without gradient."""
-    answers = [item.answers for item in items]
-    found = answer_logprobs_of(policy.model, answers, cfg.hardware, share)
-    return [torch.stack([each.sum() for each in responses]) for responses in found]
+# --------------------------------------------------------------------------- figures
 
 
 def sampled_kl(policy: Policy, reference: Reference, rows: list[Prompt], cfg: Dpo) -> float:

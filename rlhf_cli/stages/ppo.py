@@ -22,13 +22,19 @@ from rlhf_cli.data.batches import collate, cut, derived_seed, draw, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
-from rlhf_cli.models.forward import matmul_in_float32, state_values, token_logprobs, unwrap
+from rlhf_cli.models.forward import (
+    matmul_in_float32,
+    response_nll,
+    state_values,
+    token_logprobs,
+    unwrap,
+)
 from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.load import Reference, load_scorer, scorer_from_policy
 from rlhf_cli.models.manifest import RESPONSE
 from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
 from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef
-from rlhf_cli.objectives.likelihood import masked_whiten, nll_sum
+from rlhf_cli.objectives.likelihood import masked_whiten
 from rlhf_cli.objectives.policy_gradient import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -120,9 +126,7 @@ def run(cfg: Ppo) -> Path:
         return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
     def ptx_loss(sequences: list[Tokens]) -> Loss:
-        batch = collate(sequences, session.device)
-        logprobs = token_logprobs(policy.model, batch, chunk=hardware.logprob_chunk).logprobs
-        nll = nll_sum(logprobs, batch.response)
+        nll = response_nll(policy.model, sequences, chunk=hardware.logprob_chunk)
         return nll, {"loss/ptx": nll.detach()}
 
     def parts(minibatch: list[Experience], update: int) -> list[Part]:

@@ -20,15 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Sft
-from rlhf_cli.data.batches import collate, cut, derived_seed, epochs_of
+from rlhf_cli.data.batches import cut, derived_seed, epochs_of
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import Split, read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
-from rlhf_cli.models.forward import token_logprobs, unwrap
+from rlhf_cli.models.forward import response_nll, unwrap
 from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
-from rlhf_cli.objectives.likelihood import nll_sum
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rewards.sources import ModelReward, RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
@@ -70,9 +69,7 @@ def run(cfg: Sft) -> Path:
     questions = [Prompt(row.prompt, row.columns, row.source) for row in rows.held_out]
 
     def loss(sequences: list[Tokens]) -> Loss:
-        batch = collate(sequences, session.device)
-        logprobs = token_logprobs(policy, batch, chunk=hardware.logprob_chunk).logprobs
-        return nll_sum(logprobs, batch.response), {}
+        return response_nll(policy, sequences, chunk=hardware.logprob_chunk), {}
 
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     with Bar("sft", steps) as bar:

@@ -1,22 +1,25 @@
-"""Where a reference comes from when it is not simply loaded: bootstrapped, or read from a cache."""
+"""The reference of preference losses: where it comes from, and its log-probs, kept on disk."""
 
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlhf_cli.config.schema import Dpo
-from rlhf_cli.data.batches import collate, cut, epochs_of
+from rlhf_cli.config.schema import Dpo, FrozenModel, Hardware
+from rlhf_cli.data.batches import cut, epochs_of
 from rlhf_cli.data.tokens import Answers, Tokens
-from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.models.load import load_weights, save_model, set_stop_ids
-from rlhf_cli.objectives.likelihood import nll_sum
+from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.load import Reference, load_policy, load_weights, save_model, set_stop_ids
+from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.models.score import answer_logprobs_of
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
 from rlhf_cli.training.outfolder import aside, move_into_place
@@ -44,9 +47,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     optimizer = Optimizer({"policy": (policy.model, algo.bootstrap_lr or algo.lr)}, algo, steps)
 
     def loss(sequences: list[Tokens]) -> Loss:
-        batch = collate(sequences, session.device)
-        logprobs = token_logprobs(policy.model, batch, chunk=cfg.hardware.logprob_chunk).logprobs
-        return nll_sum(logprobs, batch.response), {}
+        return response_nll(policy.model, sequences, chunk=cfg.hardware.logprob_chunk), {}
 
     with Bar("bootstrap", steps) as bar:
         for items in epochs_of(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap"):
@@ -60,6 +61,89 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     move_into_place(part, folder)
 
 
+@dataclass
+class Compared:
+    """Responses to one prompt, which a policy is compared with its reference on.
+
+    reference: (K,) log-probs of the responses under the reference, once they are known.
+    """
+
+    answers: Answers
+    reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+
+def reference_origin(session: Session, cfg: Dpo) -> dict[str, str]:
+    """What the reference is, for stage.json."""
+    if cfg.reference == BOOTSTRAP:
+        made = str(session.out / BOOTSTRAP)
+        return {"kind": BOOTSTRAP, "path": BOOTSTRAP, "hash": content_hash(made)}
+    path = cfg.reference or cfg.policy
+    kind = "start" if cfg.reference is None else "folder"
+    return {"kind": kind, "path": path, "hash": content_hash(path)}
+
+
+def reference_of(session: Session, policy: Policy, cfg: Dpo) -> Reference:
+    """The policy as it is now, frozen, or the model of another folder."""
+    if cfg.reference is None or cfg.reference == BOOTSTRAP:
+        return Reference(policy.model)
+    frozen = FrozenModel(cfg.model.dtype, cfg.model.trust_remote_code)
+    return Reference.of(load_policy(cfg.reference, frozen, policy.tokenizer, session.device))
+
+
+def fill_reference(
+    reference: Reference,
+    items: Sequence[Compared],
+    cfg: Dpo,
+    share: bool,
+    origin: dict[str, str] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """The reference's log-probs of all responses, where they are not known yet.
+
+    Args:
+        share: whether prompts may be computed once.
+        origin: what the reference is, if all log-probs are computed ahead: then they are kept on
+            disk.
+        advance: told how many items are done.
+    """
+    unknown = [item for item in items if item.reference is None]
+    if not unknown:
+        return
+    cache, found = None, None
+    if origin is not None and cfg.algo.precompute_reference and cfg.reference_cache is not None:
+        answers = [item.answers for item in unknown]
+        cache = ReferenceCache(cfg.reference_cache, cfg, origin, answers)
+        found = cache.read()
+    if found is None:
+        with reference.active() as model:
+            found = sequence_logprobs(model, unknown, cfg.hardware, share, advance)
+        if cache is not None:
+            cache.write(found)
+    for item, values in zip(unknown, found, strict=True):
+        item.reference = values
+
+
+def sequence_logprobs(
+    model: nn.Module,
+    items: Sequence[Compared],
+    hardware: Hardware,
+    share: bool,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Tensor]:
+    """Per item the (K,) log-probs of its responses, summed over tokens; without gradient."""
+    answers = [item.answers for item in items]
+    found = answer_logprobs_of(model, answers, hardware, share, advance)
+    return [torch.stack([each.sum() for each in responses]) for responses in found]
+
+
+def known_references(items: Sequence[Compared]) -> Tensor:
+    """(S,) log-probs under the reference, item by item."""
+    return torch.cat([item.reference for item in items if item.reference is not None])
+
+
 class ReferenceCache:
     """Log-probs of a reference on disk, so that a second run or a sweep over beta has no pass.
 
@@ -68,7 +152,9 @@ class ReferenceCache:
     reference's weights: one that was written for other weights is stale, and computed again.
     """
 
-    def __init__(self, cfg: Dpo, origin: dict[str, str], answers: list[Answers]) -> None:
+    def __init__(
+        self, folder: str, cfg: Dpo, origin: dict[str, str], answers: list[Answers]
+    ) -> None:
         self._counts = [len(each.responses) for each in answers]
         data = hashlib.sha256()
         for each in answers:
@@ -81,12 +167,11 @@ class ReferenceCache:
         }
         place = str(Path(cfg.out) / BOOTSTRAP) if origin["kind"] == BOOTSTRAP else origin["path"]
         name = hashlib.sha256(json.dumps({**self._key, "reference": place}).encode()).hexdigest()
-        folder = cfg.reference_cache
-        self.file = None if folder is None else Path(folder) / f"{name[:16]}.safetensors"
+        self.file = Path(folder) / f"{name[:16]}.safetensors"
 
     def read(self) -> list[Tensor] | None:
         """Per item the (K,) log-probs of its responses; None where they must be computed."""
-        if self.file is None or not self.file.is_file():
+        if not self.file.is_file():
             return None
         try:
             with safe_open(self.file, framework="pt") as stored:
@@ -102,8 +187,6 @@ class ReferenceCache:
 
     def write(self, values: list[Tensor]) -> None:
         """Keep them, in the order of `read`."""
-        if self.file is None:
-            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_name(f".{self.file.name}.part")
         save_file({"logprobs": torch.cat(values)}, part, metadata=self._key)
