@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Run, Sft
+from rlhf_cli.data.files import SUFFIXES
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Steps
-from rlhf_cli.data.rows import SUFFIXES, first_rows, read_split, read_texts
+from rlhf_cli.data.rows import first_rows, read_split, read_texts
 from rlhf_cli.models.manifest import (
     check_weights,
     implicit_reward_of,

@@ -7,18 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.conversions import CONVERSIONS, convert, route
 from rlhf_cli.data.kinds import (
-    CONVERSIONS,
     Feedback,
     Preference,
     Prompt,
     Ranking,
     Row,
     Steps,
-    convert,
     cut_steps,
     pairs_of,
-    route,
 )
 from tests.toys import data_of
 

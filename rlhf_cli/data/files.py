@@ -1,0 +1,115 @@
+"""Files and hub datasets as plain objects, one at a time, each with its place."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors put first
+
+Raw = dict[str, Any]
+
+
+def read_raw(path: str | Path) -> Iterator[tuple[Raw, str]]:
+    """Each row as a dict, with `file:line`, from a file, a folder of files, or a hub dataset."""
+    if str(path) == "-":
+        for number, line in enumerate(sys.stdin, 1):
+            yield {"prompt": line.rstrip("\n")}, f"stdin:{number}"
+        return
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+        for file in files:
+            yield from read_raw(file)
+        return
+    if not place.exists():
+        yield from read_hub(str(path))
+        return
+    count = 0
+    for raw, number in PARSERS.get(place.suffix, parse_jsonl)(place):
+        if not isinstance(raw, dict):
+            raise UserError(f"{place}:{number}: expected an object, got {type(raw).__name__}")
+        count += 1
+        yield raw, f"{place}:{number}"
+    if not count:
+        raise UserError(f"{place}: the file has no rows")
+
+
+def parse_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
+    """Objects, one a line; blank lines are passed over."""
+    with file.open(encoding=ENCODING) as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line), number
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        raise UserError(f"{file}:{number}: not JSON: {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: not a text file in UTF-8") from None
+
+
+def parse_json(file: Path) -> Iterator[tuple[Any, int]]:
+    """A list of objects; the number is the place in the list."""
+    try:
+        rows = json.loads(file.read_text(encoding=ENCODING))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: expected a list of objects")
+    yield from ((row, number) for number, row in enumerate(rows, 1))
+
+
+def parse_csv(file: Path) -> Iterator[tuple[Any, int]]:
+    """Rows under a header line."""
+    with file.open(encoding=ENCODING, newline="") as lines:
+        try:
+            for number, row in enumerate(csv.DictReader(lines), 2):
+                yield row, number
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not CSV in UTF-8: {error}") from None
+
+
+def parse_parquet(file: Path) -> Iterator[tuple[Any, int]]:
+    """Rows of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file}: not Parquet: {error}") from None
+    yield from ((row, number) for number, row in enumerate(table.to_pylist(), 1))
+
+
+PARSERS: dict[str, Callable[[Path], Iterator[tuple[Any, int]]]] = {
+    ".jsonl": parse_jsonl,
+    ".json": parse_json,
+    ".csv": parse_csv,
+    ".parquet": parse_parquet,
+}
+
+
+def read_hub(name: str) -> Iterator[tuple[Raw, str]]:
+    """Rows of a hub dataset's train split; `owner/name:config:split` says more."""
+    repo, _, rest = name.partition(":")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(repo).suffix in SUFFIXES:
+        raise UserError(f"no such file: {name}")
+    from datasets import load_dataset
+
+    config, _, split = rest.partition(":")
+    try:
+        dataset = load_dataset(repo, config or None, split=split or "train")
+    except Exception as error:  # the library raises many kinds; each means that we have no rows
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"no file {name}, and no hub dataset of that name: {first}") from None
+    for number, row in enumerate(dataset, 1):
+        yield dict(row), f"{name}:{number}"
