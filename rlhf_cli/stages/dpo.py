@@ -24,6 +24,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ def objective(
     rho = logprobs - reference
     if algo.loss in PER_TOKEN:
         rho = rho / lengths
-    starts = [0, *torch.tensor([len(item.answers.responses) for item in items]).cumsum(0).tolist()]
+    starts = [0, *accumulate(map(responses_in, items))]
     best = [start + item.best for start, item in zip(starts, items, strict=False)]
     worst = [start + item.worst for start, item in zip(starts, items, strict=False)]
     good = torch.tensor([item.is_good for item in items], device=rho.device)
