@@ -105,7 +105,7 @@ def _longest(rows: Sequence[Answers]) -> int:
     return max(len(row.prompt) + sum(map(len, row.responses)) for row in rows)
 
 
-def sharing_pays(groups: Sequence[Answers], width: int = 512) -> bool:
+def sharing_pays(groups: Sequence[Answers], width: int) -> bool:
     """Whether computing each prompt once is faster, judged by the padded sizes of both layouts.
 
     A shared row saves tokens, but attention looks at every pair of its tokens, seen or not.

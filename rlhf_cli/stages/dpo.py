@@ -35,18 +35,16 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Dpo, DpoAlgo
 from rlhf_cli.config.validate import WITHOUT_REFERENCE
 from rlhf_cli.data.batches import (
-    collate_answers,
     cut,
     derived_seed,
     epochs_of,
     order_of,
     rankings_of,
-    sharing_pays,
 )
 from rlhf_cli.data.kinds import Feedback, Prompt, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Tokens
-from rlhf_cli.models.forward import answer_logprobs, on_grid, shares_prompts
+from rlhf_cli.models.forward import answer_batch, answer_logprobs, on_grid, shares_prompts
 from rlhf_cli.models.load import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
@@ -164,7 +162,7 @@ def run(cfg: Dpo) -> Path:
 
     def loss(items: list[Item], whole: Batchwise) -> Loss:
         answers = [item.answers for item in items]
-        batch = collate_answers(answers, session.device, share and sharing_pays(answers))
+        batch = answer_batch(policy.model, answers, share)
         grid = answer_logprobs(policy.model, batch, chunk=hardware.logprob_chunk)  # (S, R)
         logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
         known = [item.reference for item in items if item.reference is not None]

@@ -26,17 +26,16 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import Hardware, Reward, RewardAlgo
 from rlhf_cli.data.batches import (
     AnswerBatch,
-    collate_answers,
     cut,
     derived_seed,
     epochs_of,
     rankings_of,
-    sharing_pays,
 )
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Encoder
 from rlhf_cli.models.forward import (
+    answer_batch,
     answer_scores,
     answer_token_scores,
     on_grid,
@@ -102,7 +101,7 @@ def run(cfg: Reward) -> Path:
     log = session.log()
 
     def loss(items: list[Answers]) -> Loss:
-        batch = collate_answers(items, session.device, share and sharing_pays(items))
+        batch = answer_batch(scorer, items, share)
         losses, metrics = fit(scores_in(scorer, batch, items, reading), items, algo)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 

@@ -80,12 +80,12 @@ def answers(prompt: int, *responses: int) -> Answers:
 
 
 def test_sharing_pays_where_prompts_are_long() -> None:
-    assert sharing_pays([answers(30, 10, 10)])
-    assert sharing_pays([answers(30, 10, 10), answers(28, 5, 9)])
-    assert not sharing_pays([answers(30, 10)])
-    assert not sharing_pays([answers(0, 10, 10)])
+    assert sharing_pays([answers(30, 10, 10)], width=512)
+    assert sharing_pays([answers(30, 10, 10), answers(28, 5, 9)], width=512)
+    assert not sharing_pays([answers(30, 10)], width=512)
+    assert not sharing_pays([answers(0, 10, 10)], width=512)
     # its many responses make a long row, to which the others are padded
-    assert not sharing_pays([answers(10, *[10] * 8), answers(10, 10), answers(10, 10)])
+    assert not sharing_pays([answers(10, *[10] * 8), answers(10, 10), answers(10, 10)], 512)
 
 
 def test_sharing_pays_less_where_attention_weighs_more() -> None:
@@ -109,7 +109,7 @@ def test_a_cut_of_groups_keeps_its_budget_in_either_layout(
     for batch in batches:
         padded = collate_answers(batch).ids.numel()
         assert padded <= budget or len(batch) == 1
-        if sharing_pays(batch):
+        if sharing_pays(batch, width=512):
             assert collate_answers(batch, share=True).ids.numel() < padded
 
 
