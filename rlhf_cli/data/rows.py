@@ -49,8 +49,12 @@ class Split:
     notes: list[str]
 
 
+class KindError(UserError):
+    """The rows are sound, but of a kind that cannot become the one asked for."""
+
+
 def read_split(data: Data, kind: type) -> Split:
-    """Training and held-out rows of `kind`; no prompt is on both sides.
+    """Training and held-out rows of `kind`; no prompt is on both sides of one source.
 
     Raises:
         UserError: a file is missing or empty, or a row is malformed or of an unfit kind.
@@ -66,6 +70,9 @@ def read_split(data: Data, kind: type) -> Split:
     else:
         held_out = source_rows(data, eval_path, kind, notes)
         place = eval_path
+        seen = {identity(row) for row in train}
+        if known := sum(identity(row) in seen for row in held_out):
+            notes.append(f"{known} of {len(held_out)} held-out rows have a prompt of training rows")
     about: list[str] = []
     split = Split(
         checked(as_kind(train, kind, data, path, notes), data, path, notes),
@@ -107,7 +114,8 @@ def read_texts(data: Data) -> Split:
 def hold_out(rows: list[Any], count: int, path: object) -> tuple[list[Any], list[Any]]:
     """Split off the rows of `count` prompts: those whose hash is lowest.
 
-    A prompt is on one side, and on the same side at every seed, in every stage and in every file.
+    A prompt is on one side, and on the same side at every seed and in every stage that reads this
+    source with this count.
     """
     groups: dict[str, list[Any]] = {}
     for row in rows:
@@ -197,7 +205,7 @@ def check_kinds(rows: list[Row], kind: type, data: Data, path: object) -> None:
         if (way_there := route(have, kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"
-        raise UserError(line)
+        raise KindError(line)
 
 
 def as_kind(rows: list[Row], kind: type, data: Data, place: object, notes: list[str]) -> list[Any]:

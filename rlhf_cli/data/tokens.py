@@ -28,6 +28,9 @@ from rlhf_cli.data.kinds import (
     cut_steps,
 )
 
+UNFINISHED = "\ufffd"  # how tokenizers decode a part of a character
+BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8
+
 
 @dataclass
 class Tokens:
@@ -155,12 +158,15 @@ class Encoder:
             return row.responses
         if isinstance(row, Feedback):
             return [row.completion]
-        text = self.data.step_join.join(row.steps)
-        found = cut_steps(text, self.data.step_end)
-        if len(found) != len(row.steps):
+        join, step_end = self.data.step_join, self.data.step_end
+        text = join.join(row.steps)
+        ours = list(accumulate(len(step) + len(join) for step in row.steps))[:-1]
+        theirs = list(accumulate(map(len, cut_steps(text, step_end))))[:-1]
+        apart = zip(ours, theirs, strict=False)
+        if len(ours) != len(theirs) or not all(0 <= a - b <= len(join) for a, b in apart):
             raise UserError(
-                f"{row.source}: data.step_end={self.data.step_end!r} cuts these {len(row.steps)} "
-                f"steps, joined by data.step_join={self.data.step_join!r}, into {len(found)}"
+                f"{row.source}: these {len(row.steps)} steps, joined by data.step_join={join!r}, "
+                f"are not those that data.step_end={step_end!r} ends ({len(theirs) + 1} steps)"
             )
         return [text]
 
@@ -168,8 +174,14 @@ class Encoder:
         """Steps with their last tokens; a step that the length limit cut has none."""
         (response,) = item.responses
         ends = self.step_cutter.ends(response)
-        whole = response[-1] in self.stop_ids
-        return replace(item, ends=ends if whole else ends[:-1])
+        if response[-1] not in self.stop_ids:
+            return replace(item, ends=ends[:-1])
+        if len(ends) != len(item.row.steps):
+            raise UserError(
+                f"{item.row.source}: the tokenizer of {self.tokenizer.name_or_path} loses what "
+                f"ends a step: {len(ends)} of {len(item.row.steps)} steps are found in its tokens"
+            )
+        return replace(item, ends=ends)
 
     @cached_property
     def step_cutter(self) -> "StepCutter":
@@ -298,24 +310,38 @@ class StepCutter:
         self._tokenizer = tokenizer
         self._step_end = step_end
         self._anchor = tokenizer("a", add_special_tokens=False).input_ids
-        self._pieces: dict[int, str] = {}
+        self._pieces: dict[tuple[int, ...], str] = {}
 
     def ends(self, ids: Sequence[int]) -> list[int]:
         """The place of the last token of each step; the last step ends with the response."""
-        pieces = [self._piece(id) for id in ids]
+        pieces = self._texts(ids)
         steps = cut_steps("".join(pieces), self._step_end)
         limits = list(accumulate(map(len, steps)))[:-1]  # characters up to the end of each step
         seen = list(accumulate(map(len, pieces)))  # characters up to the end of each token
         return [bisect_left(seen, limit) for limit in limits] + [len(ids) - 1]
 
-    def _piece(self, id: int) -> str:
-        """What a token adds to a text; decoded after another, lest a leading space be lost."""
-        if id not in self._pieces:
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; a character of several tokens comes with its last."""
+        texts: list[str] = []
+        pending: tuple[int, ...] = ()
+        for id in ids:
+            pending = (*pending, id)
+            text = self._text(pending)
+            if text.endswith(UNFINISHED) and len(pending) < BYTES_OF_A_CHARACTER:
+                texts.append("")
+            else:
+                texts.append(text)
+                pending = ()
+        return texts
+
+    def _text(self, ids: tuple[int, ...]) -> str:
+        """The text of tokens, decoded after another one, lest a leading space be lost."""
+        if ids not in self._pieces:
             alone, after = (
                 self._tokenizer.decode(
-                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                    each, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
-                for ids in (self._anchor, [*self._anchor, id])
+                for each in (self._anchor, [*self._anchor, *ids])
             )
-            self._pieces[id] = str(after).removeprefix(str(alone))
-        return self._pieces[id]
+            self._pieces[ids] = str(after).removeprefix(str(alone))
+        return self._pieces[ids]

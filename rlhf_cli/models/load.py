@@ -51,6 +51,16 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_vocabulary(
+    role: str, path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Stop where the model of a role reads other tokens than those it will be given."""
+    if load_tokenizer(path, config).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{role}={path} has another tokenizer than the policy; train both from one model"
+        )
+
+
 def load_policy(
     path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> nn.Module:

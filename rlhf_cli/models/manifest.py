@@ -114,12 +114,18 @@ def file_hash(*files: Path) -> str:
 
 
 def content_hash(path: str) -> str:
-    """Identity of a model folder: its weights and its config. A hub id stands for itself."""
+    """Identity of a model folder: its weights and config, and those of an adapter's local base.
+
+    A hub id stands for itself.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return path
     configs = [folder / name for name in ("config.json", "adapter_config.json")]
-    return file_hash(*weight_files(folder), *(file for file in configs if file.is_file()))
+    files = [*weight_files(folder), *(file for file in configs if file.is_file())]
+    if configs[1].is_file():
+        files += weight_files(Path(str(read_object(configs[1]).get("base_model_name_or_path"))))
+    return file_hash(*files)
 
 
 def tokenizer_hash(folder: Path) -> str | None:

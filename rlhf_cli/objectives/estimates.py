@@ -28,14 +28,17 @@ def clustered_mean(values: Tensor) -> Estimate:
 
 
 def clustered_stderr(values: Tensor, clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean of (N,) values whose clusters (prompts) are independent.
+    """Standard error of the mean of (N,) values whose G clusters (prompts) are independent.
 
-    sqrt(sum over clusters of (sum of deviations)^2) / N; with one value each it is the usual one.
+    sqrt(sum over clusters of (sum of deviations)^2) / N, without the factor sqrt(G / (G - 1)) of
+    small samples. Not a number where all values are of one cluster.
     """
     sums: defaultdict[Hashable, float] = defaultdict(float)
     deviations = (values.double() - values.double().mean()).tolist()
     for cluster, deviation in zip(clusters, deviations, strict=True):
         sums[cluster] += deviation
+    if len(sums) < 2:
+        return math.nan
     return math.sqrt(sum(total**2 for total in sums.values())) / len(deviations)
 
 

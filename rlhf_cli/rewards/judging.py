@@ -257,11 +257,8 @@ def lengths_of(item: Answers) -> list[int]:
     return [len(response) for response in item.responses]
 
 
-def with_sides_swapped(items: Sequence[Answers]) -> list[Answers]:
-    """The same rows with their responses in reverse, judged as if nothing had changed.
-
-    The accuracy of a scorer that hears no order is then 1 minus what it was.
-    """
+def with_order_reversed(items: Sequence[Answers]) -> list[Answers]:
+    """The same responses in reverse order, to find a scorer that hears it."""
     return [replace(item, responses=item.responses[::-1]) for item in items]
 
 

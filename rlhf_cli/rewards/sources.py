@@ -13,7 +13,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import StepCutter, Tokens
-from rlhf_cli.models.load import load_policy, load_scorer
+from rlhf_cli.models.load import check_vocabulary, load_policy, load_scorer
 from rlhf_cli.models.manifest import (
     RESPONSE,
     STEP,
@@ -192,6 +192,7 @@ def load_reward(
     if (rule := rule_of(spec)) is not None:
         return RuleReward(rule)
     frozen = FrozenModel(dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    check_vocabulary("reward", spec, frozen, tokenizer)
     implicit = implicit_reward_of(spec)
     if implicit is not None:
         reference = reference_folder(spec, implicit)

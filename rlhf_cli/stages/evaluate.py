@@ -9,6 +9,7 @@ Gold is a scorer that training never saw: a fooled reward model shows.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Evaluate
 from rlhf_cli.data.batches import derived_seed
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Text
-from rlhf_cli.data.rows import identity, read_split, read_texts
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text
+from rlhf_cli.data.rows import KindError, identity, read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
@@ -111,7 +111,7 @@ def run(cfg: Evaluate) -> Path:
     )
     show_report(paths[0], cfg.reference, results, wins)
     if judgement is not None:
-        show_judgement(f"{cfg.reward} on held-out pairs", judgement)
+        show_judgement(f"{cfg.reward} on held-out rows", judgement)
     return session.finish("report", {"policies": results, "win_rates": wins})
 
 
@@ -136,16 +136,15 @@ def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, RewardS
 
 
 def judged(cfg: Evaluate, source: RewardSource | None, policy: Policy) -> Report | None:
-    """How a reward model orders held-out pairs; None without a model or without comparisons."""
+    """How a reward model orders held-out pairs, or rankings; None without either."""
     if not isinstance(source, ModelReward):
         return None
-    try:
-        rows = read_split(cfg.data, Preference).held_out
-    except UserError:  # prompts, say: nothing to judge it by
-        return None
-    items = policy.encoder.answers(rows)
-    scores = source.raw([sequence for item in items for sequence in item.sequences])
-    return judge(items, list(scores.view(-1, 2)))
+    for kind in (Preference, Ranking):
+        with suppress(KindError):
+            items = policy.encoder.answers(read_split(cfg.data, kind).held_out)
+            scores = source.raw([sequence for item in items for sequence in item.sequences])
+            return judge(items, scores.split([len(item.responses) for item in items]))
+    return None
 
 
 def estimated_kl(

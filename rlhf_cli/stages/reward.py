@@ -59,13 +59,12 @@ from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.reporting.plots import reliability_picture
 from rlhf_cli.reporting.report import show_judgement
 from rlhf_cli.rewards.judging import (
-    Report,
     accuracy,
     calibration_of,
     figures,
     judge,
+    with_order_reversed,
     with_prompts_exchanged,
-    with_sides_swapped,
 )
 from rlhf_cli.rewards.sources import Reading
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
@@ -85,6 +84,8 @@ def run(cfg: Reward) -> Path:
     check_rows(rows.train + rows.held_out, algo)
     train, held_out = encoder.answers(rows.train), encoder.answers(rows.held_out)
     demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
+    if len(demonstrations) < 2:
+        raise UserError("scores are normalised by those of demonstrations, but there is only one")
     level = {"steps": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
@@ -105,8 +106,8 @@ def run(cfg: Reward) -> Path:
         losses, metrics = fit(scores_in(scorer, batch, items, reading), items, algo)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
-    def report(items: list[Answers]) -> Report:
-        return judge(items, scores_of_rows(scorer, items, reading, hardware, share), algo.target)
+    def scores(items: list[Answers]) -> list[Tensor]:
+        return scores_of_rows(scorer, items, reading, hardware, share)
 
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
     with Bar("reward", steps) as bar:
@@ -117,19 +118,21 @@ def run(cfg: Reward) -> Path:
             micro_batches = cut(batch, hardware.tokens_per_microbatch, count=responses_in)
             metrics = optimizer.step([Part(micro_batches, loss, judgements_in(batch))])
             if step % algo.eval_every == 0 or step == steps:
-                metrics |= figures(report(held_out))
+                metrics |= figures(judge(held_out, scores(held_out), algo.target))
                 bar.advance(0, held_out_line(metrics))
             log.write(step, metrics)
             session.save(step, {"reward": scorer}, optimizer, {})
 
     scorer.eval()
-    final = report(held_out)
-    if "pairs" in final:  # an order that is heard in the pair itself, and a prompt that matters
-        for name, change in (
-            ("accuracy_swapped", with_sides_swapped),
-            ("accuracy_prompt_exchanged", with_prompts_exchanged),
-        ):
-            final[name] = report(change(held_out))["accuracy"]
+    final = judge(held_out, scores(held_out), algo.target)
+    if "pairs" in final:
+        # Sides in the other order, labels too: 1 - accuracy, unless the scorer hears the order.
+        reversed_scores = [each.flip(0) for each in scores(with_order_reversed(held_out))]
+        final["accuracy_swapped"] = 1 - judge(held_out, reversed_scores)["accuracy"]
+        if len({tuple(item.prompt) for item in held_out}) > 1:
+            # What the responses show without their prompt.
+            strangers = with_prompts_exchanged(held_out)
+            final["accuracy_prompt_exchanged"] = judge(held_out, scores(strangers))["accuracy"]
     statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())
     show_judgement("held-out rows", final)
 

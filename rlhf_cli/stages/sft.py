@@ -29,11 +29,11 @@ from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.rewards.sources import ModelReward, RewardSource, load_reward
+from rlhf_cli.rewards.sources import RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
-from rlhf_cli.training.session import begin, restore, snapshot
+from rlhf_cli.training.session import Session, begin, restore, snapshot
 
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
@@ -55,6 +55,8 @@ def run(cfg: Sft) -> Path:
             f"algo.text_mix={algo.text_mix:g} asks for {most} plain-text rows, there are "
             f"{len(texts.train)}; null takes all"
         )
+    questions = questions_of(rows.held_out) if cfg.select_by == "reward" else []
+    reward = judge_of(cfg, encoder, questions, session) if questions else None
     mixed = encoder.texts(texts.train[:most])
     session.note(encoder, rows.notes + texts.notes)
     train = train + mixed
@@ -65,8 +67,6 @@ def run(cfg: Sft) -> Path:
     state, best_weights = session.resume({"policy": policy}, optimizer)
     best = state.get("best", -math.inf)
     log = session.log()
-    reward = judge_of(cfg, encoder, session.device)
-    questions = [Prompt(row.prompt, row.columns, row.source) for row in rows.held_out]
 
     def loss(sequences: list[Tokens]) -> Loss:
         return response_nll(policy, sequences, chunk=hardware.logprob_chunk), {}
@@ -127,23 +127,27 @@ def initial_policy(
     return policy, tokenizer
 
 
-def judge_of(cfg: Sft, encoder: Encoder, device: torch.device) -> RewardSource | None:
-    """The reward that chooses the weights, if one does.
+def questions_of(rows: list[Demonstration | Text]) -> list[Prompt]:
+    """The held-out prompts whose responses are judged.
 
     Raises:
-        UserError: it reads other tokens than the policy writes.
+        UserError: the rows are plain text, which answers nothing.
     """
-    if cfg.select_by != "reward":
-        return None
+    questions = [
+        Prompt(row.prompt, row.columns, row.source)
+        for row in rows
+        if isinstance(row, Demonstration)
+    ]
+    if not questions:
+        raise UserError("select_by=reward judges responses, but no held-out row has a prompt")
+    return questions[:REWARD_PROMPTS]
+
+
+def judge_of(cfg: Sft, encoder: Encoder, questions: list[Prompt], session: Session) -> RewardSource:
+    """The reward that chooses the weights."""
     assert cfg.reward is not None  # validate() refuses a missing reward
-    reward = load_reward(cfg.reward, cfg.model, encoder.tokenizer, cfg.hardware, device)
-    if isinstance(reward, ModelReward):
-        theirs = load_tokenizer(cfg.reward, cfg.model).get_vocab()
-        if theirs != encoder.tokenizer.get_vocab():
-            raise UserError(
-                f"reward={cfg.reward} has another tokenizer than this policy; train both from one "
-                "model"
-            )
+    reward = load_reward(cfg.reward, cfg.model, encoder.tokenizer, cfg.hardware, session.device)
+    reward.check(questions, session.require)
     return reward
 
 
@@ -151,7 +155,7 @@ def mean_reward(
     policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: RewardSource, cfg: Sft
 ) -> float:
     """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5)."""
-    prompts = list(zip(*encoder.prompts(rows[:REWARD_PROMPTS]), strict=True))
+    prompts = list(zip(*encoder.prompts(rows), strict=True))
     rollouts = sample_rollouts(
         policy,
         encoder,

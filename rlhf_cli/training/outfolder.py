@@ -36,6 +36,8 @@ def parents_of(cfg: Run) -> dict[str, str]:
         roles["model"] = model_path
     if isinstance(cfg, Evaluate):
         roles |= {f"baseline {path}": path for path in baselines_of(cfg)}
+    if roles["reference"] == "bootstrap":  # made in `out`, whatever folder has that name
+        del roles["reference"]
     return {role: path for role, path in roles.items() if path and Path(path).is_dir()}
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Dpo, FrozenModel, Hardware
 from rlhf_cli.data.batches import cut, epochs_of
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.forward import response_nll
-from rlhf_cli.models.load import Reference, load_policy, load_weights, save_model, set_stop_ids
+from rlhf_cli.models.load import (
+    Reference,
+    check_vocabulary,
+    load_policy,
+    load_weights,
+    save_model,
+    set_stop_ids,
+)
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.models.score import answer_logprobs_of
 from rlhf_cli.reporting.console import Bar, say
@@ -41,6 +50,8 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     if folder.is_dir():
         load_weights(policy.model, str(folder), cfg.model)
         return
+    if not chosen:
+        raise UserError("reference=bootstrap imitates chosen responses, but no row has one")
     algo = cfg.algo
     epochs = algo.bootstrap_epochs or 1
     steps = math.ceil(len(chosen) / algo.batch_size) * epochs
@@ -85,11 +96,22 @@ def reference_origin(session: Session, cfg: Dpo) -> dict[str, str]:
     return {"kind": kind, "path": path, "hash": content_hash(path)}
 
 
+def is_local(origin: dict[str, str]) -> bool:
+    """Whether the hash is that of weights; a hub id may come to mean others."""
+    return origin["kind"] == BOOTSTRAP or Path(origin["path"]).is_dir()
+
+
+def seen_from(out: Path, path: str) -> str:
+    """A local folder as a path from `out`, so that both may move together; a hub id as it is."""
+    return os.path.relpath(path, out) if Path(path).is_dir() else path
+
+
 def reference_of(session: Session, policy: Policy, cfg: Dpo) -> Reference:
     """The policy as it is now, frozen, or the model of another folder."""
     if cfg.reference is None or cfg.reference == BOOTSTRAP:
         return Reference(policy.model)
     frozen = FrozenModel(cfg.model.dtype, cfg.model.trust_remote_code)
+    check_vocabulary("reference", cfg.reference, frozen, policy.tokenizer)
     return Reference.of(load_policy(cfg.reference, frozen, policy.tokenizer, session.device))
 
 
@@ -113,7 +135,7 @@ def fill_reference(
     if not unknown:
         return
     cache, found = None, None
-    if origin is not None and cfg.algo.precompute_reference and cfg.reference_cache is not None:
+    if cfg.algo.precompute_reference and cfg.reference_cache and origin and is_local(origin):
         answers = [item.answers for item in unknown]
         cache = ReferenceCache(cfg.reference_cache, cfg, origin, answers)
         found = cache.read()
@@ -188,6 +210,6 @@ class ReferenceCache:
     def write(self, values: list[Tensor]) -> None:
         """Keep them, in the order of `read`."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_name(f".{self.file.name}.part")
+        part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")  # a sweep has several
         save_file({"logprobs": torch.cat(values)}, part, metadata=self._key)
         part.replace(self.file)

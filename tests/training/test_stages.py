@@ -267,14 +267,14 @@ def test_plain_transformers_reads_what_stages_write(chain: Path) -> None:
 
 def test_a_failed_hand_off_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference that is another model is noticed before the first update."""
-    from rlhf_cli.stages import dpo
+    from rlhf_cli.training import references
 
     class Other(Reference):
         def __init__(self, model: Any) -> None:
             super().__init__(model)
             model.get_output_embeddings().weight.data.mul_(1.5)
 
-    monkeypatch.setattr(dpo, "Reference", Other)
+    monkeypatch.setattr(references, "Reference", Other)
     with pytest.raises(RunError, match=r"max_abs_log_ratio_at_start failed .* not the same model"):
         run("dpo", tmp_path / "out")
     assert not (tmp_path / "out" / "stage.json").exists()
