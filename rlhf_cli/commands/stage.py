@@ -211,11 +211,16 @@ def _one_line(stage: str) -> Iterator[None]:
 
 
 def _execute(stage: str, cfg: Any, check: bool) -> None:
+    from rlhf_cli.training.outfolder import FINISHED, state_of
     from rlhf_cli.training.preflight import preflight
 
     summary = preflight(cfg)
     if check:
         print(*summary, sep="\n", file=sys.stderr)
+        return
+    if state_of(cfg) == FINISHED:  # known without torch, so a chain that runs again flies by
+        print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr)
+        print(Path(cfg.out), flush=True)
         return
     # Importing torch and transformers makes millions of objects that never die. Without the
     # collector walking through them again and again it takes a third less time.

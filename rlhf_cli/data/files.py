@@ -72,8 +72,9 @@ def parse_csv(file: Path) -> Iterator[tuple[Any, int]]:
     """Rows under a header line."""
     with file.open(encoding=ENCODING, newline="") as lines:
         try:
-            for number, row in enumerate(csv.DictReader(lines), 2):
-                yield row, number
+            reader = csv.DictReader(lines)
+            for row in reader:
+                yield row, reader.line_num  # where it ends: cells may break lines
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file}: not CSV in UTF-8: {error}") from None
 

@@ -91,6 +91,9 @@ class Steps:
 
 Row = Prompt | Demonstration | Text | Preference | Ranking | Feedback | Steps
 
+JUDGEMENTS = (Preference, Ranking, Feedback, Steps)
+"""The kinds that say how good responses are."""
+
 
 def name_of(kind: type) -> str:
     """The word for a kind of row in what users read."""
@@ -147,10 +150,15 @@ def derivable(have: type, kind: type) -> bool:
 
 
 def derive(rows: list[Row], kind: type, join: str) -> list[Any]:
-    """Rows of `kind` made from rows that are all derivable."""
+    """Rows of `kind` made from rows that are all derivable; a prompt that is judged often, once."""
     ways = DERIVATIONS.get(kind, {})
     made: list[Any] = []
+    asked: set[str] = set()
     for row in rows:
+        if kind is Prompt and isinstance(row, JUDGEMENTS):
+            if str(row.prompt) in asked:
+                continue
+            asked.add(str(row.prompt))
         made += [row] if isinstance(row, kind) else ways[type(row)](row, join)
     return made
 

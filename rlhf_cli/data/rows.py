@@ -12,6 +12,7 @@ from rlhf_cli.data.checks import check_pairs
 from rlhf_cli.data.conversions import CONVERSIONS, convert, route
 from rlhf_cli.data.files import Raw, read_raw
 from rlhf_cli.data.kinds import (
+    JUDGEMENTS,
     Demonstration,
     Feedback,
     Preference,
@@ -24,7 +25,7 @@ from rlhf_cli.data.kinds import (
     derive,
     name_of,
 )
-from rlhf_cli.data.shapes import EXPECTED, FORMATS, PARTS, RowError, column
+from rlhf_cli.data.shapes import EXPECTED, FORMATS, PARTS, RowError, column, shown
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 DEMO_FILES = {
@@ -36,8 +37,6 @@ DEMO_FILES = {
     Prompt: "prompts",
     Text: "text",
 }
-JUDGEMENTS = (Preference, Ranking, Feedback, Steps)
-"""What data.convert is for: prompts and demonstrations are derived from the rows as they are."""
 
 
 @dataclass
@@ -177,7 +176,10 @@ def parse_rows(data: Data, path: str | Path, notes: list[str]) -> list[Row]:
 
 
 def conversions_to(data: Data, kind: type) -> list[str]:
-    """The conversions that apply where rows of `kind` are needed."""
+    """The conversions that apply where rows of `kind` are needed.
+
+    Prompts, demonstrations and texts are derived from the rows as they are.
+    """
     return data.convert if kind in JUDGEMENTS else []
 
 
@@ -202,6 +204,8 @@ def check_kinds(rows: list[Row], kind: type, data: Data, path: object) -> None:
         if now is not have:
             what += f", and a {name_of(now)} row after data.convert=[{','.join(names)}]"
         line = f"{row.source}: {what}; needed: {name_of(kind)} rows ({EXPECTED[kind]})"
+        if isinstance(row, Demonstration) and "label" in row.columns:
+            line += f"; its column 'label' holds {shown(row.columns['label'])}, not true or false"
         if (way_there := route(have, kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"
@@ -219,10 +223,8 @@ def as_kind(rows: list[Row], kind: type, data: Data, place: object, notes: list[
         rows = convert(rows, name, data, told)
     made = derive(rows, kind, data.step_join)
     if len(made) < len(rows):
-        told.append(
-            f"{len(made)} {name_of(kind)} rows from {len(rows)} rows: of feedback those with "
-            "label true, of steps those without a label below 0.5"
-        )
+        why = "each prompt once" if kind is Prompt else "none with a thumbs-down or a wrong step"
+        told.append(f"{len(made)} {name_of(kind)} rows from {len(rows)} rows: {why}")
     if not made:
         raise nothing_left(place, kind, told)
     notes += told

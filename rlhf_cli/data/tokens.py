@@ -45,7 +45,7 @@ class Tokens:
 
 @dataclass
 class Answers:
-    """K responses to one prompt, best first where a row ranks them, with the row that judges them.
+    """K responses to one prompt, in the order of the row that judges them.
 
     Prompt and responses as in Tokens; no response is empty.
 

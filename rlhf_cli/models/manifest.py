@@ -135,3 +135,20 @@ def tokenizer_hash(folder: Path) -> str | None:
         return None
     model = read_object(file).get("model")
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def reference_folder(path: str, implicit: dict[str, str]) -> str:
+    """Where the reference of a policy trained by dpo lies; unchanged since.
+
+    Raises:
+        UserError: it is gone, or has changed.
+    """
+    inside = Path(path) / implicit["reference"]
+    reference = str(inside) if inside.is_dir() else implicit["reference"]
+    if content_hash(reference) != implicit["hash"]:
+        state = "has changed since" if Path(reference).is_dir() else "is gone"
+        raise UserError(
+            f"{path} as a reward is beta log(policy / reference), but its reference {reference} "
+            f"{state}; run dpo again, or give a reward model"
+        )
+    return reference

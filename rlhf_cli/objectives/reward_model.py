@@ -93,6 +93,17 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     return (torch.logsumexp(rivals, -1) - scores).sum(-1)
 
 
+def ranking_accuracy(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
+    """Share of the untied pairs of each prompt that the scores order rightly; shapes as above.
+
+    A tie of scores is half right, and a prompt without such a pair 0. (P,).
+    """
+    compared = _below(ranks, mask)
+    difference = (scores[:, :, None] - scores[:, None, :]).detach()
+    right = (difference > 0).float() + 0.5 * (difference == 0).float()
+    return (right * compared).sum((1, 2)) / compared.sum((1, 2)).clamp(min=1)
+
+
 def _below(ranks: Tensor, mask: Tensor) -> Tensor:
     """(P, K, K) bool: [p, i, j] is True where both are real and j ranks strictly below i."""
     return (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]

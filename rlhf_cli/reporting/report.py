@@ -1,11 +1,15 @@
 """The tables that `evaluate` ends with, and those on how good a scorer is."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.schema import STAGES
 from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.reporting.console import say, show, table
+from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.reporting.plots import reliability_picture
+from rlhf_cli.rewards.judging import calibration_of
 
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""
@@ -99,15 +103,24 @@ def show_judgement(name: str, report: dict[str, Any]) -> None:
         for part in report.get(parts, [])
     ]
     if rows:
-        rule = decimals(report["longer_accuracy"])
-        rows.append(["rule", "longer is better", rule, None, report["pairs"]])
-        table(f"{name}: accuracy", ["by", "value", "accuracy", "95%", "pairs"], rows)
+        if "longer_accuracy" in report:
+            rule = decimals(report["longer_accuracy"])
+            rows.append(["rule", "longer is better", rule, None, report["pairs"]])
+        table(f"{name}: accuracy", ["by", "value", "accuracy", "95%", "count"], rows)
     if bins := report.get("calibration_bins"):
         rows = [
             [span(part), decimals(part["confidence"]), decimals(part["accuracy"]), part["count"]]
             for part in bins
         ]
         table(f"{name}: calibration", ["confidence", "mean", "share right", "count"], rows)
+
+
+def write_judgement(folder: Path, report: dict[str, Any], title: str) -> None:
+    """report.json, and the picture of the calibration where there is one."""
+    text = json.dumps(round_figures(report), indent=2) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    if "calibration_bins" in report:
+        reliability_picture(folder / "reliability.png", calibration_of(report), title)
 
 
 def figure(report: dict[str, Any], key: str, words: str) -> str:

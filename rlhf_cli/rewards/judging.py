@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.data.kinds import Preference, Ranking
+from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.objectives.estimates import (
     Bin,
@@ -151,7 +151,9 @@ def pairs_of_rankings(rankings: Sequence[JudgedRanking]) -> JudgedPairs:
     )
 
 
-def label_report(scores: Tensor, labels: Tensor, clusters: Sequence[Hashable]) -> Report:
+def label_report(
+    scores: Tensor, labels: Tensor, clusters: Sequence[Hashable], names: Sequence[str] = ()
+) -> Report:
     """Of a scorer of responses or steps that are right or wrong; a score is the logit of right.
 
     The calibration is that of sigmoid(score) as the probability of right. The base rate is the
@@ -161,6 +163,7 @@ def label_report(scores: Tensor, labels: Tensor, clusters: Sequence[Hashable]) -
         scores: (N,) logits.
         labels: (N,) 1 is right, 0 wrong; a share of votes counts as that share.
         clusters: the prompt of each.
+        names: the part of the data that each is of; none where the data does not say.
     """
     scores, labels = scores.double(), labels.double()
     says_right = accuracy(scores, torch.zeros_like(scores))
@@ -174,6 +177,7 @@ def label_report(scores: Tensor, labels: Tensor, clusters: Sequence[Hashable]) -
         "auc": area_under_curve(scores, labels),
         "loss": logistic_loss(scores, labels).mean().item(),
         **plain(calibration_error(scores.sigmoid(), labels)),
+        "by_group": groups(hits, clusters, names),
     }
     return finite(report)
 
@@ -243,13 +247,12 @@ def judge(items: Sequence[Answers], scores: Sequence[Tensor], target: str | None
     if target == "score":
         targets = torch.tensor([item.row.score for item in items])
         return regression_report(every, targets, clusters)
-    labels = [
-        item.row.labels[: len(item.ends)] if item.ends else [float(item.row.label)]
-        for item in items
-    ]
-    counted = zip(clusters, labels, strict=True)
-    repeated = [cluster for cluster, row_labels in counted for _ in row_labels]
-    return label_report(every, torch.tensor([x for row in labels for x in row]), repeated)
+    if isinstance(items[0].row, Feedback):
+        labels = torch.tensor([float(item.row.label) for item in items])
+        return label_report(every, labels, clusters, [item.row.group for item in items])
+    steps = [item.row.labels[: len(item.ends)] for item in items]
+    repeated = [c for c, labels in zip(clusters, steps, strict=True) for _ in labels]
+    return label_report(every, torch.tensor([x for labels in steps for x in labels]), repeated)
 
 
 def lengths_of(item: Answers) -> list[int]:

@@ -3,13 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import StepCutter, Tokens
@@ -17,10 +15,10 @@ from rlhf_cli.models.load import check_vocabulary, load_policy, load_scorer
 from rlhf_cli.models.manifest import (
     RESPONSE,
     STEP,
-    content_hash,
     implicit_reward_of,
     level_of,
     read_manifest,
+    reference_folder,
 )
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.rewards.rules import Rule, check_columns, rule_of
@@ -211,20 +209,3 @@ def reading_of(path: str, tokenizer: PreTrainedTokenizerBase) -> Reading:
     end = head.get("step_end")
     cutter = None if end is None else StepCutter(tokenizer, end)
     return Reading(level_of(path), head.get("aggregate"), cutter)
-
-
-def reference_folder(path: str, implicit: dict[str, str]) -> str:
-    """Where the reference of a policy trained by dpo lies; unchanged since.
-
-    Raises:
-        UserError: it is gone, or has changed.
-    """
-    inside = Path(path) / implicit["reference"]
-    reference = str(inside) if inside.is_dir() else implicit["reference"]
-    if content_hash(reference) != implicit["hash"]:
-        state = "has changed since" if Path(reference).is_dir() else "is gone"
-        raise UserError(
-            f"{path} as a reward is beta log(policy / reference), but its reference {reference} "
-            f"{state}; run dpo again, or give a reward model"
-        )
-    return reference

@@ -69,10 +69,12 @@ from rlhf_cli.objectives.preference import (
 )
 from rlhf_cli.objectives.reward_model import plackett_luce_loss
 from rlhf_cli.reporting.console import Bar
+from rlhf_cli.reporting.report import show_judgement, write_judgement
+from rlhf_cli.rewards.judging import accuracy, figures, judge
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.preflight import row_kind
+from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.references import (
     BOOTSTRAP,
     Compared,
@@ -143,18 +145,19 @@ def run(cfg: Dpo) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     policy = load_role(session, cfg.policy)
     rows = read_split(cfg.data, row_kind(cfg))
+    check_judgements(cfg, rows.train + rows.held_out)
     train = items_of(policy.encoder.answers(rows.train), algo, cfg.seed)
     held_out = items_of(policy.encoder.answers(rows.held_out), algo, cfg.seed)
     weights = class_weights(train, algo)
-    session.note(policy.encoder, rows.notes)
+    session.note(policy.encoder, [*rows.notes, sizes(train, held_out)])
     share = hardware.share_prompts and shares_prompts(policy.model)
 
     if cfg.reference == BOOTSTRAP:
         bootstrap(session, policy, good_sequences(train))
-    origin: dict[str, str] = {}
-    reference = None
-    if algo.loss not in WITHOUT_REFERENCE:
-        origin, reference = reference_origin(session, cfg), reference_of(session, policy, cfg)
+    compares = algo.loss not in WITHOUT_REFERENCE
+    origin = reference_origin(session, cfg) if compares or cfg.reference == BOOTSTRAP else {}
+    reference = reference_of(session, policy, cfg) if compares else None
+    if reference is not None:
         # Later epochs batch rows otherwise, which changes the rounding: a resumed run would differ.
         ahead = algo.precompute_reference or algo.epochs > 1
         for side in (compared(held_out), compared(train) if ahead else []):
@@ -204,7 +207,7 @@ def run(cfg: Dpo) -> Path:
             means["kl"] = sampled_kl(policy, reference, prompts, cfg)
         return {f"eval/{name}": value for name, value in means.items()}
 
-    if session.start == 0 and origin and cfg.reference in (None, BOOTSTRAP):
+    if session.start == 0 and compares and cfg.reference in (None, BOOTSTRAP):
         ours = torch.cat(sequence_logprobs(policy.model, held_out, hardware, share))
         gap = (ours - known_references(held_out)).abs().max().item()
         check_start(session, policy, evaluate(), gap, algo)
@@ -231,15 +234,21 @@ def run(cfg: Dpo) -> Path:
             log.write(step, metrics)
             session.save(step, {"policy": policy.model}, optimizer, {})
 
-    final = evaluate()
-    more: dict[str, Any] = {}
-    if origin:
-        logprobs = sequence_logprobs(policy.model, held_out, hardware, share)
-        implicit = implicit_reward(logprobs, held_out, algo, origin, session.out)
-        more = {"reference": origin, **implicit}
+    logprobs = sequence_logprobs(policy.model, held_out, hardware, share)
+    rewards = implicit_rewards(logprobs, held_out, algo)
+    report = judge([item.answers for item in held_out], rewards)
+    show_judgement("implicit rewards of held-out rows", report)
+    final = {**figures(report), **evaluate()}  # eval/loss is the objective's
     if reference is not None:
         check_reference(session, reference)
-    return session.finish_model(policy.model, "policy", policy.encoder, final, **more)
+    return session.finish_model(
+        policy.model,
+        "policy",
+        policy.encoder,
+        final,
+        write_beside=partial(write_judgement, report=report, title=f"{cfg.out}, held-out rows"),
+        **provenance(rewards, held_out, algo, origin, session.out),
+    )
 
 
 # --------------------------------------------------------------------------- the objective
@@ -303,7 +312,8 @@ def objective(
     if algo.sft_coef:
         losses = losses + algo.sft_coef * nll
     if algo.loss == "kto":
-        hits = ((rho > whole.z0) == good).float()
+        hits = accuracy(at_first_equal(rewards), torch.full_like(rewards, beta * whole.z0))
+        hits = torch.where(good, hits, 1 - hits)
         return losses, {
             "rewards/chosen": rewards * good,
             "rewards/rejected": rewards * ~good,
@@ -316,13 +326,18 @@ def objective(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": chosen - rejected,
-        "rewards/accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+        "rewards/accuracy": accuracy(at_first_equal(chosen), at_first_equal(rejected)),
         "logprobs/chosen": logprobs[best],
         "logprobs/rejected": logprobs[worst],
     }
     if algo.loss in ("dpo", "length_normalised"):
         metrics["gradient_weight"] = dpo_gradient_weight(h, beta)
     return losses, metrics
+
+
+def at_first_equal(rewards: Tensor) -> Tensor:
+    """Rewards without the rounding noise that tells them apart while policy is reference."""
+    return rewards.round(decimals=5)
 
 
 def reward_scale(algo: DpoAlgo) -> float:
@@ -378,9 +393,6 @@ def items_of(answers: list[Answers], algo: DpoAlgo, seed: int) -> list[Item]:
     """
     if algo.loss != "kto":
         return [Item(each) for each in answers]
-    unlabelled = next((each.row for each in answers if each.row.label is None), None)
-    if unlabelled is not None:
-        raise UserError(f"{unlabelled.source}: kto needs a column 'label' in every row")
     count = len(answers)
     order = order_of(count, seed, "kto partners", 0)
     items: list[Item] = [Item(each) for each in answers]
@@ -439,30 +451,43 @@ def sampled_kl(policy: Policy, reference: Reference, rows: list[Prompt], cfg: Dp
     return k1(torch.cat(ours), torch.cat(theirs)).sum().item() / len(rollouts)
 
 
-def implicit_reward(
-    logprobs: list[Tensor], items: list[Item], algo: DpoAlgo, origin: dict[str, str], out: Path
-) -> dict[str, Any]:
-    """For stage.json: what makes the policy a reward model, with statistics as of one.
+def implicit_rewards(logprobs: list[Tensor], items: list[Item], algo: DpoAlgo) -> list[Tensor]:
+    """Per item the (K,) beta rho of its responses; of log-probs alone where there is no reference.
 
-    Mean and standard deviation are those of beta rho over good held-out responses.
+    Args:
+        logprobs: per item (K,) under the policy.
     """
     rewards = []
     for item, ours in zip(items, logprobs, strict=True):
-        if item.is_good and item.reference is not None:
-            rho = ours[item.best] - item.reference[item.best]
-            length = len(item.answers.responses[item.best]) if algo.loss in PER_TOKEN else 1
-            rewards.append(reward_scale(algo) * rho.item() / length)
-    values = torch.tensor(rewards, dtype=torch.float64)
-    found: dict[str, Any] = {
-        "implicit_reward": {
-            "beta": reward_scale(algo),
-            "per_token": algo.loss in PER_TOKEN,
-            "reference": seen_from(out, origin["path"]),
-            "hash": origin["hash"],
-        }
+        rho = ours if item.reference is None else ours - item.reference
+        if algo.loss in PER_TOKEN:
+            rho = rho / torch.tensor([len(response) for response in item.answers.responses])
+        rewards.append(reward_scale(algo) * rho)
+    return rewards
+
+
+def provenance(
+    rewards: list[Tensor], items: list[Item], algo: DpoAlgo, origin: dict[str, str], out: Path
+) -> dict[str, Any]:
+    """For stage.json: the reference, and what makes the policy a reward model.
+
+    Mean and standard deviation, as of a reward model, are those of good held-out responses.
+    """
+    if not origin:
+        return {}
+    if algo.loss in WITHOUT_REFERENCE:
+        return {"reference": origin}
+    pairs = zip(rewards, items, strict=True)
+    good = torch.tensor([each[item.best].item() for each, item in pairs if item.is_good]).double()
+    implicit = {
+        "beta": reward_scale(algo),
+        "per_token": algo.loss in PER_TOKEN,
+        "reference": seen_from(out, origin["path"]),
+        "hash": origin["hash"],
     }
-    if len(values) > 1 and values.std() > 0:
-        found["reward"] = {"mean": values.mean().item(), "std": values.std().item()}
+    found: dict[str, Any] = {"reference": origin, "implicit_reward": implicit}
+    if len(good) > 1 and good.std() > 0:
+        found["reward"] = {"mean": good.mean().item(), "std": good.std().item()}
     return found
 
 

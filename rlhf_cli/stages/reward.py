@@ -14,10 +14,9 @@ demonstrations go into stage.json, and every consumer normalises by them.
     rlhf-cli reward algo=kwise policy=runs/demo/sft data=jsonl data.path=rankings.jsonl
 """
 
-import json
 import math
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +51,13 @@ from rlhf_cli.objectives.reward_model import (
     kwise_loss,
     logistic_loss,
     plackett_luce_loss,
+    ranking_accuracy,
     regression_loss,
 )
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.reporting.metrics import round_figures
-from rlhf_cli.reporting.plots import reliability_picture
-from rlhf_cli.reporting.report import show_judgement
+from rlhf_cli.reporting.report import show_judgement, write_judgement
 from rlhf_cli.rewards.judging import (
     accuracy,
-    calibration_of,
     figures,
     judge,
     with_order_reversed,
@@ -68,7 +65,7 @@ from rlhf_cli.rewards.judging import (
 )
 from rlhf_cli.rewards.sources import Reading
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.preflight import row_kind
+from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.session import begin
 
 
@@ -81,15 +78,15 @@ def run(cfg: Reward) -> Path:
     tokenizer = load_tokenizer(cfg.policy, cfg.model)
     encoder = Encoder(tokenizer, cfg.data)
     rows = read_split(cfg.data, row_kind(cfg))
-    check_rows(rows.train + rows.held_out, algo)
+    check_judgements(cfg, rows.train + rows.held_out)
     train, held_out = encoder.answers(rows.train), encoder.answers(rows.held_out)
-    demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
-    if len(demonstrations) < 2:
-        raise UserError("scores are normalised by those of demonstrations, but there is only one")
     level = {"steps": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
-    session.note(encoder, rows.notes)
+    session.note(encoder, [*rows.notes, sizes(train, held_out)])
+    demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
+    if len(demonstrations) < 2:
+        raise UserError("scores are normalised by those of demonstrations, but there is only one")
     if hardware.gradient_checkpointing:
         unwrap(scorer).gradient_checkpointing_enable()
         scorer.train()  # transformers recomputes in training mode only; all dropout is off
@@ -136,19 +133,12 @@ def run(cfg: Reward) -> Path:
     statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())
     show_judgement("held-out rows", final)
 
-    def write_report(folder: Path) -> None:
-        text = json.dumps(round_figures(final), indent=2) + "\n"
-        (folder / "report.json").write_text(text, encoding="utf-8")
-        if "calibration_bins" in final:
-            picture = folder / "reliability.png"
-            reliability_picture(picture, calibration_of(final), f"{cfg.out}, held-out rows")
-
     return session.finish_model(
         scorer,
         "reward",
         encoder,
         figures(final),
-        write_beside=write_report,
+        write_beside=partial(write_judgement, report=final, title=f"{cfg.out}, held-out rows"),
         reward=statistics,
         level=level,
         head={
@@ -159,17 +149,6 @@ def run(cfg: Reward) -> Path:
             "centring": algo.centring,
         },
     )
-
-
-def check_rows(rows: list[Any], algo: RewardAlgo) -> None:
-    """Every row has what the loss reads: its margin, its label or its score."""
-    needed = {"label": "label", "score": "score"}.get(algo.target or "")
-    needed = "margin" if algo.row_margin else needed
-    if needed is not None:
-        bad = next((row for row in rows if getattr(row, needed) is None), None)
-        if bad is not None:
-            setting = "row_margin=true" if algo.row_margin else f"target={algo.target}"
-            raise UserError(f"{bad.source}: algo.{setting}, but the row has no column {needed!r}")
 
 
 def responses_in(item: Answers) -> int:
@@ -212,7 +191,8 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
     if algo.loss in ("kwise", "plackett_luce"):
         ranks, mask = rankings_of(items, scores.device)  # (P, K)
         objective = kwise_loss if algo.loss == "kwise" else plackett_luce_loss
-        return objective(on_grid(mask, scores), ranks, mask), {}
+        grid = on_grid(mask, scores)
+        return objective(grid, ranks, mask), {"accuracy": ranking_accuracy(grid, ranks, mask)}
     if algo.target == "score":
         targets = scores.new_tensor([row.score for row in rows])
         return regression_loss(scores, targets), {}

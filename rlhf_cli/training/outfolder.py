@@ -75,7 +75,7 @@ def state_of(cfg: Run) -> str:
         raise UserError(f"{saved}: damaged; set overwrite=true to start afresh") from None
     if differing := differing_keys(made_by, asdict(cfg)):
         raise UserError(
-            f"out={out} was made by another config ({', '.join(differing[:4])} differ); "
+            f"out={out} was made by another config (other {', '.join(differing[:4])}); "
             "name another out, or set overwrite=true"
         )
     manifest = read_manifest(out)

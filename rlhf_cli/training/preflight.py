@@ -1,7 +1,9 @@
 """All that can be known before torch is imported: folders, kinds, tokenizers, files, arithmetic."""
 
 import re
+from collections.abc import Sized
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, Reward, Run, Sft
@@ -14,12 +16,14 @@ from rlhf_cli.models.manifest import (
     kind_of,
     read_config,
     read_manifest,
+    reference_folder,
     tokenizer_hash,
 )
 from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
 from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, is_claimed, stage_name, state_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+A_REWARD = "a reward output, a dpo output with a reference, or a rule"
 MADE_BY = {"policy": "sft", "reward": "reward"}
 KIND_OF_LOSS: dict[str, type] = {
     "kwise": Ranking,
@@ -59,7 +63,7 @@ def preflight(cfg: Run, rows: bool = True) -> list[str]:
     check_models(cfg)
     check_context(cfg)
     lines += check_rows(cfg) if rows else []
-    if state == RESUMABLE:
+    if state == RESUMABLE and any((Path(cfg.out) / "checkpoints").glob("step-*")):
         lines.append("goes on from the last resume point")
     return lines + arithmetic(cfg)
 
@@ -118,7 +122,32 @@ def check_rows(cfg: Run) -> list[str]:
     rule = rule_of(getattr(cfg, "reward", None) or "")
     if rule is not None:
         check_columns(rule, rows)
+    check_judgements(cfg, rows)
     return notes
+
+
+def sizes(train: Sized, held_out: Sized) -> str:
+    """How many rows are left once all that is dropped is gone."""
+    return f"{len(train)} rows to learn from, {len(held_out)} held out"
+
+
+def check_judgements(cfg: Run, rows: list[Any]) -> None:
+    """Every row has what the loss reads: its margin, its label or its score.
+
+    Raises:
+        UserError: naming the first row that has not.
+    """
+    algo: Any = cfg.algo  # type: ignore[attr-defined]
+    needed, setting = None, f"algo.loss={getattr(algo, 'loss', None)}"
+    if isinstance(cfg, Reward) and algo.row_margin:
+        needed, setting = "margin", "algo.row_margin=true"
+    elif isinstance(cfg, Reward) and algo.target is not None:
+        needed, setting = algo.target, f"algo.target={algo.target}"
+    elif isinstance(cfg, Dpo) and algo.loss == "kto":
+        needed = "label"
+    bad = next((row for row in rows if needed and getattr(row, needed) is None), None)
+    if bad is not None:
+        raise UserError(f"{bad.source}: the row says no {needed}, which {setting} reads")
 
 
 def check_models(cfg: Run) -> None:
@@ -127,7 +156,7 @@ def check_models(cfg: Run) -> None:
         if cfg.model.path is not None:
             check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
         if cfg.reward is not None and rule_of(cfg.reward) is None:
-            check_folder("reward", cfg.reward, "reward", "a reward output, or a rule")
+            check_folder("reward", cfg.reward, "reward", A_REWARD)
             if cfg.model.path is not None:
                 check_tokenizers("reward", cfg.reward, cfg.model.path, "model.path")
         return
@@ -135,7 +164,7 @@ def check_models(cfg: Run) -> None:
     check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
     reward = getattr(cfg, "reward", None)
     if reward is not None and rule_of(reward) is None:
-        check_folder("reward", reward, "reward", "a reward output, or a rule")
+        check_folder("reward", reward, "reward", A_REWARD)
         check_tokenizers("reward", reward, cfg.policy)
     if isinstance(cfg, Dpo) and cfg.reference not in (None, "bootstrap"):
         assert cfg.reference is not None
@@ -149,7 +178,7 @@ def check_models(cfg: Run) -> None:
                 check_folder(role, path, "policy", "an sft, ppo, dpo or grpo output")
                 check_tokenizers(role, path, cfg.policy)
         if cfg.gold is not None and rule_of(cfg.gold) is None:
-            check_folder("gold", cfg.gold, "reward", "a reward output, or a rule")
+            check_folder("gold", cfg.gold, "reward", A_REWARD)
         if cfg.reward is None and cfg.gold is None:
             raise UserError("evaluate needs reward=... or gold=... to judge by")
 
@@ -176,7 +205,8 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
     if manifest is None and not foreign:
         raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
     found = kind_of(folder)
-    if kind == "reward" and implicit_reward_of(path) is not None:
+    if kind == "reward" and (implicit := implicit_reward_of(path)) is not None:
+        reference_folder(path, implicit)
         found = kind  # beta log(policy / reference) is a reward
     if found != kind:
         article = "reward model" if found == "reward" else found
@@ -232,7 +262,8 @@ def arithmetic(cfg: Run) -> list[str]:
         ]
     if isinstance(cfg, Sft | Reward | Dpo):
         rows = f"{row_kind(cfg).__name__.lower()} rows" if isinstance(cfg, Reward | Dpo) else "rows"
-        return [f"{cfg.algo.epochs} epochs in batches of {cfg.algo.batch_size} {rows}"]
+        times = "1 epoch" if cfg.algo.epochs == 1 else f"{cfg.algo.epochs} epochs"
+        return [f"{times} in batches of {cfg.algo.batch_size} {rows}"]
     assert isinstance(cfg, Generate | Evaluate)
     prompts = "all" if cfg.algo.prompts is None else cfg.algo.prompts
     return [f"{prompts} prompts x {cfg.algo.samples} responses"]

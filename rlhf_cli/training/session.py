@@ -159,7 +159,8 @@ class Session:
             "pad_id": encoder.tokenizer.pad_token_id,
             "template": self.cfg.data.template,
         }
-        shown = {**metrics, **more.get("reward", {}), **self.checks, "seconds": self.seconds()}
+        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
+        shown = {**metrics, **scale, **self.checks, "seconds": self.seconds()}
         table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 

@@ -379,7 +379,7 @@ OUT: dict[str, Case] = {
     "of another config": (
         as_it_is,
         f"{SFT} seed=3 algo.lr=1e-5",
-        [f"out={POLICY} was made by another config (algo.lr, seed differ)", "overwrite=true"],
+        [f"out={POLICY} was made by another config (other algo.lr, seed)", "overwrite=true"],
     ),
     "of another stage": (
         as_it_is,

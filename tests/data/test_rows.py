@@ -568,7 +568,7 @@ def test_conversions_leave_prompts_and_demonstrations_alone(tmp_path: Path) -> N
             Demonstration,
             [],
             "FILE: no usable demonstration row ({prompt, completion} or {text}); "
-            "0 demonstration rows from 1 rows: of feedback those with label true",
+            "0 demonstration rows from 1 rows: none with a thumbs-down",
         ),
     ],
 )
@@ -593,7 +593,7 @@ def test_demonstrations_left_out_are_told(tmp_path: Path) -> None:
     split = read_split(data_of(path=path, eval_rows=10), Demonstration)
     assert 0 < len(split.train) < 50
     assert any(
-        note.startswith(f"{len(split.train)} demonstration rows from 50 rows: of feedback")
+        note.startswith(f"{len(split.train)} demonstration rows from 50 rows: none with")
         for note in split.notes
     )
 
