@@ -59,7 +59,8 @@ def check_lengths(pairs: list[tuple[Judged, Sides]], doubtful: str, notes: list[
         notes.append("the better side is never longer or shorter than the worse one")
         return
     share = sum(longer for _, longer in unequal) / len(unequal)
-    notes.append(f"the better side is longer in {share:.1%} of {len(unequal)} pairs of two lengths")
+    count = len(unequal)
+    notes.append(f"the better side has more characters in {share:.1%} of {count} unequal pairs")
     if len(unequal) < ENOUGH or 1 - ONE_SIDED < share < ONE_SIDED:
         return
     usual = share > 0.5

@@ -244,7 +244,12 @@ def checked(rows: list[Any], data: Data, place: object, notes: list[str]) -> lis
     """
     if not isinstance(rows[0], Preference | Ranking):
         return rows
-    kept = check_pairs(rows, data.doubtful_pairs, notes)
+    told = [row for row in rows if isinstance(row, Preference) or len(set(row.ranks)) > 1]
+    if len(told) < len(rows):
+        notes.append(f"{len(rows) - len(told)} of {len(rows)} rankings tie throughout: dropped")
+    if not told:
+        raise UserError(f"{place}: all {len(rows)} rankings tie throughout, which teaches nothing")
+    kept = check_pairs(told, data.doubtful_pairs, notes)
     if not kept:
         raise UserError(f"{place}: data.doubtful_pairs=drop leaves none of {len(rows)} rows")
     return kept

@@ -80,6 +80,7 @@ class Encoder:
                 'template; write one as data.template="...{prompt}..."'
             )
         self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or "the model that is built here"
         self.data = data
         adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         self.bos = [tokenizer.bos_token_id] if adds_bos else []
@@ -142,12 +143,16 @@ class Encoder:
             if (prompt_ids := self._limit_prompt(prompt, row)) is not None:
                 found.append(Answers(prompt_ids, responses, row))
         found = [self._with_ends(item) if isinstance(item.row, Steps) else item for item in found]
+        self._check_left(found, rows)
         kept = [item for item in found if item.ends or not isinstance(item.row, Steps)]
         if len(kept) < len(found):
-            self._counts["responses whose first step exceeds max_response_tokens: drop"] += len(
-                found
-            ) - len(kept)
-        self._check_left(kept, rows)
+            what = "responses whose first step exceeds max_response_tokens: drop"
+            self._counts[what] += len(found) - len(kept)
+        if found and not kept:
+            raise UserError(
+                f"the first step of every response of {len(rows)} rows is longer than "
+                f"data.max_response_tokens={self.data.max_response_tokens}"
+            )
         return kept
 
     def _judged(self, row: Preference | Ranking | Feedback | Steps) -> list[str]:
@@ -178,7 +183,7 @@ class Encoder:
             return replace(item, ends=ends[:-1])
         if len(ends) != len(item.row.steps):
             raise UserError(
-                f"{item.row.source}: the tokenizer of {self.tokenizer.name_or_path} loses what "
+                f"{item.row.source}: the tokenizer of {self.name} loses what "
                 f"ends a step: {len(ends)} of {len(item.row.steps)} steps are found in its tokens"
             )
         return replace(item, ends=ends)
@@ -232,8 +237,7 @@ class Encoder:
     def _chat(self, turns: Turns, add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"the rows are messages, but the tokenizer of {self.tokenizer.name_or_path} has "
-                "no chat template"
+                f"the rows are messages, but the tokenizer of {self.name} has no chat template"
             )
         return str(
             self.tokenizer.apply_chat_template(
@@ -265,7 +269,7 @@ class Encoder:
         whole = self._chat([*turns, {"role": "assistant", "content": response}], False)
         if not whole.startswith(start):
             raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} rewrites the prompt when a "
+                f"the chat template of {self.name} rewrites the prompt when a "
                 "reply follows; give data.template as text with {prompt}"
             )
         return whole[len(start) :].rstrip()
@@ -313,12 +317,19 @@ class StepCutter:
         self._pieces: dict[tuple[int, ...], str] = {}
 
     def ends(self, ids: Sequence[int]) -> list[int]:
-        """The place of the last token of each step; the last step ends with the response."""
+        """The place of the last token of each step; the last step ends with the response.
+
+        A token with a blank before the first word of the next step is of that step.
+        """
         pieces = self._texts(ids)
         steps = cut_steps("".join(pieces), self._step_end)
-        limits = list(accumulate(map(len, steps)))[:-1]  # characters up to the end of each step
         seen = list(accumulate(map(len, pieces)))  # characters up to the end of each token
-        return [bisect_left(seen, limit) for limit in limits] + [len(ids) - 1]
+        ends = []
+        for limit in list(accumulate(map(len, steps)))[:-1]:  # up to the end of each step
+            place = bisect_left(seen, limit)
+            inside = pieces[place][: limit - seen[place]] if seen[place] > limit else ""
+            ends.append(place - 1 if place and inside.isspace() else place)
+        return [*ends, len(ids) - 1]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; a character of several tokens comes with its last."""

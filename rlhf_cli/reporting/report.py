@@ -26,9 +26,9 @@ FIGURES = {
     "correlation": "correlation",
     "loss": "loss",
     "calibration_error": "calibration error",
-    "length_correlation": "correlation with length",
-    "longer_preferred": "longer preferred",
-    "longer_chosen": "longer chosen",
+    "length_correlation": "correlation with tokens",
+    "longer_preferred": "longer one (tokens) preferred",
+    "longer_chosen": "longer one chosen",
 }
 """What the headline of a judgement names, and how."""
 

@@ -146,8 +146,8 @@ def run(cfg: Dpo) -> Path:
     policy = load_role(session, cfg.policy)
     rows = read_split(cfg.data, row_kind(cfg))
     check_judgements(cfg, rows.train + rows.held_out)
-    train = items_of(policy.encoder.answers(rows.train), algo, cfg.seed)
-    held_out = items_of(policy.encoder.answers(rows.held_out), algo, cfg.seed)
+    train = items_of(policy.encoder.answers(rows.train), cfg, "training")
+    held_out = items_of(policy.encoder.answers(rows.held_out), cfg, "held-out")
     weights = class_weights(train, algo)
     session.note(policy.encoder, [*rows.notes, sizes(train, held_out)])
     share = hardware.share_prompts and shares_prompts(policy.model)
@@ -382,7 +382,7 @@ def class_weights(items: list[Item], algo: DpoAlgo) -> tuple[float, float]:
 # --------------------------------------------------------------------------- items
 
 
-def items_of(answers: list[Answers], algo: DpoAlgo, seed: int) -> list[Item]:
+def items_of(answers: list[Answers], cfg: Dpo, side: str) -> list[Item]:
     """An item per row; kto's with a partner: the response of the next row in a shuffled order.
 
     The paper pairs within a batch. A partner that stays lets the reference score it once, and z0
@@ -391,17 +391,17 @@ def items_of(answers: list[Answers], algo: DpoAlgo, seed: int) -> list[Item]:
     Raises:
         UserError: all rows have one prompt, so there is no response to another one.
     """
-    if algo.loss != "kto":
+    if cfg.algo.loss != "kto":
         return [Item(each) for each in answers]
     count = len(answers)
-    order = order_of(count, seed, "kto partners", 0)
+    order = order_of(count, cfg.seed, "kto partners", 0)
     items: list[Item] = [Item(each) for each in answers]
     for place, i in enumerate(order):
         after = (answers[order[(place + step) % count]] for step in range(1, count))
         partner = next((other for other in after if other.prompt != answers[i].prompt), None)
         if partner is None:
             raise UserError(
-                "all rows have one prompt; kto compares with responses to other prompts"
+                f"all {side} rows have one prompt; kto compares with responses to other prompts"
             )
         row = answers[i].row
         items[i].mismatched = Compared(Answers(answers[i].prompt, partner.responses, row))
@@ -482,7 +482,7 @@ def provenance(
     implicit = {
         "beta": reward_scale(algo),
         "per_token": algo.loss in PER_TOKEN,
-        "reference": seen_from(out, origin["path"]),
+        "reference": seen_from(out, origin),
         "hash": origin["hash"],
     }
     found: dict[str, Any] = {"reference": origin, "implicit_reward": implicit}

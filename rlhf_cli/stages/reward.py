@@ -32,7 +32,7 @@ from rlhf_cli.data.batches import (
 )
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import read_split
-from rlhf_cli.data.tokens import Answers, Encoder
+from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 from rlhf_cli.models.forward import (
     answer_batch,
     answer_scores,
@@ -84,9 +84,7 @@ def run(cfg: Reward) -> Path:
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
     session.note(encoder, [*rows.notes, sizes(train, held_out)])
-    demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
-    if len(demonstrations) < 2:
-        raise UserError("scores are normalised by those of demonstrations, but there is only one")
+    demonstrations = to_imitate(encoder, cfg, train)
     if hardware.gradient_checkpointing:
         unwrap(scorer).gradient_checkpointing_enable()
         scorer.train()  # transformers recomputes in training mode only; all dropout is off
@@ -149,6 +147,18 @@ def run(cfg: Reward) -> Path:
             "centring": algo.centring,
         },
     )
+
+
+def to_imitate(encoder: Encoder, cfg: Reward, train: list[Answers]) -> list[Tokens]:
+    """The demonstrations by whose scores all are normalised; without two, all responses judged."""
+    try:
+        found = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
+    except UserError:  # none is good enough to imitate
+        found = []
+    if len(found) >= 2:
+        return found
+    say("no two demonstrations: scores are normalised by those of all training responses")
+    return [sequence for item in train for sequence in item.sequences]
 
 
 def responses_in(item: Answers) -> int:

@@ -166,6 +166,8 @@ def check_models(cfg: Run) -> None:
     if reward is not None and rule_of(reward) is None:
         check_folder("reward", reward, "reward", A_REWARD)
         check_tokenizers("reward", reward, cfg.policy)
+    if isinstance(cfg, Dpo) and Path(cfg.reference_cache or ".").is_file():
+        raise UserError(f"reference_cache={cfg.reference_cache} is a file; name a folder, or null")
     if isinstance(cfg, Dpo) and cfg.reference not in (None, "bootstrap"):
         assert cfg.reference is not None
         check_folder("reference", cfg.reference, "policy", "an sft, ppo, dpo or grpo output")

@@ -60,6 +60,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     def loss(sequences: list[Tokens]) -> Loss:
         return response_nll(policy.model, sequences, chunk=cfg.hardware.logprob_chunk), {}
 
+    say(f"bootstrap: SFT on {len(chosen)} chosen responses, {steps} steps")
     with Bar("bootstrap", steps) as bar:
         for items in epochs_of(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap"):
             tokens = sum(len(sequence.response) for sequence in items)
@@ -101,9 +102,11 @@ def is_local(origin: dict[str, str]) -> bool:
     return origin["kind"] == BOOTSTRAP or Path(origin["path"]).is_dir()
 
 
-def seen_from(out: Path, path: str) -> str:
+def seen_from(out: Path, origin: dict[str, str]) -> str:
     """A local folder as a path from `out`, so that both may move together; a hub id as it is."""
-    return os.path.relpath(path, out) if Path(path).is_dir() else path
+    path = origin["path"]  # of a bootstrap it is one from `out` already
+    local = origin["kind"] != BOOTSTRAP and Path(path).is_dir()
+    return os.path.relpath(path, out) if local else path
 
 
 def reference_of(session: Session, policy: Policy, cfg: Dpo) -> Reference:

@@ -25,6 +25,7 @@ MODEL = "model.vocab_size=270 model.hidden_size=16 model.layers=1 model.heads=2 
 SFT = f"sft {ROWS} {MODEL} algo.max_steps=2"
 REWARD = f"reward {ROWS}"
 PPO = f"ppo {ROWS} algo.steps=1 algo.batch_size=4 algo.minibatch_size=4"
+KTO, KWISE = f"dpo {ROWS} algo=kto out=new", f"reward {ROWS} algo=kwise out=new"
 ADAPTER = f"dpo {ROWS} model=lora model.lora_rank=2 out=runs/demo/adapter"
 
 Change = Callable[[Path], object]
@@ -116,6 +117,11 @@ def both(first: Change, second: Change) -> Change:
     return lambda folder: (first(folder), second(folder))
 
 
+def copied(name: str, to: str) -> Change:
+    """A folder once more under another name."""
+    return lambda folder: shutil.copytree(folder / name, folder / to)
+
+
 # --------------------------------------------------------------------------- the table
 # name -> (change, words after rlhf-cli, parts of the answer)
 
@@ -124,6 +130,11 @@ Case = tuple[Change, str, list[str]]
 POLICY = "runs/demo/sft"
 GIVEN = {"prompt": "Greet Ann: ", "completion": "Hi!"}
 PAIR = {"prompt": "Greet Ann: ", "chosen": "Hi!", "rejected": "No."}
+RANKING = {"prompt": "Greet Ann: ", "responses": ["Hi!", "No.", "Hm."], "ranks": [1, 3, 2]}
+THUMBS = {**GIVEN, "label": True}
+SCORED = {**GIVEN, "score": 3}
+STEPS = {"prompt": "Greet Ann: ", "steps": ["Hi", "Ann!"], "labels": [1, 0]}
+SMALL = f"{OWN} data.eval_rows=1"
 PROBLEM = {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}
 DIALOGUES = {
     "chosen": "\n\nHuman: Hi.\n\nAssistant: Hello!",
@@ -248,6 +259,114 @@ BAD_ROWS: dict[str, Case] = {
         f"ppo {OWN}",
         ["own.jsonl:1: this is a text row; needed: prompt rows"],
     ),
+    "pairs where rankings are needed": (
+        as_it_is,
+        KWISE,
+        [
+            "rows.jsonl:1: this is a preference row; needed: ranking rows",
+            "{prompt, responses, ranks}",
+            "data.convert=[preference_to_ranking] makes them",
+        ],
+    ),
+    "rankings where pairs are needed": (
+        rows(RANKING),
+        f"dpo {OWN}",
+        ["own.jsonl:1: this is a ranking row", "data.convert=[ranking_to_preference] makes them"],
+    ),
+    "thumbs where pairs are needed": (
+        rows(THUMBS),
+        f"reward {OWN}",
+        [
+            "own.jsonl:1: this is a feedback row; needed: preference rows",
+            "data.convert=[feedback_to_ranking,ranking_to_preference] makes them",
+        ],
+    ),
+    "pairs where thumbs are needed": (
+        as_it_is,
+        KTO,
+        ["this is a preference row", "data.convert=[preference_to_feedback] makes them"],
+    ),
+    "thumbs where steps are needed": (
+        rows(THUMBS),
+        f"reward {OWN} algo=steps",
+        ["this is a feedback row; needed: steps", "data.convert=[feedback_to_steps] makes them"],
+    ),
+    "steps where thumbs are needed": (
+        rows(STEPS),
+        f"reward {OWN} algo=pointwise",
+        ["own.jsonl:1: this is a steps row; needed: feedback", "label: true | false"],
+    ),
+    "two kinds in one file": (
+        rows(RANKING, PAIR),
+        f"reward {OWN} algo=plackett_luce",
+        ["own.jsonl:2: this is a preference row; needed: ranking", "[preference_to_ranking]"],
+    ),
+    "a conversion that finds no rows": (
+        as_it_is,
+        f"reward {ROWS} data.convert=[ranking_to_preference] out=new",
+        ["data.convert: ranking_to_preference found no ranking rows in rows.jsonl"],
+    ),
+    "a conversion too many": (
+        as_it_is,
+        f"dpo {ROWS} data.convert=[preference_to_ranking] out=new",
+        [
+            "rows.jsonl:1: this is a preference row, and a ranking row after",
+            "data.convert=[] keeps them",
+        ],
+    ),
+    "a conversion that leaves nothing": (
+        rows(THUMBS, {**THUMBS, "prompt": "Greet Bob: "}),
+        f"reward {SMALL} algo=kwise data.convert=[feedback_to_ranking]",
+        ["own.jsonl: no usable ranking row", "1 prompts with fewer than 2 answers dropped"],
+    ),
+    "thumbs that are neither up nor down": (
+        rows({**GIVEN, "label": "maybe"}),
+        f"dpo {OWN} algo=kto",
+        ["own.jsonl:1: this is a demonstration row; needed: feedback rows"],
+    ),
+    "a margin below 0": (
+        rows({**PAIR, "margin": -1}),
+        f"reward {OWN} algo.row_margin=true",
+        ["own.jsonl:1: column 'margin' holds -1, expected 0 or more"],
+    ),
+    "a margin that is no number": (
+        rows({**PAIR, "margin": "much"}),
+        f"reward {OWN}",
+        ["own.jsonl:1: column 'margin' holds 'much', expected a number"],
+    ),
+    "a step without a label": (
+        rows({**STEPS, "labels": [1]}),
+        f"reward {OWN} algo=steps",
+        ["own.jsonl:1: column 'labels' holds 1 for 2 steps"],
+    ),
+    "a step's label above 1": (
+        rows({**STEPS, "labels": [1, 2]}),
+        f"reward {OWN} algo=steps",
+        ["own.jsonl:1: column 'labels' holds 2, expected true, false or a number from 0"],
+    ),
+    "a doubtful pair": (
+        rows(PAIR, {**PAIR, "prompt": "Greet Bob: ", "rejected": "Hi!"}, {**PAIR, "prompt": "Hey"}),
+        f"dpo {SMALL} data.doubtful_pairs=error",
+        ["one of 1 rows that judge a text against itself", "data.doubtful_pairs=keep or drop"],
+    ),
+    "a pair both ways": (
+        rows(
+            *(PAIR, {**PAIR, "chosen": "No.", "rejected": "Hi!"}),
+            *({**PAIR, "prompt": f"Greet {name}: "} for name in ("Bob", "Cid")),
+        ),
+        f"dpo {SMALL} data.doubtful_pairs=error",
+        ["own.jsonl:1: one of 2 rows that are judged both ways", "keep or drop goes on"],
+    ),
+    "length alone": (
+        rows(*({**PAIR, "prompt": f"{n}", "chosen": "Hi, my friend!"} for n in range(40))),
+        f"dpo {SMALL} data.doubtful_pairs=error",
+        ["the longer side is better here and in 39 of 39 pairs", "data.doubtful_pairs=keep"],
+    ),
+    "doubtful pairs alone": (
+        rows({**PAIR, "rejected": "Hi!"}, {**PAIR, "prompt": "Greet Bob: ", "rejected": "Hi!"}),
+        f"dpo {SMALL} data.doubtful_pairs=drop",
+        ["own.jsonl", "data.doubtful_pairs=drop leaves none of 1 rows"],
+    ),
     "gsm8k without ####": (
         rows(PROBLEM, {"question": "2 + 2?", "answer": "4"}),
         f"{OWN_SFT} data.format=gsm8k",
@@ -328,7 +447,10 @@ FOLDERS: dict[str, Case] = {
     "a policy for a reward model": (
         as_it_is,
         f"{PPO} reward={POLICY}",
-        [f"reward={POLICY} is a policy; reward needs a reward output, or a rule"],
+        [
+            f"reward={POLICY} is a policy; reward needs a reward output, a dpo output with",
+            "or a rule",
+        ],
     ),
     "a foreign reward model for a policy": (
         gone("runs/demo/reward/stage.json", "runs/demo/reward/config.yaml"),
@@ -339,6 +461,45 @@ FOLDERS: dict[str, Case] = {
         replaced("runs/demo/reward/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
         PPO,
         [f"reward=runs/demo/reward has another tokenizer than policy={POLICY}"],
+    ),
+    "another tokenizer for a reference": (
+        both(
+            copied(POLICY, "other"),
+            replaced("other/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
+        ),
+        f"dpo {ROWS} out=new reference=other",
+        [f"reference=other has another tokenizer than policy={POLICY}"],
+    ),
+    "no reference": (
+        as_it_is,
+        f"dpo {ROWS} out=new reference=runs/demo/ppo",
+        ["reference=runs/demo/ppo does not exist: run `rlhf-cli ppo` first"],
+    ),
+    "a reward model for a reference": (
+        as_it_is,
+        f"dpo {ROWS} out=new reference=runs/demo/reward",
+        ["reference=runs/demo/reward is a reward model; reference needs an sft, ppo, dpo or grpo"],
+    ),
+    "a reference that is out": (
+        as_it_is,
+        f"dpo {ROWS} reference=runs/demo/adapter out=runs/demo/adapter overwrite=true",
+        ["out=runs/demo/adapter holds the reference that this stage reads"],
+    ),
+    "a dpo output without an implicit reward": (
+        replaced("runs/demo/adapter/stage.json", '"implicit_reward"', '"of_simpo"'),
+        f"{PPO} reward=runs/demo/adapter",
+        ["reward=runs/demo/adapter is a policy; reward needs", "a dpo output with a reference"],
+    ),
+    "a policy for what chooses sft's weights": (
+        as_it_is,
+        f"{SFT} out=new select_by=reward reward={POLICY}",
+        [f"reward={POLICY} is a policy; reward needs"],
+    ),
+    "a chooser of another tokenizer": (
+        replaced("runs/demo/reward/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
+        f"sft {ROWS} out=new model=pretrained model.path={POLICY} select_by=reward "
+        "reward=runs/demo/reward",
+        [f"reward=runs/demo/reward has another tokenizer than model.path={POLICY}"],
     ),
     "no weights": (
         gone(f"{POLICY}/model.safetensors"),
@@ -479,6 +640,85 @@ LATE: dict[str, Case] = {
         f"{PPO} policy=runs/demo/adapter model=lora model.lora_rank=4",
         ["runs/demo/adapter: its adapter has rank 2 and alpha 32.0; set model.lora_rank=2"],
     ),
+    "one class for kto": (
+        rows(*({**THUMBS, "prompt": f"Greet {name}: "} for name in "ABCD")),
+        f"dpo {OWN} data.eval_rows=2 algo=kto",
+        ["all 2 rows are labelled true", "algo.desirable_weight and algo.undesirable_weight"],
+    ),
+    "scores for kto": (
+        rows(*({**SCORED, "prompt": f"Greet {name}: "} for name in "ABCD")),
+        f"dpo {OWN} data.eval_rows=2 algo=kto",
+        ["own.jsonl:1: the row says no label, which algo.loss=kto reads"],
+    ),
+    "one prompt for kto": (
+        both(
+            rows(THUMBS, {**THUMBS, "completion": "No.", "label": False}),
+            rows(THUMBS, {**THUMBS, "prompt": "Greet Bob: "}, name="held_out.jsonl"),
+        ),
+        f"dpo {OWN} data.eval_path=held_out.jsonl algo=kto",
+        ["all training rows have one prompt; kto compares with responses to other prompts"],
+    ),
+    "scores where labels are fitted": (
+        rows(SCORED, {**SCORED, "prompt": "Greet Bob: "}),
+        f"reward {SMALL} algo=pointwise",
+        ["own.jsonl:", "the row says no label, which algo.target=label reads"],
+    ),
+    "labels where scores are fitted": (
+        rows({**THUMBS, "score": 1}, {**THUMBS, "prompt": "Greet Bob: "}),
+        f"reward {SMALL} algo=pointwise algo.target=score",
+        ["own.jsonl:2: the row says no score, which algo.target=score reads"],
+    ),
+    "margins that rows do not have": (
+        as_it_is,
+        f"reward {ROWS} algo.row_margin=true out=new",
+        ["rows.jsonl:", "the row says no margin, which algo.row_margin=true reads"],
+    ),
+    "steps that are cut otherwise": (
+        rows(*({**STEPS, "prompt": f"{n}", "steps": ["Hi\nyou", "Ann!"]} for n in range(2))),
+        f"reward {SMALL} algo=steps",
+        ["own.jsonl:", "these 2 steps, joined by data.step_join='\\n', are not those", "(3 steps)"],
+    ),
+    "an implicit reward whose reference has changed": (
+        both(
+            copied(POLICY, "other"),
+            replaced(f"{POLICY}/config.json", '"architectures"', '"note": 1, "architectures"'),
+        ),
+        f"{PPO} policy=other reward=runs/demo/adapter",
+        [
+            "runs/demo/adapter as a reward is beta log(policy / reference)",
+            "sft has changed since; run dpo again, or give a reward model",
+        ],
+    ),
+    "an implicit reward whose reference is gone": (
+        both(copied(POLICY, "other"), gone(POLICY)),
+        f"{PPO} policy=other reward=runs/demo/adapter",
+        ["sft is gone; run dpo again, or give a reward model"],
+    ),
+    "an implicit reward whose reference is gone, while sampling": (
+        both(copied(POLICY, "other"), gone(POLICY)),
+        f"generate {ROWS} policy=other reward=runs/demo/adapter",
+        ["sft is gone; run dpo again, or give a reward model"],
+    ),
+    "a chooser of other tokens than a new model's": (
+        as_it_is,
+        f"{SFT} out=new model.vocab_size=262 select_by=reward reward=runs/demo/reward",
+        ["reward=runs/demo/reward has another tokenizer than the policy"],
+    ),
+    "a chooser whose column is not there": (
+        as_it_is,
+        f"{SFT} out=new select_by=reward reward=exact_answer",
+        ["rows.jsonl:", "reward=exact_answer needs a column 'answer'"],
+    ),
+    "a chooser without a prompt to answer": (
+        rows(*({"text": f"Once {n}."} for n in range(4))),
+        f"{SFT} data.path=own.jsonl data.eval_rows=2 out=new select_by=reward reward=regex:a",
+        ["select_by=reward judges responses, but no held-out row has a prompt"],
+    ),
+    "a cache that is a file": (
+        as_it_is,
+        f"dpo {ROWS} out=new algo.precompute_reference=true reference_cache=rows.jsonl",
+        ["reference_cache=rows.jsonl"],
+    ),
     "weights of another shape": (
         replaced(f"{POLICY}/config.json", '"intermediate_size"', '"hidden_act": "x", "was"'),
         f"dpo {ROWS}",
@@ -492,6 +732,7 @@ LATE: dict[str, Case] = {
 }
 
 
+# name -> what happens instead
 def check_line(stderr: str, parts: list[str]) -> None:
     assert stderr.startswith("rlhf-cli: error: ")
     assert stderr.count("\n") == 1, stderr
@@ -510,7 +751,10 @@ def test_a_bad_input_is_one_line_and_changes_nothing(name: str, cli: Cli, place:
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize(
+    "name",
+    list(LATE),
+)
 def test_what_only_loading_shows_changes_nothing_either(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ def test_sound_pairs_are_kept_with_a_line_on_lengths() -> None:
     for doubtful in ("keep", "drop", "error"):
         notes: list[str] = []
         assert check_pairs(rows, doubtful, notes) == rows
-        assert notes == ["the better side is longer in 50.0% of 2 pairs of two lengths"]
+        assert notes == ["the better side has more characters in 50.0% of 2 unequal pairs"]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def pairs_of_lengths(longer: int, shorter: int, equal: int = 0) -> list[Judged]:
 def test_one_side_always_the_longer(longer: int, shorter: int, doubted: str) -> None:
     rows = pairs_of_lengths(longer, shorter, equal=50)
     total = longer + shorter
-    share = f"the better side is longer in {longer / total:.1%} of {total} pairs of two lengths"
+    share = f"the better side has more characters in {longer / total:.1%} of {total} unequal pairs"
     doubt = (
         f"nearly always the {doubted} side is better: length alone tells them apart, and no row "
         "can be dropped for that"
@@ -124,4 +124,4 @@ def test_sides_of_one_length() -> None:
 def test_a_ranking_counts_by_its_pairs() -> None:
     notes: list[str] = []
     check_pairs([Ranking("p", ["aaa", "bb", "c"], [1, 2, 2])], "keep", notes)
-    assert notes == ["the better side is longer in 100.0% of 2 pairs of two lengths"]
+    assert notes == ["the better side has more characters in 100.0% of 2 unequal pairs"]

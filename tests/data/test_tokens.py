@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Text
-from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Steps, Text, cut_steps
+from rlhf_cli.data.tokens import Answers, Encoder, StepCutter
 from tests.toys import CHAT, bpe, characters, data_of
 
 TURNS = [
@@ -150,3 +153,152 @@ def test_of_plain_text_every_token_is_trained() -> None:
     assert bare.texts([Text("abcdef")])[0].prompt == [7]  # nothing can predict the first token
     assert bare.texts([Text("abcdef")])[0].response == [8, 9]
     assert bare.notes() == ["2 texts cut to max_prompt_tokens + max_response_tokens"]
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def pieces(*texts: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids 1, 2, ... are these texts and nothing else; EOS is 0."""
+    vocabulary = {"</s>": 0} | {text: id for id, text in enumerate(texts, 1)} | {"a": 99}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2 has it: a space is in front of a word, what is unknown falls back to bytes."""
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz."]
+    merges = [("\u2581", "t"), ("o", "n"), ("on", "e"), ("\u2581t", "w"), (".", "\u2581")]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    names += ["".join(pair) for pair in merges]
+    vocabulary = {name: id for id, name in enumerate(names)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+
+
+SENTENCE = "(?<=[.!?]) "
+
+
+@pytest.mark.parametrize(
+    ("texts", "step_end", "ends"),
+    [
+        (["one", "\n", "two"], "\n", [1, 3]),
+        (["one", "two"], "\n", [2]),
+        (["one", "\n", "two", "\n"], "\n", [1, 4]),  # what follows the last end is no step
+        (["one", ".\n", "tw", "o.\nth", "ree"], "\n", [1, 3, 5]),  # ends within tokens
+        (["one\ntwo\nthree", "."], "\n", [0, 0, 2]),  # two ends in one token
+        (["one", "\n", "\n", "two"], "\n\n", [2, 4]),  # an end of several tokens
+        (["one", "\n", "two\n", "\nthree"], "\n\n", [2, 4]),  # a blank before the next step
+        (["one", "\n", "\n", "\n", "two"], "\n", [3, 5]),  # blanks belong to the step before
+        (["\n", "one", "\n", "two"], "\n", [2, 4]),  # or to the first one
+        (["Step", " 1", ": x", " Step", " 2", ": y"], r" (?=Step \d)", [2, 6]),
+        (["One", ".", " ", "Two", "."], SENTENCE, [2, 5]),
+    ],
+)
+def test_where_steps_end(texts: list[str], step_end: str, ends: list[int]) -> None:
+    tokenizer = pieces(*dict.fromkeys(texts))
+    ids = [1 + list(dict.fromkeys(texts)).index(text) for text in texts]
+    assert StepCutter(tokenizer, step_end).ends([*ids, 0]) == ends
+
+
+def test_an_end_is_no_part_of_the_next_step() -> None:
+    """Tokenizers put a space before the word that it precedes; that word is read too late."""
+    tokenizer = pieces("One", ".", " Two")
+    assert StepCutter(tokenizer, SENTENCE).ends([1, 2, 3, 2, 0]) == [1, 4]
+
+
+TOKENIZERS = {"byte-level": bpe, "sentencepiece": sentencepiece}
+WRITTEN = st.lists(
+    st.sampled_from(["one", "two", "tone", ".", " ", "  ", "\n", "\n\n", "a"]), min_size=1
+).map("".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=WRITTEN, step_end=st.sampled_from(["\n", "\n\n", r"\.", r"\n+|\. "]))
+def test_each_step_ends_with_its_last_character(name: str, text: str, step_end: str) -> None:
+    """The tokens up to an end hold that step whole, and without the last of them they do not."""
+    tokenizer = TOKENIZERS[name]()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ends = StepCutter(tokenizer, step_end).ends([*ids, tokenizer.eos_token_id])
+    steps = cut_steps(text, step_end)
+    assert ends[-1] == len(ids) and len(ends) == max(len(steps), 1)
+    written = ""
+    for end, step in zip(ends, steps[:-1], strict=False):
+        written += step
+        so_far = [str(tokenizer.decode(ids[:count])) for count in (end, end + 1)]
+        assert [each.lstrip(" ").startswith(written.strip(" ")) for each in so_far] == [
+            False,
+            True,
+        ]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_steps_of_a_row_have_their_labels(name: str) -> None:
+    encoder = encoder_of(TOKENIZERS[name](), step_join="\n\n", step_end="\n\n")
+    row = Steps("p", ["one two", "three\nfour", "five"], [1, 0, 0.5])
+    (item,) = encoder.answers([row])
+    (response,) = item.responses
+    shown = [encoder.text(response[: end + 1]).strip() for end in item.ends]
+    assert shown == ["one two", "one two\n\nthree\nfour", "one two\n\nthree\nfour\n\nfive"]
+    assert response[-1] == encoder.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("limit", [2, 4, 5, 7, 8, 9, 10])
+def test_a_step_that_is_cut_has_no_end(limit: int) -> None:
+    """Of "ab|cd|ef" one character is a token; a row without a whole step is dropped and told."""
+    encoder = encoder_of(
+        characters(), step_join="|", step_end=r"\|", max_response_tokens=limit, max_prompt_tokens=9
+    )
+    rows = [Steps("a", ["ab", "cd", "ef"], [1, 1, 0]), Steps("a", ["b"], [1])]
+    found = encoder.answers(rows)
+    assert found[-1] == Answers([7], [[8, 1]], rows[1], [1])
+    expected = {2: [], 4: [2], 5: [2], 7: [2, 5], 8: [2, 5]}.get(limit, [2, 5, 8])
+    assert [item.ends for item in found[:-1]] == ([expected] if expected else [])
+    dropped = "1 responses whose first step exceeds max_response_tokens: drop"
+    assert (dropped in encoder.notes()) == (not expected)
+
+
+def test_no_whole_step_at_all_is_no_matter_of_prompts() -> None:
+    encoder = encoder_of(characters(), step_join="|", step_end=r"\|", max_response_tokens=2)
+    with pytest.raises(UserError, match="data.max_response_tokens=2"):
+        encoder.answers([Steps("a", ["ab", "cd"], [1, 1])])
+
+
+@pytest.mark.parametrize("end", ["\u3002", "\U0001f600", "<step>"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_steps_have_all_of_their_labels_or_none(name: str, end: str) -> None:
+    """Bytes of one character are put together; a special token is no text, so it is refused."""
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<step>"]})
+    encoder = encoder_of(tokenizer, step_join=end, step_end=end)
+    row = Steps("p", ["one", "two", "three"], [1, 0, 1], "f:1")
+    if end == "<step>":
+        with pytest.raises(UserError, match="f:1: .* loses what ends a step: 1 of 3 steps"):
+            encoder.answers([row])
+        return
+    (item,) = encoder.answers([row])
+    shown = [encoder.text(item.responses[0][: place + 1]).strip() for place in item.ends]
+    assert shown == [f"one{end}", f"one{end}two{end}", f"one{end}two{end}three"]
+
+
+def test_steps_that_are_cut_elsewhere_are_refused() -> None:
+    """The same number of steps is not the same steps."""
+    encoder = encoder_of(step_join="", step_end=" ")
+    with pytest.raises(UserError, match="f:1: these 2 steps, .* are not those that"):
+        encoder.answers([Steps("p", ["one two", "three"], [1, 0], "f:1")])

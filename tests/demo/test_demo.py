@@ -143,7 +143,7 @@ def test_no_shipped_pair_stops_a_run(kind: type) -> None:
     """A noisy judge contradicts itself at times; no text is judged against itself."""
     notes = read_split(composed("dpo").data, kind).notes
     assert not any("against itself" in note for note in notes)
-    assert sum("the better side is longer in" in note for note in notes) == 2
+    assert sum("the better side has more characters in" in note for note in notes) == 2
 
 
 @pytest.mark.parametrize("side", ["train", "eval"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -30,7 +31,8 @@ from rlhf_cli.models.load import (
     set_stop_ids,
     stop_ids_of,
 )
-from rlhf_cli.models.score import logprobs_of, scores_of
+from rlhf_cli.models.manifest import TOKEN
+from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
@@ -238,6 +240,52 @@ def test_a_scorer_from_an_adapter_has_the_sum_as_its_trunk(
     assert any("layers" in name for name in trained)
 
 
+def token_scores(model: nn.Module) -> Tensor:
+    """Scores at all response tokens of fixed sequences."""
+    return torch.cat(token_scores_of(model, SEQUENCES, hardware_of()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "adapter"])
+def test_a_scorer_of_tokens_makes_the_round_trip(family: str, config: Any, tmp_path: Path) -> None:
+    """The head has another name in other families, and a plain tool reads it at each token."""
+    tokenizer = bpe()
+    if family == "llama":
+        model: Any = llama(len(tokenizer))
+    else:
+        size = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)
+        model = GPT2LMHeadModel(size)
+    save_model(model, tokenizer, tmp_path / "policy", merge=True)
+    scorer: Any = scorer_from_policy(str(tmp_path / "policy"), config, tokenizer, 7, CPU, TOKEN)
+    trunk = hidden_states(scorer, collate(SEQUENCES))
+    torch.testing.assert_close(trunk, hidden_states(model.eval(), collate(SEQUENCES)))
+    before = token_scores(scorer)
+    assert before.std() > 0.1
+    with torch.no_grad():
+        for weight in scorer.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(0)
+                )
+    after = token_scores(scorer)
+    assert (after - before).abs().max() > 0.1
+
+    for merge in (True, False) if config is LORA else (True,):
+        place = tmp_path / f"merge {merge}"
+        save_model(scorer, tokenizer, place, merge=merge)
+        assert (place / "adapter_config.json").exists() == (not merge)
+        (place / "stage.json").write_text('{"kind": "reward", "level": "token"}')
+        for again in (FROZEN, FULL if merge else LORA):
+            found = token_scores(load_scorer(str(place), again, tokenizer, CPU))
+            torch.testing.assert_close(found, after, rtol=1e-4, atol=1e-4)
+        if merge:
+            plain = loaded(AutoModelForTokenClassification, place).eval()
+            logits = [
+                plain(collate([each]).ids).logits[0, -len(each.response) :, 0] for each in SEQUENCES
+            ]
+            torch.testing.assert_close(torch.cat(logits), after, rtol=1e-4, atol=1e-4)
+
+
 # --------------------------------------------------------------------------- adapters
 
 
@@ -272,6 +320,46 @@ def test_the_reference_stays_what_it_was(config: Any, folder: Path) -> None:
     with torch.no_grad(), reference.active() as frozen:
         next(iter(unwrap(frozen).model.layers[0].mlp.parameters())).add_(1e-6)
     assert reference.digest() != reference.hash
+
+
+def numbers(model: nn.Module) -> int:
+    """How many there are to hold."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_fresh_adapter_is_switched_off_and_a_trained_one_copied(folder: Path) -> None:
+    """The weights of the base exist once; the reference is the base to the bit."""
+    base, adapted = policy_of(folder, FULL), policy_of(folder, LORA)
+    size = numbers(adapted)
+    own = size - numbers(base)
+    start = outputs(base)
+    reference = Reference(adapted)
+    assert reference.switched_off and numbers(adapted) == size
+    for _ in range(2):  # before and after training
+        with reference.active() as frozen:
+            assert numbers(frozen) == size
+            assert torch.equal(outputs(frozen), start)
+        train(adapted)
+        assert not torch.equal(outputs(adapted), start)
+
+    trained = outputs(adapted)
+    later = Reference(adapted)
+    assert not later.switched_off and numbers(adapted) == size + own
+    train(adapted)
+    with later.active() as frozen:
+        torch.testing.assert_close(outputs(frozen), trained, rtol=0, atol=1e-6)
+    assert (outputs(adapted) - trained).abs().max() > 0.1
+    assert later.digest() == later.hash
+
+
+def test_another_model_as_a_reference_is_taken_as_it_is(folder: Path) -> None:
+    model = policy_of(folder, FULL)
+    reference = Reference.of(model)
+    assert not reference.switched_off
+    with reference.active() as frozen:
+        assert frozen is model
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert reference.digest() == reference.hash
 
 
 def test_an_adapter_is_saved_merged_and_continued(folder: Path, tmp_path: Path) -> None:

@@ -93,3 +93,16 @@ def test_identities_change_with_the_content(weights: Path) -> None:
         tokenizer.save_pretrained(weights)
         hashes.add(tokenizer_hash(weights))
     assert len(hashes) == 2 and None not in hashes
+
+
+def test_an_adapter_is_another_one_on_another_base(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for place in (base, adapter):
+        place.mkdir()
+        save_file(TENSORS, place / "model.safetensors")
+    config = {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    before = content_hash(str(adapter))
+    assert content_hash(str(adapter)) == before
+    save_file({**TENSORS, "b": torch.zeros(2)}, base / "model.safetensors")
+    assert content_hash(str(adapter)) != before

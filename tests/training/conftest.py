@@ -8,20 +8,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.config.compose import compose
-from tests.training.tiny import WORDS, words_of
+from tests.training.tiny import WORDS, rows_of, words_of
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows.jsonl, text.jsonl and runs/demo/{sft,reward,adapter}."""
+    """A folder with rows of every kind and runs/demo/{sft,reward,adapter}, made from pairs."""
     folder = tmp_path_factory.mktemp("chain")
-    names = [f"{a}{b}{c}" for a in "ABCDEFGH" for b in ("n", "d", "l") for c in ("a", "o")]
-    rows = [
-        {"prompt": f"Greet {name}: ", "chosen": f"Hi {name}!", "rejected": "No no."}
-        for name in names
-    ]
-    texts = [{"text": f"{name} is here and {name} says hi to all."} for name in names]
-    for file, content in (("rows", rows), ("text", texts)):
+    for file, content in rows_of().items():
         lines = "".join(json.dumps(row) + "\n" for row in content)
         (folder / f"{file}.jsonl").write_text(lines)
     with contextlib.chdir(folder):

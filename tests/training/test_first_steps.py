@@ -17,7 +17,7 @@ from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.load import load_policy, load_tokenizer
-from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of
+from rlhf_cli.models.score import mean_nll, scores_of
 from rlhf_cli.rewards.sources import load_reward, statistics_of
 from rlhf_cli.stages import grpo, ppo
 from tests.toys import FROZEN, hardware_of
@@ -204,27 +204,3 @@ def test_a_step_of_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         total = entry["loss/policy"] + 0.5 * entry["loss/kl"]
         assert entry["loss"] == pytest.approx(total, abs=1e-5)
     assert entries[1]["loss/kl"] > 1e-4
-
-
-def test_a_step_of_dpo(tmp_path: Path) -> None:
-    """After one step over all pairs the logged margin is that of the two models' log-probs."""
-    from rlhf_cli.data.kinds import Preference
-
-    one = ["algo.batch_size=500", "algo.epochs=1", "algo.label_smoothing=0.1", "algo.beta=0.3"]
-    words = [*one, "algo.warmup_steps=0", "hardware.tokens_per_microbatch=100"]
-    (entry,) = run("dpo", tmp_path / "out", *words)
-    start, encoder = sft_policy()
-    after = load_policy(str(tmp_path / "out"), FROZEN, encoder.tokenizer, CPU)
-    pairs = encoder.answers(read_split(encoder.data, Preference).held_out)
-    rho = [
-        [
-            torch.stack([row.sum() for row in logprobs_of(model, sides, hardware_of())])
-            for model in (after, start)
-        ]
-        for sides in ([pair.sequences[side] for pair in pairs] for side in (0, 1))
-    ]
-    h = 0.3 * ((rho[0][0] - rho[0][1]) - (rho[1][0] - rho[1][1]))
-    loss = -0.9 * torch.nn.functional.logsigmoid(h) - 0.1 * torch.nn.functional.logsigmoid(-h)
-    assert entry["eval/rewards/margin"] == pytest.approx(h.mean().item(), rel=1e-3)
-    assert entry["eval/loss"] == pytest.approx(loss.mean().item(), rel=1e-3)
-    assert entry["eval/rewards/margin"] > 0.01

@@ -1,5 +1,7 @@
 """The words of the smallest runs: every stage in seconds, every key that matters given."""
 
+from typing import Any
+
 DATA = [
     *("data=jsonl", "data.path=rows.jsonl", "data.eval_rows=8", "data.text_path=text.jsonl"),
     *("data.max_prompt_tokens=24", "data.max_response_tokens=8", "hardware.threads=1"),
@@ -31,3 +33,29 @@ WORDS = {
 def words_of(stage: str) -> list[str]:
     """A stage's words, its resume points every two steps."""
     return [*DATA, *ADAM, *WORDS[stage], "hardware.save_every=2"]
+
+
+def rows_of() -> dict[str, list[dict[str, Any]]]:
+    """Rows of every kind by the name of their file; all judge the same greetings.
+
+    Rankings have two to four responses in no order, the longest with a tie; feedback has more good
+    than bad; steps have labels between right and wrong, and are cut by the limit here and there.
+    """
+    files: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("rows", "text", "rankings", "feedback", "steps")
+    }
+    names = [f"{a}{b}{c}" for a in "ABCDEFGH" for b in ("n", "d", "l") for c in ("a", "o")]
+    for i, name in enumerate(names):
+        prompt, good, bad = {"prompt": f"Greet {name}: "}, f"Hi {name}!", "No no."
+        files["rows"].append({**prompt, "chosen": good, "rejected": bad, "margin": i % 3 / 2})
+        files["text"].append({"text": f"{name} is here and {name} says hi to all."})
+        ranked = list(zip([good, f"{name}?", bad, "No."], [1, 2, 3, 3], strict=True))[: 2 + i % 3]
+        ranked = ranked[i % 2 :] + ranked[: i % 2]
+        responses, ranks = (list(column) for column in zip(*ranked, strict=True))
+        files["rankings"].append({**prompt, "responses": responses, "ranks": ranks})
+        files["feedback"].append({**prompt, "completion": good, "label": True, "score": 2 + i % 3})
+        if i % 3:
+            files["feedback"].append({**prompt, "completion": bad, "label": False, "score": -1.5})
+        steps, labels = ["Hi", name, bad][: 2 + i % 2], [1, [1, 0.75, 1][i % 3], 0]
+        files["steps"].append({**prompt, "steps": steps, "labels": labels[: len(steps)]})
+    return files
