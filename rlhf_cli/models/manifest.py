@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def reference_folder(path: str, implicit: dict[str, str]) -> str:
     if content_hash(reference) != implicit["hash"]:
         state = "has changed since" if Path(reference).is_dir() else "is gone"
         raise UserError(
-            f"{path} as a reward is beta log(policy / reference), but its reference {reference} "
-            f"{state}; run dpo again, or give a reward model"
+            f"{path} as a reward is beta log(policy / reference), but its reference "
+            f"{os.path.normpath(inside)} {state}; run dpo again, or give a reward model"
         )
     return reference
