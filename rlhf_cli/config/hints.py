@@ -132,6 +132,8 @@ def _explain_key(text: str, stage: str) -> str | None:
         return wrong_value(stage, key, value[1])
     if "not Optional" in text:
         return wrong_value(stage, key, None)
+    if "is not a ListConfig" in text:
+        return f"{key} must be a list, in brackets: {key}='[A,B]'"
     if value := re.search(r"Cannot assign (\w+)", text):
         return wrong_value(stage, key, value[1])
     return f"{key}: {text.splitlines()[0]}"

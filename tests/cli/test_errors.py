@@ -25,6 +25,7 @@ NAMES = [
     ("ppo polcy=x", ["unknown key polcy", "did you mean policy?"]),
     ("ppo algo.beta=0.1", ["unknown key algo.beta", "belongs to `rlhf-cli dpo`"]),
     ("sft policy=x", ["unknown key policy", "belongs to `rlhf-cli reward`"]),
+    ("reward data.convert=feedback_to_steps", ["data.convert must be a list, in brackets"]),
     ("ppo +algo.kl_coeff=1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
     ("ppo ++algo.kl_coeff=1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
     ("ppo +algo.kl_coef=1", ["algo.kl_coef exists already", "without +"]),
