@@ -45,13 +45,13 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     alike (2305.18290 sec. 4, "DPO outline"). A folder that is there already is loaded.
     """
     cfg: Any = session.cfg
+    if not chosen:
+        raise UserError("reference=bootstrap imitates chosen responses, but no row has one")
     session.claim()
     folder = session.out / BOOTSTRAP
     if folder.is_dir():
         load_weights(policy.model, str(folder), cfg.model)
         return
-    if not chosen:
-        raise UserError("reference=bootstrap imitates chosen responses, but no row has one")
     algo = cfg.algo
     epochs = algo.bootstrap_epochs or 1
     steps = math.ceil(len(chosen) / algo.batch_size) * epochs
