@@ -265,13 +265,13 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model: nn.Module = model
+        self.model: nn.Module = model
         # typed Any in two steps, because a checker takes hasattr for a module's attribute
         adapted: Any = model
         self._adapted: Any = adapted if hasattr(adapted, "peft_config") else None
         self.switched_off = self._adapted is not None and is_fresh(model)
         if self._adapted is None:
-            self._model = copy.deepcopy(model).requires_grad_(False)
+            self.model = copy.deepcopy(model).requires_grad_(False)
         elif not self.switched_off:
             self._adapted.add_adapter("reference", self._adapted.peft_config["default"])
             with torch.no_grad():
@@ -286,7 +286,7 @@ class Reference:
     def of(cls, model: nn.Module) -> "Reference":
         """Another model, frozen; it is not copied."""
         reference = cls.__new__(cls)
-        reference._model, reference._adapted = model.requires_grad_(False), None
+        reference.model, reference._adapted = model.requires_grad_(False), None
         reference.switched_off = False
         reference.hash = reference.digest()
         return reference
@@ -296,21 +296,21 @@ class Reference:
         """The reference model, without gradient; an adapted policy is it within this block."""
         with torch.no_grad():
             if self._adapted is None:
-                yield self._model
+                yield self.model
             elif self.switched_off:
                 with self._adapted.disable_adapter():
-                    yield self._model
+                    yield self.model
             else:
                 self._adapted.set_adapter("reference")
                 try:
-                    yield self._model
+                    yield self.model
                 finally:
                     self._adapted.set_adapter("default")
 
     def digest(self) -> str:
         """Hash of the frozen weights, to prove that they did not move."""
         digest = hashlib.sha256()
-        for name, weight in self._model.named_parameters():
+        for name, weight in self.model.named_parameters():
             if ".default." not in name:
                 digest.update(
                     weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -158,8 +158,7 @@ def run(cfg: Dpo) -> Path:
     origin = reference_origin(session, cfg) if compares or cfg.reference == BOOTSTRAP else {}
     reference = reference_of(session, policy, cfg) if compares else None
     if reference is not None:
-        with reference.active() as other:  # perhaps of another architecture
-            share = share and shares_prompts(other)
+        share = share and shares_prompts(reference.model)  # perhaps of another architecture
         # Later epochs batch rows otherwise, which changes the rounding: a resumed run would differ.
         ahead = algo.precompute_reference or algo.epochs > 1
         for side in (compared(held_out), compared(train) if ahead else []):
