@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence: estimators on samples and controllers of its coefficient."""
+"""Kullback-Leibler divergence: estimators on samples, and what sets its coefficient."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,25 @@ def k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     return logprobs - reference
 
 
+def k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """u^2 / 2 with u = log(pi / ref): a biased value, of little spread while pi is near ref.
+
+    As a loss on samples of pi its gradient u grad log pi is that of KL(pi || ref), unbiased; on
+    samples of an older policy it is not. Elementwise.
+    """
+    return (logprobs - reference) ** 2 / 2
+
+
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """exp(-u) - 1 + u with u = log(pi / ref): unbiased, never negative, for reporting.
 
     As a loss on samples of pi its gradient is that of the forward KL(ref || pi), the wrong
-    direction; `kl_loss` is the one to differentiate. Elementwise.
+    direction; `weighted_k3` is the one to differentiate. Elementwise.
     """
     return torch.expm1(reference - logprobs) - (reference - logprobs)
 
 
-def kl_loss(logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+def weighted_k3(logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
     """w k3 with the ratio w = pi / pi_old attached: its gradient is that of KL(pi || ref).
 
     E_old[w k3] = KL(pi || ref) for every pi, so the estimate and its gradient are both unbiased,
@@ -34,6 +43,23 @@ def kl_loss(logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
         reference: (B, T) log-probs of the reference.
     """
     return torch.exp(logprobs - old) * k3(logprobs, reference)
+
+
+def full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(pi || ref) of the next token, summed over the vocabulary: no estimate, no sample.
+
+    Exact in each context; the contexts are still those that were sampled. As a loss its gradient
+    is that of the divergence in these contexts, not of how often pi visits them.
+
+    Args:
+        logits: (N, V) of the policy, with gradient; scaled by the temperature that samples.
+        reference_logits: (N, V).
+
+    Returns:
+        (N,) in nats.
+    """
+    ours, theirs = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(-1)
 
 
 def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, horizon: int) -> float:
@@ -56,3 +82,14 @@ def schulman_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     if kl > target * 1.5:
         return kl_coef * 2
     return kl_coef
+
+
+def linear(start: float, end: float | None, step: int, steps: int) -> float:
+    """Value at `step` of a straight line from `start` at step 1 to `end` at step `steps`.
+
+    It stays at `start` where `end` is None, or where there is one step only.
+    """
+    if end is None or steps == 1:
+        return start
+    done = (step - 1) / (steps - 1)
+    return (1 - done) * start + done * end

@@ -1,77 +1,96 @@
-"""Policy gradients for language models: rewards, advantages and clipped losses.
+"""Policy gradients for language models: losses of single tokens, and how they are averaged.
 
-Every tensor over tokens is (B, T), zero outside the response mask.
+Losses are elementwise on (B, T) or (N,) tokens; advantages broadcast, so that (B, 1) gives a whole
+response one. log_ratio is log w = log pi - log pi_old, and sg() stops the gradient.
 """
 
 import torch
 from torch import Tensor
 
+from rlhf_cli.objectives.kl import k3
 
-def kl_shaped_rewards(
-    scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float
+
+def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """-A log pi, whose gradient on samples of pi is that of -E[A] (REINFORCE, Williams 1992).
+
+    The value means nothing; the gradient does. Args: logprobs with gradient.
+    """
+    return -advantages * logprobs
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """r_t = -kl_coef (log pi - log ref), plus the score at the last response token.
+    """max(-w A, -clip(w, 1 - clip, 1 + clip_high) A) per token.
 
     Args:
-        scores: (B,) reward of each response.
-        logprobs, reference: (B, T) log-probs of the sampled tokens; no gradient flows through.
-        mask: (B, T) response tokens, EOS included; each row has at least one.
+        log_ratio: log w, with gradient: logprobs - old, or `sequence_log_ratio`.
+        advantages: A.
+        clip_high: room above 1 (DAPO 2503.14476 eq. 10); None is `clip` as in PPO.
+        dual_clip: c > 1 bounds the loss by -c A where A < 0 (1912.09729 eq. 5), so that one token
+            which became likely cannot rule the step; None bounds nothing.
 
     Returns:
-        (B, T) per-token rewards, zero outside the mask. Source: InstructGPT 2203.02155 eq. 2.
+        losses (PPO 1707.06347 eq. 7, sign turned).
     """
-    rewards = -kl_coef * (logprobs - reference) * mask
-    last = last_index(mask)  # (B,)
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
-    return rewards.detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    loss = torch.maximum(-ratio * advantages, -clipped * advantages)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
-def last_index(mask: Tensor) -> Tensor:
-    """Index of the last True in each row: (B, T) -> (B,)."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (positions * mask).argmax(-1)
+def sequence_log_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """log s of the response at each of its tokens, s = (pi(y|x) / pi_old(y|x))^(1 / len).
 
-
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438 eq. 16) over contiguous response tokens.
-
-    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token;
-    A_t = delta_t + gamma lam A_{t+1}.
+    In GSPO's token form (2507.18071 eq. 13, 14): sg(log s) + l_t - sg(l_t), so that exp of it is
+    worth s and its gradient is s grad l_t. The mean over the tokens of a response has the gradient
+    of s itself.
 
     Args:
-        rewards, values, mask: (B, T).
-
-    Returns:
-        advantages and returns A + V (from unwhitened advantages), both (B, T), zero outside.
-    """
-    values = values * mask
-    rewards = rewards * mask
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])  # A_{t+1}, (B,)
-    next_value = torch.zeros_like(following)
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        advantages[:, t] = following
-        next_value = values[:, t]
-    return advantages, advantages + values
-
-
-def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """max(-w A, -clip(w, 1 - clip, 1 + clip) A) per token, w = exp(logprobs - old).
-
-    Args:
-        logprobs: (B, T) current log-probs, with gradient.
+        logprobs: (B, T) l, with gradient.
         old: (B, T) log-probs when the responses were sampled.
-        advantages: (B, T), or (B, 1) for one advantage per response.
+        mask: (B, T) response tokens.
 
     Returns:
-        (B, T) losses (PPO 1707.06347 eq. 7, sign turned).
+        (B, T), zero outside the mask.
     """
-    ratio = torch.exp(logprobs - old)
-    return torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages)
+    log_ratio = torch.where(mask, logprobs - old, 0.0).detach()
+    mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    return torch.where(mask, mean + logprobs - logprobs.detach(), 0.0)
+
+
+def cispo_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float | None, clip_high: float
+) -> Tensor:
+    """-sg(clip(w, 1 - clip, 1 + clip_high)) A log pi: the weight is clipped, not the gradient.
+
+    Every token keeps a gradient, of a bounded weight (CISPO, MiniMax-M1 2506.13585 eq. 4, 5).
+
+    Args:
+        logprobs: with gradient.
+        old: log-probs when the responses were sampled.
+        clip: room below 1; None leaves small weights alone, as the paper does.
+    """
+    low = 0.0 if clip is None else 1 - clip
+    weight = torch.exp(logprobs - old).clamp(low, 1 + clip_high).detach()
+    return -weight * advantages * logprobs
+
+
+def penalised_policy_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, old_kl_coef: float
+) -> Tensor:
+    """-w A + old_kl_coef (w - 1 - log w): PPO with a penalty in place of the clip.
+
+    E_old[w - 1 - log w] = KL(old || pi) (1707.06347 eq. 8), value and gradient, and no sample of
+    it is negative. The tie is to the policy that sampled, not to the reference.
+    """
+    return -torch.exp(logprobs - old) * advantages + old_kl_coef * k3(old, logprobs)
 
 
 def clipped_value_loss(
@@ -79,7 +98,7 @@ def clipped_value_loss(
 ) -> Tensor:
     """0.5 max((V - R)^2, (V_clipped - R)^2) per token; 0.5 (V - R)^2 when clip is None.
 
-    V_clipped stays within `clip` of the value at rollout time. All (B, T).
+    V_clipped stays within `clip` of the value at rollout time.
     Source: openai/baselines ppo2, which PPO papers for language models follow.
     """
     loss = (values - returns) ** 2
@@ -89,19 +108,28 @@ def clipped_value_loss(
     return 0.5 * loss
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean) / (std + eps) within each group (GRPO 2402.03300 sec. 4.1.2).
+def token_weights(mask: Tensor, how: str, longest: int) -> Tensor:
+    """What a token weighs in the sum of losses, zero outside the mask.
 
-    std has ddof 1. A group of equal rewards is worth exactly 0, whatever the rounding of its mean.
+    | how           | weight      | the caller divides by | as in                    |
+    |---------------|-------------|-----------------------|--------------------------|
+    | response_mean | 1 / len     | responses             | GRPO 2402.03300 eq. 3    |
+    | response_sum  | 1           | responses             | REINFORCE, RLOO          |
+    | max_tokens    | 1 / longest | responses             | Dr. GRPO 2503.20783      |
+    | token_mean    | 1           | tokens                | PPO, DAPO 2503.14476     |
 
     Args:
-        rewards: (P, G), a row per prompt.
+        mask: (B, T) response tokens.
+        longest: tokens that a response may have.
 
     Returns:
-        (P, G) advantages.
+        (B, T) in the dtype of the mask, or the default one if that is bool.
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
-    if rewards.shape[1] == 1:
-        return torch.zeros_like(rewards)
-    return torch.where(equal, 0.0, centred / (rewards.std(-1, keepdim=True) + eps))
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    share: dict[str, Tensor | float] = {
+        "response_mean": 1 / lengths,
+        "response_sum": 1.0,
+        "max_tokens": 1 / longest,
+        "token_mean": 1.0,
+    }
+    return mask * share[how]

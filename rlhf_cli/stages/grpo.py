@@ -24,8 +24,9 @@ from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.load import Reference
 from rlhf_cli.models.score import logprobs_of, mean_nll
-from rlhf_cli.objectives.kl import k1, kl_loss
-from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, group_advantages
+from rlhf_cli.objectives.advantages import group_advantages
+from rlhf_cli.objectives.kl import k1, weighted_k3
+from rlhf_cli.objectives.policy_gradient import clipped_policy_loss
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.samples import show_samples
 from rlhf_cli.rewards.sources import load_reward, scores_with_eos_rule
@@ -89,8 +90,8 @@ def run(cfg: Grpo) -> Path:
         per_response = torch.tensor([item.advantage for item in items]).to(new)
         advantages = per_response.repeat_interleave(lengths)  # (N,)
         share = (1 / lengths).repeat_interleave(lengths)  # each response weighs 1
-        policy_loss = clipped_policy_loss(new, old, advantages, algo.clip)
-        kl_term = kl_loss(new, old, ref)
+        policy_loss = clipped_policy_loss(new - old, advantages, algo.clip)
+        kl_term = weighted_k3(new, old, ref)
         ratio = torch.exp(new - old).detach()
         metrics = {
             "loss/policy": policy_loss,

@@ -33,14 +33,10 @@ from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.load import Reference, load_scorer, scorer_from_policy
 from rlhf_cli.models.manifest import RESPONSE
 from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
+from rlhf_cli.objectives.advantages import at_last, gae, kl_shaped_rewards
 from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_whiten
-from rlhf_cli.objectives.policy_gradient import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    gae,
-    kl_shaped_rewards,
-)
+from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, clipped_value_loss
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.samples import show_samples
 from rlhf_cli.rewards.sources import (
@@ -112,7 +108,7 @@ def run(cfg: Ppo) -> Path:
             torch.cat([getattr(item, name) for item in items]).to(new)
             for name in ("old", "values", "advantages", "returns")
         )
-        policy_loss = clipped_policy_loss(new, old, advantages, algo.clip)
+        policy_loss = clipped_policy_loss(new - old, advantages, algo.clip)
         value_loss = clipped_value_loss(values, old_values, returns, algo.value_clip)
         total = policy_loss + algo.vf_coef * value_loss - algo.entropy_coef * entropy
         ratio = torch.exp(new - old).detach()
@@ -246,7 +242,7 @@ def collect(
     lengths = torch.tensor([len(tokens.response) for tokens in sequences])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T), response tokens only
     grids = [pad_sequence(rows, batch_first=True) for rows in (old, ref, values)]  # (B, T) each
-    rewards = kl_shaped_rewards(scores, grids[0], grids[1], mask, kl_coef)
+    rewards = kl_shaped_rewards(at_last(scores, mask), grids[0], grids[1], mask, kl_coef)
     advantages, returns = gae(rewards, grids[2], mask, algo.gamma, algo.lam)
     if algo.whiten_advantages:
         advantages = masked_whiten(advantages, mask)

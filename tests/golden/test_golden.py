@@ -46,17 +46,17 @@ from rlhf_cli.data.kinds import Preference, Ranking, pairs_of
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.forward import hidden_states, sequence_scores, token_logprobs, unembed
 from rlhf_cli.models.load import disable_dropout
-from rlhf_cli.objectives.estimates import clustered_mean
-from rlhf_cli.objectives.kl import k1, k3, kl_loss, ziegler_kl_coef
-from rlhf_cli.objectives.likelihood import masked_mean, masked_whiten, nll_sum, sequence_logprob
-from rlhf_cli.objectives.policy_gradient import (
-    clipped_policy_loss,
-    clipped_value_loss,
+from rlhf_cli.objectives.advantages import (
+    at_last,
     gae,
     group_advantages,
     kl_shaped_rewards,
     last_index,
 )
+from rlhf_cli.objectives.estimates import clustered_mean
+from rlhf_cli.objectives.kl import k1, k3, weighted_k3, ziegler_kl_coef
+from rlhf_cli.objectives.likelihood import masked_mean, masked_whiten, nll_sum, sequence_logprob
+from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, clipped_value_loss
 from rlhf_cli.objectives.preference import (
     dpo_loss,
     hinge_loss,
@@ -320,7 +320,7 @@ def ppo_loss(case: Case) -> Compared:
     clip = case.params.get("cliprange") or case.params["clip_eps_low"]
     one = "mask" in case.raw["inputs"]
     mask, value_mask = case.all(*(("mask", "mask") if one else ("policy_mask", "value_mask")))
-    policy = masked_mean(clipped_policy_loss(new, old, gains, clip), mask)
+    policy = masked_mean(clipped_policy_loss(new - old, gains, clip), mask)
     policy.backward()
     yield "policy", policy, case.out.get("pg_loss", case.out.get("loss"))
     gradient = next(value for name, value in case.grads.items() if name.endswith("new_logprobs"))
@@ -342,7 +342,7 @@ def clip_table(case: Case) -> Compared:
     for advantage, ratio, loss, gradient in case.out["rows"]:
         new = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
         gain = torch.tensor([[advantage]], dtype=torch.float64)
-        ours = clipped_policy_loss(new, torch.zeros_like(new), gain, case.params["eps"]).sum()
+        ours = clipped_policy_loss(new, gain, case.params["eps"]).sum()
         ours.backward()
         yield f"loss at {advantage}, {ratio}", ours, loss
         if abs(abs(ratio - 1) - case.params["eps"]) > 1e-9:  # on the edge any choice is right
@@ -381,8 +381,8 @@ def grpo_loss(case: Case) -> Compared:
         "new_logprobs", "old_logprobs", "ref_logprobs", "mask", grad="new"
     )
     gains = case.read("sequence_advantages")[:, None]
-    losses = clipped_policy_loss(new, old, gains, case.params["epsilon_low"])
-    losses = losses + case.params.get("beta", 0.0) * kl_loss(new, old, reference)
+    losses = clipped_policy_loss(new - old, gains, case.params["epsilon_low"])
+    losses = losses + case.params.get("beta", 0.0) * weighted_k3(new, old, reference)
     loss = rows(losses, mask)
     loss.backward()
     # an entropy bonus there is a mean over all tokens; it has no gradient through the log-probs
@@ -401,7 +401,7 @@ def kl(case: Case) -> Compared:
 
 def reward_shaping(case: Case) -> Compared:
     scores, new, reference, mask = case.all("scores", "logprobs", "ref_logprobs", "mask")
-    ours = kl_shaped_rewards(scores, new, reference, mask, case.params["kl_coef"])
+    ours = kl_shaped_rewards(at_last(scores, mask), new, reference, mask, case.params["kl_coef"])
     yield "rewards", ours, case.out["masked_rewards"]
 
 
@@ -701,7 +701,7 @@ def test_the_recorded_optimum_makes_every_shaped_reward_equal(id: str) -> None:
     )
     one = torch.ones(5, 1, dtype=torch.bool)
     logs = best.log()[:, None], reference.log()[:, None]
-    shaped = kl_shaped_rewards(reward, *logs, one, case["beta"])
+    shaped = kl_shaped_rewards(at_last(reward, one), *logs, one, case["beta"])
     torch.testing.assert_close(shaped[:, 0], torch.full((5,), case["beta_logZ"]).double())
     torch.testing.assert_close((best * k1(*logs)[:, 0]).sum().item(), case["kl"])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.kl import k1, k3, kl_loss, schulman_kl_coef, ziegler_kl_coef
+from rlhf_cli.objectives.kl import k1, k3, schulman_kl_coef, weighted_k3, ziegler_kl_coef
 
 
 def distributions(*seeds: int) -> list[Tensor]:
@@ -31,7 +31,7 @@ def test_expectations_by_enumeration() -> None:
     weights = policy.exp()
     assert (weights * k1(policy, reference)).sum().item() == pytest.approx(exact, abs=1e-12)
     assert (weights * k3(policy, reference)).sum().item() == pytest.approx(exact, abs=1e-12)
-    off_policy = (old.exp() * kl_loss(policy, old, reference)).sum()
+    off_policy = (old.exp() * weighted_k3(policy, old, reference)).sum()
     assert off_policy.item() == pytest.approx(exact, abs=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_gradients_as_losses_by_enumeration() -> None:
     forward = gradient(lambda logs: divergence(reference, logs), policy)
     of_k1 = gradient(lambda logs: (weights * k1(logs, reference)).sum(), policy)
     of_k3 = gradient(lambda logs: (weights * k3(logs, reference)).sum(), policy)
-    ours = gradient(lambda logs: (weights * kl_loss(logs, policy, reference)).sum(), policy)
+    ours = gradient(lambda logs: (weights * weighted_k3(logs, policy, reference)).sum(), policy)
     torch.testing.assert_close(of_k1, torch.zeros_like(of_k1), rtol=0, atol=1e-12)
     torch.testing.assert_close(of_k3, forward, rtol=0, atol=1e-12)
     torch.testing.assert_close(ours, reverse, rtol=0, atol=1e-12)
@@ -70,7 +70,7 @@ def test_gradients_as_losses_by_enumeration() -> None:
 
 def test_the_gradient_is_right_off_policy_too() -> None:
     policy, reference, old = distributions(0, 1, 2)
-    ours = gradient(lambda logs: (old.exp() * kl_loss(logs, old, reference)).sum(), policy)
+    ours = gradient(lambda logs: (old.exp() * weighted_k3(logs, old, reference)).sum(), policy)
     reverse = gradient(lambda logs: divergence(logs, reference), policy)
     torch.testing.assert_close(ours, reverse, rtol=0, atol=1e-12)
 

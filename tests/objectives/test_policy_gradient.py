@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.policy_gradient import (
-    clipped_policy_loss,
-    clipped_value_loss,
+from rlhf_cli.objectives.advantages import (
+    at_last,
     gae,
     group_advantages,
     kl_shaped_rewards,
     last_index,
 )
+from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, clipped_value_loss
 
 LENGTHS = torch.tensor([6, 1, 4, 3])
 MASK = torch.arange(6) < LENGTHS[:, None]
@@ -28,23 +28,23 @@ def test_worked_rewards() -> None:
     # two tokens of three: -.5 * (-1 - -2) = -.5, and -.5 * (-3 - -1) + 10 = 11
     logprobs, reference = torch.tensor([[-1.0, -3.0, 7.0]]), torch.tensor([[-2.0, -1.0, 0.0]])
     mask = torch.tensor([[True, True, False]])
-    rewards = kl_shaped_rewards(torch.tensor([10.0]), logprobs, reference, mask, 0.5)
+    rewards = kl_shaped_rewards(at_last(torch.tensor([10.0]), mask), logprobs, reference, mask, 0.5)
     assert rewards.tolist() == [[-0.5, 11.0, 0.0]]
 
 
 def test_rewards_sum_to_the_score_minus_the_kl() -> None:
     scores, logprobs, reference = normal(4), normal(4, 6, seed=1), normal(4, 6, seed=2)
     logprobs.requires_grad_()
-    rewards = kl_shaped_rewards(scores, logprobs, reference, MASK, 0.3)
+    rewards = kl_shaped_rewards(at_last(scores, MASK), logprobs, reference, MASK, 0.3)
     kls = ((logprobs - reference) * MASK).sum(-1).detach()
     torch.testing.assert_close(rewards.sum(-1), scores - 0.3 * kls, rtol=0, atol=1e-10)
     assert (rewards[~MASK] == 0).all()
     assert not rewards.requires_grad
-    unshaped = kl_shaped_rewards(scores, logprobs, reference, MASK, 0.0)
+    unshaped = kl_shaped_rewards(at_last(scores, MASK), logprobs, reference, MASK, 0.0)
     assert unshaped.count_nonzero(-1).tolist() == [1, 1, 1, 1]
     assert unshaped[torch.arange(4), LENGTHS - 1].tolist() == scores.tolist()
     # reward and coefficient in other units: the same rewards in those units
-    scaled = kl_shaped_rewards(7 * scores, logprobs, reference, MASK, 7 * 0.3)
+    scaled = kl_shaped_rewards(at_last(7 * scores, MASK), logprobs, reference, MASK, 7 * 0.3)
     torch.testing.assert_close(scaled, 7 * rewards)
 
 
@@ -123,7 +123,7 @@ TABLE = [  # advantage, ratio, clip -> d loss / d log-prob
 def test_the_clip_table(advantage: float, ratio: float, expected: float) -> None:
     new = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
     gain = torch.tensor([[advantage]], dtype=torch.float64)
-    clipped_policy_loss(new, torch.zeros_like(new), gain, 0.2).sum().backward()
+    clipped_policy_loss(new, gain, 0.2).sum().backward()
     assert new.grad is not None
     assert new.grad.item() == pytest.approx(expected, abs=1e-12)
 
@@ -131,21 +131,21 @@ def test_the_clip_table(advantage: float, ratio: float, expected: float) -> None
 def test_a_worked_policy_loss() -> None:
     # w = 1.5, A = 2: max(-3, -1.2 * 2) = -2.4; A = -2: max(3, 2.4) = 3
     new, old = torch.tensor([[1.5, 1.5]]).log(), torch.zeros(1, 2)
-    losses = clipped_policy_loss(new, old, torch.tensor([[2.0, -2.0]]), 0.2)
+    losses = clipped_policy_loss(new - old, torch.tensor([[2.0, -2.0]]), 0.2)
     torch.testing.assert_close(losses, torch.tensor([[-2.4, 3.0]]))
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
     logprobs, gains = normal(4, 6).requires_grad_(), normal(4, 6, seed=1)
     count = MASK.sum()
-    loss = clipped_policy_loss(logprobs, logprobs.detach(), gains, 0.2)
+    loss = clipped_policy_loss(logprobs - logprobs.detach(), gains, 0.2)
     ((loss * MASK).sum() / count).backward()
     torch.testing.assert_close(logprobs.grad, -gains * MASK / count, rtol=0, atol=1e-10)
 
 
 def test_a_huge_clip_clips_nothing() -> None:
     new, old, gains = normal(4, 6), normal(4, 6, seed=1), normal(4, 6, seed=2)
-    loss = clipped_policy_loss(new, old, gains, 1e9)
+    loss = clipped_policy_loss(new - old, gains, 1e9)
     torch.testing.assert_close(loss, -torch.exp(new - old) * gains)
 
 
@@ -199,7 +199,7 @@ def test_on_policy_the_grpo_loss_is_zero_and_its_gradient_is_not() -> None:
     """1/G sum_i 1/len_i sum_t: the mean over all tokens would not be zero."""
     gains = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]).double()).flatten()
     logprobs = normal(4, 6).requires_grad_()
-    losses = clipped_policy_loss(logprobs, logprobs.detach(), gains[:, None], 0.2) * MASK
+    losses = clipped_policy_loss(logprobs - logprobs.detach(), gains[:, None], 0.2) * MASK
     loss = (losses.sum(-1) / LENGTHS).mean()
     loss.backward()
     assert abs(loss.item()) < 1e-7
