@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.kl import k1, kl_loss
+from rlhf_cli.objectives.advantages import at_last, gae, kl_shaped_rewards
+from rlhf_cli.objectives.kl import k1, weighted_k3
 from rlhf_cli.objectives.likelihood import masked_mean, masked_whiten, sequence_logprob
 from rlhf_cli.objectives.policy_gradient import (
     clipped_policy_loss,
     clipped_value_loss,
-    gae,
-    kl_shaped_rewards,
 )
 from rlhf_cli.objectives.preference import dpo_loss, ipo_loss, robust_dpo_loss
 from rlhf_cli.objectives.reward_model import bradley_terry_loss, kwise_loss, plackett_luce_loss
@@ -112,7 +111,7 @@ def test_at_the_optimum_nothing_is_left_to_gain() -> None:
     best: Tables = (REFERENCE[0] + value / BETA, second)
     assert distance(best) < 1e-12
     ours, theirs = logprobs(best, RESPONSES), logprobs(REFERENCE, RESPONSES)
-    rewards = kl_shaped_rewards(REWARD, ours, theirs, EVERY, BETA)
+    rewards = kl_shaped_rewards(at_last(REWARD, EVERY), ours, theirs, EVERY, BETA)
     torch.testing.assert_close(rewards.sum(-1), (BETA * LOG_Z).expand(9), rtol=0, atol=1e-10)
     values = torch.stack([(BETA * LOG_Z).expand(9), value[FIRST]], -1)
     for lam in (0.0, 0.5, 1.0):
@@ -128,18 +127,18 @@ def test_the_losses_of_ppo_and_grpo_climb_the_true_gradient() -> None:
     old = ours.detach()
     weights = distribution(policy)[:, None]
 
-    rewards = kl_shaped_rewards(REWARD, old, theirs, EVERY, BETA)
+    rewards = kl_shaped_rewards(at_last(REWARD, EVERY), old, theirs, EVERY, BETA)
     values = drawn(9, 2, seed=7)  # any baseline that does not see the token
     values = torch.stack([values[:1, 0].expand(9), values[:3, 1][FIRST]], -1)
     advantages, _ = gae(rewards, values, EVERY, 1.0, 1.0)
-    ppo = (weights * clipped_policy_loss(ours, old, advantages, 0.2)).sum()
+    ppo = (weights * clipped_policy_loss(ours - old, advantages, 0.2)).sum()
     found = torch.autograd.grad(ppo, policy, retain_graph=True)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
 
     # GRPO's KL term sits in the loss, token by token: the gradient of each token's own KL, whose
     # effect on what comes later it leaves out, so only the last token's table must agree
     gains = (REWARD - (weights[:, 0] * REWARD).sum())[:, None]
-    tokens = clipped_policy_loss(ours, old, gains, 0.2) + BETA * kl_loss(ours, old, theirs)
+    tokens = clipped_policy_loss(ours - old, gains, 0.2) + BETA * weighted_k3(ours, old, theirs)
     found = torch.autograd.grad((weights * tokens).sum(), policy)
     torch.testing.assert_close(found[1], exact[1], rtol=0, atol=1e-12)
 
@@ -162,12 +161,12 @@ def ppo(seed: int, whiten: bool = False, iterations: int = 400) -> Tables:
         with torch.no_grad():
             old, theirs = logprobs(policy, responses), logprobs(REFERENCE, responses)
             before = values_of(responses)
-            rewards = kl_shaped_rewards(REWARD[picks], old, theirs, mask, BETA)
+            rewards = kl_shaped_rewards(at_last(REWARD[picks], mask), old, theirs, mask, BETA)
             advantages, returns = gae(rewards, before, mask, 1.0, 0.95)
             if whiten:
                 advantages = masked_whiten(advantages, mask)
         for _ in range(2):
-            losses = clipped_policy_loss(logprobs(policy, responses), old, advantages, 0.2)
+            losses = clipped_policy_loss(logprobs(policy, responses) - old, advantages, 0.2)
             losses = losses + clipped_value_loss(values_of(responses), before, returns, 0.2)
             adam.zero_grad()
             masked_mean(losses, mask).backward()
