@@ -5,20 +5,31 @@ works in float32 (forward passes, decoding), the tolerance is 1e4 times as large
 
 What public code does otherwise, on purpose or not, is left out:
 
-- ppo_rollout/*: the score goes to the token after the EOS; here it goes to the EOS.
-- whiten/*: of ddof 1 only `var_biased` is compared; alpaca_farm adds its eps to the deviation.
-- group_adv/*_none, rloo, remax, reinforce_pp, rloo_loss: other advantages than GRPO's.
-- grpo_loss/*: dapo, dr_grpo, cispo, gspo, luspo normalise or clip otherwise; ga=4 divides again.
-- ppo_loss: dual clip, asymmetric clip and sequence ratios are not offered.
 - trl_dpo: nca_pair, sppo_hard, aot, apo_down, use_weighting and other divergences: not offered.
-- kl/trl_abs, kl/trl_full, running_moments, elo, passk, soft_overlong: not offered; nor are
-  best-of-n, averaged weights and process supervision (analytic).
-- gae/cleanrl_episode_boundary: a response is one episode and never goes on after its end.
+- elo, passk: not offered; nor are best-of-n and averaged weights (analytic).
 - reward_shaping/torchtune_penalty_mask: a penalty for short responses too.
 - collate/dpo_ml4_keep_end: prompt and response share one limit; here each has its own.
 - verify/gsm8k_extract: the first `####` counts there and text after the number is ignored.
-- agg_loss/openrlhf: division by a count of its own; training/optimize.py tests that.
 - lora/rslora, model/tiny_gpt2: not this package's arithmetic, or not offered.
+
+What passes by our functions though public code goes another way:
+
+- ppo_rollout/*: the score, and a last value, stand on the token after the EOS, where here they are
+  on the EOS: our functions get that longer mask. The rule for a missing EOS is taken as recorded.
+- whiten, advantages of gae, ppo_rollout/trl and reinforce_pp: variances of ddof 1, or an eps that
+  is added to the deviation; ours, of ddof 0, are rescaled by the ratio of the deviations.
+- gae/cleanrl_episode_boundary: episodes follow each other, and the last one is cut; each is a row
+  of ours, with the value of what follows added to the last reward.
+- ppo_loss/openrlhf_gspo: an advantage of one token reaches all tokens of its response; in our token
+  form it stays at its own. The loss and the gradient of each response agree, those of tokens do
+  not. There it averages per response first, whatever token_level_loss says.
+- grpo_loss/trl_luspo: GSPO's ratio with the sum over tokens, and not their mean.
+- grpo_loss/trl_cispo: its epsilon_high is the largest weight, here the room above 1.
+- grpo_loss/*ga=*, agg_loss/openrlhf: counts of all micro-batches or devices, as optimize.py's.
+- grpo_loss/verl_gpg: the policy gradient without a ratio.
+- rloo_loss: one ratio of the summed log-probs for each response.
+- group_adv/remax: the reward of the greedy response is subtracted first.
+- kl/trl_abs: the absolute value of k1, which estimates nothing.
 
 What passes though public code means something else by a name:
 
@@ -39,6 +50,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_cli.data.batches import Batch, collate
@@ -50,13 +62,26 @@ from rlhf_cli.objectives.advantages import (
     at_last,
     gae,
     group_advantages,
+    group_centred,
     kl_shaped_rewards,
     last_index,
+    leave_one_out,
+    process_advantages,
+    returns_to_go,
+    soft_overlong,
 )
 from rlhf_cli.objectives.estimates import clustered_mean
-from rlhf_cli.objectives.kl import k1, k3, weighted_k3, ziegler_kl_coef
+from rlhf_cli.objectives.kl import full_kl, k1, k2, k3, weighted_k3, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_mean, masked_whiten, nll_sum, sequence_logprob
-from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, clipped_value_loss
+from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.objectives.policy_gradient import (
+    cispo_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    policy_gradient_loss,
+    sequence_log_ratio,
+    token_weights,
+)
 from rlhf_cli.objectives.preference import (
     dpo_loss,
     hinge_loss,
@@ -272,7 +297,7 @@ def reward_model_kwise(case: Case) -> Compared:
         yield "loss", bradley_terry_loss(better, worse).mean(), case.out["loss"]
         return
     prompts = [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-    scores = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    scores = pad_sequence(prompts, batch_first=True)
     ranks = torch.arange(scores.shape[1]).expand_as(scores)
     mask = ranks < torch.tensor([len(prompt) for prompt in prompts])[:, None]
     losses = kwise_loss(scores, ranks, mask)
@@ -295,20 +320,86 @@ def plackett_luce(case: Case) -> Compared:
 
 
 def whiten(case: Case) -> Compared:
-    values, mask = case.all("values", "mask")
-    mean, variance = case.out["mean"], case.out["var_biased"]
-    expected = (values - mean) / (variance + 1e-8) ** 0.5
+    values = case.read("values")
+    mask = case.read("mask") if "mask" in case.raw["inputs"] else values == values
+    mean = masked_mean(values, mask)
+    yield "mean", mean, case.out.get("mean", mean)
+    variance = masked_mean((values - mean) ** 2, mask)
+    if "var_biased" in case.out:
+        yield "variance", variance, case.out["var_biased"]
+        ours, theirs = variance + 1e-8, case.out["var_unbiased"] + 1e-8
+        scale = (ours / theirs) ** 0.5
+    else:  # this eps is added to the deviation
+        scale = (variance + 1e-8) ** 0.5 / (variance**0.5 + case.params["epsilon"])
+    whitened = masked_whiten(values, mask) * scale
+    yield "whitened", whitened, figures(case.out["whitened"]) * mask
     kept = masked_whiten(values, mask, shift_mean=False)
-    yield "mean", masked_mean(values, mask), mean
-    yield "whitened", masked_whiten(values, mask), expected * mask
-    yield "mean kept", kept, (expected + mean) * mask
+    yield (
+        "mean kept",
+        (kept - mean * mask) * scale + mean * mask,
+        figures(case.out["whitened_keep_mean"]) * mask,
+    )
+
+
+def unbiased(values: Tensor, mask: Tensor) -> Tensor:
+    """Whitened with the variance of ddof 1, which some public code takes."""
+    count = mask.sum()
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    theirs = variance * count / (count - 1)
+    return masked_whiten(values, mask) * ((variance + 1e-8) / (theirs + 1e-8)) ** 0.5
 
 
 def advantages(case: Case) -> Compared:
+    if "dones" in case.raw["inputs"]:
+        yield from episodes(case)
+        return
     rewards, values, mask = case.all("rewards", "values", "mask")
     ours, returns = gae(rewards, values, mask, case.params["gamma"], case.params["lam"])
     yield "advantages", ours, figures(case.out["advantages_raw"]) * mask
     yield "returns", returns, figures(case.out["returns"]) * mask
+    yield "whitened", unbiased(ours, mask), figures(case.out["advantages_whitened"]) * mask
+
+
+def episodes(case: Case) -> Compared:
+    """Each is a row; what would follow the last, cut one is added to its last reward."""
+    rewards, values, dones = (
+        column.squeeze(-1) for column in case.all("rewards", "values", "dones")
+    )
+    rewards[-1] += case.params["gamma"] * case.raw["inputs"]["next_value"]
+    counts = torch.cumsum(dones, 0).long().bincount().tolist()
+    gained, worth = (
+        pad_sequence(list(each.split(counts)), batch_first=True) for each in (rewards, values)
+    )
+    mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    found = gae(gained, worth, mask, case.params["gamma"], case.params["lam"])
+    for name, ours in zip(("advantages", "returns"), found, strict=True):
+        yield name, ours[mask], [entry for (entry,) in case.out[name]]
+
+
+def ppo_rollout(case: Case) -> Compared:
+    """There the score, and a value, stand one token after the EOS where there is room."""
+    responses, logprobs, reference, values = case.all(
+        "responses", "logprobs", "ref_logprobs", "values"
+    )
+    ended = responses == case.params["eos"]
+    before = ended.cumsum(-1) - ended.long()  # number of EOS before each token
+    mask = before == 0
+    longer = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], -1)
+    if "padding_mask" in case.out:
+        yield "mask", ~mask, case.out["padding_mask"]
+        yield "mask of values", ~longer, case.out["padding_mask_p1"]
+        yield "last", last_index(longer), case.out["score_index"]
+    name = "scores_after_eos_trick" if "score_index" in case.out else "scores_after_penalty"
+    grid = at_last(figures(case.out[name]), longer)
+    kls = k1(logprobs, reference) * mask
+    rewards = kl_shaped_rewards(grid, kls, torch.zeros_like(kls), longer, case.params["kl_coef"])
+    ours, returns = gae(rewards, values, longer, case.params["gamma"], case.params["lam"])
+    yield "rewards", rewards, case.out["rewards"]
+    yield "returns", returns, case.out["returns"]
+    whitened = masked_whiten(ours, mask) if "score_index" in case.out else unbiased(ours, mask)
+    yield "advantages", whitened, case.out["advantages"]
+    if "kl" in case.out:
+        yield "KL", kls, case.out["kl"]
 
 
 def ppo_loss(case: Case) -> Compared:
@@ -317,14 +408,27 @@ def ppo_loss(case: Case) -> Compared:
         return
     names = ("new_logprobs", "old_logprobs", "advantages")
     new, old, gains = case.all(*names, grad="new")
-    clip = case.params.get("cliprange") or case.params["clip_eps_low"]
     one = "mask" in case.raw["inputs"]
     mask, value_mask = case.all(*(("mask", "mask") if one else ("policy_mask", "value_mask")))
-    policy = masked_mean(clipped_policy_loss(new - old, gains, clip), mask)
+    sequences = case.params.get("policy_loss_type") == "gspo"
+    log_ratio = sequence_log_ratio(new, old, mask) if sequences else new - old
+    losses = clipped_policy_loss(
+        log_ratio,
+        gains,
+        case.params.get("cliprange") or case.params["clip_eps_low"],
+        case.params.get("clip_eps_high"),
+        case.params.get("clip_ratio_c"),
+    )
+    by_row = sequences or case.params.get("loss_agg_mode") == "seq-mean-token-mean"
+    policy = averaged(losses, mask, "response_mean" if by_row else "token_mean")
     policy.backward()
+    assert new.grad is not None
     yield "policy", policy, case.out.get("pg_loss", case.out.get("loss"))
     gradient = next(value for name, value in case.grads.items() if name.endswith("new_logprobs"))
-    yield "d logprobs", new.grad, gradient
+    if sequences:  # advantages differ by token there, and each reaches all tokens of its response
+        yield "d logprobs", new.grad.sum(-1), figures(gradient).sum(-1)
+    else:
+        yield "d logprobs", new.grad, gradient
     if "new_values" not in case.raw["inputs"]:
         return
     values, before, returns = case.all("new_values", "old_values", "returns", grad="new")
@@ -350,59 +454,147 @@ def clip_table(case: Case) -> Compared:
             yield f"gradient at {advantage}, {ratio}", new.grad.sum(), gradient
 
 
+def averaged(
+    losses: Tensor, mask: Tensor, how: str, longest: int = 1, count: float | None = None
+) -> Tensor:
+    """Weighted sum over `count`, or over the responses, or over the tokens for token_mean."""
+    weighted = (losses * token_weights(mask.double(), how, longest)).sum()
+    return weighted / (count or (mask.sum() if how == "token_mean" else len(mask)))
+
+
 def value_loss(case: Case) -> Compared:
     values, old, returns, mask = case.all("new_values", "old_values", "returns", "mask", grad="new")
     losses = clipped_value_loss(values, old, returns, case.params["clip_eps"])
-    loss = masked_mean(losses, mask) if case.params["token_level_loss"] else rows(losses, mask)
+    how = "token_mean" if case.params["token_level_loss"] else "response_mean"
+    loss = averaged(losses, mask, how)
     loss.backward()
     yield "loss", loss, case.out["loss"]
     yield "d values", values.grad, case.grads["d_loss_d_new_values"]
 
 
-def rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over sequences of the mean over tokens, as GRPO's loss."""
-    return torch.stack([masked_mean(*row) for row in zip(values, mask, strict=True)]).mean()
-
-
 def loss_aggregation(case: Case) -> Compared:
     values, mask = case.all("loss_matrix", "mask")
-    by_token = case.params["mode"] == "token-mean"
-    yield "loss", (masked_mean if by_token else rows)(values, mask), case.out["loss"]
+    by_token, by_row = averaged(values, mask, "token_mean"), averaged(values, mask, "response_mean")
+    if "mode" in case.params:
+        ours = by_token if case.params["mode"] == "token-mean" else by_row
+        yield "loss", ours, case.out["loss"]
+        return
+    yield "tokens", by_token, case.out["token_mean"]
+    yield "rows", by_row, case.out["seq_mean"]
+    every = averaged(values, mask, "token_mean", count=40)
+    yield "tokens of all devices", every, case.out["token_mean_global40"]
+    every = averaged(values, mask, "response_mean", count=8)
+    yield "rows of all devices", every, case.out["seq_mean_global8"]
 
 
 def group_advantage(case: Case) -> Compared:
-    rewards = case.read("rewards").view(-1, case.raw["inputs"]["group_size"])
-    ours = group_advantages(rewards, case.params["epsilon"])
+    inputs, params = case.raw["inputs"], case.params
+    rewards = case.read("rewards")
+    if "mask" in inputs:  # per token, from returns
+        mask, baseline = case.read("mask"), figures(inputs.get("greedy_baseline", 0.0))
+        returns = returns_to_go(at_last(rewards, mask), mask, 1.0)
+        yield "returns", returns, case.out["returns"]
+        gained = returns_to_go(at_last(rewards - baseline, mask), mask, 1.0)
+        ours = gained if "greedy_baseline" in inputs else unbiased(returns, mask)
+        yield "advantages", ours, case.out["advantages"]
+        return
+    if "reward_clip_range" in params:
+        rewards = rewards.clamp(*params["reward_clip_range"])
+    if params.get("beta"):
+        policy, reference = case.all("policy_logprobs", "reference_logprobs")
+        mask = torch.tensor(case.out["completion_mask"]).bool()
+        rewards = rewards - params["beta"] * sequence_logprob(k1(policy, reference), mask)
+    groups = rewards.view(-1, inputs["group_size"])
+    if "rloo" in case.id:
+        ours = leave_one_out(groups)
+    elif params.get("scale_rewards") == "none":
+        ours = group_centred(groups)
+    else:
+        ours = group_advantages(groups, params["epsilon"])
     yield "advantages", ours.flatten(), case.out["advantages"]
 
 
+AGGREGATION = {
+    "token-mean": "token_mean",
+    "seq-mean-token-mean": "response_mean",
+    "grpo": "response_mean",
+    "luspo": "response_sum",
+    "dr_grpo": "max_tokens",
+    "dapo": "token_mean",
+    "cispo": "token_mean",
+}
+
+
 def grpo_loss(case: Case) -> Compared:
-    new, old, reference, mask = case.all(
-        "new_logprobs", "old_logprobs", "ref_logprobs", "mask", grad="new"
-    )
-    gains = case.read("sequence_advantages")[:, None]
-    losses = clipped_policy_loss(new - old, gains, case.params["epsilon_low"])
-    losses = losses + case.params.get("beta", 0.0) * weighted_k3(new, old, reference)
-    loss = rows(losses, mask)
+    new, old, mask = case.all("new_logprobs", "old_logprobs", "mask", grad="new")
+    gains, params = case.read("sequence_advantages")[:, None], case.params
+    trl = "loss_type" in params
+    low, high = (params[f"epsilon_{side}" if trl else f"clip_{side}"] for side in ("low", "high"))
+    if "cispo" in case.id:  # TRL's epsilon_high is the largest weight itself, and none is too small
+        losses = cispo_loss(new, old, gains, *((None, high - 1) if trl else (low, high)))
+    elif "gpg" in case.id:
+        losses = policy_gradient_loss(new, gains)
+    else:
+        sequences = params.get("level") == "sequence" or "gspo" in case.id
+        log_ratio = sequence_log_ratio(new, old, mask) if sequences else new - old
+        losses = clipped_policy_loss(log_ratio, gains, low, high)
+    if "beta" in params:
+        losses = losses + params["beta"] * weighted_k3(new, old, case.read("ref_logprobs"))
+    how = AGGREGATION[params["loss_type" if trl else "agg"]]
+    # what TRL divides by: the responses or tokens of all micro-batches of an optimizer step
+    micro = params.get("gradient_accumulation_steps", 1)
+    share = micro / params.get("steps_per_generation", micro)
+    tokens = params.get("num_items_in_batch", int(mask.sum())) * share
+    count = tokens if how == "token_mean" else len(mask) * micro
+    loss = averaged(losses, mask, how, params.get("max_completion_length", 1), count)
     loss.backward()
     # an entropy bonus there is a mean over all tokens; it has no gradient through the log-probs
-    metrics = case.out["metrics"]
-    yield "loss", loss - case.params.get("entropy_coef", 0) * metrics["entropy"], case.out["loss"]
+    bonus = (
+        params["entropy_coef"] * case.out["metrics"]["entropy"] if "entropy_coef" in params else 0
+    )
+    yield "loss", loss - bonus, case.out["loss"]
+    yield "d logprobs", new.grad, case.grads["d_loss_d_new_logprobs"]
+
+
+def rloo_loss(case: Case) -> Compared:
+    new, old, mask, gains = case.all(
+        "new_logprobs", "old_logprobs", "mask", "sequence_advantages", grad="new"
+    )
+    log_ratio = sequence_logprob(new - old, mask)  # of whole responses, (B,)
+    loss = clipped_policy_loss(log_ratio, gains, case.params["epsilon"]).mean()
+    loss.backward()
+    yield "loss", loss, case.out["loss"]
     yield "d logprobs", new.grad, case.grads["d_loss_d_new_logprobs"]
 
 
 def kl(case: Case) -> Compared:
+    if case.id == "kl/trl_full":
+        ours, theirs = case.all("logprobs_full", "ref_logprobs_full")
+        found = full_kl(ours.flatten(0, 1), theirs.flatten(0, 1))
+        yield "value", found.view(ours.shape[:2]), case.out["value"]
+        return
     new, reference = case.all("logprob", "ref_logprob", grad="logprob")
+    if case.id == "kl/trl_abs":
+        yield "value", k1(new, reference).abs(), case.out["value"]
+        return
     ours = {"kl/k1": k1, "kl/k3": k3}[case.id](new, reference)
     ours.sum().backward()
     yield "value", ours, case.out["value"]
     yield "d logprobs", new.grad, case.grads["d_sum_d_logprob"]
+    again = new.detach().requires_grad_()
+    for right in (k2(again, reference), weighted_k3(again, again.detach(), reference)):
+        again.grad = None
+        right.sum().backward()
+        yield "the right gradient", again.grad, case.grads["unbiased_reverse_kl_grad"]
 
 
 def reward_shaping(case: Case) -> Compared:
     scores, new, reference, mask = case.all("scores", "logprobs", "ref_logprobs", "mask")
-    ours = kl_shaped_rewards(at_last(scores, mask), new, reference, mask, case.params["kl_coef"])
+    grid, coef = at_last(scores, mask), case.params["kl_coef"]
+    ours = kl_shaped_rewards(grid, new, reference, mask, coef)
     yield "rewards", ours, case.out["masked_rewards"]
+    alone = kl_shaped_rewards(torch.zeros_like(grid), new, reference, mask, coef)
+    yield "without scores", alone, figures(case.out["non_score_rewards"]) * mask
 
 
 def kl_controller(case: Case) -> Compared:
@@ -414,6 +606,26 @@ def kl_controller(case: Case) -> Compared:
     yield "trace", trace, case.out["coef_after"]
 
 
+def reward_scaling(case: Case) -> Compared:
+    moments = RunningMoments()
+    for batch, expected in zip(case.raw["inputs"]["batches"], case.out["trace"], strict=True):
+        values, alone = figures(batch), RunningMoments()
+        moments.update(values)
+        alone.update(values)
+        yield "batch", [alone.mean, alone.std], [expected["batch_mean"], expected["batch_std"]]
+        yield "all", [moments.std, moments.count], [expected["std"], expected["count"]]
+    yield "mean", moments.mean, expected["mean"]  # recorded at the end only
+
+
+def verifiable_reward(case: Case) -> Compared:
+    longest, soft = case.params["max_completion_len"], case.params["soft_punish_cache"]
+    yield (
+        "penalty",
+        soft_overlong(case.read("lengths").double(), longest, soft),
+        case.out["rewards"],
+    )
+
+
 # --------------------------------------------------------------------------- numerics and data
 
 
@@ -421,6 +633,7 @@ def entropy(case: Case) -> Compared:
     logits, mask = case.all("logits", "mask")
     ours = shifted(logits, torch.zeros(mask.shape, dtype=torch.long), 1.0)[1]
     yield "entropy", ours, case.out["token_entropy"]
+    yield "mean", masked_mean(ours, mask), case.out["masked_mean_entropy"]
 
 
 def shifted(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -666,11 +879,11 @@ GROUPS: Mapping[str, Callable[[Case], Compared]] = {
     function.__name__: function
     for function in (
         *(dpo, dpo_from_logits, kto, orpo, simpo, reward_model, reward_model_kwise, plackett_luce),
-        *(whiten, ppo_loss, value_loss, loss_aggregation, group_advantage, grpo_loss, kl),
+        *(whiten, ppo_rollout, ppo_loss, value_loss, loss_aggregation, group_advantage),
+        *(grpo_loss, rloo_loss, kl, reward_shaping, kl_controller, reward_scaling),
         *(
-            reward_shaping,
+            verifiable_reward,
             masks,
-            kl_controller,
             entropy,
             sequence_logprobs,
             sft_loss,
@@ -704,6 +917,16 @@ def test_the_recorded_optimum_makes_every_shaped_reward_equal(id: str) -> None:
     shaped = kl_shaped_rewards(at_last(reward, one), *logs, one, case["beta"])
     torch.testing.assert_close(shaped[:, 0], torch.full((5,), case["beta_logZ"]).double())
     torch.testing.assert_close((best * k1(*logs)[:, 0]).sum().item(), case["kl"])
+
+
+def test_the_recorded_advantages_of_steps() -> None:
+    case = ANALYTIC["grpo_process_supervision_ddof1"]
+    steps = case["step_end_index_and_reward"]
+    rewards = [figures([reward for _, reward in response]) for response in steps]
+    ends = [[end for end, _ in response] for response in steps]
+    found = process_advantages(rewards, ends, [case["T"]] * 3, normalise=True, eps=0.0)
+    expected = figures(case["advantages"])
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=1e-12)
 
 
 def test_the_recorded_estimate_and_its_error() -> None:
