@@ -12,15 +12,25 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import AnswerBatch, Batch, collate, collate_answers, sharing_pays
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.heads import scalar_head
+from rlhf_cli.models.reference import Reference
+from rlhf_cli.objectives.kl import full_kl
 from rlhf_cli.objectives.likelihood import nll_sum
 
 
 @dataclass
 class TokenLogprobs:
-    """logprobs, entropy: (B, T), of the response tokens; zero elsewhere. entropy if asked for."""
+    """What the policy says of the response tokens: (B, T) each, zero elsewhere, None if not asked.
+
+    logprobs: log-prob of the token.
+    entropy: of the distribution that it was drawn from, in nats.
+    values: of the state in which it was drawn, by a value head on the policy's trunk.
+    kl: KL(policy || reference) of that distribution, exact, in nats.
+    """
 
     logprobs: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    kl: Tensor | None = None
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -83,23 +93,39 @@ def token_logprobs(
     chunk: int,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    value_head: nn.Linear | None = None,
+    reference: Reference | None = None,
 ) -> TokenLogprobs:
     """log p(x_t | x_<t) at the response tokens of a batch, with gradient where it is enabled.
 
     Args:
         chunk: positions whose logits exist at once, in forward and, by recomputation, in backward.
         temperature: the one that the tokens were sampled with.
-        with_entropy: also the entropy of each of those distributions, in nats.
+        with_entropy: also the entropy of each of those distributions.
+        value_head: also its value of each state, in float32, from the same pass of the trunk.
+        reference: also the KL to it of each distribution, at the same temperature; it has a pass
+            of its own, without gradient.
     """
-    hidden = hidden_states(model, batch)  # (B, T, d)
     predicts = batch.response[:, 1:]  # logits at t - 1 score the token at t
-    states = hidden[:, :-1][predicts]  # (N, d)
+    states = hidden_states(model, batch)[:, :-1][predicts]  # (N, d)
     targets = batch.ids[:, 1:][predicts]  # (N,)
-    logprobs, entropy = (
-        on_grid(batch.response, values)
-        for values in _target_logprobs(model, states, targets, chunk, temperature, with_entropy)
+    theirs = None
+    if reference is not None:
+        with reference.active() as frozen:
+            theirs = hidden_states(frozen, batch)[:, :-1][predicts]  # (N, d)
+    scored = _score_targets(
+        model, states, targets, chunk, temperature, with_entropy, reference, theirs
     )
-    return TokenLogprobs(logprobs, entropy if with_entropy else None)
+
+    def grid(values: Tensor | None) -> Tensor | None:
+        return None if values is None else on_grid(batch.response, values)
+
+    return TokenLogprobs(
+        on_grid(batch.response, scored["logprobs"]),
+        grid(scored.get("entropy")),
+        None if value_head is None else grid(value_head(states.float())[:, 0]),
+        grid(scored.get("kl")),
+    )
 
 
 def response_nll(model: nn.Module, sequences: Sequence[Tokens], *, chunk: int) -> Tensor:
@@ -117,40 +143,51 @@ def answer_logprobs(model: nn.Module, batch: AnswerBatch, *, chunk: int) -> Tens
     hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
     states = hidden[batch.before[batch.response]]  # (N, d)
     targets = batch.ids.flatten()[batch.at[batch.response]]  # (N,)
-    logprobs, _ = _target_logprobs(model, states, targets, chunk)
-    return on_grid(batch.response, logprobs)
+    return on_grid(batch.response, _score_targets(model, states, targets, chunk)["logprobs"])
 
 
-def _target_logprobs(
+def _score_targets(
     model: nn.Module,
     states: Tensor,
     targets: Tensor,
     chunk: int,
     temperature: float = 1.0,
     with_entropy: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log p of each target and the entropy of its distribution: (N, d), (N,) -> (N,), (N,).
+    reference: Reference | None = None,
+    theirs: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """logprobs of the targets and, if asked for, entropy and kl of their distributions: (N,) each.
 
-    Logits of `chunk` states exist at once. Without with_entropy the second means nothing.
+    Logits of `chunk` states exist at once.
+
+    Args:
+        states: (N, d), that predict the targets.
+        targets: (N,) ids.
+        theirs: (N, d) states of the reference, if there is one.
     """
 
-    def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(states: Tensor, targets: Tensor, theirs: Tensor | None) -> dict[str, Tensor]:
         logits = unembed(model, states, temperature)
         logprobs = torch.log_softmax(logits, -1)
-        taken = logprobs.gather(-1, targets[:, None])[:, 0]
-        entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else taken.detach()
-        return taken, entropy
+        found = {"logprobs": logprobs.gather(-1, targets[:, None])[:, 0]}
+        if with_entropy:
+            found["entropy"] = -(logprobs.exp() * logprobs).sum(-1)
+        if reference is not None and theirs is not None:
+            with reference.active() as frozen:
+                reference_logits = unembed(frozen, theirs, temperature)
+            found["kl"] = full_kl(logits, reference_logits)
+        return found
 
     recompute = torch.is_grad_enabled() and len(targets) > chunk
     parts = []
     for start in range(0, len(targets), chunk):
-        piece = states[start : start + chunk], targets[start : start + chunk]
+        rows = slice(start, start + chunk)
+        piece = states[rows], targets[rows], None if theirs is None else theirs[rows]
         if recompute:
             parts.append(checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(score(*piece))
-    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logprobs, entropy
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def on_grid(mask: Tensor, values: Tensor) -> Tensor:

@@ -27,3 +27,11 @@ def init_head(head: nn.Linear, seed: int) -> None:
         head.weight.copy_(weights)
         if head.bias is not None:
             head.bias.zero_()
+
+
+def value_head(model: Any) -> nn.Linear:
+    """A value head for the trunk of a policy, d -> 1; all values start at 0."""
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, 1, bias=False, device=next(model.parameters()).device)
+    nn.init.zeros_(head.weight)
+    return head

@@ -1,11 +1,8 @@
 """Models in and out: a hub id, a folder, an adapter folder, or a small decoder from scratch."""
 
 import copy
-import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -247,75 +244,6 @@ def residual_dropout(model: nn.Module, p: float) -> None:
         raise UserError(f"{type(model).__name__}: no blocks found for model.dropout; set it to 0")
     for block in blocks:
         block.register_forward_hook(drop)
-
-
-def is_fresh(adapted: nn.Module) -> bool:
-    """Whether an adapter adds nothing yet: its B matrices are 0."""
-    return not any(
-        weight.any() for name, weight in adapted.named_parameters() if ".lora_B." in name
-    )
-
-
-class Reference:
-    """A frozen policy that KL terms and DPO compare with: the policy as the stage began.
-
-    Of a full model it is a copy. Of an adapted one the base weights exist once: a fresh adapter is
-    switched off, since it adds nothing yet; one that was trained before is copied, the adapter
-    alone. `Reference.of` takes another model as it is.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: nn.Module = model
-        # typed Any in two steps, because a checker takes hasattr for a module's attribute
-        adapted: Any = model
-        self._adapted: Any = adapted if hasattr(adapted, "peft_config") else None
-        self.switched_off = self._adapted is not None and is_fresh(model)
-        if self._adapted is None:
-            self.model = copy.deepcopy(model).requires_grad_(False)
-        elif not self.switched_off:
-            self._adapted.add_adapter("reference", self._adapted.peft_config["default"])
-            with torch.no_grad():
-                parameters = dict(model.named_parameters())
-                for name, weight in parameters.items():
-                    if ".default." in name:
-                        parameters[name.replace(".default.", ".reference.")].copy_(weight)
-            self._adapted.set_adapter("default")
-        self.hash = self.digest()
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Reference":
-        """Another model, frozen; it is not copied."""
-        reference = cls.__new__(cls)
-        reference.model, reference._adapted = model.requires_grad_(False), None
-        reference.switched_off = False
-        reference.hash = reference.digest()
-        return reference
-
-    @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """The reference model, without gradient; an adapted policy is it within this block."""
-        with torch.no_grad():
-            if self._adapted is None:
-                yield self.model
-            elif self.switched_off:
-                with self._adapted.disable_adapter():
-                    yield self.model
-            else:
-                self._adapted.set_adapter("reference")
-                try:
-                    yield self.model
-                finally:
-                    self._adapted.set_adapter("default")
-
-    def digest(self) -> str:
-        """Hash of the frozen weights, to prove that they did not move."""
-        digest = hashlib.sha256()
-        for name, weight in self.model.named_parameters():
-            if ".default." not in name:
-                digest.update(
-                    weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                )
-        return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------- saving

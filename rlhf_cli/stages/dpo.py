@@ -51,7 +51,7 @@ from rlhf_cli.models.forward import (
     on_grid,
     shares_prompts,
 )
-from rlhf_cli.models.load import Reference
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.preference import (

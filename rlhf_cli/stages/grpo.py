@@ -22,7 +22,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.models.load import Reference
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.advantages import group_advantages
 from rlhf_cli.objectives.kl import k1, weighted_k3

@@ -30,8 +30,9 @@ from rlhf_cli.models.forward import (
     unwrap,
 )
 from rlhf_cli.models.heads import scalar_head
-from rlhf_cli.models.load import Reference, load_scorer, scorer_from_policy
+from rlhf_cli.models.load import load_scorer, scorer_from_policy
 from rlhf_cli.models.manifest import RESPONSE
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
 from rlhf_cli.objectives.advantages import at_last, gae, kl_shaped_rewards
 from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef

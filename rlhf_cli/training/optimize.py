@@ -15,6 +15,7 @@ from transformers.optimization import get_scheduler
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Optimizer as OptimizerConfig
+from rlhf_cli.models.adapters import trained
 
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
@@ -54,8 +55,7 @@ class Optimizer:
     ) -> None:
         """`networks`: name -> (module, peak learning rate); frozen parameters are left out."""
         self._parameters = {
-            name: [weight for weight in module.parameters() if weight.requires_grad]
-            for name, (module, _) in networks.items()
+            name: list(trained(module).values()) for name, (module, _) in networks.items()
         }
         self._max_grad_norm = config.max_grad_norm
         self._adamw = torch.optim.AdamW(

@@ -20,7 +20,6 @@ from rlhf_cli.data.batches import cut, epochs_of
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import (
-    Reference,
     check_vocabulary,
     load_policy,
     load_weights,
@@ -28,6 +27,7 @@ from rlhf_cli.models.load import (
     set_stop_ids,
 )
 from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import answer_logprobs_of
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.training.optimize import Loss, Optimizer, Part

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.forward import matmul_in_float32, unwrap
-from rlhf_cli.models.load import Reference, load_policy, load_tokenizer, stop_ids_of
+from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
 from rlhf_cli.models.manifest import read_manifest
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.rollouts import Rollout

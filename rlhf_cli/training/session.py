@@ -16,6 +16,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.load import save_model, set_stop_ids
 from rlhf_cli.models.manifest import content_hash, tokenizer_hash
 from rlhf_cli.reporting.console import say, table
@@ -195,11 +196,7 @@ class Session:
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights that training changes."""
-    return {
-        name: weight.detach().clone()
-        for name, weight in network.named_parameters()
-        if weight.requires_grad
-    }
+    return {name: weight.detach().clone() for name, weight in trained(network).items()}
 
 
 def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -20,8 +20,16 @@ from rlhf_cli.models.forward import (
     token_logprobs,
     token_scores,
 )
-from rlhf_cli.models.heads import init_head
-from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
+from rlhf_cli.models.heads import init_head, value_head
+from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.score import (
+    logprobs_and_values_of,
+    logprobs_of,
+    mean_nll,
+    scores_of,
+    values_of,
+)
+from rlhf_cli.objectives.kl import k1, k3
 from tests.toys import bigram, hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(7)
@@ -182,7 +190,100 @@ def test_a_soft_cap_on_logits_is_applied() -> None:
     torch.testing.assert_close(ours, full * batch.response[:, 1:], rtol=0, atol=1e-5)
 
 
+# --------------------------------------------------------------------------- KL to a reference
+
+
+def test_the_full_kl_is_the_sum_over_the_vocabulary() -> None:
+    """Two next tokens of probability (3/4, 1/4) against (1/2, 1/2): log 3 * 3/4 - log 2 nats."""
+    policy, other = bigram(torch.zeros(12, 12)), bigram(torch.zeros(12, 12))
+    with torch.no_grad():
+        for model, odds in ((policy, 3.0), (other, 1.0)):
+            table = torch.full((12, 12), -1e4)
+            table[:, 5], table[:, 6] = math.log(odds), 0.0
+            model.lm_head.weight[:, :12] = table.T
+    rows = [Tokens([3], [5, 6]), Tokens([4, 3], [6])]
+    batch = collate(rows)
+    scored = token_logprobs(policy, batch, chunk=2, reference=Reference.of(other))
+    assert scored.kl is not None
+    expected = 0.75 * math.log(3) - math.log(2)
+    torch.testing.assert_close(scored.kl[batch.response], torch.full((3,), expected))
+    assert (scored.kl[~batch.response] == 0).all()
+    # twice the temperature: odds of sqrt(3) against 1
+    warm = token_logprobs(policy, batch, chunk=2, temperature=2.0, reference=Reference.of(other)).kl
+    p = 3**0.5 / (1 + 3**0.5)
+    of_sqrt = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
+    assert warm is not None and warm[0, 1].item() == pytest.approx(of_sqrt, abs=1e-6)
+
+
+def test_sampled_estimates_of_the_kl_have_the_full_one_as_their_mean() -> None:
+    policy, other = llama(seed=1), llama(seed=2)
+    many = [Tokens([1, 7], [token]) for token in range(23)]  # every answer, weighed by its chance
+    batch = collate(many)
+    ours = token_logprobs(policy, batch, chunk=5, reference=Reference.of(other))
+    assert ours.kl is not None
+    theirs = token_logprobs(other, batch, chunk=5).logprobs[batch.response]
+    ours_at = ours.logprobs[batch.response]
+    exact = ours.kl[batch.response]
+    assert exact.std() < 1e-5 and exact[0] > 0.1
+    for estimator in (k1, k3):
+        mean = (ours_at.exp() * estimator(ours_at, theirs)).sum()
+        torch.testing.assert_close(mean, exact[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_kl_moves_the_policy_only_and_its_gradient_is_that_of_the_whole_logits(
+    chunk: int,
+) -> None:
+    policy, other = llama(seed=1), llama(seed=2)
+    batch = collate(SEQUENCES)
+    reference = Reference.of(other)
+    scored = token_logprobs(policy, batch, chunk=chunk, temperature=0.7, reference=reference)
+    assert scored.kl is not None
+    found = gradients(policy, scored.kl.sum())
+    assert not any(weight.requires_grad for weight in other.parameters())
+    ours, theirs = (
+        torch.log_softmax(
+            model(batch.ids, attention_mask=batch.attention.long()).logits[:, :-1] / 0.7, -1
+        )
+        for model in (policy, other)
+    )
+    whole = ((ours.exp() * (ours - theirs)).sum(-1) * batch.response[:, 1:]).sum()
+    torch.testing.assert_close(scored.kl.sum(), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, gradients(policy, whole), rtol=1e-3, atol=1e-4)
+
+
+def test_a_policy_that_is_its_reference_has_no_kl() -> None:
+    policy = llama()
+    batch = collate(SEQUENCES)
+    scored = token_logprobs(policy, batch, chunk=4, reference=Reference(policy))
+    assert scored.kl is not None and scored.kl.abs().max() < 1e-6
+    assert token_logprobs(policy, batch, chunk=4).kl is None
+
+
 # --------------------------------------------------------------------------- scores
+
+
+def test_a_value_head_on_the_policys_trunk_reads_the_state_before_each_token() -> None:
+    policy = llama()
+    batch = collate(SEQUENCES)
+    head = value_head(policy)
+    start = token_logprobs(policy, batch, chunk=4, value_head=head)
+    assert start.values is not None and (start.values == 0).all()
+    init_head(head, 3)
+    scored = token_logprobs(policy, batch, chunk=4, value_head=head)
+    assert scored.values is not None
+    torch.testing.assert_close(scored.logprobs, start.logprobs, rtol=0, atol=0)
+    separate = LlamaForSequenceClassification(replace_labels(policy.config)).eval()
+    separate.model, separate.score = policy.model, head
+    expected = state_values(separate, batch)[batch.response]
+    torch.testing.assert_close(scored.values[batch.response], expected)
+    assert (scored.values[~batch.response] == 0).all()
+    hardware = hardware_of(tokens_per_microbatch=20)
+    logprobs, values = logprobs_and_values_of(policy, head, SEQUENCES, hardware)
+    torch.testing.assert_close(logprobs, logprobs_of(policy, SEQUENCES, hardware))
+    torch.testing.assert_close(torch.cat(values), expected)
+    grad = torch.autograd.grad(scored.values.sum(), [head.weight, *policy.model.parameters()])
+    assert all(each.abs().max() > 0 for each in grad)  # the trunk learns values too
 
 
 def test_a_score_is_read_at_the_last_token_whatever_the_padding() -> None:

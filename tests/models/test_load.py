@@ -21,7 +21,6 @@ from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.models.forward import hidden_states, token_logprobs, unwrap
 from rlhf_cli.models.load import (
-    Reference,
     load_policy,
     load_scorer,
     load_tokenizer,
@@ -32,6 +31,7 @@ from rlhf_cli.models.load import (
     stop_ids_of,
 )
 from rlhf_cli.models.manifest import TOKEN
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of
 

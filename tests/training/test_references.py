@@ -15,8 +15,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.models.load import Reference, load_tokenizer
+from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.rewards.sources import ImplicitReward, load_reward
 from rlhf_cli.stages import dpo, sft
 from rlhf_cli.training import references

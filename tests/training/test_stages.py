@@ -20,8 +20,9 @@ from rlhf_cli.data.kinds import Preference, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.forward import answer_batch, shares_prompts
-from rlhf_cli.models.load import Reference, load_policy, load_tokenizer
+from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.stages import sft
 from rlhf_cli.training import outfolder

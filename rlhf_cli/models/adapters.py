@@ -1,0 +1,121 @@
+"""Adapters of several roles on one copy of the base weights, and which of them acts.
+
+The policy's adapter is called default. Others are lent the base: reference, critic, reward.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is a base with adapters on it."""
+    return hasattr(model, "peft_config")
+
+
+def is_fresh(adapted: nn.Module) -> bool:
+    """Whether the policy's adapter adds nothing yet: its B matrices are 0."""
+    return not any(
+        weight.any()
+        for name, weight in adapted.named_parameters()
+        if ".lora_B." in name and f".{POLICY}." in name
+    )
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a network that its training changes, by name.
+
+    Of a policy that lends its base, none of the other roles' adapters.
+    """
+    others = set(getattr(network, "peft_config", {})) - {POLICY}
+    return {
+        name: weight
+        for name, weight in network.named_parameters()
+        if weight.requires_grad and others.isdisjoint(name.split("."))
+    }
+
+
+def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The weights of one adapter, by their names without its own."""
+    return {
+        name.replace(f".{adapter}.", "."): weight
+        for name, weight in adapted.named_parameters()
+        if f".{adapter}." in name
+    }
+
+
+def add_adapter(adapted: Any, adapter: str, like: Any, trainable: bool = False) -> None:
+    """Put another adapter on the base; what acts and what trains otherwise stays as it is.
+
+    Args:
+        like: the peft config of the new adapter.
+    """
+    flags = [(weight, weight.requires_grad) for weight in adapted.parameters()]
+    adapted.add_adapter(adapter, like)
+    for weight, flag in flags:
+        weight.requires_grad_(flag)
+    for weight in weights_of(adapted, adapter).values():
+        weight.requires_grad_(trainable)
+    unite(adapted)
+
+
+@torch.no_grad()
+def copy_adapter(adapted: nn.Module, source: str, target: str) -> None:
+    """Give one adapter the weights of another of the same shape."""
+    theirs = weights_of(adapted, source)
+    for name, weight in weights_of(adapted, target).items():
+        weight.copy_(theirs[name])
+
+
+# --------------------------------------------------------------------------- which one acts
+
+
+def unite(adapted: Any) -> None:
+    """Let all layers read the names of the acting adapters from one list, `adapted.acting`.
+
+    peft's own switch walks through the whole model and changes which weights train, so that
+    backward would drop the gradient of an adapter that acted in forward. This one is an assignment.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not hasattr(adapted, "acting"):
+        adapted.acting = [POLICY]
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            module._active_adapter = adapted.acting
+
+
+class Acting:
+    """A block in which other adapters act: one, or none, which leaves the base alone."""
+
+    def __init__(self, adapted: Any, *adapters: str) -> None:
+        self._names: list[str] = adapted.acting
+        self._inside = list(adapters)
+        self._outside: list[str] = []
+
+    def __enter__(self) -> None:
+        self._outside = list(self._names)
+        self._names[:] = self._inside
+
+    def __exit__(self, *error: object) -> None:
+        self._names[:] = self._outside
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing: backward computes each block again, by the adapter that acted then.
+
+    Layers below the first trained one are left out of backward, as they are without it.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False}
+    base = model
+    if is_adapted(model):
+        unite(model)
+        base = model.get_base_model()
+        settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    base.disable_input_require_grads()
+    model.train()  # transformers recomputes in training mode only; all dropout is off
