@@ -73,6 +73,11 @@ class Model(FrozenModel):
     lora_rank: int = key("Rank of LoRA adapters on every linear layer; 0 trains all weights.", ge=0)
     lora_alpha: float = key("LoRA scale: the update is multiplied by alpha / rank.", gt=0)
     merge_lora: bool = key("Write merged weights (true) or an adapter folder (false).")
+    frozen_layers: int = key(
+        "Embeddings and this many of the lowest decoder blocks are not trained, nor an unembedding "
+        "that is tied to them; policy and reference share them. 0 trains all.",
+        ge=0,
+    )
 
 
 @dataclass

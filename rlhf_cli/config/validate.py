@@ -122,6 +122,8 @@ def _scratch_model(cfg: Run) -> Iterator[str]:
     assert model.hidden_size and model.heads and model.context  # for the type checker
     if model.lora_rank or model.dtype != "float32":
         yield "a model from scratch trains all weights in float32: model.lora_rank=0 is needed"
+    if model.frozen_layers:
+        yield "a model from scratch trains all layers: model.frozen_layers=0 is needed"
     if model.hidden_size % model.heads:
         yield f"model.heads={model.heads} must divide model.hidden_size={model.hidden_size}"
     longest = cfg.data.max_prompt_tokens + cfg.data.max_response_tokens
@@ -136,6 +138,11 @@ def _lora(cfg: Run) -> Iterator[str]:
     model = getattr(cfg, "model", None)
     if isinstance(model, Model) and model.lora_rank == 0 and not model.merge_lora:
         yield "model.merge_lora=false writes an adapter, but model.lora_rank=0 trains none"
+    if isinstance(model, Model) and model.lora_rank and model.frozen_layers:
+        yield (
+            f"model.frozen_layers={model.frozen_layers} is for training all weights; an adapter "
+            "(model.lora_rank > 0) freezes the whole base: set model.frozen_layers=0"
+        )
 
 
 def _plain_text(cfg: Run) -> Iterator[str]:

@@ -3,7 +3,6 @@
 The policy's adapter is called default. Others are lent the base: reference, critic, reward.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -103,19 +102,3 @@ class Acting:
 
     def __exit__(self, *error: object) -> None:
         self._names[:] = self._outside
-
-
-def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing: backward computes each block again, by the adapter that acted then.
-
-    Layers below the first trained one are left out of backward, as they are without it.
-    """
-    settings: dict[str, Any] = {"use_reentrant": False}
-    base = model
-    if is_adapted(model):
-        unite(model)
-        base = model.get_base_model()
-        settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    base.disable_input_require_grads()
-    model.train()  # transformers recomputes in training mode only; all dropout is off

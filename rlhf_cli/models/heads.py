@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+HEAD_NAMES = ("score", "classifier")
+
 
 def head_name(model: Any) -> str | None:
     """How an architecture calls the head of its classifiers; None where it has none."""
-    return next((name for name in ("score", "classifier") if getattr(model, name, None)), None)
+    return next((name for name in HEAD_NAMES if getattr(model, name, None)), None)
 
 
 def scalar_head(model: Any) -> nn.Linear:

@@ -20,16 +20,18 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.models.adapters import CRITIC, POLICY, REWARD, is_adapted
 from rlhf_cli.models.forward import check_unembedding, unwrap
-from rlhf_cli.models.heads import head_name, init_head, scalar_head
+from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
 from rlhf_cli.models.manifest import RESPONSE, level_of
+from rlhf_cli.models.shared import critic_on_base, freeze_lowest, scorer_on_base, share_frozen
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 # what these libraries will rename is no news to our users
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
-HEADS = {f"{head}.{part}" for head in ("score", "classifier") for part in ("weight", "bias")}
+HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
 
 def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
@@ -76,21 +78,36 @@ def load_policy(
 
 
 def load_scorer(
-    path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    path: str,
+    config: FrozenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    base: nn.Module | None = None,
 ) -> nn.Module:
     """A reward model, or a critic that starts as one: classifier with one label.
 
     Of whole responses it is a sequence classifier, of steps and tokens a token classifier.
 
+    Args:
+        base: the policy. Where the folder is an adapter on the base of an adapted policy, the
+            scorer is one more adapter there; frozen layers of a full policy are shared if equal.
+
     Raises:
         UserError: the folder holds no scalar head, or weights are missing or unreadable.
     """
+    named = adapter_base(path)
+    if base is not None and is_adapted(base) and named is not None:
+        trainable = _rank(config) > 0
+        role = _free_name(base, CRITIC if trainable else REWARD)
+        found = scorer_on_base(base, path, named, role, trainable)
+        if found is not None:
+            return found
     auto, task = _classifier(level_of(path))
     model = _load_base(path, config, auto, allowed_missing=set())
     if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _adapt(model, path, config, task).to(device)
+    return _beside(_adapt(model, path, config, task).to(device), base)
 
 
 def scorer_from_policy(
@@ -100,8 +117,20 @@ def scorer_from_policy(
     seed: int,
     device: torch.device,
     level: str = RESPONSE,
+    base: nn.Module | None = None,
 ) -> nn.Module:
-    """The policy's trunk with a fresh scalar head in place of the unembedding."""
+    """The policy's trunk with a fresh scalar head in place of the unembedding.
+
+    Args:
+        base: the policy of that path, as it was loaded. Of an adapted one the scorer is one more
+            adapter on the same base, with the weights of the policy's; frozen layers of a full one
+            are shared.
+    """
+    if base is not None and is_adapted(base):
+        width = unwrap(base).config.get_text_config().hidden_size
+        head = nn.Linear(width, 1, bias=level != RESPONSE)
+        init_head(head, seed)
+        return critic_on_base(base, _free_name(base, CRITIC), head)
     auto, task = _classifier(level)
     model = _load_base(path, config, auto, allowed_missing=HEADS)
     if head_name(model) is None:
@@ -109,7 +138,50 @@ def scorer_from_policy(
     init_head(scalar_head(model), seed)
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _adapt(model, path, config, task).to(device)
+    return _beside(_adapt(model, path, config, task).to(device), base)
+
+
+def load_critic(
+    reward_path: str | None,
+    policy_path: str,
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    base: nn.Module,
+) -> nn.Module:
+    """The network of a separate critic: a copy of a reward model, or the policy's trunk.
+
+    Args:
+        reward_path: a reward model of whole responses; null starts from the policy, and all values
+            at 0, since those of a random head would be noise.
+        base: the policy, which the critic shares weights with where that is possible.
+    """
+    if reward_path is not None:
+        return load_scorer(reward_path, config, tokenizer, device, base)
+    critic = scorer_from_policy(policy_path, config, tokenizer, seed, device, base=base)
+    with torch.no_grad():
+        for weight in scalar_head(unwrap(critic)).parameters():
+            weight.zero_()
+    return critic
+
+
+def _free_name(adapted: Any, role: str) -> str:
+    """The role, numbered where the base bears an adapter of that name."""
+    names = (role, *(f"{role}{i}" for i in range(2, len(adapted.peft_config) + 2)))
+    return next(name for name in names if name not in adapted.peft_config)
+
+
+def _rank(config: FrozenModel) -> int:
+    """The rank of the adapter that is trained; 0 for none."""
+    return config.lora_rank if isinstance(config, Model) else 0
+
+
+def _beside(model: nn.Module, policy: nn.Module | None) -> nn.Module:
+    """A full model beside a full policy, whose frozen layers it shares."""
+    if policy is not None and not is_adapted(policy):
+        share_frozen(model, policy)
+    return model
 
 
 def _classifier(level: str) -> tuple[Any, str]:
@@ -155,11 +227,13 @@ def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
     adapted = _with_adapter(model, path, config, task)
     disable_dropout(adapted)
+    if isinstance(config, Model) and config.frozen_layers:
+        freeze_lowest(adapted, config.frozen_layers)
     return adapted
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
-    rank = config.lora_rank if isinstance(config, Model) else 0
+    rank = _rank(config)
     found = adapter_base(path) is not None
     if rank == 0 and not found:
         return model
@@ -253,19 +327,17 @@ def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
 ) -> None:
     """A folder that transformers (peft for an unmerged adapter) loads as it is."""
-    adapted: Any = model if hasattr(model, "peft_config") else None
+    adapted: Any = model if is_adapted(model) else None
     if adapted is not None and not merge:
         base = Path(unwrap(model).config._name_or_path)
         if base.exists():
-            adapted.peft_config["default"].base_model_name_or_path = str(base.resolve())
-        adapted.save_pretrained(folder, selected_adapters=["default"])
+            adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
+        adapted.save_pretrained(folder, selected_adapters=[POLICY])
         if unwrap(model).can_generate():  # the base's own may name other EOS ids
             unwrap(model).generation_config.save_pretrained(folder)
     elif adapted is not None:
-        merged = copy.deepcopy(adapted)
-        if "reference" in merged.peft_config:
-            merged.delete_adapter("reference")
-        merged.merge_and_unload().save_pretrained(folder)
+        merged = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+        merged.save_pretrained(folder)
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
@@ -296,11 +368,10 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
     """Put the weights of a folder that `save_model` wrote unmerged back into the same model."""
-    adapted: Any = model
-    if hasattr(adapted, "peft_config"):
+    if is_adapted(model):
         import peft
 
-        peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder))
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder))
     else:
         model.load_state_dict(
             _load_base(folder, config, AutoModelForCausalLM, allowed_missing=set()).state_dict()

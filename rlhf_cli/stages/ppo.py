@@ -34,6 +34,7 @@ from rlhf_cli.models.load import load_scorer, scorer_from_policy
 from rlhf_cli.models.manifest import RESPONSE
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
+from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives.advantages import at_last, gae, kl_shaped_rewards
 from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_whiten
@@ -198,8 +199,7 @@ class Critic:
             self.model = load_scorer(cfg.reward, cfg.model, tokenizer, device)
             check_critic(session, reward, self.model, policy)
         if cfg.hardware.gradient_checkpointing:
-            unwrap(self.model).gradient_checkpointing_enable()
-            self.model.train()
+            recompute_activations(self.model)
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Raw outputs of the head in the units of the reward."""

@@ -45,6 +45,7 @@ from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
 from rlhf_cli.models.manifest import RESPONSE, STEP, TOKEN
 from rlhf_cli.models.score import answer_scores_of, token_scores_of
+from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives.reward_model import (
     bradley_terry_loss,
     centring_penalty,
@@ -86,8 +87,7 @@ def run(cfg: Reward) -> Path:
     session.note(encoder, [*rows.notes, sizes(train, held_out)])
     demonstrations = to_imitate(encoder, cfg, train)
     if hardware.gradient_checkpointing:
-        unwrap(scorer).gradient_checkpointing_enable()
-        scorer.train()  # transformers recomputes in training mode only; all dropout is off
+        recompute_activations(scorer)
     share = hardware.share_prompts and shares_prompts(scorer)
     reading = Reading(level, algo.aggregate, encoder.step_cutter)
 

@@ -24,10 +24,11 @@ from rlhf_cli.data.batches import cut, derived_seed, epochs_of
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import Split, read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
-from rlhf_cli.models.forward import response_nll, unwrap
+from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
+from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rewards.sources import RewardSource, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
@@ -123,7 +124,7 @@ def initial_policy(
     if cfg.model.dropout:
         residual_dropout(policy, cfg.model.dropout)
     if cfg.hardware.gradient_checkpointing:
-        unwrap(policy).gradient_checkpointing_enable()
+        recompute_activations(policy)
     return policy, tokenizer
 
 

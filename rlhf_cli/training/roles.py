@@ -8,11 +8,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.forward import matmul_in_float32, unwrap
+from rlhf_cli.models.forward import matmul_in_float32
 from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
 from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.training.session import Session
@@ -35,8 +36,7 @@ def load_role(session: Session, path: str) -> Policy:
     encoder = Encoder(tokenizer, cfg.data)
     model = load_policy(path, cfg.model, tokenizer, session.device)
     if cfg.hardware.gradient_checkpointing:
-        unwrap(model).gradient_checkpointing_enable()
-        model.train()  # transformers recomputes in training mode only; all dropout is off
+        recompute_activations(model)
     stop_ids = stop_ids_of(path, tokenizer)
     manifest = read_manifest(path)
     if manifest is not None and "eos_ids" in manifest:

@@ -1,0 +1,176 @@
+"""What roles share with the policy: its base, its frozen layers, one way to recompute."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.adapters import (
+    POLICY,
+    Acting,
+    add_adapter,
+    copy_adapter,
+    is_adapted,
+    unite,
+    weights_of,
+)
+from rlhf_cli.models.forward import trunk, unwrap
+from rlhf_cli.models.heads import HEAD_NAMES
+from rlhf_cli.models.manifest import content_hash
+
+
+class SharedScorer(nn.Module):
+    """A reward model or critic that is an adapter on the policy's base, and a head of its own.
+
+    Its parameters are those of its adapter and head only. Its adapter acts during its own pass,
+    and whichever acted before does so again after it.
+    """
+
+    base_model_prefix = "trunk"  # models/forward.py runs it as it runs any decoder
+
+    def __init__(self, adapted: nn.Module, adapter: str, head: nn.Linear) -> None:
+        super().__init__()
+        self._lender = (adapted,)  # in a tuple it is no part of this module
+        self.adapter = adapter
+        own = weights_of(adapted, adapter)
+        self.weights = nn.ParameterDict({name.replace(".", "/"): own[name] for name in own})
+        self.score = head
+
+    def trunk(self, **inputs: Tensor) -> Any:
+        """The decoder's output under this scorer's adapter."""
+        (adapted,) = self._lender
+        with Acting(adapted, self.adapter):
+            return trunk(adapted)(**inputs)
+
+    @property
+    def config(self) -> Any:
+        """That of the base."""
+        return unwrap(self._lender[0]).config
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of matrix products, which is the policy's."""
+        dtype: torch.dtype = unwrap(self._lender[0]).compute_dtype
+        return dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the base."""
+        embeddings: nn.Module = unwrap(self._lender[0]).get_input_embeddings()
+        return embeddings
+
+
+def scorer_on_base(
+    adapted: nn.Module, path: str, base: str, adapter: str, trainable: bool
+) -> SharedScorer | None:
+    """The scorer of an adapter folder, on the base that the policy has loaded already.
+
+    Args:
+        base: the base that the folder names.
+        adapter: what its adapter is to be called.
+
+    Returns:
+        None where the folder needs weights of its own: another base, or trained biases, embeddings
+        or other modules beside its LoRA matrices and head.
+    """
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(path)
+    if not same_model(base, str(unwrap(adapted).config._name_or_path)):
+        return None
+    if config.peft_type != peft.PeftType.LORA or config.bias != "none":
+        return None
+    weights = peft.load_peft_weights(path, device="cpu")
+    lora = {name: value for name, value in weights.items() if ".lora_" in name}
+    heads = {name.split(".")[-2:][0] for name in weights.keys() - lora.keys()}
+    layers = {name.split(".lora_")[0] for name in lora}
+    known = {name for name, _ in adapted.named_modules()}
+    if len(heads) != 1 or not heads <= set(HEAD_NAMES) or not layers <= known:
+        return None
+    score = {name.split(".")[-1]: weights[name] for name in weights.keys() - lora.keys()}
+    if len(score["weight"]) != 1:
+        return None
+
+    config.modules_to_save, config.lora_dropout, config.task_type = None, 0.0, "CAUSAL_LM"
+    add_adapter(adapted, adapter, config, trainable)
+    head = nn.Linear(score["weight"].shape[1], 1, bias="bias" in score)
+    head.load_state_dict(score)
+    with torch.no_grad():
+        for name, weight in weights_of(adapted, adapter).items():
+            if name in lora:  # another layer that only the policy has is not on the trunk
+                weight.copy_(lora[name])
+    return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
+
+
+def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
+    """A critic that starts with the policy's adapter as it is now."""
+    add_adapter(adapted, adapter, adapted.peft_config[POLICY], trainable=True)
+    copy_adapter(adapted, POLICY, adapter)
+    return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two folders hold the same weights, or two hub ids are equal."""
+    if one == other or Path(one).resolve() == Path(other).resolve():
+        return True
+    local = Path(one).is_dir() and Path(other).is_dir()
+    return local and content_hash(one) == content_hash(other)
+
+
+# --------------------------------------------------------------------------- frozen layers
+
+
+def freeze_lowest(model: nn.Module, layers: int) -> None:
+    """Leave the embeddings and the lowest decoder blocks untrained.
+
+    Raises:
+        UserError: the model has fewer blocks.
+    """
+    decoder, config = trunk(model), unwrap(model).config.get_text_config()
+    blocks: Any = next(
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    )
+    if layers > len(blocks):
+        raise UserError(f"model.frozen_layers={layers}, but the model has {len(blocks)} blocks")
+    inside = set(blocks.modules())
+    embeddings = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.Embedding) and module not in inside
+    ]
+    for module in [*embeddings, *blocks[:layers]]:
+        module.requires_grad_(False)
+
+
+def share_frozen(model: nn.Module, policy: nn.Module) -> None:
+    """Let a model hold the policy's own tensors wherever the policy's are frozen and equal."""
+    ours = dict(model.named_parameters())
+    for name, weight in policy.named_parameters():
+        if not weight.requires_grad and name in ours and torch.equal(ours[name], weight):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, weight)
+
+
+# --------------------------------------------------------------------------- recomputation
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing: backward computes each block again, by the adapter that acted then.
+
+    Layers below the first trained one stay out of backward, as they do without it. A scorer on the
+    policy's base does as the policy does.
+    """
+    if isinstance(model, SharedScorer):
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if is_adapted(model):
+        unite(model)
+        settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
+    base = unwrap(model)
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    base.disable_input_require_grads()
+    model.train()  # transformers recomputes in training mode only; all dropout is off
