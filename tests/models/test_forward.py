@@ -30,7 +30,7 @@ from rlhf_cli.models.score import (
     values_of,
 )
 from rlhf_cli.objectives.kl import k1, k3
-from tests.toys import bigram, hardware_of, llama, sequences_of
+from tests.toys import GivenLogits, bigram, hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(7)
 WIDE = 10_000
@@ -142,6 +142,18 @@ def test_a_uniform_model_is_as_bad_as_the_vocabulary_is_large() -> None:
     assert scored.entropy is not None
     entropies = scored.entropy[collate(SEQUENCES).response]
     torch.testing.assert_close(entropies, torch.full_like(entropies, math.log(23)))
+
+
+def test_entropy_does_not_see_a_shift_of_the_logits() -> None:
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    ids, every = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
+    batch = Batch(ids, every, torch.arange(4) > torch.tensor([[0], [1]]))
+    found = [
+        token_logprobs(GivenLogits(values), batch, chunk=3, with_entropy=True).entropy
+        for values in (logits, logits + 7.5)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert found[0] is not None and found[0].count_nonzero() == 5
 
 
 def test_a_model_that_knows_the_next_token_has_no_loss() -> None:
