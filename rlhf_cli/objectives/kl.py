@@ -1,4 +1,9 @@
-"""Kullback-Leibler divergence: estimators on samples, and what sets its coefficient."""
+"""Kullback-Leibler divergence: estimators on samples, and what sets its coefficient.
+
+All are of the next token in its context. Summed over the tokens of sampled responses they estimate
+the KL of responses. As losses they have the gradient of each token's own KL only: that a token
+leads to contexts with more or less KL after it is left out, which a KL in the reward does see.
+"""
 
 import torch
 from torch import Tensor
@@ -48,8 +53,7 @@ def weighted_k3(logprobs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
 def full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """KL(pi || ref) of the next token, summed over the vocabulary: no estimate, no sample.
 
-    Exact in each context; the contexts are still those that were sampled. As a loss its gradient
-    is that of the divergence in these contexts, not of how often pi visits them.
+    Exact in each context, on any samples; the contexts are still those that were sampled.
 
     Args:
         logits: (N, V) of the policy, with gradient; scaled by the temperature that samples.
