@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model
+from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, Ppo
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.scratch import learn_tokenizer
 
@@ -47,6 +47,12 @@ def model_of(**changes: Any) -> Model:
     """A model config, with changes."""
     model: Model = composed("dpo").model
     return replace(model, **changes)
+
+
+def run_of(**data: Any) -> Ppo:
+    """The config of a stage with a reward, on plain rows with changes."""
+    cfg: Ppo = composed("ppo")
+    return replace(cfg, data=data_of(**data))
 
 
 FROZEN = FrozenModel(dtype="float32", trust_remote_code=False)

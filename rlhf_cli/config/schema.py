@@ -377,7 +377,10 @@ class Sft(Run):
         "held-out prompts (InstructGPT).",
         choices=("loss", "reward"),
     )
-    reward: str | None = key("select_by=reward: folder, hub id or rule that scores responses.")
+    reward: str | None = key(
+        "select_by=reward: what scores responses; models, rules and functions, as in ppo."
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     model: SftModel
     algo: SftAlgo
 
@@ -397,8 +400,10 @@ class Ppo(Run):
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
     reward: str = key(
-        "Reward folder or hub id, a dpo output (implicit reward), or a rule such as exact_answer."
+        "Sum of terms, as in DIR + 0.2*length:20: reward folders or hub ids, dpo outputs (implicit "
+        "rewards), rules, and functions as file.py:name."
     )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     model: Model
     algo: PpoAlgo
 
@@ -425,8 +430,10 @@ class Grpo(Run):
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
     reward: str = key(
-        "Reward folder or hub id, a dpo output (implicit reward), or a rule such as exact_answer."
+        "Sum of terms, as in DIR + 0.2*length:20: reward folders or hub ids, dpo outputs (implicit "
+        "rewards), rules, and functions as file.py:name."
     )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     model: Model
     algo: GrpoAlgo
 
@@ -436,7 +443,10 @@ class Generate(Run):
     """Sampling: policy and prompts -> samples.jsonl."""
 
     policy: str = key("Policy folder or hub id to sample from.")
-    reward: str | None = key("Reward folder, hub id or rule that scores the samples; null: none.")
+    reward: str | None = key(
+        "What scores the samples: models, rules and functions, as in ppo; null: nothing."
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     model: FrozenModel
     algo: GenerateAlgo
 
@@ -450,7 +460,10 @@ class Evaluate(Run):
         "Policies to compare with; null takes the finished policies beside `policy`."
     )
     reference: str | None = key("Policy that KL is measured to; null measures none.")
-    reward: str | None = key("Reward folder, hub id or rule; null reports gold only.")
+    reward: str | None = key(
+        "Models, rules and functions that score responses, as in ppo; null reports gold only."
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     gold: str | None = key("Scorer that training never saw; null reports the reward only.")
     model: FrozenModel
     algo: EvaluateAlgo

@@ -155,6 +155,18 @@ class Encoder:
             )
         return kept
 
+    def written(
+        self, rows: Sequence[Prompt], responses: list[str], ended: Sequence[bool]
+    ) -> list[Tokens]:
+        """Responses that come as text, with their prompts; one that has not ended has no EOS.
+
+        An empty one keeps it, lest nothing be left.
+        """
+        replies = zip(self._responses(rows, responses), ended, strict=True)
+        ids = [reply if done or len(reply) == 1 else reply[:-1] for reply, done in replies]
+        prompts = [prompt for prompt, _ in self._prompt_ids(rows)]
+        return [Tokens(*pair) for pair in zip(prompts, ids, strict=True)]
+
     def _judged(self, row: Preference | Ranking | Feedback | Steps) -> list[str]:
         """The texts of the responses that a row judges."""
         if isinstance(row, Preference):
@@ -311,8 +323,8 @@ class StepCutter:
     """Finds the tokens that end the steps of a response, by a regular expression over its text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, step_end: str) -> None:
-        self._tokenizer = tokenizer
-        self._step_end = step_end
+        self.tokenizer = tokenizer
+        self.step_end = step_end
         self._anchor = tokenizer("a", add_special_tokens=False).input_ids
         self._pieces: dict[tuple[int, ...], str] = {}
 
@@ -322,7 +334,7 @@ class StepCutter:
         A token with a blank before the first word of the next step is of that step.
         """
         pieces = self._texts(ids)
-        steps = cut_steps("".join(pieces), self._step_end)
+        steps = cut_steps("".join(pieces), self.step_end)
         seen = list(accumulate(map(len, pieces)))  # characters up to the end of each token
         ends = []
         for limit in list(accumulate(map(len, steps)))[:-1]:  # up to the end of each step
@@ -330,6 +342,10 @@ class StepCutter:
             inside = pieces[place][: limit - seen[place]] if seen[place] > limit else ""
             ends.append(place - 1 if place and inside.isspace() else place)
         return [*ends, len(ids) - 1]
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The steps as text, as many as `ends` finds."""
+        return cut_steps("".join(self._texts(ids)), self.step_end) or [""]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; a character of several tokens comes with its last."""
@@ -349,7 +365,7 @@ class StepCutter:
         """The text of tokens, decoded after another one, lest a leading space be lost."""
         if ids not in self._pieces:
             alone, after = (
-                self._tokenizer.decode(
+                self.tokenizer.decode(
                     each, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
                 for each in (self._anchor, [*self._anchor, *ids])

@@ -4,57 +4,41 @@ A rule is named in the config as `name` or `name:argument`, such as `reward=exac
 `reward="keywords:happy|friend"`.
 """
 
+import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.demo.gold import gold_score
+from rlhf_cli.rewards.answers import close_answer, exact_answer, math_answer, quantity_of
 
-Score = Callable[[Prompt, str], float]
+Score = Callable[[Prompt, str], float | None]
+"""The reward of a response to a row; None where the rule does not apply."""
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*")  # of a lexicon: don't and well-known are one word
+TAG = re.compile(r"[A-Za-z][\w-]*")
 
 
 @dataclass
 class Rule:
-    """A named rule: its score, what it means, and the row column that it needs, if any."""
+    """A named rule: its score, what it means, and the row column that it reads, if any.
+
+    numeric: whether that column must hold a number.
+    """
 
     spec: str
     score: Score
     meaning: str
     column: str | None = None
+    numeric: bool = False
 
 
-def exact_answer(row: Prompt, response: str) -> float:
-    """1 where the response's final answer equals the row's `answer`, else 0."""
-    return float(same_answer(final_answer(response), str(row.columns["answer"])))
-
-
-def final_answer(response: str) -> str:
-    """The number after the last ####, or that line where it holds none; else the last number."""
-    if "####" in response:
-        line = (response.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
-        number = NUMBER.search(line)
-        return number[0] if number else line
-    numbers = NUMBER.findall(response)
-    return numbers[-1] if numbers else ""
-
-
-def same_answer(given: str, expected: str) -> bool:
-    """Equal as numbers where both are, else as text without case and outer spaces."""
-    values = [number_of(text) for text in (given, expected)]
-    if None not in values:
-        return math.isclose(*values, rel_tol=1e-9)  # type: ignore[arg-type]
-    return bool(given.strip()) and given.strip().casefold() == expected.strip().casefold()
-
-
-def number_of(text: str) -> float | None:
-    """A number, thousands separators and a currency sign allowed."""
-    plain = text.strip().strip("$.").replace(",", "")
-    return float(plain) if NUMBER.fullmatch(plain) else None
+# --------------------------------------------------------------------------- rules of text
 
 
 def _keywords(argument: str) -> Score:
@@ -80,14 +64,131 @@ def _regex(argument: str) -> Score:
 
 
 def _length(argument: str) -> Score:
-    """1 at `argument` words, falling by 1 / argument with each word more or less, not below 0."""
-    if not argument.isdigit() or int(argument) == 0:
-        raise UserError('reward=length needs a number of words, as in reward="length:20"')
-    target = int(argument)
+    """1 at so many words, falling by 1 / that number with each word more or less, not below 0."""
+    target = _count("length", "a number of words", argument, 20)
     return lambda row, response: max(0.0, 1 - abs(len(response.split()) - target) / target)
 
 
+def _repetition(argument: str) -> Score:
+    """Share of the runs of so many words that stood before in the response: 0 for none, up to 1;
+    a penalty where its weight is negative.
+    """
+    size = _count("repetition", "the length of a run in words", argument, 3)
+
+    def score(row: Prompt, response: str) -> float:
+        words = response.casefold().split()
+        runs = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+        return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+    return score
+
+
+def _lexicon(argument: str) -> Score:
+    """Mean weight of the response's words by a file of WORD, or WORD<tab>WEIGHT, one a line; words
+    that it lacks weigh 0.
+    """
+    weights = read_lexicon(Path(argument))
+
+    def score(row: Prompt, response: str) -> float:
+        words = WORD.findall(response.casefold())
+        return sum(weights.get(word, 0.0) for word in words) / max(len(words), 1)
+
+    return score
+
+
+def read_lexicon(file: Path) -> dict[str, float]:
+    """Words in lower case and what each weighs, 1 where the line says nothing.
+
+    Empty lines, and those that begin with #, are skipped.
+
+    Raises:
+        UserError: naming the line that is no word, holds no weight, or comes again.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        raise UserError(
+            f"reward=lexicon:{file}: no such text file; it has a word a line, or WORD<tab>WEIGHT"
+        ) from None
+    weights: dict[str, float] = {}
+    for place, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        word, _, weight = (part.strip() for part in line.partition("\t"))
+        word = word.casefold()
+        value = _float(weight or "1")
+        if value is None:
+            raise UserError(f"{file} line {place}: {weight!r} is no weight")
+        if not WORD.fullmatch(word):
+            raise UserError(f"{file} line {place}: {word!r} is not one word")
+        if word in weights:
+            raise UserError(f"{file} line {place}: {word!r} is there already")
+        weights[word] = value
+    if not weights:
+        raise UserError(f"reward=lexicon:{file}: the file holds no words")
+    return weights
+
+
+# --------------------------------------------------------------------------- rules of form
+
+
+def _json(argument: str) -> Score:
+    """1 where the whole response is JSON (with keys given, as json:a|b, an object that has them),
+    else 0.
+    """
+    keys = {key.strip() for key in argument.split("|") if key.strip()}
+    if argument and not keys:
+        raise UserError('reward=json takes keys, as in reward="json:name|age", or none')
+
+    def score(row: Prompt, response: str) -> float:
+        try:
+            # numbers stay text: neither their size nor their digits matter here
+            found = json.loads(
+                response, parse_int=str, parse_float=str, parse_constant=_refuse_constant
+            )
+        except (ValueError, RecursionError):
+            return 0.0
+        return float(not keys or (isinstance(found, dict) and keys <= found.keys()))
+
+    return score
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _tags(argument: str) -> Score:
+    """1 where the response is <a>...</a><b>...</b> and no more, given as a|b: each tag once, in
+    this order, blanks between; else 0.
+    """
+    names = [name.strip() for name in argument.split("|")]
+    if not all(TAG.fullmatch(name) for name in names) or len(set(names)) < len(names):
+        raise UserError('reward=tags needs names of tags, as in reward="tags:think|answer"')
+    whole = re.compile(r"\s*".join(rf"<{name}>(?:.*)</{name}>" for name in names), re.DOTALL)
+    marks = [mark for name in names for mark in (f"<{name}>", f"</{name}>")]
+
+    def score(row: Prompt, response: str) -> float:
+        once = all(response.count(mark) == 1 for mark in marks)
+        return float(once and whole.fullmatch(response.strip()) is not None)
+
+    return score
+
+
+# --------------------------------------------------------------------------- rules of answers
+
+
+def _numeric_answer(argument: str) -> Score:
+    """1 where the response's final number (after the last ####, else its last) is within that share
+    of the row's `answer`, as in numeric_answer:0.01 for one percent; else 0.
+    """
+    tolerance = _float(argument)
+    if tolerance is None or tolerance < 0:
+        raise UserError("reward=numeric_answer needs a tolerance, as in reward=numeric_answer:0.01")
+    return partial(close_answer, tolerance=tolerance)
+
+
 def _gold(row: Prompt, response: str) -> float:
+    """The score by which the demo judges: right facts, greetings and manners."""
     if not isinstance(row.prompt, str):
         raise UserError(f"{row.source}: demo_gold scores the demo's own prompts only")
     try:
@@ -96,20 +197,34 @@ def _gold(row: Prompt, response: str) -> float:
         raise UserError(f"{row.source}: demo_gold: {error}") from None
 
 
+# --------------------------------------------------------------------------- by name
+
 PLAIN_RULES: dict[str, tuple[Score, str | None]] = {
     "exact_answer": (exact_answer, "answer"),
+    "math_answer": (math_answer, "answer"),
     "demo_gold": (_gold, None),
 }
 RULES_WITH_ARGUMENT: dict[str, Callable[[str], Score]] = {
-    "keywords": _keywords,
+    "numeric_answer": _numeric_answer,
     "regex": _regex,
+    "json": _json,
+    "tags": _tags,
     "length": _length,
+    "repetition": _repetition,
+    "keywords": _keywords,
+    "lexicon": _lexicon,
 }
 RULE_NAMES = (*PLAIN_RULES, *(f"{name}:..." for name in RULES_WITH_ARGUMENT))
 
 
+def is_rule(spec: str) -> bool:
+    """Whether a term names a rule, whatever its argument."""
+    name = spec.partition(":")[0]
+    return name in PLAIN_RULES or name in RULES_WITH_ARGUMENT
+
+
 def rule_of(spec: str) -> Rule | None:
-    """The rule that a reward spec names; None where it names a folder or hub id.
+    """The rule that a term names; None where it names a function, folder or hub id.
 
     Raises:
         UserError: a rule's argument is missing or wrong.
@@ -119,20 +234,48 @@ def rule_of(spec: str) -> Rule | None:
         if argument:
             raise UserError(f"reward={name} takes no argument, got {argument!r}")
         score, column = PLAIN_RULES[name]
-        return Rule(spec, score, (score.__doc__ or "").strip(), column)
+        return Rule(spec, score, _sentence(score), column)
     if name in RULES_WITH_ARGUMENT:
         make = RULES_WITH_ARGUMENT[name]
-        return Rule(spec, make(argument), (make.__doc__ or "").strip())
+        numeric = name == "numeric_answer"
+        return Rule(spec, make(argument), _sentence(make), "answer" if numeric else None, numeric)
     return None
 
 
-def check_columns(rule: Rule, rows: list[Prompt]) -> None:
-    """Stop where a row lacks the column that a rule reads."""
+def check_columns(rule: Rule, rows: Sequence[Prompt | Demonstration]) -> None:
+    """Stop where a row lacks the column that a rule reads, or has no number in it."""
     if rule.column is None:
         return
     for row in rows:
-        if row.columns.get(rule.column) is None:
+        value = row.columns.get(rule.column)
+        if value is None:
             found = ", ".join(["prompt", *row.columns])
             raise UserError(
                 f"{row.source}: reward={rule.spec} needs a column {rule.column!r}; found {found}"
             )
+        if rule.numeric and quantity_of(str(value)) is None:
+            raise UserError(
+                f"{row.source}: reward={rule.spec} needs a number in column {rule.column!r}, "
+                f"got {value!r}"
+            )
+
+
+def _sentence(function: Callable[..., object]) -> str:
+    """The docstring on one line, without its full stop."""
+    return " ".join((function.__doc__ or "").split()).removesuffix(".")
+
+
+def _count(name: str, what: str, argument: str, example: int) -> int:
+    """A whole number above 0."""
+    if not argument.isdecimal() or int(argument) == 0:
+        raise UserError(f"reward={name} needs {what}, as in reward={name}:{example}")
+    return int(argument)
+
+
+def _float(text: str) -> float | None:
+    """A finite number; None for any other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,211 +1,239 @@
-"""A reward as the stages use it: normalised scores of rollouts, from a checkpoint or a rule."""
+"""A reward as the stages use it: the weighted sum of models, rules and functions of `reward=`."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import FrozenModel, Hardware
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import StepCutter, Tokens
-from rlhf_cli.models.load import check_vocabulary, load_policy, load_scorer
-from rlhf_cli.models.manifest import (
-    RESPONSE,
-    STEP,
-    implicit_reward_of,
-    level_of,
-    read_manifest,
-    reference_folder,
-)
-from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
-from rlhf_cli.rewards.rules import Rule, check_columns, rule_of
+from rlhf_cli.data.tokens import StepCutter
+from rlhf_cli.models.manifest import RESPONSE
+from rlhf_cli.rewards.functions import UserFunction
+from rlhf_cli.rewards.models import CheckpointReward, load_model_reward
+from rlhf_cli.rewards.rules import Rule, rule_of
+from rlhf_cli.rewards.source import Cut, Require, Source
+from rlhf_cli.rewards.specs import check_rows_of, function_of, terms_of
 from rlhf_cli.rollout.rollouts import Rollout
 
-Require = Callable[[str, float, bool, str], None]
-"""How a stage records a hand-off check: name, value, whether it holds, diagnosis."""
 
-
-@dataclass
-class RuleReward:
+class RuleReward(Source):
     """A plain function of row and text."""
 
-    rule: Rule
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule.spec)
+        self.rule = rule
 
-    def check(self, rows: list[Prompt], require: Require) -> None:
+    def check(self, rows: Sequence[Prompt], require: Require, role: str) -> None:
         """Every row has the column that the rule reads."""
-        check_columns(self.rule, rows)
+        check_rows_of(self.spec, rows)
 
-    def score(self, rollouts: list[Rollout]) -> list[float]:
-        """The rule's value for each rollout."""
-        return [self.rule.score(rollout.row, rollout.text) for rollout in rollouts]
+    def score(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """(B,) the rule's value for each rollout."""
+        return floats([self.rule.score(rollout.row, rollout.text) for rollout in rollouts])
+
+
+class FunctionReward(Source):
+    """A user's function, of responses, or of steps where its second parameter is called so.
+
+    Of steps, the reward of a response is the mean of those that are known.
+    """
+
+    def __init__(self, function: UserFunction, cutter: StepCutter) -> None:
+        super().__init__(function.spec)
+        self.function = function
+        self.cutter = cutter
+        if function.signature.judges == "step":
+            self.step_end = cutter.step_end
+
+    def check(self, rows: Sequence[Prompt], require: Require, role: str) -> None:
+        """Some row has each column that the function cannot do without."""
+        check_rows_of(self.spec, rows)
+
+    def score(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """(B,) the function's values."""
+        if self.step_end is not None:
+            return means(self.score_steps(rollouts, cuts_of(self.cutter, rollouts)))
+        rows = [rollout.row for rollout in rollouts]
+        return floats(self.function.judge(rows, [rollout.text for rollout in rollouts]))
+
+    def score_steps(self, rollouts: Sequence[Rollout], cuts: Sequence[Cut]) -> list[Tensor]:
+        """(n_i,) the function's values of the steps."""
+        rows = [rollout.row for rollout in rollouts]
+        judged = self.function.judge(rows, [cut.texts for cut in cuts])
+        pairs = zip(judged, cuts, strict=True)
+        return [floats([None] * len(cut.ends) if each is None else each) for each, cut in pairs]
 
 
 @dataclass
-class Reading:
-    """How the scores of a reward model become one number per response.
+class Scores:
+    """What a reward says of B rollouts.
 
-    level: where scores stand: at the end of the response, of each step, or at each token.
-    aggregate: of steps `product` (log-probability that all are right, Lightman 2305.20050) or
-        `min` (logit of the least certain); of tokens `mean` or `sum`.
-    cutter: finds the steps of a response.
+    total: (B,) sum of weight times term over the terms that apply; NaN where none does.
+    parts: term -> (B,) its own value, without weight; NaN where it does not apply. By step, the
+        part of a term that judges steps is the mean of those that it knows.
+    seconds: term -> time it took.
+    steps: by step only: of each rollout (n_i,) the weighted rewards of its steps, 0 where unknown;
+        terms that judge whole responses stand at the last one.
+    ends: by step only: of each rollout the index in its response ids of each step's last token.
     """
 
-    level: str = RESPONSE
-    aggregate: str | None = None
-    cutter: StepCutter | None = None
-
-    def scores(self, scorer: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> Tensor:
-        """(N,) raw scores of responses."""
-        if self.level == RESPONSE:
-            return scores_of(scorer, sequences, hardware)
-        per_token = token_scores_of(scorer, sequences, hardware)
-        if self.level == STEP:
-            assert self.cutter is not None
-            ends = [self.cutter.ends(sequence.response) for sequence in sequences]
-            per_token = [scores[end] for scores, end in zip(per_token, ends, strict=True)]
-        return torch.stack([aggregated(scores, self.aggregate) for scores in per_token])
+    total: Tensor
+    parts: dict[str, Tensor]
+    seconds: dict[str, float]
+    steps: list[Tensor] | None = None
+    ends: list[list[int]] | None = None
 
 
-def aggregated(scores: Tensor, how: str | None) -> Tensor:
-    """The score of a response from those within it: (N,) -> ()."""
-    if how == "product":
-        return nn.functional.logsigmoid(scores).sum()
-    if how == "min":
-        return scores.min()
-    return scores.sum() if how == "sum" else scores.mean()
+@dataclass
+class WeightedSource:
+    """A term that is loaded."""
+
+    weight: float
+    source: Source
 
 
-class ModelReward(ABC):
-    """A reward that a model gives: (raw score - mean) / std, by the statistics of its stage.json.
+class Reward:
+    """The sum of the terms of `reward=`."""
 
-    A reward model of another tool has no statistics; its raw score is used.
-    """
+    def __init__(self, terms: list[WeightedSource], cutter: StepCutter) -> None:
+        """`cutter`: finds the steps of a response where no term judges steps.
 
-    def __init__(self, path: str, hardware: Hardware) -> None:
-        self.path = path
-        self.hardware = hardware
-        self.mean, self.std = statistics_of(path)
+        Raises:
+            UserError: terms that judge steps cut responses differently.
+        """
+        self.terms = terms
+        judges = [term.source for term in terms if term.source.step_end is not None]
+        for source in judges[1:]:
+            if source.step_end != judges[0].step_end:
+                raise UserError(
+                    f"{judges[0].spec} ends steps by {judges[0].step_end!r}, {source.spec} by "
+                    f"{source.step_end!r}; rewards of steps must cut a response alike (functions "
+                    "by data.step_end, step models as they were trained)"
+                )
+        own = judges[0].step_end if judges else None
+        self.cutter = cutter if own is None else StepCutter(cutter.tokenizer, own)
 
-    @abstractmethod
-    def raw(self, sequences: Sequence[Tokens]) -> Tensor:
-        """(N,) scores of responses before normalisation."""
+    @property
+    def critic_start(self) -> CheckpointReward | None:
+        """The first reward model of whole responses in the policy's vocabulary, if any."""
+        for term in self.terms:
+            source = term.source
+            if (
+                isinstance(source, CheckpointReward)
+                and source.reading.level == RESPONSE
+                and source.shares_vocabulary
+            ):
+                return source
+        return None
 
-    def check(self, rows: list[Prompt], require: Require) -> None:
-        """The model puts better above worse more often than not on its own held-out rows."""
-        metrics = (read_manifest(self.path) or {}).get("metrics", {})
-        found = metrics.get("eval/auc", metrics.get("eval/accuracy"))
-        if found is not None:
-            require(
-                "reward_accuracy",
-                found,
-                found > 0.5,
-                f"{self.path} is no better than a coin on its own held-out rows; train it longer, "
-                "on more rows, or check which side is chosen",
-            )
+    def check(self, rows: Sequence[Prompt], require: Require) -> None:
+        """The rows have what every term reads, and no reward model is as good as a coin."""
+        for i, term in enumerate(self.terms):
+            term.source.check(rows, require, f"reward[{i}]" if i else "reward")
 
-    def score(self, rollouts: list[Rollout]) -> list[float]:
-        """Normalised scores of prompt and response."""
-        raw = self.raw([rollout.tokens for rollout in rollouts])
-        normalised: list[float] = ((raw - self.mean) / self.std).tolist()
-        return normalised
+    def score(self, rollouts: Sequence[Rollout], by_step: bool = False) -> Scores:
+        """Every term of every rollout, and their weighted sum."""
+        parts: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+        cuts = cuts_of(self.cutter, rollouts) if by_step else []
+        steps = [torch.zeros(len(cut.ends)) for cut in cuts]
+        for term in self.terms:
+            began = time.perf_counter()
+            source, weight = term.source, term.weight
+            if by_step and source.step_end is not None:
+                judged = source.score_steps(rollouts, cuts)
+                parts[source.spec] = means(judged)
+                for place, values in zip(steps, judged, strict=True):
+                    place += weight * values.nan_to_num(0.0)
+            else:
+                parts[source.spec] = part = source.score(rollouts)
+                for place, value in zip(steps, part.nan_to_num(0.0), strict=by_step):
+                    place[-1] += weight * value
+            seconds[source.spec] = time.perf_counter() - began
+        total = self._total(parts)
+        if not by_step:
+            return Scores(total, parts, seconds)
+        return Scores(total, parts, seconds, steps, [cut.ends for cut in cuts])
 
+    def _total(self, parts: dict[str, Tensor]) -> Tensor:
+        """(B,) the weighted sum over the terms that apply; a weight of 0 counts as none."""
+        counted = [term for term in self.terms if term.weight]
+        weighted = torch.stack([term.weight * parts[term.source.spec] for term in counted])
+        total = weighted.nansum(0)  # (B,)
+        return total.masked_fill(weighted.isnan().all(0), math.nan)
 
-class CheckpointReward(ModelReward):
-    """A reward model: a classifier with one label, at the level that its stage.json says."""
-
-    def __init__(self, path: str, model: nn.Module, reading: Reading, hardware: Hardware) -> None:
-        super().__init__(path, hardware)
-        self.model = model
-        self.reading = reading
-
-    def raw(self, sequences: Sequence[Tokens]) -> Tensor:
-        """(N,) scores of the head."""
-        return self.reading.scores(self.model, sequences, self.hardware)
-
-
-class ImplicitReward(ModelReward):
-    """A policy trained by dpo: beta log(pi / ref) of the response (2305.18290 eq. 5).
-
-    A loss that averages over tokens has the mean in place of the sum.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        policy: nn.Module,
-        reference: nn.Module,
-        beta: float,
-        per_token: bool,
-        hardware: Hardware,
-    ) -> None:
-        super().__init__(path, hardware)
-        self.policy, self.reference = policy, reference
-        self.beta, self.per_token = beta, per_token
-
-    def raw(self, sequences: Sequence[Tokens]) -> Tensor:
-        """(N,) implicit rewards."""
-        ours, theirs = (
-            logprobs_of(model, sequences, self.hardware) for model in (self.policy, self.reference)
-        )
-        ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
-        reduced = [ratio.mean() if self.per_token else ratio.sum() for ratio in ratios]
-        return self.beta * torch.stack(reduced)
-
-
-def statistics_of(path: str) -> tuple[float, float]:
-    """Mean and standard deviation that a folder's stage.json gives for its rewards; or 0 and 1."""
-    statistics = (read_manifest(path) or {}).get("reward", {})
-    return float(statistics.get("mean", 0.0)), float(statistics.get("std", 1.0))
-
-
-RewardSource = RuleReward | ModelReward
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Of each term the share of responses without it and its seconds; of several mean and std,
+        too, where any response has it.
+        """
+        found: dict[str, float] = {}
+        for spec, part in scores.parts.items():
+            known = part[~part.isnan()]
+            if len(self.terms) > 1 and len(known):
+                found[f"reward/{spec}/mean"] = known.mean().item()
+                found[f"reward/{spec}/std"] = known.std(correction=0).item()
+            found[f"reward/{spec}/none"] = 1 - len(known) / len(part)
+            found[f"seconds/reward/{spec}"] = scores.seconds[spec]
+        return found
 
 
 def scores_with_eos_rule(
-    rollouts: list[Rollout], reward: RewardSource, missing_eos_reward: float | None
+    rollouts: Sequence[Rollout], reward: Reward, missing_eos_reward: float | None
 ) -> Tensor:
     """(B,) rewards; the missing-EOS rule replaces those of responses that never ended."""
-    scores = torch.tensor(reward.score(rollouts))
+    scores = reward.score(rollouts).total
     if missing_eos_reward is None:
         return scores
     ended = torch.tensor([rollout.ended for rollout in rollouts])
     return torch.where(ended, scores, missing_eos_reward)
 
 
+def floats(values: Sequence[float | None]) -> Tensor:
+    """(N,) with NaN for None."""
+    return torch.tensor([math.nan if value is None else value for value in values])
+
+
+def means(judged: Sequence[Tensor]) -> Tensor:
+    """(B,) mean over the known steps of each response; NaN where none is known."""
+    return torch.stack([values.nanmean() for values in judged])
+
+
+def cuts_of(cutter: StepCutter, rollouts: Sequence[Rollout]) -> list[Cut]:
+    """The steps of each response."""
+    ids = [rollout.tokens.response for rollout in rollouts]
+    return [Cut(cutter.ends(each), cutter.texts(each)) for each in ids]
+
+
 def load_reward(
     spec: str,
-    config: FrozenModel,
+    cfg: Run,
     tokenizer: PreTrainedTokenizerBase,
-    hardware: Hardware,
     device: torch.device,
-) -> RewardSource:
-    """The reward that `reward=` names: a rule, a reward model, or a policy trained by dpo.
+    base: nn.Module | None = None,
+) -> Reward:
+    """The reward that `reward=` names, for a policy with this tokenizer.
 
     Raises:
-        UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
+        UserError: a term is none, a folder holds no reward, the reference of a dpo policy is gone
+            or has changed, or terms cut steps differently.
     """
-    if (rule := rule_of(spec)) is not None:
-        return RuleReward(rule)
-    frozen = FrozenModel(dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    check_vocabulary("reward", spec, frozen, tokenizer)
-    implicit = implicit_reward_of(spec)
-    if implicit is not None:
-        reference = reference_folder(spec, implicit)
-        policy, ref = (
-            load_policy(path, frozen, tokenizer, device).requires_grad_(False)
-            for path in (spec, reference)
-        )
-        return ImplicitReward(spec, policy, ref, implicit["beta"], implicit["per_token"], hardware)
-    model = load_scorer(spec, frozen, tokenizer, device).requires_grad_(False)
-    return CheckpointReward(spec, model, reading_of(spec, tokenizer), hardware)
-
-
-def reading_of(path: str, tokenizer: PreTrainedTokenizerBase) -> Reading:
-    """How the scores of a reward folder are read, by its stage.json."""
-    head = (read_manifest(path) or {}).get("head", {})
-    end = head.get("step_end")
-    cutter = None if end is None else StepCutter(tokenizer, end)
-    return Reading(level_of(path), head.get("aggregate"), cutter)
+    cutter = StepCutter(tokenizer, cfg.data.step_end)
+    terms = []
+    for term in terms_of(spec):
+        source: Source
+        if (rule := rule_of(term.spec)) is not None:
+            source = RuleReward(rule)
+        elif function_of(term.spec) is not None:
+            timeout: float = cfg.reward_timeout  # type: ignore[attr-defined]
+            source = FunctionReward(UserFunction(term.spec, timeout), cutter)
+        else:
+            model = cfg.model  # type: ignore[attr-defined]
+            source = load_model_reward(term.spec, model, cfg.data, cfg.hardware, tokenizer, device)
+        terms.append(WeightedSource(term.weight, source))
+    return Reward(terms, cutter)

@@ -21,7 +21,7 @@ from rlhf_cli.config.schema import Evaluate
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text
 from rlhf_cli.data.rows import KindError, identity, read_split, read_texts
-from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
@@ -30,7 +30,8 @@ from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.reporting.report import show_judgement, show_report
 from rlhf_cli.rewards.judging import Report, judge
-from rlhf_cli.rewards.sources import ModelReward, RewardSource, load_reward
+from rlhf_cli.rewards.models import ModelReward
+from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.outfolder import baselines_of, staging, write_text
@@ -48,7 +49,7 @@ def run(cfg: Evaluate) -> Path:
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
     reference = load_role(session, cfg.reference) if cfg.reference else None
 
-    sources: dict[str, RewardSource] = {}
+    sources: dict[str, Reward] = {}
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, Tensor] = {}
     paths = policies(cfg)
@@ -62,7 +63,8 @@ def run(cfg: Evaluate) -> Path:
                 sources = judges(cfg, policy, session)
                 for source in sources.values():
                     source.check([row for row, _ in prompts], session.require)
-                judgement = judged(cfg, sources.get("reward"), policy)
+                scorer = model_in(sources.get("reward"))
+                judgement = None if scorer is None else judged(cfg, scorer, policy)
                 session.note(policy.encoder, rows.notes)
             rollouts = respond(
                 policy.model,
@@ -76,8 +78,8 @@ def run(cfg: Evaluate) -> Path:
             )
             result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
             for judge, source in sources.items():
-                values = torch.tensor(source.score(rollouts)).view(-1, cfg.algo.samples)  # (N, K)
-                result[judge] = asdict(clustered_mean(values))
+                values = source.score(rollouts).total.view(-1, cfg.algo.samples)  # (N, K)
+                result |= mean_of_known(judge, values)
                 scores[path] = values  # gold comes last and decides wins where there is one
             if reference is not None and sampling.unfiltered and cfg.algo.beams == 1:
                 result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
@@ -92,12 +94,14 @@ def run(cfg: Evaluate) -> Path:
     base = str(Path(cfg.reference)) if cfg.reference else ""
     if base in scores:
         for path in paths:  # paired: all policies answer the same prompts
-            gain = clustered_mean(scores[path] - scores[base])
-            results[path]["gain_over_reference"] = asdict(gain)
-    wins = {
-        path: asdict(win_rate(scores[paths[0]], scores[path], cfg.algo.tie, cfg.seed))
-        for path in paths[1:]
-    }
+            ours, theirs = scored_alike(scores[path], scores[base])
+            gain = asdict(clustered_mean(ours - theirs)) if len(ours) else None
+            results[path]["gain_over_reference"] = gain
+    wins = {}
+    for path in paths[1:]:
+        ours, theirs = scored_alike(scores[paths[0]], scores[path])
+        if len(ours):
+            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie, cfg.seed))
     report = {
         "policies": results,
         "win_rates": wins,
@@ -110,8 +114,8 @@ def run(cfg: Evaluate) -> Path:
         staging(session.out) / "report.json", json.dumps(round_figures(report), indent=2) + "\n"
     )
     show_report(paths[0], cfg.reference, results, wins)
-    if judgement is not None:
-        show_judgement(f"{cfg.reward} on held-out rows", judgement)
+    if judgement is not None and scorer is not None:
+        show_judgement(f"{scorer.path} on held-out rows", judgement)
     return session.finish("report", {"policies": results, "win_rates": wins})
 
 
@@ -125,26 +129,67 @@ def unique_prompts(rows: list[Prompt]) -> list[Prompt]:
     return list({identity(row): row for row in reversed(rows)}.values())[::-1]
 
 
-def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, RewardSource]:
+def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, Reward]:
     """Reward, then gold, as far as the config names them."""
     specs = {"reward": cfg.reward, "gold": cfg.gold}
     return {
-        name: load_reward(spec, cfg.model, policy.tokenizer, cfg.hardware, session.device)
+        name: load_reward(spec, cfg, policy.tokenizer, session.device)
         for name, spec in specs.items()
         if spec is not None
     }
 
 
-def judged(cfg: Evaluate, source: RewardSource | None, policy: Policy) -> Report | None:
+def mean_of_known(judge: str, values: Tensor) -> dict[str, Any]:
+    """The mean over responses that have a reward, and the share of those that have none, if any.
+
+    Args: values (N, K), NaN where there is none.
+    """
+    per_prompt = values.nanmean(-1, keepdim=True)  # (N, 1)
+    known = per_prompt[~per_prompt.isnan().squeeze(-1)]
+    found: dict[str, Any] = {judge: asdict(clustered_mean(known)) if len(known) else None}
+    if (share := values.isnan().float().mean().item()) > 0:
+        found[f"{judge}_none"] = share
+    return found
+
+
+def scored_alike(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """The prompts to which every response of both policies has a reward: (N', K) each."""
+    known = ~(ours.isnan() | theirs.isnan()).any(-1)
+    return ours[known], theirs[known]
+
+
+def model_in(reward: Reward | None) -> ModelReward | None:
+    """The first model among the terms of a reward, which held-out rows judge."""
+    sources = [term.source for term in reward.terms] if reward is not None else []
+    return next((source for source in sources if isinstance(source, ModelReward)), None)
+
+
+def judged(cfg: Evaluate, source: ModelReward, policy: Policy) -> Report | None:
     """How a reward model orders held-out pairs, or rankings; None without either."""
-    if not isinstance(source, ModelReward):
-        return None
     for kind in (Preference, Ranking):
         with suppress(KindError):
             items = policy.encoder.answers(read_split(cfg.data, kind).held_out)
-            scores = source.raw([sequence for item in items for sequence in item.sequences])
-            return judge(items, scores.split([len(item.responses) for item in items]))
+            written = [rollout for item in items for rollout in as_rollouts(item, policy)]
+            scores = source.raw_of(written).split([len(item.responses) for item in items])
+            scored = [pair for pair in zip(items, scores, strict=True) if not pair[1].isnan().any()]
+            if scored:
+                return judge([item for item, _ in scored], [each for _, each in scored])
     return None
+
+
+def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
+    """The responses of a row as if the policy had written them."""
+    row = Prompt(item.row.prompt, source=item.row.source)
+    return [
+        Rollout(
+            row,
+            sequence,
+            [],
+            "eos" if sequence.response[-1] in policy.encoder.stop_ids else "length",
+            policy.encoder.text(sequence.response),
+        )
+        for sequence in item.sequences
+    ]
 
 
 def estimated_kl(

@@ -13,10 +13,10 @@ from rlhf_cli.config.schema import Generate
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import first_rows, read_split
-from rlhf_cli.reporting.console import Bar, table
+from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines
-from rlhf_cli.reporting.samples import SHOWN, clip, last_words
-from rlhf_cli.rewards.sources import load_reward
+from rlhf_cli.reporting.samples import SHOWN, clip, known_or_none, last_words
+from rlhf_cli.rewards.sources import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.training.outfolder import staging
 from rlhf_cli.training.roles import load_role
@@ -43,11 +43,11 @@ def run(cfg: Generate) -> Path:
             hardware=cfg.hardware,
             advance=bar.advance,
         )
-    scores: list[float | None] = [None] * len(rollouts)
+    scores = None
     if cfg.reward is not None:
-        reward = load_reward(cfg.reward, cfg.model, policy.tokenizer, cfg.hardware, session.device)
+        reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
-        scores = list(reward.score(rollouts))
+        scores = reward.score(rollouts)
     return finish(session, rollouts, scores)
 
 
@@ -60,11 +60,17 @@ def prompt_rows(cfg: Generate) -> tuple[list[Prompt], list[str]]:
     return first_rows(cfg.data, cfg.data.path, Prompt, notes), notes
 
 
-def finish(session: Session, rollouts: list[Rollout], scores: list[float | None]) -> Path:
+def finish(session: Session, rollouts: list[Rollout], scores: Scores | None) -> Path:
     """Write the samples and show the first few."""
     session.claim()
     file = JsonLines(staging(session.out) / "samples.jsonl")
-    for rollout, score in zip(rollouts, scores, strict=True):
+    totals: list[float | None] = [None] * len(rollouts)
+    parts: dict[str, list[float | None]] = {}
+    if scores is not None:
+        totals = known_or_none(scores.total)
+        if len(scores.parts) > 1:
+            parts = {spec: known_or_none(part) for spec, part in scores.parts.items()}
+    for i, (rollout, score) in enumerate(zip(rollouts, totals, strict=True)):
         file.append(
             {
                 "prompt": rollout.row.prompt,
@@ -74,14 +80,20 @@ def finish(session: Session, rollouts: list[Rollout], scores: list[float | None]
                 "finish_reason": rollout.finish,
                 "logprob": sum(rollout.logprobs),
                 "score": score,
+                **({"parts": {spec: part[i] for spec, part in parts.items()}} if parts else {}),
             }
         )
     shown = [
         (clip(last_words(rollout.row.prompt)), clip(rollout.text), rollout.finish, score)
-        for rollout, score in zip(rollouts[:SHOWN], scores, strict=False)
+        for rollout, score in zip(rollouts[:SHOWN], totals, strict=False)
     ]
     table("samples", ("prompt", "response", "finish", "score"), shown)
     metrics: dict[str, float] = {"samples": len(rollouts)}
-    if scores[0] is not None:
-        metrics["score"] = sum(score for score in scores if score is not None) / len(scores)
+    if scores is not None:
+        known = scores.total[~scores.total.isnan()]
+        if len(known):
+            metrics["score"] = known.mean().item()
+        if len(known) < len(rollouts):
+            metrics["score_none"] = 1 - len(known) / len(rollouts)
+            say(f"{len(rollouts) - len(known)} of {len(rollouts)} samples have no score")
     return session.finish("samples", metrics)

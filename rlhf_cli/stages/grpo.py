@@ -28,7 +28,7 @@ from rlhf_cli.objectives.advantages import group_advantages
 from rlhf_cli.objectives.kl import k1, weighted_k3
 from rlhf_cli.objectives.policy_gradient import clipped_policy_loss
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.reporting.samples import show_samples
+from rlhf_cli.reporting.samples import known_or_none, show_samples
 from rlhf_cli.rewards.sources import load_reward, scores_with_eos_rule
 from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
@@ -58,7 +58,7 @@ def run(cfg: Grpo) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     policy = load_role(session, cfg.policy)
     reference = Reference(policy.model)
-    reward = load_reward(cfg.reward, cfg.model, policy.tokenizer, hardware, session.device)
+    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
     rows = read_split(cfg.data, Prompt)
     reward.check(rows.train, session.require)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
@@ -130,7 +130,7 @@ def run(cfg: Grpo) -> Path:
             metrics |= mean_metrics(updated)
             log.write(step, metrics)
             if step % algo.show_every == 0 or step in (1, algo.steps):
-                show_samples(step, rollouts, scores.tolist(), kls, samples)
+                show_samples(step, rollouts, known_or_none(scores), kls, samples)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
             session.save(step, {"policy": policy.model}, optimizer, {"metrics": metrics})
 

@@ -31,7 +31,6 @@ from rlhf_cli.models.forward import (
 )
 from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.load import load_scorer, scorer_from_policy
-from rlhf_cli.models.manifest import RESPONSE
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
 from rlhf_cli.models.shared import recompute_activations
@@ -40,13 +39,9 @@ from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_whiten
 from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, clipped_value_loss
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.reporting.samples import show_samples
-from rlhf_cli.rewards.sources import (
-    CheckpointReward,
-    RewardSource,
-    load_reward,
-    scores_with_eos_rule,
-)
+from rlhf_cli.reporting.samples import known_or_none, show_samples
+from rlhf_cli.rewards.models import CheckpointReward
+from rlhf_cli.rewards.sources import Reward, load_reward, scores_with_eos_rule
 from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part, mean_metrics
@@ -76,7 +71,7 @@ def run(cfg: Ppo) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     policy = load_role(session, cfg.policy)
     reference = Reference(policy.model)
-    reward = load_reward(cfg.reward, cfg.model, policy.tokenizer, hardware, session.device)
+    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
     critic = Critic(cfg, reward, policy, session)
 
     rows = read_split(cfg.data, Prompt)
@@ -167,7 +162,7 @@ def run(cfg: Ppo) -> Path:
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
             log.write(step, metrics)
             if step % algo.show_every == 0 or step in (1, algo.steps):
-                show_samples(step, rollouts, scores.tolist(), kls, samples)
+                show_samples(step, rollouts, known_or_none(scores), kls, samples)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
             session.save(step, networks, optimizer, {"kl_coef": kl_coef, "metrics": metrics})
 
@@ -185,9 +180,10 @@ class Critic:
     already knows the scale of what it predicts; under any other reward they start at 0.
     """
 
-    def __init__(self, cfg: Ppo, reward: RewardSource, policy: Policy, session: Session) -> None:
+    def __init__(self, cfg: Ppo, reward: Reward, policy: Policy, session: Session) -> None:
         tokenizer, device = policy.tokenizer, session.device
-        if not (isinstance(reward, CheckpointReward) and reward.reading.level == RESPONSE):
+        start = reward.critic_start
+        if start is None:
             self.mean, self.std = 0.0, 1.0
             seed = derived_seed(cfg.seed, "head")
             self.model = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, device)
@@ -195,9 +191,9 @@ class Critic:
                 for weight in scalar_head(unwrap(self.model)).parameters():
                     weight.zero_()
         else:
-            self.mean, self.std = reward.mean, reward.std
-            self.model = load_scorer(cfg.reward, cfg.model, tokenizer, device)
-            check_critic(session, reward, self.model, policy)
+            self.mean, self.std = start.mean, start.std
+            self.model = load_scorer(start.path, cfg.model, tokenizer, device)
+            check_critic(session, start, self.model, policy)
         if cfg.hardware.gradient_checkpointing:
             recompute_activations(self.model)
 

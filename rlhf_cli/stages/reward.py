@@ -64,7 +64,7 @@ from rlhf_cli.rewards.judging import (
     with_order_reversed,
     with_prompts_exchanged,
 )
-from rlhf_cli.rewards.sources import Reading
+from rlhf_cli.rewards.models import Reading
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.session import begin

@@ -29,8 +29,8 @@ from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.models.shared import recompute_activations
-from rlhf_cli.reporting.console import Bar
-from rlhf_cli.rewards.sources import RewardSource, load_reward
+from rlhf_cli.reporting.console import Bar, show
+from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
@@ -89,10 +89,11 @@ def run(cfg: Sft) -> Path:
                 metrics |= {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
                 line = f"loss {metrics['loss']:.3f}  held-out {nll:.3f}"
                 if reward is not None:
-                    metrics["eval/reward"] = mean_reward(policy, encoder, questions, reward, cfg)
-                    line += f"  reward {metrics['eval/reward']:.3f}"
+                    liked = mean_reward(policy, encoder, questions, reward, cfg)
+                    metrics |= liked
+                    line += f"  reward {show(liked.get('eval/reward'))}"
                 bar.advance(0, line)
-                merit = -nll if reward is None else metrics["eval/reward"]
+                merit = -nll if reward is None else metrics.get("eval/reward", -math.inf)
                 if algo.keep == "best" and merit > best:
                     best, best_weights = merit, snapshot(policy)
             log.write(step, metrics)
@@ -103,7 +104,7 @@ def run(cfg: Sft) -> Path:
     policy.eval()
     final = {"eval/loss": mean_nll(policy, held_out, hardware)}
     if reward is not None:
-        final["eval/reward"] = mean_reward(policy, encoder, questions, reward, cfg)
+        final |= mean_reward(policy, encoder, questions, reward, cfg)
     if texts.held_out:
         final["text/loss"] = mean_nll(policy, encoder.texts(texts.held_out), hardware)
     final["eval/perplexity"] = math.exp(min(final["eval/loss"], 700.0))
@@ -144,18 +145,23 @@ def questions_of(rows: list[Demonstration | Text]) -> list[Prompt]:
     return questions[:REWARD_PROMPTS]
 
 
-def judge_of(cfg: Sft, encoder: Encoder, questions: list[Prompt], session: Session) -> RewardSource:
+def judge_of(cfg: Sft, encoder: Encoder, questions: list[Prompt], session: Session) -> Reward:
     """The reward that chooses the weights."""
     assert cfg.reward is not None  # validate() refuses a missing reward
-    reward = load_reward(cfg.reward, cfg.model, encoder.tokenizer, cfg.hardware, session.device)
+    reward = load_reward(cfg.reward, cfg, encoder.tokenizer, session.device)
     reward.check(questions, session.require)
     return reward
 
 
 def mean_reward(
-    policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: RewardSource, cfg: Sft
-) -> float:
-    """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5)."""
+    policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: Reward, cfg: Sft
+) -> dict[str, float]:
+    """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5).
+
+    Returns:
+        eval/reward, the mean over responses that have a reward, left out where none has; and
+        eval/reward_none, the share of those that have none, where there are any.
+    """
     prompts = list(zip(*encoder.prompts(rows), strict=True))
     rollouts = sample_rollouts(
         policy,
@@ -167,8 +173,12 @@ def mean_reward(
         stop_ids=encoder.stop_ids,
         hardware=cfg.hardware,
     )
-    scores = reward.score(rollouts)
-    return sum(scores) / len(scores)
+    scores = reward.score(rollouts).total
+    known = scores[~scores.isnan()]
+    found = {"eval/reward": known.mean().item()} if len(known) else {}
+    if len(known) < len(scores):
+        found["eval/reward_none"] = 1 - len(known) / len(scores)
+    return found
 
 
 def written(row: Demonstration | Text, cfg: Sft) -> str:

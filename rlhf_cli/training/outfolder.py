@@ -14,6 +14,7 @@ import yaml
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Evaluate, Run
 from rlhf_cli.models.manifest import MANIFEST, Manifest, content_hash, kind_of, read_manifest
+from rlhf_cli.rewards.specs import models_of
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
 CONFIG = "config.yaml"
@@ -30,8 +31,10 @@ def stage_name(cfg: Run) -> str:
 
 
 def parents_of(cfg: Run) -> dict[str, str]:
-    """The model folders or hub ids that a stage reads, by role."""
-    roles = {role: getattr(cfg, role, None) for role in ("policy", "reward", "reference")}
+    """The model folders that a stage reads, by role: policy, reward, reward[1], reference, ..."""
+    roles = {role: getattr(cfg, role, None) for role in ("policy", "reference")}
+    rewards = models_of(reward) if (reward := getattr(cfg, "reward", None)) else []
+    roles |= {f"reward[{i}]" if i else "reward": path for i, path in enumerate(rewards)}
     if (model_path := getattr(cfg.model, "path", None)) is not None:  # type: ignore[attr-defined]
         roles["model"] = model_path
     if isinstance(cfg, Evaluate):

@@ -19,11 +19,18 @@ from rlhf_cli.models.manifest import (
     reference_folder,
     tokenizer_hash,
 )
-from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
+from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
+from rlhf_cli.rewards.specs import (
+    check_rows_of,
+    function_of,
+    meaning_of,
+    signature_of,
+    terms_of,
+)
 from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, is_claimed, stage_name, state_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-A_REWARD = "a reward output, a dpo output with a reference, or a rule"
+A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
 MADE_BY = {"policy": "sft", "reward": "reward"}
 KIND_OF_LOSS: dict[str, type] = {
     "kwise": Ranking,
@@ -65,7 +72,7 @@ def preflight(cfg: Run, rows: bool = True) -> list[str]:
     lines += check_rows(cfg) if rows else []
     if state == RESUMABLE and any((Path(cfg.out) / "checkpoints").glob("step-*")):
         lines.append("goes on from the last resume point")
-    return lines + arithmetic(cfg)
+    return lines + reward_lines(cfg) + arithmetic(cfg)
 
 
 def check_data(cfg: Run) -> None:
@@ -119,9 +126,10 @@ def check_rows(cfg: Run) -> list[str]:
         split = read_split(data, kind)
         rows = split.train + split.held_out
         notes += split.notes
-    rule = rule_of(getattr(cfg, "reward", None) or "")
-    if rule is not None:
-        check_columns(rule, rows)
+    answered = [row for row in rows if isinstance(row, Prompt | Demonstration)]
+    for _, reward in rewards_of(cfg):
+        for term in terms_of(reward):
+            check_rows_of(term.spec, answered)
     check_judgements(cfg, rows)
     return notes
 
@@ -151,21 +159,16 @@ def check_judgements(cfg: Run, rows: list[Any]) -> None:
 
 
 def check_models(cfg: Run) -> None:
-    """Every model folder exists, is of the kind that its role needs, and shares the tokenizer."""
-    if isinstance(cfg, Sft):
-        if cfg.model.path is not None:
-            check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
-        if cfg.reward is not None and rule_of(cfg.reward) is None:
-            check_folder("reward", cfg.reward, "reward", A_REWARD)
-            if cfg.model.path is not None:
-                check_tokenizers("reward", cfg.reward, cfg.model.path, "model.path")
-        return
-    assert isinstance(cfg, Reward | Ppo | Dpo | Grpo | Generate | Evaluate)
-    check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
-    reward = getattr(cfg, "reward", None)
-    if reward is not None and rule_of(reward) is None:
-        check_folder("reward", reward, "reward", A_REWARD)
-        check_tokenizers("reward", reward, cfg.policy)
+    """Every model folder exists and is of the kind that its role needs; policies share one
+    vocabulary, rewards need not.
+    """
+    if not isinstance(cfg, Sft):
+        assert isinstance(cfg, Reward | Ppo | Dpo | Grpo | Generate | Evaluate)
+        check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
+    elif cfg.model.path is not None:
+        check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
+    for role, reward in rewards_of(cfg):
+        check_reward(role, reward)
     if isinstance(cfg, Dpo) and Path(cfg.reference_cache or ".").is_file():
         raise UserError(f"reference_cache={cfg.reference_cache} is a file; name a folder, or null")
     if isinstance(cfg, Dpo) and cfg.reference not in (None, "bootstrap"):
@@ -179,10 +182,32 @@ def check_models(cfg: Run) -> None:
             if path is not None:
                 check_folder(role, path, "policy", "an sft, ppo, dpo or grpo output")
                 check_tokenizers(role, path, cfg.policy)
-        if cfg.gold is not None and rule_of(cfg.gold) is None:
-            check_folder("gold", cfg.gold, "reward", A_REWARD)
         if cfg.reward is None and cfg.gold is None:
             raise UserError("evaluate needs reward=... or gold=... to judge by")
+
+
+def rewards_of(cfg: Run) -> list[tuple[str, str]]:
+    """The keys of a stage that name rewards, and what they say."""
+    found = [(key, getattr(cfg, key, None)) for key in ("reward", "gold")]
+    return [(key, value) for key, value in found if value is not None]
+
+
+def check_reward(role: str, reward: str) -> None:
+    """Every term of a reward is a sound rule, a function there is, or a folder of its kind."""
+    for term in terms_of(reward):
+        if (function := function_of(term.spec)) is not None:
+            signature_of(*function)
+        elif rule_of(term.spec) is None:
+            check_folder(role, term.spec, "reward", A_REWARD)
+
+
+def reward_lines(cfg: Run) -> list[str]:
+    """What each term of the rewards stands for."""
+    return [
+        f"{role}: {term.weight:g} x {term.spec}: {meaning_of(term.spec)}"
+        for role, reward in rewards_of(cfg)
+        for term in terms_of(reward)
+    ]
 
 
 def check_folder(role: str, path: str, kind: str, meant: str) -> None:
@@ -216,12 +241,12 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
     check_weights(folder)
 
 
-def check_tokenizers(role: str, path: str, policy: str, key: str = "policy") -> None:
+def check_tokenizers(role: str, path: str, policy: str) -> None:
     """Two local folders have the same vocabulary; hub ids are checked once loaded."""
     hashes = [tokenizer_hash(Path(place)) for place in (path, policy) if Path(place).is_dir()]
     if len(hashes) == 2 and None not in hashes and hashes[0] != hashes[1]:
         raise UserError(
-            f"{role}={path} has another tokenizer than {key}={policy}; train both from one model"
+            f"{role}={path} has another tokenizer than policy={policy}; train both from one model"
         )
 
 

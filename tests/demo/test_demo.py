@@ -11,7 +11,7 @@ from rlhf_cli.data.kinds import Preference, Prompt, Ranking, cut_steps
 from rlhf_cli.data.rows import DEMO_FOLDER, read_split
 from rlhf_cli.demo import make_rows
 from rlhf_cli.demo.gold import gold_score
-from rlhf_cli.rewards.rules import exact_answer
+from rlhf_cli.rewards.answers import exact_answer
 from tests.toys import composed
 
 LEGS = "Mia asks: How many legs does a spider have?"

@@ -4,14 +4,8 @@ import pytest
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.rewards.rules import (
-    RULE_NAMES,
-    check_columns,
-    exact_answer,
-    final_answer,
-    number_of,
-    rule_of,
-)
+from rlhf_cli.rewards.answers import exact_answer, final_answer, number_of
+from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
 
 
 @pytest.mark.parametrize(
@@ -56,7 +50,9 @@ def test_pieces_of_an_answer() -> None:
 def score(spec: str, response: str, prompt: str = "q") -> float:
     rule = rule_of(spec)
     assert rule is not None
-    return rule.score(Prompt(prompt), response)
+    found = rule.score(Prompt(prompt), response)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(

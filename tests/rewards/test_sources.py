@@ -20,16 +20,10 @@ from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.models.score import scores_of
-from rlhf_cli.rewards.sources import (
-    CheckpointReward,
-    ImplicitReward,
-    RuleReward,
-    load_reward,
-    scores_with_eos_rule,
-    statistics_of,
-)
+from rlhf_cli.rewards.models import CheckpointReward, ImplicitReward, statistics_of
+from rlhf_cli.rewards.sources import RuleReward, load_reward, scores_with_eos_rule
 from rlhf_cli.rollout.rollouts import Rollout
-from tests.toys import FROZEN, bpe, hardware_of, llama, sequences_of
+from tests.toys import bpe, hardware_of, llama, run_of, sequences_of
 
 SEQUENCES = sequences_of(5)
 ROLLOUTS = [
@@ -60,7 +54,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(spec: str) -> Any:
-    return load_reward(spec, FROZEN, bpe(), hardware_of(), torch.device("cpu"))
+    """The source of a reward of one term."""
+    (term,) = load_reward(spec, run_of(), bpe(), torch.device("cpu")).terms
+    assert term.weight == 1
+    return term.source
 
 
 def test_a_checkpoints_score_is_centred_and_scaled(folder: Path) -> None:
@@ -68,7 +65,7 @@ def test_a_checkpoints_score_is_centred_and_scaled(folder: Path) -> None:
     assert isinstance(reward, CheckpointReward)
     raw = scores_of(reward.model, SEQUENCES, hardware_of())
     expected = ((raw - 0.7) / 2.0).tolist()
-    assert reward.score(ROLLOUTS) == pytest.approx(expected)
+    assert reward.score(ROLLOUTS).tolist() == pytest.approx(expected)
     assert not any(weight.requires_grad for weight in reward.model.parameters())
 
 
@@ -77,7 +74,7 @@ def test_a_foreign_reward_model_is_used_raw(folder: Path) -> None:
     assert statistics_of(str(folder)) == (0.0, 1.0)
     reward = load(str(folder))
     raw = scores_of(reward.model, SEQUENCES, hardware_of())
-    assert reward.score(ROLLOUTS) == pytest.approx(raw.tolist())
+    assert reward.score(ROLLOUTS).tolist() == pytest.approx(raw.tolist())
 
 
 @pytest.mark.parametrize(("accuracy", "holds"), [(0.5, False), (0.7, True), (0.2, False)])
@@ -87,7 +84,7 @@ def test_a_reward_model_that_is_a_coin_is_refused(
     manifest = {"kind": "reward", "metrics": {"eval/accuracy": accuracy}}
     (folder / "stage.json").write_text(json.dumps(manifest))
     told: list[Any] = []
-    load(str(folder)).check([], lambda *all: told.append(all))
+    load(str(folder)).check([], lambda *all: told.append(all), "reward")
     assert [(name, value, good) for name, value, good, _ in told] == [
         ("reward_accuracy", accuracy, holds)
     ]
@@ -96,19 +93,14 @@ def test_a_reward_model_that_is_a_coin_is_refused(
 def test_a_rule_scores_the_text() -> None:
     reward = load("regex:a")
     assert isinstance(reward, RuleReward)
-    assert reward.score(ROLLOUTS) == [1, 1, 0, 0, 1]
+    assert reward.score(ROLLOUTS).tolist() == [1, 1, 0, 0, 1]
 
 
 def test_the_missing_eos_rule_replaces_the_score() -> None:
     """A stop string is an end; max_tokens is none."""
-    reward = load("regex:a")
+    reward = load_reward("regex:a", run_of(), bpe(), torch.device("cpu"))
     assert scores_with_eos_rule(ROLLOUTS, reward, None).tolist() == [1, 1, 0, 0, 1]
     assert scores_with_eos_rule(ROLLOUTS, reward, -3.0).tolist() == [1, -3, 0, 0, -3]
-
-
-def test_a_rule_gives_as_many_scores_as_rollouts() -> None:
-    one = Rollout(Prompt("p"), Tokens([1], [2]), [0.0], "eos", "a")
-    assert scores_with_eos_rule([one], load("length:1"), 0.0).shape == (1,)
 
 
 # --------------------------------------------------------------------------- steps and tokens
@@ -161,7 +153,7 @@ def test_steps_make_one_score(aggregate: str, tmp_path: Path) -> None:
     """The log-probability that all are right, or the logit of the least certain."""
     model = token_model(tmp_path, aggregate=aggregate, step_end="\n")
     rollouts = written(*STEPS)
-    found = load(str(tmp_path)).score(rollouts)
+    found = load(str(tmp_path)).score(rollouts).tolist()
     for rollout, score in zip(rollouts, found, strict=True):
         response = rollout.tokens.response
         shown = [str(bpe().decode(response[: count + 1])) for count in range(len(response))]
@@ -179,7 +171,7 @@ def test_tokens_make_one_score(aggregate: str, tmp_path: Path) -> None:
     """Of the response alone: neither prompt nor padding counts."""
     model = token_model(tmp_path, aggregate=aggregate, step_end=None)
     for rollouts in (ROLLOUTS, ROLLOUTS[1:2], ROLLOUTS[::-1]):
-        found = load(str(tmp_path)).score(rollouts)
+        found = load(str(tmp_path)).score(rollouts).tolist()
         logits = [logits_at(model, rollout.tokens) for rollout in rollouts]
         raw = [each.mean() if aggregate == "mean" else each.sum() for each in logits]
         expected = [(value.item() - 0.5) / 3 for value in raw]
@@ -226,7 +218,7 @@ def test_an_implicit_reward_is_the_log_ratio(where: str, per_token: bool, tmp_pa
     ratios = [logprobs_at(policy, tokens) - logprobs_at(ref, tokens) for tokens in SEQUENCES]
     raw = [0.3 * (each.mean() if per_token else each.sum()).item() for each in ratios]
     expected = [(value + 0.2) / 1.5 for value in raw]
-    assert reward.score(ROLLOUTS) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert reward.score(ROLLOUTS).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     for model in (reward.policy, reward.reference):
         assert not any(weight.requires_grad for weight in model.parameters())
 

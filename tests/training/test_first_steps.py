@@ -18,9 +18,10 @@ from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll, scores_of
-from rlhf_cli.rewards.sources import load_reward, statistics_of
+from rlhf_cli.rewards.models import statistics_of
+from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.stages import grpo, ppo
-from tests.toys import FROZEN, hardware_of
+from tests.toys import FROZEN, hardware_of, run_of
 from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_sft_divides_by_the_tokens_of_the_whole_step(tmp_path: Path) -> None:
 
 def test_scores_are_centred_on_the_demonstrations() -> None:
     _, encoder = sft_policy()
-    reward: Any = load_reward("runs/demo/reward", FROZEN, encoder.tokenizer, hardware_of(), CPU)
+    reward: Any = load_reward("runs/demo/reward", run_of(), encoder.tokenizer, CPU).terms[0].source
     sequences = encoder.demonstrations(read_split(encoder.data, Demonstration).train)
     raw = scores_of(reward.model, sequences, hardware_of()).double()
     mean, std = statistics_of("runs/demo/reward")
@@ -122,7 +123,7 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     entries = run("ppo", tmp_path / "out", *words, *coefficients)
     start, encoder = sft_policy()
-    reward: Any = load_reward("runs/demo/reward", FROZEN, encoder.tokenizer, hardware_of(), CPU)
+    reward: Any = load_reward("runs/demo/reward", run_of(), encoder.tokenizer, CPU).terms[0].source
 
     for step, (args, (experience, _, _)) in enumerate(spy.calls):
         rollouts, scores = args[0], args[1]
@@ -130,7 +131,7 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         for rollout, score, item in zip(rollouts, scores.tolist(), experience, strict=True):
             length = len(rollout.tokens.response)
             # the score of the checkpoint, or the missing-EOS rule
-            scored = reward.score([rollout])[0] if rollout.finish == "eos" else -2.0
+            scored = reward.score([rollout]).item() if rollout.finish == "eos" else -2.0
             assert score == pytest.approx(scored, abs=1e-5)
             if step == 0:  # the critic is the reward model still: V of each state is its score
                 states = [

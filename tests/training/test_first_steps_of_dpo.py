@@ -27,7 +27,7 @@ from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.stages import dpo
-from tests.toys import FROZEN, hardware_of
+from tests.toys import FROZEN, run_of
 from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
@@ -254,7 +254,7 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "stage.json").read_text())
     assert ("implicit_reward" in manifest) == (algo.loss not in ALONE)
     if "implicit_reward" in manifest:
-        source: Any = load_reward(str(tmp_path), FROZEN, encoder.tokenizer, hardware_of(), CPU)
+        source: Any = load_reward(str(tmp_path), run_of(), encoder.tokenizer, CPU).terms[0].source
         sequences = [
             Tokens(item.prompt, item.responses[ends_of(item.row)[0]])
             for item in held_out

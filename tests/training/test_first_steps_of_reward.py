@@ -26,7 +26,7 @@ from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import reward
-from tests.toys import FROZEN, hardware_of
+from tests.toys import FROZEN, run_of
 from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
@@ -197,10 +197,10 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     assert manifest["metrics"][f"eval/{figure}"] == entry[f"eval/{figure}"]
 
     # a whole folder is a reward: its scale is that of the scores of demonstrations, read as it says
-    source: Any = load_reward(str(tmp_path), FROZEN, encoder.tokenizer, hardware_of(), CPU)
+    source: Any = load_reward(str(tmp_path), run_of(), encoder.tokenizer, CPU).terms[0].source
     demonstrations = encoder.demonstrations(read_split(cfg.data, Demonstration).train)
     raw = torch.stack([score_of(model, each, cfg.algo, encoder) for each in demonstrations])
     assert (source.mean, source.std) == pytest.approx((raw.mean().item(), raw.std().item()), 1e-3)
     rollouts = [Rollout(Prompt("p"), each, [], "eos", "") for each in demonstrations]
     normalised = (raw - raw.mean()) / raw.std()
-    assert source.score(rollouts) == pytest.approx(normalised.tolist(), abs=1e-4)
+    assert source.score(rollouts).tolist() == pytest.approx(normalised.tolist(), abs=1e-4)

@@ -18,11 +18,12 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.models.reference import Reference
-from rlhf_cli.rewards.sources import ImplicitReward, load_reward
+from rlhf_cli.rewards.models import ImplicitReward
+from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.stages import dpo, sft
 from rlhf_cli.training import references
 from rlhf_cli.training.optimize import Optimizer
-from tests.toys import FROZEN, hardware_of
+from tests.toys import FROZEN, run_of
 from tests.training.tiny import WORDS, words_of
 
 ONCE = ["algo.epochs=1", "hardware.save_every=null"]
@@ -310,8 +311,8 @@ def test_a_policy_and_its_reference_may_move_together(tmp_path: Path) -> None:
     for name in ("dpo", "own"):
         with contextlib.chdir(tmp_path):
             place = f"work/moved/demo/{name}"
-            source = load_reward(place, FROZEN, tokenizer, hardware_of(), torch.device("cpu"))
-        assert isinstance(source, ImplicitReward)
+            (term,) = load_reward(place, run_of(), tokenizer, torch.device("cpu")).terms
+        assert isinstance(term.source, ImplicitReward)
 
 
 def test_a_bootstrap_is_the_one_in_out_whatever_lies_about() -> None:

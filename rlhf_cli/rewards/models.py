@@ -1,0 +1,320 @@
+"""Rewards that models give: a reward model of responses, steps or tokens, or a policy of dpo."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.config.schema import Data, FrozenModel, Hardware
+from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.tokens import Encoder, StepCutter, Tokens
+from rlhf_cli.models.forward import unwrap
+from rlhf_cli.models.load import load_policy, load_scorer, load_tokenizer
+from rlhf_cli.models.manifest import (
+    RESPONSE,
+    STEP,
+    implicit_reward_of,
+    level_of,
+    read_manifest,
+    reference_folder,
+)
+from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
+from rlhf_cli.reporting.console import say
+from rlhf_cli.rewards.source import Cut, Require, Source
+from rlhf_cli.rollout.rollouts import Rollout
+
+NO_LIMIT = 10**9  # tokens; the limits of data are of the policy's tokens
+
+
+@dataclass
+class Reading:
+    """How the scores of a reward model become one number per response.
+
+    level: where scores stand: at the end of the response, of each step, or at each token.
+    aggregate: of steps `product` (log-probability that all are right, Lightman 2305.20050) or
+        `min` (logit of the least certain); of tokens `mean` or `sum`.
+    cutter: finds the steps of a response.
+    """
+
+    level: str = RESPONSE
+    aggregate: str | None = None
+    cutter: StepCutter | None = None
+
+    def scores(self, scorer: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> Tensor:
+        """(N,) raw scores of responses."""
+        if self.level == RESPONSE:
+            return scores_of(scorer, sequences, hardware)
+        if self.level == STEP:
+            per_token = self.step_scores(scorer, sequences, hardware)
+        else:
+            per_token = token_scores_of(scorer, sequences, hardware)
+        return torch.stack([aggregated(scores, self.aggregate) for scores in per_token])
+
+    def step_scores(
+        self, scorer: nn.Module, sequences: Sequence[Tokens], hardware: Hardware
+    ) -> list[Tensor]:
+        """(n_i,) raw scores of the steps of each response."""
+        assert self.cutter is not None
+        ends = [self.cutter.ends(sequence.response) for sequence in sequences]
+        per_token = token_scores_of(scorer, sequences, hardware)
+        return [scores[end] for scores, end in zip(per_token, ends, strict=True)]
+
+
+def aggregated(scores: Tensor, how: str | None) -> Tensor:
+    """The score of a response from those within it: (N,) -> ()."""
+    if how == "product":
+        return nn.functional.logsigmoid(scores).sum()
+    if how == "min":
+        return scores.min()
+    return scores.sum() if how == "sum" else scores.mean()
+
+
+class Reader:
+    """What a reward model is given to read: the policy's ids, or the text in ids of its own.
+
+    The prompt is cut at its start to fit the model's context, as data.long_prompts=cut does. A
+    response that does not fit has no sequence: a cut one would be another response.
+    """
+
+    def __init__(
+        self, path: str, context: int | None, bos: int | None, encoder: Encoder | None
+    ) -> None:
+        """`encoder`: of the model's own tokenizer and template; None where it is the policy's."""
+        self.path = path
+        self.context = context
+        self.bos = bos
+        self.encoder = encoder
+        self._told: set[str] = set()
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether the policy's ids mean the same to this model."""
+        return self.encoder is None
+
+    def check(self, rows: Sequence[Prompt]) -> None:
+        """The model's template can write prompts of every sort among these.
+
+        Raises:
+            UserError: there are dialogues, and no chat template for them.
+        """
+        dialogue = next((row for row in rows if not isinstance(row.prompt, str)), None)
+        if self.encoder is not None and dialogue is not None:
+            self.encoder.written([dialogue], ["a"], [True])
+
+    def sequences(self, rollouts: Sequence[Rollout]) -> list[Tokens | None]:
+        """Prompt and response of each rollout; None where the response does not fit."""
+        if self.encoder is None:
+            read = [rollout.tokens for rollout in rollouts]
+        else:
+            rows = [rollout.row for rollout in rollouts]
+            texts = [rollout.text for rollout in rollouts]
+            read = self.encoder.written(rows, texts, [rollout.ended for rollout in rollouts])
+        fitted = [self._fit(sequence) for sequence in read]
+        cuts = sum(
+            new is not None and new is not old for new, old in zip(fitted, read, strict=True)
+        )
+        self.tell("prompts are cut at their start to fit its context", cuts, len(read))
+        self.tell("responses exceed its context and get no reward", fitted.count(None), len(read))
+        return fitted
+
+    def _fit(self, sequence: Tokens) -> Tokens | None:
+        excess = 0 if self.context is None else len(sequence) - self.context
+        if excess <= 0:
+            return sequence
+        prompt = sequence.prompt
+        kept = int(prompt[:1] == [self.bos])
+        if excess > len(prompt) - max(kept, 1):
+            return None
+        return Tokens(prompt[:kept] + prompt[kept + excess :], sequence.response)
+
+    def tell(self, what: str, count: int, total: int) -> None:
+        """Say once that and how often something first happened."""
+        if count and what not in self._told:
+            self._told.add(what)
+            say(f"note: reward={self.path}: {what} ({count} of the first {total}; told once)")
+
+
+class ModelReward(Source):
+    """A reward that a model gives: (raw score - mean) / std, by the statistics of its stage.json.
+
+    A reward model of another tool has no statistics; its raw score is used.
+    """
+
+    def __init__(self, reader: Reader, hardware: Hardware) -> None:
+        super().__init__(reader.path)
+        self.path = reader.path
+        self.reader = reader
+        self.hardware = hardware
+        self.mean, self.std = statistics_of(self.path)
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether the policy's ids mean the same to this model."""
+        return self.reader.shares_vocabulary
+
+    @abstractmethod
+    def raw(self, sequences: Sequence[Tokens]) -> Tensor:
+        """(N,) scores of responses in the model's own ids, before normalisation."""
+
+    def check(self, rows: Sequence[Prompt], require: Require, role: str) -> None:
+        """The model puts better above worse more often than not on its own held-out rows."""
+        self.reader.check(rows)
+        metrics = (read_manifest(self.path) or {}).get("metrics", {})
+        found = metrics.get("eval/auc", metrics.get("eval/accuracy"))
+        if found is not None:
+            require(
+                f"{role}_accuracy",
+                found,
+                found > 0.5,
+                f"{self.path} is no better than a coin on its own held-out rows; train it longer, "
+                "on more rows, or check which side is chosen",
+            )
+
+    def score(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """(B,) normalised scores of prompt and response."""
+        return (self.raw_of(rollouts) - self.mean) / self.std
+
+    def raw_of(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """(B,) scores before normalisation; NaN for a response that exceeds the context."""
+        found = torch.full((len(rollouts),), math.nan)
+        sequences = self.reader.sequences(rollouts)
+        fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
+        if fitting:
+            found[[i for i, _ in fitting]] = self.raw([each for _, each in fitting]).float()
+        return found
+
+
+class CheckpointReward(ModelReward):
+    """A reward model: a classifier with one label, at the level that its stage.json says."""
+
+    def __init__(
+        self, reader: Reader, model: nn.Module, reading: Reading, hardware: Hardware
+    ) -> None:
+        super().__init__(reader, hardware)
+        self.model = model
+        self.reading = reading
+        if reading.level == STEP:
+            assert reading.cutter is not None
+            self.step_end = reading.cutter.step_end
+
+    def raw(self, sequences: Sequence[Tokens]) -> Tensor:
+        """(N,) scores of the head."""
+        return self.reading.scores(self.model, sequences, self.hardware)
+
+    def score_steps(self, rollouts: Sequence[Rollout], cuts: Sequence[Cut]) -> list[Tensor]:
+        """(n_i,) probabilities that the steps are right, as the head was trained to say them.
+
+        All are unknown where the response exceeds the context, or where the model's own tokenizer
+        finds other steps in the text.
+        """
+        found = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
+        sequences = self.reader.sequences(rollouts)
+        fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
+        raw = self.reading.step_scores(self.model, [each for _, each in fitting], self.hardware)
+        others = 0
+        for (i, _), scores in zip(fitting, raw, strict=True):
+            if len(scores) == len(found[i]):
+                found[i] = scores.float().sigmoid()
+            else:
+                others += 1
+        self.reader.tell("responses have other steps in its own tokens", others, len(rollouts))
+        return found
+
+
+class ImplicitReward(ModelReward):
+    """A policy trained by dpo: beta log(pi / ref) of the response (2305.18290 eq. 5).
+
+    A loss that averages over tokens has the mean in place of the sum.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        policy: nn.Module,
+        reference: nn.Module,
+        beta: float,
+        per_token: bool,
+        hardware: Hardware,
+    ) -> None:
+        super().__init__(reader, hardware)
+        self.policy, self.reference = policy, reference
+        self.beta, self.per_token = beta, per_token
+
+    def raw(self, sequences: Sequence[Tokens]) -> Tensor:
+        """(N,) implicit rewards."""
+        ours, theirs = (
+            logprobs_of(model, sequences, self.hardware) for model in (self.policy, self.reference)
+        )
+        ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
+        reduced = [ratio.mean() if self.per_token else ratio.sum() for ratio in ratios]
+        return self.beta * torch.stack(reduced)
+
+
+def statistics_of(path: str) -> tuple[float, float]:
+    """Mean and standard deviation that a folder's stage.json gives for its rewards; or 0 and 1."""
+    statistics = (read_manifest(path) or {}).get("reward", {})
+    return float(statistics.get("mean", 0.0)), float(statistics.get("std", 1.0))
+
+
+def load_model_reward(
+    path: str,
+    model: FrozenModel,
+    data: Data,
+    hardware: Hardware,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> ModelReward:
+    """The reward that a folder or hub id gives, to be read by a policy with `tokenizer`.
+
+    Raises:
+        UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
+    """
+    frozen = FrozenModel(dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    own = load_tokenizer(path, frozen)
+    encoder = None
+    if own.get_vocab() == tokenizer.get_vocab():
+        own = tokenizer
+    else:
+        encoder = Encoder(own, own_data(path, data))
+    implicit = implicit_reward_of(path)
+    if implicit is not None:
+        reference = reference_folder(path, implicit)
+        policy, ref = (
+            load_policy(folder, frozen, own, device).requires_grad_(False)
+            for folder in (path, reference)
+        )
+        reader = Reader(path, context_of(policy), own.bos_token_id, encoder)
+        beta, per_token = implicit["beta"], implicit["per_token"]
+        return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
+    scorer = load_scorer(path, frozen, own, device).requires_grad_(False)
+    reader = Reader(path, context_of(scorer), own.bos_token_id, encoder)
+    return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
+
+
+def own_data(path: str, data: Data) -> Data:
+    """How a model with another tokenizer is written to: by its own template, without limits."""
+    template = (read_manifest(path) or {}).get("template", data.template)
+    limits: dict[str, Any] = {
+        "max_prompt_tokens": NO_LIMIT,
+        "max_response_tokens": NO_LIMIT,
+        "long_prompts": "cut",
+    }
+    return replace(data, template=template, **limits)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The longest sequence that a model takes, in tokens; None where its config says none."""
+    return getattr(unwrap(model).config, "max_position_embeddings", None)
+
+
+def reading_of(path: str, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """How the scores of a reward folder are read, by its stage.json."""
+    head = (read_manifest(path) or {}).get("head", {})
+    end = head.get("step_end")
+    cutter = None if end is None else StepCutter(tokenizer, end)
+    return Reading(level_of(path), head.get("aggregate"), cutter)
