@@ -219,38 +219,146 @@ class RewardAlgo(Optimizer):
 
 
 @dataclass
-class PpoAlgo(Optimizer):
-    """PPO as in InstructGPT."""
+class OnlineAlgo(Optimizer):
+    """What learning from sampled responses has in common."""
 
     steps: int = key("Iterations of rollout and update.", ge=1)
-    batch_size: int = key("Rollouts per iteration, one per prompt.", ge=1)
-    minibatch_size: int = key("Rollouts per optimizer step; must divide batch_size.", ge=1)
-    epochs: int = key("Passes over each batch of rollouts; InstructGPT 1, Stiennon 4.", ge=1)
-    value_lr: float = key("Peak learning rate of the critic.", gt=0)
-    kl_coef: float = key("Weight of the per-token KL to the reference in the reward.", ge=0)
+    batch_size: int = key("Prompts per iteration.", ge=1)
+    minibatch_size: int = key("Prompts per optimizer step; must divide batch_size.", ge=1)
+    epochs: int = key(
+        "Passes over each batch of rollouts; InstructGPT and GRPO 1, Stiennon 4.", ge=1
+    )
+    temperature: float = key("Sampling temperature, also where log-probs are scored.", gt=0)
+    temperature_end: float | None = key(
+        "Temperature of the last iteration, reached linearly; null keeps the first.", gt=0
+    )
+    max_tokens: int = key("Longest sampled response in tokens.", ge=1)
+    kl_coef: float = key("Weight of the KL to the reference, in the reward or in the loss.", ge=0)
+    kl_coef_end: float | None = key(
+        "kl_coef of the last iteration, reached linearly; null keeps the first.", ge=0
+    )
+    kl_in: str = key(
+        "Where the KL is charged: in the reward of each token, or as a term of the loss.",
+        choices=("reward", "loss"),
+    )
+    kl_estimator: str = key(
+        "In the reward k1. In the loss k2 or weighted_k3 (pi/pi_old times k3; right in later "
+        "epochs too), whose gradient is that of KL(pi || ref); full (exact, over the vocabulary); "
+        "k3 as GRPO published it, whose gradient is that of KL(ref || pi).",
+        choices=("k1", "k2", "k3", "weighted_k3", "full"),
+    )
+    clip: float | None = key(
+        "The ratio pi / pi_old is clipped to 1 - clip .. 1 + clip; null where the loss has none.",
+        gt=0,
+    )
+    clip_high: float | None = key(
+        "Upper clip where it differs; DAPO 0.28 beside a clip of 0.2.", gt=0
+    )
+    dual_clip: float | None = key(
+        "Where A < 0 the loss is at most this times -A (1912.09729: 3); null: unbounded.", gt=1
+    )
+    entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
+    supervision: str = key(
+        "Rewards of whole responses, or of each step of a response (step model or function).",
+        choices=("outcome", "process"),
+    )
+    scale_rewards: bool = key("Divide rewards by their running standard deviation.")
+    reward_clip: float | None = key("Rewards are cut to -this .. this; null: never.", gt=0)
+    missing_eos_reward: float | None = key(
+        "Reward of a response that never ended, in place of its score; null keeps the score."
+    )
+    missing_eos_penalty: float = key(
+        "Subtracted from the reward of a response that never ended.", ge=0
+    )
+    length_penalty: float = key("Subtracted from the reward per response token.", ge=0)
+    overlong_tokens: int | None = key(
+        "The last this many tokens before max_tokens cost up to 1, linearly (DAPO's soft overlong "
+        "punishment); null: nothing.",
+        ge=1,
+    )
+    mask_truncated: bool = key("Learn nothing from responses that never ended.")
+    ema_decay: float | None = key(
+        "Write an exponential average of the weights, updated each optimizer step; InstructGPT "
+        "0.992.",
+        gt=0,
+        lt=1,
+    )
+    keep: str = key(
+        "Weights that are written: the last, or those with the best value of a metric.",
+        choices=("last", "reward", "rlhf_reward", "eval/reward", "eval/gold"),
+    )
+    eval_every: int | None = key(
+        "Iterations between evaluations on held-out prompts (reward, gold, KL); null: none.", ge=1
+    )
+    eval_prompts: int = key("Held-out prompts of such an evaluation, one response each.", ge=1)
+    max_kl: float | None = key("Alarm: KL to the reference per response, in nats.", gt=0)
+    target_reward: float | None = key("Alarm: the mean reward has come up to this.")
+    min_entropy: float | None = key("Alarm: entropy per token, in nats, has come down to this.")
+    max_length_drift: float | None = key(
+        "Alarm: the mean length has changed by this share of that of the first iteration.", gt=0
+    )
+    max_repetition: float | None = key(
+        "Alarm: share of 4-grams of tokens that the response has had before.", gt=0, lt=1
+    )
+    max_truncated: float | None = key("Alarm: share of responses that never ended.", ge=0, lt=1)
+    overoptimised: int | None = key(
+        "Alarm: held-out reward up while gold is down for this many evaluations in a row.", ge=1
+    )
+    alarm_steps: int = key("Iterations in a row that a limit is broken before it counts.", ge=1)
+    stop_on: list[str] = key(
+        "Alarms that end the run; the others are shown and logged.",
+        choices=("kl", "reward", "entropy", "length", "repetition", "truncated", "overoptimised"),
+    )
+    show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
+
+
+@dataclass
+class PpoAlgo(OnlineAlgo):
+    """One response per prompt; a critic, a mean or nothing as baseline."""
+
+    loss: str = key(
+        "Clipped ratio (clip), penalty on the KL to the old policy (klpen), or the plain "
+        "log-derivative (policy_gradient: A2C, REINFORCE).",
+        choices=("clip", "klpen", "policy_gradient"),
+    )
+    old_kl_coef: float | None = key("klpen: first weight of KL(old || new) per token.", gt=0)
+    old_kl_target: float | None = key(
+        "klpen: KL(old || new) per token, in nats; below 1/1.5 of it the weight is halved, above "
+        "1.5 of it doubled.",
+        gt=0,
+    )
+    baseline: str = key(
+        "What is subtracted from returns: a critic's values, the mean return of the other "
+        "responses of the batch, or nothing.",
+        choices=("critic", "mean", "none"),
+    )
+    critic: str | None = key(
+        "A network of its own, or a value head on the policy's trunk; null without a critic.",
+        choices=("separate", "shared"),
+    )
+    value_lr: float | None = key("Peak learning rate of the critic or its head.", gt=0)
+    vf_coef: float | None = key(
+        "Weight of the value loss; a separate critic has its own AdamW, so value_lr matters more.",
+        ge=0,
+    )
+    value_clip: float | None = key("Values stay this close to their old ones; null: free.", gt=0)
+    lam: float | None = key("Lambda of generalised advantage estimation.", ge=0, le=1)
+    gamma: float = key("Discount per token.", gt=0, le=1)
     kl_controller: str = key(
         "Keep kl_coef, or steer it to kl_target (Ziegler's proportional, Schulman's 1.5/2 rule).",
         choices=("fixed", "ziegler", "schulman"),
     )
     kl_target: float | None = key("KL per response, in nats, that a controller aims at.", gt=0)
     kl_horizon: int | None = key("Ziegler: rollouts over which kl_coef adapts.", ge=1)
-    gamma: float = key("Discount per token.", gt=0, le=1)
-    lam: float = key("Lambda of generalised advantage estimation.", ge=0, le=1)
-    clip: float = key("The probability ratio is clipped to 1 - clip .. 1 + clip.", gt=0)
-    value_clip: float | None = key("Values stay this close to their old ones; null: free.", gt=0)
-    vf_coef: float = key(
-        "Weight of the value loss; the critic has its own AdamW, so value_lr matters more.", ge=0
+    whiten_rewards: bool = key(
+        "Divide per-token rewards, KL included, by their standard deviation over the batch."
     )
-    entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
-    whiten_advantages: bool = key("Advantages get mean 0, variance 1 over a batch of rollouts.")
-    missing_eos_reward: float | None = key(
-        "Reward of a response that never ended, in place of its score; null keeps the score."
+    normalise_advantages: str = key(
+        "batch: mean 0, variance 1 over the tokens of a batch of rollouts.",
+        choices=("batch", "none"),
     )
-    temperature: float = key("Sampling temperature, also where log-probs are scored.", gt=0)
-    max_tokens: int = key("Longest sampled response in tokens.", ge=1)
     ptx_coef: float = key("Weight of the pretraining loss in each step; InstructGPT 27.8.", ge=0)
     ptx_batch_size: int = key("Plain-text rows per optimizer step when ptx_coef > 0.", ge=1)
-    show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
 
 
 @dataclass
@@ -303,22 +411,37 @@ class DpoAlgo(Optimizer):
 
 
 @dataclass
-class GrpoAlgo(Optimizer):
-    """Group-relative policy optimisation, outcome supervision."""
+class GrpoAlgo(OnlineAlgo):
+    """Groups of responses to each prompt take the place of a critic."""
 
-    steps: int = key("Iterations of rollout and update.", ge=1)
-    batch_size: int = key("Prompts per iteration.", ge=1)
-    group_size: int = key("Responses per prompt; the paper uses 64.", ge=2)
-    minibatch_size: int = key("Prompts per optimizer step; must divide batch_size.", ge=1)
-    epochs: int = key("Passes over each batch of rollouts; the paper uses 1.", ge=1)
-    kl_coef: float = key("Weight of the KL to the reference in the loss; the paper 0.04.", ge=0)
-    clip: float = key("The probability ratio is clipped to 1 - clip .. 1 + clip.", gt=0)
-    missing_eos_reward: float | None = key(
-        "Reward of a response that never ended, in place of its score; null keeps the score."
+    group_size: int = key("Responses per prompt; GRPO's paper uses 64, RLOO's 2 or 4.", ge=1)
+    loss: str = key(
+        "Ratio clipped per token (clip) or per response (sequence_clip: GSPO), clipped as a "
+        "weight (cispo), or the plain log-derivative (policy_gradient: RLOO).",
+        choices=("clip", "sequence_clip", "cispo", "policy_gradient"),
     )
-    temperature: float = key("Sampling temperature, also where log-probs are scored.", gt=0)
-    max_tokens: int = key("Longest sampled response in tokens.", ge=1)
-    show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
+    aggregate: str = key(
+        "How tokens are summed: mean of each response, sum over all tokens / their number, sum of "
+        "each response / max_tokens, sum of each response.",
+        choices=("response_mean", "token_mean", "max_tokens", "response_sum"),
+    )
+    baseline: str = key(
+        "What is subtracted from rewards: the mean of the group, that of the others, or nothing.",
+        choices=("group_mean", "leave_one_out", "none"),
+    )
+    normalise_advantages: str = key(
+        "Divide by the group's standard deviation, whiten over the tokens of the batch, or keep.",
+        choices=("group", "batch", "none"),
+    )
+    refills: int = key(
+        "Rounds in which groups of equal rewards are replaced by groups of other prompts (DAPO's "
+        "dynamic sampling); 0 keeps them.",
+        ge=0,
+    )
+    refresh_reference: int | None = key(
+        "Iterations after which the policy becomes the reference (iterative GRPO); null: never.",
+        ge=1,
+    )
 
 
 @dataclass
@@ -396,7 +519,7 @@ class Reward(Run):
 
 @dataclass
 class Ppo(Run):
-    """PPO and PPO-ptx: policy, reward and prompts -> policy."""
+    """PPO and its family: policy, reward and prompts -> policy."""
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
     reward: str = key(
@@ -404,6 +527,9 @@ class Ppo(Run):
         "rewards), rules, and functions as file.py:name."
     )
     reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    gold: str | None = key(
+        "Held-out judge, a folder or rule that is never trained on; evaluations show it."
+    )
     model: Model
     algo: PpoAlgo
 
@@ -426,7 +552,7 @@ class Dpo(Run):
 
 @dataclass
 class Grpo(Run):
-    """GRPO: policy, reward or verifier, and prompts -> policy."""
+    """GRPO and its family: policy, reward or verifier, and prompts -> policy."""
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
     reward: str = key(
@@ -434,6 +560,9 @@ class Grpo(Run):
         "rewards), rules, and functions as file.py:name."
     )
     reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    gold: str | None = key(
+        "Held-out judge, a folder or rule that is never trained on; evaluations show it."
+    )
     model: Model
     algo: GrpoAlgo
 

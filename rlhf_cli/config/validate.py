@@ -9,16 +9,15 @@ from typing import Any
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest, wrong_value
+from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.schema import (
     Decoding,
     Dpo,
     Evaluate,
     Generate,
-    Grpo,
     Model,
     Optimizer,
     Ppo,
-    PpoAlgo,
     Reward,
     Run,
     Sft,
@@ -70,35 +69,6 @@ def _check_bounds(stage: str, key: str, field: "dataclasses.Field[Any]", value: 
 
 # --------------------------------------------------------------------------- rules
 # Each yields the complaints about one subject; only the first is shown.
-
-
-def _batches(cfg: Run) -> Iterator[str]:
-    if isinstance(cfg, Ppo | Grpo) and cfg.algo.batch_size % cfg.algo.minibatch_size:
-        yield (
-            f"algo.minibatch_size={cfg.algo.minibatch_size} must divide "
-            f"algo.batch_size={cfg.algo.batch_size}"
-        )
-
-
-def _kl_controller(cfg: Run) -> Iterator[str]:
-    algo = getattr(cfg, "algo", None)
-    if not isinstance(algo, PpoAlgo):
-        return
-    if algo.kl_controller == "fixed":
-        for name in ("kl_target", "kl_horizon"):
-            if getattr(algo, name) is not None:
-                yield (
-                    f"algo.{name} is not used by algo.kl_controller=fixed; "
-                    f"set it to null or take algo=ppo_adaptive"
-                )
-    elif algo.kl_coef == 0:
-        yield "a kl_controller multiplies algo.kl_coef, so it must start above 0"
-    elif algo.kl_target is None:
-        yield f"algo.kl_controller={algo.kl_controller} needs algo.kl_target, in nats per response"
-    elif algo.kl_controller == "ziegler" and algo.kl_horizon is None:
-        yield "algo.kl_controller=ziegler needs algo.kl_horizon, in rollouts"
-    elif algo.kl_controller == "schulman" and algo.kl_horizon is not None:
-        yield "algo.kl_horizon is used by algo.kl_controller=ziegler only; set it to null"
 
 
 _FROM_SCRATCH = ("vocab_size", "hidden_size", "layers", "heads", "context")
@@ -298,8 +268,7 @@ def _template(cfg: Run) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
-    _batches,
-    _kl_controller,
+    online,
     _scratch_model,
     _lora,
     _plain_text,

@@ -66,6 +66,25 @@ def full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     return (ours.exp() * (ours - theirs)).sum(-1)
 
 
+def kl_loss(
+    estimator: str, logprobs: Tensor, old: Tensor, reference: Tensor, full: Tensor | None
+) -> Tensor:
+    """The KL of each token as a term of the loss.
+
+    Args:
+        estimator: k2, k3, weighted_k3 or full.
+        logprobs: current log-probs, with gradient.
+        old, reference: log-probs of the policy that sampled, and of the reference.
+        full: for `full`, what `full_kl` gave at each token.
+    """
+    if estimator == "full":
+        assert full is not None
+        return full
+    if estimator == "weighted_k3":
+        return weighted_k3(logprobs, old, reference)
+    return {"k2": k2, "k3": k3}[estimator](logprobs, reference)
+
+
 def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, horizon: int) -> float:
     """Proportional controller: kl_coef *= 1 + clip(kl/target - 1, -.2, .2) * rollouts/horizon.
 

@@ -45,6 +45,18 @@ def clipped_policy_loss(
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
+def clipped(log_ratio: Tensor, clip: float | None, clip_high: float | None) -> Tensor:
+    """1 where the ratio lies outside 1 - clip .. 1 + clip_high, else 0; for reporting."""
+    ratio = log_ratio.detach().exp()
+    high = clip if clip_high is None else clip_high
+    outside = torch.zeros_like(ratio)
+    if clip is not None:
+        outside = outside + (ratio < 1 - clip)
+    if high is not None:
+        outside = outside + (ratio > 1 + high)
+    return outside
+
+
 def sequence_log_ratio(logprobs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
     """log s of the response at each of its tokens, s = (pi(y|x) / pi_old(y|x))^(1 / len).
 

@@ -1,6 +1,7 @@
 """metrics.jsonl and samples.jsonl: a line a step, in the order of the steps."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ class JsonLines:
         """Append a row; floats keep six digits."""
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(round_figures(row)) + "\n")
+
+
+class Clock:
+    """Wall time of the parts of an iteration, as `seconds/PART` in metrics.jsonl."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """Say what the time since the last lap was spent on."""
+        now = time.monotonic()
+        name = f"seconds/{part}"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 def round_figures(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Sample rollouts, shown as a table and kept in samples.jsonl."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -16,28 +17,33 @@ WIDTH = 240
 def show_samples(
     step: int,
     rollouts: Sequence[Rollout],
-    scores: Sequence[float | None],
+    rewards: Sequence[float | None],
+    parts: Mapping[str, Sequence[float | None]],
     kls: Sequence[float],
     file: JsonLines,
 ) -> None:
     """Show the first few rollouts of a step and append all of its rollouts to samples.jsonl.
 
     Args:
-        scores: of each rollout; None where it has no reward.
+        rewards: of each rollout, as it is learnt from; None where it has none.
+        parts: the terms that the reward is summed from, by name, where there are several.
     """
+    names = [name.rsplit("/", 1)[-1] for name in parts]
     rows = [
-        (clip(last_words(rollout.row.prompt)), clip(rollout.text), score, float(kl))
-        for rollout, score, kl in zip(rollouts, scores, kls, strict=True)
+        (clip(last_words(rollout.row.prompt)), clip(rollout.text), *figures)
+        for rollout, *figures in zip(rollouts, rewards, *parts.values(), kls, strict=True)
     ]
-    table(f"step {step}", ("prompt", "response", "reward", "KL"), rows[:SHOWN])
-    for rollout, score, kl in zip(rollouts, scores, kls, strict=True):
-        values = {
+    table(f"step {step}", ("prompt", "response", "reward", *names, "KL"), rows[:SHOWN])
+    for i, (rollout, reward, kl) in enumerate(zip(rollouts, rewards, kls, strict=True)):
+        values: dict[str, Any] = {
             "prompt": rollout.row.prompt,
             "response": rollout.text,
             "finish": rollout.finish,
-            "reward": score,
-            "kl": float(kl),
+            "reward": reward,
+            "kl": kl,
         }
+        if parts:
+            values["parts"] = {name: column[i] for name, column in parts.items()}
         file.write(step, values)
 
 

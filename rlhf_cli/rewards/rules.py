@@ -7,7 +7,7 @@ A rule is named in the config as `name` or `name:argument`, such as `reward=exac
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,12 +75,13 @@ def _repetition(argument: str) -> Score:
     """
     size = _count("repetition", "the length of a run in words", argument, 3)
 
-    def score(row: Prompt, response: str) -> float:
-        words = response.casefold().split()
-        runs = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
-        return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return lambda row, response: repeated_share(response.casefold().split(), size)
 
-    return score
+
+def repeated_share(items: Sequence[Hashable], size: int) -> float:
+    """Share of the runs of `size` items that stood before; 0 where there is no run."""
+    runs = [tuple(items[i : i + size]) for i in range(len(items) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def _lexicon(argument: str) -> Score:

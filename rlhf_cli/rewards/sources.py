@@ -183,17 +183,6 @@ class Reward:
         return found
 
 
-def scores_with_eos_rule(
-    rollouts: Sequence[Rollout], reward: Reward, missing_eos_reward: float | None
-) -> Tensor:
-    """(B,) rewards; the missing-EOS rule replaces those of responses that never ended."""
-    scores = reward.score(rollouts).total
-    if missing_eos_reward is None:
-        return scores
-    ended = torch.tensor([rollout.ended for rollout in rollouts])
-    return torch.where(ended, scores, missing_eos_reward)
-
-
 def floats(values: Sequence[float | None]) -> Tensor:
     """(N,) with NaN for None."""
     return torch.tensor([math.nan if value is None else value for value in values])

@@ -1,50 +1,79 @@
-"""GRPO with outcome supervision: groups of responses take the place of a critic.
+"""GRPO and its family: groups of responses to each prompt take the place of a critic.
 
     A_i = (r_i - mean r) / std r                      within the G responses to a prompt
     L = 1/B sum_i 1/len_i sum_t [ -min(w A_i, clip(w) A_i) + kl_coef KL(pi || ref) ]
 
 (2402.03300 eq. 3 and sec. 4.1.2, w = pi / pi_old). Groups are sampled from the old policy; a group
 of equal rewards is worth exactly 0. The paper's KL term differentiates k3, whose gradient is that
-of the forward KL; here it carries the ratio w, so that its gradient is that of KL(pi || ref).
+of KL(ref || pi); by default it carries the ratio w here, so that its gradient is that of
+KL(pi || ref).
+
+Its relatives differ in a line each. grpo_process: rewards of steps, summed from a token on (sec.
+4.1.3). rloo: the mean of the others as baseline, the KL in the reward (2402.14740). reinforce_pp:
+single responses, advantages whitened over the batch (2501.03262). dr_grpo: no division by length
+or deviation (2503.20783). dapo: mean over tokens, a higher upper clip, groups of equal rewards
+sampled anew (2503.14476). gspo: the ratio of whole responses (2507.18071). cispo: clipped weights
+(2506.13585).
 
     rlhf-cli grpo policy=runs/demo/sft data=gsm8k data.path=train.jsonl reward=exact_answer
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.config.schema import Grpo
+from rlhf_cli.config.schema import Grpo, GrpoAlgo
 from rlhf_cli.data.batches import collate, cut, derived_seed, draw, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
-from rlhf_cli.models.forward import token_logprobs
+from rlhf_cli.models.forward import on_grid, token_logprobs
 from rlhf_cli.models.reference import Reference
-from rlhf_cli.models.score import logprobs_of, mean_nll
-from rlhf_cli.objectives.advantages import group_advantages
-from rlhf_cli.objectives.kl import k1, weighted_k3
-from rlhf_cli.objectives.policy_gradient import clipped_policy_loss
+from rlhf_cli.models.score import mean_nll
+from rlhf_cli.objectives.advantages import (
+    at_last,
+    group_advantages,
+    group_centred,
+    kl_shaped_rewards,
+    leave_one_out,
+    process_advantages,
+    returns_to_go,
+)
+from rlhf_cli.objectives.kl import k3, kl_loss, linear
+from rlhf_cli.objectives.likelihood import masked_whiten
+from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.objectives.policy_gradient import (
+    cispo_loss,
+    clipped,
+    clipped_policy_loss,
+    policy_gradient_loss,
+    sequence_log_ratio,
+    token_weights,
+)
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.reporting.samples import known_or_none, show_samples
-from rlhf_cli.rewards.sources import load_reward, scores_with_eos_rule
-from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.reporting.metrics import Clock
+from rlhf_cli.reporting.samples import show_samples
+from rlhf_cli.rewards.sources import load_reward
+from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part, mean_metrics
+from rlhf_cli.training.experience import Experience, held_out_metrics, measure, update_metrics
+from rlhf_cli.training.optimize import Loss, Optimizer, Part
 from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
-from rlhf_cli.training.session import begin
+from rlhf_cli.training.session import Session, begin, tensors_of
+from rlhf_cli.training.watch import Alarms, Written
 
 
 @dataclass
-class Experience:
-    """A response as the update sees it; old and reference are (len(response),)."""
+class Item:
+    """A response as the update sees it; every tensor is (len(response),)."""
 
     tokens: Tokens
     old: Tensor
     reference: Tensor
-    advantage: float
+    advantages: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,116 +84,258 @@ def run(cfg: Grpo) -> Path:
     session = begin(cfg)
     if session is None:
         return Path(cfg.out)
-    algo, hardware = cfg.algo, cfg.hardware
+    algo = cfg.algo
     policy = load_role(session, cfg.policy)
     reference = Reference(policy.model)
-    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
+    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device, policy.model)
+    gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device) if cfg.gold else None
     rows = read_split(cfg.data, Prompt)
     reward.check(rows.train, session.require)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
+    held_out = list(zip(*policy.encoder.prompts(rows.held_out), strict=True))[: algo.eval_prompts]
     unseen = policy.encoder.texts(read_texts(cfg.data).held_out)
     session.note(policy.encoder, rows.notes)
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
+    networks = {"policy": policy.model}
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, algo.steps * updates)
-    state, _ = session.resume({"policy": policy.model}, optimizer)
+    state, tensors = session.resume(networks, optimizer)
     metrics = state.get("metrics", {})
+    running = RunningMoments(**state.get("running", {}))
+    alarms, written = Alarms(algo, state), Written(policy.model, algo, state, tensors)
+    reference.load(tensors_of(tensors, "reference"))
+    objective = Objective(cfg, session, policy, reference)
     log, samples = session.log(), session.log("samples.jsonl")
 
-    def loss(items: list[Experience]) -> Loss:
-        batch = collate([item.tokens for item in items], session.device)
-        scored = token_logprobs(
+    def sample(step: int, temperature: float, count: int, again: int = 0) -> Experience:
+        """Scored groups of responses to `count` prompts; `again` counts the refills."""
+        stream = f"refill {again}" if again else "prompts"
+        rollouts = sample_rollouts(
             policy.model,
-            batch,
-            chunk=hardware.logprob_chunk,
-            temperature=algo.temperature,
-            with_entropy=True,
+            policy.encoder,
+            draw(prompts, algo.batch_size, cfg.seed, stream, step - 1)[:count],
+            Sampling(algo.max_tokens, temperature),
+            samples=algo.group_size,
+            seed=derived_seed(cfg.seed, stream if again else "rollout", step),
+            stop_ids=policy.stop_ids,
+            hardware=cfg.hardware,
         )
-        assert scored.entropy is not None
-        new, entropy = scored.logprobs[batch.response], scored.entropy[batch.response]  # (N,)
-        old, ref = (
-            torch.cat([getattr(item, name) for item in items]).to(new)
-            for name in ("old", "reference")
-        )
-        lengths = batch.response.sum(-1)  # (B,)
-        per_response = torch.tensor([item.advantage for item in items]).to(new)
-        advantages = per_response.repeat_interleave(lengths)  # (N,)
-        share = (1 / lengths).repeat_interleave(lengths)  # each response weighs 1
-        policy_loss = clipped_policy_loss(new - old, advantages, algo.clip)
-        kl_term = weighted_k3(new, old, ref)
-        ratio = torch.exp(new - old).detach()
-        metrics = {
-            "loss/policy": policy_loss,
-            "loss/kl": kl_term,
-            "entropy": entropy,
-            "clip_fraction": ((ratio - 1).abs() > algo.clip).float(),
-        }
-        total = ((policy_loss + algo.kl_coef * kl_term) * share).sum()
-        return total, {name: (value.detach() * share).sum() for name, value in metrics.items()}
+        return measure(rollouts, policy, reference, reward, cfg, temperature, running)
 
     with Bar("grpo", algo.steps) as bar:
         bar.advance(session.start)
         for step in range(session.start + 1, algo.steps + 1):
-            rollouts = sample_rollouts(
-                policy.model,
-                policy.encoder,
-                draw(prompts, algo.batch_size, cfg.seed, "prompts", step - 1),
-                Sampling(algo.max_tokens, algo.temperature),
-                samples=algo.group_size,
-                seed=derived_seed(cfg.seed, "rollout", step),
-                stop_ids=policy.stop_ids,
-                hardware=hardware,
-            )
-            scores = scores_with_eos_rule(rollouts, reward, algo.missing_eos_reward)
-            groups, metrics, kls = collect(rollouts, scores, policy, reference, cfg)
+            clock = Clock()
+            kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
+            temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
+            found = sample(step, temperature, algo.batch_size)
+            unequal = unequal_groups(found, algo.group_size)
+            metrics = {
+                **found.metrics(kl_coef),
+                **reward.metrics(found.scores),
+                "equal_groups": 1 - len(unequal) / algo.batch_size,
+            }
             if step == 1:
-                check_first_ratio(session, policy.model, rollouts, algo.temperature, metrics["kl"])
+                check_first_ratio(session, policy.model, found.rollouts, temperature, metrics["kl"])
+            written.offer(step, metrics)
+            stop = alarms.on_rollouts(step, metrics)
+            learnt, sampled = found, algo.batch_size
+            if algo.refills and not stop:
+                learnt = found.groups(unequal, algo.group_size)
+                for again in range(1, algo.refills + 1):
+                    missing = algo.batch_size - len(learnt.rollouts) // algo.group_size
+                    if not missing:
+                        break
+                    more = sample(step, temperature, missing, again)
+                    unequal = unequal_groups(more, algo.group_size)
+                    learnt = learnt.joined(more.groups(unequal, algo.group_size))
+                    sampled += missing
+                metrics["learnt_groups"] = float(len(learnt.rollouts) // algo.group_size)
+                metrics["sampled_groups"] = float(sampled)
+            clock.lap("rollouts")
+
+            groups = [] if stop else items_of(learnt, kl_coef, algo)
+            objective.kl_coef, objective.temperature = kl_coef, temperature
             updated = []
             for epoch in range(algo.epochs):
                 order = order_of(len(groups), cfg.seed, f"minibatches {step}", epoch)
                 for start in range(0, len(order), algo.minibatch_size):
                     picked = order[start : start + algo.minibatch_size]
                     minibatch = [item for i in picked for item in groups[i]]
-                    batches = cut(minibatch, hardware.tokens_per_microbatch)
-                    updated.append(optimizer.step([Part(batches, loss, len(minibatch))]))
-            metrics |= mean_metrics(updated)
-            log.write(step, metrics)
-            if step % algo.show_every == 0 or step in (1, algo.steps):
-                show_samples(step, rollouts, known_or_none(scores), kls, samples)
+                    if minibatch:
+                        updated.append(optimizer.step([objective.part(minibatch)]))
+                        written.after_update()
+            metrics |= update_metrics(updated) | {"kl_coef": kl_coef}
+            if algo.refresh_reference and step % algo.refresh_reference == 0:
+                reference.refresh()
+            clock.lap("updates")
+
+            if algo.eval_every and (step % algo.eval_every == 0 or step == algo.steps or stop):
+                seen = held_out_metrics(held_out, policy, reference, reward, gold, written, cfg)
+                stop |= alarms.on_evaluation(step, seen)
+                written.offer(step, seen)
+                metrics |= seen
+                clock.lap("evaluation")
+            log.write(step, metrics | clock.seconds)
+            if stop or step % algo.show_every == 0 or step in (1, algo.steps):
+                show_samples(step, *found.shown(), samples)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
-            session.save(step, {"policy": policy.model}, optimizer, {"metrics": metrics})
+            if stop:
+                break
+            kept = {
+                "metrics": metrics,
+                "running": asdict(running),
+                **alarms.state(),
+                **written.state(),
+            }
+            weights = {f"reference/{name}": each for name, each in reference.tensors().items()}
+            session.save(step, networks, optimizer, kept, written.tensors() | weights)
 
     check_reference(session, reference)
+    written.put()
     final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "equal_groups")}
+    final |= {name: metrics[name] for name in metrics if name.startswith("eval/")}
     if unseen:
-        final["text/loss"] = mean_nll(policy.model, unseen, hardware)
+        final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final)
 
 
-def collect(
-    rollouts: list[Rollout], scores: Tensor, policy: Policy, reference: Reference, cfg: Grpo
-) -> tuple[list[list[Experience]], Metrics, list[float]]:
-    """Groups with their advantages, metrics of the batch, and each response's KL."""
-    algo, hardware = cfg.algo, cfg.hardware
-    sequences = [rollout.tokens for rollout in rollouts]
-    old = logprobs_of(policy.model, sequences, hardware, algo.temperature)
-    with reference.active() as frozen:
-        ref = logprobs_of(frozen, sequences, hardware, algo.temperature)
-    grouped = scores.view(-1, algo.group_size)  # (P, G)
-    advantages = group_advantages(grouped).flatten().tolist()
-    columns = zip(sequences, old, ref, advantages, strict=True)
-    experience = [Experience(*column) for column in columns]
-    groups = [
-        experience[i : i + algo.group_size] for i in range(0, len(experience), algo.group_size)
+def unequal_groups(found: Experience, size: int) -> list[int]:
+    """The groups whose rewards, of responses or of steps, are not all the same."""
+    rewards = found.rewards
+    each = [total[None] for total in rewards.total] if rewards.steps is None else rewards.steps
+    unequal = []
+    for group in range(len(each) // size):
+        values = torch.cat(list(each[group * size : (group + 1) * size]))
+        values = values[~values.isnan()]
+        if (values != values[:1]).any():
+            unequal.append(group)
+    return unequal
+
+
+def items_of(found: Experience, kl_coef: float, algo: GrpoAlgo) -> list[list[Item]]:
+    """The responses of each group that can be learnt from, with their advantages."""
+    if not found.rollouts:
+        return []
+    advantages = advantages_of(found, kl_coef, algo)
+    usable = found.learnable(algo.mask_truncated)
+    columns = zip(found.rollouts, found.old, found.reference, advantages, usable, strict=True)
+    items = [
+        Item(rollout.tokens, old, ref, worth) if learn else None
+        for rollout, old, ref, worth, learn in columns
     ]
-    kls = [k1(ours, theirs).sum().item() for ours, theirs in zip(old, ref, strict=True)]
-    lengths = [len(tokens.response) for tokens in sequences]
-    metrics = {
-        "reward": scores.mean().item(),
-        "reward_std": scores.std(correction=0).item(),
-        "equal_groups": (grouped == grouped[:, :1]).all(-1).float().mean().item(),
-        "kl": sum(kls) / len(kls),
-        "length": sum(lengths) / len(lengths),
-        "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
-    }
-    return groups, metrics, kls
+    size = algo.group_size
+    return [
+        [item for item in items[start : start + size] if item is not None]
+        for start in range(0, len(items), size)
+    ]
+
+
+def advantages_of(found: Experience, kl_coef: float, algo: GrpoAlgo) -> list[Tensor]:
+    """Per response the (len(response),) advantages of its tokens."""
+    size, rewards = algo.group_size, found.rewards
+    lengths = [len(rollout.tokens.response) for rollout in found.rollouts]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
+    charged = kl_coef if algo.kl_in == "reward" else 0.0
+    if algo.supervision == "process":
+        assert rewards.steps is not None and rewards.ends is not None
+        return [
+            worth
+            for start in range(0, len(lengths), size)
+            for worth in process_advantages(
+                rewards.steps[start : start + size],
+                rewards.ends[start : start + size],
+                lengths[start : start + size],
+                algo.normalise_advantages == "group",
+            )
+        ]
+    if algo.baseline == "none":  # each token is worth what comes from it on, its own KL included
+        old, ref = (pad_sequence(rows, batch_first=True) for rows in (found.old, found.reference))
+        total = rewards.total.nan_to_num(0.0)  # without a reward nothing is learnt from it
+        shaped = kl_shaped_rewards(at_last(total, mask), old, ref, mask, charged)
+        grid = returns_to_go(shaped, mask, 1.0)
+    else:
+        compare = {"group": group_advantages, "batch": group_centred, "none": group_centred}
+        relative = compare[algo.normalise_advantages]
+        if algo.baseline == "leave_one_out":
+            relative = leave_one_out
+        grouped = (rewards.total - charged * found.kls).view(-1, size)  # (P, G)
+        grid = relative(grouped).flatten()[:, None] * mask
+    if algo.normalise_advantages == "batch":
+        learnt = torch.tensor(found.learnable(algo.mask_truncated))
+        grid = masked_whiten(grid, mask & learnt[:, None])
+    return [row[:length] for row, length in zip(grid, lengths, strict=True)]
+
+
+class Objective:
+    """The loss of one optimizer step.
+
+    kl_coef, temperature: as they are in the current iteration.
+    """
+
+    def __init__(self, cfg: Grpo, session: Session, policy: Policy, reference: Reference) -> None:
+        self._cfg, self._session = cfg, session
+        self._policy, self._reference = policy, reference
+        self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
+
+    def part(self, minibatch: list[Item]) -> Part:
+        """The loss of a minibatch, per response or, with aggregate=token_mean, per token."""
+        batches = cut(minibatch, self._cfg.hardware.tokens_per_microbatch)
+        count = len(minibatch)
+        if self._cfg.algo.aggregate == "token_mean":
+            count = sum(len(item.tokens.response) for item in minibatch)
+        return Part(batches, self.loss, count)
+
+    def loss(self, items: list[Item]) -> Loss:
+        """Summed over responses or tokens: policy, KL and entropy."""
+        algo = self._cfg.algo
+        batch = collate([item.tokens for item in items], self._session.device)
+        mask = batch.response
+        in_loss = algo.kl_in == "loss" and self.kl_coef > 0
+        exact = in_loss and algo.kl_estimator == "full"
+        scored = token_logprobs(
+            self._policy.model,
+            batch,
+            chunk=self._cfg.hardware.logprob_chunk,
+            temperature=self.temperature,
+            with_entropy=algo.entropy_coef > 0,
+            reference=self._reference if exact else None,
+        )
+        new = scored.logprobs  # (B, T)
+        old, ref, advantages = (
+            on_grid(mask, torch.cat([getattr(item, name) for item in items]).to(new))
+            for name in ("old", "reference", "advantages")
+        )
+        total, metrics = self.policy_loss(new, old, advantages, mask)
+        losses = {"loss/policy": total}
+        if in_loss:
+            losses["loss/kl"] = kl_loss(algo.kl_estimator, new, old, ref, scored.kl)
+            total = total + self.kl_coef * losses["loss/kl"]
+        if scored.entropy is not None:
+            losses["loss/entropy"] = scored.entropy
+            total = total - algo.entropy_coef * scored.entropy
+        weights = token_weights(mask, algo.aggregate, algo.max_tokens).to(new)  # (B, T)
+        sums = {name: (value.detach() * weights).sum() for name, value in losses.items()}
+        per_token = algo.aggregate == "token_mean"
+        shares = token_weights(mask, "token_mean" if per_token else "response_mean", 1).to(new)
+        metrics |= {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new)}
+        sums |= {name: (value.detach() * shares).sum() for name, value in metrics.items()}
+        return (total * weights).sum(), sums
+
+    def policy_loss(
+        self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, T) losses of algo.loss, and where the ratio was clipped, if it has one."""
+        algo = self._cfg.algo
+        if algo.loss == "policy_gradient":
+            return policy_gradient_loss(new, advantages), {}
+        log_ratio = new - old
+        if algo.loss == "sequence_clip":
+            log_ratio = sequence_log_ratio(new, old, mask)
+        metrics = {"clip_fraction": clipped(log_ratio, algo.clip, algo.clip_high)}
+        if algo.loss == "cispo":
+            assert algo.clip_high is not None
+            return cispo_loss(new, old, advantages, algo.clip, algo.clip_high), metrics
+        assert algo.clip is not None
+        limits = algo.clip, algo.clip_high, algo.dual_clip
+        return clipped_policy_loss(log_ratio, advantages, *limits), metrics

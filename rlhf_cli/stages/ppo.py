@@ -1,4 +1,4 @@
-"""PPO and PPO-ptx: reinforcement learning from a reward, as InstructGPT did it.
+"""PPO and its family: reinforcement learning from a reward, as InstructGPT did it.
 
     maximise E[r(x, y) - kl_coef sum_t log(pi/ref)] + ptx_coef E_text[log pi]  (2203.02155 eq. 2)
 
@@ -7,14 +7,18 @@ last one the score as well. A critic that starts as the reward model gives advan
 and critic take clipped steps (1707.06347 eq. 7) over a few epochs of minibatches; with ptx_coef > 0
 the gradient of plain text, a mean per token, joins each of these steps.
 
+Its relatives differ in a line each. ppo_klpen: a penalty on KL(old || pi) in place of the clip
+(1707.06347 eq. 8). a2c: -A log pi, the KL to the reference in the loss (2203.11147). reinforce:
+returns less the mean return of the other responses, without a critic.
+
     rlhf-cli ppo algo=ppo_ptx policy=runs/demo/sft reward=runs/demo/reward
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import Ppo, PpoAlgo
@@ -22,39 +26,47 @@ from rlhf_cli.data.batches import collate, cut, derived_seed, draw, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
-from rlhf_cli.models.forward import (
-    matmul_in_float32,
-    response_nll,
-    state_values,
-    token_logprobs,
-    unwrap,
-)
-from rlhf_cli.models.heads import scalar_head
-from rlhf_cli.models.load import load_scorer, scorer_from_policy
+from rlhf_cli.models.forward import response_nll, token_logprobs
 from rlhf_cli.models.reference import Reference
-from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, values_of
-from rlhf_cli.models.shared import recompute_activations
-from rlhf_cli.objectives.advantages import at_last, gae, kl_shaped_rewards
-from rlhf_cli.objectives.kl import k1, schulman_kl_coef, ziegler_kl_coef
+from rlhf_cli.models.score import logprobs_of, mean_nll
+from rlhf_cli.objectives.advantages import (
+    at_last,
+    gae,
+    kl_shaped_rewards,
+    leave_one_out,
+    returns_to_go,
+)
+from rlhf_cli.objectives.kl import k3, kl_loss, linear, schulman_kl_coef, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_whiten
-from rlhf_cli.objectives.policy_gradient import clipped_policy_loss, clipped_value_loss
+from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.objectives.policy_gradient import (
+    clipped,
+    clipped_policy_loss,
+    clipped_value_loss,
+    penalised_policy_loss,
+    policy_gradient_loss,
+)
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.reporting.samples import known_or_none, show_samples
-from rlhf_cli.rewards.models import CheckpointReward
-from rlhf_cli.rewards.sources import Reward, load_reward, scores_with_eos_rule
-from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.reporting.metrics import Clock
+from rlhf_cli.reporting.samples import show_samples
+from rlhf_cli.rewards.sources import load_reward
+from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part, mean_metrics
+from rlhf_cli.training.critic import Critic
+from rlhf_cli.training.experience import Experience, held_out_metrics, measure, update_metrics
+from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
 from rlhf_cli.training.session import Session, begin
+from rlhf_cli.training.watch import Alarms, Written
 
 
 @dataclass
-class Experience:
+class Item:
     """A rollout as the update sees it; every tensor is (len(response),)."""
 
     tokens: Tokens
     old: Tensor
+    reference: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -68,202 +80,283 @@ def run(cfg: Ppo) -> Path:
     session = begin(cfg)
     if session is None:
         return Path(cfg.out)
-    algo, hardware = cfg.algo, cfg.hardware
+    algo = cfg.algo
     policy = load_role(session, cfg.policy)
     reference = Reference(policy.model)
-    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
-    critic = Critic(cfg, reward, policy, session)
+    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device, policy.model)
+    gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device) if cfg.gold else None
+    critic = Critic(cfg, reward, policy, session) if algo.baseline == "critic" else None
 
     rows = read_split(cfg.data, Prompt)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
+    held_out = list(zip(*policy.encoder.prompts(rows.held_out), strict=True))[: algo.eval_prompts]
     reward.check(rows.train, session.require)
     plain = read_texts(cfg.data)
     texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
     session.note(policy.encoder, rows.notes + plain.notes)
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
-    networks = {"policy": policy.model, "critic": critic.model}
-    rates = {"policy": (policy.model, algo.lr), "critic": (critic.model, algo.value_lr)}
-    optimizer = Optimizer(rates, algo, algo.steps * updates)
-    state, _ = session.resume(networks, optimizer)
+    networks = {"policy": policy.model} | ({"critic": critic.model} if critic else {})
+    rates = {"policy": algo.lr, "critic": algo.value_lr or 0.0}
+    trained = {name: (network, rates[name]) for name, network in networks.items()}
+    optimizer = Optimizer(trained, algo, algo.steps * updates)
+    state, tensors = session.resume(networks, optimizer)
     kl_coef, metrics = state.get("kl_coef", algo.kl_coef), state.get("metrics", {})
+    running = RunningMoments(**state.get("running", {}))
+    alarms, written = Alarms(algo, state), Written(policy.model, algo, state, tensors)
+    objective = Objective(cfg, session, policy, reference, critic, texts)
+    objective.old_kl_coef = state.get("old_kl_coef", objective.old_kl_coef)
     log, samples = session.log(), session.log("samples.jsonl")
-
-    def rl_loss(items: list[Experience]) -> Loss:
-        batch = collate([item.tokens for item in items], session.device)
-        scored = token_logprobs(
-            policy.model,
-            batch,
-            chunk=hardware.logprob_chunk,
-            temperature=algo.temperature,
-            with_entropy=True,
-        )
-        assert scored.entropy is not None
-        new, entropy = scored.logprobs[batch.response], scored.entropy[batch.response]  # (N,)
-        values = critic.normalise(state_values(critic.model, batch)[batch.response])
-        old, old_values, advantages, returns = (
-            torch.cat([getattr(item, name) for item in items]).to(new)
-            for name in ("old", "values", "advantages", "returns")
-        )
-        policy_loss = clipped_policy_loss(new - old, advantages, algo.clip)
-        value_loss = clipped_value_loss(values, old_values, returns, algo.value_clip)
-        total = policy_loss + algo.vf_coef * value_loss - algo.entropy_coef * entropy
-        ratio = torch.exp(new - old).detach()
-        metrics = {
-            "loss/policy": policy_loss,
-            "loss/value": value_loss,
-            "entropy": entropy,
-            "clip_fraction": ((ratio - 1).abs() > algo.clip).float(),
-            "approx_kl": 0.5 * (new - old) ** 2,
-        }
-        return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
-
-    def ptx_loss(sequences: list[Tokens]) -> Loss:
-        nll = response_nll(policy.model, sequences, chunk=hardware.logprob_chunk)
-        return nll, {"loss/ptx": nll.detach()}
-
-    def parts(minibatch: list[Experience], update: int) -> list[Part]:
-        """The terms of one optimizer step."""
-        budget = hardware.tokens_per_microbatch
-        terms = [Part(cut(minibatch, budget), rl_loss, response_tokens(minibatch))]
-        if algo.ptx_coef:
-            mix = draw(texts, algo.ptx_batch_size, cfg.seed, "ptx", update)
-            count = sum(len(sequence.response) for sequence in mix)
-            terms.append(Part(cut(mix, budget), ptx_loss, count, algo.ptx_coef))
-        return terms
 
     with Bar("ppo", algo.steps) as bar:
         bar.advance(session.start)
         for step in range(session.start + 1, algo.steps + 1):
+            clock = Clock()
+            temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
+            if algo.kl_controller == "fixed":
+                kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
             rollouts = sample_rollouts(
                 policy.model,
                 policy.encoder,
                 draw(prompts, algo.batch_size, cfg.seed, "prompts", step - 1),
-                Sampling(algo.max_tokens, algo.temperature),
+                Sampling(algo.max_tokens, temperature),
                 samples=1,
                 seed=derived_seed(cfg.seed, "rollout", step),
                 stop_ids=policy.stop_ids,
-                hardware=hardware,
+                hardware=cfg.hardware,
             )
-            scores = scores_with_eos_rule(rollouts, reward, algo.missing_eos_reward)
-            experience, metrics, kls = collect(
-                rollouts, scores, policy, reference, critic, kl_coef, cfg
-            )
+            clock.lap("rollouts")
+            found = measure(rollouts, policy, reference, reward, cfg, temperature, running)
+            metrics = {**found.metrics(kl_coef), **reward.metrics(found.scores)}
             if step == 1:
-                check_first_ratio(session, policy.model, rollouts, algo.temperature, metrics["kl"])
+                check_first_ratio(session, policy.model, rollouts, temperature, metrics["kl"])
+            written.offer(step, metrics)
+            stop = alarms.on_rollouts(step, metrics)
+            items = [] if stop else advantages_of(found, critic, kl_coef, session, cfg, metrics)
+            clock.lap("scores")
+
+            objective.kl_coef, objective.temperature = kl_coef, temperature
             updated = []
             for epoch in range(algo.epochs):
-                order = order_of(len(experience), cfg.seed, f"minibatches {step}", epoch)
+                order = order_of(len(items), cfg.seed, f"minibatches {step}", epoch)
                 for i, start in enumerate(range(0, len(order), algo.minibatch_size)):
-                    minibatch = [experience[j] for j in order[start : start + algo.minibatch_size]]
+                    minibatch = [items[j] for j in order[start : start + algo.minibatch_size]]
                     update = (step - 1) * updates + epoch * (updates // algo.epochs) + i
-                    updated.append(optimizer.step(parts(minibatch, update)))
-            metrics |= mean_metrics(updated) | {"kl_coef": kl_coef}
+                    updated.append(optimizer.step(objective.parts(minibatch, update)))
+                    written.after_update()
+            metrics |= update_metrics(updated) | {"kl_coef": kl_coef}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
-            log.write(step, metrics)
-            if step % algo.show_every == 0 or step in (1, algo.steps):
-                show_samples(step, rollouts, known_or_none(scores), kls, samples)
+            if algo.loss == "klpen" and items:
+                metrics |= objective.steer(items)
+            clock.lap("updates")
+
+            if algo.eval_every and (step % algo.eval_every == 0 or step == algo.steps or stop):
+                seen = held_out_metrics(held_out, policy, reference, reward, gold, written, cfg)
+                stop |= alarms.on_evaluation(step, seen)
+                written.offer(step, seen)
+                metrics |= seen
+                clock.lap("evaluation")
+            log.write(step, metrics | clock.seconds)
+            if stop or step % algo.show_every == 0 or step in (1, algo.steps):
+                show_samples(step, *found.shown(), samples)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
-            session.save(step, networks, optimizer, {"kl_coef": kl_coef, "metrics": metrics})
+            if stop:
+                break
+            kept = {
+                "kl_coef": kl_coef,
+                "old_kl_coef": objective.old_kl_coef,
+                "metrics": metrics,
+                "running": asdict(running),
+                **alarms.state(),
+                **written.state(),
+            }
+            session.save(step, networks, optimizer, kept, written.tensors())
 
     check_reference(session, reference)
+    written.put()
     final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "kl_coef")}
+    final |= {name: metrics[name] for name in metrics if name.startswith("eval/")}
     if unseen:
-        final["text/loss"] = mean_nll(policy.model, unseen, hardware)
+        final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final)
 
 
-class Critic:
-    """The value network: the weights of a reward model of whole responses, or the policy's trunk.
-
-    Values are normalised as the reward is, so that a critic that starts as the reward model
-    already knows the scale of what it predicts; under any other reward they start at 0.
-    """
-
-    def __init__(self, cfg: Ppo, reward: Reward, policy: Policy, session: Session) -> None:
-        tokenizer, device = policy.tokenizer, session.device
-        start = reward.critic_start
-        if start is None:
-            self.mean, self.std = 0.0, 1.0
-            seed = derived_seed(cfg.seed, "head")
-            self.model = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, device)
-            with torch.no_grad():  # values start at 0: those of a random head would be noise
-                for weight in scalar_head(unwrap(self.model)).parameters():
-                    weight.zero_()
-        else:
-            self.mean, self.std = start.mean, start.std
-            self.model = load_scorer(start.path, cfg.model, tokenizer, device)
-            check_critic(session, start, self.model, policy)
-        if cfg.hardware.gradient_checkpointing:
-            recompute_activations(self.model)
-
-    def normalise(self, raw: Tensor) -> Tensor:
-        """Raw outputs of the head in the units of the reward."""
-        return (raw - self.mean) / self.std
-
-
-def check_critic(
-    session: Session, reward: CheckpointReward, critic: nn.Module, policy: Policy
-) -> None:
-    """The critic starts as the reward model: equal raw scores at the last token."""
-    ids = policy.tokenizer("a").input_ids
-    probe = [Tokens(ids, [policy.stop_ids[0]])]
-    raw = [scores_of(model, probe, session.cfg.hardware) for model in (reward.model, critic)]
-    gap = (raw[0] - raw[1]).abs().max().item()
-    session.require(
-        "critic_minus_reward_at_start",
-        gap,
-        gap < (1e-3 if matmul_in_float32(critic) else 0.1),
-        f"the critic's value at the last token is not the score of {reward.path}; its head or "
-        "adapter was not loaded",
-    )
-
-
-def collect(
-    rollouts: list[Rollout],
-    scores: Tensor,
-    policy: Policy,
-    reference: Reference,
-    critic: Critic,
+def advantages_of(
+    found: Experience,
+    critic: Critic | None,
     kl_coef: float,
+    session: Session,
     cfg: Ppo,
-) -> tuple[list[Experience], Metrics, list[float]]:
-    """Advantages and returns of a batch of rollouts, its metrics, and each rollout's KL."""
-    algo, hardware = cfg.algo, cfg.hardware
-    sequences = [rollout.tokens for rollout in rollouts]
-    old = logprobs_of(policy.model, sequences, hardware, algo.temperature)
-    with reference.active() as frozen:
-        ref = logprobs_of(frozen, sequences, hardware, algo.temperature)
-    values = [critic.normalise(raw) for raw in values_of(critic.model, sequences, hardware)]
+    metrics: Metrics,
+) -> list[Item]:
+    """The rollouts that can be learnt from, with advantages and returns.
 
+    Adds to `metrics` what the critic said of them.
+    """
+    algo = cfg.algo
+    places = [i for i, usable in enumerate(found.learnable(algo.mask_truncated)) if usable]
+    if not places:
+        return []
+    sequences = [found.rollouts[i].tokens for i in places]
+    values = (
+        critic.values_of(sequences, session)
+        if critic
+        else [torch.zeros(len(tokens.response)) for tokens in sequences]
+    )
     lengths = torch.tensor([len(tokens.response) for tokens in sequences])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T), response tokens only
-    grids = [pad_sequence(rows, batch_first=True) for rows in (old, ref, values)]  # (B, T) each
-    rewards = kl_shaped_rewards(at_last(scores, mask), grids[0], grids[1], mask, kl_coef)
-    advantages, returns = gae(rewards, grids[2], mask, algo.gamma, algo.lam)
-    if algo.whiten_advantages:
+    old, ref, value = (
+        pad_sequence(rows, batch_first=True)  # (B, T) each
+        for rows in ([found.old[i] for i in places], [found.reference[i] for i in places], values)
+    )
+    rewards = kl_shaped_rewards(
+        reward_grid(found, places, mask), old, ref, mask, kl_coef if algo.kl_in == "reward" else 0.0
+    )
+    if algo.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    if critic:
+        advantages, returns = gae(rewards, value, mask, algo.gamma, algo.lam or 0.0)
+        metrics["value"] = (value * mask).sum().item() / int(lengths.sum())
+    else:
+        returns = returns_to_go(rewards, mask, algo.gamma)
+        advantages = returns - baseline_of(returns[:, 0], algo.baseline)[:, None] * mask
+    metrics["return"] = (returns * mask).sum().item() / int(lengths.sum())
+    if algo.normalise_advantages == "batch":
         advantages = masked_whiten(advantages, mask)
-    experience = [
-        Experience(tokens, old[i], values[i], advantages[i, :n], returns[i, :n])
-        for i, (tokens, n) in enumerate(zip(sequences, lengths.tolist(), strict=True))
+    return [
+        Item(
+            tokens,
+            found.old[place],
+            found.reference[place],
+            values[i],
+            advantages[i, :n],
+            returns[i, :n],
+        )
+        for i, (place, tokens, n) in enumerate(
+            zip(places, sequences, lengths.tolist(), strict=True)
+        )
     ]
-    kls = (k1(grids[0], grids[1]) * mask).sum(-1)  # (B,)
-    metrics = {
-        "reward": scores.mean().item(),
-        "reward_std": scores.std(correction=0).item(),
-        "kl": kls.mean().item(),
-        "rlhf_reward": (scores - kl_coef * kls).mean().item(),
-        "length": lengths.float().mean().item(),
-        "ended": sum(rollout.ended for rollout in rollouts) / len(rollouts),
-        "value": torch.cat(values).mean().item(),
-        "return": (returns * mask).sum().item() / int(lengths.sum()),
-    }
-    return experience, metrics, kls.tolist()
 
 
-def response_tokens(items: list[Experience]) -> int:
-    """Tokens over which a minibatch's losses are averaged."""
-    return sum(len(item.tokens.response) for item in items)
+def reward_grid(found: Experience, places: list[int], mask: Tensor) -> Tensor:
+    """(B, T) the reward of each response at its last token, or of each step at the step's last."""
+    rewards = found.rewards
+    if rewards.steps is None or rewards.ends is None:
+        return at_last(rewards.total[places], mask)
+    grid = torch.zeros(mask.shape)
+    for row, place in enumerate(places):
+        grid[row].index_add_(0, torch.tensor(rewards.ends[place]), rewards.steps[place])
+    return grid
+
+
+def baseline_of(returns: Tensor, baseline: str) -> Tensor:
+    """(B,) what is subtracted from the return of each response: that of the others, or nothing."""
+    if baseline == "none" or len(returns) == 1:
+        return torch.zeros_like(returns)
+    return returns - leave_one_out(returns[None])[0]
+
+
+class Objective:
+    """The terms of one optimizer step.
+
+    kl_coef, old_kl_coef, temperature: as they are in the current iteration.
+    """
+
+    def __init__(
+        self,
+        cfg: Ppo,
+        session: Session,
+        policy: Policy,
+        reference: Reference,
+        critic: Critic | None,
+        texts: list[Tokens],
+    ) -> None:
+        self._cfg, self._session = cfg, session
+        self._policy, self._reference, self._critic = policy, reference, critic
+        self._texts = texts
+        self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
+        self.old_kl_coef = cfg.algo.old_kl_coef or 0.0
+
+    def parts(self, minibatch: list[Item], update: int) -> list[Part]:
+        """The loss of a minibatch per token and, with ptx_coef, that of plain text.
+
+        Args:
+            update: the optimizer step, counted from 0, which fixes the draw of plain text.
+        """
+        algo, budget = self._cfg.algo, self._cfg.hardware.tokens_per_microbatch
+        tokens = sum(len(item.tokens.response) for item in minibatch)
+        terms = [Part(cut(minibatch, budget), self.rl_loss, tokens)]
+        if algo.ptx_coef:
+            mix = draw(self._texts, algo.ptx_batch_size, self._cfg.seed, "ptx", update)
+            count = sum(len(sequence.response) for sequence in mix)
+            terms.append(Part(cut(mix, budget), self.ptx_loss, count, algo.ptx_coef))
+        return terms
+
+    def rl_loss(self, items: list[Item]) -> Loss:
+        """Summed over tokens: policy, value, KL and entropy."""
+        algo, critic = self._cfg.algo, self._critic
+        batch = collate([item.tokens for item in items], self._session.device)
+        exact = algo.kl_in == "loss" and algo.kl_estimator == "full" and self.kl_coef > 0
+        scored = token_logprobs(
+            self._policy.model,
+            batch,
+            chunk=self._cfg.hardware.logprob_chunk,
+            temperature=self.temperature,
+            with_entropy=algo.entropy_coef > 0,
+            value_head=critic.head if critic else None,
+            reference=self._reference if exact else None,
+        )
+        new = scored.logprobs[batch.response]  # (N,)
+        old, ref, old_values, advantages, returns = (
+            torch.cat([getattr(item, name) for item in items]).to(new)
+            for name in ("old", "reference", "values", "advantages", "returns")
+        )
+        metrics = {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new)}
+        if algo.loss == "policy_gradient":
+            total = policy_gradient_loss(new, advantages)
+        elif algo.loss == "klpen":
+            total = penalised_policy_loss(new, old, advantages, self.old_kl_coef)
+        else:
+            assert algo.clip is not None
+            limits = algo.clip, algo.clip_high, algo.dual_clip
+            total = clipped_policy_loss(new - old, advantages, *limits)
+            metrics["clip_fraction"] = clipped(new - old, algo.clip, algo.clip_high)
+        metrics["loss/policy"] = total
+        if critic and algo.vf_coef is not None:
+            values = critic.values(batch, scored.values)[batch.response]
+            value_loss = clipped_value_loss(values, old_values, returns, algo.value_clip)
+            total = total + algo.vf_coef * value_loss
+            metrics["loss/value"] = value_loss
+        if algo.kl_in == "loss" and self.kl_coef > 0:
+            full = scored.kl[batch.response] if scored.kl is not None else None
+            kl_term = kl_loss(algo.kl_estimator, new, old, ref, full)
+            total = total + self.kl_coef * kl_term
+            metrics["loss/kl"] = kl_term
+        if scored.entropy is not None:
+            entropy = scored.entropy[batch.response]
+            total = total - algo.entropy_coef * entropy
+            metrics["loss/entropy"] = entropy
+        return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
+
+    def ptx_loss(self, sequences: list[Tokens]) -> Loss:
+        """Negative log-likelihood of plain text, summed over tokens."""
+        chunk = self._cfg.hardware.logprob_chunk
+        nll = response_nll(self._policy.model, sequences, chunk=chunk)
+        return nll, {"loss/ptx": nll.detach()}
+
+    def steer(self, items: list[Item]) -> Metrics:
+        """Measure KL(old || new) per token after the updates; halve or double old_kl_coef by it."""
+        new = logprobs_of(
+            self._policy.model,
+            [item.tokens for item in items],
+            self._cfg.hardware,
+            self.temperature,
+        )
+        kl = k3(torch.cat([item.old for item in items]), torch.cat(new)).mean().item()
+        found = {"old_kl": kl, "old_kl_coef": self.old_kl_coef}
+        assert self._cfg.algo.old_kl_target is not None
+        self.old_kl_coef = schulman_kl_coef(self.old_kl_coef, kl, self._cfg.algo.old_kl_target)
+        return found
 
 
 def next_kl_coef(kl_coef: float, kl: float, algo: PpoAlgo) -> float:

@@ -1,5 +1,6 @@
 """The policy of a stage with its tokenizer, and the checks that hold wherever one is handed on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def load_role(session: Session, path: str) -> Policy:
 
 
 def check_first_ratio(
-    session: Session, model: nn.Module, rollouts: list[Rollout], temperature: float, kl: float
+    session: Session, model: nn.Module, rollouts: Sequence[Rollout], temperature: float, kl: float
 ) -> None:
     """Before the first update the scored policy is the one that sampled, and the reference.
 

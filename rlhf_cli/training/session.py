@@ -118,18 +118,14 @@ class Session:
         if found is None:
             return {}, {}
         tensors, state = found
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            group, _, rest = name.partition("/")
-            groups.setdefault(group, {})[rest] = value
         for name, network in networks.items():
-            restore(network, groups[name])
-        optimizer.load(groups.get("optimizer", {}), state)
+            restore(network, tensors_of(tensors, name))
+        optimizer.load(tensors_of(tensors, "optimizer"), state)
         self.start = state["step"]
         self.spent = state["seconds"]
         self.checks = state["checks"]
         say(f"resuming after step {self.start}")
-        return state, groups.get("extra", {})
+        return state, tensors_of(tensors, "extra")
 
     # ------------------------------------------------------------------ the end
 
@@ -192,6 +188,12 @@ class Session:
         )
         say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
         return self.out
+
+
+def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `group/`, without that."""
+    start = f"{group}/"
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:

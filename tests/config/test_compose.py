@@ -131,7 +131,7 @@ def test_own_options_inherit_shipped_ones(tmp_path: Path) -> None:
         ("defaults: [ppo, _self_]\nkl_coeff: 0.3\n", "did you mean algo.kl_coef? (in algo/mine"),
         ("defaults: [ppo, _self_]\nkl_coef: high\n", "algo.kl_coef must be a number >= 0"),
         ("defaults: [dpo, _self_]\nbeta: 0.3\n", "algo=mine belongs to `rlhf-cli dpo`"),
-        ("kl_coef: 0.3\n", "ppo needs algo.lr=VALUE"),
+        ("kl_coef: 0.3\n", "ppo needs algo.loss=VALUE"),
         ("kl_coef: [0.3\n", "mine.yaml line 2: not YAML"),
         ("0.3\n", "mine.yaml must hold KEY: VALUE lines"),
     ],

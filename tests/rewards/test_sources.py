@@ -21,7 +21,7 @@ from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.rewards.models import CheckpointReward, ImplicitReward, statistics_of
-from rlhf_cli.rewards.sources import RuleReward, load_reward, scores_with_eos_rule
+from rlhf_cli.rewards.sources import RuleReward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from tests.toys import bpe, hardware_of, llama, run_of, sequences_of
 
@@ -94,13 +94,6 @@ def test_a_rule_scores_the_text() -> None:
     reward = load("regex:a")
     assert isinstance(reward, RuleReward)
     assert reward.score(ROLLOUTS).tolist() == [1, 1, 0, 0, 1]
-
-
-def test_the_missing_eos_rule_replaces_the_score() -> None:
-    """A stop string is an end; max_tokens is none."""
-    reward = load_reward("regex:a", run_of(), bpe(), torch.device("cpu"))
-    assert scores_with_eos_rule(ROLLOUTS, reward, None).tolist() == [1, 1, 0, 0, 1]
-    assert scores_with_eos_rule(ROLLOUTS, reward, -3.0).tolist() == [1, -3, 0, 0, -3]
 
 
 # --------------------------------------------------------------------------- steps and tokens

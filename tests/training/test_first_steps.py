@@ -18,10 +18,10 @@ from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll, scores_of
-from rlhf_cli.rewards.models import statistics_of
+from rlhf_cli.rewards.models import CheckpointReward, statistics_of
 from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.stages import grpo, ppo
-from tests.toys import FROZEN, hardware_of, run_of
+from tests.toys import FROZEN, hardware_of
 from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
@@ -54,6 +54,14 @@ def sft_policy() -> Any:
     return model, Encoder(tokenizer, cfg.data)
 
 
+def critic_start(encoder: Encoder) -> CheckpointReward:
+    """The reward model of the chain."""
+    cfg = compose("ppo", words_of("ppo"))
+    found = load_reward("runs/demo/reward", cfg, encoder.tokenizer, CPU).critic_start
+    assert found is not None
+    return found
+
+
 def logprobs(model: Any, tokens: Tokens) -> Tensor:
     """Of the response, from plain logits at the sampling temperature: (n, V)."""
     ids = torch.tensor([tokens.prompt + tokens.response])
@@ -68,18 +76,18 @@ def taken(model: Any, tokens: Tokens) -> Tensor:
 
 
 class Spy:
-    """Records the arguments and the result of a stage's `collect`."""
+    """Records the experience that a function of a stage is given, and what it makes of it."""
 
-    def __init__(self, stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[tuple[Any, ...], Any]] = []
-        collect = stage.collect
+    def __init__(self, stage: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, Any]] = []
+        function = getattr(stage, name)
 
-        def spying(*args: Any) -> Any:
-            result = collect(*args)
-            self.calls.append((args, result))
+        def spying(found: Any, *args: Any) -> Any:
+            result = function(found, *args)
+            self.calls.append((found, result))
             return result
 
-        monkeypatch.setattr(stage, "collect", spying)
+        monkeypatch.setattr(stage, name, spying)
 
 
 def test_sft_divides_by_the_tokens_of_the_whole_step(tmp_path: Path) -> None:
@@ -96,7 +104,7 @@ def test_sft_divides_by_the_tokens_of_the_whole_step(tmp_path: Path) -> None:
 
 def test_scores_are_centred_on_the_demonstrations() -> None:
     _, encoder = sft_policy()
-    reward: Any = load_reward("runs/demo/reward", run_of(), encoder.tokenizer, CPU).terms[0].source
+    reward = critic_start(encoder)
     sequences = encoder.demonstrations(read_split(encoder.data, Demonstration).train)
     raw = scores_of(reward.model, sequences, hardware_of()).double()
     mean, std = statistics_of("runs/demo/reward")
@@ -114,8 +122,8 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return drawn
 
     monkeypatch.setattr(ppo, "draw", drawing)
-    spy = Spy(ppo, monkeypatch)
-    words = [*ONE_UPDATE, f"algo.whiten_advantages={str(whiten).lower()}"]
+    spy = Spy(ppo, "advantages_of", monkeypatch)
+    words = [*ONE_UPDATE, f"algo.normalise_advantages={'batch' if whiten else 'none'}"]
     coefficients = [
         *("algo.gamma=0.9", "algo.lam=0.8", "algo.vf_coef=0.3", "algo.entropy_coef=0.7"),
         *("algo.ptx_coef=0.4", "algo.kl_coef=0.6", "algo.kl_controller=fixed"),
@@ -123,15 +131,17 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     entries = run("ppo", tmp_path / "out", *words, *coefficients)
     start, encoder = sft_policy()
-    reward: Any = load_reward("runs/demo/reward", run_of(), encoder.tokenizer, CPU).terms[0].source
+    reward = critic_start(encoder)
 
-    for step, (args, (experience, _, _)) in enumerate(spy.calls):
-        rollouts, scores = args[0], args[1]
+    for step, (seen, experience) in enumerate(spy.calls):
+        rollouts, scores = seen.rollouts, seen.rewards.total
         found = []
         for rollout, score, item in zip(rollouts, scores.tolist(), experience, strict=True):
             length = len(rollout.tokens.response)
             # the score of the checkpoint, or the missing-EOS rule
-            scored = reward.score([rollout]).item() if rollout.finish == "eos" else -2.0
+            raw = scores_of(reward.model, [rollout.tokens], hardware_of())
+            ended = rollout.finish == "eos"
+            scored = ((raw - reward.mean) / reward.std).item() if ended else -2.0
             assert score == pytest.approx(scored, abs=1e-5)
             if step == 0:  # the critic is the reward model still: V of each state is its score
                 states = [
@@ -170,29 +180,32 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         if step == 0:
             full = torch.cat([logprobs(start, rollout.tokens) for rollout in rollouts])
             entropy = -(full.exp() * full).sum(-1).mean().item()
-            assert entry["entropy"] == pytest.approx(entropy, rel=1e-4)
+            assert entry["loss/entropy"] == pytest.approx(entropy, rel=1e-4)
+            sampled = torch.cat([taken(start, rollout.tokens) for rollout in rollouts])
+            assert entry["entropy"] == pytest.approx(-sampled.mean().item(), rel=1e-4)
             nll = mean_nll(start, texts[0], hardware_of())
             assert entry["loss/ptx"] == pytest.approx(nll, rel=1e-4)
-        total = entry["loss/policy"] + 0.3 * entry["loss/value"] - 0.7 * entry["entropy"]
+        total = entry["loss/policy"] + 0.3 * entry["loss/value"] - 0.7 * entry["loss/entropy"]
         assert entry["loss"] == pytest.approx(total + 0.4 * entry["loss/ptx"], abs=1e-4)
     assert entries[1]["kl"] > 1e-4  # the second iteration had something to pay
 
 
 def test_a_step_of_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(grpo, monkeypatch)
+    spy = Spy(grpo, "items_of", monkeypatch)
     words = [*ONE_UPDATE, "algo.group_size=4", "algo.kl_coef=0.5", "algo.missing_eos_reward=null"]
     entries = run("grpo", tmp_path / "out", *words)
     start, _ = sft_policy()
-    for step, (args, (groups, _, _)) in enumerate(spy.calls):
-        rollouts, scores = args[0], args[1].tolist()
+    for step, (seen, groups) in enumerate(spy.calls):
+        rollouts, scores = seen.rollouts, seen.rewards.total.tolist()
         assert [len(group) for group in groups] == [4] * 8
         assert scores == [float("a" in rollout.text) for rollout in rollouts]
         terms = []
         for place, group in enumerate(groups):
             rewards = torch.tensor(scores[4 * place : 4 * place + 4])
             expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-            ours = torch.tensor([item.advantage for item in group])
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+            for item, worth in zip(group, expected, strict=True):  # the same at every token
+                everywhere = worth.expand(len(item.tokens.response))
+                torch.testing.assert_close(item.advantages, everywhere, rtol=1e-4, atol=1e-5)
             asked = {tuple(item.tokens.prompt) for item in group}
             assert len(asked) == 1  # one prompt to a group
             for item in group:

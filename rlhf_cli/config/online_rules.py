@@ -1,0 +1,206 @@
+"""Rules between the keys of ppo and grpo: which combinations of switches are sound, and why not."""
+
+from collections.abc import Callable, Iterator
+
+from rlhf_cli.config.schema import Grpo, Ppo, Run
+
+Online = Ppo | Grpo
+
+# The limit of each alarm, and whether it reads evaluations on held-out prompts.
+ALARMS = {
+    "kl": "max_kl",
+    "reward": "target_reward",
+    "entropy": "min_entropy",
+    "length": "max_length_drift",
+    "repetition": "max_repetition",
+    "truncated": "max_truncated",
+    "overoptimised": "overoptimised",
+}
+_UNSOUND_IN_REWARD = {
+    "k2": "its mean is not the KL",
+    "k3": "its mean is the KL, but no gradient flows through a reward and half of its own is lost",
+    "weighted_k3": "its weight only acts through its gradient, and none flows through a reward",
+    "full": "no gradient flows through a reward, so the KL at a token's own position is lost",
+}
+
+
+def batches(cfg: Online) -> Iterator[str]:
+    """Minibatches fill the batch."""
+    if cfg.algo.batch_size % cfg.algo.minibatch_size:
+        yield (
+            f"algo.minibatch_size={cfg.algo.minibatch_size} must divide "
+            f"algo.batch_size={cfg.algo.batch_size}"
+        )
+
+
+def kl(cfg: Online) -> Iterator[str]:
+    """Every estimator stands where its gradient means something."""
+    algo = cfg.algo
+    estimator = algo.kl_estimator
+    if algo.kl_in == "reward" and estimator in _UNSOUND_IN_REWARD:
+        yield (
+            f"algo.kl_estimator={estimator} does not belong in the reward: "
+            f"{_UNSOUND_IN_REWARD[estimator]}; take k1 there, or algo.kl_in=loss"
+        )
+    if algo.kl_in == "loss" and estimator == "k1":
+        yield (
+            "algo.kl_estimator=k1 does not belong in the loss: its expected gradient is 0, so it "
+            "holds nothing back; take full, weighted_k3 or k2, or algo.kl_in=reward"
+        )
+    if algo.kl_coef_end is not None and isinstance(cfg, Ppo) and cfg.algo.kl_controller != "fixed":
+        yield f"algo.kl_coef_end and algo.kl_controller={cfg.algo.kl_controller} both set kl_coef"
+    if isinstance(cfg, Grpo) and cfg.algo.refresh_reference is not None and algo.kl_coef == 0:
+        yield "algo.refresh_reference moves what the KL is measured to, but algo.kl_coef=0"
+
+
+def kl_controller(cfg: Online) -> Iterator[str]:
+    """A controller has its target, and nothing that another one reads."""
+    if not isinstance(cfg, Ppo):
+        return
+    algo = cfg.algo
+    if algo.kl_controller == "fixed":
+        for name in ("kl_target", "kl_horizon"):
+            if getattr(algo, name) is not None:
+                yield (
+                    f"algo.{name} is not used by algo.kl_controller=fixed; "
+                    f"set it to null or take algo=ppo_adaptive"
+                )
+    elif algo.kl_coef == 0:
+        yield "a kl_controller multiplies algo.kl_coef, so it must start above 0"
+    elif algo.kl_target is None:
+        yield f"algo.kl_controller={algo.kl_controller} needs algo.kl_target, in nats per response"
+    elif algo.kl_controller == "ziegler" and algo.kl_horizon is None:
+        yield "algo.kl_controller=ziegler needs algo.kl_horizon, in rollouts"
+    elif algo.kl_controller == "schulman" and algo.kl_horizon is not None:
+        yield "algo.kl_horizon is used by algo.kl_controller=ziegler only; set it to null"
+
+
+def ratios(cfg: Online) -> Iterator[str]:
+    """Clips stand where there is a ratio to clip, and a loss without one learns once."""
+    algo = cfg.algo
+    loss = algo.loss
+    if loss in ("clip", "sequence_clip") and algo.clip is None:
+        yield f"algo.loss={loss} needs algo.clip"
+    if loss == "cispo" and algo.clip_high is None:
+        yield "algo.loss=cispo needs algo.clip_high"
+    reads = {"clip": ("clip", "sequence_clip", "cispo"), "dual_clip": ("clip",)}
+    reads["clip_high"] = reads["clip"]
+    for name, losses in reads.items():
+        if getattr(algo, name) is not None and loss not in losses:
+            yield f"algo.{name} is not used by algo.loss={loss}; set it to null"
+    if loss == "policy_gradient" and (algo.epochs, algo.minibatch_size) != (1, algo.batch_size):
+        yield (
+            "algo.loss=policy_gradient has no ratio to correct for older rollouts: it needs "
+            f"algo.epochs=1 and algo.minibatch_size={algo.batch_size}, the whole batch"
+        )
+    if isinstance(cfg, Ppo):
+        for name in ("old_kl_coef", "old_kl_target"):
+            if (loss == "klpen") != (getattr(cfg.algo, name) is not None):
+                words = "needs" if loss == "klpen" else "does not use"
+                yield f"algo.loss={loss} {words} algo.{name}; see algo=ppo_klpen"
+    elif loss == "sequence_clip" and cfg.algo.aggregate != "response_mean":
+        yield (
+            f"algo.loss=sequence_clip has one ratio per response: algo.aggregate=response_mean "
+            f"gives each the same weight, {cfg.algo.aggregate} does not"
+        )
+
+
+def critic(cfg: Online) -> Iterator[str]:
+    """The keys of a critic are given with one, and only then."""
+    if not isinstance(cfg, Ppo):
+        return
+    needed = ("critic", "value_lr", "vf_coef", "lam")
+    for name in (*needed, "value_clip"):
+        given = getattr(cfg.algo, name) is not None
+        if cfg.algo.baseline == "critic" and not given and name in needed:
+            yield f"algo.baseline=critic needs algo.{name}; algo=ppo brings a value"
+        if cfg.algo.baseline != "critic" and given:
+            yield (
+                f"algo.{name} is read by a critic, but algo.baseline={cfg.algo.baseline}; set it "
+                "to null"
+            )
+
+
+def groups(cfg: Online) -> Iterator[str]:
+    """Baseline, normalisation and supervision of groups fit each other."""
+    if not isinstance(cfg, Grpo):
+        return
+    algo = cfg.algo
+    if algo.group_size == 1 and algo.baseline != "none":
+        yield f"algo.baseline={algo.baseline} compares within a group, but algo.group_size=1"
+    if algo.group_size == 1 and algo.refills:
+        yield f"algo.refills={algo.refills} looks for unequal rewards, but algo.group_size=1"
+    if algo.normalise_advantages == "group" and algo.baseline != "group_mean":
+        yield (
+            "algo.normalise_advantages=group divides by the deviation from the group's mean: it "
+            f"needs algo.baseline=group_mean, got {algo.baseline}"
+        )
+    if algo.supervision == "process":
+        if algo.baseline != "group_mean" or algo.normalise_advantages == "batch":
+            yield (
+                "algo.supervision=process normalises over the steps of a group: it needs "
+                "algo.baseline=group_mean and algo.normalise_advantages=group or none"
+            )
+        if algo.kl_in == "reward" and algo.kl_coef > 0:
+            yield "algo.supervision=process has rewards of steps, not tokens: take algo.kl_in=loss"
+
+
+def responses(cfg: Online) -> Iterator[str]:
+    """What is said of responses that never ended does not contradict itself."""
+    algo = cfg.algo
+    if algo.supervision == "process" and algo.missing_eos_reward is not None:
+        yield (
+            "algo.missing_eos_reward replaces the score of a whole response, but "
+            "algo.supervision=process; set it to null, algo.missing_eos_penalty is subtracted"
+        )
+    if algo.missing_eos_reward is not None and algo.missing_eos_penalty:
+        yield "algo.missing_eos_reward replaces what algo.missing_eos_penalty lowers; give one"
+    if algo.mask_truncated and (algo.missing_eos_reward is not None or algo.missing_eos_penalty):
+        yield (
+            "algo.mask_truncated=true learns nothing from responses that never ended; set "
+            "algo.missing_eos_reward=null and algo.missing_eos_penalty=0"
+        )
+    if algo.overlong_tokens is not None and algo.overlong_tokens > algo.max_tokens:
+        yield (
+            f"algo.overlong_tokens={algo.overlong_tokens} exceeds algo.max_tokens={algo.max_tokens}"
+        )
+
+
+def watching(cfg: Online) -> Iterator[str]:
+    """Evaluations, alarms and the weights that are kept have what they read."""
+    algo = cfg.algo
+    if cfg.gold is not None and algo.eval_every is None:
+        yield f"gold={cfg.gold} is measured in evaluations: set algo.eval_every"
+    if algo.keep.startswith("eval/") and algo.eval_every is None:
+        yield f"algo.keep={algo.keep} is measured in evaluations: set algo.eval_every"
+    if algo.keep == "eval/gold" and cfg.gold is None:
+        yield "algo.keep=eval/gold needs gold=..., a judge that is never trained on"
+    if algo.keep in ("reward", "rlhf_reward") and algo.ema_decay is not None:
+        yield (
+            f"algo.keep={algo.keep} is measured on samples of the weights in training, but "
+            "algo.ema_decay writes their average; take algo.keep=eval/reward"
+        )
+    if algo.overoptimised is not None and (cfg.gold is None or algo.eval_every is None):
+        yield "algo.overoptimised compares reward and gold in evaluations: give gold and eval_every"
+    for alarm in algo.stop_on:
+        if getattr(algo, ALARMS[alarm]) is None:
+            yield f"algo.stop_on names {alarm}, but its limit algo.{ALARMS[alarm]} is null"
+
+
+_ONLINE: tuple[Callable[[Online], Iterator[str]], ...] = (
+    batches,
+    kl,
+    kl_controller,
+    ratios,
+    critic,
+    groups,
+    responses,
+    watching,
+)
+
+
+def online(cfg: Run) -> Iterator[str]:
+    """Complaints about a config of ppo or grpo."""
+    if isinstance(cfg, Ppo | Grpo):
+        for rule in _ONLINE:
+            yield from rule(cfg)

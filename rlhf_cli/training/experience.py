@@ -1,0 +1,195 @@
+"""A batch of rollouts with all that is known of it before it is learnt from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.config.schema import Grpo, Hardware, Ppo
+from rlhf_cli.data.batches import derived_seed
+from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.models.forward import matmul_in_float32
+from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.objectives.kl import k1
+from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.reporting.samples import known_or_none
+from rlhf_cli.rewards.rules import repeated_share
+from rlhf_cli.rewards.shaping import Shaped, shape
+from rlhf_cli.rewards.sources import Reward, Scores
+from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.training.optimize import Metrics, mean_metrics
+from rlhf_cli.training.roles import Policy
+from rlhf_cli.training.watch import Written
+
+Figures = list[float | None]
+REPEATED_TOKENS = 4  # an n-gram that comes again counts as repetition
+
+
+@dataclass
+class Experience:
+    """Rollouts, their rewards and their log-probs, all in one order.
+
+    old, reference: per rollout (len(response),) log-probs of its tokens, under the policy that
+        sampled them and under the reference, at the sampling temperature.
+    kls: (B,) log pi(y|x) - log ref(y|x) of each response.
+    """
+
+    rollouts: Sequence[Rollout]
+    scores: Scores
+    rewards: Shaped
+    old: list[Tensor]
+    reference: list[Tensor]
+    kls: Tensor
+
+    def metrics(self, kl_coef: float) -> Metrics:
+        """Means over the batch; rewards over the responses that have one."""
+        rewards = self.rewards.total
+        scored = ~rewards.isnan()
+        lengths = [len(rollout.tokens.response) for rollout in self.rollouts]
+        repeated = [
+            repeated_share(rollout.tokens.response, REPEATED_TOKENS) for rollout in self.rollouts
+        ]
+        return {
+            "reward": rewards[scored].mean().item() if scored.any() else 0.0,
+            "reward_std": rewards[scored].std(correction=0).item() if scored.any() else 0.0,
+            "unscored": (~scored).float().mean().item(),
+            "kl": self.kls.mean().item(),
+            "rlhf_reward": (rewards - kl_coef * self.kls)[scored].nanmean().item(),
+            "entropy": -torch.cat(self.old).mean().item(),  # -log p of samples has it as its mean
+            "length": sum(lengths) / len(lengths),
+            "ended": sum(rollout.ended for rollout in self.rollouts) / len(self.rollouts),
+            "repetition": sum(repeated) / len(repeated),
+        }
+
+    def shown(self) -> tuple[Sequence[Rollout], Figures, dict[str, Figures], list[float]]:
+        """What a table of samples shows: rollouts, rewards, their parts if several, and KLs."""
+        parts = self.scores.parts if len(self.scores.parts) > 1 else {}
+        columns = {name: known_or_none(part) for name, part in parts.items()}
+        return self.rollouts, known_or_none(self.rewards.total), columns, self.kls.tolist()
+
+    def groups(self, picked: Sequence[int], size: int) -> "Experience":
+        """The responses of some groups of `size`; their scores are those of the whole batch."""
+        places = [group * size + i for group in picked for i in range(size)]
+        rewards = self.rewards
+        steps = None if rewards.steps is None else [rewards.steps[i] for i in places]
+        ends = None if rewards.ends is None else [rewards.ends[i] for i in places]
+        return replace(
+            self,
+            rollouts=[self.rollouts[i] for i in places],
+            rewards=Shaped(rewards.total[places], steps, ends),
+            old=[self.old[i] for i in places],
+            reference=[self.reference[i] for i in places],
+            kls=self.kls[places],
+        )
+
+    def joined(self, other: "Experience") -> "Experience":
+        """These responses, then the other ones."""
+        ours, theirs = self.rewards, other.rewards
+        steps = ours.steps + theirs.steps if ours.steps is not None and theirs.steps else ours.steps
+        ends = ours.ends + theirs.ends if ours.ends is not None and theirs.ends else ours.ends
+        return replace(
+            self,
+            rollouts=[*self.rollouts, *other.rollouts],
+            rewards=Shaped(torch.cat([ours.total, theirs.total]), steps, ends),
+            old=self.old + other.old,
+            reference=self.reference + other.reference,
+            kls=torch.cat([self.kls, other.kls]),
+        )
+
+    def learnable(self, mask_truncated: bool) -> list[bool]:
+        """Which responses have a reward and, where truncated ones are masked, came to an end."""
+        scored = (~self.rewards.total.isnan()).tolist()
+        return [
+            has and (rollout.ended or not mask_truncated)
+            for has, rollout in zip(scored, self.rollouts, strict=True)
+        ]
+
+
+def measure(
+    rollouts: Sequence[Rollout],
+    policy: Policy,
+    reference: Reference,
+    reward: Reward,
+    cfg: Ppo | Grpo,
+    temperature: float,
+    running: RunningMoments,
+) -> Experience:
+    """Score rollouts of the policy as it is now, and compare them with the reference.
+
+    Args:
+        running: moments of scores so far, for algo.scale_rewards.
+    """
+    scores = reward.score(rollouts, by_step=cfg.algo.supervision == "process")
+    rewards = shape(scores, rollouts, cfg.algo, running)
+    sequences = [rollout.tokens for rollout in rollouts]
+    old = old_logprobs(policy, rollouts, cfg.hardware, temperature)
+    with reference.active() as frozen:
+        ref = logprobs_of(frozen, sequences, cfg.hardware, temperature)
+    kls = [k1(ours, theirs).sum() for ours, theirs in zip(old, ref, strict=True)]
+    return Experience(rollouts, scores, rewards, old, ref, torch.stack(kls))
+
+
+def old_logprobs(
+    policy: Policy, rollouts: Sequence[Rollout], hardware: Hardware, temperature: float
+) -> list[Tensor]:
+    """(len(response),) log-probs of each rollout under the policy that sampled it.
+
+    Those that sampling kept, where it computes as training does; in bfloat16 a cached pass rounds
+    otherwise than a whole one, and the first ratio would not be 1: there they are scored anew.
+    """
+    if matmul_in_float32(policy.model):
+        return [torch.tensor(rollout.logprobs) for rollout in rollouts]
+    sequences = [rollout.tokens for rollout in rollouts]
+    return logprobs_of(policy.model, sequences, hardware, temperature)
+
+
+def held_out_metrics(
+    prompts: list[tuple[Prompt, list[int]]],
+    policy: Policy,
+    reference: Reference,
+    reward: Reward,
+    gold: Reward | None,
+    written: Written,
+    cfg: Ppo | Grpo,
+) -> Metrics:
+    """eval/reward, eval/gold, eval/kl, eval/length of the weights that would be written now.
+
+    The noise of sampling is the same in every evaluation, so that they differ by the weights.
+    """
+    algo = cfg.algo
+    with written.in_place():
+        rollouts = sample_rollouts(
+            policy.model,
+            policy.encoder,
+            prompts,
+            Sampling(algo.max_tokens, algo.temperature),
+            samples=1,
+            seed=derived_seed(cfg.seed, "evaluation"),
+            stop_ids=policy.stop_ids,
+            hardware=cfg.hardware,
+        )
+        found = measure(
+            rollouts, policy, reference, reward, cfg, algo.temperature, RunningMoments()
+        )
+    metrics = {
+        "eval/reward": found.scores.total.nanmean().item(),
+        "eval/kl": found.kls.mean().item(),
+        "eval/length": sum(len(rollout.tokens.response) for rollout in rollouts) / len(rollouts),
+    }
+    if gold is not None:
+        metrics["eval/gold"] = gold.score(rollouts).total.nanmean().item()
+    return metrics
+
+
+def update_metrics(updates: list[Metrics]) -> Metrics:
+    """Means over the updates of an iteration; sampling_gap as the first found it.
+
+    Before the first update the policy is still the one that sampled, so that the mean of
+    |log pi - log pi_old| there is what sampling and training compute differently.
+    """
+    if not updates:
+        return {}
+    return {**mean_metrics(updates), "sampling_gap": updates[0]["sampling_gap"]}
