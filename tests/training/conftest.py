@@ -10,6 +10,12 @@ import pytest
 from rlhf_cli.config.compose import compose
 from tests.training.tiny import WORDS, rows_of, words_of
 
+STEP_JUDGE = """
+def short(prompts, steps):
+    return [[1.0 if len(step) < 3 else None if "o" in step else 0.0 for step in own]
+            for own in steps]
+"""
+
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -18,6 +24,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file, content in rows_of().items():
         lines = "".join(json.dumps(row) + "\n" for row in content)
         (folder / f"{file}.jsonl").write_text(lines)
+    (folder / "steps.py").write_text(STEP_JUDGE)
     with contextlib.chdir(folder):
         for stage, more in (
             ("sft", ["algo.epochs=8", "algo.max_steps=null"]),
