@@ -114,7 +114,8 @@ class UserFunction:
     def _concurrently(self, calls: list[Call], names: list[str]) -> list[Any]:
         """A call for each, CONCURRENT at once, each with the time limit."""
         late = NoReward(f"no answer within {self.timeout:g} s (reward_timeout)")
-        answers: list[Any] = [late] * len(calls)
+        stuck = NoReward("no answer, for a call blocks the event loop (it must await what it waits for)")
+        answers: list[Any] = [stuck] * len(calls)
 
         async def one(place: int, gate: asyncio.Semaphore) -> None:
             call = calls[place]
@@ -135,7 +136,7 @@ class UserFunction:
             asyncio.run_coroutine_threadsafe(every(), self._loop).result(
                 rounds * self.timeout + 1.0
             )
-        except TimeoutError:  # a call blocks the loop, so that no limit of its own can end it
+        except TimeoutError:  # nothing within a blocked loop can end it
             self._loop = None
         return list(answers)
 

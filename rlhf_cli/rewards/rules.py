@@ -20,7 +20,7 @@ from rlhf_cli.rewards.answers import close_answer, exact_answer, math_answer, qu
 Score = Callable[[Prompt, str], float | None]
 """The reward of a response to a row; None where the rule does not apply."""
 
-WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*")  # of a lexicon: don't and well-known are one word
+WORD = re.compile(r"\w+(?:[-']\w+)*")  # of a lexicon: don't and well-known are one word
 TAG = re.compile(r"[A-Za-z][\w-]*")
 
 
@@ -91,10 +91,15 @@ def _lexicon(argument: str) -> Score:
     weights = read_lexicon(Path(argument))
 
     def score(row: Prompt, response: str) -> float:
-        words = WORD.findall(response.casefold())
+        words = WORD.findall(plain(response))
         return sum(weights.get(word, 0.0) for word in words) / max(len(words), 1)
 
     return score
+
+
+def plain(text: str) -> str:
+    """In lower case, with straight apostrophes."""
+    return text.casefold().replace("\u2019", "'")
 
 
 def read_lexicon(file: Path) -> dict[str, float]:
@@ -116,7 +121,7 @@ def read_lexicon(file: Path) -> dict[str, float]:
         if not line.strip() or line.startswith("#"):
             continue
         word, _, weight = (part.strip() for part in line.partition("\t"))
-        word = word.casefold()
+        word = plain(word)
         value = _float(weight or "1")
         if value is None:
             raise UserError(f"{file} line {place}: {weight!r} is no weight")

@@ -403,6 +403,29 @@ RULES: dict[str, Case] = {
         f"grpo {ROWS} reward=exact_answer:x",
         ["exact_answer takes no argument, got 'x'"],
     ),
+    "a tolerance for text": (
+        rows({"prompt": "Where?", "answer": "Paris"}, {"prompt": "And?", "answer": "Rome"}),
+        f"grpo {OWN} data.eval_rows=1 reward=numeric_answer:0.1",
+        ["own.jsonl:", "needs a number in column 'answer', got"],
+    ),
+    "a lexicon without weights": (
+        write("words.txt", "good\tvery\n"),
+        f"{PPO} reward=lexicon:words.txt",
+        ["words.txt line 1: 'very' is no weight"],
+    ),
+    "a weight that is none": (as_it_is, f"{PPO} reward=x*json", ["'x' is no weight"]),
+    "no function file": (as_it_is, f"{PPO} reward=a.py:f", ["no such file: a.py"]),
+    "no function": (
+        write("a.py", "raise RuntimeError('never imported')\n\ndef g(prompts, responses): ...\n"),
+        f"{PPO} reward=0.5*a.py:f",
+        ["reward=a.py:f: a.py defines no function f (functions: g)"],
+    ),
+    "a function's column": (
+        write("a.py", "def f(prompts, responses, answer): ...\n"),
+        f"{PPO} reward=a.py:f",
+        ["rows.jsonl:", "reward=a.py:f needs a column 'answer'; found prompt"],
+    ),
+    "no time for a function": (as_it_is, f"{PPO} reward_timeout=0", ["reward_timeout", "above 0"]),
     "nothing to judge by": (
         as_it_is,
         f"evaluate {ROWS} policy={POLICY} reward=null gold=null",
@@ -449,18 +472,13 @@ FOLDERS: dict[str, Case] = {
         f"{PPO} reward={POLICY}",
         [
             f"reward={POLICY} is a policy; reward needs a reward output, a dpo output with",
-            "or a rule",
+            "a rule, or file.py:function",
         ],
     ),
     "a foreign reward model for a policy": (
         gone("runs/demo/reward/stage.json", "runs/demo/reward/config.yaml"),
         f"dpo {ROWS} policy=runs/demo/reward",
         ["policy=runs/demo/reward is a reward model"],
-    ),
-    "another tokenizer": (
-        replaced("runs/demo/reward/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
-        PPO,
-        [f"reward=runs/demo/reward has another tokenizer than policy={POLICY}"],
     ),
     "another tokenizer for a reference": (
         both(
@@ -494,12 +512,6 @@ FOLDERS: dict[str, Case] = {
         as_it_is,
         f"{SFT} out=new select_by=reward reward={POLICY}",
         [f"reward={POLICY} is a policy; reward needs"],
-    ),
-    "a chooser of another tokenizer": (
-        replaced("runs/demo/reward/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
-        f"sft {ROWS} out=new model=pretrained model.path={POLICY} select_by=reward "
-        "reward=runs/demo/reward",
-        [f"reward=runs/demo/reward has another tokenizer than model.path={POLICY}"],
     ),
     "no weights": (
         gone(f"{POLICY}/model.safetensors"),

@@ -1,50 +1,12 @@
 """Rules by example."""
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.rewards.answers import exact_answer, final_answer, number_of
-from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, rule_of
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "score"),
-    [
-        ("3 + 4 = 7\n#### 7", "7", 1),
-        ("#### 1,234", "1234", 1),
-        ("#### 1234", "1,234", 1),
-        ("#### $5.50", "5.5", 1),
-        ("#### -3", "-3", 1),
-        ("#### 7.", "7", 1),
-        ("#### 12 then #### 13", "13", 1),  # the last one counts
-        ("#### 7\nand 8 more", "7", 1),
-        ("#### \n 7", "7", 1),
-        ("####", "7", 0),
-        ("7 is the answer #### 8", "7", 0),
-        ("I think it is 7", "7", 1),  # no ####: the last number
-        ("7 or rather 9.", "9", 1),
-        ("it costs 1,000.50 coins", "1000.5", 1),
-        ("70", "7", 0),
-        ("-7", "7", 0),
-        ("no idea", "7", 0),
-        ("", "7", 0),
-        ("#### Paris ", "paris", 1),
-        ("#### ", "", 0),  # nothing is no answer
-    ],
-)
-def test_exact_answer(response: str, answer: str, score: float) -> None:
-    assert exact_answer(Prompt("q", {"answer": answer}), response) == score
-
-
-def test_a_number_as_the_answer_column() -> None:
-    assert exact_answer(Prompt("q", {"answer": 7}), "#### 7.0") == 1
-
-
-def test_pieces_of_an_answer() -> None:
-    assert final_answer("a 1 b 2 c") == "2"
-    assert number_of("$1,234.5.") == 1234.5
-    assert number_of("two") is None and number_of("") is None and number_of("1e5x") is None
+from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, is_rule, read_lexicon, rule_of
 
 
 def score(spec: str, response: str, prompt: str = "q") -> float:
@@ -69,6 +31,34 @@ def score(spec: str, response: str, prompt: str = "q") -> float:
         ("length:4", "one two three four five", 0.75),
         ("length:4", "", 0.0),
         ("length:2", "a b c d e f g h", 0.0),
+        ("repetition:1", "a b c", 0.0),
+        ("repetition:1", "a A a a", 0.75),  # one of four is new
+        ("repetition:2", "a b a b a", 0.5),  # ab ba ab ba
+        ("repetition:3", "a b", 0.0),  # too short for any
+        ("repetition:3", "", 0.0),
+        ("json", ' {"a": [1, 2.5e3, null]}\n', 1.0),
+        ("json", "3", 1.0),
+        ("json", "[1, 2", 0.0),
+        ("json", "{'a': 1}", 0.0),
+        ("json", 'Here: {"a": 1}', 0.0),
+        ("json", '```json\n{"a": 1}\n```', 0.0),
+        ("json", '{"a": NaN}', 0.0),  # Python's, not JSON's
+        ("json", "1" * 5000, 1.0),
+        ("json", "[" * 100_000, 0.0),
+        ("json", "", 0.0),
+        ("json:a|b", '{"a": 1, "b": 2, "c": 3}', 1.0),
+        ("json:a|b", '{"a": {"b": 2}}', 0.0),
+        ("json:a", '["a"]', 0.0),
+        ("tags:think|answer", "<think>a\nb</think>\n<answer>c</answer>\n", 1.0),
+        ("tags:think|answer", "<think></think><answer></answer>", 1.0),
+        ("tags:think|answer", "<answer>c</answer><think>a</think>", 0.0),
+        ("tags:think|answer", "<think>a</think>", 0.0),
+        ("tags:think|answer", "<think>a<answer>c</answer></think>", 0.0),
+        ("tags:think|answer", "<think>a</think> so <answer>c</answer>", 0.0),
+        ("tags:think|answer", "<think>a</think><answer>c</answer> bye", 0.0),
+        ("tags:think|answer", "<think><think>a</think><answer>c</answer>", 0.0),
+        ("tags:think|answer", "<think>a</think><answer>c</answer><answer>d</answer>", 0.0),
+        ("tags:a", "<a>x</a>", 1.0),
     ],
 )
 def test_rules_with_an_argument(spec: str, response: str, expected: float) -> None:
@@ -95,6 +85,18 @@ def test_demo_gold_scores_the_demos_prompts_only() -> None:
         ("length:few", "length needs a number"),
         ("length:0", "length needs a number"),
         ("exact_answer:7", "takes no argument, got '7'"),
+        ("math_answer:7", "takes no argument, got '7'"),
+        ("repetition:0", "repetition needs the length of a run"),
+        ("repetition:", "repetition needs the length of a run"),
+        ("json:|", "json takes keys"),
+        ("tags:", "tags needs names"),
+        ("tags:a|a", "tags needs names"),
+        ("tags:<a>", "tags needs names"),
+        ("numeric_answer:", "needs a tolerance"),
+        ("numeric_answer:-1", "needs a tolerance"),
+        ("numeric_answer:nan", "needs a tolerance"),
+        ("lexicon:", "no such text file"),
+        ("lexicon:nowhere.txt", "lexicon:nowhere.txt: no such text file"),
     ],
 )
 def test_a_bad_argument_is_named(spec: str, said: str) -> None:
@@ -104,14 +106,19 @@ def test_a_bad_argument_is_named(spec: str, said: str) -> None:
 
 @pytest.mark.parametrize("spec", ["runs/demo/reward", "owner/name", "exact_answers", "C:/x"])
 def test_what_is_no_rule_is_a_model(spec: str) -> None:
-    assert rule_of(spec) is None
+    assert rule_of(spec) is None and not is_rule(spec)
 
 
-def test_every_rule_says_what_it_means() -> None:
+def test_every_rule_says_what_it_means(tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("good\n")
+    arguments = {"tags": "a", "lexicon": str(tmp_path / "words")}
     for name in RULE_NAMES:
-        rule = rule_of(name.replace("...", "1"))
-        assert rule is not None
-        assert rule.spec == name.replace("...", "1")
+        plain = name.removesuffix(":...")
+        spec = name.replace("...", arguments.get(plain, "1"))
+        rule = rule_of(spec)
+        assert rule is not None and is_rule(spec)
+        assert rule.spec == spec
+        assert len(rule.meaning) > 20 and "\n" not in rule.meaning, name
 
 
 def test_rows_must_have_the_column_that_a_rule_reads() -> None:
@@ -120,3 +127,49 @@ def test_rows_must_have_the_column_that_a_rule_reads() -> None:
     check_columns(rule, [Prompt("q", {"answer": "1"})])
     with pytest.raises(UserError, match="f:2: .* needs a column 'answer'; found prompt, solution"):
         check_columns(rule, [Prompt("q", {"answer": "1"}), Prompt("q", {"solution": 1}, "f:2")])
+
+
+def test_a_tolerance_needs_numbers_to_compare_with() -> None:
+    rule = rule_of("numeric_answer:0.1")
+    assert rule is not None
+    check_columns(rule, [Prompt("q", {"answer": "$1,000"}), Prompt("q", {"answer": 7})])
+    with pytest.raises(UserError, match="f:1: .* needs a number in column 'answer', got 'Paris'"):
+        check_columns(rule, [Prompt("q", {"answer": "Paris"}, "f:1")])
+    assert rule.score(Prompt("q", {"answer": 100}), "#### 110") == 1
+    assert rule.score(Prompt("q", {"answer": 100}), "#### 111") == 0
+
+
+# --------------------------------------------------------------------------- lexicons
+
+
+def test_a_lexicon_weighs_words(tmp_path: Path) -> None:
+    file = tmp_path / "words.tsv"
+    file.write_text("# moods\nGood\t2\n\nbad\t-1.5\nfine\ndon't\t-1\nwell-known\t0.5\n")
+    rule = rule_of(f"lexicon:{file}")
+    assert rule is not None
+
+    def of(text: str) -> float | None:
+        return rule.score(Prompt("q"), text)
+
+    assert of("good, GOOD and bad!") == pytest.approx((2 + 2 - 1.5) / 4)  # `and` weighs 0
+    assert of("a fine day") == pytest.approx(1 / 3)
+    assert of("don't") == -1 and of("Don\u2019t") == -1  # either apostrophe
+    assert of("a well-known goodness") == pytest.approx(0.5 / 3)
+    assert of("") == 0 and of("...") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("good\nbad\tvery\n", "line 2: 'very' is no weight"),
+        ("good\tinf\n", "line 1: 'inf' is no weight"),
+        ("so so\t1\n", "line 1: 'so so' is not one word"),
+        ("good\n\nGOOD\t2\n", "line 3: 'good' is there already"),
+        ("# nothing\n", "the file holds no words"),
+    ],
+)
+def test_a_lexicon_that_is_none(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_lexicon(file)

@@ -1,0 +1,169 @@
+"""Final answers: as text, as numbers, as mathematics."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.rewards.answers import (
+    MathJudge,
+    close_answer,
+    exact_answer,
+    final_answer,
+    math_answer,
+    number_of,
+    quantity_of,
+)
+
+# the completions of golden verify/gsm8k_extract -> our final answer; that code takes the first ####
+TRAPS = {
+    "so 3+4=7 #### 7": "7",
+    "#### 1,234": "1234",
+    "no answer": None,
+    "#### -5.50 apples": "-5.50",
+    "#### 12 then #### 13": "13",
+}
+
+
+def row(answer: Any) -> Prompt:
+    return Prompt("q", {"answer": answer})
+
+
+@pytest.mark.parametrize(("response", "answer"), TRAPS.items())
+def test_every_rule_of_answers_takes_the_same_one(response: str, answer: str | None) -> None:
+    others = {"7", "1234", "-5.5", "12", "13", "1", "50"} - {
+        "-5.5" if answer == "-5.50" else answer
+    }
+    for rule in (exact_answer, math_answer, lambda row, text: close_answer(row, text, 0.0)):
+        if answer is not None:
+            assert rule(row(answer), response) == 1
+        assert [other for other in others if rule(row(other), response)] == []
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("3 + 4 = 7\n#### 7", "7", 1),
+        ("#### 1,234", "1234", 1),
+        ("#### 1234", "1,234", 1),
+        ("#### $5.50", "5.5", 1),
+        ("#### -3", "-3", 1),
+        ("#### 7.", "7", 1),
+        ("#### 12 then #### 13", "13", 1),  # the last one counts
+        ("#### 7\nand 8 more", "7", 1),
+        ("#### \n 7", "7", 1),
+        ("####", "7", 0),
+        ("7 is the answer #### 8", "7", 0),
+        ("I think it is 7", "7", 1),  # no ####: the last number
+        ("7 or rather 9.", "9", 1),
+        ("it costs 1,000.50 coins", "1000.5", 1),
+        ("70", "7", 0),
+        ("-7", "7", 0),
+        ("no idea", "7", 0),
+        ("", "7", 0),
+        ("#### Paris ", "paris", 1),
+        ("#### ", "", 0),  # nothing is no answer
+    ],
+)
+def test_exact_answer(response: str, answer: str, score: float) -> None:
+    assert exact_answer(row(answer), response) == score
+
+
+def test_a_number_as_the_answer_column() -> None:
+    assert exact_answer(row(7), "#### 7.0") == 1
+
+
+def test_pieces_of_an_answer() -> None:
+    assert final_answer("a 1 b 2 c") == "2"
+    assert number_of("$1,234.5.") == 1234.5
+    assert number_of("two") is None and number_of("") is None and number_of("1e5x") is None
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "tolerance", "score"),
+    [
+        ("#### 101", 100, 0.01, 1),  # exactly at the tolerance
+        ("#### 99", "100", 0.01, 1),
+        ("#### 101.1", 100, 0.01, 0),
+        ("#### -101", -100, 0.01, 1),
+        ("#### 100", -100, 0.01, 0),
+        ("#### 0.001", 0, 0.01, 0),  # relative: only 0 is near 0
+        ("#### 0", 0, 0.01, 1),
+        ("#### 6.02e23", "6.02e23", 0, 1),
+        ("about 6.02E+23 of them", 6.02e23, 0, 1),
+        ("#### $1,234.50", "1234.5", 0, 1),
+        ("a range of 3-5", 5, 0, 1),  # no minus sign
+        ("x=-5", -5, 0, 1),
+        ("the list 1,2,3", 3, 0, 1),  # no thousands
+        ("it is .5", 0.5, 0, 1),
+        ("it is -.5.", -0.5, 0, 1),
+        ("version 1.2.3", 1.2, 0, 1),
+        ("#### 1e999", 1, 0, 0),
+        ("none", 1, 0.5, 0),
+        ("#### seven", 7, 0.5, 0),
+    ],
+)
+def test_numeric_answer(response: str, answer: Any, tolerance: float, score: float) -> None:
+    assert close_answer(row(answer), response, tolerance) == score
+
+
+@pytest.mark.parametrize("text", ["", "two", "1,23", "1e999", "nan", "5 apples", "True", "--5"])
+def test_what_is_no_number(text: str) -> None:
+    assert quantity_of(text) is None
+
+
+# --------------------------------------------------------------------------- mathematics
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        (r"so $\frac{2}{4}$", "1/2", 1),
+        ("it is 0.5", r"\frac{1}{2}", 1),
+        (r"\boxed{0.5} and 3 more", r"$\frac{1}{2}$", 1),  # what is boxed counts
+        ("$1 + x$", "$x+1$", 1),
+        ("$(x+1)^2$", "$x^2 + 2x + 1$", 1),
+        ("$(x+1)^2$", "$x^2 + x + 1$", 0),
+        (r"$2\sqrt{2}$", r"\sqrt{8}", 1),
+        (r"$\{2,1\}$", "{1,2}", 1),
+        ("x = 3", "3", 1),
+        ("x = 3", 3, 1),
+        ("I do not know", "3", 0),
+        ("", "3", 0),
+        ("3", "", None),  # nothing to compare with
+        ("\ud800 3", "3", 1),  # half a character, as byte-level tokens may leave
+    ],
+)
+def test_math_answer(response: str, answer: Any, score: float | None) -> None:
+    assert math_answer(row(answer), response) == score
+
+
+def test_an_endless_answer_is_wrong_in_time_from_any_thread() -> None:
+    judge = MathJudge(seconds=1.0)
+    assert judge.equal("3", "3")  # started
+    found: list[bool | None] = []
+
+    def ask() -> None:
+        found.append(judge.equal("10^{10^{10^{10}}}", "$9^{9^{9^{9}}}$"))
+        found.append(judge.equal("$x+1$", "$1+x$"))
+
+    began = time.monotonic()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(60)
+    assert found == [False, True]  # it works on afterwards
+    assert time.monotonic() - began > 1.0
+
+
+def test_a_judge_that_died_is_replaced() -> None:
+    judge = MathJudge()
+    assert judge.equal("3", "3")
+    process: Any = judge._process
+    process.kill()
+    process.wait()
+    assert judge.equal("3", "3") and judge._process is not process
