@@ -114,7 +114,9 @@ class UserFunction:
     def _concurrently(self, calls: list[Call], names: list[str]) -> list[Any]:
         """A call for each, CONCURRENT at once, each with the time limit."""
         late = NoReward(f"no answer within {self.timeout:g} s (reward_timeout)")
-        stuck = NoReward("no answer, for a call blocks the event loop (it must await what it waits for)")
+        stuck = NoReward(
+            "no answer, for a call blocks the event loop (it must await what it waits for)"
+        )
         answers: list[Any] = [stuck] * len(calls)
 
         async def one(place: int, gate: asyncio.Semaphore) -> None:

@@ -185,7 +185,8 @@ class Reward:
 
 def floats(values: Sequence[float | None]) -> Tensor:
     """(N,) with NaN for None."""
-    return torch.tensor([math.nan if value is None else value for value in values])
+    known = [math.nan if value is None else value for value in values]
+    return torch.tensor(known, dtype=torch.float32)
 
 
 def means(judged: Sequence[Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ def test_what_is_no_reward(spec: str, said: str) -> None:
 
 def test_a_sum_passes_the_command_line() -> None:
     spec = "exact_answer + -0.2*repetition:3 + 0.5*dir/checks.py:polite"
-    assert compose("grpo", [f"reward={spec}"]).reward == spec  # type: ignore[attr-defined]
+    assert compose("grpo", [f"reward={spec}"]).reward == spec
 
 
 def test_folders_among_the_terms_are_parents(tmp_path: Path) -> None:

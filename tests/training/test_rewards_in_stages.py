@@ -1,0 +1,132 @@
+"""Stages with rewards of several terms, some of which give nothing to some responses."""
+
+import contextlib
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.stages.evaluate import mean_of_known, scored_alike
+from tests.training.tiny import DATA, words_of
+
+SOURCE = """
+def picky(prompts, responses):
+    return [None if "A" in prompt else float(len(text)) for prompt, text in zip(prompts, responses)]
+
+def never(prompts, responses):
+    raise ValueError("broken")
+"""
+
+
+@pytest.fixture(autouse=True)
+def inside(chain: Path, tmp_path: Path) -> Iterator[None]:
+    """Work in the chain's folder, as a user would, with functions in own.py."""
+    (tmp_path / "own.py").write_text(SOURCE)
+    with contextlib.chdir(chain):
+        yield
+
+
+def run(stage: str, out: Path, *more: str) -> Path:
+    """A stage on tiny models."""
+    words = DATA if stage in ("generate", "evaluate") else words_of(stage)
+    cfg = compose(stage, [*words, f"out={out}", *more])
+    found: Path = importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
+    return found
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "stage.json").read_text())
+    return found
+
+
+def test_generate_tells_the_parts(tmp_path: Path) -> None:
+    picky = f"{tmp_path}/own.py:picky"
+    reward = f"reward=0*length:2 + 2*{picky}"
+    out = run("generate", tmp_path / "out", "policy=runs/demo/sft", "algo.max_tokens=6", reward)
+    samples = lines(out / "samples.jsonl")
+    without = [sample for sample in samples if "A" in sample["prompt"]]
+    assert 0 < len(without) < len(samples)
+    for sample in samples:
+        own = None if "A" in sample["prompt"] else float(len(sample["response"]))
+        assert sample["parts"][picky] == own
+        assert sample["parts"]["length:2"] == max(
+            0, 1 - abs(len(sample["response"].split()) - 2) / 2
+        )
+        assert sample["score"] == (None if own is None else 2 * own)
+    known = [sample["score"] for sample in samples if sample["score"] is not None]
+    metrics = manifest(out)["metrics"]
+    assert metrics["score"] == pytest.approx(sum(known) / len(known), rel=1e-5)
+    assert metrics["score_none"] == pytest.approx(len(without) / len(samples), rel=1e-5)
+
+
+def test_generate_of_one_term_has_no_parts(tmp_path: Path) -> None:
+    words = ["policy=runs/demo/sft", "algo.max_tokens=6", "reward=length:2"]
+    out = run("generate", tmp_path / "out", *words)
+    assert all("parts" not in sample for sample in lines(out / "samples.jsonl"))
+    assert "score_none" not in manifest(out)["metrics"]
+
+
+def test_evaluate_leaves_out_what_has_no_reward(tmp_path: Path) -> None:
+    words = ["policy=runs/demo/sft", "baselines=[runs/demo/adapter]", "algo.max_tokens=6"]
+    judged = [f"reward=runs/demo/reward + {tmp_path}/own.py:picky", "algo.samples=2"]
+    gold = f"gold={tmp_path}/own.py:picky"
+    out = run("evaluate", tmp_path / "out", *words, *judged, gold)
+    report = json.loads((out / "report.json").read_text())
+    for found in report["policies"].values():
+        assert math.isfinite(found["gold"]["mean"]) and 0 < found["gold_none"] < 1
+        assert math.isfinite(found["reward"]["mean"]) and "reward_none" not in found
+    (won,) = report["win_rates"].values()
+    assert won["win"] + won["tie"] + won["loss"] == pytest.approx(1)
+    assert report["reward_model"]["pairs"] > 0  # the model among the terms is judged
+    parents = manifest(out)["parents"]
+    assert parents["reward"]["path"] == "runs/demo/reward"
+
+
+def test_evaluate_goes_on_without_any_reward(tmp_path: Path) -> None:
+    words = ["policy=runs/demo/sft", "baselines=[runs/demo/adapter]", "algo.max_tokens=6"]
+    judged = [f"reward={tmp_path}/own.py:never", "gold=null"]
+    report = json.loads(
+        (run("evaluate", tmp_path / "out", *words, *judged) / "report.json").read_text()
+    )
+    assert report["win_rates"] == {}
+    for found in report["policies"].values():
+        assert found["reward"] is None and found["reward_none"] == 1
+
+
+def test_means_of_what_is_known() -> None:
+    """Each prompt by the mean of its known responses; a prompt without any is left out."""
+    nan = math.nan
+    values = torch.tensor([[1.0, nan], [2.0, 4.0], [nan, nan]])
+    found = mean_of_known("gold", values)
+    assert found["gold"] == {"mean": 2.0, "stderr": pytest.approx(1.0)}
+    assert found["gold_none"] == pytest.approx(0.5)
+    assert "gold_none" not in mean_of_known("gold", values[1:2])
+    assert mean_of_known("gold", values[2:]) == {"gold": None, "gold_none": 1}
+    ours, theirs = scored_alike(values, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    assert ours.tolist() == [[2, 4]] and theirs.tolist() == [[3, 4]]
+
+
+def test_sft_chooses_by_what_is_known(tmp_path: Path) -> None:
+    words = ["select_by=reward", f"reward={tmp_path}/own.py:picky"]
+    out = run("sft", tmp_path / "out", *words)
+    evaluated = [entry for entry in lines(out / "metrics.jsonl") if "eval/loss" in entry]
+    assert all(math.isfinite(entry["eval/reward"]) for entry in evaluated)
+    assert all(0 < entry["eval/reward_none"] < 1 for entry in evaluated)
+    best = max(entry["eval/reward"] for entry in evaluated)
+    assert manifest(out)["metrics"]["eval/reward"] == pytest.approx(best, rel=1e-5)
+
+
+def test_sft_goes_on_without_any_reward(tmp_path: Path) -> None:
+    out = run("sft", tmp_path / "out", "select_by=reward", f"reward={tmp_path}/own.py:never")
+    evaluated = [entry for entry in lines(out / "metrics.jsonl") if "eval/loss" in entry]
+    assert all("eval/reward" not in entry and entry["eval/reward_none"] == 1 for entry in evaluated)
