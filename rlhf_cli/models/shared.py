@@ -94,6 +94,8 @@ def scorer_on_base(
         return None
 
     config.modules_to_save, config.lora_dropout, config.task_type = None, 0.0, "CAUSAL_LM"
+    if config.exclude_modules == heads:  # a language model has none to exclude
+        config.exclude_modules = None
     add_adapter(adapted, adapter, config, trainable)
     head = nn.Linear(score["weight"].shape[1], 1, bias="bias" in score)
     head.load_state_dict(score)
