@@ -113,7 +113,7 @@ def test_groups_of_equal_rewards_are_sampled_anew_within_the_budget(tmp_path: Pa
 
 def test_equal_groups_alone_teach_nothing(tmp_path: Path) -> None:
     """No tie and no difference: without refills the gradient is 0, with them there is no update."""
-    words = [*ONCE, "algo.kl_coef=0", "reward=regex:^"]
+    words = [*ONCE, "algo.kl_coef=0", 'reward="regex:^"']
     found = run("grpo", tmp_path / "plain", *words)
     assert all(each["equal_groups"] == 1 and each["grad_norm/policy"] == 0 for each in found)
     again = run("grpo", tmp_path / "refilled", *words, "algo.refills=1")
