@@ -47,6 +47,13 @@ def kl(cfg: Online) -> Iterator[str]:
             "algo.kl_estimator=k1 does not belong in the loss: its expected gradient is 0, so it "
             "holds nothing back; take full, weighted_k3 or k2, or algo.kl_in=reward"
         )
+    updates = algo.epochs * (algo.batch_size // algo.minibatch_size)
+    if algo.kl_in == "loss" and estimator in ("k2", "k3") and updates > 1:
+        yield (
+            f"algo.kl_estimator={estimator} is right on the policy's own samples, but there are "
+            f"{updates} updates per batch; take weighted_k3 or full, or algo.epochs=1 and "
+            f"algo.minibatch_size={algo.batch_size}"
+        )
     if algo.kl_coef_end is not None and isinstance(cfg, Ppo) and cfg.algo.kl_controller != "fixed":
         yield f"algo.kl_coef_end and algo.kl_controller={cfg.algo.kl_controller} both set kl_coef"
     if isinstance(cfg, Grpo) and cfg.algo.refresh_reference is not None and algo.kl_coef == 0:
@@ -130,6 +137,11 @@ def groups(cfg: Online) -> Iterator[str]:
         yield f"algo.baseline={algo.baseline} compares within a group, but algo.group_size=1"
     if algo.group_size == 1 and algo.refills:
         yield f"algo.refills={algo.refills} looks for unequal rewards, but algo.group_size=1"
+    if algo.baseline == "none" and algo.aggregate == "response_mean":
+        yield (
+            "algo.baseline=none with algo.aggregate=response_mean favours a length, whatever its "
+            "reward; take token_mean, response_sum or max_tokens"
+        )
     if algo.normalise_advantages == "group" and algo.baseline != "group_mean":
         yield (
             "algo.normalise_advantages=group divides by the deviation from the group's mean: it "

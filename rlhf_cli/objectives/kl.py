@@ -8,6 +8,8 @@ leads to contexts with more or less KL after it is left out, which a KL in the r
 import torch
 from torch import Tensor
 
+LEAST_KL_COEF = 1e-8
+
 
 def k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     """log(pi / ref), the unbiased estimator whose samples may be negative.
@@ -99,9 +101,12 @@ def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, hor
 
 
 def schulman_kl_coef(kl_coef: float, kl: float, target: float) -> float:
-    """Halve kl_coef below target / 1.5, double it above 1.5 target (PPO 1707.06347 sec. 4)."""
+    """Halve kl_coef below target / 1.5, double it above 1.5 target (PPO 1707.06347 sec. 4).
+
+    It stays above 1e-8: a policy that rests for long must not lose the penalty for good.
+    """
     if kl < target / 1.5:
-        return kl_coef / 2
+        return max(kl_coef / 2, min(kl_coef, LEAST_KL_COEF))
     if kl > target * 1.5:
         return kl_coef * 2
     return kl_coef

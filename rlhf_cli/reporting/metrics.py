@@ -1,6 +1,7 @@
 """metrics.jsonl and samples.jsonl: a line a step, in the order of the steps."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,12 @@ class Clock:
 
 
 def round_figures(value: Any) -> Any:
-    """Floats to six significant digits, inside lists and dicts too; all else as it is."""
+    """Floats to six significant digits, inside lists and dicts too; all else as it is.
+
+    What is not finite becomes None: JSON has no word for it.
+    """
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: round_figures(entry) for name, entry in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,6 @@
 """A batch of rollouts with all that is known of it before it is learnt from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,7 @@ class Experience:
     kls: Tensor
 
     def metrics(self, kl_coef: float) -> Metrics:
-        """Means over the batch; rewards over the responses that have one."""
+        """Means over the batch; rewards over the responses that have one, NaN if none has."""
         rewards = self.rewards.total
         scored = ~rewards.isnan()
         lengths = [len(rollout.tokens.response) for rollout in self.rollouts]
@@ -53,11 +54,11 @@ class Experience:
             repeated_share(rollout.tokens.response, REPEATED_TOKENS) for rollout in self.rollouts
         ]
         return {
-            "reward": rewards[scored].mean().item() if scored.any() else 0.0,
-            "reward_std": rewards[scored].std(correction=0).item() if scored.any() else 0.0,
+            "reward": rewards[scored].mean().item(),
+            "reward_std": rewards[scored].std(correction=0).item() if scored.any() else math.nan,
             "unscored": (~scored).float().mean().item(),
             "kl": self.kls.mean().item(),
-            "rlhf_reward": (rewards - kl_coef * self.kls)[scored].nanmean().item(),
+            "rlhf_reward": (rewards - kl_coef * self.kls)[scored].mean().item(),
             "entropy": -torch.cat(self.old).mean().item(),  # -log p of samples has it as its mean
             "length": sum(lengths) / len(lengths),
             "ended": sum(rollout.ended for rollout in self.rollouts) / len(self.rollouts),
