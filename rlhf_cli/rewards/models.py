@@ -268,8 +268,12 @@ def load_model_reward(
     hardware: Hardware,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    base: nn.Module | None,
 ) -> ModelReward:
     """The reward that a folder or hub id gives, to be read by a policy with `tokenizer`.
+
+    Args:
+        base: the policy, whose weights a reward adapter on the same base shares.
 
     Raises:
         UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
@@ -291,7 +295,7 @@ def load_model_reward(
         reader = Reader(path, context_of(policy), own.bos_token_id, encoder)
         beta, per_token = implicit["beta"], implicit["per_token"]
         return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
-    scorer = load_scorer(path, frozen, own, device).requires_grad_(False)
+    scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
     reader = Reader(path, context_of(scorer), own.bos_token_id, encoder)
     return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
 

@@ -209,6 +209,9 @@ def load_reward(
 ) -> Reward:
     """The reward that `reward=` names, for a policy with this tokenizer.
 
+    Args:
+        base: the policy, whose weights a reward adapter on the same base shares.
+
     Raises:
         UserError: a term is none, a folder holds no reward, the reference of a dpo policy is gone
             or has changed, or terms cut steps differently.
@@ -224,6 +227,8 @@ def load_reward(
             source = FunctionReward(UserFunction(term.spec, timeout), cutter)
         else:
             model = cfg.model  # type: ignore[attr-defined]
-            source = load_model_reward(term.spec, model, cfg.data, cfg.hardware, tokenizer, device)
+            source = load_model_reward(
+                term.spec, model, cfg.data, cfg.hardware, tokenizer, device, base
+            )
         terms.append(WeightedSource(term.weight, source))
     return Reward(terms, cutter)

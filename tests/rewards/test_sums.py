@@ -19,6 +19,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.heads import init_head
+from rlhf_cli.models.load import load_scorer
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.rewards import functions, models
 from rlhf_cli.rewards.models import CheckpointReward, ModelReward
@@ -391,3 +392,19 @@ def test_judges_of_steps_must_cut_alike(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of_steps by"):
         load(f"{two} + {steps}", step_end="\n")
     load(f"{one} + {steps} + {file}:whole", step_end="\n")
+
+
+def test_a_reward_model_may_share_the_policys_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer(tmp_path, bpe())
+    policy = llama(len(bpe()))
+    lent: list[Any] = []
+
+    def spy(*args: Any) -> Any:
+        lent.append(args[-1])
+        return load_scorer(*args)
+
+    monkeypatch.setattr(models, "load_scorer", spy)
+    load_reward(str(tmp_path), run_of(), bpe(), torch.device("cpu"), policy)
+    assert lent == [policy]
