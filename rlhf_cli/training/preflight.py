@@ -16,6 +16,7 @@ from rlhf_cli.models.manifest import (
     kind_of,
     read_config,
     read_manifest,
+    read_object,
     reference_folder,
     tokenizer_hash,
 )
@@ -239,6 +240,8 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
         article = "reward model" if found == "reward" else found
         raise UserError(f"{role}={path} is a {article}; {role} needs {meant}")
     check_weights(folder)
+    if (tokenizer := folder / "tokenizer.json").is_file():
+        read_object(tokenizer)  # stops where it is damaged
 
 
 def check_tokenizers(role: str, path: str, policy: str) -> None:

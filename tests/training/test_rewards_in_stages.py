@@ -126,6 +126,13 @@ def test_sft_chooses_by_what_is_known(tmp_path: Path) -> None:
     assert manifest(out)["metrics"]["eval/reward"] == pytest.approx(best, rel=1e-5)
 
 
+def test_a_model_from_scratch_may_be_chosen_by_a_reward_of_other_tokens(tmp_path: Path) -> None:
+    words = ["model.vocab_size=262", "select_by=reward", "reward=runs/demo/reward"]
+    out = run("sft", tmp_path / "out", *words)
+    assert math.isfinite(manifest(out)["metrics"]["eval/reward"])
+    assert "eval/reward_none" not in manifest(out)["metrics"]
+
+
 def test_sft_goes_on_without_any_reward(tmp_path: Path) -> None:
     out = run("sft", tmp_path / "out", "select_by=reward", f"reward={tmp_path}/own.py:never")
     evaluated = [entry for entry in lines(out / "metrics.jsonl") if "eval/loss" in entry]
