@@ -23,8 +23,8 @@ def save_checkpoint(
     aside = folder / ".part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(own, aside / "tensors.safetensors")
+    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(here, aside / "tensors.safetensors")  # written from where they lie, without a copy
     (aside / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
     target = folder / STEP.format(step)
     shutil.rmtree(target, ignore_errors=True)

@@ -95,10 +95,10 @@ class Session:
         every = self.cfg.hardware.save_every
         if every is None or step % every:
             return
-        tensors = {
+        tensors: dict[str, Tensor] = {
             f"{name}/{weight}": value
             for name, network in networks.items()
-            for weight, value in snapshot(network).items()
+            for weight, value in trained(network).items()
         }
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
         tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
