@@ -1,7 +1,6 @@
 """Models in and out: a hub id, a folder, an adapter folder, or a small decoder from scratch."""
 
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.models.adapters import CRITIC, POLICY, REWARD, is_adapted
 from rlhf_cli.models.forward import check_unembedding, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
-from rlhf_cli.models.manifest import RESPONSE, level_of
+from rlhf_cli.models.manifest import RESPONSE, adapter_base, level_of
 from rlhf_cli.models.shared import critic_on_base, freeze_lowest, scorer_on_base, share_frozen
 
 transformers_logging.set_verbosity_error()
@@ -273,14 +272,6 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
             weights[f"base_model.model.{head}.{name}"] = value.detach()
         peft.set_peft_model_state_dict(adapted, weights)
     return adapted
-
-
-def adapter_base(path: str) -> str | None:
-    """The base model that an adapter folder names; None where `path` is no adapter folder."""
-    file = Path(path) / "adapter_config.json"
-    if not file.exists():
-        return None
-    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlhf_cli.config.errors import UserError
 MANIFEST = "stage.json"
 
 Manifest = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
 
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 
@@ -36,12 +38,15 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
+def adapter_base(path: str | Path) -> str | None:
+    """The base model that an adapter folder names; None where `path` is no adapter folder."""
+    file = Path(path) / "adapter_config.json"
+    return str(read_object(file).get("base_model_name_or_path")) if file.is_file() else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; of an adapter folder, of its base where that is local."""
-    adapter = folder / "adapter_config.json"
-    file = folder / "config.json"
-    if adapter.is_file():
-        file = Path(str(read_object(adapter).get("base_model_name_or_path"))) / "config.json"
+    file = Path(adapter_base(folder) or folder) / "config.json"
     return read_object(file) if file.is_file() else {}
 
 
@@ -85,12 +90,8 @@ def check_weights(folder: Path) -> None:
     for file in files:
         size = file.stat().st_size
         try:
-            with file.open("rb") as stream:
-                (header_size,) = struct.unpack("<Q", stream.read(8))
-                if header_size > size - 8:
-                    raise ValueError
-                header = json.loads(stream.read(header_size))
-            ends = [entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"]
+            header_size, entries = read_header(file)
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
             whole = 8 + header_size + max(ends, default=0)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"{file}: damaged weights (unreadable header)") from None
@@ -101,6 +102,38 @@ def check_weights(folder: Path) -> None:
         needed = set(read_object(index).get("weight_map", {}).values())
         if absent := needed - {file.name for file in files}:
             raise UserError(f"{folder}: weights missing: {sorted(absent)[0]}")
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """The size of a safetensors header in bytes, and its entries: name -> dtype, shape, offsets."""
+    with file.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        if size > file.stat().st_size - 8:
+            raise ValueError(f"{file}: a header of {size} bytes")
+        header = json.loads(stream.read(size))
+    return size, {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def shapes_of(folder: Path) -> Shapes:
+    """The shape of each weight in a model or adapter folder; empty where there is none."""
+    return {
+        name: tuple(entry["shape"])
+        for file in weight_files(folder)
+        for name, entry in read_header(file)[1].items()
+    }
+
+
+def beginnings(folder: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Up to 4096 bytes of each of these weights, where a folder has them."""
+    found = {}
+    for file in weight_files(folder):
+        size, entries = read_header(file)
+        with file.open("rb") as stream:
+            for name in entries.keys() & set(names):
+                start, end = entries[name]["data_offsets"]
+                stream.seek(8 + size + start)
+                found[name] = stream.read(min(end - start, 4096))
+    return found
 
 
 def file_hash(*files: Path) -> str:
@@ -124,8 +157,8 @@ def content_hash(path: str) -> str:
         return path
     configs = [folder / name for name in ("config.json", "adapter_config.json")]
     files = [*weight_files(folder), *(file for file in configs if file.is_file())]
-    if configs[1].is_file():
-        files += weight_files(Path(str(read_object(configs[1]).get("base_model_name_or_path"))))
+    if (base := adapter_base(folder)) is not None:
+        files += weight_files(Path(base))
     return file_hash(*files)
 
 

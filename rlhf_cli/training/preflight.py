@@ -28,6 +28,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
+from rlhf_cli.training.memory import predicted_memory
 from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, is_claimed, stage_name, state_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -70,10 +71,11 @@ def preflight(cfg: Run, rows: bool = True) -> list[str]:
     check_data(cfg)
     check_models(cfg)
     check_context(cfg)
+    check_frozen_layers(cfg)
     lines += check_rows(cfg) if rows else []
     if state == RESUMABLE and any((Path(cfg.out) / "checkpoints").glob("step-*")):
         lines.append("goes on from the last resume point")
-    return lines + reward_lines(cfg) + arithmetic(cfg)
+    return [*lines, *reward_lines(cfg), *arithmetic(cfg), *predicted_memory(cfg)]
 
 
 def check_data(cfg: Run) -> None:
@@ -266,6 +268,17 @@ def check_context(cfg: Run) -> None:
             f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
             f"do not fit the {context} positions of {path}; lower one of them"
         )
+
+
+def check_frozen_layers(cfg: Run) -> None:
+    """The model has the blocks that stay as they are; one of the hub is checked once loaded."""
+    frozen = getattr(cfg.model, "frozen_layers", 0)  # type: ignore[attr-defined]
+    path = getattr(cfg, "policy", None) or getattr(cfg.model, "path", None)  # type: ignore[attr-defined]
+    if not frozen or path is None or not (config := read_config(Path(path))):
+        return
+    blocks = config.get("num_hidden_layers") or config.get("n_layer") or frozen
+    if frozen > blocks:
+        raise UserError(f"model.frozen_layers={frozen}, but {path} has {blocks} blocks")
 
 
 def arithmetic(cfg: Run) -> list[str]:
