@@ -28,7 +28,7 @@ def show_samples(
         rewards: of each rollout, as it is learnt from; None where it has none.
         parts: the terms that the reward is summed from, by name, where there are several.
     """
-    names = [name.rsplit("/", 1)[-1] for name in parts]
+    names = [name.rsplit("/", 1)[-1].partition(":")[0] for name in parts]
     rows = [
         (clip(last_words(rollout.row.prompt)), clip(rollout.text), *figures)
         for rollout, *figures in zip(rollouts, rewards, *parts.values(), kls, strict=True)

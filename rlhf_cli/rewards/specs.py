@@ -89,6 +89,13 @@ def meaning_of(spec: str) -> str:
     return f"the score that this model gives the response{steps}, normalised"
 
 
+def judges_steps(spec: str) -> bool:
+    """Whether a term can give a reward to each step of a response."""
+    if (function := function_of(spec)) is not None:
+        return signature_of(*function).judges == "step"
+    return is_model(spec) and implicit_reward_of(spec) is None and level_of(spec) == STEP
+
+
 def check_rows_of(spec: str, rows: Sequence[Prompt | Demonstration]) -> None:
     """Stop where rows lack what a term reads; models read the prompt alone."""
     if (rule := rule_of(spec)) is not None:

@@ -24,6 +24,7 @@ from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
 from rlhf_cli.rewards.specs import (
     check_rows_of,
     function_of,
+    judges_steps,
     meaning_of,
     signature_of,
     terms_of,
@@ -50,11 +51,12 @@ def row_kind(cfg: Run) -> type:
     return Demonstration if isinstance(cfg, Sft) else Prompt
 
 
-def preflight(cfg: Run, rows: bool = True) -> list[str]:
+def preflight(cfg: Run, whole: bool = True) -> list[str]:
     """Check paths, checkpoint kinds and arithmetic of a typed config, and local rows.
 
     Args:
-        rows: read the rows too; a stage that is about to read them says false.
+        whole: read the rows too, and tell every part of the memory; a stage that begins, and is
+            about to read the rows, says false.
 
     Returns:
         Lines that say what will happen.
@@ -72,10 +74,11 @@ def preflight(cfg: Run, rows: bool = True) -> list[str]:
     check_models(cfg)
     check_context(cfg)
     check_frozen_layers(cfg)
-    lines += check_rows(cfg) if rows else []
+    lines += check_rows(cfg) if whole else []
     if state == RESUMABLE and any((Path(cfg.out) / "checkpoints").glob("step-*")):
         lines.append("goes on from the last resume point")
-    return [*lines, *reward_lines(cfg), *arithmetic(cfg), *predicted_memory(cfg)]
+    memory = predicted_memory(cfg)
+    return [*lines, *reward_lines(cfg), *arithmetic(cfg), *(memory if whole else memory[-1:])]
 
 
 def check_data(cfg: Run) -> None:
@@ -172,6 +175,8 @@ def check_models(cfg: Run) -> None:
         check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
     for role, reward in rewards_of(cfg):
         check_reward(role, reward)
+    if isinstance(cfg, Ppo | Grpo):
+        check_supervision(cfg)
     if isinstance(cfg, Dpo) and Path(cfg.reference_cache or ".").is_file():
         raise UserError(f"reference_cache={cfg.reference_cache} is a file; name a folder, or null")
     if isinstance(cfg, Dpo) and cfg.reference not in (None, "bootstrap"):
@@ -202,6 +207,18 @@ def check_reward(role: str, reward: str) -> None:
             signature_of(*function)
         elif rule_of(term.spec) is None:
             check_folder(role, term.spec, "reward", A_REWARD)
+
+
+def check_supervision(cfg: Ppo | Grpo) -> None:
+    """Where steps are rewarded, a term judges steps."""
+    if cfg.algo.supervision == "process" and not any(
+        judges_steps(term.spec) for term in terms_of(cfg.reward)
+    ):
+        raise UserError(
+            f"algo.supervision=process rewards steps, but no term of reward={cfg.reward} judges "
+            "them: a reward model of steps does, and a function whose second parameter is "
+            "called steps"
+        )
 
 
 def reward_lines(cfg: Run) -> list[str]:

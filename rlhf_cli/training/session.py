@@ -212,7 +212,7 @@ def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
 def begin(cfg: Run) -> Session | None:
     """Check the config and its folders and set torch up; None where `out` is finished already."""
     began = time.monotonic()
-    plan = preflight(cfg, rows=False)
+    plan = preflight(cfg, whole=False)
     if state_of(cfg) == FINISHED:
         say(f"{cfg.out}: already finished; nothing to do")
         return None
