@@ -157,6 +157,33 @@ def groups(cfg: Online) -> Iterator[str]:
             yield "algo.supervision=process has rewards of steps, not tokens: take algo.kl_in=loss"
 
 
+def refreshing(cfg: Online) -> Iterator[str]:
+    """A reward model that is trained further has a judge to learn from, and pairs."""
+    if not isinstance(cfg, Grpo):
+        return
+    algo = cfg.algo
+    keys = ("refresh_lr", "refresh_batch_size", "refresh_replay")
+    given = {"judge": cfg.judge, **{f"algo.{name}": getattr(algo, name) for name in keys}}
+    for name, value in given.items():
+        if algo.refresh_reward is None and value is not None:
+            yield f"{name} is read by algo.refresh_reward, which is null; see algo=grpo_iterative"
+        if algo.refresh_reward is not None and value is None:
+            example = "demo_gold" if name == "judge" else "VALUE, as algo=grpo_iterative does"
+            yield f"algo.refresh_reward needs {name}: set {name}={example}"
+    if algo.refresh_reward is None:
+        return
+    if algo.group_size == 1:
+        yield "algo.refresh_reward learns from pairs within a group, but algo.group_size=1"
+    if algo.keep in ("reward", "rlhf_reward", "eval/reward"):
+        yield (
+            f"algo.keep={algo.keep} compares rewards that algo.refresh_reward changes in between; "
+            "take last or eval/gold"
+        )
+    for name in ("target_reward", "overoptimised"):
+        if getattr(algo, name) is not None:
+            yield f"algo.{name} compares rewards that algo.refresh_reward changes; set it to null"
+
+
 def responses(cfg: Online) -> Iterator[str]:
     """What is said of responses that never ended does not contradict itself."""
     algo = cfg.algo
@@ -206,6 +233,7 @@ _ONLINE: tuple[Callable[[Online], Iterator[str]], ...] = (
     ratios,
     critic,
     groups,
+    refreshing,
     responses,
     watching,
 )

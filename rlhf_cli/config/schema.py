@@ -442,6 +442,21 @@ class GrpoAlgo(OnlineAlgo):
         "Iterations after which the policy becomes the reference (iterative GRPO); null: never.",
         ge=1,
     )
+    refresh_reward: int | None = key(
+        "Iterations after which the reward model is trained further, on pairs of responses of "
+        "these iterations that `judge` labels; null: never.",
+        ge=1,
+    )
+    refresh_lr: float | None = key(
+        "refresh_reward: learning rate, constant over a refresh, which is one pass.", gt=0
+    )
+    refresh_batch_size: int | None = key("refresh_reward: pairs per optimizer step.", ge=1)
+    refresh_replay: float | None = key(
+        "refresh_reward: share of old pairs in each refresh, of preference rows of `data` and of "
+        "earlier refreshes; the paper 0.1.",
+        ge=0,
+        lt=1,
+    )
 
 
 @dataclass
@@ -562,6 +577,10 @@ class Grpo(Run):
     reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     gold: str | None = key(
         "Held-out judge, a folder or rule that is never trained on; evaluations show it."
+    )
+    judge: str | None = key(
+        "algo.refresh_reward: what labels the policy's responses for the reward model to learn "
+        "from: models, rules and functions, as in reward, but never the one that learns."
     )
     model: Model
     algo: GrpoAlgo

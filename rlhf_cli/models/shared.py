@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
@@ -20,6 +21,8 @@ from rlhf_cli.models.adapters import (
 from rlhf_cli.models.forward import trunk, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES
 from rlhf_cli.models.manifest import content_hash
+
+WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
 
 
 class SharedScorer(nn.Module):
@@ -111,6 +114,21 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
     add_adapter(adapted, adapter, adapted.peft_config[POLICY], trainable=True)
     copy_adapter(adapted, POLICY, adapter)
     return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
+
+
+def save_scorer(scorer: SharedScorer, origin: str, folder: Path) -> None:
+    """The adapter folder that a scorer came from, with the weights that it has now."""
+    import peft
+
+    own = {name.replace("/", "."): weight for name, weight in scorer.weights.items()}
+    head = scorer.score.state_dict()
+    now = {
+        name: own[name].detach() if name in own else head[name.split(".")[-1]]
+        for name in peft.load_peft_weights(origin, device="cpu")
+    }
+    config = peft.PeftConfig.from_pretrained(origin)
+    config.save_pretrained(str(folder))
+    save_file({name: value.cpu().contiguous() for name, value in now.items()}, folder / WEIGHTS)
 
 
 def same_model(one: str, other: str) -> bool:

@@ -19,6 +19,10 @@ class JsonLines:
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = file
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append {"step": step, **values}."""
         self.append({"step": step, **values})

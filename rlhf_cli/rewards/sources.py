@@ -132,10 +132,10 @@ class Reward:
                 return source
         return None
 
-    def check(self, rows: Sequence[Prompt], require: Require) -> None:
+    def check(self, rows: Sequence[Prompt], require: Require, role: str = "reward") -> None:
         """The rows have what every term reads, and no reward model is as good as a coin."""
         for i, term in enumerate(self.terms):
-            term.source.check(rows, require, f"reward[{i}]" if i else "reward")
+            term.source.check(rows, require, f"{role}[{i}]" if i else role)
 
     def score(self, rollouts: Sequence[Rollout], by_step: bool = False) -> Scores:
         """Every term of every rollout, and their weighted sum."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Demonstration, Prompt
-from rlhf_cli.models.manifest import STEP, implicit_reward_of, level_of
+from rlhf_cli.models.manifest import RESPONSE, STEP, implicit_reward_of, level_of
 from rlhf_cli.rewards.rules import check_columns, is_rule, rule_of
 
 PLUS = re.compile(r"(?:^| +)\+(?= |$)")
@@ -74,6 +74,27 @@ def is_model(spec: str) -> bool:
 def models_of(spec: str) -> list[str]:
     """The folders and hub ids that a reward names, in the order of its terms."""
     return [term.spec for term in terms_of(spec) if is_model(term.spec)]
+
+
+def refreshed_model(spec: str) -> str:
+    """The one term of a reward that algo.refresh_reward trains: a reward model of responses.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    found = [
+        term.spec
+        for term in terms_of(spec)
+        if term.weight and is_model(term.spec) and implicit_reward_of(term.spec) is None
+    ]
+    found = [name for name in found if level_of(name) == RESPONSE]
+    if len(found) != 1:
+        has = f"has {len(found)} ({', '.join(found)})" if found else "has none"
+        raise UserError(
+            f"algo.refresh_reward trains one reward model of whole responses, but reward={spec} "
+            f"{has}; give one that `rlhf-cli reward` wrote"
+        )
+    return found[0]
 
 
 def meaning_of(spec: str) -> str:

@@ -61,6 +61,7 @@ from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.experience import Experience, held_out_metrics, measure, update_metrics
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
+from rlhf_cli.training.refresh import RewardRefresh
 from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
 from rlhf_cli.training.session import Session, begin, tensors_of
 from rlhf_cli.training.watch import Alarms, Written
@@ -95,6 +96,9 @@ def run(cfg: Grpo) -> Path:
     held_out = list(zip(*policy.encoder.prompts(rows.held_out), strict=True))[: algo.eval_prompts]
     unseen = policy.encoder.texts(read_texts(cfg.data).held_out)
     session.note(policy.encoder, rows.notes)
+    refresh = None
+    if algo.refresh_reward:
+        refresh = RewardRefresh(cfg, session, policy, reward, rows.train)
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
     networks = {"policy": policy.model}
@@ -104,6 +108,8 @@ def run(cfg: Grpo) -> Path:
     running = RunningMoments(**state.get("running", {}))
     alarms, written = Alarms(algo, state), Written(policy.model, algo, state, tensors)
     reference.load(tensors_of(tensors, "reference"))
+    if refresh:
+        refresh.load(state, tensors)
     objective = Objective(cfg, session, policy, reference)
     log, samples = session.log(), session.log("samples.jsonl")
 
@@ -137,6 +143,8 @@ def run(cfg: Grpo) -> Path:
             }
             if step == 1:
                 check_first_ratio(session, policy.model, found.rollouts, temperature, metrics["kl"])
+            if refresh:
+                metrics |= refresh.collect(step, found.rollouts)
             written.offer(step, metrics)
             stop = alarms.on_rollouts(step, metrics)
             learnt, sampled = found, algo.batch_size
@@ -169,6 +177,9 @@ def run(cfg: Grpo) -> Path:
             if algo.refresh_reference and step % algo.refresh_reference == 0:
                 reference.refresh()
             clock.lap("updates")
+            if refresh and algo.refresh_reward and step % algo.refresh_reward == 0:
+                metrics |= refresh.train(step)
+                clock.lap("refresh")
 
             if algo.eval_every and (step % algo.eval_every == 0 or step == algo.steps or stop):
                 seen = held_out_metrics(held_out, policy, reference, reward, gold, written, cfg)
@@ -189,9 +200,14 @@ def run(cfg: Grpo) -> Path:
                 **written.state(),
             }
             weights = {f"reference/{name}": each for name, each in reference.tensors().items()}
+            if refresh:
+                kept |= refresh.state()
+                weights |= refresh.tensors()
             session.save(step, networks, optimizer, kept, written.tensors() | weights)
 
     check_reference(session, reference)
+    if refresh:
+        refresh.write()
     written.put()
     final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "equal_groups")}
     final |= {name: metrics[name] for name in metrics if name.startswith("eval/")}

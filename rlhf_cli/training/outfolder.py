@@ -33,8 +33,9 @@ def stage_name(cfg: Run) -> str:
 def parents_of(cfg: Run) -> dict[str, str]:
     """The model folders that a stage reads, by role: policy, reward, reward[1], reference, ..."""
     roles = {role: getattr(cfg, role, None) for role in ("policy", "reference")}
-    rewards = models_of(reward) if (reward := getattr(cfg, "reward", None)) else []
-    roles |= {f"reward[{i}]" if i else "reward": path for i, path in enumerate(rewards)}
+    for key in ("reward", "judge"):
+        models = models_of(spec) if (spec := getattr(cfg, key, None)) else []
+        roles |= {f"{key}[{i}]" if i else key: path for i, path in enumerate(models)}
     if (model_path := getattr(cfg.model, "path", None)) is not None:  # type: ignore[attr-defined]
         roles["model"] = model_path
     if isinstance(cfg, Evaluate):

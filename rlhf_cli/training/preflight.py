@@ -26,6 +26,8 @@ from rlhf_cli.rewards.specs import (
     function_of,
     judges_steps,
     meaning_of,
+    models_of,
+    refreshed_model,
     signature_of,
     terms_of,
 )
@@ -177,6 +179,10 @@ def check_models(cfg: Run) -> None:
         check_reward(role, reward)
     if isinstance(cfg, Ppo | Grpo):
         check_supervision(cfg)
+    if isinstance(cfg, Grpo) and cfg.judge is not None:
+        learner = Path(refreshed_model(cfg.reward))
+        if learner.resolve() in [Path(path).resolve() for path in models_of(cfg.judge)]:
+            raise UserError(f"judge={cfg.judge} would teach {learner} what it says already")
     if isinstance(cfg, Dpo) and Path(cfg.reference_cache or ".").is_file():
         raise UserError(f"reference_cache={cfg.reference_cache} is a file; name a folder, or null")
     if isinstance(cfg, Dpo) and cfg.reference not in (None, "bootstrap"):
@@ -196,7 +202,7 @@ def check_models(cfg: Run) -> None:
 
 def rewards_of(cfg: Run) -> list[tuple[str, str]]:
     """The keys of a stage that name rewards, and what they say."""
-    found = [(key, getattr(cfg, key, None)) for key in ("reward", "gold")]
+    found = [(key, getattr(cfg, key, None)) for key in ("reward", "gold", "judge")]
     return [(key, value) for key, value in found if value is not None]
 
 
@@ -313,12 +319,15 @@ def arithmetic(cfg: Run) -> list[str]:
         group = cfg.algo
         updates = group.batch_size // group.minibatch_size * group.epochs
         rollouts = group.batch_size * group.group_size
+        every = f"every {group.refresh_reward} iterations: "
+        refresh = f"the reward model learns from up to {group.batch_size} pairs of each"
         return [
             f"per iteration: {group.batch_size} prompts x {group.group_size} responses = "
             f"{rollouts} rollouts; / minibatch {group.minibatch_size} prompts x {group.epochs} "
             f"epochs = {updates} updates",
             f"in all: {group.steps} iterations, {group.steps * rollouts} rollouts, "
             f"{group.steps * updates} updates",
+            *([every + refresh] if group.refresh_reward else []),
         ]
     if isinstance(cfg, Sft | Reward | Dpo):
         rows = f"{row_kind(cfg).__name__.lower()} rows" if isinstance(cfg, Reward | Dpo) else "rows"
