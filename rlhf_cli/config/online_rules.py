@@ -56,7 +56,8 @@ def kl(cfg: Online) -> Iterator[str]:
         )
     if algo.kl_coef_end is not None and isinstance(cfg, Ppo) and cfg.algo.kl_controller != "fixed":
         yield f"algo.kl_coef_end and algo.kl_controller={cfg.algo.kl_controller} both set kl_coef"
-    if isinstance(cfg, Grpo) and cfg.algo.refresh_reference is not None and algo.kl_coef == 0:
+    unused = algo.kl_coef == 0 and not algo.kl_coef_end
+    if isinstance(cfg, Grpo) and cfg.algo.refresh_reference is not None and unused:
         yield "algo.refresh_reference moves what the KL is measured to, but algo.kl_coef=0"
 
 
@@ -95,6 +96,9 @@ def ratios(cfg: Online) -> Iterator[str]:
     for name, losses in reads.items():
         if getattr(algo, name) is not None and loss not in losses:
             yield f"algo.{name} is not used by algo.loss={loss}; set it to null"
+    highest = 1 + (algo.clip_high or algo.clip or 0.0)
+    if algo.dual_clip is not None and loss == "clip" and algo.dual_clip <= highest:
+        yield f"algo.dual_clip={algo.dual_clip:g} must lie above the clipped ratio, {highest:g}"
     if loss == "policy_gradient" and (algo.epochs, algo.minibatch_size) != (1, algo.batch_size):
         yield (
             "algo.loss=policy_gradient has no ratio to correct for older rollouts: it needs "
@@ -137,6 +141,13 @@ def groups(cfg: Online) -> Iterator[str]:
         yield f"algo.baseline={algo.baseline} compares within a group, but algo.group_size=1"
     if algo.group_size == 1 and algo.refills:
         yield f"algo.refills={algo.refills} looks for unequal rewards, but algo.group_size=1"
+    if algo.refills and algo.baseline == "none":
+        yield f"algo.refills={algo.refills} compares within groups, but algo.baseline=none does not"
+    if algo.refills and algo.kl_in == "reward" and algo.kl_coef > 0:
+        yield (
+            f"algo.refills={algo.refills} drops groups of equal rewards, which teach the KL where "
+            "algo.kl_in=reward; take algo.kl_in=loss or algo.refills=0"
+        )
     if algo.baseline == "none" and algo.aggregate == "response_mean":
         yield (
             "algo.baseline=none with algo.aggregate=response_mean favours a length, whatever its "
@@ -218,6 +229,16 @@ def watching(cfg: Online) -> Iterator[str]:
         yield (
             f"algo.keep={algo.keep} is measured on samples of the weights in training, but "
             "algo.ema_decay writes their average; take algo.keep=eval/reward"
+        )
+    moving = algo.kl_coef_end is not None or (
+        isinstance(cfg, Ppo) and cfg.algo.kl_controller != "fixed"
+    )
+    if algo.keep == "rlhf_reward" and moving:
+        yield "algo.keep=rlhf_reward compares iterations, but kl_coef changes between them"
+    if algo.scale_rewards and (algo.keep in ("reward", "rlhf_reward") or algo.target_reward):
+        yield (
+            "algo.scale_rewards changes the unit of the reward as it goes: algo.keep and "
+            "algo.target_reward cannot compare iterations; take algo.keep=eval/reward"
         )
     if algo.overoptimised is not None and (cfg.gold is None or algo.eval_every is None):
         yield "algo.overoptimised compares reward and gold in evaluations: give gold and eval_every"

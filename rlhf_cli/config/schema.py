@@ -263,7 +263,9 @@ class OnlineAlgo(Optimizer):
         choices=("outcome", "process"),
     )
     scale_rewards: bool = key("Divide rewards by their running standard deviation.")
-    reward_clip: float | None = key("Rewards are cut to -this .. this; null: never.", gt=0)
+    reward_clip: float | None = key(
+        "Scores are cut to -this .. this, before penalties; null: never.", gt=0
+    )
     missing_eos_reward: float | None = key(
         "Reward of a response that never ended, in place of its score; null keeps the score."
     )
@@ -351,7 +353,8 @@ class PpoAlgo(OnlineAlgo):
     kl_target: float | None = key("KL per response, in nats, that a controller aims at.", gt=0)
     kl_horizon: int | None = key("Ziegler: rollouts over which kl_coef adapts.", ge=1)
     whiten_rewards: bool = key(
-        "Divide per-token rewards, KL included, by their standard deviation over the batch."
+        "Divide per-token rewards, KL included, by their standard deviation over the batch of "
+        "tokens."
     )
     normalise_advantages: str = key(
         "batch: mean 0, variance 1 over the tokens of a batch of rollouts.",
@@ -434,8 +437,8 @@ class GrpoAlgo(OnlineAlgo):
         choices=("group", "batch", "none"),
     )
     refills: int = key(
-        "Rounds in which groups of equal rewards are replaced by groups of other prompts (DAPO's "
-        "dynamic sampling); 0 keeps them.",
+        "Rounds in which groups of equal rewards are replaced by groups of prompts drawn anew "
+        "(DAPO's dynamic sampling); 0 keeps them.",
         ge=0,
     )
     refresh_reference: int | None = key(

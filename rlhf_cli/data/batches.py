@@ -8,6 +8,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -221,6 +222,13 @@ def order_of(count: int, seed: int, name: str, epoch: int) -> list[int]:
     order = list(range(count))
     random.Random(derived_seed(seed, name, epoch)).shuffle(order)
     return order
+
+
+def evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Consecutive parts of at most `size` items, whose numbers differ by 1 at most."""
+    parts = -(-len(items) // size)
+    edges = [len(items) * i // parts for i in range(parts + 1)] if parts else []
+    return [list(items[start:end]) for start, end in pairwise(edges)]
 
 
 def epochs_of(

@@ -217,6 +217,12 @@ def state_values(critic: nn.Module, batch: Batch) -> Tensor:
     return torch.cat([torch.zeros_like(scores[:, :1]), scores[:, :-1]], -1)
 
 
+def trunk_values(policy: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
+    """What `state_values` gives, by a value head on the policy's trunk: (B, T)."""
+    values = head(hidden_states(policy, batch)[:, :-1].float())[..., 0]  # (B, T - 1)
+    return nn.functional.pad(values, (1, 0))
+
+
 def sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
     """The scalar head at the last real token of each sequence: (B,)."""
     last = batch.attention.sum(-1) - 1

@@ -16,6 +16,7 @@ from rlhf_cli.models.forward import (
     state_values,
     token_logprobs,
     token_scores,
+    trunk_values,
 )
 
 
@@ -51,31 +52,6 @@ def logprobs_of(
     return _each(sequences, hardware, model, of_batch)
 
 
-def logprobs_and_values_of(
-    model: nn.Module,
-    value_head: nn.Linear,
-    sequences: Sequence[Tokens],
-    hardware: Hardware,
-    temperature: float = 1.0,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What `logprobs_of` gives, and values by a head on the same trunk, from one pass."""
-
-    def of_batch(batch: Batch) -> list[Tensor]:
-        scored = token_logprobs(
-            model,
-            batch,
-            chunk=hardware.logprob_chunk,
-            temperature=temperature,
-            value_head=value_head,
-        )
-        assert scored.values is not None
-        both = torch.stack([scored.logprobs[batch.response], scored.values[batch.response]])
-        return list(both.split(batch.response.sum(-1).tolist(), dim=-1))  # (2, len) each
-
-    rows = _each(sequences, hardware, model, of_batch)
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
 def values_of(critic: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> list[Tensor]:
     """(len(response),) value of the state in which each response token was drawn."""
 
@@ -84,6 +60,18 @@ def values_of(critic: nn.Module, sequences: Sequence[Tokens], hardware: Hardware
         return list(grid[batch.response].split(batch.response.sum(-1).tolist()))
 
     return _each(sequences, hardware, critic, of_batch)
+
+
+def trunk_values_of(
+    policy: nn.Module, head: nn.Linear, sequences: Sequence[Tokens], hardware: Hardware
+) -> list[Tensor]:
+    """What `values_of` gives, by a value head on the policy's trunk."""
+
+    def of_batch(batch: Batch) -> list[Tensor]:
+        grid = trunk_values(policy, head, batch)
+        return list(grid[batch.response].split(batch.response.sum(-1).tolist()))
+
+    return _each(sequences, hardware, policy, of_batch)
 
 
 def token_scores_of(

@@ -24,6 +24,16 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def masked_scale(values: Tensor, mask: Tensor) -> Tensor:
+    """Values divided by their standard deviation (ddof 0) over the mask; zero outside it.
+
+    Unlike `masked_whiten` with shift_mean=False it adds nothing to every token, which a sum over
+    the tokens of a response would pay by its length.
+    """
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    return values * torch.rsqrt(variance + 1e-8) * mask
+
+
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Values of mean 0 and variance 1 over the mask; zero outside it.
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rlhf_cli.objectives.kl import k3
 
+LARGEST_LOG_RATIO = 20.0  # beyond it exp may overflow, and infinity times 0 is no gradient
+
 
 def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
     """-A log pi, whose gradient on samples of pi is that of -E[A] (REINFORCE, Williams 1992).
@@ -37,7 +39,7 @@ def clipped_policy_loss(
     Returns:
         losses (PPO 1707.06347 eq. 7, sign turned).
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss = torch.maximum(-ratio * advantages, -clipped * advantages)
     if dual_clip is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.objectives.advantages import soft_overlong
 from rlhf_cli.objectives.moments import RunningMoments
-from rlhf_cli.rewards.sources import Scores
+from rlhf_cli.rewards.sources import Scores, known_sum
 from rlhf_cli.rollout.rollouts import Rollout
 
 
@@ -17,47 +17,50 @@ from rlhf_cli.rollout.rollouts import Rollout
 class Shaped:
     """Rewards of a batch of rollouts as advantages read them.
 
-    total: (B,) reward of each response; NaN where nothing scores it.
-    steps: with process supervision the (n_i,) rewards of the steps of each response, else None.
+    total: (B,) reward of each response, that of its steps included; NaN where nothing scores it.
+    whole: (B,) the part of it that belongs to the response as a whole.
+    steps: with process supervision the (n_i,) rewards of the steps of each response, NaN where
+        unknown; else None.
     ends: for each response the index of the last response token of each of its steps.
     """
 
     total: Tensor
+    whole: Tensor
     steps: list[Tensor] | None = None
     ends: list[list[int]] | None = None
 
 
 def shape(
-    scores: Scores, rollouts: Sequence[Rollout], algo: OnlineAlgo, running: RunningMoments
+    scores: Scores, rollouts: Sequence[Rollout], algo: OnlineAlgo, running: RunningMoments | None
 ) -> Shaped:
     """Scores, scaled and clipped, less what the way in which a response ended costs.
 
     Args:
-        running: moments of all scores so far, updated where algo.scale_rewards asks for them.
+        running: moments of the scores of all responses so far, which algo.scale_rewards divides
+            by; None leaves the scale as it is.
     """
+    std = 1.0
+    if algo.scale_rewards and running is not None:
+        running.update(scores.total)
+        std = running.std or 1.0  # all equal so far: nothing to scale by
+    limit = algo.reward_clip if algo.reward_clip is not None else torch.inf
+
+    def scaled(rewards: Tensor) -> Tensor:
+        return (rewards / std).clamp(-limit, limit)
+
     costs = penalties(rollouts, algo)  # (B,)
-    if scores.steps is not None:
-        lengths = [len(steps) for steps in scores.steps]
-        scaled = _scaled(torch.cat(scores.steps), algo, running)
-        steps = [each.clone() for each in scaled.split(lengths)]
-        for rewards, cost in zip(steps, costs, strict=True):
-            rewards[-1] -= cost
-        total = torch.stack([each.sum() for each in steps])
-        return Shaped(total.masked_fill(scores.total.isnan(), torch.nan), steps, scores.ends)
-    total = _scaled(scores.total, algo, running)
+    if scores.steps is not None and scores.whole is not None:
+        unscored = scores.total.isnan()
+        whole = scaled(scores.whole).nan_to_num(0.0) - costs
+        whole = whole.masked_fill(unscored, torch.nan)
+        steps = [scaled(each) for each in scores.steps]
+        of_steps = torch.stack([known_sum(each[:, None])[0] for each in steps]).nan_to_num(0.0)
+        return Shaped(whole + of_steps, whole, steps, scores.ends)
+    total = scaled(scores.total)
     if algo.missing_eos_reward is not None:
         ended = torch.tensor([rollout.ended for rollout in rollouts])
         total = torch.where(ended, total, algo.missing_eos_reward)
-    return Shaped(total - costs)
-
-
-def _scaled(rewards: Tensor, algo: OnlineAlgo, running: RunningMoments) -> Tensor:
-    if algo.scale_rewards:
-        running.update(rewards)
-        rewards = rewards / (running.std or 1.0)  # all equal so far: nothing to scale by
-    if algo.reward_clip is not None:
-        rewards = rewards.clamp(-algo.reward_clip, algo.reward_clip)
-    return rewards
+    return Shaped(total - costs, total - costs)
 
 
 def penalties(rollouts: Sequence[Rollout], algo: OnlineAlgo) -> Tensor:

@@ -78,9 +78,10 @@ class Scores:
     parts: term -> (B,) its own value, without weight; NaN where it does not apply. By step, the
         part of a term that judges steps is the mean of those that it knows.
     seconds: term -> time it took.
-    steps: by step only: of each rollout (n_i,) the weighted rewards of its steps, 0 where unknown;
-        terms that judge whole responses stand at the last one.
+    steps: by step only: of each rollout (n_i,) the weighted rewards of its steps, NaN where no term
+        knows the step.
     ends: by step only: of each rollout the index in its response ids of each step's last token.
+    whole: by step only: (B,) `total` of the terms that judge whole responses; NaN where none does.
     """
 
     total: Tensor
@@ -88,6 +89,7 @@ class Scores:
     seconds: dict[str, float]
     steps: list[Tensor] | None = None
     ends: list[list[int]] | None = None
+    whole: Tensor | None = None
 
 
 @dataclass
@@ -120,16 +122,20 @@ class Reward:
         self.cutter = cutter if own is None else StepCutter(cutter.tokenizer, own)
 
     @property
-    def critic_start(self) -> CheckpointReward | None:
-        """The first reward model of whole responses in the policy's vocabulary, if any."""
+    def critic_start(self) -> WeightedSource | None:
+        """The first reward model of whole responses that a critic may start as, if any.
+
+        It reads the policy's vocabulary, and the policy learns to raise it.
+        """
         for term in self.terms:
             source = term.source
             if (
                 isinstance(source, CheckpointReward)
                 and source.reading.level == RESPONSE
                 and source.shares_vocabulary
+                and term.weight > 0
             ):
-                return source
+                return term
         return None
 
     def check(self, rows: Sequence[Prompt], require: Require, role: str = "reward") -> None:
@@ -142,31 +148,27 @@ class Reward:
         parts: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
         cuts = cuts_of(self.cutter, rollouts) if by_step else []
-        steps = [torch.zeros(len(cut.ends)) for cut in cuts]
+        steps = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
+        whole = []
         for term in self.terms:
             began = time.perf_counter()
-            source, weight = term.source, term.weight
+            source = term.source
             if by_step and source.step_end is not None:
                 judged = source.score_steps(rollouts, cuts)
                 parts[source.spec] = means(judged)
-                for place, values in zip(steps, judged, strict=True):
-                    place += weight * values.nan_to_num(0.0)
+                steps = [
+                    known_sum(torch.stack([so_far, term.weight * values]))
+                    for so_far, values in zip(steps, judged, strict=True)
+                ]
             else:
-                parts[source.spec] = part = source.score(rollouts)
-                for place, value in zip(steps, part.nan_to_num(0.0), strict=by_step):
-                    place[-1] += weight * value
+                parts[source.spec] = source.score(rollouts)
+                whole.append(term)
             seconds[source.spec] = time.perf_counter() - began
-        total = self._total(parts)
+        total = weighted_sum(self.terms, parts)
         if not by_step:
             return Scores(total, parts, seconds)
-        return Scores(total, parts, seconds, steps, [cut.ends for cut in cuts])
-
-    def _total(self, parts: dict[str, Tensor]) -> Tensor:
-        """(B,) the weighted sum over the terms that apply; a weight of 0 counts as none."""
-        counted = [term for term in self.terms if term.weight]
-        weighted = torch.stack([term.weight * parts[term.source.spec] for term in counted])
-        total = weighted.nansum(0)  # (B,)
-        return total.masked_fill(weighted.isnan().all(0), math.nan)
+        ends = [cut.ends for cut in cuts]
+        return Scores(total, parts, seconds, steps, ends, weighted_sum(whole, parts))
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Of each term the share of responses without it and its seconds; of several mean and std,
@@ -181,6 +183,18 @@ class Reward:
             found[f"reward/{spec}/none"] = 1 - len(known) / len(part)
             found[f"seconds/reward/{spec}"] = scores.seconds[spec]
         return found
+
+
+def weighted_sum(terms: Sequence[WeightedSource], parts: dict[str, Tensor]) -> Tensor:
+    """(B,) the weighted sum over the terms that apply; a weight of 0 counts as none."""
+    counted = [term.weight * parts[term.source.spec] for term in terms if term.weight]
+    unknown = torch.full_like(next(iter(parts.values())), math.nan)
+    return known_sum(torch.stack([unknown, *counted]))
+
+
+def known_sum(values: Tensor) -> Tensor:
+    """Sum over the first dimension of what is not NaN; NaN where all is: (K, N) -> (N,)."""
+    return values.nansum(0).masked_fill(values.isnan().all(0), math.nan)
 
 
 def floats(values: Sequence[float | None]) -> Tensor:

@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import Grpo, GrpoAlgo
-from rlhf_cli.data.batches import collate, cut, derived_seed, draw, order_of
+from rlhf_cli.data.batches import collate, cut, derived_seed, draw, evenly, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import on_grid, token_logprobs
-from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -55,16 +54,14 @@ from rlhf_cli.objectives.policy_gradient import (
 )
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
-from rlhf_cli.reporting.samples import show_samples
-from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.experience import Experience, held_out_metrics, measure, update_metrics
+from rlhf_cli.training.experience import Experience, measure, update_metrics
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
 from rlhf_cli.training.refresh import RewardRefresh
-from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
+from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
 from rlhf_cli.training.session import Session, begin, tensors_of
-from rlhf_cli.training.watch import Alarms, Written
+from rlhf_cli.training.watch import Watch
 
 
 @dataclass
@@ -86,32 +83,27 @@ def run(cfg: Grpo) -> Path:
     if session is None:
         return Path(cfg.out)
     algo = cfg.algo
-    policy = load_role(session, cfg.policy)
-    reference = Reference(policy.model)
-    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device, policy.model)
-    gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device) if cfg.gold else None
+    roles = load_roles(session)
+    policy = roles.policy
     rows = read_split(cfg.data, Prompt)
-    reward.check(rows.train, session.require)
+    roles.reward.check(rows.train, session.require)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
-    held_out = list(zip(*policy.encoder.prompts(rows.held_out), strict=True))[: algo.eval_prompts]
     unseen = policy.encoder.texts(read_texts(cfg.data).held_out)
     session.note(policy.encoder, rows.notes)
     refresh = None
     if algo.refresh_reward:
-        refresh = RewardRefresh(cfg, session, policy, reward, rows.train)
+        refresh = RewardRefresh(cfg, session, policy, roles.reward, rows.train)
 
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
     networks = {"policy": policy.model}
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, algo.steps * updates)
     state, tensors = session.resume(networks, optimizer)
-    metrics = state.get("metrics", {})
     running = RunningMoments(**state.get("running", {}))
-    alarms, written = Alarms(algo, state), Written(policy.model, algo, state, tensors)
-    reference.load(tensors_of(tensors, "reference"))
+    roles.reference.load(tensors_of(tensors, "reference"))
     if refresh:
         refresh.load(state, tensors)
-    objective = Objective(cfg, session, policy, reference)
-    log, samples = session.log(), session.log("samples.jsonl")
+    watch = Watch(cfg, session, roles, rows.held_out, state, tensors)
+    objective = Objective(cfg, session, roles)
 
     def sample(step: int, temperature: float, count: int, again: int = 0) -> Experience:
         """Scored groups of responses to `count` prompts; `again` counts the refills."""
@@ -126,7 +118,7 @@ def run(cfg: Grpo) -> Path:
             stop_ids=policy.stop_ids,
             hardware=cfg.hardware,
         )
-        return measure(rollouts, policy, reference, reward, cfg, temperature, running)
+        return measure(rollouts, roles, cfg, temperature, running)
 
     with Bar("grpo", algo.steps) as bar:
         bar.advance(session.start)
@@ -135,18 +127,17 @@ def run(cfg: Grpo) -> Path:
             kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
             found = sample(step, temperature, algo.batch_size)
-            unequal = unequal_groups(found, algo.group_size)
+            unequal = unequal_groups(found, algo)
             metrics = {
                 **found.metrics(kl_coef),
-                **reward.metrics(found.scores),
+                **roles.reward.metrics(found.scores),
                 "equal_groups": 1 - len(unequal) / algo.batch_size,
             }
             if step == 1:
                 check_first_ratio(session, policy.model, found.rollouts, temperature, metrics["kl"])
             if refresh:
                 metrics |= refresh.collect(step, found.rollouts)
-            written.offer(step, metrics)
-            stop = alarms.on_rollouts(step, metrics)
+            stop = watch.before_updates(step, metrics)
             learnt, sampled = found, algo.batch_size
             if algo.refills and not stop:
                 learnt = found.groups(unequal, algo.group_size)
@@ -155,8 +146,7 @@ def run(cfg: Grpo) -> Path:
                     if not missing:
                         break
                     more = sample(step, temperature, missing, again)
-                    unequal = unequal_groups(more, algo.group_size)
-                    learnt = learnt.joined(more.groups(unequal, algo.group_size))
+                    learnt = learnt.joined(more.groups(unequal_groups(more, algo), algo.group_size))
                     sampled += missing
                 metrics["learnt_groups"] = float(len(learnt.rollouts) // algo.group_size)
                 metrics["sampled_groups"] = float(sampled)
@@ -167,65 +157,57 @@ def run(cfg: Grpo) -> Path:
             updated = []
             for epoch in range(algo.epochs):
                 order = order_of(len(groups), cfg.seed, f"minibatches {step}", epoch)
-                for start in range(0, len(order), algo.minibatch_size):
-                    picked = order[start : start + algo.minibatch_size]
+                for picked in evenly(order, algo.minibatch_size):
                     minibatch = [item for i in picked for item in groups[i]]
                     if minibatch:
                         updated.append(optimizer.step([objective.part(minibatch)]))
-                        written.after_update()
-            metrics |= update_metrics(updated) | {"kl_coef": kl_coef}
+                    if minibatch and optimizer.stepped:
+                        watch.written.after_update()
+            metrics |= update_metrics(updated, found) | {"kl_coef": kl_coef}
             if algo.refresh_reference and step % algo.refresh_reference == 0:
-                reference.refresh()
+                roles.reference.refresh()
             clock.lap("updates")
             if refresh and algo.refresh_reward and step % algo.refresh_reward == 0:
                 metrics |= refresh.train(step)
                 clock.lap("refresh")
 
-            if algo.eval_every and (step % algo.eval_every == 0 or step == algo.steps or stop):
-                seen = held_out_metrics(held_out, policy, reference, reward, gold, written, cfg)
-                stop |= alarms.on_evaluation(step, seen)
-                written.offer(step, seen)
-                metrics |= seen
-                clock.lap("evaluation")
-            log.write(step, metrics | clock.seconds)
-            if stop or step % algo.show_every == 0 or step in (1, algo.steps):
-                show_samples(step, *found.shown(), samples)
+            stop = watch.end_of_step(step, found, metrics, clock, stop)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
             if stop:
                 break
-            kept = {
-                "metrics": metrics,
-                "running": asdict(running),
-                **alarms.state(),
-                **written.state(),
-            }
-            weights = {f"reference/{name}": each for name, each in reference.tensors().items()}
+            kept = {"running": asdict(running), **watch.state()}
+            weights = watch.tensors()
+            weights |= {f"reference/{k}": each for k, each in roles.reference.tensors().items()}
             if refresh:
                 kept |= refresh.state()
                 weights |= refresh.tensors()
-            session.save(step, networks, optimizer, kept, written.tensors() | weights)
+            session.save(step, networks, optimizer, kept, weights)
 
-    check_reference(session, reference)
+    check_reference(session, roles.reference)
     if refresh:
         refresh.write()
-    written.put()
-    final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "equal_groups")}
-    final |= {name: metrics[name] for name in metrics if name.startswith("eval/")}
+    final = watch.finish(("reward", "kl", "entropy", "length", "equal_groups"))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final)
 
 
-def unequal_groups(found: Experience, size: int) -> list[int]:
-    """The groups whose rewards, of responses or of steps, are not all the same."""
-    rewards = found.rewards
-    each = [total[None] for total in rewards.total] if rewards.steps is None else rewards.steps
+def unequal_groups(found: Experience, algo: GrpoAlgo) -> list[int]:
+    """The groups that teach something: rewards, of responses or steps, that are not all the same.
+
+    Of a group whose responses are all left out nothing is learnt either.
+    """
+    size, rewards = algo.group_size, found.rewards
+    usable = found.learnable(algo.mask_truncated)
     unequal = []
-    for group in range(len(each) // size):
-        values = torch.cat(list(each[group * size : (group + 1) * size]))
-        values = values[~values.isnan()]
-        if (values != values[:1]).any():
-            unequal.append(group)
+    for start in range(0, len(usable), size):
+        places = slice(start, start + size)
+        each = [rewards.whole[places]]
+        if rewards.steps is not None:
+            each.append(torch.cat(rewards.steps[places]))
+        known = [values[~values.isnan()] for values in each]
+        if any(usable[places]) and any(bool((values != values[:1]).any()) for values in known):
+            unequal.append(start // size)
     return unequal
 
 
@@ -253,21 +235,9 @@ def advantages_of(found: Experience, kl_coef: float, algo: GrpoAlgo) -> list[Ten
     lengths = [len(rollout.tokens.response) for rollout in found.rollouts]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
     charged = kl_coef if algo.kl_in == "reward" else 0.0
-    if algo.supervision == "process":
-        assert rewards.steps is not None and rewards.ends is not None
-        return [
-            worth
-            for start in range(0, len(lengths), size)
-            for worth in process_advantages(
-                rewards.steps[start : start + size],
-                rewards.ends[start : start + size],
-                lengths[start : start + size],
-                algo.normalise_advantages == "group",
-            )
-        ]
     if algo.baseline == "none":  # each token is worth what comes from it on, its own KL included
         old, ref = (pad_sequence(rows, batch_first=True) for rows in (found.old, found.reference))
-        total = rewards.total.nan_to_num(0.0)  # without a reward nothing is learnt from it
+        total = rewards.whole.nan_to_num(0.0)  # without a reward nothing is learnt from it
         shaped = kl_shaped_rewards(at_last(total, mask), old, ref, mask, charged)
         grid = returns_to_go(shaped, mask, 1.0)
     else:
@@ -275,12 +245,26 @@ def advantages_of(found: Experience, kl_coef: float, algo: GrpoAlgo) -> list[Ten
         relative = compare[algo.normalise_advantages]
         if algo.baseline == "leave_one_out":
             relative = leave_one_out
-        grouped = (rewards.total - charged * found.kls).view(-1, size)  # (P, G)
+        grouped = (rewards.whole - charged * found.kls).view(-1, size)  # (P, G)
         grid = relative(grouped).flatten()[:, None] * mask
+        if rewards.steps is not None:
+            grid = grid + step_advantages(found, lengths, algo)
     if algo.normalise_advantages == "batch":
         learnt = torch.tensor(found.learnable(algo.mask_truncated))
         grid = masked_whiten(grid, mask & learnt[:, None])
     return [row[:length] for row, length in zip(grid, lengths, strict=True)]
+
+
+def step_advantages(found: Experience, lengths: list[int], algo: GrpoAlgo) -> Tensor:
+    """(B, T) what the rewards of steps are worth at each token, group by group."""
+    size, rewards = algo.group_size, found.rewards
+    assert rewards.steps is not None and rewards.ends is not None
+    worths = []
+    for start in range(0, len(lengths), size):
+        places = slice(start, start + size)
+        columns = rewards.steps[places], rewards.ends[places], lengths[places]
+        worths += process_advantages(*columns, algo.normalise_advantages == "group")
+    return pad_sequence(worths, batch_first=True)
 
 
 class Objective:
@@ -289,9 +273,9 @@ class Objective:
     kl_coef, temperature: as they are in the current iteration.
     """
 
-    def __init__(self, cfg: Grpo, session: Session, policy: Policy, reference: Reference) -> None:
+    def __init__(self, cfg: Grpo, session: Session, roles: Roles) -> None:
         self._cfg, self._session = cfg, session
-        self._policy, self._reference = policy, reference
+        self._policy, self._reference = roles.policy, roles.reference
         self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
 
     def part(self, minibatch: list[Item]) -> Part:

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import Ppo, PpoAlgo
-from rlhf_cli.data.batches import collate, cut, derived_seed, draw, order_of
+from rlhf_cli.data.batches import collate, cut, derived_seed, draw, evenly, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import response_nll, token_logprobs
-from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -37,7 +36,7 @@ from rlhf_cli.objectives.advantages import (
     returns_to_go,
 )
 from rlhf_cli.objectives.kl import k3, kl_loss, linear, schulman_kl_coef, ziegler_kl_coef
-from rlhf_cli.objectives.likelihood import masked_whiten
+from rlhf_cli.objectives.likelihood import masked_scale, masked_whiten
 from rlhf_cli.objectives.moments import RunningMoments
 from rlhf_cli.objectives.policy_gradient import (
     clipped,
@@ -48,16 +47,14 @@ from rlhf_cli.objectives.policy_gradient import (
 )
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
-from rlhf_cli.reporting.samples import show_samples
-from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.critic import Critic
-from rlhf_cli.training.experience import Experience, held_out_metrics, measure, update_metrics
+from rlhf_cli.training.experience import Experience, measure, update_metrics
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.roles import Policy, check_first_ratio, check_reference, load_role
+from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
 from rlhf_cli.training.session import Session, begin
-from rlhf_cli.training.watch import Alarms, Written
+from rlhf_cli.training.watch import Watch
 
 
 @dataclass
@@ -81,16 +78,13 @@ def run(cfg: Ppo) -> Path:
     if session is None:
         return Path(cfg.out)
     algo = cfg.algo
-    policy = load_role(session, cfg.policy)
-    reference = Reference(policy.model)
-    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device, policy.model)
-    gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device) if cfg.gold else None
-    critic = Critic(cfg, reward, policy, session) if algo.baseline == "critic" else None
+    roles = load_roles(session)
+    policy = roles.policy
+    critic = Critic(cfg, roles.reward, policy, session) if algo.baseline == "critic" else None
 
     rows = read_split(cfg.data, Prompt)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
-    held_out = list(zip(*policy.encoder.prompts(rows.held_out), strict=True))[: algo.eval_prompts]
-    reward.check(rows.train, session.require)
+    roles.reward.check(rows.train, session.require)
     plain = read_texts(cfg.data)
     texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
     session.note(policy.encoder, rows.notes + plain.notes)
@@ -101,12 +95,11 @@ def run(cfg: Ppo) -> Path:
     trained = {name: (network, rates[name]) for name, network in networks.items()}
     optimizer = Optimizer(trained, algo, algo.steps * updates)
     state, tensors = session.resume(networks, optimizer)
-    kl_coef, metrics = state.get("kl_coef", algo.kl_coef), state.get("metrics", {})
+    kl_coef = state.get("kl_coef", algo.kl_coef)
     running = RunningMoments(**state.get("running", {}))
-    alarms, written = Alarms(algo, state), Written(policy.model, algo, state, tensors)
-    objective = Objective(cfg, session, policy, reference, critic, texts)
+    watch = Watch(cfg, session, roles, rows.held_out, state, tensors)
+    objective = Objective(cfg, session, roles, critic, texts)
     objective.old_kl_coef = state.get("old_kl_coef", objective.old_kl_coef)
-    log, samples = session.log(), session.log("samples.jsonl")
 
     with Bar("ppo", algo.steps) as bar:
         bar.advance(session.start)
@@ -126,12 +119,11 @@ def run(cfg: Ppo) -> Path:
                 hardware=cfg.hardware,
             )
             clock.lap("rollouts")
-            found = measure(rollouts, policy, reference, reward, cfg, temperature, running)
-            metrics = {**found.metrics(kl_coef), **reward.metrics(found.scores)}
+            found = measure(rollouts, roles, cfg, temperature, running)
+            metrics = {**found.metrics(kl_coef), **roles.reward.metrics(found.scores)}
             if step == 1:
                 check_first_ratio(session, policy.model, rollouts, temperature, metrics["kl"])
-            written.offer(step, metrics)
-            stop = alarms.on_rollouts(step, metrics)
+            stop = watch.before_updates(step, metrics)
             items = [] if stop else advantages_of(found, critic, kl_coef, session, cfg, metrics)
             clock.lap("scores")
 
@@ -139,43 +131,32 @@ def run(cfg: Ppo) -> Path:
             updated = []
             for epoch in range(algo.epochs):
                 order = order_of(len(items), cfg.seed, f"minibatches {step}", epoch)
-                for i, start in enumerate(range(0, len(order), algo.minibatch_size)):
-                    minibatch = [items[j] for j in order[start : start + algo.minibatch_size]]
+                for i, picked in enumerate(evenly(order, algo.minibatch_size)):
                     update = (step - 1) * updates + epoch * (updates // algo.epochs) + i
-                    updated.append(optimizer.step(objective.parts(minibatch, update)))
-                    written.after_update()
-            metrics |= update_metrics(updated) | {"kl_coef": kl_coef}
+                    parts = objective.parts([items[j] for j in picked], update)
+                    updated.append(optimizer.step(parts))
+                    if optimizer.stepped:
+                        watch.written.after_update()
+            metrics |= update_metrics(updated, found) | {"kl_coef": kl_coef}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
             if algo.loss == "klpen" and items:
                 metrics |= objective.steer(items)
             clock.lap("updates")
 
-            if algo.eval_every and (step % algo.eval_every == 0 or step == algo.steps or stop):
-                seen = held_out_metrics(held_out, policy, reference, reward, gold, written, cfg)
-                stop |= alarms.on_evaluation(step, seen)
-                written.offer(step, seen)
-                metrics |= seen
-                clock.lap("evaluation")
-            log.write(step, metrics | clock.seconds)
-            if stop or step % algo.show_every == 0 or step in (1, algo.steps):
-                show_samples(step, *found.shown(), samples)
+            stop = watch.end_of_step(step, found, metrics, clock, stop)
             bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
             if stop:
                 break
             kept = {
                 "kl_coef": kl_coef,
                 "old_kl_coef": objective.old_kl_coef,
-                "metrics": metrics,
                 "running": asdict(running),
-                **alarms.state(),
-                **written.state(),
+                **watch.state(),
             }
-            session.save(step, networks, optimizer, kept, written.tensors())
+            session.save(step, networks, optimizer, kept, watch.tensors())
 
-    check_reference(session, reference)
-    written.put()
-    final = {name: metrics[name] for name in ("reward", "kl", "entropy", "length", "kl_coef")}
-    final |= {name: metrics[name] for name in metrics if name.startswith("eval/")}
+    check_reference(session, roles.reference)
+    final = watch.finish(("reward", "kl", "entropy", "length", "kl_coef"))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final)
@@ -213,7 +194,7 @@ def advantages_of(
         reward_grid(found, places, mask), old, ref, mask, kl_coef if algo.kl_in == "reward" else 0.0
     )
     if algo.whiten_rewards:
-        rewards = masked_whiten(rewards, mask, shift_mean=False)
+        rewards = masked_scale(rewards, mask)
     if critic:
         advantages, returns = gae(rewards, value, mask, algo.gamma, algo.lam or 0.0)
         metrics["value"] = (value * mask).sum().item() / int(lengths.sum())
@@ -239,13 +220,13 @@ def advantages_of(
 
 
 def reward_grid(found: Experience, places: list[int], mask: Tensor) -> Tensor:
-    """(B, T) the reward of each response at its last token, or of each step at the step's last."""
+    """(B, T) the reward of each response at its last token, and of each step at the step's last."""
     rewards = found.rewards
-    if rewards.steps is None or rewards.ends is None:
-        return at_last(rewards.total[places], mask)
-    grid = torch.zeros(mask.shape)
-    for row, place in enumerate(places):
-        grid[row].index_add_(0, torch.tensor(rewards.ends[place]), rewards.steps[place])
+    grid = at_last(rewards.whole[places], mask)
+    if rewards.steps is not None and rewards.ends is not None:
+        for row, place in enumerate(places):
+            steps = rewards.steps[place].nan_to_num(0.0)  # of a step that nothing judges
+            grid[row].index_add_(0, torch.tensor(rewards.ends[place]), steps)
     return grid
 
 
@@ -266,14 +247,13 @@ class Objective:
         self,
         cfg: Ppo,
         session: Session,
-        policy: Policy,
-        reference: Reference,
+        roles: Roles,
         critic: Critic | None,
         texts: list[Tokens],
     ) -> None:
         self._cfg, self._session = cfg, session
-        self._policy, self._reference, self._critic = policy, reference, critic
-        self._texts = texts
+        self._policy, self._reference = roles.policy, roles.reference
+        self._critic, self._texts = critic, texts
         self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
         self.old_kl_coef = cfg.algo.old_kl_coef or 0.0
 

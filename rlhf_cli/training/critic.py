@@ -10,7 +10,7 @@ from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import matmul_in_float32, state_values
 from rlhf_cli.models.heads import value_head
 from rlhf_cli.models.load import load_critic
-from rlhf_cli.models.score import logprobs_and_values_of, scores_of, values_of
+from rlhf_cli.models.score import scores_of, trunk_values_of, values_of
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.sources import Reward
@@ -22,8 +22,8 @@ class Critic:
     """Values of the states in which tokens are drawn, in the units of the reward.
 
     A separate critic starts as the reward model of whole responses that the reward holds, and is
-    normalised as that is, so that it already knows the scale of what it predicts. Under any other
-    reward, and as a head on the policy's trunk, its values start at 0.
+    normalised and weighted as that is, so that it already knows the scale of what it predicts.
+    Under any other reward or scale, and as a head on the policy's trunk, its values start at 0.
 
     model: what the optimizer trains: the network, or the head alone.
     head: the head on the policy's trunk; None for a network of its own.
@@ -37,7 +37,9 @@ class Critic:
         if cfg.algo.critic == "shared":
             self.model = self.head = value_head(policy.model)
             return
-        start = reward.critic_start
+        term = None if cfg.algo.scale_rewards else reward.critic_start
+        start = None if term is None else term.source
+        assert start is None or isinstance(start, CheckpointReward)
         self.model = load_critic(
             None if start is None else start.path,
             cfg.policy,
@@ -47,8 +49,8 @@ class Critic:
             session.device,
             policy.model,
         )
-        if start is not None:
-            self.mean, self.std = start.mean, start.std
+        if term is not None and start is not None:
+            self.mean, self.std = start.mean, start.std / term.weight
             check_critic(session, start, self.model, policy)
         if cfg.hardware.gradient_checkpointing:
             recompute_activations(self.model)
@@ -61,7 +63,7 @@ class Critic:
         """Per sequence (len(response),) the value of the state in which each token was drawn."""
         hardware = session.cfg.hardware
         if self.head is not None:
-            _, raw = logprobs_and_values_of(self._policy.model, self.head, sequences, hardware)
+            raw = trunk_values_of(self._policy.model, self.head, sequences, hardware)
         else:
             raw = values_of(self.model, sequences, hardware)
         return [self.normalise(values) for values in raw]

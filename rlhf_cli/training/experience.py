@@ -8,22 +8,17 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import Grpo, Hardware, Ppo
-from rlhf_cli.data.batches import derived_seed
-from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models.forward import matmul_in_float32
-from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.moments import RunningMoments
 from rlhf_cli.reporting.samples import known_or_none
 from rlhf_cli.rewards.rules import repeated_share
 from rlhf_cli.rewards.shaping import Shaped, shape
-from rlhf_cli.rewards.sources import Reward, Scores
-from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
-from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rewards.sources import Scores
+from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.training.optimize import Metrics, mean_metrics
-from rlhf_cli.training.roles import Policy
-from rlhf_cli.training.watch import Written
+from rlhf_cli.training.roles import Policy, Roles
 
 Figures = list[float | None]
 REPEATED_TOKENS = 4  # an n-gram that comes again counts as repetition
@@ -80,7 +75,7 @@ class Experience:
         return replace(
             self,
             rollouts=[self.rollouts[i] for i in places],
-            rewards=Shaped(rewards.total[places], steps, ends),
+            rewards=Shaped(rewards.total[places], rewards.whole[places], steps, ends),
             old=[self.old[i] for i in places],
             reference=[self.reference[i] for i in places],
             kls=self.kls[places],
@@ -94,7 +89,12 @@ class Experience:
         return replace(
             self,
             rollouts=[*self.rollouts, *other.rollouts],
-            rewards=Shaped(torch.cat([ours.total, theirs.total]), steps, ends),
+            rewards=Shaped(
+                torch.cat([ours.total, theirs.total]),
+                torch.cat([ours.whole, theirs.whole]),
+                steps,
+                ends,
+            ),
             old=self.old + other.old,
             reference=self.reference + other.reference,
             kls=torch.cat([self.kls, other.kls]),
@@ -111,23 +111,21 @@ class Experience:
 
 def measure(
     rollouts: Sequence[Rollout],
-    policy: Policy,
-    reference: Reference,
-    reward: Reward,
+    roles: Roles,
     cfg: Ppo | Grpo,
     temperature: float,
-    running: RunningMoments,
+    running: RunningMoments | None = None,
 ) -> Experience:
     """Score rollouts of the policy as it is now, and compare them with the reference.
 
     Args:
-        running: moments of scores so far, for algo.scale_rewards.
+        running: moments of scores so far, where algo.scale_rewards is to divide by them.
     """
-    scores = reward.score(rollouts, by_step=cfg.algo.supervision == "process")
+    scores = roles.reward.score(rollouts, by_step=cfg.algo.supervision == "process")
     rewards = shape(scores, rollouts, cfg.algo, running)
     sequences = [rollout.tokens for rollout in rollouts]
-    old = old_logprobs(policy, rollouts, cfg.hardware, temperature)
-    with reference.active() as frozen:
+    old = old_logprobs(roles.policy, rollouts, cfg.hardware, temperature)
+    with roles.reference.active() as frozen:
         ref = logprobs_of(frozen, sequences, cfg.hardware, temperature)
     kls = [k1(ours, theirs).sum() for ours, theirs in zip(old, ref, strict=True)]
     return Experience(rollouts, scores, rewards, old, ref, torch.stack(kls))
@@ -147,50 +145,16 @@ def old_logprobs(
     return logprobs_of(policy.model, sequences, hardware, temperature)
 
 
-def held_out_metrics(
-    prompts: list[tuple[Prompt, list[int]]],
-    policy: Policy,
-    reference: Reference,
-    reward: Reward,
-    gold: Reward | None,
-    written: Written,
-    cfg: Ppo | Grpo,
-) -> Metrics:
-    """eval/reward, eval/gold, eval/kl, eval/length of the weights that would be written now.
+def update_metrics(updates: list[Metrics], found: Experience) -> Metrics:
+    """Means over the updates of an iteration; sampling_gap as it was before the first of them.
 
-    The noise of sampling is the same in every evaluation, so that they differ by the weights.
-    """
-    algo = cfg.algo
-    with written.in_place():
-        rollouts = sample_rollouts(
-            policy.model,
-            policy.encoder,
-            prompts,
-            Sampling(algo.max_tokens, algo.temperature),
-            samples=1,
-            seed=derived_seed(cfg.seed, "evaluation"),
-            stop_ids=policy.stop_ids,
-            hardware=cfg.hardware,
-        )
-        found = measure(
-            rollouts, policy, reference, reward, cfg, algo.temperature, RunningMoments()
-        )
-    metrics = {
-        "eval/reward": found.scores.total.nanmean().item(),
-        "eval/kl": found.kls.mean().item(),
-        "eval/length": sum(len(rollout.tokens.response) for rollout in rollouts) / len(rollouts),
-    }
-    if gold is not None:
-        metrics["eval/gold"] = gold.score(rollouts).total.nanmean().item()
-    return metrics
-
-
-def update_metrics(updates: list[Metrics]) -> Metrics:
-    """Means over the updates of an iteration; sampling_gap as the first found it.
-
-    Before the first update the policy is still the one that sampled, so that the mean of
-    |log pi - log pi_old| there is what sampling and training compute differently.
+    Then the policy is still the one that sampled, so that the mean of |log pi - log pi_old| is
+    what sampling and training compute differently. Where old log-probs were scored anew, it is
+    the mean difference to those that sampling kept.
     """
     if not updates:
         return {}
-    return {**mean_metrics(updates), "sampling_gap": updates[0]["sampling_gap"]}
+    kept = torch.tensor([value for rollout in found.rollouts for value in rollout.logprobs])
+    rescored = (torch.cat(found.old) - kept).abs().mean().item()
+    gap = rescored or updates[0]["sampling_gap"]
+    return {**mean_metrics(updates), "sampling_gap": gap}

@@ -76,6 +76,7 @@ class Optimizer:
         )
         self.skipped = 0
         self._skipped_in_a_row = 0
+        self.stepped = False  # whether the last step changed the weights
 
     def step(self, parts: list[Part]) -> Metrics:
         """One update. Returns every metric's mean, grad_norm of each network, and lr.
@@ -105,6 +106,7 @@ class Optimizer:
         return {**report, **norms, "skipped": float(self.skipped)}
 
     def _advance(self, finite: bool, report: Metrics) -> None:
+        self.stepped = finite
         if finite:
             self._adamw.step()
             self._skipped_in_a_row = 0
@@ -132,7 +134,11 @@ class Optimizer:
 
     def state(self) -> dict[str, int]:
         """Counters that go beside `tensors` into a resume point."""
-        return {"schedule": self._schedule.last_epoch, "skipped": self.skipped}
+        return {
+            "schedule": self._schedule.last_epoch,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, int]) -> None:
         """Go on from what `tensors` and `state` returned."""
@@ -144,6 +150,7 @@ class Optimizer:
                     moment: value.to(weight.device) for moment, value in moments.items()
                 }
         self.skipped = state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
         self._schedule.last_epoch = state["schedule"]
         rates = [
             base * factor(state["schedule"])

@@ -16,6 +16,7 @@ from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import say
+from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.training.session import Session
 
@@ -28,6 +29,31 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     stop_ids: list[int]
+
+
+@dataclass
+class Roles:
+    """Who takes part where a policy learns from its own samples.
+
+    gold: a judge that is never learnt from, if there is one.
+    """
+
+    policy: Policy
+    reference: Reference
+    reward: Reward
+    gold: Reward | None
+
+
+def load_roles(session: Session) -> Roles:
+    """The roles that a config of ppo or grpo names; the reference is the policy as it starts."""
+    cfg: Any = session.cfg
+    policy = load_role(session, cfg.policy)
+    reference = Reference(policy.model)
+    reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device, policy.model)
+    gold = None
+    if cfg.gold is not None:
+        gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device)
+    return Roles(policy, reference, reward, gold)
 
 
 def load_role(session: Session, path: str) -> Policy:

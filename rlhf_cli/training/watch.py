@@ -1,5 +1,6 @@
-"""Alarms of a run that learns from its own samples, and the weights that it writes in the end."""
+"""What is seen of a run that learns from its own samples, and the weights that it writes."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,110 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.online_rules import ALARMS
-from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.config.schema import Grpo, OnlineAlgo, Ppo
+from rlhf_cli.data.batches import derived_seed
+from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.reporting.console import say
+from rlhf_cli.reporting.metrics import Clock
+from rlhf_cli.reporting.samples import show_samples
+from rlhf_cli.rollout.rollouts import sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.training.alarms import Alarms
+from rlhf_cli.training.experience import Experience, measure
 from rlhf_cli.training.optimize import Metrics
-from rlhf_cli.training.session import restore, snapshot, tensors_of
-
-
-class Alarms:
-    """Limits on what is measured on rollouts and in evaluations; null limits are off.
-
-    A limit counts as broken after `alarm_steps` iterations in a row (evaluations for
-    over-optimisation). Each is logged as alarm/NAME (1 broken, 0 not), said once when it breaks,
-    and ends the run where `stop_on` names it.
-    """
-
-    def __init__(self, algo: OnlineAlgo, state: dict[str, Any]) -> None:
-        """`state`: what `state()` returned at the resume point; empty for a fresh run."""
-        self._algo = algo
-        self._broken: dict[str, int] = state.get("broken", {})  # iterations in a row
-        self._first_length: float | None = state.get("first_length")
-        self._last: dict[str, float] | None = state.get("last_evaluation")
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
-        return {
-            "broken": self._broken,
-            "first_length": self._first_length,
-            "last_evaluation": self._last,
-        }
-
-    def on_rollouts(self, step: int, metrics: Metrics) -> bool:
-        """Look at the metrics of a batch of rollouts, add alarm/..., say whether to stop."""
-        algo = self._algo
-        if self._first_length is None:
-            self._first_length = metrics["length"]
-        drift = abs(metrics["length"] / self._first_length - 1)
-        truncated = 1 - metrics["ended"]
-        found = {
-            "kl": (metrics["kl"], algo.max_kl, metrics["kl"] > (algo.max_kl or 0)),
-            "reward": (
-                metrics["reward"],
-                algo.target_reward,
-                metrics["reward"] >= (algo.target_reward or 0),
-            ),
-            "entropy": (
-                metrics["entropy"],
-                algo.min_entropy,
-                metrics["entropy"] <= (algo.min_entropy or 0),
-            ),
-            "length": (drift, algo.max_length_drift, drift > (algo.max_length_drift or 0)),
-            "repetition": (
-                metrics["repetition"],
-                algo.max_repetition,
-                metrics["repetition"] > (algo.max_repetition or 0),
-            ),
-            "truncated": (truncated, algo.max_truncated, truncated > (algo.max_truncated or 0)),
-        }
-        stops = [
-            self._count(step, name, value, limit, broken, algo.alarm_steps, metrics)
-            for name, (value, limit, broken) in found.items()
-            if limit is not None
-        ]
-        return any(stops)
-
-    def on_evaluation(self, step: int, metrics: Metrics) -> bool:
-        """Look at an evaluation: is the reward up while gold is down?"""
-        patience = self._algo.overoptimised
-        if patience is None:
-            return False
-        now = {name: metrics[f"eval/{name}"] for name in ("reward", "gold")}
-        last, self._last = self._last, now
-        if last is None:
-            return False
-        apart = now["reward"] > last["reward"] and now["gold"] < last["gold"]
-        return self._count(
-            step, "overoptimised", now["gold"], last["gold"], apart, patience, metrics
-        )
-
-    def _count(
-        self,
-        step: int,
-        name: str,
-        value: float,
-        limit: float,
-        broken: bool,
-        patience: int,
-        metrics: Metrics,
-    ) -> bool:
-        """Count a limit in `metrics`; True where it is broken for long enough and ends the run."""
-        row = self._broken.get(name, 0) + 1 if broken else 0
-        self._broken[name] = row
-        metrics[f"alarm/{name}"] = float(row >= patience)
-        stop = row >= patience and name in self._algo.stop_on
-        if row == patience:
-            meaning = f"algo.{ALARMS[name]}={limit:g}"
-            if name == "overoptimised":
-                meaning = f"the reward rises while gold falls, from {limit:.4g}"
-            end = "; the run stops here" if stop else ""
-            say(f"alarm at step {step}: {name} {value:.4g} ({meaning}){end}")
-        return stop
+from rlhf_cli.training.roles import Roles
+from rlhf_cli.training.session import Session, restore, snapshot, tensors_of
 
 
 class Written:
     """The weights that a run writes: the last ones or the best, plain or averaged.
+
+    kept: the metrics of the step whose weights are the best so far; empty for the last ones.
 
     The average of each weight over optimizer steps is decay * average + (1 - decay) * weight
     (InstructGPT 2203.02155 App. C: decay 0.992).
@@ -127,14 +43,13 @@ class Written:
         self._model = model
         self._decay = algo.ema_decay
         self._metric = algo.keep
-        self.best: float | None = state.get("best")
-        self.best_step: int | None = state.get("best_step")
+        self.kept: Metrics = state.get("kept", {})
         self._average = tensors_of(tensors, "average") or (snapshot(model) if self._decay else {})
         self._best = tensors_of(tensors, "best")
 
     def state(self) -> dict[str, Any]:
         """Figures for a resume point."""
-        return {"best": self.best, "best_step": self.best_step}
+        return {"kept": self.kept}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights for a resume point."""
@@ -168,17 +83,125 @@ class Written:
             restore(self._model, own)
 
     def offer(self, step: int, metrics: Metrics) -> None:
-        """Keep the weights that `metrics` was measured on, if they are the best so far."""
-        value = metrics.get(self._metric)  # none for keep=last, and between evaluations
-        if value is None or value != value or (self.best is not None and value <= self.best):
+        """Keep the weights that algo.keep was measured on, if they are the best so far.
+
+        Args:
+            metrics: of this step; without algo.keep, as between evaluations, nothing is kept.
+        """
+        value = metrics.get(self._metric)
+        if value is None or math.isnan(value) or value <= self.kept.get(self._metric, -math.inf):
             return
-        self.best, self.best_step = value, step
+        self.kept = {**metrics, "kept_step": float(step)}
         current = self._average if self._decay else snapshot(self._model)
         self._best = {name: weight.clone() for name, weight in current.items()}
 
     def put(self) -> None:
         """Load what is written into the model, at the end."""
-        chosen = self._best or self._average
-        restore(self._model, chosen)
-        if self.best_step is not None:
-            say(f"kept the weights of step {self.best_step}: {self._metric} {self.best:.4g}")
+        restore(self._model, self._best or self._average)
+        if self.kept:
+            step, best = int(self.kept["kept_step"]), self.kept[self._metric]
+            say(f"kept the weights of step {step}: {self._metric} {best:.4g}")
+
+
+class Watch:
+    """Logs, tables of samples, evaluations on held-out prompts, alarms, and the weights to write.
+
+    metrics: of the last step.
+    """
+
+    def __init__(
+        self,
+        cfg: Ppo | Grpo,
+        session: Session,
+        roles: Roles,
+        held_out: list[Prompt],
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """`state`, `tensors`: what the methods of those names returned at the resume point."""
+        self._cfg, self._roles = cfg, roles
+        chosen = held_out[: cfg.algo.eval_prompts]
+        self._held_out = list(zip(*roles.policy.encoder.prompts(chosen), strict=True))
+        if roles.gold is not None:
+            roles.gold.check(chosen, session.require, "gold")
+        self.metrics: Metrics = state.get("metrics", {})
+        self._alarms = Alarms(cfg.algo, state)
+        self.written = Written(roles.policy.model, cfg.algo, state, tensors)
+        self._log, self._samples = session.log(), session.log("samples.jsonl")
+
+    def state(self) -> dict[str, Any]:
+        """Figures for a resume point."""
+        return {"metrics": self.metrics, **self._alarms.state(), **self.written.state()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights for a resume point."""
+        return self.written.tensors()
+
+    def before_updates(self, step: int, metrics: Metrics) -> bool:
+        """Look at what the rollouts of a step show; True where nothing is learnt from them.
+
+        A step that breaks a limit which ends the run is not kept as the best, unless the limit is
+        that the reward is high enough.
+        """
+        stops = self._alarms.on_rollouts(step, metrics)
+        if not set(stops) - {"reward"}:
+            self.written.offer(step, metrics)
+        return bool(stops)
+
+    def end_of_step(
+        self, step: int, found: Experience, metrics: Metrics, clock: Clock, stop: bool
+    ) -> bool:
+        """Evaluate where it is time to, log and show; True where the run ends here."""
+        algo = self._cfg.algo
+        last = stop or step == algo.steps
+        if algo.eval_every and (last or step % algo.eval_every == 0):
+            seen = self.evaluate()
+            stop |= self._alarms.on_evaluation(step, seen)
+            metrics = metrics | seen
+            if algo.keep in seen:
+                self.written.offer(step, metrics)
+            clock.lap("evaluation")
+        self.metrics = metrics
+        self._log.write(step, metrics | clock.seconds)
+        if last or stop or step == 1 or step % algo.show_every == 0:
+            show_samples(step, *found.shown(), self._samples)
+        return stop
+
+    def evaluate(self) -> Metrics:
+        """eval/reward, /gold, /kl, /length of the weights that would be written now.
+
+        The reward is that of training, unscaled; gold is its judge's own score. The noise of
+        sampling is the same in every evaluation, so that they differ by the weights.
+        """
+        cfg, policy = self._cfg, self._roles.policy
+        with self.written.in_place():
+            rollouts = sample_rollouts(
+                policy.model,
+                policy.encoder,
+                self._held_out,
+                Sampling(cfg.algo.max_tokens, cfg.algo.temperature),
+                samples=1,
+                seed=derived_seed(cfg.seed, "evaluation"),
+                stop_ids=policy.stop_ids,
+                hardware=cfg.hardware,
+            )
+            found = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
+        lengths = [len(rollout.tokens.response) for rollout in rollouts]
+        metrics = {
+            "eval/reward": found.rewards.total.nanmean().item(),
+            "eval/kl": found.kls.mean().item(),
+            "eval/length": sum(lengths) / len(lengths),
+        }
+        if self._roles.gold is not None:
+            metrics["eval/gold"] = self._roles.gold.score(rollouts).total.nanmean().item()
+        return metrics
+
+    def finish(self, names: tuple[str, ...]) -> Metrics:
+        """Put the weights that are written into the policy; returns metrics of their step."""
+        self.written.put()
+        metrics = self.written.kept or self.metrics
+        return {
+            name: metrics[name]
+            for name in (*names, "kept_step", *(n for n in metrics if n.startswith("eval/")))
+            if name in metrics
+        }

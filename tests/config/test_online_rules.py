@@ -25,6 +25,11 @@ REFUSED = [
     ("grpo algo=rloo algo.clip_high=0.2", "algo.clip_high is not used by algo.loss=policy_gradi"),
     ("grpo algo=gspo algo.dual_clip=3", "algo.dual_clip is not used by algo.loss=sequence_clip"),
     ("ppo algo.dual_clip=1", "algo.dual_clip must be a number > 1"),
+    ("ppo algo.dual_clip=1.1", "must lie above the clipped ratio, 1.2"),
+    ("grpo algo=reinforce_pp algo.group_size=4 algo.refills=1", "algo.baseline=none does not"),
+    ("grpo algo=rloo algo.refills=1", "which teach the KL"),
+    ("ppo algo.scale_rewards=true algo.keep=reward", "changes the unit of the reward"),
+    ("ppo algo=ppo_adaptive algo.keep=rlhf_reward", "kl_coef changes between them"),
     ("ppo algo=a2c algo.epochs=2", "algo.epochs=1 and algo.minibatch_size=64, the whole batch"),
     ("ppo algo=reinforce algo.minibatch_size=32", "no ratio to correct for older rollouts"),
     ("ppo algo.old_kl_coef=1", "algo.loss=clip does not use algo.old_kl_coef"),
@@ -96,4 +101,5 @@ def test_every_option_of_a_stage_composes_as_it_is(stage: str) -> None:
     ]
     assert len(own) >= 8
     for name in own:
-        compose(stage, [f"algo={name}"])
+        needed = ["judge=demo_gold", "reward=r"] if name == "grpo_iterative" else []
+        compose(stage, [f"algo={name}", *needed])

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from rlhf_cli.data.batches import (
     derived_seed,
     draw,
     epochs_of,
+    evenly,
     order_of,
     sharing_pays,
 )
@@ -159,3 +161,13 @@ def test_epochs_have_every_item_once() -> None:
         joined = sum(batches[3 * epoch : 3 * epoch + 3], [])
         assert sorted(joined) == list("abcde")
     assert batches[:3] != batches[3:6]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [(8, 4, [4, 4]), (9, 4, [3, 3, 3]), (5, 4, [2, 3]), (3, 4, [3]), (0, 4, []), (7, 1, [1] * 7)],
+)
+def test_parts_are_near_equal_and_in_order(count: int, size: int, sizes: list[int]) -> None:
+    parts = evenly(list(range(count)), size)
+    assert [len(part) for part in parts] == sizes
+    assert [item for part in parts for item in part] == list(range(count))

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from rlhf_cli.objectives.likelihood import masked_mean, masked_whiten, nll_sum, sequence_logprob
+from rlhf_cli.objectives.likelihood import (
+    masked_mean,
+    masked_scale,
+    masked_whiten,
+    nll_sum,
+    sequence_logprob,
+)
 
 MASK = torch.tensor([[True, True, False], [False, True, False]])
 LOGPROBS = torch.tensor([[-1.0, -2.0, -99.0], [-99.0, -4.0, -99.0]])
@@ -43,3 +49,10 @@ def test_whitening_sees_nothing_outside_the_mask() -> None:
     kept = masked_whiten(values, mask, shift_mean=False)
     assert masked_mean(kept, mask).item() == pytest.approx(masked_mean(values, mask).item())
     assert (kept[~mask] == 0).all()
+
+
+def test_scaling_divides_by_the_std_and_adds_nothing() -> None:
+    values = torch.tensor([[1.0, 3.0, 100.0], [5.0, 7.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    expected = torch.tensor([[1.0, 3.0, 0.0], [5.0, 7.0, 0.0]]) / 5**0.5  # of 1 3 5 7
+    torch.testing.assert_close(masked_scale(values, mask), expected)

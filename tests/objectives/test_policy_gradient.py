@@ -262,3 +262,14 @@ def test_on_policy_the_grpo_loss_is_zero_and_its_gradient_is_not() -> None:
     expected = -gains[:, None] / (4 * LENGTHS[:, None]) * MASK
     torch.testing.assert_close(logprobs.grad, expected.double())
     assert abs(average(losses, MASK, "token_mean").item()) > 0.1
+
+
+@pytest.mark.parametrize("log_ratio", [100.0, 800.0, -800.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_out_of_all_bounds_keeps_a_finite_gradient(
+    log_ratio: float, advantage: float
+) -> None:
+    given = torch.tensor([log_ratio], requires_grad=True)
+    loss = clipped_policy_loss(given, torch.tensor([advantage]), 0.2)
+    loss.sum().backward()
+    assert loss.isfinite().all() and given.grad is not None and given.grad.isfinite().all()

@@ -77,14 +77,15 @@ def test_rewards_are_divided_by_the_spread_of_all_so_far() -> None:
     close(shaped([1.0, 1.0, 1.0], scale_rewards=True).total, [1.0, 1.0, 1.0])
 
 
-def test_steps_are_clipped_one_by_one_and_the_last_bears_the_costs() -> None:
+def test_steps_are_clipped_one_by_one_and_the_response_bears_the_costs() -> None:
     algo: Any = SimpleNamespace(**{**PLAIN, "reward_clip": 1.0, "missing_eos_penalty": 0.5})
-    steps = [torch.tensor([2.0, 0.5]), torch.tensor([-3.0]), torch.tensor([0.0, 0.25])]
+    steps = [torch.tensor([2.0, math.nan]), torch.tensor([math.nan]), torch.tensor([0.0, 0.25])]
     ends = [[1, 3], [7], [2, 9]]
-    scores = Scores(torch.tensor([1.0, math.nan, 1.0]), {}, {}, steps, ends)
-    found = shape(scores, ROLLOUTS, algo, RunningMoments())
+    whole = torch.tensor([math.nan, math.nan, 3.0])
+    total = torch.tensor([2.0, math.nan, 3.25])
+    found = shape(Scores(total, {}, {}, steps, ends, whole), ROLLOUTS, algo, RunningMoments())
     assert found.steps is not None and found.ends == ends
-    for each, expected in zip(found.steps, ([1.0, 0.5], [-1.0], [0.0, -0.25]), strict=True):
+    for each, expected in zip(found.steps, ([1.0, math.nan], [math.nan], [0, 0.25]), strict=True):
         close(each, expected)
-    close(found.total, [1.5, math.nan, -0.25])
-    assert steps[2].tolist() == [0.0, 0.25]  # the scores are left as they were
+    close(found.whole, [0.0, math.nan, 0.5])
+    close(found.total, [1.0, math.nan, 0.75])

@@ -22,7 +22,7 @@ from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.load import load_scorer
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.rewards import functions, models
-from rlhf_cli.rewards.models import CheckpointReward, ModelReward
+from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from tests.toys import CHAT, bpe, characters, llama, run_of
@@ -173,8 +173,11 @@ def test_a_critic_starts_from_the_first_model_that_it_can(tmp_path: Path) -> Non
     scorer(tmp_path / "second", bpe())
     names = ["length:3", *(f"{tmp_path}/{name}" for name in ("tokens", "other", "first", "second"))]
     start = load(" + ".join(names)).critic_start
-    assert isinstance(start, CheckpointReward) and start.path == f"{tmp_path}/first"
+    assert start is not None and start.source.spec == f"{tmp_path}/first"
     assert load(" + ".join(names[:3])).critic_start is None
+    lowered = [*names[:3], f"-2*{names[3]}", f"0.5*{names[4]}"]  # what is lowered is no start
+    start = load(" + ".join(lowered)).critic_start
+    assert start is not None and (start.weight, start.source.spec) == (0.5, f"{tmp_path}/second")
 
 
 # --------------------------------------------------------------------------- another vocabulary
@@ -299,16 +302,18 @@ def test_an_implicit_reward_of_another_vocabulary_reads_the_text(tmp_path: Path)
 
 
 def test_steps_of_a_function_and_of_whole_responses(file: Path) -> None:
-    """Steps by data.step_end; a term of whole responses stands at the last step."""
+    """Steps by data.step_end; what terms of whole responses say is kept apart from them."""
     spec = f"2*{file}:of_steps + 0.5*{file}:whole + -1*{file}:none"
     texts = ("the cat\nsat\nran", "dog", "a\nb")
     reward = load(spec, step_end="\n")
     rollouts = rollouts_of(*texts)
     scores = reward.score(rollouts, by_step=True)
     assert scores.steps is not None and scores.ends is not None
-    same(scores.steps[0], [16, 8, 6 + 0.5 * 15])
-    same(scores.steps[1], [6 + 0.5 * 3])
-    same(scores.steps[2], [4, 2 + 0.5 * 3])
+    same(scores.steps[0], [16, 8, 6])
+    same(scores.steps[1], [6])
+    same(scores.steps[2], [4, 2])
+    assert scores.whole is not None
+    same(scores.whole, [7.5, 1.5, 1.5])  # the term that never applies adds nothing
     same(scores.parts[f"{file}:of_steps"], [(8 + 4 + 3) / 3, 3, 1.5])  # the mean of its steps
     same(scores.parts[f"{file}:none"], [NAN] * 3)
     same(scores.total, [10 + 7.5, 6 + 1.5, 3 + 1.5])
@@ -322,7 +327,7 @@ def test_steps_of_a_function_and_of_whole_responses(file: Path) -> None:
     same(reward.score(rollouts).total, scores.total.tolist())  # of responses it is the same
 
 
-def test_an_unknown_step_is_worth_nothing(tmp_path: Path) -> None:
+def test_an_unknown_step_stays_unknown(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "def f(prompts, steps):\n"
         "    return [[None if s == 'b' else 2.0 for s in each] for each in steps]\n"
@@ -330,15 +335,18 @@ def test_an_unknown_step_is_worth_nothing(tmp_path: Path) -> None:
     reward = load(f"{tmp_path}/own.py:f", step_end="\n")
     scores = reward.score(rollouts_of("a\nb", "b", ""), by_step=True)
     assert scores.steps is not None and scores.ends is not None
-    assert [steps.tolist() for steps in scores.steps] == [[2, 0], [0], [2]]
+    for steps, expected in zip(scores.steps, ([2, NAN], [NAN], [2]), strict=True):
+        same(steps, expected)
+    assert scores.whole is not None and scores.whole.isnan().all()
     assert scores.ends[2] == [0]  # nothing but EOS is one empty step
     same(scores.total, [2, NAN, 2])
 
 
-def test_without_a_judge_of_steps_the_last_one_has_it_all() -> None:
+def test_without_a_judge_of_steps_it_is_all_of_the_whole() -> None:
     scores = load("3*length:2", step_end="\n").score(rollouts_of("a\nb", "c d"), by_step=True)
-    assert scores.steps is not None
-    assert [steps.tolist() for steps in scores.steps] == [[0, 3], [3]]
+    assert scores.steps is not None and scores.whole is not None
+    assert all(steps.isnan().all() for steps in scores.steps)
+    same(scores.whole, [3, 3])
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -365,7 +373,8 @@ def test_a_step_model_gives_probabilities(shares: bool, tmp_path: Path) -> None:
         for start in ("cat", "catsat")
     ]
     right = logits[len(sequence.prompt) :][[*places, len(ids) - 1]].sigmoid()
-    torch.testing.assert_close(scores.steps[0], 2 * right + torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(scores.steps[0], 2 * right)
+    assert scores.whole is not None and scores.whole.tolist() == [1]
     assert scores.parts[str(tmp_path)].item() == pytest.approx(right.mean().item(), abs=1e-6)
     assert len(scores.ends[0]) == 3 and scores.ends[0][-1] == len(rollouts[0].tokens.response) - 1
     assert bpe().decode(rollouts[0].tokens.response[: scores.ends[0][0] + 1]) == "cat"
@@ -379,7 +388,7 @@ def test_other_steps_in_a_models_own_tokens_are_unknown(tmp_path: Path, said: li
     rollout = replace(rollout, text="cat s", finish="stop")
     scores = load(str(tmp_path)).score([rollout], by_step=True)
     assert scores.steps is not None
-    assert scores.steps[0].tolist() == [0, 0, 0] and scores.total.isnan().all()
+    assert scores.steps[0].isnan().all() and scores.total.isnan().all()
     assert "1 of the first 1" in said[0] and "other steps in its own tokens" in said[0]
 
 

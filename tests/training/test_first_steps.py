@@ -58,8 +58,8 @@ def critic_start(encoder: Encoder) -> CheckpointReward:
     """The reward model of the chain."""
     cfg = compose("ppo", words_of("ppo"))
     found = load_reward("runs/demo/reward", cfg, encoder.tokenizer, CPU).critic_start
-    assert found is not None
-    return found
+    assert found is not None and isinstance(found.source, CheckpointReward)
+    return found.source
 
 
 def logprobs(model: Any, tokens: Tokens) -> Tensor:

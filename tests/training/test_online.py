@@ -168,3 +168,26 @@ def test_a_shared_critic_learns_on_the_trunk_of_the_policy(tmp_path: Path) -> No
     assert abs(found[-1]["value"] - found[-1]["return"]) < abs(found[0]["return"])
     still = run("ppo", tmp_path / "still", *words, *ONCE, "algo.vf_coef=0")
     assert all(each["value"] == 0 for each in still)
+
+
+def test_a_response_without_steps_known_is_no_rival(tmp_path: Path) -> None:
+    """Right steps beside responses that nothing judges are equal rewards: nothing to learn."""
+    Path("judge.py").write_text(
+        "def right(prompts, steps):\n"
+        "    return [[None if 'o' in ''.join(own) else 1.0 for one in own] for own in steps]\n"
+    )
+    words = [*ONCE, "algo=grpo_process", "reward=judge.py:right", "algo.kl_coef=0"]
+    found = run("grpo", tmp_path / "out", *words)
+    assert any(0 < each["unscored"] < 1 for each in found)
+    assert all(each["equal_groups"] == 1 for each in found)
+    assert all(each.get("grad_norm/policy", 0) == 0 for each in found)
+
+
+def test_a_critic_starts_on_the_scale_of_a_weighted_reward(tmp_path: Path) -> None:
+    same = ["algo.steps=1", "algo.missing_eos_reward=null", *FIXED, "hardware.save_every=null"]
+    one = run("ppo", tmp_path / "one", *same)[0]
+    ten = run("ppo", tmp_path / "ten", *same, "reward=10*runs/demo/reward")[0]
+    assert ten["reward"] == pytest.approx(10 * one["reward"], rel=1e-4)
+    assert ten["value"] == pytest.approx(10 * one["value"], rel=1e-4)
+    lowered = run("ppo", tmp_path / "low", *same, "reward=-1*runs/demo/reward")[0]
+    assert lowered["value"] == 0

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.training.watch import Alarms, Written
+from rlhf_cli.training.alarms import Alarms
+from rlhf_cli.training.watch import Written
 from tests.training.tiny import words_of
 
 CALM = {"kl": 1.0, "reward": 0.0, "entropy": 1.0, "length": 10.0, "repetition": 0.0, "ended": 1.0}
@@ -46,7 +47,7 @@ def test_a_limit_breaks_after_so_many_steps_in_a_row(
     steps = [calm, {**calm, **broken}, calm, {**calm, **broken}, {**calm, **broken}]
     seen = [dict(each) for each in steps]
     stops = [alarms.on_rollouts(step, metrics) for step, metrics in enumerate(seen, 1)]
-    assert stops == [False, False, False, False, True]
+    assert stops == [[], [], [], [], [alarm]]
     assert [metrics[f"alarm/{alarm}"] for metrics in seen] == [0, 0, 0, 0, 1]
     assert set(seen[0]) - set(calm) == {f"alarm/{alarm}"}  # limits of null are not watched
     said = capsys.readouterr().err
@@ -56,7 +57,7 @@ def test_a_limit_breaks_after_so_many_steps_in_a_row(
 def test_an_alarm_that_is_not_in_stop_on_only_shows(capsys: pytest.CaptureFixture[str]) -> None:
     alarms = Alarms(algo_of("algo.max_kl=0.5", "algo.alarm_steps=1"), {})
     metrics = [dict(CALM), dict(CALM)]
-    assert [alarms.on_rollouts(step, each) for step, each in enumerate(metrics)] == [False, False]
+    assert [alarms.on_rollouts(step, each) for step, each in enumerate(metrics)] == [[], []]
     assert [each["alarm/kl"] for each in metrics] == [1, 1]
     assert capsys.readouterr().err.count("alarm") == 1  # said once, not at every step
 
@@ -101,7 +102,7 @@ def test_the_best_weights_are_those_that_were_measured() -> None:
         written.offer(step, {"reward": reward, "eval/gold": -reward})
         written = Written(model, algo_of("algo.keep=reward"), written.state(), written.tensors())
     written.put()
-    assert model.weight.item() == 2.0 and written.best_step == 2  # the first of equals
+    assert model.weight.item() == 2.0 and written.kept["kept_step"] == 2  # the first of equals
 
 
 # --------------------------------------------------------------------------- whole runs

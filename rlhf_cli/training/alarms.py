@@ -1,0 +1,103 @@
+"""Alarms of a run that learns from its own samples."""
+
+from typing import Any
+
+from rlhf_cli.config.online_rules import ALARMS
+from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.reporting.console import say
+from rlhf_cli.training.optimize import Metrics
+
+
+class Alarms:
+    """Limits on what is measured on rollouts and in evaluations; null limits are off.
+
+    A limit counts as broken after `alarm_steps` iterations in a row (evaluations for
+    over-optimisation). Each is logged as alarm/NAME (1 broken, 0 not), said once when it breaks,
+    and ends the run where `stop_on` names it.
+    """
+
+    def __init__(self, algo: OnlineAlgo, state: dict[str, Any]) -> None:
+        """`state`: what `state()` returned at the resume point; empty for a fresh run."""
+        self._algo = algo
+        self._broken: dict[str, int] = state.get("broken", {})  # iterations in a row
+        self._first_length: float | None = state.get("first_length")
+        self._last: dict[str, float] | None = state.get("last_evaluation")
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {
+            "broken": self._broken,
+            "first_length": self._first_length,
+            "last_evaluation": self._last,
+        }
+
+    def on_rollouts(self, step: int, metrics: Metrics) -> list[str]:
+        """Look at the metrics of a batch of rollouts, add alarm/...; returns what ends the run."""
+        algo = self._algo
+        if self._first_length is None:
+            self._first_length = metrics["length"]
+        drift = abs(metrics["length"] / self._first_length - 1)
+        truncated = 1 - metrics["ended"]
+        found = {
+            "kl": (metrics["kl"], algo.max_kl, metrics["kl"] > (algo.max_kl or 0)),
+            "reward": (
+                metrics["reward"],
+                algo.target_reward,
+                metrics["reward"] >= (algo.target_reward or 0),
+            ),
+            "entropy": (
+                metrics["entropy"],
+                algo.min_entropy,
+                metrics["entropy"] <= (algo.min_entropy or 0),
+            ),
+            "length": (drift, algo.max_length_drift, drift > (algo.max_length_drift or 0)),
+            "repetition": (
+                metrics["repetition"],
+                algo.max_repetition,
+                metrics["repetition"] > (algo.max_repetition or 0),
+            ),
+            "truncated": (truncated, algo.max_truncated, truncated > (algo.max_truncated or 0)),
+        }
+        return [
+            name
+            for name, (value, limit, broken) in found.items()
+            if limit is not None
+            and self._count(step, name, value, limit, broken, algo.alarm_steps, metrics)
+        ]
+
+    def on_evaluation(self, step: int, metrics: Metrics) -> bool:
+        """Look at an evaluation: is the reward up while gold is down?"""
+        patience = self._algo.overoptimised
+        if patience is None:
+            return False
+        now = {name: metrics[f"eval/{name}"] for name in ("reward", "gold")}
+        last, self._last = self._last, now
+        if last is None:
+            return False
+        apart = now["reward"] > last["reward"] and now["gold"] < last["gold"]
+        return self._count(
+            step, "overoptimised", now["gold"], last["gold"], apart, patience, metrics
+        )
+
+    def _count(
+        self,
+        step: int,
+        name: str,
+        value: float,
+        limit: float,
+        broken: bool,
+        patience: int,
+        metrics: Metrics,
+    ) -> bool:
+        """Count a limit in `metrics`; True where it is broken for long enough and ends the run."""
+        row = self._broken.get(name, 0) + 1 if broken else 0
+        self._broken[name] = row
+        metrics[f"alarm/{name}"] = float(row >= patience)
+        stop = row >= patience and name in self._algo.stop_on
+        if row == patience:
+            meaning = f"algo.{ALARMS[name]}={limit:g}"
+            if name == "overoptimised":
+                meaning = f"the reward rises while gold falls, from {limit:.4g}"
+            end = "; the run stops here" if stop else ""
+            say(f"alarm at step {step}: {name} {value:.4g} ({meaning}){end}")
+        return stop
