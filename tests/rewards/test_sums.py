@@ -335,8 +335,8 @@ def test_an_unknown_step_stays_unknown(tmp_path: Path) -> None:
     reward = load(f"{tmp_path}/own.py:f", step_end="\n")
     scores = reward.score(rollouts_of("a\nb", "b", ""), by_step=True)
     assert scores.steps is not None and scores.ends is not None
-    for steps, expected in zip(scores.steps, ([2, NAN], [NAN], [2]), strict=True):
-        same(steps, expected)
+    for steps, known in zip(scores.steps, ([2.0, NAN], [NAN], [2.0]), strict=True):
+        same(steps, known)
     assert scores.whole is not None and scores.whole.isnan().all()
     assert scores.ends[2] == [0]  # nothing but EOS is one empty step
     same(scores.total, [2, NAN, 2])
