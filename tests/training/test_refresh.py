@@ -22,6 +22,7 @@ from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import grpo, reward
 from rlhf_cli.training.preflight import preflight
 from rlhf_cli.training.refresh import RewardRefresh, best_and_worst
+from rlhf_cli.training.roles import load_role
 from rlhf_cli.training.session import Session
 from tests.toys import FROZEN, hardware_of
 from tests.training.tiny import WORDS, words_of
@@ -32,6 +33,7 @@ REFRESH = [
     *("algo.refresh_batch_size=4", "algo.refresh_replay=0.25"),
 ]
 LORA = [*WORDS["lora"], f"reward={ADAPTER}"]
+NEVER = [f"algo.refresh_{name}=null" for name in ("reward", "lr", "batch_size", "replay")]
 KINDS = {"full": [], "lora": LORA, "reference too": ["algo.refresh_reference=2"]}
 
 
@@ -149,9 +151,8 @@ def test_the_folder_holds_the_model_and_the_scale_of_the_last_refresh(
     assert found["kind"] == "reward" and found["level"] == "response"
     assert found["parents"]["reward"]["path"] == (ADAPTER if kind == "lora" else REWARD)
     assert "eval/accuracy" not in found["metrics"]  # that was another model's
-    words = ["algo.refresh_reward=null", "judge=null", "algo.steps=1"]
-    keys = [f"algo.refresh_{name}=null" for name in ("lr", "batch_size", "replay")]
-    followed = run(tmp_path / "next", *KINDS[kind], f"reward={out / 'reward'}", *words, *keys)
+    words = [*KINDS[kind], f"reward={out / 'reward'}", *NEVER, "judge=null", "algo.steps=1"]
+    followed = run(tmp_path / "next", *words)
     assert not (followed / "reward").exists() and not (followed / "pairs.jsonl").exists()
 
 
@@ -165,7 +166,7 @@ def test_the_reward_model_moves_at_refreshes_only_and_moves_nothing_else(
 ) -> None:
     seen: list[tuple[dict[str, Tensor], float]] = []
     moved: list[set[str]] = []
-    collect, train, loaded = RewardRefresh.collect, RewardRefresh.train, grpo.load_role
+    collect, train = RewardRefresh.collect, RewardRefresh.train
     policies: list[Any] = []
 
     def spy(refresh: RewardRefresh, step: int, rollouts: Sequence[Rollout]) -> Any:
@@ -186,7 +187,7 @@ def test_the_reward_model_moves_at_refreshes_only_and_moves_nothing_else(
         return found
 
     def role(*args: Any) -> Any:
-        policies.append(loaded(*args))
+        policies.append(load_role(*args))
         return policies[-1]
 
     monkeypatch.setattr(RewardRefresh, "collect", spy)
@@ -221,7 +222,7 @@ def test_frozen_layers_that_the_policy_lends_are_not_trained(
     monkeypatch.setattr(RewardRefresh, "__init__", spy)
     made = ["hardware.save_every=null", "algo.steps=1"]
     # a reward model whose embeddings are still the policy's
-    words = [*words_of("reward"), "model.frozen_layers=1", "algo.epochs=1"]
+    words = [*words_of("reward"), "model.frozen_layers=1", "algo.lr=5e-2"]
     frozen = reward.run(compose("reward", [*words, f"out={tmp_path / 'frozen'}"]))
     more = ["model.frozen_layers=1", f"reward={frozen}", "algo.refresh_reward=1"]
     run(tmp_path / "out", *made, *more)
@@ -238,20 +239,18 @@ def scores_of_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_reward_model_that_is_wrong_is_put_right(tmp_path: Path) -> None:
-    """It was taught that rude responses are good. The judge knows better, and the run ends so."""
+    """It was taught to like rude responses. The judge likes an H, of responses of one token."""
     wrong = ["data.columns.chosen=rejected", "data.columns.rejected=chosen", "algo.epochs=6"]
     words = [*words_of("reward"), *wrong, "hardware.save_every=null"]
     folder = reward.run(compose("reward", [*words, f"out={tmp_path / 'wrong'}"]))
-    long = ["algo.steps=16", f"reward={folder}", "hardware.save_every=null"]
-    judged = ["gold=regex:Hi", "algo.eval_every=16", "algo.eval_prompts=8", "algo.lr=5e-3"]
-    quick = ["judge=regex:Hi", "algo.refresh_lr=1e-2", "algo.refresh_replay=0"]
-    never = ["algo.refresh_reward=null", "judge=null"]
-    never += [f"algo.refresh_{name}=null" for name in ("lr", "batch_size", "replay")]
-    with_refresh = untimed(run(tmp_path / "with", *long, *judged, *quick))
-    without = untimed(run(tmp_path / "without", *long, *judged, *never))
-    assert with_refresh[0]["reward"] == without[0]["reward"]
-    assert with_refresh[1]["refresh/accuracy_before"] < 0.5
-    assert with_refresh[-1]["eval/gold"] > without[-1]["eval/gold"] + 0.5
+    more = ["algo.steps=16", "algo.max_tokens=1", "algo.group_size=6", "algo.kl_coef=0"]
+    more += [f"reward={folder}", "algo.refresh_lr=2e-2", "algo.refresh_replay=0"]
+    more += ["algo.lr=5e-3", "hardware.save_every=null"]
+    refreshed = untimed(run(tmp_path / "refreshed", *more))
+    never = untimed(run(tmp_path / "never", *more, "algo.refresh_reward=100"))
+    assert refreshed[1]["refresh/accuracy_before"] < 0.5
+    assert refreshed[0]["judge"] == never[0]["judge"]  # 0.4
+    assert never[-1]["judge"] < 0.2 and refreshed[-1]["judge"] > 0.8
 
 
 # --------------------------------------------------------------------------- replay
@@ -315,28 +314,29 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("killed_at", [3, 6])
+@pytest.mark.parametrize(("saved", "killed_at"), [(3, 4), (5, 6)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    kind: str, killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, saved: int, killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once between two refreshes with the pairs of half an interval kept, once as the last ends."""
-    often = [*KINDS[kind], f"hardware.save_every={killed_at - 1 if killed_at == 6 else 1}"]
-    whole = run(tmp_path / "whole", *often, "algo.refresh_reward=3")
+    """From just after a refresh, and from between two of them, some of their pairs known."""
+    words = [*KINDS[kind], "algo.refresh_reward=3", f"hardware.save_every={saved}"]
+    whole = run(tmp_path / "whole", *words)
     out = tmp_path / "killed"
     write = JsonLines.write
 
     def dying(log: JsonLines, number: int, values: dict[str, Any]) -> None:
         write(log, number, values)
-        if number == killed_at + (killed_at == 3) and log._file.name == "metrics.jsonl":
+        if number == killed_at and log._file.name == "metrics.jsonl":
             raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(JsonLines, "write", dying)
         with pytest.raises(Killed):
-            run(out, *often, "algo.refresh_reward=3")
+            run(out, *words)
     assert not (out / "reward").exists()
-    run(out, *often, "algo.refresh_reward=3")
+    assert lines(out / "pairs.jsonl")[-1]["step"] == killed_at  # which the run will see again
+    run(out, *words)
     assert "reward/stage.json" in contents(whole)
     assert contents(out) == contents(whole)
     assert untimed(out) == untimed(whole)
@@ -370,8 +370,6 @@ def test_hardware_changes_no_metric(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- errors
-
-NEVER = [f"algo.refresh_{name}=null" for name in ("reward", "lr", "batch_size", "replay")]
 
 
 @pytest.mark.parametrize(
@@ -408,6 +406,6 @@ def test_a_judge_that_is_a_model_is_a_parent(tmp_path: Path) -> None:
 
 
 def test_a_judge_needs_its_columns(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="judge|exact_answer needs a column 'answer'"):
+    with pytest.raises(UserError, match="exact_answer needs a column 'answer'"):
         run(tmp_path / "out", "judge=exact_answer")
     assert not (tmp_path / "out").exists()
