@@ -105,10 +105,11 @@ def ratios(cfg: Online) -> Iterator[str]:
             f"algo.epochs=1 and algo.minibatch_size={algo.batch_size}, the whole batch"
         )
     if isinstance(cfg, Ppo):
+        if loss == "klpen" and cfg.algo.old_kl_coef is None:
+            yield "algo.loss=klpen needs algo.old_kl_coef; algo=ppo_klpen brings a value"
         for name in ("old_kl_coef", "old_kl_target"):
-            if (loss == "klpen") != (getattr(cfg.algo, name) is not None):
-                words = "needs" if loss == "klpen" else "does not use"
-                yield f"algo.loss={loss} {words} algo.{name}; see algo=ppo_klpen"
+            if loss != "klpen" and getattr(cfg.algo, name) is not None:
+                yield f"algo.{name} is used by algo.loss=klpen only; set it to null"
     elif loss == "sequence_clip" and cfg.algo.aggregate != "response_mean":
         yield (
             f"algo.loss=sequence_clip has one ratio per response: algo.aggregate=response_mean "

@@ -326,7 +326,7 @@ class PpoAlgo(OnlineAlgo):
     old_kl_coef: float | None = key("klpen: first weight of KL(old || new) per token.", gt=0)
     old_kl_target: float | None = key(
         "klpen: KL(old || new) per token, in nats; below 1/1.5 of it the weight is halved, above "
-        "1.5 of it doubled.",
+        "1.5 of it doubled; null keeps the weight.",
         gt=0,
     )
     baseline: str = key(

@@ -325,7 +325,7 @@ class Objective:
         return nll, {"loss/ptx": nll.detach()}
 
     def steer(self, items: list[Item]) -> Metrics:
-        """Measure KL(old || new) per token after the updates; halve or double old_kl_coef by it."""
+        """Measure KL(old || new) per token after the updates, and let old_kl_coef follow it."""
         new = logprobs_of(
             self._policy.model,
             [item.tokens for item in items],
@@ -334,8 +334,9 @@ class Objective:
         )
         kl = k3(torch.cat([item.old for item in items]), torch.cat(new)).mean().item()
         found = {"old_kl": kl, "old_kl_coef": self.old_kl_coef}
-        assert self._cfg.algo.old_kl_target is not None
-        self.old_kl_coef = schulman_kl_coef(self.old_kl_coef, kl, self._cfg.algo.old_kl_target)
+        target = self._cfg.algo.old_kl_target
+        if target is not None:
+            self.old_kl_coef = schulman_kl_coef(self.old_kl_coef, kl, target)
         return found
 
 
