@@ -5,12 +5,14 @@
 A random Llama of about 60M parameters is the policy; the reward model is its trunk with a random
 head, once with all weights and once as an adapter on the policy's base. Each arrangement runs one
 iteration of two updates in a process of its own. `measured` is the most that was resident at once
-(VmHWM), less what was resident once the stage's libraries were imported; `predicted` is what
-`--check` prints. Linux only.
+(VmHWM), less what was resident once the stage's libraries were imported, with an allocator that
+gives freed tensors back (--allocator default: as it comes); `predicted` is what `--check` prints.
+Linux with glibc only.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -116,11 +118,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?", help="where models are made; default: a temporary one")
     parser.add_argument("--only", default="", help="arrangements whose name contains this")
+    parser.add_argument("--allocator", choices=("returning", "default"), default="returning")
     parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         measure(options.measure[0], options.measure[1:])
         return
+    # glibc keeps freed blocks of up to 32 MiB, in pieces; those over this limit it gives back
+    limit = {} if options.allocator == "default" else {"MALLOC_MMAP_THRESHOLD_": "131072"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
         if not (folder / "adapter").is_dir():
@@ -131,7 +136,9 @@ def main() -> None:
             if options.only not in name:
                 continue
             command = [sys.executable, str(Path(__file__).resolve()), "--measure", *words]
-            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                command, cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ, **limit}
+            )
             if done.returncode:
                 print(f"| {name} | failed | | | |", flush=True)
                 continue

@@ -1,4 +1,4 @@
-"""A chain of tiny stages, run once: rows, a policy, an adapter of it, and a reward model."""
+"""A chain of tiny stages, run once: rows, a policy, reward models and adapters of it."""
 
 import contextlib
 import importlib
@@ -19,7 +19,10 @@ def short(prompts, steps):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows of every kind and runs/demo/{sft,reward,adapter}, made from pairs."""
+    """A folder with rows of every kind and, made from pairs, runs/demo/{sft,reward,adapter}.
+
+    runs/demo/reward_adapter is a reward model that was trained as an adapter.
+    """
     folder = tmp_path_factory.mktemp("chain")
     for file, content in rows_of().items():
         lines = "".join(json.dumps(row) + "\n" for row in content)
@@ -29,6 +32,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage, more in (
             ("sft", ["algo.epochs=8", "algo.max_steps=null"]),
             ("reward", ["algo.epochs=6"]),
+            ("reward", [*WORDS["lora"], "out=runs/demo/reward_adapter", "algo.epochs=6"]),
             ("dpo", [*WORDS["lora"], "out=runs/demo/adapter", "algo.epochs=2"]),
         ):
             run = importlib.import_module(f"rlhf_cli.stages.{stage}").run

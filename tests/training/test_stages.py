@@ -74,6 +74,12 @@ RUNS = {
     "ppo rule": ["ppo", "reward=regex:a", "algo.value_clip=null"],
     "ppo watched": ["ppo", *WATCHED, "algo.critic=shared", "algo.keep=eval/gold", *SCALED],
     "ppo lora": ["ppo", *WORDS["lora"], "algo.kl_controller=fixed", *NO_TARGET],
+    "ppo four roles": [
+        *("ppo", *WORDS["lora"], "reward=runs/demo/reward_adapter"),
+        *("policy=runs/demo/adapter", "hardware.gradient_checkpointing=true"),
+    ],
+    "ppo lora rule": ["ppo", *WORDS["lora"], "reward=regex:a"],
+    "ppo frozen": ["ppo", "model.frozen_layers=1"],
     "ppo_klpen": ["ppo", "algo=ppo_klpen", "algo.clip=null", "algo.old_kl_target=1e-4"],
     "a2c": ["ppo", "algo=a2c", *ON_POLICY, *NO_TARGET, "algo.kl_controller=fixed"],
     "reinforce": ["ppo", "algo=reinforce", *ON_POLICY, "algo.value_lr=null"],
@@ -314,7 +320,7 @@ def test_an_adapter_is_handed_on_as_base_plus_adapter(
     assert checks(ppo)["kl_to_reference_at_start"] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo rule", "grpo", "grpo adapter"])
+@pytest.mark.parametrize("name", ["ppo", "ppo rule", "ppo four roles", "grpo", "grpo adapter"])
 def test_the_first_ratio_is_1_and_the_first_kl_0(name: str, tmp_path: Path) -> None:
     """With one update an iteration the very first loss is on policy: nothing can be clipped."""
     once = ["algo.steps=2", "algo.epochs=1", "algo.minibatch_size=8", "hardware.save_every=null"]
