@@ -20,6 +20,7 @@ from rlhf_cli.models.score import scores_of
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import grpo, reward
+from rlhf_cli.training import roles
 from rlhf_cli.training.preflight import preflight
 from rlhf_cli.training.refresh import RewardRefresh, best_and_worst
 from rlhf_cli.training.roles import load_role
@@ -192,7 +193,7 @@ def test_the_reward_model_moves_at_refreshes_only_and_moves_nothing_else(
 
     monkeypatch.setattr(RewardRefresh, "collect", spy)
     monkeypatch.setattr(RewardRefresh, "train", watched)
-    monkeypatch.setattr(grpo, "load_role", role)
+    monkeypatch.setattr(roles, "load_role", role)
     run(tmp_path / "out", *KINDS[kind])
     for step in range(2, 7):  # a refresh ends steps 2 and 4
         (before, old), (after, new) = seen[step - 2], seen[step - 1]

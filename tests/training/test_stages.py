@@ -84,7 +84,7 @@ RUNS = {
     "a2c": ["ppo", "algo=a2c", *ON_POLICY, *NO_TARGET, "algo.kl_controller=fixed"],
     "reinforce": ["ppo", "algo=reinforce", *ON_POLICY, "algo.value_lr=null"],
     "grpo": ["grpo"],
-    "grpo watched": ["grpo", *WATCHED, "algo.keep=reward", "algo.ema_decay=null", *SCALED],
+    "grpo watched": ["grpo", *WATCHED, "algo.keep=reward", "algo.ema_decay=null"],
     "grpo refreshed": ["grpo", "algo.refresh_reference=2", "algo.ema_decay=0.8"],
     "grpo refreshed lora": ["grpo", *WORDS["lora"], "algo.refresh_reference=3"],
     "grpo_process": ["grpo", "algo=grpo_process", "reward=steps.py:short", "data.step_end=' '"],
@@ -165,7 +165,11 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # these go on as others of their stage do
-MORE = ("reward plackett_luce", "reward score", "length_normalised", "ipo", "simpo", "preferred_ft")
+MORE = [
+    *("reward plackett_luce", "reward score", "length_normalised", "ipo", "simpo", "preferred_ft"),
+    *("dpo lora precomputed", "dpo bootstrap lora", "dpo folder lora", "kto precomputed", "orpo"),
+    *("a2c", "reinforce", "reinforce_pp", "gspo", "cispo", "grpo refreshed lora"),
+]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,13 @@ CUT = [
 ]
 
 
-@pytest.mark.parametrize("name", CUT)
+CUT_MORE = ["reward plackett_luce", "reward score", "length_normalised", "plackett_luce", "gspo"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in CUT_MORE else name for name in CUT],
+)
 def test_hardware_changes_no_metric(name: str, tmp_path: Path) -> None:
     """Small micro-batches and rollouts, small chunks, recomputed activations, prompts repeated."""
     stage = RUNS[name][0]
