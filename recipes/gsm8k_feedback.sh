@@ -25,15 +25,15 @@ MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M}
 # learns the judgements it is shown, and judges other solutions hardly better than a coin.
 size=$(du -sm "$MODEL" 2>/dev/null | cut -f1 || true)
 if [ "${size:-1000}" -lt 50 ]; then
-  : "${COMMON:=data.max_prompt_tokens=224 data.max_response_tokens=272 data.long_prompts=drop \
-    data.max_rows=800 data.eval_rows=60}"
-  : "${SFT:=algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=20}"
-  : "${KWISE:=algo.lr=2e-3 algo.batch_size=8 algo.epochs=3 algo.eval_every=10}"
-  : "${POINTWISE:=algo.lr=1e-3 algo.batch_size=16 algo.epochs=2}"
-  : "${STEPS:=algo.lr=1e-3 algo.batch_size=16 algo.epochs=2}"
-  : "${KTO:=algo.lr=5e-4 algo.batch_size=16 algo.warmup_steps=5 algo.eval_every=10}"
-  : "${PLACKETT_LUCE:=algo.lr=2e-4 algo.batch_size=8 algo.epochs=2 algo.warmup_steps=5 \
-    algo.eval_every=10}"
+  COMMON="data.max_prompt_tokens=224 data.max_response_tokens=272 data.long_prompts=drop \
+    data.max_rows=800 data.eval_rows=60 ${COMMON:-}"
+  SFT="algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=20 ${SFT:-}"
+  KWISE="algo.lr=2e-3 algo.batch_size=8 algo.epochs=3 algo.eval_every=10 ${KWISE:-}"
+  POINTWISE="algo.lr=1e-3 algo.batch_size=16 algo.epochs=2 ${POINTWISE:-}"
+  STEPS="algo.lr=1e-3 algo.batch_size=16 algo.epochs=2 ${STEPS:-}"
+  KTO="algo.lr=5e-4 algo.batch_size=16 algo.warmup_steps=5 algo.eval_every=10 ${KTO:-}"
+  PLACKETT_LUCE="algo.lr=2e-4 algo.batch_size=8 algo.epochs=2 algo.warmup_steps=5 \
+    algo.eval_every=10 ${PLACKETT_LUCE:-}"
 fi
 
 common=(name="$NAME" data=gsm8k_solutions data.path="${DATA:-example_model_solutions.jsonl}"

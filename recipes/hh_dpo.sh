@@ -23,10 +23,10 @@ MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M}
 # A local model of a few million parameters runs on a laptop, at rates and sizes that suit it.
 size=$(du -sm "$MODEL" 2>/dev/null | cut -f1 || true)
 if [ "${size:-1000}" -lt 50 ]; then
-  : "${COMMON:=data.max_prompt_tokens=128 data.max_response_tokens=64 data.eval_rows=300}"
-  : "${SFT:=algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=50}"
-  : "${REWARD:=algo.lr=3e-4 algo.batch_size=16 algo.epochs=2 algo.eval_every=50}"
-  : "${DPO:=algo.lr=1e-4 algo.batch_size=16 algo.warmup_steps=5 algo.eval_every=50}"
+  COMMON="data.max_prompt_tokens=128 data.max_response_tokens=64 data.eval_rows=300 ${COMMON:-}"
+  SFT="algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=50 ${SFT:-}"
+  REWARD="algo.lr=3e-4 algo.batch_size=16 algo.epochs=2 algo.eval_every=50 ${REWARD:-}"
+  DPO="algo.lr=1e-4 algo.batch_size=16 algo.warmup_steps=5 algo.eval_every=50 ${DPO:-}"
 fi
 
 # 100 held-out pairs would tell the reward model's accuracy to 5 points, 500 to 2

@@ -22,11 +22,11 @@ MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M}
 # A local model of a few million parameters runs on a laptop, at rates and sizes that suit it.
 size=$(du -sm "$MODEL" 2>/dev/null | cut -f1 || true)
 if [ "${size:-1000}" -lt 50 ]; then
-  : "${COMMON:=data.max_prompt_tokens=128 data.max_response_tokens=64 data.eval_rows=300}"
-  : "${SFT:=algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=50}"
-  : "${REWARD:=algo.lr=3e-4 algo.batch_size=16 algo.epochs=2 algo.eval_every=50}"
-  : "${PPO:=algo.lr=1e-4 algo.value_lr=1e-3 algo.kl_coef=0.1 algo.batch_size=32 \
-    algo.minibatch_size=16 algo.epochs=2 algo.steps=30}"
+  COMMON="data.max_prompt_tokens=128 data.max_response_tokens=64 data.eval_rows=300 ${COMMON:-}"
+  SFT="algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=50 ${SFT:-}"
+  REWARD="algo.lr=3e-4 algo.batch_size=16 algo.epochs=2 algo.eval_every=50 ${REWARD:-}"
+  PPO="algo.lr=1e-4 algo.value_lr=1e-3 algo.kl_coef=0.1 algo.batch_size=32 \
+    algo.minibatch_size=16 algo.epochs=2 algo.steps=30 ${PPO:-}"
 fi
 
 # 100 held-out pairs would tell the reward model's accuracy to 5 points, 500 to 2

@@ -46,6 +46,23 @@ def test_dpo_takes_sft_and_reward_from_the_ppo_recipe(tmp_path: Path) -> None:
     assert ppo[:2] == dpo[:2]
 
 
+def test_overrides_add_to_the_sizes_of_a_small_model(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for recipe, variable, stage in (
+        ("hh_ppo", "PPO", "ppo"),
+        ("hh_dpo", "DPO", "dpo"),
+        ("gsm8k_grpo", "GRPO", "grpo"),
+    ):
+        folder = tmp_path / recipe
+        folder.mkdir()
+        env = {"MODEL": str(model), variable: "algo.max_grad_norm=0.5"}
+        lines = lines_of(shipped("recipes") / f"{recipe}.sh", folder, **env)
+        (words,) = [words for name, *words in lines if name == stage]
+        cfg = compose(stage, words)
+        assert (cfg.algo.lr, cfg.algo.max_grad_norm) == (1e-4, 0.5)
+
+
 def test_variables_override_what_a_recipe_says(tmp_path: Path) -> None:
     env = {
         "MODEL": "my model",
