@@ -105,7 +105,7 @@ def _command_words(command: str) -> list[str]:
     if command == "completion":
         return [f"{shell} " for shell in _SCRIPTS]
     if command == "cp":
-        recipes = [f"{file.name} " for file in catalog.shipped("recipes").glob("*.sh")]
+        recipes = [f"{file.name} " for file in catalog.shipped("recipes").glob("*.*")]
         dirs = catalog.config_dirs()
         return recipes + [
             f"{group}/{name} " for group in catalog.GROUPS for name in catalog.options(group, dirs)

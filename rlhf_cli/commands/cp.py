@@ -9,7 +9,8 @@ from rlhf_cli.config.hints import nearest
 
 
 def run(words: list[str]) -> None:
-    """Copy a recipe (`demo`, `demo.sh`) or an option (`algo/ppo`) and print where it went.
+    """Copy a recipe (`demo`, `demo.sh`), a file that one reads (`positive.txt`) or an option
+    (`algo/ppo`), and print where it went.
 
     Raises:
         UserError: no such name, or DEST is taken or cannot be written.
@@ -31,11 +32,11 @@ def run(words: list[str]) -> None:
 
 
 def _source(name: str) -> Path:
-    shelf = {file.stem: file for file in sorted(catalog.shipped("recipes").glob("*.sh"))}
+    shelf = {file.stem: file for file in sorted(catalog.shipped("recipes").glob("*.*"))}
     conf = catalog.shipped("conf")
     for group in catalog.GROUPS:
         shelf |= {f"{group}/{file.stem}": file for file in sorted((conf / group).glob("*.yaml"))}
-    stem = name.removesuffix(".sh").removesuffix(".yaml")
+    stem = name.removesuffix(".sh").removesuffix(".yaml").removesuffix(".txt")
     if stem not in shelf:
         raise UserError(f"nothing is named {name}{nearest(stem, shelf) or '; see rlhf-cli ls'}")
     return shelf[stem]

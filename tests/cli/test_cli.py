@@ -120,9 +120,9 @@ def test_cp_copies_an_option_and_never_overwrites(cli: Cli, tmp_path: Path) -> N
     assert cli("ppo", "--config-dir", "mine", "algo=other", "--cfg", "job").returncode == 0
 
 
-def test_cp_copies_every_recipe(cli: Cli, tmp_path: Path) -> None:
-    for recipe in catalog.shipped("recipes").glob("*.sh"):
-        assert cli("cp", recipe.stem, ".").stdout == f"{recipe.name}\n"
+def test_cp_copies_every_recipe_and_what_it_reads(cli: Cli, tmp_path: Path) -> None:
+    for recipe in catalog.shipped("recipes").glob("*.*"):
+        assert cli("cp", recipe.name, ".").stdout == f"{recipe.name}\n"
         assert os.access(tmp_path / recipe.name, os.X_OK) == os.access(recipe, os.X_OK)
 
 

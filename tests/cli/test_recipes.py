@@ -53,6 +53,7 @@ def test_overrides_add_to_the_sizes_of_a_small_model(tmp_path: Path) -> None:
         ("hh_ppo", "PPO", "ppo"),
         ("hh_dpo", "DPO", "dpo"),
         ("gsm8k_grpo", "GRPO", "grpo"),
+        ("stories_lexicon", "PPO", "ppo"),
     ):
         folder = tmp_path / recipe
         folder.mkdir()
@@ -60,7 +61,8 @@ def test_overrides_add_to_the_sizes_of_a_small_model(tmp_path: Path) -> None:
         lines = lines_of(shipped("recipes") / f"{recipe}.sh", folder, **env)
         (words,) = [words for name, *words in lines if name == stage]
         cfg = compose(stage, words)
-        assert (cfg.algo.lr, cfg.algo.max_grad_norm) == (1e-4, 0.5)
+        assert cfg.algo.max_grad_norm == 0.5
+        assert cfg.algo.lr >= 1e-4  # not that of a large model
 
 
 def test_variables_override_what_a_recipe_says(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_carries_all_that_is_shipped(site: Path) -> None:
-    for folder, pattern in (("conf", "*.yaml"), ("recipes", "*.sh")):
+    for folder, pattern in (("conf", "*.yaml"), ("recipes", "*.*")):
         wanted = {path.relative_to(ROOT) for path in (ROOT / folder).rglob(pattern)}
         found = {path.relative_to(site / "rlhf_cli") for path in (site / "rlhf_cli").rglob(pattern)}
         assert found == wanted
