@@ -106,7 +106,7 @@ def ratios(cfg: Online) -> Iterator[str]:
         )
     if isinstance(cfg, Ppo):
         if loss == "klpen" and cfg.algo.old_kl_coef is None:
-            yield "algo.loss=klpen needs algo.old_kl_coef; algo=ppo_klpen brings a value"
+            yield "algo.loss=klpen needs algo.old_kl_coef; start from algo=ppo_klpen"
         for name in ("old_kl_coef", "old_kl_target"):
             if loss != "klpen" and getattr(cfg.algo, name) is not None:
                 yield f"algo.{name} is used by algo.loss=klpen only; set it to null"
@@ -128,8 +128,8 @@ def critic(cfg: Online) -> Iterator[str]:
             yield f"algo.baseline=critic needs algo.{name}; algo=ppo brings a value"
         if cfg.algo.baseline != "critic" and given:
             yield (
-                f"algo.{name} is read by a critic, but algo.baseline={cfg.algo.baseline}; set it "
-                "to null"
+                f"algo.{name} is read by a critic, but algo.baseline={cfg.algo.baseline} has none; "
+                "set it to null, or start from algo=reinforce"
             )
 
 
@@ -221,7 +221,7 @@ def watching(cfg: Online) -> Iterator[str]:
     """Evaluations, alarms and the weights that are kept have what they read."""
     algo = cfg.algo
     if cfg.gold is not None and algo.eval_every is None:
-        yield f"gold={cfg.gold} is measured in evaluations: set algo.eval_every"
+        yield f"gold={cfg.gold} needs algo.eval_every, the iterations between its evaluations"
     if algo.keep.startswith("eval/") and algo.eval_every is None:
         yield f"algo.keep={algo.keep} is measured in evaluations: set algo.eval_every"
     if algo.keep == "eval/gold" and cfg.gold is None:

@@ -22,7 +22,7 @@ PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
 Item = TypeVar("Item")
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(line: str) -> None:
@@ -41,6 +41,7 @@ class Bar:
         self.activity = activity
         self.total = total
         self._done = 0
+        self._before = 0
         self._note = ""
         self._began = self._shown = time.monotonic()
         self._progress: Progress | None = None
@@ -66,7 +67,8 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
         elif error[0] is None and self._seconds() >= 1.0:
-            say(f"{self.activity}: {self._done} in {self._seconds():.1f} s ({self._rate()})")
+            done = self._done - self._before
+            say(f"{self.activity}: {done} in {self._seconds():.1f} s ({self._rate()})")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done; `note` is shown at the end of the line."""
@@ -78,18 +80,26 @@ class Bar:
             )
         elif time.monotonic() - self._shown > PLAIN_SECONDS:
             self._shown = time.monotonic()
-            left = self._seconds() / self._done * (self.total - self._done)
+            left = self._seconds() / max(self._done - self._before, 1) * (self.total - self._done)
             say(
                 f"{self.activity}: {self._done}/{self.total}, {self._rate()}, "
                 f"{left:.0f} s left  {self._note}"
             )
 
+    def skip(self, count: int) -> None:
+        """`count` were done before this run began, and took none of its time."""
+        self._before = count
+        self.advance(count)
+
     def _seconds(self) -> float:
         return max(time.monotonic() - self._began, 1e-9)
 
     def _rate(self) -> str:
-        rate = self._done / self._seconds()
+        rate = (self._done - self._before) / self._seconds()
         return f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+
+
+MIN_TEXT = 12  # a column of text is never narrower, if it has that much
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -103,7 +113,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for i, name in enumerate(columns):
         short = all(len(row[i]) <= MAX_UNBROKEN for row in cells)
         justify: Literal["right", "left"] = "right" if numeric[i] else "left"
-        grid.add_column(escape(name), justify=justify, overflow="fold", no_wrap=short)
+        # a number is whole or it is not shown: a cut one is another number
+        widest = max((len(row[i]) for row in cells), default=0)
+        least = widest if numeric[i] else min(widest, MIN_TEXT)
+        grid.add_column(
+            escape(name), justify=justify, overflow="fold", no_wrap=short, min_width=least
+        )
     for row in cells:
         grid.add_row(*map(escape, row))
     console.print(grid, soft_wrap=False)

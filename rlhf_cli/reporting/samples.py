@@ -11,6 +11,7 @@ from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rollout.rollouts import Rollout
 
 SHOWN = 3
+TERMS = 3  # of a reward, in the table; the file has them all
 WIDTH = 240
 
 
@@ -28,12 +29,18 @@ def show_samples(
         rewards: of each rollout, as it is learnt from; None where it has none.
         parts: the terms that the reward is summed from, by name, where there are several.
     """
-    names = [name.rsplit("/", 1)[-1].partition(":")[0] for name in parts]
+    shown = dict(list(parts.items())[:TERMS])
+    figures = list(zip(rewards, *shown.values(), kls, strict=True))
+    first = {id(rollout.row): i for i, rollout in reversed(list(enumerate(rollouts)))}
     rows = [
-        (clip(last_words(rollout.row.prompt)), clip(rollout.text), *figures)
-        for rollout, *figures in zip(rollouts, rewards, *parts.values(), kls, strict=True)
+        (
+            clip(last_words(rollouts[i].row.prompt)),
+            clip(rollouts[i].text),
+            *map(rounded, figures[i]),
+        )
+        for i in sorted(first.values())[:SHOWN]  # of different prompts
     ]
-    table(f"step {step}", ("prompt", "response", "reward", *names, "KL"), rows[:SHOWN])
+    table(f"step {step}", ("prompt", "response", "reward", *map(short_name, shown), "KL"), rows)
     for i, (rollout, reward, kl) in enumerate(zip(rollouts, rewards, kls, strict=True)):
         values: dict[str, Any] = {
             "prompt": rollout.row.prompt,
@@ -45,6 +52,18 @@ def show_samples(
         if parts:
             values["parts"] = {name: column[i] for name, column in parts.items()}
         file.write(step, values)
+
+
+def short_name(term: str) -> str:
+    """A term of a reward in few letters: a function's own name, a rule's, a folder's last part."""
+    if ".py:" in term:
+        return term.rpartition(":")[2]
+    return term.partition(":")[0].rpartition("/")[2]
+
+
+def rounded(value: float | None) -> float | None:
+    """To three decimals, and never -0."""
+    return None if value is None else round(value, 3) + 0.0
 
 
 def known_or_none(scores: Tensor) -> list[float | None]:

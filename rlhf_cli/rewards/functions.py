@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,6 +31,10 @@ Given = str | list[str]
 
 class NoReward(Exception):
     """Why a response gets no reward."""
+
+
+FAILED = math.inf
+"""What a function says of a response that it failed at; no reward of its own is infinite."""
 
 
 @dataclass
@@ -60,6 +65,8 @@ class UserFunction:
     def judge(self, rows: Sequence[Prompt], given: Sequence[Given]) -> list[Any]:
         """What the function says of each response: a number, or a list of one per step, or None.
 
+        FAILED where it raised, was late or gave something else.
+
         Args:
             rows: of each response.
             given: responses, or the steps of each, as the function asks for.
@@ -69,11 +76,13 @@ class UserFunction:
         run = self._concurrently if self.signature.is_async else self._together
         values: list[Any] = []
         failures: list[str] = []
-        for call, answer in zip(calls, run(calls, names), strict=True):
+        with redirect_stdout(sys.stderr):  # standard output is for the path of what was made
+            answers = run(calls, names)
+        for call, answer in zip(calls, answers, strict=True):
             try:
                 values.append(read(answer, call.given))
             except NoReward as failure:
-                values.append(None)
+                values.append(FAILED)
                 failures.append(f"{call.row.source or 'a row'}: {failure}")
         for line in failures[:TOLD]:
             say(f"reward={self.spec}: no reward: {line}")
@@ -93,21 +102,22 @@ class UserFunction:
     # ------------------------------------------------------------------ batches
 
     def _together(self, calls: list[Call], names: list[str]) -> list[Any]:
-        """One call for all; if that fails, one for each, to find the rows that are to blame."""
+        """One call for all; if that raises, one for each, to find the rows that are to blame."""
         columns = {name: [call.row.columns.get(name) for call in calls] for name in names}
         prompts, given = [call.row.prompt for call in calls], [call.given for call in calls]
+        count = len(calls)
         try:
             answer = self._function(prompts, given, **columns)
             if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
-                raise NoReward(f"the function gave {kind_of(answer)} instead of a list")
-            answers = list(answer)
-            if len(answers) != len(calls):
-                raise NoReward(f"{len(calls)} asked, {len(answers)} answered")
-            return answers
+                return [NoReward(f"the function gave {kind_of(answer)} instead of a list")] * count
+            answers = list(answer)  # a generator may still fail
         except Exception as error:
-            if len(calls) == 1:
+            if count == 1:
                 return [error]
             return [self._together([call], names)[0] for call in calls]
+        if len(answers) != count:
+            return [NoReward(f"{count} asked, {len(answers)} answered")] * count
+        return answers
 
     # ------------------------------------------------------------------ one by one, at once
 
@@ -218,7 +228,8 @@ def loaded(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(made)
     sys.modules[name] = module  # dataclasses and pickle look modules up
     try:
-        made.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):
+            made.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"{file}: {type(error).__name__}: {first_line(error)}") from None

@@ -53,7 +53,10 @@ def shape(
         unscored = scores.total.isnan()
         whole = scaled(scores.whole).nan_to_num(0.0) - costs
         whole = whole.masked_fill(unscored, torch.nan)
-        steps = [scaled(each) for each in scores.steps]
+        steps = [
+            scaled(each).masked_fill(missing, torch.nan)
+            for each, missing in zip(scores.steps, unscored, strict=True)
+        ]
         of_steps = torch.stack([known_sum(each[:, None])[0] for each in steps]).nan_to_num(0.0)
         return Shaped(whole + of_steps, whole, steps, scores.ends)
     total = scaled(scores.total)

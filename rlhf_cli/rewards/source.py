@@ -38,8 +38,8 @@ class Source(ABC):
 
     @abstractmethod
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """(B,) of each response, NaN where there is none."""
+        """(B,) of each response; NaN where this does not apply, infinite where it failed."""
 
     def score_steps(self, rollouts: Sequence[Rollout], cuts: Sequence[Cut]) -> list[Tensor]:
-        """(n_i,) of each step of each response, NaN where unknown."""
+        """(n_i,) of each step of each response; NaN where unknown, infinite where it failed."""
         raise NotImplementedError(f"{self.spec} judges whole responses")

@@ -67,14 +67,18 @@ class FunctionReward(Source):
         rows = [rollout.row for rollout in rollouts]
         judged = self.function.judge(rows, [cut.texts for cut in cuts])
         pairs = zip(judged, cuts, strict=True)
-        return [floats([None] * len(cut.ends) if each is None else each) for each, cut in pairs]
+        return [
+            floats(each if isinstance(each, list) else [each] * len(cut.ends))
+            for each, cut in pairs
+        ]
 
 
 @dataclass
 class Scores:
     """What a reward says of B rollouts.
 
-    total: (B,) sum of weight times term over the terms that apply; NaN where none does.
+    total: (B,) sum of weight times term over the terms that apply; NaN where none does, and where
+        one of them failed: the sum would not mean the same as that of other responses.
     parts: term -> (B,) its own value, without weight; NaN where it does not apply. By step, the
         part of a term that judges steps is the mean of those that it knows.
     seconds: term -> time it took.
@@ -150,34 +154,36 @@ class Reward:
         cuts = cuts_of(self.cutter, rollouts) if by_step else []
         steps = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
         whole = []
+        failed = torch.zeros(len(rollouts), dtype=torch.bool)
         for term in self.terms:
             began = time.perf_counter()
             source = term.source
             if by_step and source.step_end is not None:
                 judged = source.score_steps(rollouts, cuts)
-                parts[source.spec] = means(judged)
+                part = means(judged)
                 steps = [
                     known_sum(torch.stack([so_far, term.weight * values]))
                     for so_far, values in zip(steps, judged, strict=True)
                 ]
             else:
-                parts[source.spec] = source.score(rollouts)
+                part = source.score(rollouts)
                 whole.append(term)
+            if term.weight:
+                failed |= part.isinf()
+            parts[source.spec] = part.masked_fill(part.isinf(), math.nan)
             seconds[source.spec] = time.perf_counter() - began
-        total = weighted_sum(self.terms, parts)
+        total = weighted_sum(self.terms, parts).masked_fill(failed, math.nan)
         if not by_step:
             return Scores(total, parts, seconds)
         ends = [cut.ends for cut in cuts]
         return Scores(total, parts, seconds, steps, ends, weighted_sum(whole, parts))
 
     def metrics(self, scores: Scores) -> dict[str, float]:
-        """Of each term the share of responses without it and its seconds; of several mean and std,
-        too, where any response has it.
-        """
+        """Of each term mean and std where any response has it, the share without, and seconds."""
         found: dict[str, float] = {}
         for spec, part in scores.parts.items():
             known = part[~part.isnan()]
-            if len(self.terms) > 1 and len(known):
+            if len(known):
                 found[f"reward/{spec}/mean"] = known.mean().item()
                 found[f"reward/{spec}/std"] = known.std(correction=0).item()
             found[f"reward/{spec}/none"] = 1 - len(known) / len(part)

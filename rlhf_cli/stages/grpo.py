@@ -105,7 +105,9 @@ def run(cfg: Grpo) -> Path:
     watch = Watch(cfg, session, roles, rows.held_out, state, tensors)
     objective = Objective(cfg, session, roles)
 
-    def sample(step: int, temperature: float, count: int, again: int = 0) -> Experience:
+    def sample(
+        step: int, temperature: float, clock: Clock, count: int, again: int = 0
+    ) -> Experience:
         """Scored groups of responses to `count` prompts; `again` counts the refills."""
         stream = f"refill {again}" if again else "prompts"
         rollouts = sample_rollouts(
@@ -118,15 +120,18 @@ def run(cfg: Grpo) -> Path:
             stop_ids=policy.stop_ids,
             hardware=cfg.hardware,
         )
-        return measure(rollouts, roles, cfg, temperature, running)
+        clock.lap("rollouts")
+        found = measure(rollouts, roles, cfg, temperature, running)
+        clock.lap("scores")
+        return found
 
     with Bar("grpo", algo.steps) as bar:
-        bar.advance(session.start)
+        bar.skip(session.start)
         for step in range(session.start + 1, algo.steps + 1):
             clock = Clock()
             kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
-            found = sample(step, temperature, algo.batch_size)
+            found = sample(step, temperature, clock, algo.batch_size)
             unequal = unequal_groups(found, algo)
             metrics = {
                 **found.metrics(kl_coef),
@@ -145,12 +150,11 @@ def run(cfg: Grpo) -> Path:
                     missing = algo.batch_size - len(learnt.rollouts) // algo.group_size
                     if not missing:
                         break
-                    more = sample(step, temperature, missing, again)
+                    more = sample(step, temperature, clock, missing, again)
                     learnt = learnt.joined(more.groups(unequal_groups(more, algo), algo.group_size))
                     sampled += missing
                 metrics["learnt_groups"] = float(len(learnt.rollouts) // algo.group_size)
                 metrics["sampled_groups"] = float(sampled)
-            clock.lap("rollouts")
 
             groups = [] if stop else items_of(learnt, kl_coef, algo)
             objective.kl_coef, objective.temperature = kl_coef, temperature
@@ -163,7 +167,8 @@ def run(cfg: Grpo) -> Path:
                         updated.append(optimizer.step([objective.part(minibatch)]))
                     if minibatch and optimizer.stepped:
                         watch.written.after_update()
-            metrics |= update_metrics(updated, found) | {"kl_coef": kl_coef}
+            metrics |= update_metrics(updated, found)
+            metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             if algo.refresh_reference and step % algo.refresh_reference == 0:
                 roles.reference.refresh()
             clock.lap("updates")
@@ -189,22 +194,24 @@ def run(cfg: Grpo) -> Path:
     final = watch.finish(("reward", "kl", "entropy", "length", "equal_groups"))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
-    return session.finish_model(policy.model, "policy", policy.encoder, final)
+    return session.finish_model(policy.model, "policy", policy.encoder, final, **watch.ending())
 
 
 def unequal_groups(found: Experience, algo: GrpoAlgo) -> list[int]:
-    """The groups that teach something: rewards, of responses or steps, that are not all the same.
+    """The groups that teach something: scores, of responses or steps, that are not all the same.
 
-    Of a group whose responses are all left out nothing is learnt either.
+    What responses cost by their length or end makes no group unequal. Of a group whose responses
+    are all left out nothing is learnt either.
     """
-    size, rewards = algo.group_size, found.rewards
+    size, scores = algo.group_size, found.scores
+    whole = scores.total if scores.whole is None else scores.whole
     usable = found.learnable(algo.mask_truncated)
     unequal = []
     for start in range(0, len(usable), size):
         places = slice(start, start + size)
-        each = [rewards.whole[places]]
-        if rewards.steps is not None:
-            each.append(torch.cat(rewards.steps[places]))
+        each = [whole[places]]
+        if scores.steps is not None:
+            each.append(torch.cat(scores.steps[places]))
         known = [values[~values.isnan()] for values in each]
         if any(usable[places]) and any(bool((values != values[:1]).any()) for values in known):
             unequal.append(start // size)

@@ -102,7 +102,7 @@ def run(cfg: Ppo) -> Path:
     objective.old_kl_coef = state.get("old_kl_coef", objective.old_kl_coef)
 
     with Bar("ppo", algo.steps) as bar:
-        bar.advance(session.start)
+        bar.skip(session.start)
         for step in range(session.start + 1, algo.steps + 1):
             clock = Clock()
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
@@ -137,7 +137,8 @@ def run(cfg: Ppo) -> Path:
                     updated.append(optimizer.step(parts))
                     if optimizer.stepped:
                         watch.written.after_update()
-            metrics |= update_metrics(updated, found) | {"kl_coef": kl_coef}
+            metrics |= update_metrics(updated, found)
+            metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
             if algo.loss == "klpen" and items:
                 metrics |= objective.steer(items)
@@ -159,7 +160,7 @@ def run(cfg: Ppo) -> Path:
     final = watch.finish(("reward", "kl", "entropy", "length", "kl_coef"))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
-    return session.finish_model(policy.model, "policy", policy.encoder, final)
+    return session.finish_model(policy.model, "policy", policy.encoder, final, **watch.ending())
 
 
 def advantages_of(

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.online_rules import ALARMS
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.optimize import Metrics
+
+MAX_UNSCORED = 3  # iterations in a row without any reward before the run stops
 
 
 class Alarms:
@@ -20,6 +23,7 @@ class Alarms:
         """`state`: what `state()` returned at the resume point; empty for a fresh run."""
         self._algo = algo
         self._broken: dict[str, int] = state.get("broken", {})  # iterations in a row
+        self._unscored: int = state.get("unscored", 0)  # iterations in a row without any reward
         self._first_length: float | None = state.get("first_length")
         self._last: dict[str, float] | None = state.get("last_evaluation")
 
@@ -27,13 +31,24 @@ class Alarms:
         """What a resumed run goes on from."""
         return {
             "broken": self._broken,
+            "unscored": self._unscored,
             "first_length": self._first_length,
             "last_evaluation": self._last,
         }
 
     def on_rollouts(self, step: int, metrics: Metrics) -> list[str]:
-        """Look at the metrics of a batch of rollouts, add alarm/...; returns what ends the run."""
+        """Look at the metrics of a batch of rollouts, add alarm/...; returns what ends the run.
+
+        Raises:
+            RunError: nothing got a reward for several iterations in a row.
+        """
         algo = self._algo
+        self._unscored = self._unscored + 1 if metrics["unscored"] == 1 else 0
+        if self._unscored >= MAX_UNSCORED:
+            raise RunError(
+                f"no response of the last {MAX_UNSCORED} iterations got a reward; see the messages "
+                "of reward functions above, or the columns and forms that rules need"
+            )
         if self._first_length is None:
             self._first_length = metrics["length"]
         drift = abs(metrics["length"] / self._first_length - 1)

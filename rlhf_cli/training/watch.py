@@ -128,6 +128,7 @@ class Watch:
         self._alarms = Alarms(cfg.algo, state)
         self.written = Written(roles.policy.model, cfg.algo, state, tensors)
         self._log, self._samples = session.log(), session.log("samples.jsonl")
+        self._stopped: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
         """Figures for a resume point."""
@@ -143,7 +144,16 @@ class Watch:
         A step that breaks a limit which ends the run is not kept as the best, unless the limit is
         that the reward is high enough.
         """
+        if step == 1 and metrics["ended"] == 0:
+            say(
+                "note: no response came to an end within "
+                f"{self._cfg.algo.max_tokens} tokens; see algo.missing_eos_reward and max_tokens"
+            )
+        if step == 1 and metrics["reward_std"] == 0:
+            say("note: all rewards of the first iteration are the same; nothing tells them apart")
         stops = self._alarms.on_rollouts(step, metrics)
+        if stops:
+            self._stopped = {"step": step, "alarms": stops}
         if not set(stops) - {"reward"}:
             self.written.offer(step, metrics)
         return bool(stops)
@@ -156,7 +166,9 @@ class Watch:
         last = stop or step == algo.steps
         if algo.eval_every and (last or step % algo.eval_every == 0):
             seen = self.evaluate()
-            stop |= self._alarms.on_evaluation(step, seen)
+            if self._alarms.on_evaluation(step, seen):
+                stop = True
+                self._stopped = {"step": step, "alarms": ["overoptimised"]}
             metrics = metrics | seen
             if algo.keep in seen:
                 self.written.offer(step, metrics)
@@ -195,6 +207,10 @@ class Watch:
         if self._roles.gold is not None:
             metrics["eval/gold"] = self._roles.gold.score(rollouts).total.nanmean().item()
         return metrics
+
+    def ending(self) -> dict[str, Any]:
+        """What stage.json says of a run that an alarm ended: its step, and which."""
+        return {"stopped": self._stopped} if self._stopped else {}
 
     def finish(self, names: tuple[str, ...]) -> Metrics:
         """Put the weights that are written into the policy; returns metrics of their step."""

@@ -49,7 +49,7 @@ REFUSED = [
     ("ppo algo.missing_eos_penalty=1", "give one"),
     ("ppo algo.mask_truncated=true", "learns nothing from responses that never ended"),
     ("ppo algo.overlong_tokens=64", "algo.overlong_tokens=64 exceeds algo.max_tokens=32"),
-    ("ppo gold=demo_gold", "gold=demo_gold is measured in evaluations: set algo.eval_every"),
+    ("ppo gold=demo_gold", "gold=demo_gold needs algo.eval_every"),
     ("ppo algo.keep=eval/reward", "is measured in evaluations: set algo.eval_every"),
     ("ppo algo.keep=eval/gold algo.eval_every=5", "algo.keep=eval/gold needs gold="),
     ("ppo algo.keep=reward algo.ema_decay=0.9", "take algo.keep=eval/reward"),

@@ -9,7 +9,7 @@ import pytest
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.rewards import functions
-from rlhf_cli.rewards.functions import CONCURRENT, TOLD, UserFunction
+from rlhf_cli.rewards.functions import CONCURRENT, FAILED, TOLD, UserFunction
 
 ROWS = [
     Prompt("one", {"answer": 1, "topic": "a"}, "f:1"),
@@ -88,7 +88,7 @@ def g(prompts, responses):
 )
 def test_a_value_that_is_no_reward(value: str, told: str, tmp_path: Path, said: list[str]) -> None:
     made = function(tmp_path, f"def f(prompts, responses):\n    return [1.0, {value}, 3.0]\n")
-    assert made.judge(ROWS, TEXTS) == [1.0, None, 3.0]
+    assert made.judge(ROWS, TEXTS) == [1.0, FAILED, 3.0]
     (line,) = said
     assert line.startswith(f"reward={made.spec}: no reward: f:2: ") and told in line
 
@@ -102,7 +102,7 @@ def f(prompts, responses, answer):
     return [10 / answer[i] for i in range(len(prompts))]
 """
     made = function(tmp_path, body)
-    assert made.judge(ROWS, TEXTS) == [10, 5, None]
+    assert made.judge(ROWS, TEXTS) == [10, 5, FAILED]
     assert seen(made) == [3, 1, 1, 1]
     (line,) = said
     assert "f:3: TypeError: unsupported operand" in line and "\n" not in line
@@ -121,13 +121,10 @@ def f(prompts, responses, answer):
     ],
 )
 def test_an_answer_that_is_no_list(body: str, told: str, tmp_path: Path, said: list[str]) -> None:
-    """Asked one by one, a single value is no list either, and one for one response is right."""
+    """It fails for all; only what raises is asked again, one by one."""
     made = function(tmp_path, f"def f(prompts, responses):\n    {body}\n")
     found = made.judge(ROWS, TEXTS)
-    if "[1.0]" in body:
-        assert found == [1.0, 1.0, 1.0] and said == []
-        return
-    assert found == [None, None, None]
+    assert found == [FAILED] * 3
     assert [line.split(": ")[2] for line in said] == ["f:1", "f:2", "f:3"]
     assert all(told in line and "\n" not in line for line in said)
 
@@ -135,7 +132,7 @@ def test_an_answer_that_is_no_list(body: str, told: str, tmp_path: Path, said: l
 def test_only_a_few_failures_are_told(tmp_path: Path, said: list[str]) -> None:
     made = function(tmp_path, "def f(prompts, responses):\n    return [None, *prompts[1:]]\n")
     rows = [Prompt("x", {}, f"f:{i}") for i in range(10)]
-    assert made.judge(rows, [""] * 10) == [None] * 10
+    assert made.judge(rows, [""] * 10) == [None, *[FAILED] * 9]
     assert len(said) == TOLD + 1  # None is an answer, no failure
     assert said[-1] == f"reward={made.spec}: no reward for {9 - TOLD} more of 10"
 
@@ -191,7 +188,7 @@ async def f(prompt, response, answer):
 """
     made = function(tmp_path, body, timeout=0.3)
     began = time.monotonic()
-    assert made.judge(ROWS, TEXTS) == [1, None, None]
+    assert made.judge(ROWS, TEXTS) == [1, FAILED, FAILED]
     assert time.monotonic() - began < 3
     assert "f:2: no answer within 0.3 s (reward_timeout)" in said[0]
     assert "f:3: TimeoutError: of its own" in said[1]
@@ -208,7 +205,7 @@ async def f(prompt, response, answer):
 """
     made = function(tmp_path, body, timeout=0.2)
     began = time.monotonic()
-    assert made.judge(ROWS, TEXTS)[1] is None
+    assert made.judge(ROWS, TEXTS)[1] == FAILED
     assert time.monotonic() - began < 3
     assert any("f:2: no answer, for a call blocks the event loop" in line for line in said)
     assert made.judge(ROWS[:1], TEXTS[:1]) == [1]  # and it works on
@@ -243,9 +240,9 @@ def h(prompts, steps):
     made = function(tmp_path, body)
     assert made.judge(ROWS, steps) == [[1, 3], [1, 1], [1]]
     assert seen(made) == [steps]
-    assert function(tmp_path, body, "g").judge(ROWS, steps) == [[0.5, None], None, None]
+    assert function(tmp_path, body, "g").judge(ROWS, steps) == [[0.5, None], None, FAILED]
     assert said == []
-    assert function(tmp_path, body, "h").judge(ROWS, steps) == [None, None, None]
+    assert function(tmp_path, body, "h").judge(ROWS, steps) == [FAILED] * 3
     assert "f:1: 2 steps asked, 1 answered" in said[0]
     assert "f:2: the function gave 'x' instead of a finite number" in said[1]
     assert "f:3: ZeroDivisionError" in said[2]

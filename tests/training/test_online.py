@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import RunError
 from tests.training.tiny import words_of
 
 ONCE = ["algo.epochs=1", "algo.minibatch_size=8", "algo.steps=3", "hardware.save_every=null"]
@@ -157,8 +158,11 @@ def test_responses_without_a_reward_are_left_out(tmp_path: Path) -> None:
         found = run(stage, tmp_path / stage, *words, "reward=some.py:some")
         assert any(0 < each["unscored"] < 1 for each in found)
         assert all(each["reward/some.py:some/none"] == each["unscored"] for each in found)
-        nothing = run(stage, tmp_path / f"{stage} none", *words, "reward=some.py:none")
+        two = ["algo.steps=2", "reward=some.py:none"]
+        nothing = run(stage, tmp_path / f"{stage} none", *words, *two)
         assert all(each["unscored"] == 1 and "loss" not in each for each in nothing)
+        with pytest.raises(RunError, match="no response of the last 3 iterations got a reward"):
+            run(stage, tmp_path / f"{stage} never", *words, "reward=some.py:none")
 
 
 def test_a_shared_critic_learns_on_the_trunk_of_the_policy(tmp_path: Path) -> None:

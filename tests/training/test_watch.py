@@ -18,6 +18,7 @@ from rlhf_cli.training.watch import Written
 from tests.training.tiny import words_of
 
 CALM = {"kl": 1.0, "reward": 0.0, "entropy": 1.0, "length": 10.0, "repetition": 0.0, "ended": 1.0}
+CALM |= {"unscored": 0.0}
 
 
 def algo_of(*words: str) -> Any:
