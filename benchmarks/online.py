@@ -255,13 +255,13 @@ def kl_coefs(bench: Bench) -> None:
 
 
 def proxies(bench: Bench) -> None:
-    """No tie to the reference, a high rate, and reward models of more and more pairs."""
+    """No tie to the reference, a constant rate, and reward models of more and more pairs."""
     sizes = (60, 250, 1000)
     bench.demo(*sizes)
-    free = ("algo.kl_coef=0", "algo.lr=1e-3", "algo.lr_schedule=constant")
+    free = ("algo.kl_coef=0", "algo.lr_schedule=constant")
     folders: dict[str, list[Path]] = {}
     for size in sizes:
-        words = (*on_demo(size, 80, 10), *free)
+        words = (*on_demo(size, 80, 4), *free)
         folders |= bench.run_cases("ppo", "proxies", {f"{size} pairs": ()}, *words)
     lines: list[list[str]] = []
     picture = Picture("proxies", 2)
