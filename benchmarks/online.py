@@ -292,7 +292,7 @@ def mixes(bench: Bench) -> None:
     """Held-out loss on the demo's plain text, which SFT has seen some of."""
     bench.demo(4000)
     cases: Cases = {str(c): (f"algo.ptx_coef={c}",) for c in (0, 0.1, 1, 5)}
-    folders = bench.run_cases("ppo", "mixes", cases, *on_demo(4000, 40, 40))
+    folders = bench.run_cases("ppo", "mixes", cases, *on_demo(4000, 30, 30))
     sft = of_stage([Path(f"runs/s{seed}/sft") for seed in bench.seeds], "text/loss")
     lines = [["SFT", over_seeds(sft, 3), "", ""]]
     lines += [
@@ -305,39 +305,32 @@ def mixes(bench: Bench) -> None:
 
 # --------------------------------------------------------------------------- a task in steps
 
-ADDENDS, WRONG, CHAINS = 7, 0.3, (3000, 200)
+NUMBERS, WRONG, CHAINS = 7, 0.3, (4000, 200)
 
 
 def chain_rows() -> None:
-    """Running sums, on a clock of ten hours, in demonstrations whose steps are often wrong.
+    """The largest number so far, in demonstrations whose steps are often wrong.
 
-    A wrong step is one hour off or more, and the next one goes on from it.
+    A wrong step is any other digit, and the next one goes on from it.
     """
-    rng = random.Random("rlhf-cli running sums")
-    seen: set[tuple[int, ...]] = set()
+    rng = random.Random("rlhf-cli largest so far")
     for side, count in zip(("train", "eval"), CHAINS, strict=True):
         lines: list[str] = []
-        while len(lines) < count:
-            terms = tuple(rng.randrange(1, 10) for _ in range(ADDENDS))
-            if terms in seen:
-                continue
-            seen.add(terms)
-            said = [terms[0]]
-            for term in terms[1:]:
-                slip = rng.randrange(1, 10) if rng.random() < WRONG else 0
-                said.append((said[-1] + term + slip) % 10)
-            row = {"prompt": " +".join(map(str, terms)), "completion": written(said[1:])}
-            lines.append(json.dumps(row | {"answer": written(sums(terms))}) + "\n")
+        for _ in range(count):
+            numbers = [rng.randrange(10) for _ in range(NUMBERS)]
+            said = [numbers[0]]
+            for number in numbers[1:]:
+                right = max(said[-1], number)
+                wrong = (right + rng.randrange(1, 10)) % 10
+                said.append(wrong if rng.random() < WRONG else right)
+            row = {"prompt": " ".join(map(str, numbers)), "completion": written(said[1:])}
+            answer = written([max(numbers[: i + 1]) for i in range(1, NUMBERS)])
+            lines.append(json.dumps(row | {"answer": answer}) + "\n")
         Path(f"chains.{side}.jsonl").write_text("".join(lines))
 
 
-def sums(terms: Sequence[int]) -> list[int]:
-    """The running sums, on the clock, from the second term on."""
-    return [sum(terms[: i + 1]) % 10 for i in range(1, len(terms))]
-
-
 def written(steps: Sequence[int]) -> str:
-    """7. 9. 4."""
+    """7. 7. 9."""
     return " ".join(f"{step}." for step in steps)
 
 
@@ -367,7 +360,7 @@ def all_steps(prompts: list[str], responses: list[str], answer: list[str]) -> li
 
 
 def on_chains(steps: int, every: int) -> tuple[str, ...]:
-    """Words for grpo on running sums."""
+    """Words for grpo on that task."""
     return (
         *chain_data(),
         "policy=SEED/chains",
@@ -378,7 +371,7 @@ def on_chains(steps: int, every: int) -> tuple[str, ...]:
 
 
 def chain_data() -> tuple[str, ...]:
-    """Words for rows of running sums."""
+    """Words for the rows of that task."""
     return (
         "data=jsonl",
         "data.path=chains.train.jsonl",
@@ -483,7 +476,7 @@ def baselines(bench: Bench) -> None:
     """64 rollouts and one optimizer step an iteration."""
     bench.demo(4000)
     same = ("algo.lr=5e-4", "algo.adam_eps=1e-8", "algo.missing_eos_reward=-3", "algo.kl_coef=0.05")
-    words = (*on_demo(4000, 40, 10), *same)
+    words = (*on_demo(4000, 30, 10), *same)
     rloo: Cases = {
         f"RLOO, groups of {k}": (
             "algo=rloo",
@@ -504,11 +497,11 @@ def baselines(bench: Bench) -> None:
     folders |= bench.run_cases("ppo", "baselines", alone, *words)
     lines = [
         [case]
-        + [over_seeds([rows_of(f)[i - 1]["eval/gold"] for f in each]) for i in (10, 20, 40)]
+        + [over_seeds([rows_of(f)[i - 1]["eval/gold"] for f in each]) for i in (10, 20, 30)]
         + [over_seeds(last(each, f"eval/{name}")) for name in ("reward", "kl")]
         for case, each in folders.items()
     ]
-    header = ["algorithm", *(f"gold after {i}" for i in (10, 20, 40))]
+    header = ["algorithm", *(f"gold after {i}" for i in (10, 20, 30))]
     table([*header, "reward model", "KL to SFT"], *lines)
 
 
@@ -516,11 +509,8 @@ def critics(bench: Bench) -> None:
     """64 rollouts and four optimizer steps an iteration, the same learning rate."""
     bench.demo(4000)
     same = ("algo.lr=3e-4", "algo.adam_eps=1e-8", "algo.missing_eos_reward=-3", "algo.epochs=2")
-    words = (*on_demo(4000, 40, 20), *same)
-    ppo: Cases = {
-        "PPO, separate critic": ("algo=ppo",),
-        "PPO, shared critic": ("algo=ppo", "algo.critic=shared"),
-    }
+    words = (*on_demo(4000, 30, 10), *same)
+    ppo: Cases = {"PPO": ("algo=ppo",)}
     grpo: Cases = {
         "GRPO, groups of 8": ("algo=grpo", "algo.batch_size=8", "algo.minibatch_size=4"),
     }
