@@ -292,7 +292,8 @@ def mixes(bench: Bench) -> None:
     """Held-out loss on the demo's plain text, which SFT has seen some of."""
     bench.demo(4000)
     cases: Cases = {str(c): (f"algo.ptx_coef={c}",) for c in (0, 0.1, 1, 5)}
-    folders = bench.run_cases("ppo", "mixes", cases, *on_demo(4000, 30, 30))
+    words = (*on_demo(4000, 30, 30), "algo.lr=1e-3")
+    folders = bench.run_cases("ppo", "mixes", cases, *words)
     sft = of_stage([Path(f"runs/s{seed}/sft") for seed in bench.seeds], "text/loss")
     lines = [["SFT", over_seeds(sft, 3), "", ""]]
     lines += [
