@@ -169,9 +169,14 @@ def cost(folders: Sequence[Path], name: str) -> list[float]:
     return [json.loads(Path(f"{folder}.cost.json").read_text())[name] for folder in folders]
 
 
+def watched_rows(folder: Path) -> list[Row]:
+    """The iterations with an evaluation."""
+    return [row for row in rows_of(folder) if "eval/kl" in row]
+
+
 def curve(folders: Sequence[Path], name: str) -> list[float]:
     """A metric of the evaluations, mean over seeds."""
-    each = [[row[name] for row in rows_of(f) if "eval/kl" in row] for f in folders]
+    each = [[row[name] for row in watched_rows(f)] for f in folders]
     return [statistics.mean(values) for values in zip(*each, strict=True)]
 
 
@@ -265,23 +270,20 @@ def proxies(bench: Bench) -> None:
         folders |= bench.run_cases("ppo", "proxies", {f"{size} pairs": ()}, *words)
     lines: list[list[str]] = []
     picture = Picture("proxies", 2)
+    shown = ("reward", "gold", "kl")
     for case, each in folders.items():
-        gold, reward, kl = (curve(each, f"eval/{name}") for name in ("gold", "reward", "kl"))
-        best = max(range(len(gold)), key=gold.__getitem__)
-        roots = [max(value, 0.0) ** 0.5 for value in kl]
+        peaks = [max(watched_rows(folder), key=lambda row: row["eval/gold"]) for folder in each]
         lines.append(
-            [
-                case.split()[0],
-                f"{gold[best]:.2f} at KL {kl[best]:.1f}",
-                over_seeds(last(each, "eval/gold")),
-                f"{reward[best]:.2f}",
-                over_seeds(last(each, "eval/reward")),
-                over_seeds(last(each, "eval/kl"), 1),
-            ]
+            [case.split()[0]]
+            + [over_seeds([peak[f"eval/{name}"] for peak in peaks]) for name in shown]
+            + [over_seeds(last(each, f"eval/{name}")) for name in shown]
         )
+        reward, gold, kl = (curve(each, f"eval/{name}") for name in shown)
+        roots = [max(value, 0.0) ** 0.5 for value in kl]
         for axes, values in zip(picture.panels, (reward, gold), strict=True):
             axes.plot(roots, values, marker=".", label=case)
-    header = ["pairs", "best gold", "last gold", "reward model then", "and last", "last KL"]
+    header = ["pairs", "reward model at the peak of gold", "gold there", "KL there"]
+    header += ["reward model after 80 iterations", "gold then", "KL then"]
     table(header, *lines)
     for axes, name in zip(picture.panels, ("reward model", "gold"), strict=True):
         axes.set(xlabel="sqrt(KL to SFT), nats per response", ylabel=f"{name}, held-out prompts")
