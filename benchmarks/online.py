@@ -91,7 +91,10 @@ class Bench:
             list(pool.map(Job.run, jobs))
 
     def run_cases(self, stage: str, part: str, cases: Cases, *words: str) -> dict[str, list[Path]]:
-        """The folders of every case at every seed, after a demo's SFT and what else it names."""
+        """The folders of every case, one for each seed.
+
+        SEED in a word stands for the seed's folder; cases called fixed hold old_kl_coef.
+        """
         jobs = {
             case: [
                 Job(
