@@ -230,7 +230,7 @@ def clips(bench: Bench) -> None:
     lines = [
         [case]
         + [over_seeds(last(each, f"eval/{name}")) for name in ("gold", "reward", "kl")]
-        + [over_seeds(mean(each, "old_kl"), 4)]
+        + [over_seeds(mean(each, "old_kl_after" if klpen in cases[case] else "old_kl"), 4)]
         for case, each in folders.items()
     ]
     header = ["update", "gold", "reward model", "KL to SFT", "KL(old, new) per token, mean"]

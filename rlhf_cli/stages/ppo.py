@@ -334,7 +334,7 @@ class Objective:
             self.temperature,
         )
         kl = k3(torch.cat([item.old for item in items]), torch.cat(new)).mean().item()
-        found = {"old_kl": kl, "old_kl_coef": self.old_kl_coef}
+        found = {"old_kl_after": kl, "old_kl_coef": self.old_kl_coef}
         target = self._cfg.algo.old_kl_target
         if target is not None:
             self.old_kl_coef = schulman_kl_coef(self.old_kl_coef, kl, target)
