@@ -240,7 +240,7 @@ def h(prompts, steps):
     made = function(tmp_path, body)
     assert made.judge(ROWS, steps) == [[1, 3], [1, 1], [1]]
     assert seen(made) == [steps]
-    assert function(tmp_path, body, "g").judge(ROWS, steps) == [[0.5, None], None, FAILED]
+    assert function(tmp_path, body, "g").judge(ROWS, steps) == [[0.5, None], None, None]
     assert said == []
     assert function(tmp_path, body, "h").judge(ROWS, steps) == [FAILED] * 3
     assert "f:1: 2 steps asked, 1 answered" in said[0]

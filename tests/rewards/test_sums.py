@@ -121,10 +121,20 @@ def test_every_term_is_measured_on_its_own(file: Path) -> None:
     }
     assert times == {f"seconds/reward/{spec}": took for spec, took in scores.seconds.items()}
     alone = load("regex:a")
-    assert set(alone.metrics(alone.score(rollouts_of("a")))) == {
-        "reward/regex:a/none",
-        "seconds/reward/regex:a",
-    }
+    assert alone.metrics(alone.score(rollouts_of("a", "b")))["reward/regex:a/mean"] == 0.5
+
+
+def test_a_term_that_fails_costs_the_whole_reward(tmp_path: Path) -> None:
+    """But not where it has no weight, and not where it says that it does not apply."""
+    (tmp_path / "own.py").write_text(
+        "def f(prompts, responses):\n"
+        "    return [{'a': 1.0, 'b': None}.get(text, 'no number') for text in responses]\n"
+    )
+    own = f"{tmp_path}/own.py:f"
+    scores = load(f"regex:. + {own}").score(rollouts_of("a", "b", "c"))
+    same(scores.total, [2, 1, NAN])
+    same(scores.parts[own], [1, NAN, NAN])
+    same(load(f"regex:. + 0*{own}").score(rollouts_of("a", "b", "c")).total, [1, 1, 1])
 
 
 def test_every_term_is_checked(file: Path, tmp_path: Path) -> None:
