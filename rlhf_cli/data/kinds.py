@@ -53,6 +53,7 @@ class Preference:
     source: str = ""
     margin: float | None = None
     group: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Ranking:
     ranks: list[float]
     source: str = ""
     group: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Steps:
     steps: list[str]
     labels: list[float]
     source: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 Row = Prompt | Demonstration | Text | Preference | Ranking | Feedback | Steps
@@ -136,10 +139,10 @@ DERIVATIONS: dict[type, dict[type, Derive]] = {
     },
     Prompt: {
         Demonstration: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Preference: lambda row, join: [Prompt(row.prompt, {}, row.source)],
-        Ranking: lambda row, join: [Prompt(row.prompt, {}, row.source)],
+        Preference: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
+        Ranking: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
         Feedback: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Steps: lambda row, join: [Prompt(row.prompt, {}, row.source)],
+        Steps: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
     },
 }
 

@@ -54,9 +54,9 @@ def as_row(raw: Raw, source: str) -> Row:
     return Prompt(prompt, other_columns(raw), source)
 
 
-def other_columns(raw: Raw) -> Raw:
-    """What a row says beside prompt and response: rules read it (answer, ...)."""
-    ours = ("prompt", "completion", "messages")
+def other_columns(raw: Raw, *judged: str) -> Raw:
+    """What a row says beside prompt, response and what is `judged`: rules read it (answer, ...)."""
+    ours = ("prompt", "completion", "messages", *judged)
     return {name: value for name, value in raw.items() if name not in ours}
 
 
@@ -184,6 +184,7 @@ def response_of(
 
 def steps_of(raw: Raw, prompt: str | Turns, source: str) -> Steps:
     """A response in steps, with a label for each."""
+    columns = other_columns(raw, "steps", "labels")
     steps, labels = items_of(raw, "steps", source), items_of(raw, "labels", source)
     texts = [text_of({"steps": step}, "steps", source) for step in steps]
     if not texts:
@@ -196,12 +197,13 @@ def steps_of(raw: Raw, prompt: str | Turns, source: str) -> Steps:
                 f"{source}: column 'labels' holds {shown(label)}, expected true, false or a "
                 "number from 0 (wrong) to 1 (right)"
             )
-    return Steps(prompt, texts, [float(label) for label in labels], source)
+    return Steps(prompt, texts, [float(label) for label in labels], source, columns)
 
 
 def preference_of(raw: Raw, source: str) -> Preference:
     """A comparison, with its margin if given; full dialogues in messages share their prompt."""
     margin, group = number_of(raw, "margin", source), group_of(raw, source)
+    columns = other_columns(raw, "chosen", "rejected", "margin")
     if margin is not None and margin < 0:
         raise RowError(f"{source}: column 'margin' holds {margin:g}, expected 0 or more")
     chosen, rejected = column(raw, "chosen", source), column(raw, "rejected", source)
@@ -210,13 +212,14 @@ def preference_of(raw: Raw, source: str) -> Preference:
         other, worse = split_turns(rejected, "rejected", source)
         if prompt != other:
             raise RowError(f"{source}: chosen and rejected differ before their last message")
-        return Preference(prompt, better, worse, source, margin, group)
+        return Preference(prompt, better, worse, source, margin, group, columns)
     texts = text_of(raw, "chosen", source), text_of(raw, "rejected", source)
-    return Preference(prompt_of(raw, source), *texts, source, margin, group)
+    return Preference(prompt_of(raw, source), *texts, source, margin, group, columns)
 
 
 def ranking_of(raw: Raw, prompt: str | Turns, source: str) -> Ranking:
     """A ranking by ranks (1 is best) or by scores (higher is better)."""
+    columns = other_columns(raw, "responses", "ranks", "scores")
     responses = items_of(raw, "responses", source)
     if len(responses) < 2:
         raise RowError(f"{source}: a ranking needs 2 or more responses, got {len(responses)}")
@@ -229,7 +232,7 @@ def ranking_of(raw: Raw, prompt: str | Turns, source: str) -> Ranking:
     ranks = [sign * place for place in map(as_number, places) if place is not None]
     if len(ranks) < len(texts):
         raise RowError(f"{source}: column {by!r} must hold numbers")
-    return Ranking(prompt, texts, ranks, source, group_of(raw, source))
+    return Ranking(prompt, texts, ranks, source, group_of(raw, source), columns)
 
 
 def as_hh(raw: Raw, source: str) -> Preference:

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import (
     Demonstration,
@@ -666,3 +667,21 @@ def test_plain_text_comes_from_its_own_file(tmp_path: Path) -> None:
     split = read_texts(data)
     assert len(split.train) == 4 and len(split.held_out) == 1
     assert read_texts(data_of()).train == []
+
+
+@pytest.mark.parametrize(
+    "judged",
+    [
+        {"chosen": "a", "rejected": "b", "margin": 1},
+        {"responses": ["a", "b"], "scores": [2, 1]},
+        {"steps": ["a"], "labels": [1]},
+        {"completion": "a"},
+    ],
+)
+def test_a_prompt_keeps_the_columns_that_rules_read(judged: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"p{i}", "answer": str(i), **judged} for i in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = compose("ppo", ["data=jsonl", f"data.path={file}", "data.eval_rows=1"]).data
+    prompts = read_split(data, Prompt).train
+    assert [row.columns for row in prompts] == [{"answer": row.prompt[1:]} for row in prompts]
