@@ -33,10 +33,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_carries_all_that_is_shipped(site: Path) -> None:
-    for folder, pattern in (("conf", "*.yaml"), ("recipes", "*.*")):
-        wanted = {path.relative_to(ROOT) for path in (ROOT / folder).rglob(pattern)}
-        found = {path.relative_to(site / "rlhf_cli") for path in (site / "rlhf_cli").rglob(pattern)}
-        assert found == wanted
+    for folder in ("conf", "recipes"):
+        here, there = (
+            {path.relative_to(top) for path in (top / folder).rglob("*.*")}
+            for top in (ROOT, site / "rlhf_cli")
+        )
+        assert there == here
     rows = {path.name for path in (ROOT / "rlhf_cli" / "demo").glob("*.jsonl")}
     assert {path.name for path in (site / "rlhf_cli" / "demo").glob("*.jsonl")} == rows
     assert rows
