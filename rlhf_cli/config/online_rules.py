@@ -144,7 +144,8 @@ def groups(cfg: Online) -> Iterator[str]:
         yield f"algo.refills={algo.refills} looks for unequal rewards, but algo.group_size=1"
     if algo.refills and algo.baseline == "none":
         yield f"algo.refills={algo.refills} compares within groups, but algo.baseline=none does not"
-    if algo.refills and algo.kl_in == "reward" and algo.kl_coef > 0:
+    charged = algo.kl_in == "reward" and (algo.kl_coef > 0 or bool(algo.kl_coef_end))
+    if algo.refills and charged:
         yield (
             f"algo.refills={algo.refills} drops groups of equal rewards, which teach the KL where "
             "algo.kl_in=reward; take algo.kl_in=loss or algo.refills=0"
@@ -165,7 +166,7 @@ def groups(cfg: Online) -> Iterator[str]:
                 "algo.supervision=process normalises over the steps of a group: it needs "
                 "algo.baseline=group_mean and algo.normalise_advantages=group or none"
             )
-        if algo.kl_in == "reward" and algo.kl_coef > 0:
+        if charged:
             yield "algo.supervision=process has rewards of steps, not tokens: take algo.kl_in=loss"
 
 
@@ -236,7 +237,9 @@ def watching(cfg: Online) -> Iterator[str]:
     )
     if algo.keep == "rlhf_reward" and moving:
         yield "algo.keep=rlhf_reward compares iterations, but kl_coef changes between them"
-    if algo.scale_rewards and (algo.keep in ("reward", "rlhf_reward") or algo.target_reward):
+    if algo.scale_rewards and (
+        algo.keep in ("reward", "rlhf_reward") or algo.target_reward is not None
+    ):
         yield (
             "algo.scale_rewards changes the unit of the reward as it goes: algo.keep and "
             "algo.target_reward cannot compare iterations; take algo.keep=eval/reward"

@@ -41,7 +41,14 @@ def ranking_to_preference(rows: list[Ranking], data: Data) -> Made:
 def preference_to_ranking(rows: list[Preference], data: Data) -> Made:
     """Rankings of two."""
     made = [
-        Ranking(row.prompt, [row.chosen, row.rejected], [1.0, 2.0], row.source, row.group)
+        Ranking(
+            row.prompt,
+            [row.chosen, row.rejected],
+            [1.0, 2.0],
+            row.source,
+            row.group,
+            row.columns,
+        )
         for row in rows
     ]
     return made, Counter()
@@ -50,7 +57,7 @@ def preference_to_ranking(rows: list[Preference], data: Data) -> Made:
 def preference_to_feedback(rows: list[Preference], data: Data) -> Made:
     """Chosen is good, rejected is bad, as KTO does it (2402.01306 sec. 4)."""
     made = [
-        Feedback(row.prompt, completion, label, source=row.source, group=row.group)
+        Feedback(row.prompt, completion, label, None, row.source, row.group, row.columns)
         for row in rows
         for completion, label in ((row.chosen, True), (row.rejected, False))
     ]
@@ -85,6 +92,7 @@ def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
                     [1.0 + places.index(value) for _, value in values],
                     first.source,
                     first.group if len(groups) == 1 else "",
+                    first.columns,
                 )
             )
     return made, counts
@@ -108,7 +116,7 @@ def feedback_to_steps(rows: list[Feedback], data: Data) -> Made:
                 "data.step_join='' joins any steps"
             )
         labels = [float(bool(row.label))] * len(steps)
-        made.append(Steps(row.prompt, steps, labels, row.source))
+        made.append(Steps(row.prompt, steps, labels, row.source, row.columns))
     return made, Counter({"without a label dropped": len(rows) - len(judged)})
 
 

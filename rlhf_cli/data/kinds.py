@@ -112,7 +112,7 @@ Derive = Callable[[Any, str], list[Any]]
 def best_of(row: Ranking, join: str) -> list[Demonstration]:
     """The best response of a ranking; the first of several."""
     best = min(range(len(row.ranks)), key=row.ranks.__getitem__)
-    return [Demonstration(row.prompt, row.responses[best], row.source)]
+    return [Demonstration(row.prompt, row.responses[best], row.source, row.columns)]
 
 
 def if_liked(row: Feedback, join: str) -> list[Demonstration]:
@@ -126,13 +126,15 @@ def if_right(row: Steps, join: str) -> list[Demonstration]:
     """A response without a step that is wrong."""
     if min(row.labels) < 0.5:
         return []
-    return [Demonstration(row.prompt, join.join(row.steps), row.source)]
+    return [Demonstration(row.prompt, join.join(row.steps), row.source, row.columns)]
 
 
 DERIVATIONS: dict[type, dict[type, Derive]] = {
     Demonstration: {
         Text: lambda row, join: [row],  # sft trains on all tokens of plain text
-        Preference: lambda row, join: [Demonstration(row.prompt, row.chosen, row.source)],
+        Preference: lambda row, join: [
+            Demonstration(row.prompt, row.chosen, row.source, row.columns)
+        ],
         Ranking: best_of,
         Feedback: if_liked,
         Steps: if_right,
@@ -176,7 +178,8 @@ def pairs_of(row: Ranking) -> list[Preference]:
         if row.ranks[i] != row.ranks[j]:
             better, worse = (i, j) if row.ranks[i] < row.ranks[j] else (j, i)
             chosen, rejected = row.responses[better], row.responses[worse]
-            pairs.append(Preference(row.prompt, chosen, rejected, row.source, group=row.group))
+            origin = row.source, None, row.group, row.columns
+            pairs.append(Preference(row.prompt, chosen, rejected, *origin))
     return pairs
 
 

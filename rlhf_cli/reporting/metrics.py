@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ class JsonLines:
         """Lines of steps after `resume_from` are dropped: the resumed run writes them again."""
         kept = []
         if resume_from and file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_from]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = list(_up_to(resume_from, file.read_text(encoding="utf-8").splitlines()))
+        part = file.with_name(file.name + ".part")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        part.replace(file)
         self._file = file
 
     def rows(self) -> list[dict[str, Any]]:
@@ -31,6 +33,17 @@ class JsonLines:
         """Append a row; floats keep six digits."""
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(round_figures(row)) + "\n")
+
+
+def _up_to(step: int, lines: list[str]) -> Iterator[str]:
+    """The lines up to a step; a run that was killed may have left its last one unfinished."""
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if row["step"] <= step:
+            yield line
 
 
 class Clock:

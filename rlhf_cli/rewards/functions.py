@@ -33,6 +33,7 @@ class NoReward(Exception):
     """Why a response gets no reward."""
 
 
+LARGEST = 3e38  # of a reward: float32 has no larger numbers
 FAILED = math.inf
 """What a function says of a response that it failed at; no reward of its own is infinite."""
 
@@ -111,7 +112,7 @@ class UserFunction:
             if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
                 return [NoReward(f"the function gave {kind_of(answer)} instead of a list")] * count
             answers = list(answer)  # a generator may still fail
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if count == 1:
                 return [error]
             return [self._together([call], names)[0] for call in calls]
@@ -164,7 +165,7 @@ async def within(ask: Callable[[], Awaitable[Any]], seconds: float, late: NoRewa
         return task.result()
     except asyncio.CancelledError as error:  # by the function itself
         return NoReward(f"cancelled {error}".strip())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return error
 
 
@@ -176,7 +177,7 @@ def read(answer: Any, given: Given) -> Any:
     """
     if isinstance(answer, NoReward):
         raise answer
-    if isinstance(answer, Exception):
+    if isinstance(answer, Exception | SystemExit):
         raise NoReward(f"{type(answer).__name__}: {first_line(answer)}")
     if answer is None:
         return None
@@ -200,7 +201,7 @@ def number(value: Any) -> float:
         found = math.nan if isinstance(value, str | bytes) else float(value)
     except Exception:  # whatever a foreign type raises
         raise NoReward(f"the function gave {kind_of(value)} instead of a number") from None
-    if not math.isfinite(found):
+    if not abs(found) <= LARGEST:
         raise NoReward(f"the function gave {value!r} instead of a finite number")
     return found
 
@@ -210,7 +211,7 @@ def kind_of(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an exception says."""
     return (str(error).strip().splitlines() or ["no message"])[0]
 

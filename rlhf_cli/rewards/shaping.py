@@ -19,6 +19,7 @@ class Shaped:
 
     total: (B,) reward of each response, that of its steps included; NaN where nothing scores it.
     whole: (B,) the part of it that belongs to the response as a whole.
+    uncharged: (B,) that part before it was charged for length and end.
     steps: with process supervision the (n_i,) rewards of the steps of each response, NaN where
         unknown; else None.
     ends: for each response the index of the last response token of each of its steps.
@@ -26,6 +27,7 @@ class Shaped:
 
     total: Tensor
     whole: Tensor
+    uncharged: Tensor
     steps: list[Tensor] | None = None
     ends: list[list[int]] | None = None
 
@@ -37,13 +39,15 @@ def shape(
 
     Args:
         running: moments of the scores of all responses so far, which algo.scale_rewards divides
-            by; None leaves the scale as it is.
+            by; None leaves the scale as it is, and then cuts nothing either.
     """
     std = 1.0
     if algo.scale_rewards and running is not None:
         running.update(scores.total)
         std = running.std or 1.0  # all equal so far: nothing to scale by
-    limit = algo.reward_clip if algo.reward_clip is not None else torch.inf
+    limit = torch.inf
+    if algo.reward_clip is not None and not (algo.scale_rewards and running is None):
+        limit = algo.reward_clip  # of scaled scores, where they are scaled
 
     def scaled(rewards: Tensor) -> Tensor:
         return (rewards / std).clamp(-limit, limit)
@@ -51,19 +55,19 @@ def shape(
     costs = penalties(rollouts, algo)  # (B,)
     if scores.steps is not None and scores.whole is not None:
         unscored = scores.total.isnan()
-        whole = scaled(scores.whole).nan_to_num(0.0) - costs
-        whole = whole.masked_fill(unscored, torch.nan)
+        uncharged = scaled(scores.whole).nan_to_num(0.0).masked_fill(unscored, torch.nan)
+        whole = uncharged - costs
         steps = [
             scaled(each).masked_fill(missing, torch.nan)
             for each, missing in zip(scores.steps, unscored, strict=True)
         ]
         of_steps = torch.stack([known_sum(each[:, None])[0] for each in steps]).nan_to_num(0.0)
-        return Shaped(whole + of_steps, whole, steps, scores.ends)
+        return Shaped(whole + of_steps, whole, uncharged, steps, scores.ends)
     total = scaled(scores.total)
     if algo.missing_eos_reward is not None:
         ended = torch.tensor([rollout.ended for rollout in rollouts])
         total = torch.where(ended, total, algo.missing_eos_reward)
-    return Shaped(total - costs, total - costs)
+    return Shaped(total - costs, total - costs, total)
 
 
 def penalties(rollouts: Sequence[Rollout], algo: OnlineAlgo) -> Tensor:

@@ -79,8 +79,8 @@ class Scores:
 
     total: (B,) sum of weight times term over the terms that apply; NaN where none does, and where
         one of them failed: the sum would not mean the same as that of other responses.
-    parts: term -> (B,) its own value, without weight; NaN where it does not apply. By step, the
-        part of a term that judges steps is the mean of those that it knows.
+    parts: term -> (B,) its own value, without weight; NaN where it does not apply or failed. By
+        step, the part of a term that judges steps is the mean of those that it knows.
     seconds: term -> time it took.
     steps: by step only: of each rollout (n_i,) the weighted rewards of its steps, NaN where no term
         knows the step.
@@ -161,10 +161,11 @@ class Reward:
             if by_step and source.step_end is not None:
                 judged = source.score_steps(rollouts, cuts)
                 part = means(judged)
-                steps = [
-                    known_sum(torch.stack([so_far, term.weight * values]))
-                    for so_far, values in zip(steps, judged, strict=True)
-                ]
+                if term.weight:
+                    steps = [
+                        known_sum(torch.stack([so_far, term.weight * values]))
+                        for so_far, values in zip(steps, judged, strict=True)
+                    ]
             else:
                 part = source.score(rollouts)
                 whole.append(term)

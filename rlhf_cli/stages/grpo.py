@@ -136,8 +136,9 @@ def run(cfg: Grpo) -> Path:
             metrics = {
                 **found.metrics(kl_coef),
                 **roles.reward.metrics(found.scores),
-                "equal_groups": 1 - len(unequal) / algo.batch_size,
             }
+            if algo.group_size > 1:
+                metrics["equal_groups"] = 1 - len(unequal) / algo.batch_size
             if step == 1:
                 check_first_ratio(session, policy.model, found.rollouts, temperature, metrics["kl"])
             if refresh:
@@ -169,10 +170,10 @@ def run(cfg: Grpo) -> Path:
                         watch.written.after_update()
             metrics |= update_metrics(updated, found)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
-            if algo.refresh_reference and step % algo.refresh_reference == 0:
+            if algo.refresh_reference and step % algo.refresh_reference == 0 and not stop:
                 roles.reference.refresh()
             clock.lap("updates")
-            if refresh and algo.refresh_reward and step % algo.refresh_reward == 0:
+            if refresh and algo.refresh_reward and step % algo.refresh_reward == 0 and not stop:
                 metrics |= refresh.train(step)
                 clock.lap("refresh")
 
@@ -198,20 +199,19 @@ def run(cfg: Grpo) -> Path:
 
 
 def unequal_groups(found: Experience, algo: GrpoAlgo) -> list[int]:
-    """The groups that teach something: scores, of responses or steps, that are not all the same.
+    """The groups that teach something: rewards, of responses or steps, that are not all the same.
 
-    What responses cost by their length or end makes no group unequal. Of a group whose responses
-    are all left out nothing is learnt either.
+    What responses are charged for their length or end makes no group unequal. Of a group whose
+    responses are all left out nothing is learnt either.
     """
-    size, scores = algo.group_size, found.scores
-    whole = scores.total if scores.whole is None else scores.whole
+    size, rewards = algo.group_size, found.rewards
     usable = found.learnable(algo.mask_truncated)
     unequal = []
     for start in range(0, len(usable), size):
         places = slice(start, start + size)
-        each = [whole[places]]
-        if scores.steps is not None:
-            each.append(torch.cat(scores.steps[places]))
+        each = [rewards.uncharged[places]]
+        if rewards.steps is not None:
+            each.append(torch.cat(rewards.steps[places]))
         known = [values[~values.isnan()] for values in each]
         if any(usable[places]) and any(bool((values != values[:1]).any()) for values in known):
             unequal.append(start // size)

@@ -1,5 +1,6 @@
 """Alarms of a run that learns from its own samples."""
 
+import math
 from typing import Any
 
 from rlhf_cli.config.errors import RunError
@@ -86,6 +87,8 @@ class Alarms:
         if patience is None:
             return False
         now = {name: metrics[f"eval/{name}"] for name in ("reward", "gold")}
+        if any(math.isnan(value) for value in now.values()):  # nothing was scored
+            return False
         last, self._last = self._last, now
         if last is None:
             return False

@@ -51,7 +51,7 @@ class Experience:
         return {
             "reward": rewards[scored].mean().item(),
             "reward_std": rewards[scored].std(correction=0).item() if scored.any() else math.nan,
-            "unscored": (~scored).float().mean().item(),
+            "unscored": self.scores.total.isnan().float().mean().item(),
             "kl": self.kls.mean().item(),
             "rlhf_reward": (rewards - kl_coef * self.kls)[scored].mean().item(),
             "entropy": -torch.cat(self.old).mean().item(),  # -log p of samples has it as its mean
@@ -75,7 +75,13 @@ class Experience:
         return replace(
             self,
             rollouts=[self.rollouts[i] for i in places],
-            rewards=Shaped(rewards.total[places], rewards.whole[places], steps, ends),
+            rewards=Shaped(
+                rewards.total[places],
+                rewards.whole[places],
+                rewards.uncharged[places],
+                steps,
+                ends,
+            ),
             old=[self.old[i] for i in places],
             reference=[self.reference[i] for i in places],
             kls=self.kls[places],
@@ -92,6 +98,7 @@ class Experience:
             rewards=Shaped(
                 torch.cat([ours.total, theirs.total]),
                 torch.cat([ours.whole, theirs.whole]),
+                torch.cat([ours.uncharged, theirs.uncharged]),
                 steps,
                 ends,
             ),

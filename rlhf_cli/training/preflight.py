@@ -218,7 +218,7 @@ def check_reward(role: str, reward: str) -> None:
 def check_supervision(cfg: Ppo | Grpo) -> None:
     """Where steps are rewarded, a term judges steps."""
     if cfg.algo.supervision == "process" and not any(
-        judges_steps(term.spec) for term in terms_of(cfg.reward)
+        term.weight and judges_steps(term.spec) for term in terms_of(cfg.reward)
     ):
         raise UserError(
             f"algo.supervision=process rewards steps, but no term of reward={cfg.reward} judges "

@@ -44,7 +44,9 @@ class Written:
         self._decay = algo.ema_decay
         self._metric = algo.keep
         self.kept: Metrics = state.get("kept", {})
-        self._average = tensors_of(tensors, "average") or (snapshot(model) if self._decay else {})
+        self._average = snapshot(model) if self._decay else {}
+        for name, weight in tensors_of(tensors, "average").items():
+            self._average[name].copy_(weight)
         self._best = tensors_of(tensors, "best")
 
     def state(self) -> dict[str, Any]:
@@ -122,6 +124,8 @@ class Watch:
         self._cfg, self._roles = cfg, roles
         chosen = held_out[: cfg.algo.eval_prompts]
         self._held_out = list(zip(*roles.policy.encoder.prompts(chosen), strict=True))
+        if cfg.algo.eval_every:
+            roles.reward.check(chosen, session.require)
         if roles.gold is not None:
             roles.gold.check(chosen, session.require, "gold")
         self.metrics: Metrics = state.get("metrics", {})
@@ -168,9 +172,10 @@ class Watch:
             seen = self.evaluate()
             if self._alarms.on_evaluation(step, seen):
                 stop = True
-                self._stopped = {"step": step, "alarms": ["overoptimised"]}
+                others = self._stopped.get("alarms", [])
+                self._stopped = {"step": step, "alarms": [*others, "overoptimised"]}
             metrics = metrics | seen
-            if algo.keep in seen:
+            if algo.keep in seen and not set(self._stopped.get("alarms", [])) - {"reward"}:
                 self.written.offer(step, metrics)
             clock.lap("evaluation")
         self.metrics = metrics

@@ -89,3 +89,17 @@ def test_steps_are_clipped_one_by_one_and_the_response_bears_the_costs() -> None
         close(each, expected)
     close(found.whole, [0.0, math.nan, 0.5])
     close(found.total, [1.0, math.nan, 0.75])
+
+
+def test_an_evaluation_neither_scales_nor_cuts_at_the_scale() -> None:
+    algo: Any = SimpleNamespace(**{**PLAIN, "scale_rewards": True, "reward_clip": 1.0})
+    scores = Scores(torch.tensor([5.0, -7.0, 9.0]), {}, {})
+    close(shape(scores, ROLLOUTS, algo, None).total, [5.0, -7.0, 9.0])
+    algo.scale_rewards = False
+    close(shape(scores, ROLLOUTS, algo, None).total, [1.0, -1.0, 1.0])
+
+
+def test_what_was_not_charged_yet_tells_groups_apart() -> None:
+    found = shaped([2.0, 2.0, 2.0], length_penalty=0.1, reward_clip=1.0)
+    close(found.uncharged, [1.0, 1.0, 1.0])
+    close(found.total, [0.6, 0.2, 0.0])

@@ -337,6 +337,17 @@ def test_steps_of_a_function_and_of_whole_responses(file: Path) -> None:
     same(reward.score(rollouts).total, scores.total.tolist())  # of responses it is the same
 
 
+def test_a_term_without_weight_judges_no_step(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(
+        "def f(prompts, steps):\n    return [[1.0] + [None] * (len(s) - 1) for s in steps]\n"
+    )
+    reward = load(f"{tmp_path}/other.py:f + 0*{file}:of_steps", step_end="\n")
+    scores = reward.score(rollouts_of("a\nb", "c"), by_step=True)
+    assert scores.steps is not None
+    for steps, known in zip(scores.steps, ([1.0, NAN], [1.0]), strict=True):
+        same(steps, known)
+
+
 def test_an_unknown_step_stays_unknown(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "def f(prompts, steps):\n"

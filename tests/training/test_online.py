@@ -195,3 +195,13 @@ def test_a_critic_starts_on_the_scale_of_a_weighted_reward(tmp_path: Path) -> No
     assert ten["value"] == pytest.approx(10 * one["value"], rel=1e-4)
     lowered = run("ppo", tmp_path / "low", *same, "reward=-1*runs/demo/reward")[0]
     assert lowered["value"] == 0
+
+
+def test_a_function_that_always_fails_ends_the_run(tmp_path: Path) -> None:
+    """Though responses that never ended have their reward all the same."""
+    Path("fails.py").write_text("def f(prompts, responses):\n    raise SystemExit('no judge')\n")
+    words = [*ONCE, "algo.steps=6", "algo.missing_eos_reward=-1", "reward=fails.py:f"]
+    with pytest.raises(RunError, match="no response of the last 3 iterations got a reward"):
+        run("ppo", tmp_path / "out", *words)
+    found = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [each["unscored"] for each in found] == [1, 1] and found[0]["reward"] == -1

@@ -167,3 +167,18 @@ def test_an_average_of_little_decay_is_the_last_weights(inside: None, tmp_path: 
     )
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_what_broke_a_limit_is_not_kept_as_the_best(inside: None, tmp_path: Path) -> None:
+    """Nor is it where the metric comes from an evaluation; stage.json names what ended the run."""
+    whole = run("ppo", tmp_path / "whole", "algo.eval_every=1")
+    place = next(i for i in range(2, 6) if whole[i]["kl"] > max(w["kl"] for w in whole[:i]))
+    limit = [f"algo.max_kl={whole[place]['kl'] * 0.999}", "algo.alarm_steps=1"]
+    words = ["algo.eval_every=1", "algo.keep=eval/reward", *limit, "algo.stop_on=[kl]"]
+    run("ppo", tmp_path / "out", *words)
+    found = json.loads((tmp_path / "out/stage.json").read_text())
+    assert found["stopped"] == {"step": place + 1, "alarms": ["kl"]}
+    before = whole[:place]
+    best = max(before, key=lambda each: each["eval/reward"])  # the first of equals
+    assert found["metrics"]["kept_step"] == best["step"]
+    assert found["metrics"]["eval/reward"] == best["eval/reward"]
