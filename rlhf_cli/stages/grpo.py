@@ -18,7 +18,9 @@ sampled anew (2503.14476). gspo: the ratio of whole responses (2507.18071). cisp
     rlhf-cli grpo policy=runs/demo/sft data=gsm8k data.path=train.jsonl reward=exact_answer
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +59,7 @@ from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.experience import Experience, measure, update_metrics
-from rlhf_cli.training.optimize import Loss, Optimizer, Part
+from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.refresh import RewardRefresh
 from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
 from rlhf_cli.training.session import Session, begin, tensors_of
@@ -132,30 +134,23 @@ def run(cfg: Grpo) -> Path:
             kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
             found = sample(step, temperature, clock, algo.batch_size)
-            unequal = unequal_groups(found, algo)
             metrics = {
                 **found.metrics(kl_coef),
                 **roles.reward.metrics(found.scores),
             }
             if algo.group_size > 1:
-                metrics["equal_groups"] = 1 - len(unequal) / algo.batch_size
+                unequal = len(unequal_groups(found, algo))
+                metrics["equal_groups"] = 1 - unequal / algo.batch_size
             if step == 1:
                 check_first_ratio(session, policy.model, found.rollouts, temperature, metrics["kl"])
             if refresh:
                 metrics |= refresh.collect(step, found.rollouts)
             stop = watch.before_updates(step, metrics)
-            learnt, sampled = found, algo.batch_size
+            learnt = found
             if algo.refills and not stop:
-                learnt = found.groups(unequal, algo.group_size)
-                for again in range(1, algo.refills + 1):
-                    missing = algo.batch_size - len(learnt.rollouts) // algo.group_size
-                    if not missing:
-                        break
-                    more = sample(step, temperature, clock, missing, again)
-                    learnt = learnt.joined(more.groups(unequal_groups(more, algo), algo.group_size))
-                    sampled += missing
-                metrics["learnt_groups"] = float(len(learnt.rollouts) // algo.group_size)
-                metrics["sampled_groups"] = float(sampled)
+                more = partial(sample, step, temperature, clock)
+                learnt, counts = refilled(found, more, algo)
+                metrics |= counts
 
             groups = [] if stop else items_of(learnt, kl_coef, algo)
             objective.kl_coef, objective.temperature = kl_coef, temperature
@@ -196,6 +191,28 @@ def run(cfg: Grpo) -> Path:
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final, **watch.ending())
+
+
+def refilled(
+    found: Experience, sample: Callable[[int, int], Experience], algo: GrpoAlgo
+) -> tuple[Experience, Metrics]:
+    """The groups that teach something, with others in place of the rest (DAPO's dynamic sampling).
+
+    Args:
+        sample: number of groups and round -> groups of prompts drawn anew.
+    """
+    size = algo.group_size
+    learnt = found.groups(unequal_groups(found, algo), size)
+    sampled = algo.batch_size
+    for again in range(1, algo.refills + 1):
+        missing = algo.batch_size - len(learnt.rollouts) // size
+        if not missing:
+            break
+        more = sample(missing, again)
+        learnt = learnt.joined(more.groups(unequal_groups(more, algo), size))
+        sampled += missing
+    groups = float(len(learnt.rollouts) // size)
+    return learnt, {"learnt_groups": groups, "sampled_groups": float(sampled)}
 
 
 def unequal_groups(found: Experience, algo: GrpoAlgo) -> list[int]:

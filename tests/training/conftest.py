@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run = importlib.import_module(f"rlhf_cli.stages.{stage}").run
             run(compose(stage, [*words_of(stage), "hardware.save_every=null", *more]))
     return folder
+
+
+@pytest.fixture
+def inside(chain: Path) -> Iterator[None]:
+    """Work in the chain's folder, as a user would."""
+    with contextlib.chdir(chain):
+        yield

@@ -1,9 +1,5 @@
 """What a stage does in a step, computed once more by the letter of its equation."""
 
-import contextlib
-import importlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from rlhf_cli.rewards.models import CheckpointReward, statistics_of
 from rlhf_cli.rewards.sources import load_reward
 from rlhf_cli.stages import grpo, ppo
 from tests.toys import FROZEN, hardware_of
+from tests.training.tiny import run_stage as run
 from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
@@ -31,19 +28,7 @@ ONE_UPDATE = [
     *("algo.warmup_steps=0", f"algo.temperature={TEMPERATURE}"),
 ]
 
-
-@pytest.fixture(autouse=True)
-def inside(chain: Path) -> Iterator[None]:
-    """Work in the chain's folder, as a user would."""
-    with contextlib.chdir(chain):
-        yield
-
-
-def run(stage: str, out: Path, *more: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    cfg = compose(stage, [*words_of(stage), *more, f"out={out}"])
-    importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 def sft_policy() -> Any:

@@ -1,36 +1,19 @@
 """What the switches of ppo and grpo mean in whole runs: relations between them, single steps."""
 
-import contextlib
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
-from tests.training.tiny import words_of
+from tests.training.tiny import run_stage as run
 
 ONCE = ["algo.epochs=1", "algo.minibatch_size=8", "algo.steps=3", "hardware.save_every=null"]
 FIXED = ["algo.kl_controller=fixed", "algo.kl_target=null", "algo.kl_horizon=null"]
 
-
-@pytest.fixture(autouse=True)
-def inside(chain: Path) -> Iterator[None]:
-    """Work in the chain's folder, as a user would."""
-    with contextlib.chdir(chain):
-        yield
-
-
-def run(stage: str, out: Path, *more: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    cfg = compose(stage, [*words_of(stage), *more, f"out={out}"])
-    importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 def close(one: Path, other: Path, atol: float) -> None:

@@ -1,9 +1,6 @@
 """Alarms and the weights that are written: by hand, and in whole runs."""
 
-import contextlib
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from torch import nn
 from rlhf_cli.config.compose import compose
 from rlhf_cli.training.alarms import Alarms
 from rlhf_cli.training.watch import Written
-from tests.training.tiny import words_of
+from tests.training.tiny import run_stage, words_of
 
 CALM = {"kl": 1.0, "reward": 0.0, "entropy": 1.0, "length": 10.0, "repetition": 0.0, "ended": 1.0}
 CALM |= {"unscored": 0.0}
@@ -109,18 +106,9 @@ def test_the_best_weights_are_those_that_were_measured() -> None:
 # --------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture
-def inside(chain: Path) -> Iterator[None]:
-    """Work in the chain's folder, as a user would."""
-    with contextlib.chdir(chain):
-        yield
-
-
 def run(stage: str, out: Path, *more: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    cfg = compose(stage, [*words_of(stage), "hardware.save_every=null", *more, f"out={out}"])
-    importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Without resume points."""
+    return run_stage(stage, out, "hardware.save_every=null", *more)
 
 
 def weights(out: Path) -> bytes:

@@ -1,6 +1,11 @@
 """The words of the smallest runs: every stage in seconds, every key that matters given."""
 
+import importlib
+import json
+from pathlib import Path
 from typing import Any
+
+from rlhf_cli.config.compose import compose
 
 DATA = [
     *("data=jsonl", "data.path=rows.jsonl", "data.eval_rows=8", "data.text_path=text.jsonl"),
@@ -33,6 +38,13 @@ WORDS = {
 def words_of(stage: str) -> list[str]:
     """A stage's words, its resume points every two steps."""
     return [*DATA, *ADAM, *WORDS[stage], "hardware.save_every=2"]
+
+
+def run_stage(stage: str, out: Path, *more: str) -> list[dict[str, Any]]:
+    """Run a stage in the folder of the chain; returns the lines of its metrics.jsonl."""
+    cfg = compose(stage, [*words_of(stage), *more, f"out={out}"])
+    importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def rows_of() -> dict[str, list[dict[str, Any]]]:
