@@ -6,7 +6,7 @@ works in float32 (forward passes, decoding), the tolerance is 1e4 times as large
 What public code does otherwise, on purpose or not, is left out:
 
 - trl_dpo: nca_pair, sppo_hard, aot, apo_down, use_weighting and other divergences: not offered.
-- elo, passk: not offered; nor are best-of-n and averaged weights (analytic).
+- elo, passk: not offered; nor is best-of-n (analytic).
 - reward_shaping/torchtune_penalty_mask: a penalty for short responses too.
 - collate/dpo_ml4_keep_end: prompt and response share one limit; here each has its own.
 - verify/gsm8k_extract: the first `####` counts there and text after the number is ignored.
@@ -104,6 +104,7 @@ from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Sampling, filter_logits
 from rlhf_cli.training.optimize import Optimizer, Part
+from rlhf_cli.training.watch import Written
 from tests.toys import GivenLogits, bigram, characters, composed, data_of
 
 HERE = Path(__file__).parent
@@ -934,3 +935,17 @@ def test_the_recorded_estimate_and_its_error() -> None:
     found = clustered_mean(torch.tensor(case["rewards"], dtype=torch.float64))
     assert found.mean == pytest.approx(case["mean"], abs=1e-12)
     assert found.stderr == pytest.approx(case["stderr_over_queries"], abs=1e-12)
+
+
+def test_the_recorded_average_of_weights() -> None:
+    case = ANALYTIC["ema_0.992"]
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, case["start"])
+    written = Written(layer, replace(composed("ppo").algo, ema_decay=0.992), {}, {})
+    trace = []
+    for weight in case["observations"]:
+        nn.init.constant_(layer.weight, weight)
+        written.after_update()
+        with written.in_place():
+            trace.append(layer.weight.item())
+    assert trace == pytest.approx(case["ema"], rel=1e-5)
