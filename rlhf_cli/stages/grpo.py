@@ -63,7 +63,7 @@ from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.refresh import RewardRefresh
 from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
 from rlhf_cli.training.session import Session, begin, tensors_of
-from rlhf_cli.training.watch import Watch
+from rlhf_cli.training.watch import Watch, prompts_to_watch
 
 
 @dataclass
@@ -89,6 +89,7 @@ def run(cfg: Grpo) -> Path:
     policy = roles.policy
     rows = read_split(cfg.data, Prompt)
     roles.reward.check(rows.train, session.require)
+    held_out = prompts_to_watch(cfg, session, roles, rows.held_out)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
     unseen = policy.encoder.texts(read_texts(cfg.data).held_out)
     session.note(policy.encoder, rows.notes)
@@ -104,7 +105,7 @@ def run(cfg: Grpo) -> Path:
     roles.reference.load(tensors_of(tensors, "reference"))
     if refresh:
         refresh.load(state, tensors)
-    watch = Watch(cfg, session, roles, rows.held_out, state, tensors)
+    watch = Watch(cfg, session, roles, held_out, state, tensors)
     objective = Objective(cfg, session, roles)
 
     def sample(

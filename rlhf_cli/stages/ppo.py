@@ -54,7 +54,7 @@ from rlhf_cli.training.experience import Experience, measure, update_metrics
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
 from rlhf_cli.training.session import Session, begin
-from rlhf_cli.training.watch import Watch
+from rlhf_cli.training.watch import Watch, prompts_to_watch
 
 
 @dataclass
@@ -85,6 +85,7 @@ def run(cfg: Ppo) -> Path:
     rows = read_split(cfg.data, Prompt)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
     roles.reward.check(rows.train, session.require)
+    held_out = prompts_to_watch(cfg, session, roles, rows.held_out)
     plain = read_texts(cfg.data)
     texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
     session.note(policy.encoder, rows.notes + plain.notes)
@@ -97,7 +98,7 @@ def run(cfg: Ppo) -> Path:
     state, tensors = session.resume(networks, optimizer)
     kl_coef = state.get("kl_coef", algo.kl_coef)
     running = RunningMoments(**state.get("running", {}))
-    watch = Watch(cfg, session, roles, rows.held_out, state, tensors)
+    watch = Watch(cfg, session, roles, held_out, state, tensors)
     objective = Objective(cfg, session, roles, critic, texts)
     objective.old_kl_coef = state.get("old_kl_coef", objective.old_kl_coef)
 

@@ -90,8 +90,8 @@ class Experience:
     def joined(self, other: "Experience") -> "Experience":
         """These responses, then the other ones."""
         ours, theirs = self.rewards, other.rewards
-        steps = ours.steps + theirs.steps if ours.steps is not None and theirs.steps else ours.steps
-        ends = ours.ends + theirs.ends if ours.ends is not None and theirs.ends else ours.ends
+        steps = None if ours.steps is None else [*ours.steps, *(theirs.steps or [])]
+        ends = None if ours.ends is None else [*ours.ends, *(theirs.ends or [])]
         return replace(
             self,
             rollouts=[*self.rollouts, *other.rollouts],

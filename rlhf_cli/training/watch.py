@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Grpo, OnlineAlgo, Ppo
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Prompt
@@ -94,8 +95,10 @@ class Written:
         if value is None or math.isnan(value) or value <= self.kept.get(self._metric, -math.inf):
             return
         self.kept = {**metrics, "kept_step": float(step)}
-        current = self._average if self._decay else snapshot(self._model)
-        self._best = {name: weight.clone() for name, weight in current.items()}
+        if self._decay:
+            self._best = {name: weight.clone() for name, weight in self._average.items()}
+        else:
+            self._best = snapshot(self._model)
 
     def put(self) -> None:
         """Load what is written into the model, at the end."""
@@ -103,6 +106,26 @@ class Written:
         if self.kept:
             step, best = int(self.kept["kept_step"]), self.kept[self._metric]
             say(f"kept the weights of step {step}: {self._metric} {best:.4g}")
+
+
+def prompts_to_watch(
+    cfg: Ppo | Grpo, session: Session, roles: Roles, held_out: list[Prompt]
+) -> list[tuple[Prompt, list[int]]]:
+    """The held-out prompts that evaluations sample from, and their ids; none without evaluations.
+
+    Raises:
+        UserError: a row lacks what the reward or gold reads, or is too long.
+    """
+    if cfg.algo.eval_every is None:
+        return []
+    chosen = held_out[: cfg.algo.eval_prompts]
+    roles.reward.check(chosen, session.require)
+    if roles.gold is not None:
+        roles.gold.check(chosen, session.require, "gold")
+    prompts = list(zip(*roles.policy.encoder.prompts(chosen), strict=True))
+    if not prompts:
+        raise UserError("every held-out prompt was dropped, so algo.eval_every has none to sample")
+    return prompts
 
 
 class Watch:
@@ -116,18 +139,17 @@ class Watch:
         cfg: Ppo | Grpo,
         session: Session,
         roles: Roles,
-        held_out: list[Prompt],
+        held_out: list[tuple[Prompt, list[int]]],
         state: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> None:
-        """`state`, `tensors`: what the methods of those names returned at the resume point."""
-        self._cfg, self._roles = cfg, roles
-        chosen = held_out[: cfg.algo.eval_prompts]
-        self._held_out = list(zip(*roles.policy.encoder.prompts(chosen), strict=True))
-        if cfg.algo.eval_every:
-            roles.reward.check(chosen, session.require)
-        if roles.gold is not None:
-            roles.gold.check(chosen, session.require, "gold")
+        """Starts the logs, so `out` must be this run's own.
+
+        Args:
+            held_out: from `prompts_to_watch`.
+            state, tensors: what the methods of those names returned at the resume point.
+        """
+        self._cfg, self._roles, self._held_out = cfg, roles, held_out
         self.metrics: Metrics = state.get("metrics", {})
         self._alarms = Alarms(cfg.algo, state)
         self.written = Written(roles.policy.model, cfg.algo, state, tensors)

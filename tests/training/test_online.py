@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.errors import RunError, UserError
 from tests.training.tiny import run_stage as run
 
 ONCE = ["algo.epochs=1", "algo.minibatch_size=8", "algo.steps=3", "hardware.save_every=null"]
@@ -188,3 +188,23 @@ def test_a_function_that_always_fails_ends_the_run(tmp_path: Path) -> None:
         run("ppo", tmp_path / "out", *words)
     found = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [each["unscored"] for each in found] == [1, 1] and found[0]["reward"] == -1
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_held_out_row_that_cannot_be_judged_leaves_no_folder(stage: str, tmp_path: Path) -> None:
+    words = ["gold=exact_answer", "algo.eval_every=2"]
+    with pytest.raises(UserError, match="needs a column 'answer'"):
+        run(stage, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_evaluations_no_held_out_prompt_is_read(tmp_path: Path) -> None:
+    """One that is too long stops those runs only that would sample from it."""
+    rows = Path("rows.jsonl").read_text().splitlines()
+    Path("long.jsonl").write_text(json.dumps({"prompt": "Greet " * 60, "answer": "x"}) + "\n")
+    Path("short.jsonl").write_text("\n".join(rows[:20]) + "\n")
+    words = ["data.path=short.jsonl", "data.eval_path=long.jsonl", *ONCE, "reward=regex:a"]
+    run("grpo", tmp_path / "plain", *words)
+    with pytest.raises(UserError, match="long.jsonl"):
+        run("grpo", tmp_path / "watched", *words, "algo.eval_every=1")
+    assert not (tmp_path / "watched").exists()
