@@ -1,6 +1,8 @@
 """Alarms of a run that learns from its own samples."""
 
 import math
+from collections.abc import Callable
+from operator import ge, gt, le
 from typing import Any
 
 from rlhf_cli.config.errors import RunError
@@ -53,33 +55,23 @@ class Alarms:
         if self._first_length is None:
             self._first_length = metrics["length"]
         drift = abs(metrics["length"] / self._first_length - 1)
-        truncated = 1 - metrics["ended"]
-        found = {
-            "kl": (metrics["kl"], algo.max_kl, metrics["kl"] > (algo.max_kl or 0)),
-            "reward": (
-                metrics["reward"],
-                algo.target_reward,
-                metrics["reward"] >= (algo.target_reward or 0),
-            ),
-            "entropy": (
-                metrics["entropy"],
-                algo.min_entropy,
-                metrics["entropy"] <= (algo.min_entropy or 0),
-            ),
-            "length": (drift, algo.max_length_drift, drift > (algo.max_length_drift or 0)),
-            "repetition": (
-                metrics["repetition"],
-                algo.max_repetition,
-                metrics["repetition"] > (algo.max_repetition or 0),
-            ),
-            "truncated": (truncated, algo.max_truncated, truncated > (algo.max_truncated or 0)),
+        found: dict[str, tuple[float, Callable[[float, float], bool]]] = {
+            "kl": (metrics["kl"], gt),
+            "reward": (metrics["reward"], ge),
+            "entropy": (metrics["entropy"], le),
+            "length": (drift, gt),
+            "repetition": (metrics["repetition"], gt),
+            "truncated": (1 - metrics["ended"], gt),
         }
-        return [
-            name
-            for name, (value, limit, broken) in found.items()
-            if limit is not None
-            and self._count(step, name, value, limit, broken, algo.alarm_steps, metrics)
-        ]
+        stops = []
+        for name, (value, breaks) in found.items():
+            limit = getattr(algo, ALARMS[name])
+            if limit is None:
+                continue
+            broken = breaks(value, limit)
+            if self._count(step, name, value, limit, broken, algo.alarm_steps, metrics):
+                stops.append(name)
+        return stops
 
     def on_evaluation(self, step: int, metrics: Metrics) -> bool:
         """Look at an evaluation: is the reward up while gold is down?"""
