@@ -47,9 +47,11 @@ class Hardware:
         "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1
     )
     gradient_checkpointing: bool = key("Recompute activations in backward: less memory, slower.")
-    save_every: int | None = key(
-        "Optimizer steps (ppo, grpo: iterations) between resume points; null keeps none.", ge=1
+    save_every: str | None = key(
+        "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
+        "10min; null saves when the run is interrupted only."
     )
+    keep: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
 
 # --------------------------------------------------------------------------- model
@@ -166,6 +168,11 @@ class Optimizer:
     adam_eps: float = key("Added to the root of the second moment; PPO papers use 1e-5.", gt=0)
     weight_decay: float = key("Decoupled weight decay.", ge=0)
     max_grad_norm: float | None = key("Global gradient norm is cut to this; null never cuts.", gt=0)
+    max_skipped: int = key(
+        "Steps in a row whose loss or gradient is not finite, each of them skipped, that end the "
+        "run with a diagnosis.",
+        ge=1,
+    )
 
 
 @dataclass
@@ -216,6 +223,10 @@ class RewardAlgo(Optimizer):
         "Rows per optimizer step: pairs, prompts with a ranking, or responses.", ge=1
     )
     eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
+    keep: str = key(
+        "Weights that are written: the last, or those with the lowest held-out loss.",
+        choices=("best", "last"),
+    )
 
 
 @dataclass
@@ -411,6 +422,10 @@ class DpoAlgo(Optimizer):
         "reference=bootstrap: peak learning rate of that SFT; null takes algo.lr.", gt=0
     )
     eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
+    keep: str = key(
+        "Weights that are written: the last, or those with the lowest held-out loss.",
+        choices=("best", "last"),
+    )
 
 
 @dataclass

@@ -138,10 +138,21 @@ def _schedule(cfg: Run) -> Iterator[str]:
 
 def _no_training(cfg: Run) -> Iterator[str]:
     if isinstance(cfg, Generate | Evaluate):
-        if cfg.hardware.save_every is not None:
-            yield "hardware.save_every is for stages that train; set it to null"
+        for name in ("save_every", "keep"):
+            if getattr(cfg.hardware, name) is not None:
+                yield f"hardware.{name} is for stages that train; set it to null"
         if cfg.hardware.gradient_checkpointing:
             yield "hardware.gradient_checkpointing is for stages that train; set it to false"
+
+
+def _resume_points(cfg: Run) -> Iterator[str]:
+    if isinstance(cfg, Generate | Evaluate):
+        return
+    every, keep = cfg.hardware.save_every, cfg.hardware.keep
+    if every is not None and not re.fullmatch(r"0*[1-9]\d*(min)?", every):
+        yield f"hardware.save_every takes steps, as 25, or minutes, as 10min; got {every}"
+    if keep is None:
+        yield "hardware.keep says how many resume points are kept; 1 is the least"
 
 
 def _decoding(cfg: Run) -> Iterator[str]:
@@ -274,6 +285,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _plain_text,
     _schedule,
     _no_training,
+    _resume_points,
     _decoding,
     _template,
     _losses,

@@ -93,7 +93,7 @@ class Session:
     ) -> None:
         """Keep a resume point if `hardware.save_every` steps have passed."""
         every = self.cfg.hardware.save_every
-        if every is None or step % every:
+        if every is None or step % int(every):
             return
         tensors: dict[str, Tensor] = {
             f"{name}/{weight}": value
