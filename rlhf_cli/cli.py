@@ -1,7 +1,8 @@
 """argv -> stage. The first word picks a stage or a command; Hydra composes what follows.
 
 Every user error becomes one line on stderr: status 2 for a wrong command, config or input, 1 for a
-run that failed, 130 for an interrupt. stdout carries the path of what a stage wrote, nothing else.
+run that failed, 75 for a stage that a signal ended and the same command takes up again, 130 for any
+other interrupt. stdout carries the path of what a stage wrote, nothing else.
 Hydra and torch are imported only by commands that need them, so help answers at once.
 """
 
@@ -10,7 +11,7 @@ import os
 import sys
 
 from rlhf_cli import __version__
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
 
 COMMANDS = ("ls", "cp", "env", "completion")
 
@@ -26,6 +27,8 @@ def main() -> int:
         # The reader of our stdout left, as `head` does. Python must not flush to it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Interrupted as error:
+        return _fail(str(error), EXIT_TRY_AGAIN)
     except KeyboardInterrupt:
         if show_traceback:
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_cli.config import catalog
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.hints import check_overrides, explain, nearest
 
 if TYPE_CHECKING:
@@ -211,7 +211,35 @@ def _one_line(stage: str) -> Iterator[None]:
 
 
 def _execute(stage: str, cfg: Any, check: bool) -> None:
-    from rlhf_cli.training.outfolder import FINISHED, state_of
+    from rlhf_cli.training.interrupts import handled
+
+    with handled(), _disk_faults(cfg):
+        _checked_run(stage, cfg, check)
+
+
+@contextmanager
+def _disk_faults(cfg: Any) -> Iterator[None]:
+    """A full, read-only or forbidden disk ends a run in one line."""
+    from rlhf_cli.training.files import disk_fault
+    from rlhf_cli.training.outfolder import newest_step
+
+    try:
+        yield
+    except OSError as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        step = newest_step(Path(cfg.out))
+        kept = (
+            "nothing was saved yet"
+            if step is None
+            else f"what was saved after step {step} is whole"
+        )
+        raise RunError(f"{fault}; {kept}; once that is mended the same command goes on") from error
+
+
+def _checked_run(stage: str, cfg: Any, check: bool) -> None:
+    from rlhf_cli.training.outfolder import FINISHED, state_of, tidy
     from rlhf_cli.training.preflight import preflight
 
     summary = preflight(cfg)
@@ -219,6 +247,7 @@ def _execute(stage: str, cfg: Any, check: bool) -> None:
         print(*summary, sep="\n", file=sys.stderr)
         return
     if state_of(cfg) == FINISHED:  # known without torch, so a chain that runs again flies by
+        tidy(Path(cfg.out))
         print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr)
         print(Path(cfg.out), flush=True)
         return

@@ -1,4 +1,4 @@
-"""The two ways a run ends badly. Both are shown as one line; neither shows a traceback."""
+"""The ways a run ends early. Each is shown as one line; none shows a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,10 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run itself failed: a hand-off check, a non-finite loss, a full disk. Exit status 1."""
+
+
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: queues run the command again
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run, and what was done is saved. Exit status 75: try again later."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,11 @@ class JsonLines:
         """Append a row; floats keep six digits."""
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(round_figures(row)) + "\n")
+
+    def flush(self) -> None:
+        """Wait until all lines are on disk."""
+        with self._file.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def _up_to(step: int, lines: list[str]) -> Iterator[str]:

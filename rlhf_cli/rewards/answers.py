@@ -128,6 +128,7 @@ class MathJudge:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
+            process_group=0,  # Ctrl-C is for the run, which finishes its step
         )
         self._lines = queue.Queue()
         threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()

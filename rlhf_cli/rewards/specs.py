@@ -76,6 +76,18 @@ def models_of(spec: str) -> list[str]:
     return [term.spec for term in terms_of(spec) if is_model(term.spec)]
 
 
+def files_of(spec: str) -> list[Path]:
+    """The files that the terms of a reward are read from: functions, and lists of words."""
+    found = []
+    for term in terms_of(spec) if spec else []:
+        name, _, argument = term.spec.partition(":")
+        if (function := function_of(term.spec)) is not None:
+            found.append(function[0])
+        elif name == "lexicon":
+            found.append(Path(argument))
+    return found
+
+
 def refreshed_model(spec: str) -> str:
     """The one term of a reward that algo.refresh_reward trains: a reward model of responses.
 

@@ -73,6 +73,7 @@ from rlhf_cli.reporting.report import show_judgement, write_judgement
 from rlhf_cli.rewards.judging import accuracy, figures, judge
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.training.best import Best
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.references import (
@@ -169,7 +170,7 @@ def run(cfg: Dpo) -> Path:
 
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
-    session.resume({"policy": policy.model}, optimizer)
+    best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     log = session.log()
 
     def loss(items: list[Item], whole: Batchwise) -> Loss:
@@ -232,8 +233,11 @@ def run(cfg: Dpo) -> Path:
                 accuracy = metrics["eval/rewards/accuracy"]
                 line = f"held-out loss {metrics['eval/loss']:.3f}  accuracy {accuracy:.3f}"
                 bar.advance(0, line)
+                if algo.keep == "best":
+                    best.offer(-metrics["eval/loss"])
             log.write(step, metrics)
-            session.save(step, {"policy": policy.model}, optimizer, {})
+            session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
+    best.put()
 
     logprobs = sequence_logprobs(policy.model, held_out, hardware, share)
     rewards = implicit_rewards(logprobs, held_out, algo)

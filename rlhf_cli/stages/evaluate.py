@@ -34,7 +34,8 @@ from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.outfolder import baselines_of, staging, write_text
+from rlhf_cli.training.files import write_text
+from rlhf_cli.training.outfolder import baselines_of, staging
 from rlhf_cli.training.roles import Policy, load_role
 from rlhf_cli.training.session import Session, begin
 

@@ -65,6 +65,7 @@ from rlhf_cli.rewards.judging import (
     with_prompts_exchanged,
 )
 from rlhf_cli.rewards.models import Reading
+from rlhf_cli.training.best import Best
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
 from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.session import begin
@@ -93,7 +94,7 @@ def run(cfg: Reward) -> Path:
 
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
     optimizer = Optimizer({"reward": (scorer, algo.lr)}, algo, steps)
-    session.resume({"reward": scorer}, optimizer)
+    best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
     log = session.log()
 
     def loss(items: list[Answers]) -> Loss:
@@ -115,9 +116,12 @@ def run(cfg: Reward) -> Path:
             if step % algo.eval_every == 0 or step == steps:
                 metrics |= figures(judge(held_out, scores(held_out), algo.target))
                 bar.advance(0, held_out_line(metrics))
+                if algo.keep == "best":
+                    best.offer(-metrics.get("eval/loss", metrics.get("eval/mse", math.inf)))
             log.write(step, metrics)
-            session.save(step, {"reward": scorer}, optimizer, {})
+            session.save(step, {"reward": scorer}, optimizer, best.state(), best.weights)
 
+    best.put()
     scorer.eval()
     final = judge(held_out, scores(held_out), algo.target)
     if "pairs" in final:

@@ -33,8 +33,9 @@ from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.training.best import Best
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
-from rlhf_cli.training.session import Session, begin, restore, snapshot
+from rlhf_cli.training.session import Session, begin
 
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
@@ -65,8 +66,7 @@ def run(cfg: Sft) -> Path:
     steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
     steps = min(steps, algo.max_steps or steps)
     optimizer = Optimizer({"policy": (policy, algo.lr)}, algo, steps)
-    state, best_weights = session.resume({"policy": policy}, optimizer)
-    best = state.get("best", -math.inf)
+    best = Best(policy, *session.resume({"policy": policy}, optimizer))
     log = session.log()
 
     def loss(sequences: list[Tokens]) -> Loss:
@@ -94,13 +94,12 @@ def run(cfg: Sft) -> Path:
                     line += f"  reward {show(liked.get('eval/reward'))}"
                 bar.advance(0, line)
                 merit = -nll if reward is None else metrics.get("eval/reward", -math.inf)
-                if algo.keep == "best" and merit > best:
-                    best, best_weights = merit, snapshot(policy)
+                if algo.keep == "best":
+                    best.offer(merit)
             log.write(step, metrics)
-            session.save(step, {"policy": policy}, optimizer, {"best": best}, best_weights)
+            session.save(step, {"policy": policy}, optimizer, best.state(), best.weights)
 
-    if algo.keep == "best" and best_weights:
-        restore(policy, best_weights)
+    best.put()
     policy.eval()
     final = {"eval/loss": mean_nll(policy, held_out, hardware)}
     if reward is not None:

@@ -12,32 +12,48 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STEP = "step-{:08d}"
+from rlhf_cli.models.integrity import described, fault_in
+from rlhf_cli.reporting.console import say
+from rlhf_cli.training.files import whole_folder, write_json
+from rlhf_cli.training.outfolder import resume_point, resume_points
+
+TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"
 
 
 def save_checkpoint(
-    out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
+    out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
 ) -> None:
-    """Keep the resume point after `step`; the one before goes once this one is whole."""
-    folder = out / "checkpoints"
-    aside = folder / ".part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(here, aside / "tensors.safetensors")  # written from where they lie, without a copy
-    (aside / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
-    target = folder / STEP.format(step)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    for old in folder.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
+    """Keep the resume point after `step`, and of those before it the newest, `keep` in all."""
+    folder = resume_point(out, step)
+    with whole_folder(folder) as part:
+        here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(here, part / TENSORS)  # written from where they lie, without a copy
+        write_json(part / STATE, {**state, "step": step})
+        write_json(part / FILES, described(part, (TENSORS, STATE)))
+    for old in resume_points(out)[:-keep]:
+        shutil.rmtree(old)
 
 
 def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and state of the newest resume point; None where there is none."""
-    found = sorted((out / "checkpoints").glob("step-*"))
-    if not found:
-        return None
-    state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    return load_file(found[-1] / "tensors.safetensors"), state
+    """Tensors and state of the newest resume point that is whole; None where there is none.
+
+    One that is damaged is named and removed: the run goes on from the one before.
+    """
+    for folder in reversed(resume_points(out)):
+        fault = fault_of(folder)
+        if fault is None:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            return load_file(folder / TENSORS), state
+        say(f"{fault}; this resume point is given up for the one before, or for the start")
+        shutil.rmtree(folder)
+    return None
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a resume point; None if it is whole."""
+    try:
+        files = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        named = {TENSORS, STATE} == set(files)
+        return fault_in(folder, files) if named else f"{folder / FILES} is damaged"
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"{folder / FILES} is damaged"

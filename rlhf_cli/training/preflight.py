@@ -32,7 +32,15 @@ from rlhf_cli.rewards.specs import (
     terms_of,
 )
 from rlhf_cli.training.memory import predicted_memory
-from rlhf_cli.training.outfolder import FINISHED, RESUMABLE, is_claimed, stage_name, state_of
+from rlhf_cli.training.outfolder import (
+    FINISHED,
+    FREE,
+    RESUMABLE,
+    is_claimed,
+    newest_step,
+    stage_name,
+    state_of,
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
@@ -69,7 +77,8 @@ def preflight(cfg: Run, whole: bool = True) -> list[str]:
     stage = stage_name(cfg)
     lines = [f"{stage}: {(STAGES[stage].__doc__ or '').strip()}"]
     state = state_of(cfg)
-    lines.append(f"out: {cfg.out} ({state})")
+    emptied = state == FREE and is_claimed(Path(cfg.out))
+    lines.append(f"out: {cfg.out} ({'made anew: what is there goes' if emptied else state})")
     if state == FINISHED:
         return lines
     check_data(cfg)
@@ -77,8 +86,8 @@ def preflight(cfg: Run, whole: bool = True) -> list[str]:
     check_context(cfg)
     check_frozen_layers(cfg)
     lines += check_rows(cfg) if whole else []
-    if state == RESUMABLE and any((Path(cfg.out) / "checkpoints").glob("step-*")):
-        lines.append("goes on from the last resume point")
+    if state == RESUMABLE and (step := newest_step(Path(cfg.out))) is not None:
+        lines.append(f"goes on after step {step}")
     memory = predicted_memory(cfg)
     return [*lines, *reward_lines(cfg), *arithmetic(cfg), *(memory if whole else memory[-1:])]
 

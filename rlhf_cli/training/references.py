@@ -19,6 +19,7 @@ from rlhf_cli.config.schema import Dpo, FrozenModel, Hardware
 from rlhf_cli.data.batches import cut, epochs_of
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.integrity import fault_in
 from rlhf_cli.models.load import (
     check_vocabulary,
     load_policy,
@@ -26,12 +27,13 @@ from rlhf_cli.models.load import (
     save_model,
     set_stop_ids,
 )
-from rlhf_cli.models.manifest import content_hash
+from rlhf_cli.models.manifest import content_hash, read_manifest
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import answer_logprobs_of
 from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.training.files import library_errors, seal, whole_folder
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
-from rlhf_cli.training.outfolder import aside, move_into_place
+from rlhf_cli.training.outfolder import stage_name
 from rlhf_cli.training.roles import Policy
 from rlhf_cli.training.session import Session
 
@@ -50,8 +52,11 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     session.claim()
     folder = session.out / BOOTSTRAP
     if folder.is_dir():
-        load_weights(policy.model, str(folder), cfg.model)
-        return
+        fault = fault_in(folder, (read_manifest(folder) or {}).get("files", {}))
+        if fault is None:
+            load_weights(policy.model, str(folder), cfg.model)
+            return
+        say(f"{fault}; the bootstrap is made again")
     algo = cfg.algo
     epochs = algo.bootstrap_epochs or 1
     steps = math.ceil(len(chosen) / algo.batch_size) * epochs
@@ -68,9 +73,9 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
             metrics = optimizer.step([Part(batches, loss, tokens)])
             bar.advance(1, f"loss {metrics['loss']:.3f}")
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
-    part = aside(folder)
-    save_model(policy.model, policy.tokenizer, part, merge=False)
-    move_into_place(part, folder)
+    with whole_folder(folder) as part:
+        save_model(policy.model, policy.tokenizer, part, merge=False)
+        seal(part, {"stage": stage_name(cfg), "kind": "policy"})
 
 
 @dataclass
@@ -201,7 +206,10 @@ class ReferenceCache:
         try:
             with safe_open(self.file, framework="pt") as stored:
                 key, values = stored.metadata(), stored.get_tensor("logprobs")
-        except SafetensorError:
+            whole = key.pop("values") == digest_of(values)
+        except (SafetensorError, KeyError):
+            whole = False
+        if not whole:
             say(f"{self.file}: damaged; the reference is scored again")
             return None
         if key != self._key or len(values) != sum(self._counts):
@@ -213,6 +221,13 @@ class ReferenceCache:
     def write(self, values: list[Tensor]) -> None:
         """Keep them, in the order of `read`."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        joined = torch.cat(values)
         part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")  # a sweep has several
-        save_file({"logprobs": torch.cat(values)}, part, metadata=self._key)
+        with library_errors(part):
+            save_file({"logprobs": joined}, part, {**self._key, "values": digest_of(joined)})
         part.replace(self.file)
+
+
+def digest_of(values: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()

@@ -12,9 +12,7 @@ its responses would repeat each of them G - 1 times, on which a reward model ove
 pass (2203.02155 sec. 3.5), and most would be between near equals, where a judge errs most.
 """
 
-import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +27,7 @@ from rlhf_cli.data.rows import KindError, read_split
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.models.forward import answer_batch, answer_scores, shares_prompts
 from rlhf_cli.models.load import save_model
-from rlhf_cli.models.manifest import MANIFEST, RESPONSE, content_hash, read_manifest
+from rlhf_cli.models.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.score import answer_scores_of
 from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
@@ -40,8 +38,9 @@ from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.rollout.rollouts import Rollout
+from rlhf_cli.training.files import seal, whole_folder
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.outfolder import aside, move_into_place, parents_of, stage_name, write_text
+from rlhf_cli.training.outfolder import begun_with, stage_name
 from rlhf_cli.training.roles import Policy
 from rlhf_cli.training.session import Session, tensors_of
 
@@ -213,30 +212,24 @@ class RewardRefresh:
             return
         cfg, source = self._cfg, self.source
         folder = self._session.out / "reward"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed as it ended
-        part = aside(folder)
-        if isinstance(source.model, SharedScorer):
-            save_scorer(source.model, source.path, part)
-            self._encoder.tokenizer.save_pretrained(part)
-        else:
-            save_model(source.model, self._encoder.tokenizer, part, merge=True)
         before = read_manifest(source.path) or {}
         manifest = {
             "stage": stage_name(cfg),
             "kind": "reward",
-            "parents": {
-                role: {"path": path, "hash": content_hash(path)}
-                for role, path in parents_of(cfg).items()
-            },
+            **begun_with(self._session.out),
             "seed": cfg.seed,
             **{name: before[name] for name in KEPT if name in before},
             "level": RESPONSE,
             "reward": {"mean": source.mean, "std": source.std},
             "metrics": round_figures(self._metrics),
-            "complete": True,
         }
-        write_text(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        move_into_place(part, folder)
+        with whole_folder(folder) as part:
+            if isinstance(source.model, SharedScorer):
+                save_scorer(source.model, source.path, part)
+                self._encoder.tokenizer.save_pretrained(part)
+            else:
+                save_model(source.model, self._encoder.tokenizer, part, merge=True)
+            seal(part, manifest)
         say(f"the refreshed reward model: {folder}")
 
 

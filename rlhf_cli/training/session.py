@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,29 @@ import transformers
 from torch import Tensor, nn
 
 import rlhf_cli
-from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.finite import not_finite
 from rlhf_cli.models.load import save_model, set_stop_ids
-from rlhf_cli.models.manifest import content_hash, tokenizer_hash
+from rlhf_cli.models.manifest import tokenizer_hash
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.training import interrupts
 from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
+from rlhf_cli.training.files import library_errors
 from rlhf_cli.training.optimize import Optimizer
 from rlhf_cli.training.outfolder import (
     FINISHED,
+    begun_with,
     claim,
-    parents_of,
     publish,
     stage_name,
     staging,
     state_of,
+    tidy,
 )
 from rlhf_cli.training.preflight import preflight
 
@@ -43,6 +47,8 @@ class Session:
 
     plan: what will happen, to be said once the rows are known to be good.
     start: the step to go on after; 0 for a fresh run.
+    spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
+    saved: seconds on the clock at the last resume point, or where training began.
     checks: measured values of the hand-off checks, for stage.json.
     """
 
@@ -53,7 +59,10 @@ class Session:
     plan: list[str]
     start: int = 0
     spent: float = 0.0
+    saving: float = 0.0
+    saved: float = 0.0
     claimed: bool = False
+    logs: list[JsonLines] = field(default_factory=list)
     checks: dict[str, float] = field(default_factory=dict)
 
     def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
@@ -75,7 +84,8 @@ class Session:
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
-        return JsonLines(self.out / file, self.start)
+        self.logs.append(JsonLines(self.out / file, self.start))
+        return self.logs[-1]
 
     def seconds(self) -> float:
         """Working time, of earlier parts of a resumed run too."""
@@ -91,10 +101,16 @@ class Session:
         state: dict[str, Any],
         extra: dict[str, Tensor] | None = None,
     ) -> None:
-        """Keep a resume point if `hardware.save_every` steps have passed."""
-        every = self.cfg.hardware.save_every
-        if every is None or step % int(every):
+        """Keep a resume point if it is time for one, or if a signal asked for the end.
+
+        Raises:
+            Interrupted: a signal did; everything up to this step is saved.
+            RunError: something is not finite. It is not saved; the resume point before is whole.
+        """
+        asked = interrupts.asked()
+        if asked is None and not self._is_time(step):
             return
+        began = time.monotonic()
         tensors: dict[str, Tensor] = {
             f"{name}/{weight}": value
             for name, network in networks.items()
@@ -102,8 +118,33 @@ class Session:
         }
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
         tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
-        meta = {**state, **optimizer.state(), "seconds": self.seconds(), "checks": self.checks}
-        save_checkpoint(self.out, step, tensors, meta)
+        self._require_finite(tensors, f"after step {step}")
+        for log in self.logs:
+            log.flush()
+        numbers = {"seconds": self.seconds(), "saving": self.saving, "checks": self.checks}
+        keep = self.cfg.hardware.keep or 1
+        save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **numbers}, keep)
+        self.saved = time.monotonic()
+        self.saving += self.saved - began
+        if asked is not None:
+            raise Interrupted(f"{asked}: saved after step {step}; the same command goes on")
+
+    def _is_time(self, step: int) -> bool:
+        """Whether hardware.save_every says steps or minutes, and they have passed."""
+        every = self.cfg.hardware.save_every
+        if every is None:
+            return False
+        if every.endswith("min"):
+            return time.monotonic() - self.saved >= 60 * int(every.removesuffix("min"))
+        return step % int(every) == 0
+
+    def _require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
+        name = not_finite(tensors)
+        if name is not None:
+            raise RunError(
+                f"{name} is not finite {when}, and is not saved; what was saved before is whole. "
+                "Lower algo.lr, or set algo.max_grad_norm"
+            )
 
     def resume(
         self, networks: dict[str, nn.Module], optimizer: Optimizer
@@ -114,6 +155,8 @@ class Session:
             The state and the extra tensors that were given to `save`; empty for a fresh run.
         """
         self.claim()
+        interrupts.wait_for_steps()
+        self.saved = time.monotonic()
         found = load_checkpoint(self.out)
         if found is None:
             return {}, {}
@@ -122,7 +165,7 @@ class Session:
             restore(network, tensors_of(tensors, name))
         optimizer.load(tensors_of(tensors, "optimizer"), state)
         self.start = state["step"]
-        self.spent = state["seconds"]
+        self.spent, self.saving = state["seconds"], state["saving"]
         self.checks = state["checks"]
         say(f"resuming after step {self.start}")
         return state, tensors_of(tensors, "extra")
@@ -147,8 +190,10 @@ class Session:
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
         if kind == "policy":
             set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
+        self._require_finite(trained(model), "at the end")
         folder = staging(self.out)
-        save_model(model, encoder.tokenizer, folder, merge)
+        with library_errors(folder):
+            save_model(model, encoder.tokenizer, folder, merge)
         write_beside(folder)
         identity = {
             "tokenizer": tokenizer_hash(folder),
@@ -157,22 +202,19 @@ class Session:
             "template": self.cfg.data.template,
         }
         scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
-        shown = {**metrics, **scale, **self.checks, "seconds": self.seconds()}
+        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
+        shown = {**metrics, **scale, **self.checks, **times}
         table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 
     def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
         """Publish what is staged, with stage.json last."""
-        parents = {
-            role: {"path": path, "hash": content_hash(path)}
-            for role, path in parents_of(self.cfg).items()
-        }
         publish(
             self.out,
             {
                 "stage": stage_name(self.cfg),
                 "kind": kind,
-                "parents": parents,
+                **begun_with(self.out),
                 "seed": self.cfg.seed,
                 **more,
                 "checks": round_figures(self.checks),
@@ -214,6 +256,7 @@ def begin(cfg: Run) -> Session | None:
     began = time.monotonic()
     plan = preflight(cfg, whole=False)
     if state_of(cfg) == FINISHED:
+        tidy(Path(cfg.out))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
     if cfg.hardware.threads is not None:

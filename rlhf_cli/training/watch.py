@@ -1,6 +1,5 @@
 """What is seen of a run that learns from its own samples, and the weights that it writes."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from rlhf_cli.reporting.samples import show_samples
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.alarms import Alarms
+from rlhf_cli.training.best import Best
 from rlhf_cli.training.experience import Experience, measure
 from rlhf_cli.training.optimize import Metrics
 from rlhf_cli.training.roles import Roles
@@ -45,18 +45,18 @@ class Written:
         self._decay = algo.ema_decay
         self._metric = algo.keep
         self.kept: Metrics = state.get("kept", {})
+        self._best = Best(model, state, tensors_of(tensors, "best"))
         self._average = snapshot(model) if self._decay else {}
         for name, weight in tensors_of(tensors, "average").items():
             self._average[name].copy_(weight)
-        self._best = tensors_of(tensors, "best")
 
     def state(self) -> dict[str, Any]:
         """Figures for a resume point."""
-        return {"kept": self.kept}
+        return {"kept": self.kept, **self._best.state()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights for a resume point."""
-        groups = {"average": self._average, "best": self._best}
+        groups = {"average": self._average, "best": self._best.weights}
         return {
             f"{group}/{name}": weight
             for group, weights in groups.items()
@@ -92,17 +92,16 @@ class Written:
             metrics: of this step; without algo.keep, as between evaluations, nothing is kept.
         """
         value = metrics.get(self._metric)
-        if value is None or math.isnan(value) or value <= self.kept.get(self._metric, -math.inf):
+        if value is None:
             return
-        self.kept = {**metrics, "kept_step": float(step)}
-        if self._decay:
-            self._best = {name: weight.clone() for name, weight in self._average.items()}
-        else:
-            self._best = snapshot(self._model)
+        average = {name: weight.clone() for name, weight in self._average.items()} or None
+        if self._best.offer(value, average):
+            self.kept = {**metrics, "kept_step": float(step)}
 
     def put(self) -> None:
         """Load what is written into the model, at the end."""
-        restore(self._model, self._best or self._average)
+        restore(self._model, self._average)
+        self._best.put()
         if self.kept:
             step, best = int(self.kept["kept_step"]), self.kept[self._metric]
             say(f"kept the weights of step {step}: {self._metric} {best:.4g}")

@@ -2,17 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rlhf_cli.models.manifest import (
-    read_manifest,
-)
+from rlhf_cli.models.integrity import described
+from rlhf_cli.models.manifest import read_manifest
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.training import outfolder
 from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
-from rlhf_cli.training.outfolder import differing_keys, publish, staging, write_text
+from rlhf_cli.training.files import seal
+from rlhf_cli.training.outfolder import differing_keys, publish, staging
 
 TENSORS = {"policy/a": torch.arange(6.0).view(2, 3), "optimizer/b": torch.ones(2)}
 
@@ -20,12 +21,13 @@ TENSORS = {"policy/a": torch.arange(6.0).view(2, 3), "optimizer/b": torch.ones(2
 # --------------------------------------------------------------------------- resume points
 
 
-def test_a_resume_point_replaces_the_one_before(tmp_path: Path) -> None:
+def test_the_newest_resume_points_are_kept(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, 9, TENSORS, {"kl_coef": 0.3})
-    save_checkpoint(tmp_path, 10, TENSORS, {"kl_coef": 0.1 + 0.2})
-    (folder,) = (tmp_path / "checkpoints").iterdir()
-    assert folder.name == "step-00000010"
+    for step in (8, 9, 10):
+        save_checkpoint(tmp_path, step, TENSORS, {"kl_coef": 0.03 * step}, keep=2)
+    save_checkpoint(tmp_path, 10, TENSORS, {"kl_coef": 0.1 + 0.2}, keep=2)  # once more
+    kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000009", "step-00000010"]
     found = load_checkpoint(tmp_path)
     assert found is not None
     tensors, state = found
@@ -37,18 +39,18 @@ def test_a_resume_point_replaces_the_one_before(tmp_path: Path) -> None:
 def test_a_crash_while_saving_leaves_the_point_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, 1, TENSORS, {})
+    save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
 
-    def crash(*args: object) -> None:
+    def crash(*args: object, **more: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(json, "dumps", crash)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, 2, TENSORS, {})
+        save_checkpoint(tmp_path, 2, TENSORS, {}, keep=1)
     monkeypatch.undo()
     found = load_checkpoint(tmp_path)
     assert found is not None and found[1]["step"] == 1
-    save_checkpoint(tmp_path, 2, TENSORS, {})
+    save_checkpoint(tmp_path, 2, TENSORS, {}, keep=1)
     found = load_checkpoint(tmp_path)
     assert found is not None and found[1]["step"] == 2
 
@@ -73,20 +75,24 @@ def test_lines_after_the_resume_point_are_written_again(tmp_path: Path) -> None:
 def test_publishing_writes_the_manifest_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, 1, TENSORS, {})
+    save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
     folder = staging(tmp_path)
     (folder / "model.safetensors").write_text("weights")
     assert not (tmp_path / "model.safetensors").exists()
     seen: list[set[str]] = []
 
-    def look(file: Path, text: str) -> None:
+    def look(folder: Path, manifest: dict[str, Any]) -> None:
         seen.append({path.name for path in tmp_path.iterdir()})
-        write_text(file, text)
+        seal(folder, manifest)
 
-    monkeypatch.setattr(outfolder, "write_text", look)
+    monkeypatch.setattr(outfolder, "seal", look)
     publish(tmp_path, {"kind": "policy"})
-    assert seen == [{"model.safetensors"}]
-    assert read_manifest(tmp_path) == {"kind": "policy", "complete": True}
+    # resume points go last: a run killed before loses nothing
+    assert seen == [{"model.safetensors", "checkpoints"}]
+    found = read_manifest(tmp_path)
+    assert found is not None and found["complete"] and found["kind"] == "policy"
+    assert found["files"] == described(tmp_path, ["model.safetensors"])
+    assert found["files"]["model.safetensors"]["size"] == len("weights")
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "stage.json"}
 
 
@@ -99,4 +105,7 @@ def test_hardware_and_overwrite_are_no_difference() -> None:
     saved = {"seed": 0, "hardware": {"threads": 1}, "overwrite": False, "algo": {"lr": 1, "b": []}}
     given = {"seed": 0, "hardware": {"threads": 2}, "overwrite": True, "algo": {"lr": 1, "b": []}}
     assert differing_keys(saved, given) == []
-    assert differing_keys(saved, {**given, "algo": {"lr": 2}}) == ["algo.b", "algo.lr"]
+    assert differing_keys(saved, {**given, "algo": {"lr": 2}}) == [
+        "algo.b: [] -> null",
+        "algo.lr: 1 -> 2",
+    ]

@@ -1,0 +1,118 @@
+"""Files that are whole or not there: written aside, flushed to disk, then renamed.
+
+A rename within one file system is atomic, and what was renamed survives a power cut once the folder
+is flushed as well.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.models.integrity import described
+from rlhf_cli.models.manifest import MANIFEST, Manifest
+
+PART = ".part"
+# what a file system says of itself, rather than of the program that uses it
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust pass one on
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write aside, flush to disk, then rename: readers see the old file or the whole new one."""
+    part = file.with_name(f".{file.name}{PART}")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+    flush(file.parent)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """`write_text` of a value as JSON, an entry a line."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` to write into, which takes its place when the block ends.
+
+    After an error nothing is left of it, and `folder` is as it was.
+    """
+    part = folder.with_name(f".{folder.name}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with library_errors(part):
+            yield part
+        flush_all(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    flush(folder.parent)
+
+
+@contextmanager
+def library_errors(folder: Path) -> Iterator[None]:
+    """What safetensors and tokenizers raise where a file system fails, as the OSError it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write stage.json, with the size and hash of every other file: the folder is complete."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = [str(file) for file in files if not is_passing(file) and str(file) != MANIFEST]
+    write_json(folder / MANIFEST, {**manifest, "files": described(folder, names), "complete": True})
+
+
+def is_passing(file: Path) -> bool:
+    """Whether a path inside a stage's folder is gone once the stage is finished."""
+    return file.parts[0] == "checkpoints" or any(part.startswith(".") for part in file.parts)
+
+
+def flush_all(folder: Path) -> None:
+    """Flush a folder and all below to disk, with the permissions that the umask leaves.
+
+    Libraries that write through temporary files leave theirs to their owner alone.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+        flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_fault(error: OSError) -> str | None:
+    """In a few words what is wrong with the disk; None where it is not the disk's fault."""
+    if error.errno not in DISK_FAULTS:
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}"
