@@ -28,7 +28,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Interrupted as error:
-        return _fail(str(error), EXIT_TRY_AGAIN)
+        print(f"rlhf-cli: {error}", file=sys.stderr)
+        return EXIT_TRY_AGAIN
     except KeyboardInterrupt:
         if show_traceback:
             raise

@@ -57,5 +57,5 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _Stop.asked = name
     if not _Stop.waits:
         raise Interrupted(f"interrupted by {name}; run the same command again")
-    line = f"\n{name}: this step is finished and saved first; Ctrl-C again ends at once\n"
+    line = f"\n{name}: this step is finished and saved first; another Ctrl-C ends at once\n"
     os.write(2, line.encode())

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES, Evaluate, Grpo, Ppo, Run
+from rlhf_cli.config.schema import STAGES, Evaluate, Generate, Grpo, Ppo, Run
 from rlhf_cli.data.files import SUFFIXES
 from rlhf_cli.models.manifest import (
     MANIFEST,
@@ -119,6 +119,8 @@ def state_of(cfg: Run) -> str:
     if cfg.data.path == "-":  # standard input is new each time
         return FREE
     complete = (out / MANIFEST).is_file()  # written last, and whole
+    if not complete and isinstance(cfg, Generate | Evaluate):
+        return FREE  # they write at their end, and leave nothing to go on from
     if cfg.overwrite:
         return RESUMABLE if not complete and begun_by_the_same_order(cfg) else FREE
     if differing := differing_keys(config_of(out), asdict(cfg), free_keys(cfg, complete)):

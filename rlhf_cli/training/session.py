@@ -1,5 +1,6 @@
 """One run of one stage: its folder, device, logs, resume point, checks and manifest."""
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -266,7 +267,10 @@ def begin(cfg: Run) -> Session | None:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that hardware.device names."""
+    """The device that hardware.device names, which then sums in the same order each time."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # kernels that add up as threads come, and cuBLAS's, are not repeatable
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(name)
