@@ -24,7 +24,7 @@ from rlhf_cli.stages import dpo, sft
 from rlhf_cli.training import references
 from rlhf_cli.training.optimize import Optimizer
 from tests.toys import FROZEN, run_of
-from tests.training.tiny import WORDS, words_of
+from tests.training.tiny import WORDS, manifest, words_of
 
 ONCE = ["algo.epochs=1", "hardware.save_every=null"]
 AHEAD = [*ONCE, "algo.precompute_reference=true", "reference_cache=cache"]
@@ -44,13 +44,6 @@ def inside(chain: Path, tmp_path: Path) -> Iterator[None]:
 
 def run(out: str, *more: str) -> Path:
     return dpo.run(compose("dpo", [*words_of("dpo"), *more, f"out={out}"]))
-
-
-def manifest(out: Path) -> dict[str, Any]:
-    """stage.json without what a clock says."""
-    found: dict[str, Any] = json.loads((out / "stage.json").read_text())
-    del found["seconds"]
-    return found
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -152,7 +145,9 @@ def test_what_is_read_is_what_is_compared_with() -> None:
     for file in Path("cache").iterdir():
         with safe_open(file, framework="pt") as stored:
             key = stored.metadata()
-        save_file({"logprobs": load_file(file)["logprobs"] + 1}, file, metadata=key)
+        other = load_file(file)["logprobs"] + 1
+        key["values"] = references.digest_of(other)
+        save_file({"logprobs": other}, file, metadata=key)
     with pytest.raises(RunError, match="max_abs_log_ratio_at_start failed"):
         run("two", *AHEAD)
 
@@ -243,7 +238,7 @@ def test_a_run_killed_while_it_bootstraps_ends_the_same(
     whole = run("whole", *words)
     places = {
         "early": (Optimizer, "step"),
-        "late": (references, "move_into_place"),
+        "late": (references, "seal"),
         "after": (dpo, "reference_of"),
     }
     owner, name = places[when]

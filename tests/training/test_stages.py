@@ -31,7 +31,7 @@ from rlhf_cli.training.outfolder import newest_step
 from rlhf_cli.training.preflight import preflight
 from rlhf_cli.training.session import Session, snapshot
 from tests.toys import FROZEN, bpe, llama
-from tests.training.tiny import DATA, WORDS, words_of
+from tests.training.tiny import DATA, WORDS, manifest, words_of
 
 RANKINGS, FEEDBACK = "data.path=rankings.jsonl", "data.path=feedback.jsonl"
 ONCE = "algo.epochs=1"
@@ -134,16 +134,6 @@ def untimed(file: Path) -> list[dict[str, Any]]:
 
 def weights(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
-
-
-def manifest(out: Path) -> dict[str, Any]:
-    """stage.json without what a clock says, and the hashes of files that say it, or name `out`."""
-    found: dict[str, Any] = json.loads((out / "stage.json").read_text())
-    del found["seconds"]
-    logs = [name for name in found["files"] if name.endswith((".yaml", ".jsonl", ".png"))]
-    for name in logs:
-        del found["files"][name]
-    return found
 
 
 def same(one: Path, other: Path) -> None:
