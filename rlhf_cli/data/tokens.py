@@ -34,10 +34,14 @@ BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8
 
 @dataclass
 class Tokens:
-    """One sequence: the ids of its prompt, BOS included, and of its response, EOS included."""
+    """One sequence: the ids of its prompt, BOS included, and of its response, EOS included.
+
+    source: where its row stands, for messages.
+    """
 
     prompt: list[int]
     response: list[int]
+    source: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -60,7 +64,12 @@ class Answers:
     @property
     def sequences(self) -> list[Tokens]:
         """Each response with the prompt."""
-        return [Tokens(self.prompt, response) for response in self.responses]
+        return [Tokens(self.prompt, response, self.source) for response in self.responses]
+
+    @property
+    def source(self) -> str:
+        """Where the row stands, for messages; empty of pairs that no row has."""
+        return getattr(self.row, "source", "")
 
     def __len__(self) -> int:
         """The longest sequence, in tokens."""
@@ -107,7 +116,7 @@ class Encoder:
         replies = self._responses(demonstrations, [row.completion for row in demonstrations])
         pairs = zip(self._prompt_ids(demonstrations), replies, strict=True)
         sequences = [
-            Tokens(prompt, response)
+            Tokens(prompt, response, row.source)
             for (ids, row), response in pairs
             if (prompt := self._limit_prompt(ids, row)) is not None
         ]
@@ -120,11 +129,11 @@ class Encoder:
             return []
         limit = self.data.max_prompt_tokens + self.data.max_response_tokens
         sequences = []
-        for text_ids in self._ids([row.text for row in rows]):
+        for row, text_ids in zip(rows, self._ids([row.text for row in rows]), strict=True):
             ids = [*self.bos, *text_ids, self.tokenizer.eos_token_id]
             if len(ids) > limit:
                 self._counts["texts cut to max_prompt_tokens + max_response_tokens"] += 1
-            sequences.append(Tokens(ids[:1], ids[1:limit]))
+            sequences.append(Tokens(ids[:1], ids[1:limit], row.source))
         return sequences
 
     def answers(self, rows: Sequence[Preference | Ranking | Feedback | Steps]) -> list[Answers]:
@@ -164,8 +173,11 @@ class Encoder:
         """
         replies = zip(self._responses(rows, responses), ended, strict=True)
         ids = [reply if done or len(reply) == 1 else reply[:-1] for reply, done in replies]
-        prompts = [prompt for prompt, _ in self._prompt_ids(rows)]
-        return [Tokens(*pair) for pair in zip(prompts, ids, strict=True)]
+        prompts = self._prompt_ids(rows)
+        return [
+            Tokens(prompt, response, row.source)
+            for (prompt, row), response in zip(prompts, ids, strict=True)
+        ]
 
     def _judged(self, row: Preference | Ranking | Feedback | Steps) -> list[str]:
         """The texts of the responses that a row judges."""

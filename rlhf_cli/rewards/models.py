@@ -130,7 +130,7 @@ class Reader:
         kept = int(prompt[:1] == [self.bos])
         if excess > len(prompt) - max(kept, 1):
             return None
-        return Tokens(prompt[:kept] + prompt[kept + excess :], sequence.response)
+        return replace(sequence, prompt=prompt[:kept] + prompt[kept + excess :])
 
     def tell(self, what: str, count: int, total: int) -> None:
         """Say once that and how often something first happened."""

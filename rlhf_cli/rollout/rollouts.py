@@ -114,9 +114,8 @@ def as_rollout(
     text = encoder.text(completion.ids)
     if completion.finish == "stop":
         text = text[: min(text.index(string) for string in sampling.stop if string in text)]
-    return Rollout(
-        row, Tokens(prompt, completion.ids), completion.logprobs, completion.finish, text
-    )
+    tokens = Tokens(prompt, completion.ids, row.source)
+    return Rollout(row, tokens, completion.logprobs, completion.finish, text)
 
 
 def _noise(seed: int, place: int, samples: int, tokens: int) -> Tensor:

@@ -78,6 +78,11 @@ class Item:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def source(self) -> str:
+        """Where the row of its prompt stands, for messages."""
+        return self.tokens.source
+
 
 def run(cfg: Grpo) -> Path:
     """Train and write the policy; returns `out`."""

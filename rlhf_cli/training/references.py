@@ -91,6 +91,11 @@ class Compared:
     def __len__(self) -> int:
         return len(self.answers)
 
+    @property
+    def source(self) -> str:
+        """Where the row stands, for messages."""
+        return self.answers.source
+
 
 def reference_origin(session: Session, cfg: Dpo) -> dict[str, str]:
     """What the reference is, for stage.json."""

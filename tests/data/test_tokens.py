@@ -302,3 +302,13 @@ def test_steps_that_are_cut_elsewhere_are_refused() -> None:
     encoder = encoder_of(step_join="", step_end=" ")
     with pytest.raises(UserError, match="f:1: these 2 steps, .* are not those that"):
         encoder.answers([Steps("p", ["one two", "three"], [1, 0], "f:1")])
+
+
+def test_every_sequence_knows_its_row() -> None:
+    """Of demonstrations, texts, judgements and responses that come as text alike."""
+    encoder = Encoder(bpe(), data_of())
+    rows = [Demonstration("the cat", "sat", "d:1"), Text("on a mat", "t:1")]
+    made = encoder.demonstrations(rows)
+    made += encoder.answers([Preference("the dog", "ran", "sang", "p:1")])[0].sequences
+    made += encoder.written([Prompt("a", source="q:1")], ["b"], [True])
+    assert [each.source for each in made] == ["d:1", "t:1", "p:1", "p:1", "q:1"]
