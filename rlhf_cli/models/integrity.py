@@ -1,13 +1,34 @@
-"""Sizes and hashes of a folder's files: written into its manifest, compared when it is read.
+"""Whether a model folder is whole: as its stage.json describes it, and sound in itself.
 
 A disk that lies, a copy that stopped, an edited file: each is told before anything is made of it.
 """
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.forms import INDEX, LAYERS, SIZES, TOKENIZER
+from rlhf_cli.models.manifest import (
+    MANIFEST,
+    adapter_base,
+    read_config,
+    read_header,
+    read_manifest,
+    read_object,
+    shapes_of,
+    weight_files,
+)
+
 Files = dict[str, dict[str, int | str]]
+
+# Recorded, but people may edit or remove them: no stage reads them.
+UNVERIFIED = (".jsonl", ".png", "config.yaml", "report.json")
+WEIGHTS = ".safetensors"
+
+
+# --------------------------------------------------------------------------- as described
 
 
 def sha256(file: Path) -> str:
@@ -32,10 +53,127 @@ def fault_in(folder: Path, files: Files, hashes: bool = True) -> str | None:
     """
     for name, entry in files.items():
         file = folder / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if (size := file.stat().st_size) != entry["size"]:
-            return f"{file} has {size} bytes instead of {entry['size']}"
-        if hashes and sha256(file) != entry["sha256"]:
-            return f"{file} is damaged: its bytes are not those that were written"
+        try:
+            if not file.is_file():
+                return f"{file} is missing"
+            if (size := file.stat().st_size) != entry["size"]:
+                return f"{file} has {size} bytes instead of {entry['size']}"
+            if hashes and _current_hash(file) != entry["sha256"]:
+                return f"{file} is damaged: its bytes are not those that were written"
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror}"
     return None
+
+
+def _current_hash(file: Path) -> str:
+    """The hash of a file; weights are large, and read once for as long as they seem the same."""
+    if not file.name.endswith(WEIGHTS):
+        return sha256(file)
+    status = file.stat()
+    return _hash_of_weights(file.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hash_of_weights(file: Path, size: int, mtime_ns: int) -> str:
+    return sha256(file)
+
+
+def check_files(folder: Path) -> None:
+    """Stop at a file that is not as stage.json describes it; of weights, by size alone.
+
+    Raises:
+        UserError: naming the file.
+    """
+    files = _recorded(folder)
+    weights = {name: entry for name, entry in files.items() if name.endswith(WEIGHTS)}
+    others = {name: files[name] for name in files.keys() - weights.keys()}
+    _stop_at(fault_in(folder, weights, hashes=False) or fault_in(folder, others), folder)
+
+
+def check_weights_hash(path: str) -> None:
+    """Stop at weights whose bytes are not those that stage.json describes, before they are loaded.
+
+    Raises:
+        UserError: naming the file.
+    """
+    files = _recorded(Path(path))
+    weights = {name: entry for name, entry in files.items() if name.endswith(WEIGHTS)}
+    _stop_at(fault_in(Path(path), weights), Path(path))
+
+
+def _recorded(folder: Path) -> Files:
+    """The files of a folder that must be as described; none of a folder without a record."""
+    files: Files = (read_manifest(folder) or {}).get("files", {})
+    return {name: entry for name, entry in files.items() if not name.endswith(UNVERIFIED)}
+
+
+def _stop_at(fault: str | None, folder: Path) -> None:
+    if fault is not None:
+        raise UserError(
+            f"{fault}; make the folder again by its stage with overwrite=true, or, if the change "
+            f'is meant, remove the file\'s entry under "files" in {folder / MANIFEST}'
+        )
+
+
+# --------------------------------------------------------------------------- sound in itself
+
+
+def check_whole(folder: Path) -> None:
+    """Stop at a model folder that is damaged, or whose base is, as far as torch is not needed.
+
+    Raises:
+        UserError: naming the file.
+    """
+    check_files(folder)
+    check_weights(folder)
+    if (tokenizer := folder / "tokenizer.json").is_file():
+        read_object(tokenizer, TOKENIZER)
+    base = adapter_base(folder)
+    if base is None:
+        check_config(folder)
+    elif adapter_base(base) is not None:
+        raise UserError(f"{folder} is an adapter on {base}, which is an adapter too; merge that")
+    elif Path(base).is_dir():
+        check_whole(Path(base))
+    elif base.startswith(("/", ".", "~")):
+        raise UserError(f"{folder} is an adapter on {base}, which is gone; put the base back there")
+
+
+def check_weights(folder: Path) -> None:
+    """Stop at missing or cut weights, by the sizes that safetensors headers promise.
+
+    Raises:
+        UserError: naming the file.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise UserError(f"{folder}: no weights (*.safetensors) in this folder")
+    for file in files:
+        header_size, entries = read_header(file)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        size, whole = file.stat().st_size, 8 + header_size + max(ends, default=0)
+        if whole != size:
+            raise UserError(f"{file}: truncated weights: {size} bytes of {whole}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed = set(read_object(index, INDEX)["weight_map"].values())
+        if absent := needed - {file.name for file in files}:
+            raise UserError(f"{folder}: weights missing: {sorted(absent)[0]}")
+
+
+def check_config(folder: Path) -> None:
+    """Stop at sizes that no weight of the folder has: a model of them would be built first.
+
+    Raises:
+        UserError: config.json says more than the weights hold.
+    """
+    config, shapes = read_config(folder), shapes_of(folder)
+    widest = max((size for shape in shapes.values() for size in shape), default=0)
+    limits = dict.fromkeys(SIZES, widest) | dict.fromkeys(LAYERS, len(shapes))
+    for said in (config, config.get("text_config") or {}):
+        for name, limit in limits.items():
+            if (value := said.get(name)) is not None and value > limit:
+                raise UserError(
+                    f"{folder / 'config.json'}: {name}={value} is more than the weights in "
+                    f"{folder} are for; make the folder again, or put its own config.json back"
+                )

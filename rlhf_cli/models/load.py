@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.models.adapters import CRITIC, POLICY, REWARD, is_adapted
 from rlhf_cli.models.forward import check_unembedding, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
+from rlhf_cli.models.integrity import check_weights_hash
 from rlhf_cli.models.manifest import RESPONSE, adapter_base, level_of
 from rlhf_cli.models.shared import critic_on_base, freeze_lowest, scorer_on_base, share_frozen
 
@@ -30,15 +33,14 @@ transformers_logging.disable_progress_bar()
 # what these libraries will rename is no news to our users
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
+GENERATION = "generation_config.json"
 HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
 
 def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a pad token that is not its EOS."""
-    try:
+    with _told(f"{path}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no usable tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         unknown = tokenizer.unk_token_id
         spare = unknown is not None and unknown != tokenizer.eos_token_id
@@ -98,7 +100,9 @@ def load_scorer(
     if base is not None and is_adapted(base) and named is not None:
         trainable = _rank(config) > 0
         role = _free_name(base, CRITIC if trainable else REWARD)
-        found = scorer_on_base(base, path, named, role, trainable)
+        check_weights_hash(path)
+        with _told(f"{path}: cannot load the adapter"):
+            found = scorer_on_base(base, path, named, role, trainable)
         if found is not None:
             return found
     auto, task = _classifier(level_of(path))
@@ -204,7 +208,9 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
     if base is not None and scorer:
         allowed_missing = HEADS  # the adapter folder holds the head
     labels = {"num_labels": 1} if scorer else {}
-    try:
+    for folder in (base, path):
+        check_weights_hash(folder or path)
+    with _told(f"{path}: cannot load the model"):
         model, info = auto.from_pretrained(
             base or path,
             dtype=torch.float32,
@@ -212,8 +218,6 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
             output_loading_info=True,
             **labels,
         )
-    except Exception as error:  # the library and safetensors raise many kinds
-        raise UserError(f"{path}: cannot load the model: {first_line(error)}") from None
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(name) for name in info["mismatched_keys"])
@@ -224,7 +228,8 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
 def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout."""
     model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
-    adapted = _with_adapter(model, path, config, task)
+    with _told(f"{path}: cannot load the adapter"):
+        adapted = _with_adapter(model, path, config, task)
     disable_dropout(adapted)
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
@@ -272,6 +277,17 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
             weights[f"base_model.model.{head}.{name}"] = value.detach()
         peft.set_peft_model_state_dict(adapted, weights)
     return adapted
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """One line for whatever a library raises over a folder: each raises many kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -348,13 +364,20 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The EOS ids of a folder's generation config, with the tokenizer's own."""
     eos = None
     for place in (path, adapter_base(path)):
-        try:
-            eos = GenerationConfig.from_pretrained(place).eos_token_id if place else None
-            break
-        except OSError:
+        if place is None or (Path(place).is_dir() and not Path(place, GENERATION).is_file()):
             continue
+        try:
+            with _told(f"{place}: unreadable {GENERATION}"):
+                eos = GenerationConfig.from_pretrained(place).eos_token_id
+            break
+        except UserError:
+            if Path(place).is_dir():
+                raise
     ids = eos if isinstance(eos, list) else [eos]
-    return sorted({id for id in [*ids, tokenizer.eos_token_id] if id is not None})
+    ids = [id for id in [*ids, tokenizer.eos_token_id] if id is not None]
+    if not all(type(id) is int for id in ids):
+        raise UserError(f"{path}: {GENERATION} has eos_token_id={eos}, not a whole number")
+    return sorted(set(ids))
 
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:

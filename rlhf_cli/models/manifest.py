@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.forms import ADAPTER, CONFIG, HEADER, STAGE, TOKENIZER, Form, misfit
 
 MANIFEST = "stage.json"
 
 Manifest = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
+ADAPTER_CONFIG = "adapter_config.json"
+
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")  # what peft calls the tasks of a scalar head
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 
 # Where a reward model's scores stand: at the end of a response, of each step, or at each token.
@@ -22,41 +26,52 @@ RESPONSE, STEP, TOKEN = "response", "step", "token"
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """stage.json of a folder; None where it has none (a foreign folder, or no folder)."""
+    """stage.json of a folder, with `parents`; None where there is none (a foreign folder, or no
+    folder).
+    """
     file = Path(folder) / MANIFEST
-    return read_object(file) if file.is_file() else None
+    return {"parents": {}} | read_object(file, STAGE) if file.is_file() else None
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file of a model folder that must hold an object."""
+def read_object(file: Path, form: Form) -> dict[str, Any]:
+    """A JSON file of a model folder that must hold an object of this form.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, or is of another form.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not text
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: damaged; make the folder again, by the stage that wrote it")
-    return found
+        fault = misfit(found, form)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):  # no text, no JSON, or nested without end
+        fault = "this is no JSON"
+    if fault is not None:
+        raise UserError(
+            f"{file}: damaged: {fault}; make the folder again, by the stage that wrote it"
+        )
+    return dict(found)
 
 
 def adapter_base(path: str | Path) -> str | None:
     """The base model that an adapter folder names; None where `path` is no adapter folder."""
-    file = Path(path) / "adapter_config.json"
-    return str(read_object(file).get("base_model_name_or_path")) if file.is_file() else None
+    file = Path(path) / ADAPTER_CONFIG
+    return str(read_object(file, ADAPTER)["base_model_name_or_path"]) if file.is_file() else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; of an adapter folder, of its base where that is local."""
     file = Path(adapter_base(folder) or folder) / "config.json"
-    return read_object(file) if file.is_file() else {}
+    return read_object(file, CONFIG) if file.is_file() else {}
 
 
 def kind_of(folder: Path) -> str:
     """policy or reward, by stage.json, else by the architecture in config.json."""
     manifest = read_manifest(folder)
     if manifest is not None:
-        return str(manifest.get("kind"))
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file() and read_object(adapter).get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        return str(manifest["kind"])
+    adapter = folder / ADAPTER_CONFIG
+    if adapter.is_file() and read_object(adapter, ADAPTER).get("task_type") in CLASSIFYING:
         return "reward"
     architectures = read_config(folder).get("architectures") or []
     scorer = any(name.endswith(CLASSIFIERS) for name in architectures)
@@ -78,40 +93,27 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def check_weights(folder: Path) -> None:
-    """Stop at missing or cut weights, by the sizes that safetensors headers promise.
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """The size of a safetensors header in bytes, and its entries: name -> dtype, shape, offsets.
 
     Raises:
-        UserError: naming the file.
+        UserError: it cannot be read, or is none.
     """
-    files = weight_files(folder)
-    if not files:
-        raise UserError(f"{folder}: no weights (*.safetensors) in this folder")
-    for file in files:
-        size = file.stat().st_size
-        try:
-            header_size, entries = read_header(file)
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-            whole = 8 + header_size + max(ends, default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise UserError(f"{file}: damaged weights (unreadable header)") from None
-        if whole != size:
-            raise UserError(f"{file}: truncated weights: {size} bytes of {whole}")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        needed = set(read_object(index).get("weight_map", {}).values())
-        if absent := needed - {file.name for file in files}:
-            raise UserError(f"{folder}: weights missing: {sorted(absent)[0]}")
-
-
-def read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """The size of a safetensors header in bytes, and its entries: name -> dtype, shape, offsets."""
-    with file.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        if size > file.stat().st_size - 8:
-            raise ValueError(f"{file}: a header of {size} bytes")
-        header = json.loads(stream.read(size))
-    return size, {name: entry for name, entry in header.items() if name != "__metadata__"}
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size - 8:
+                raise ValueError(f"a header of {size} bytes")
+            header = json.loads(stream.read(size))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        fault = misfit(entries, HEADER)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (struct.error, ValueError, AttributeError, RecursionError):
+        fault = "no safetensors"
+    if fault is not None:
+        raise UserError(f"{file}: damaged weights (unreadable header: {fault})")
+    return size, entries
 
 
 def shapes_of(folder: Path) -> Shapes:
@@ -141,9 +143,12 @@ def file_hash(*files: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        try:
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()[:16]
 
 
@@ -155,7 +160,7 @@ def content_hash(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return path
-    configs = [folder / name for name in ("config.json", "adapter_config.json")]
+    configs = [folder / name for name in ("config.json", ADAPTER_CONFIG)]
     files = [*weight_files(folder), *(file for file in configs if file.is_file())]
     if (base := adapter_base(folder)) is not None:
         files += weight_files(Path(base))
@@ -167,7 +172,7 @@ def tokenizer_hash(folder: Path) -> str | None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    model = read_object(file).get("model")
+    model = read_object(file, TOKENIZER)["model"]
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
 
 

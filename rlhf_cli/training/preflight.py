@@ -10,13 +10,12 @@ from rlhf_cli.config.schema import STAGES, Dpo, Evaluate, Generate, Grpo, Ppo, R
 from rlhf_cli.data.files import SUFFIXES
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Steps
 from rlhf_cli.data.rows import first_rows, read_split, read_texts
+from rlhf_cli.models.integrity import check_whole
 from rlhf_cli.models.manifest import (
-    check_weights,
     implicit_reward_of,
     kind_of,
     read_config,
     read_manifest,
-    read_object,
     reference_folder,
     tokenizer_hash,
 )
@@ -273,9 +272,7 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
     if found != kind:
         article = "reward model" if found == "reward" else found
         raise UserError(f"{role}={path} is a {article}; {role} needs {meant}")
-    check_weights(folder)
-    if (tokenizer := folder / "tokenizer.json").is_file():
-        read_object(tokenizer)  # stops where it is damaged
+    check_whole(folder)
 
 
 def check_tokenizers(role: str, path: str, policy: str) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.integrity import check_weights
 from rlhf_cli.models.manifest import (
-    check_weights,
     content_hash,
     kind_of,
     read_manifest,

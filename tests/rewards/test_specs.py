@@ -207,5 +207,6 @@ def test_a_reward_of_another_tokenizer_passes(tmp_path: Path) -> None:
 def test_what_models_stand_for(tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text('{"kind": "reward", "level": "step"}')
     assert "those of its steps" in meaning_of(str(tmp_path))
-    (tmp_path / "stage.json").write_text('{"kind": "policy", "implicit_reward": {}}')
+    said = {"beta": 0.1, "per_token": False, "reference": "../sft", "hash": "0"}
+    (tmp_path / "stage.json").write_text(json.dumps({"kind": "policy", "implicit_reward": said}))
     assert "beta log(policy / reference)" in meaning_of(str(tmp_path))
