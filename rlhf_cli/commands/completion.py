@@ -8,6 +8,7 @@ ends in a space; one that still needs a value ends in `=`.
 import os
 
 from rlhf_cli.cli import COMMANDS
+from rlhf_cli.commands.ls import NAMES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES
@@ -73,7 +74,7 @@ def candidates(line: str) -> list[str]:
     elif words[0] in STAGES:
         names = _stage_words(words, word)
     else:
-        names = _command_words(words[0])
+        names = _command_words(words)
     return sorted(name for name in names if name.startswith(word))
 
 
@@ -99,9 +100,10 @@ def _stage_words(words: list[str], word: str) -> list[str]:
     return [f"{key}={choice} " for choice in choices]
 
 
-def _command_words(command: str) -> list[str]:
-    if command == "ls":
-        return [f"{group} " for group in (*catalog.GROUPS, "recipes")]
+def _command_words(words: list[str]) -> list[str]:
+    command, *more = words
+    if command == "ls":  # what follows `ls runs` are folders, which shells complete themselves
+        return [] if more else [f"{name} " for name in NAMES]
     if command == "completion":
         return [f"{shell} " for shell in _SCRIPTS]
     if command == "cp":

@@ -18,6 +18,7 @@ Stages
 
 Commands
   ls [GROUP]        options of the groups algo, model, data, hardware, and recipes
+  ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
   cp NAME DEST      copy a shipped recipe or option, to change it
   env               versions and devices, for a bug report
   completion SHELL  completion script for bash, zsh or fish

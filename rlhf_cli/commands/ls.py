@@ -1,4 +1,11 @@
-"""`rlhf-cli ls [GROUP]`: what is shipped, and which stages an option belongs to."""
+"""`rlhf-cli ls`: what is shipped, which stages an option belongs to, and what runs were made."""
+
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_cli.commands.help import columns, shown
 from rlhf_cli.config import catalog
@@ -6,17 +13,30 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.config.schema import STAGES
 
+if TYPE_CHECKING:
+    from rlhf_cli.training.lineage import Node
+
+RUNS = "runs"  # the folder that stages write to by default, and the word for what is in it
+NAMES = (*catalog.GROUPS, "recipes", RUNS)
+COLUMNS = ("run", "stage", "algo", "state", "time", "ended", "metric", "seed")
+MIN_NOTES = 24  # characters
+UNBOUNDED = 100_000  # characters: elsewhere than in a terminal no line is cut
+
+Branch = tuple[str, str, "Node"]  # what leads to its line, and to the lines below it
+
 
 def run(words: list[str]) -> None:
-    """Print the groups, or the options of one group, or the recipes.
+    """Print the groups, or the options of one group, or the recipes, or the tree of runs.
 
     Raises:
-        UserError: no such group.
+        UserError: no such group, or no such folder of runs.
     """
-    names = (*catalog.GROUPS, "recipes")
-    if len(words) > 1 or (words and words[0] not in names):
-        hint = nearest(words[0], names)
-        raise UserError(f"unknown group {' '.join(words)}{hint or ';'} ls takes {', '.join(names)}")
+    if words[:1] == [RUNS]:
+        _show_runs(words[1:] or [RUNS])
+        return
+    if len(words) > 1 or (words and words[0] not in NAMES):
+        hint = nearest(words[0], NAMES)
+        raise UserError(f"unknown group {' '.join(words)}{hint or ';'} ls takes {', '.join(NAMES)}")
     recipes = sorted(file.name for file in catalog.shipped("recipes").glob("*.sh"))
     if not words:
         dirs = catalog.config_dirs()
@@ -43,3 +63,98 @@ def _row(group: str, option: str) -> tuple[str, str, str]:
     changes = ", ".join(f"{key}={shown(value)}" for key, value in own.items())
     difference = f"{' + '.join(bases)} with {changes}" if bases else ""
     return option, "all stages" if len(stages) == len(STAGES) else " ".join(stages), difference
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def _show_runs(words: list[str]) -> None:
+    """What was made from what, in and below these folders."""
+    for word in words:
+        if not Path(word).is_dir():
+            raise UserError(f"ls runs: no folder {word}; give the folders that hold your runs")
+    from rlhf_cli.training.lineage import trees
+
+    found = trees([Path(word) for word in words])
+    if not found:
+        print(f"no runs in {', '.join(words)}", file=sys.stderr)
+        return
+    _print_trees(found)
+
+
+def _print_trees(nodes: Sequence["Node"]) -> None:
+    """A table, or two lines for each run where the terminal is too narrow for one."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+    grid = Table(box=None, padding=(0, 2, 0, 0))
+    for name in COLUMNS:
+        grid.add_column(name, no_wrap=True, justify="right" if name == "time" else "left")
+    grid.add_column("notes", min_width=MIN_NOTES)
+    rows = list(_branches(nodes))
+    for guide, _, node in rows:
+        run = Text.assemble((guide, "dim"), str(node.folder))
+        cells = [Text(cell or "-") for cell in _cells(node)]
+        grid.add_row(run, *cells, Text("; ".join(_notes(node))))
+    unbounded = console.options.update(max_width=UNBOUNDED)
+    if console.measure(grid, options=unbounded).minimum <= console.width:
+        with console.capture() as capture:
+            console.print(grid)
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+        return
+    for guide, below, node in rows:
+        print(guide + str(node.folder))
+        *said, seed = _cells(node)
+        line = ", ".join(cell for cell in [*said, seed and f"seed {seed}"] if cell)
+        text = "; ".join([line, *_notes(node)])
+        for line in textwrap.wrap(text, max(console.width - len(below), MIN_NOTES)):
+            print(below + line)
+
+
+def _branches(nodes: Sequence["Node"], guide: str | None = None) -> Iterator[Branch]:
+    """Every node under those that it was made from, with the lines that lead to it."""
+    for node in nodes:
+        last = node is nodes[-1]
+        ours, below = ("", "") if guide is None else (guide + "├─ ", guide + "│  ")
+        if guide is not None and last:
+            ours, below = guide + "└─ ", guide + "   "
+        yield ours, below + ("│  " if node.children else "   "), node
+        yield from _branches(node.children, below)
+
+
+def _cells(node: "Node") -> tuple[str, ...]:
+    """What is said of a run in columns, beside its folder; nothing where it is not known."""
+    ended = datetime.fromtimestamp(node.ended) if node.ended is not None else None
+    return (
+        node.stage or "",
+        node.made_with or "",
+        node.state,
+        "" if node.seconds is None else _duration(node.seconds),
+        f"{ended:%Y-%m-%d %H:%M}" if ended else "",
+        ", ".join(f"{name} {value:.4g}" for name, value in node.figures.items()),
+        "" if node.seed is None else str(node.seed),
+    )
+
+
+def _notes(node: "Node") -> list[str]:
+    """What is wrong with the sources of a run, and which other models it was made from."""
+    from rlhf_cli.training.lineage import PARENTS
+
+    faults = [f"{each.role} {each.path} {each.fault}" for each in node.sources if each.fault]
+    models = [source for source in node.sources if source.kind == PARENTS]
+    others = [source for source in models if source is not node.main]
+    if node.main is not None:  # a policy among its own baselines says nothing
+        others = [source for source in others if source.place != node.main.place]
+    return [*faults, *(f"{each.role}: {each.path}" for each in others)]
+
+
+def _duration(seconds: float) -> str:
+    """8.2 s, 14 min, 3 h 05 min."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -76,15 +76,19 @@ def inputs_of(cfg: Run) -> dict[str, dict[str, str]]:
     for key in ("reward", "gold", "judge"):
         for file in files_of(getattr(cfg, key, None) or ""):
             places[f"{key} {file}"] = str(file)
-    found = {}
-    for key, place in places.items():
-        path = Path(place or "")
-        files = [path] if path.is_file() else []
-        if place and path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if files:
-            found[key] = {"path": str(place), "hash": file_hash(*files)}
-    return found
+    hashes = {key: input_hash(place) for key, place in places.items() if place}
+    return {
+        key: {"path": str(places[key]), "hash": digits} for key, digits in hashes.items() if digits
+    }
+
+
+def input_hash(place: str) -> str | None:
+    """Identity of a file, or of the data files in a folder; None where there is neither."""
+    path = Path(place)
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    return file_hash(*files) if files else None
 
 
 def origins_of(cfg: Run) -> dict[str, dict[str, dict[str, str]]]:
