@@ -9,9 +9,11 @@ Hydra and torch are imported only by commands that need them, so help answers at
 import importlib
 import os
 import sys
+from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
+from rlhf_cli.config.secrets import redacted
 
 COMMANDS = ("ls", "cp", "env", "completion")
 
@@ -19,6 +21,8 @@ COMMANDS = ("ls", "cp", "env", "completion")
 def main() -> int:
     """Run the command in sys.argv and return its exit status."""
     show_traceback = os.environ.get("RLHF_TRACEBACK") == "1"
+    if show_traceback:
+        sys.excepthook = _print_traceback
     try:
         status = _dispatch(sys.argv[1:])
         sys.stdout.flush()
@@ -46,8 +50,15 @@ def main() -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"rlhf-cli: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rlhf-cli: error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     return status
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    import traceback
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(text), end="", file=sys.stderr)
 
 
 def _dispatch(words: list[str]) -> int:

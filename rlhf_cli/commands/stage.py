@@ -3,11 +3,12 @@
 import argparse
 import gc
 import importlib
+import io
 import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.hints import check_overrides, explain, nearest
+from rlhf_cli.config.secrets import redacted
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -108,7 +110,12 @@ def run(stage: str, words: list[str]) -> None:
 
         print(stage_help(stage, flags.overrides, dirs))
     elif flags.show:
-        _hydra_main(stage, flags, _SINGLE, lambda cfg: None)
+        shown = io.StringIO()
+        try:
+            with redirect_stdout(shown):
+                _hydra_main(stage, flags, _SINGLE, lambda cfg: None)
+        finally:  # Hydra leaves by SystemExit after its own help
+            print(redacted(shown.getvalue()), end="")
     elif flags.multirun:
         _sweep(stage, flags)
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.secrets import refuse_secrets
 
 _PLAIN_NAMES = re.compile(r"[\w./,-]*")
 
@@ -27,7 +28,8 @@ def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
     """Check the names in `key=value` and `group=option` words; values are checked by `typed`.
 
     Raises:
-        UserError: a word is not key=value, or names no key, group or option of this stage.
+        UserError: a word is not key=value, names no key, group or option of this stage, or holds a
+            secret, which the first line of config.yaml would keep.
     """
     for override in overrides:
         if override.startswith("~"):
@@ -38,6 +40,7 @@ def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
         if not equals:
             raise UserError(f"{override} has no value; write {override}=VALUE, no spaces around =")
         key = key.lstrip("+")
+        refuse_secrets({key: value})
         if key in catalog.GROUPS:
             if _PLAIN_NAMES.fullmatch(value):
                 for option in value.split(","):

@@ -23,14 +23,16 @@ from rlhf_cli.config.schema import (
     Sft,
     SftModel,
 )
+from rlhf_cli.config.secrets import refuse_secrets
 
 
 def validate(stage: str, cfg: Run) -> None:
     """Check a typed config.
 
     Raises:
-        UserError: a value is out of bounds or contradicts another key.
+        UserError: a value is secret, out of bounds or contradicts another key.
     """
+    refuse_secrets({key: _value(cfg, key) for key in catalog.keys(stage)})
     for key, field in catalog.keys(stage).items():
         _check_bounds(stage, key, field, _value(cfg, key))
     for rule in _RULES:

@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from rlhf_cli.config.secrets import redacted
+
 MAX_UNBROKEN = 24  # characters of a table cell that stay on one line
 PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
@@ -26,8 +28,8 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(line: str) -> None:
-    """One line on stderr."""
-    console.print(escape(line))
+    """One line on stderr, without secrets: it may be what a user's function raised."""
+    console.print(escape(redacted(line)))
 
 
 class Bar:
