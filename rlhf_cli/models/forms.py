@@ -38,11 +38,13 @@ COUNT = Number("a whole number of 0 or more", least=0, most=2**63, whole=True)
 SIZE = Number("a whole number from 1 to 2^31", least=1, most=2**31, whole=True)
 WORDS = {str: "text", Path: "a path", bool: "true or false", dict: "an object", list: "a list"}
 
+_MADE_FROM: Form = {"*": {"path": Path, "hash": str}}
+ORIGINS: Form = {"parents?": _MADE_FROM, "inputs?": _MADE_FROM}
 STAGE: Form = {
     "kind": str,
     "stage?": str,
     "complete?": bool,
-    "parents?": {"*": {"path": Path, "hash": str}},
+    **ORIGINS,
     "files?": {"*": {"size": COUNT, "sha256": str}},
     "eos_ids?": [COUNT],
     "template?": str,

@@ -14,6 +14,7 @@ import yaml
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES, Evaluate, Generate, Grpo, Ppo, Run
 from rlhf_cli.data.files import SUFFIXES
+from rlhf_cli.models.forms import ORIGINS
 from rlhf_cli.models.manifest import (
     MANIFEST,
     Manifest,
@@ -182,7 +183,7 @@ def parent_paths(origins: dict[str, Any]) -> set[str]:
 def begun_with(out: Path) -> dict[str, Any]:
     """What an unfinished run said of its parents and inputs as it began."""
     file = out / INPUTS
-    return read_object(file) if file.is_file() else {}
+    return read_object(file, ORIGINS) if file.is_file() else {}
 
 
 def changed_since(now: dict[str, Any], before: dict[str, Any]) -> str | None:
