@@ -249,7 +249,7 @@ def test_folders_of_others_and_parts_of_runs(chain: None) -> None:
     assert found["runs/it/reward"].made_with == "grpo_iterative"
     assert found["runs/demo/sweep/0"].made_with is None  # each job has its own
     foreign = found["runs/foreign"]
-    assert (foreign.stage, foreign.state, foreign.seconds) == ("build", "unfinished", None)
+    assert (foreign.stage, foreign.state, foreign.seconds) == (None, "damaged", None)
 
 
 def test_runs_that_were_made_from_each_other(chain: None) -> None:

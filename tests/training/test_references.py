@@ -161,6 +161,10 @@ def test_a_reference_with_other_weights_is_scored_again(
     weights = Path("runs/demo/sft/model.safetensors")
     tensors = {name: value * 1.01 for name, value in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
+    made = weights.with_name("stage.json")
+    said = json.loads(made.read_text())
+    del said["files"][weights.name]  # the change is meant
+    made.write_text(json.dumps(said))
     capfd.readouterr()
     stale = run("two", *AHEAD)
     assert passes() == 2
