@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import AnswerBatch, Batch, collate, cut
 from rlhf_cli.data.tokens import Answers, Tokens
@@ -18,6 +19,7 @@ from rlhf_cli.models.forward import (
     token_scores,
     trunk_values,
 )
+from rlhf_cli.models.halving import in_groups, no_room, savers
 
 
 @torch.no_grad()
@@ -26,15 +28,31 @@ def _each(
     hardware: Hardware,
     model: nn.Module,
     of_batch: Callable[[Batch], list[Tensor]],
+    logits: bool = False,
 ) -> list[Tensor]:
-    """`of_batch` over micro-batches; results on the CPU, in the order of `sequences`."""
+    """`of_batch` over micro-batches; results on the CPU, in the order of `sequences`.
+
+    Args:
+        logits: whether it computes logits.
+
+    Raises:
+        RunError: memory is too small for one sequence.
+    """
     device = next(model.parameters()).device
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     places = cut(range(len(sequences)), hardware.tokens_per_microbatch, lambda i: len(sequences[i]))
-    for group in places:
+
+    def score(group: list[int]) -> list[Tensor]:
         batch = collate([sequences[i] for i in group], device)
-        for i, values in zip(group, of_batch(batch), strict=True):
-            found[i] = values.cpu()
+        return [values.cpu() for values in of_batch(batch)]
+
+    def failure(group: list[int]) -> RunError:
+        longest = len(sequences[group[0]])
+        return no_room("scoring", 1, longest, savers(hardware, longest, logits=logits))
+
+    for group, scores in in_groups(places, score, failure):
+        for i, values in zip(group, scores, strict=True):
+            found[i] = values
     return found
 
 
@@ -49,7 +67,7 @@ def logprobs_of(
         ).logprobs
         return list(grid[batch.response].split(batch.response.sum(-1).tolist()))
 
-    return _each(sequences, hardware, model, of_batch)
+    return _each(sequences, hardware, model, of_batch, logits=True)
 
 
 def values_of(critic: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> list[Tensor]:
@@ -116,7 +134,7 @@ def answer_logprobs_of(
         grid = answer_logprobs(model, batch, chunk=hardware.logprob_chunk)
         return list(grid[batch.response].cpu().split(batch.response.sum(-1).tolist()))
 
-    return _each_group(groups, hardware, share, model, of_batch, advance)
+    return _each_group(groups, hardware, share, model, of_batch, advance, logits=True)
 
 
 def answer_scores_of(
@@ -140,8 +158,16 @@ def _each_group(
     model: nn.Module,
     of_batch: Callable[[AnswerBatch], list[Tensor]],
     advance: Callable[[int], None] = lambda count: None,
+    logits: bool = False,
 ) -> list[list[Tensor]]:
-    """`of_batch`, a tensor per response, over micro-batches; results in the order of `groups`."""
+    """`of_batch`, a tensor per response, over micro-batches; results in the order of `groups`.
+
+    Args:
+        logits: whether it computes logits.
+
+    Raises:
+        RunError: memory is too small for the responses of one group.
+    """
     found: list[list[Tensor]] = [[]] * len(groups)
     places = cut(
         range(len(groups)),
@@ -149,9 +175,17 @@ def _each_group(
         length=lambda i: len(groups[i]),
         count=lambda i: len(groups[i].responses),
     )
-    for some in places:
-        batch = answer_batch(model, [groups[i] for i in some], share)
-        of_responses = iter(of_batch(batch))
+
+    def score(some: list[int]) -> list[Tensor]:
+        return of_batch(answer_batch(model, [groups[i] for i in some], share))
+
+    def failure(some: list[int]) -> RunError:
+        group = groups[some[0]]
+        keys = savers(hardware, len(group), logits=logits)
+        return no_room("scoring", len(group.responses), len(group), keys)
+
+    for some, scores in in_groups(places, score, failure):
+        of_responses = iter(scores)
         for i in some:
             found[i] = [next(of_responses) for _ in groups[i].responses]
         advance(len(some))

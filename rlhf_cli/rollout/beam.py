@@ -1,5 +1,7 @@
 """Beam search, by transformers' own generate."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -7,7 +9,7 @@ from rlhf_cli.config.schema import Decoding
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import matmul_type, token_logprobs, unwrap
-from rlhf_cli.rollout.decode import Completion
+from rlhf_cli.rollout.decode import Completion, no_logits
 
 
 @torch.no_grad()
@@ -44,6 +46,8 @@ def beam_search(
         response = row[:end]
         tokens = Tokens(prompt, response)
         logprobs = _logprobs(model, tokens, chunk)
+        if not all(map(math.isfinite, logprobs)):
+            raise no_logits(model)
         completions.append(Completion(response, logprobs, "length" if end is None else "eos"))
     return completions
 

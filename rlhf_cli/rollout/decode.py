@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.models.finite import not_finite
 from rlhf_cli.models.forward import matmul_type, trunk, unembed, unwrap
 from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
 
@@ -64,6 +66,8 @@ def decode(
         rows = torch.arange(len(noise))  # which completion each live row writes
         for step in range(sampling.max_tokens):
             filtered = filter_logits(logits, seen, step, sampling, stop_ids)
+            if not filtered.amax(-1).isfinite().all():  # the largest is a NaN where any is
+                raise no_logits(model)
             token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)
             logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
             live = torch.ones(len(rows), dtype=torch.bool)
@@ -86,6 +90,13 @@ def decode(
                 rows, seen, attention = rows[live], seen[live], attention[live]
             logits = _next_logits(model, seen, attention, cache)
         return completions
+
+
+def no_logits(model: nn.Module) -> RunError:
+    """What to say where a model's logits are not finite."""
+    weight = not_finite(dict(model.named_parameters()))
+    cause = f"its weight {weight} is not" if weight else "its activations overflow"
+    return RunError(f"while sampling, the model's logits are not finite: {cause}")
 
 
 @contextmanager

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Decoding, Hardware
 from rlhf_cli.data.batches import cut, derived_seed
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.models.halving import halves, in_groups, no_room
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.sampling import Sampling
@@ -29,6 +31,21 @@ class Rollout:
     def ended(self) -> bool:
         """Whether the response ended by itself rather than at max_tokens."""
         return self.finish != "length"
+
+
+@dataclass
+class Draws:
+    """Some of the samples of the prompt at a place."""
+
+    place: int
+    samples: range
+
+
+def fewer_draws(group: list[Draws]) -> list[list[Draws]]:
+    """A group in two: half of its prompts each, or half of the samples of its one prompt."""
+    if len(group) > 1:
+        return halves(group)
+    return [[Draws(group[0].place, part)] for part in halves(group[0].samples)]
 
 
 def sample_rollouts(
@@ -59,13 +76,23 @@ def sample_rollouts(
         hardware.rollout_tokens,
         lambda i: (len(prompts[i][1]) + sampling.max_tokens) * samples,
     )
-    for group in groups:
-        noise = torch.cat([_noise(seed, i, samples, sampling.max_tokens) for i in group])
-        decoded = decode(
-            model, [prompts[i][1] for i in group], noise, sampling, stop_ids, encoder.text
-        )
-        for place, i in enumerate(group):
-            completions[i] = decoded[place * samples : (place + 1) * samples]
+
+    def draw(group: list[Draws]) -> list[Completion]:
+        ids = [prompts[each.place][1] for each in group]
+        noise = [
+            _noise(seed, each.place, samples, sampling.max_tokens)[list(each.samples)]
+            for each in group
+        ]
+        return decode(model, ids, torch.cat(noise), sampling, stop_ids, encoder.text)
+
+    def failure(group: list[Draws]) -> RunError:
+        return no_room("sampling", 1, len(prompts[group[0].place][1]) + sampling.max_tokens)
+
+    whole = [[Draws(i, range(samples)) for i in group] for group in groups]
+    for group, decoded in in_groups(whole, draw, failure, fewer_draws):
+        found = iter(decoded)
+        for each in group:
+            completions[each.place] += [next(found) for _ in each.samples]
         advance(len(decoded))
     return [
         as_rollout(row, ids, completion, encoder, sampling)
@@ -100,9 +127,17 @@ def respond(
             advance=advance,
         )
     found = []
-    for row, ids in prompts:
-        for completion in beam_search(model, ids, algo, stop_ids, hardware.logprob_chunk):
-            found.append(as_rollout(row, ids, completion, encoder, sampling))
+
+    def search(one: list[tuple[Prompt, list[int]]]) -> list[Completion]:
+        return beam_search(model, one[0][1], algo, stop_ids, hardware.logprob_chunk)
+
+    def failure(one: list[tuple[Prompt, list[int]]]) -> RunError:
+        return no_room(
+            "beam search", algo.beams, len(one[0][1]) + algo.max_tokens, ["fewer algo.beams"]
+        )
+
+    for ((row, ids),), completions in in_groups([[each] for each in prompts], search, failure):
+        found += [as_rollout(row, ids, each, encoder, sampling) for each in completions]
         advance(algo.samples)
     return found
 

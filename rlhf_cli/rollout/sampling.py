@@ -13,7 +13,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Decoding
 
 
@@ -105,7 +104,5 @@ def choose(logits: Tensor, noise: Tensor, greedy: bool) -> Tensor:
     if greedy:
         return logits.argmax(-1)
     cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
-    if not cumulative[:, -1].isfinite().all():
-        raise RunError("the model's logits are not finite; its weights are damaged or diverged")
     target = noise.double()[:, None] * cumulative[:, -1:]
     return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)

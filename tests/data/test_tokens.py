@@ -307,11 +307,7 @@ def test_steps_that_are_cut_elsewhere_are_refused() -> None:
 def test_every_sequence_knows_its_row() -> None:
     """Of demonstrations, texts, judgements and responses that come as text alike."""
     encoder = Encoder(bpe(), data_of())
-    rows: list[Demonstration | Text] = [
-        Demonstration("the cat", "sat", "d:1"),
-        Text("on a mat", "t:1"),
-    ]
-    made = encoder.demonstrations(rows)
+    made = encoder.demonstrations([Demonstration("the cat", "sat", "d:1"), Text("a mat", "t:1")])
     made += encoder.answers([Preference("the dog", "ran", "sang", "p:1")])[0].sequences
     made += encoder.written([Prompt("a", source="q:1")], ["b"], [True])
     assert [each.source for each in made] == ["d:1", "t:1", "p:1", "p:1", "q:1"]

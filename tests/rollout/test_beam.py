@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rollout.beam import beam_search
@@ -73,3 +74,11 @@ def test_one_beam_is_greedy() -> None:
         assert found.ids == greedy.ids
         assert found.finish == greedy.finish
         assert found.logprobs == pytest.approx(greedy.logprobs, abs=1e-5)
+
+
+def test_a_model_of_bad_weights_ends_the_search() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="logits are not finite: its weight lm_head.weight"):
+        beam_search(model, [1, 5], composed("generate", "algo.beams=2").algo, [2], 9)

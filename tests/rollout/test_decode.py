@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.score import logprobs_of
@@ -184,3 +185,81 @@ def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
     assert [each.tokens for each in twice[:3]] != [each.tokens for each in twice[3:]]
     reseeded = rollouts(model, encoder, prompts, sampling, 3, seed=1)
     assert [each.tokens for each in reseeded] != [each.tokens for each in whole]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_responses_do_not_change_where_fewer_are_drawn_at_once(most: int) -> None:
+    """Whole prompts are parted first, then the samples of one prompt."""
+    drawn: list[int] = []
+
+    def sample(limit: int) -> list[Rollout]:
+        model = llama(vocabulary=300)
+
+        def look(module: Any, args: Any, kwargs: Any) -> None:
+            drawn.append(len(kwargs["input_ids"]))
+            if drawn[-1] > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model.model.register_forward_pre_hook(look, with_kwargs=True)
+        return sample_rollouts(
+            model,
+            Encoder(bpe(), data_of()),
+            [(Prompt("p", source=f"rows.jsonl:{i}"), ids) for i, ids in enumerate(PROMPTS)],
+            Sampling(6),
+            samples=3,
+            seed=5,
+            stop_ids=[EOS],
+            hardware=hardware_of(rollout_tokens=999),
+            advance=told.append,
+        )
+
+    told: list[int] = []
+    whole = sample(99)
+    drawn.clear()
+    told.clear()
+    fewer = sample(most)
+    assert sum(told) == 3 * len(PROMPTS) and max(drawn) > most
+    assert [each.tokens for each in fewer] == [each.tokens for each in whole]
+    for ours, theirs in zip(fewer, whole, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+        assert ours.tokens.source == theirs.row.source
+
+
+def test_a_response_that_does_not_fit_ends_sampling_in_one_line() -> None:
+    model = llama()
+
+    def full(module: Any, args: Any) -> None:
+        raise MemoryError
+
+    model.model.register_forward_pre_hook(full)
+    with pytest.raises(RunError, match="sampling.*: 1 sequence x 13 = 13 padded tokens"):
+        sample_rollouts(
+            model,
+            Encoder(bpe(), data_of()),
+            [(Prompt("p"), ids) for ids in PROMPTS],
+            Sampling(6),
+            samples=2,
+            seed=5,
+            stop_ids=[EOS],
+            hardware=hardware_of(rollout_tokens=999),
+        )
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(4), Sampling(4, temperature=0), Sampling(4, top_k=3)]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_the_run(sampling: Sampling, bad: float) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = bad
+    with pytest.raises(RunError, match=r"logits are not finite: its weight lm_head\.weight is not"):
+        run(model, sampling)
+
+
+def test_an_overflow_while_sampling_names_no_weight() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e38)
+    with pytest.raises(RunError, match="its activations overflow"):
+        run(model, Sampling(4))
