@@ -51,6 +51,7 @@ from rlhf_cli.models.forward import (
     on_grid,
     shares_prompts,
 )
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
@@ -213,6 +214,7 @@ def run(cfg: Dpo) -> Path:
         ours = torch.cat(sequence_logprobs(policy.model, held_out, hardware, share))
         gap = (ours - known_references(held_out)).abs().max().item()
         check_start(session, policy, evaluate(), gap, algo)
+    lighter = partial(savers, hardware, logits=True, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
     with Bar("dpo", steps) as bar:
         for step, batch in enumerate(batches, 1):
@@ -223,7 +225,8 @@ def run(cfg: Dpo) -> Path:
             if reference is not None:
                 fill_reference(reference, compared(batch), cfg, share)
             whole = batchwise(batch)
-            part = Part(micro_batches(batch), partial(loss, whole=whole), len(batch))
+            of_batch = partial(loss, whole=whole)
+            part = Part(micro_batches(batch), of_batch, len(batch), 1.0, responses_in, lighter)
             metrics = by_class(optimizer.step([part]), batch)
             if algo.loss == "kto":
                 metrics["z0"] = whole.z0

@@ -33,6 +33,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import on_grid, token_logprobs
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -314,7 +315,8 @@ class Objective:
         count = len(minibatch)
         if self._cfg.algo.aggregate == "token_mean":
             count = sum(len(item.tokens.response) for item in minibatch)
-        return Part(batches, self.loss, count)
+        lighter = partial(savers, self._cfg.hardware, logits=True, gradient=True)
+        return Part(batches, self.loss, count, savers=lighter)
 
     def loss(self, items: list[Item]) -> Loss:
         """Summed over responses or tokens: policy, KL and entropy."""

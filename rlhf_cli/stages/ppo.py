@@ -15,6 +15,7 @@ returns less the mean return of the other responses, without a critic.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import response_nll, token_logprobs
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -272,11 +274,13 @@ class Objective:
         """
         algo, budget = self._cfg.algo, self._cfg.hardware.tokens_per_microbatch
         tokens = sum(len(item.tokens.response) for item in minibatch)
-        terms = [Part(cut(minibatch, budget), self.rl_loss, tokens)]
+        lighter = partial(savers, self._cfg.hardware, logits=True, gradient=True)
+        terms = [Part(cut(minibatch, budget), self.rl_loss, tokens, savers=lighter)]
         if algo.ptx_coef:
             mix = draw(self._texts, algo.ptx_batch_size, self._cfg.seed, "ptx", update)
             count = sum(len(sequence.response) for sequence in mix)
-            terms.append(Part(cut(mix, budget), self.ptx_loss, count, algo.ptx_coef))
+            text = Part(cut(mix, budget), self.ptx_loss, count, algo.ptx_coef, savers=lighter)
+            terms.append(text)
         return terms
 
     def rl_loss(self, items: list[Item]) -> Loss:

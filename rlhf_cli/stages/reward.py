@@ -41,6 +41,7 @@ from rlhf_cli.models.forward import (
     shares_prompts,
     unwrap,
 )
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
 from rlhf_cli.models.manifest import RESPONSE, STEP, TOKEN
@@ -105,6 +106,7 @@ def run(cfg: Reward) -> Path:
     def scores(items: list[Answers]) -> list[Tensor]:
         return scores_of_rows(scorer, items, reading, hardware, share)
 
+    lighter = partial(savers, hardware, logits=False, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
     with Bar("reward", steps) as bar:
         for step, batch in enumerate(batches, 1):
@@ -112,7 +114,8 @@ def run(cfg: Reward) -> Path:
             if step <= session.start:
                 continue
             micro_batches = cut(batch, hardware.tokens_per_microbatch, count=responses_in)
-            metrics = optimizer.step([Part(micro_batches, loss, judgements_in(batch))])
+            part = Part(micro_batches, loss, judgements_in(batch), 1.0, responses_in, lighter)
+            metrics = optimizer.step([part])
             if step % algo.eval_every == 0 or step == steps:
                 metrics |= figures(judge(held_out, scores(held_out), algo.target))
                 bar.advance(0, held_out_line(metrics))

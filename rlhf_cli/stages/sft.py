@@ -12,6 +12,7 @@ best, as InstructGPT chose its SFT model, instead of those of the lowest held-ou
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import Split, read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
@@ -72,6 +74,7 @@ def run(cfg: Sft) -> Path:
     def loss(sequences: list[Tokens]) -> Loss:
         return response_nll(policy, sequences, chunk=hardware.logprob_chunk), {}
 
+    lighter = partial(savers, hardware, logits=True, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     with Bar("sft", steps) as bar:
         for step, batch in zip(range(1, steps + 1), batches, strict=False):
@@ -80,9 +83,9 @@ def run(cfg: Sft) -> Path:
                 continue
             torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
             policy.train()
-            metrics = optimizer.step(
-                [Part(cut(batch, hardware.tokens_per_microbatch), loss, trained_tokens(batch))]
-            )
+            micro_batches = cut(batch, hardware.tokens_per_microbatch)
+            part = Part(micro_batches, loss, trained_tokens(batch), savers=lighter)
+            metrics = optimizer.step([part])
             policy.eval()
             if step % algo.eval_every == 0 or step == steps:
                 nll = mean_nll(policy, held_out, hardware)

@@ -1,28 +1,35 @@
 """The optimizer step: the only place that normalises, accumulates, clips and steps.
 
 A loss is a sum over items; it is divided by the count over the whole step, so micro-batches of any
-cut give the gradient of the one large batch (1 x 8 equals 8 x 1).
+cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So, where memory runs out, the
+step is done again with micro-batches of half the size.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite, nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Optimizer as OptimizerConfig
+from rlhf_cli.data.batches import one
 from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.halving import halves, if_it_fits, no_room
+from rlhf_cli.reporting.console import say
+from rlhf_cli.training.diagnosis import cause_of, draws_again
 
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
     "linear": "linear",
     "constant": "constant_with_warmup",
 }
-MAX_SKIPPED = 3  # non-finite steps in a row before the run stops
 
 Metrics = dict[str, float]
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -32,16 +39,24 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 class Part:
     """One term of the objective.
 
-    batches: micro-batches, of any cut.
+    batches: micro-batches of items, of any cut.
     loss: micro-batch -> its loss and metrics, each SUMMED over items.
     count: what the sums are divided by, over all micro-batches (tokens, pairs, responses).
     weight: factor of this term in the objective.
+    rows: sequences that an item takes.
+    savers: longest sequence -> the keys that make an item take less memory, for messages.
     """
 
-    batches: Iterable[Any]
+    batches: Sequence[Any]
     loss: Callable[[Any], Loss]
     count: float
     weight: float = 1.0
+    rows: Callable[[Any], int] = one
+    savers: Callable[[int], Sequence[str]] = lambda longest: ()
+
+    def halved(self) -> "Part":
+        """The same in micro-batches of half the size, where they have several items."""
+        return replace(self, batches=[half for batch in self.batches for half in halves(batch)])
 
 
 class Optimizer:
@@ -57,7 +72,9 @@ class Optimizer:
         self._parameters = {
             name: list(trained(module).values()) for name, (module, _) in networks.items()
         }
+        self._networks = {name: module for name, (module, _) in networks.items()}
         self._max_grad_norm = config.max_grad_norm
+        self._max_skipped = config.max_skipped
         self._adamw = torch.optim.AdamW(
             [{"params": self._parameters[name], "lr": lr} for name, (_, lr) in networks.items()],
             betas=(config.adam_beta1, config.adam_beta2),
@@ -76,16 +93,50 @@ class Optimizer:
         )
         self.skipped = 0
         self._skipped_in_a_row = 0
+        self._halvings = 0  # of micro-batches, since memory ran out
         self.stepped = False  # whether the last step changed the weights
 
     def step(self, parts: list[Part]) -> Metrics:
         """One update. Returns every metric's mean, grad_norm of each network, and lr.
 
-        A step whose loss or gradient is not finite is skipped and counted.
+        A step whose loss or gradient is not finite is skipped, told and counted.
 
         Raises:
-            RunError: several steps in a row were not finite.
+            RunError: several steps in a row were not finite, or memory is too small for one item.
         """
+        report = self._gradient(parts)
+        report["lr"] = self._adamw.param_groups[0]["lr"]
+        norms = {name: self._norm(weights) for name, weights in self._parameters.items()}
+        figures = {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
+        self.stepped = all(map(isfinite, [report["loss"], *figures.values()]))
+        if self.stepped:
+            self._update(norms)
+            self._skipped_in_a_row = 0
+        else:
+            self._skip(parts, report)
+        self._schedule.step()
+        return {**report, **figures, "skipped": float(self.skipped)}
+
+    def _gradient(self, parts: list[Part]) -> Metrics:
+        """Leave the gradient of the step; returns its loss and metrics.
+
+        Once memory has run out, micro-batches stay as small as they had to become.
+        """
+        for _ in range(self._halvings):
+            parts = [part.halved() for part in parts]
+        rewind = draws_again()
+        while (report := if_it_fits(partial(self._backward, parts))) is None:
+            rewind()
+            self._adamw.zero_grad(set_to_none=True)
+            if all(len(batch) == 1 for part in parts for batch in part.batches):
+                raise _least(parts)
+            if not self._halvings:
+                say("note: out of memory; the step is done again in smaller micro-batches")
+            self._halvings += 1
+            parts = [part.halved() for part in parts]
+        return report
+
+    def _backward(self, parts: list[Part]) -> Metrics:
         self._adamw.zero_grad(set_to_none=True)
         sums: defaultdict[str, float] = defaultdict(float)
         total = 0.0
@@ -97,29 +148,43 @@ class Optimizer:
                 total += scaled.item()
                 for name, value in metrics.items():
                     sums[name] += float(value) / part.count
-        report = {"loss": total, **sums, "lr": self._adamw.param_groups[0]["lr"]}
-        norms = {}
-        for name, weights in self._parameters.items():
-            limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
-            norms[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(weights, limit).item()
-        self._advance(finite=all(map(_is_finite, [total, *norms.values()])), report=report)
-        return {**report, **norms, "skipped": float(self.skipped)}
+        return {"loss": total, **sums}
 
-    def _advance(self, finite: bool, report: Metrics) -> None:
-        self.stepped = finite
-        if finite:
+    def _norm(self, weights: list[nn.Parameter]) -> Tensor:
+        return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+
+    def _update(self, norms: dict[str, Tensor]) -> None:
+        """Clip and step."""
+        if self._max_grad_norm is not None:
+            for name, weights in self._parameters.items():
+                clip_grads_with_norm_(weights, self._max_grad_norm, norms[name])
+
+        def update() -> bool:
             self._adamw.step()
-            self._skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self._skipped_in_a_row += 1
-            if self._skipped_in_a_row >= MAX_SKIPPED:
-                raise RunError(
-                    f"{MAX_SKIPPED} steps in a row had a loss or gradient that is not finite "
-                    f"(loss {report['loss']}, lr {report['lr']:.2g}); lower algo.lr, or look for "
-                    "extreme rows"
-                )
-        self._schedule.step()
+            return True
+
+        if not if_it_fits(update):
+            count = sum(weight.numel() for each in self._parameters.values() for weight in each)
+            raise RunError(
+                f"out of memory in the update: AdamW keeps 2 numbers for each of {count} trained "
+                f"weights, {count * 8 / 2**30:.2f} GiB; what helps: model.lora_rank, "
+                "model.frozen_layers, or a smaller model"
+            )
+
+    def _skip(self, parts: list[Part], report: Metrics) -> None:
+        """Count a step that is not finite and tell why it is not; stop after some in a row."""
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        cause = cause_of(self._networks, parts)
+        times, most = self._skipped_in_a_row, self._max_skipped
+        if times < most:
+            say(f"note: step skipped ({times} in a row, {most} end the run); not finite: {cause}")
+            return
+        raise RunError(
+            f"{times} step{'s' if times > 1 else ''} in a row had a loss or gradient that is not "
+            f"finite (loss {report['loss']:.4g}, lr {report['lr']:.2g}): {cause}; lower algo.lr, "
+            "or look at what is named"
+        )
 
     # ------------------------------------------------------------------ resume
 
@@ -138,6 +203,7 @@ class Optimizer:
             "schedule": self._schedule.last_epoch,
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "halvings": self._halvings,
         }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, int]) -> None:
@@ -151,6 +217,7 @@ class Optimizer:
                 }
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._halvings = state["halvings"]
         self._schedule.last_epoch = state["schedule"]
         rates = [
             base * factor(state["schedule"])
@@ -161,10 +228,20 @@ class Optimizer:
 
 
 def mean_metrics(updates: list[Metrics]) -> Metrics:
-    """The mean of each metric over the updates of one iteration; the last count of `skipped`."""
-    means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    """The mean of each metric over the updates of one iteration; the last count of `skipped`.
+
+    A value that is not finite, as of an update that was skipped, is left out; NaN if all are.
+    """
+    means = {}
+    for name in updates[0]:
+        known = [update[name] for update in updates if isfinite(update[name])]
+        means[name] = sum(known) / len(known) if known else nan
     return {**means, "skipped": updates[-1]["skipped"]}
 
 
-def _is_finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+def _least(parts: list[Part]) -> RunError:
+    """What to say where one item does not fit; the largest."""
+    items = ((part, item) for part in parts for batch in part.batches for item in batch)
+    part, item = max(items, key=lambda each: each[0].rows(each[1]) * len(each[1]))
+    longest = len(item)
+    return no_room("the update", part.rows(item), longest, part.savers(longest))

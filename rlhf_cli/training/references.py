@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf_cli.config.schema import Dpo, FrozenModel, Hardware
 from rlhf_cli.data.batches import cut, epochs_of
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.integrity import fault_in
 from rlhf_cli.models.load import (
     check_vocabulary,
@@ -65,12 +67,13 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     def loss(sequences: list[Tokens]) -> Loss:
         return response_nll(policy.model, sequences, chunk=cfg.hardware.logprob_chunk), {}
 
+    lighter = partial(savers, cfg.hardware, logits=True, gradient=True)
     say(f"bootstrap: SFT on {len(chosen)} chosen responses, {steps} steps")
     with Bar("bootstrap", steps) as bar:
         for items in epochs_of(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap"):
             tokens = sum(len(sequence.response) for sequence in items)
             batches = cut(items, cfg.hardware.tokens_per_microbatch)
-            metrics = optimizer.step([Part(batches, loss, tokens)])
+            metrics = optimizer.step([Part(batches, loss, tokens, savers=lighter)])
             bar.advance(1, f"loss {metrics['loss']:.3f}")
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
     with whole_folder(folder) as part:

@@ -15,6 +15,7 @@ pass (2203.02155 sec. 3.5), and most would be between near equals, where a judge
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from rlhf_cli.data.kinds import Preference, Prompt
 from rlhf_cli.data.rows import KindError, read_split
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.models.forward import answer_batch, answer_scores, shares_prompts
+from rlhf_cli.models.halving import savers
 from rlhf_cli.models.load import save_model
 from rlhf_cli.models.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.score import answer_scores_of
@@ -163,11 +165,13 @@ class RewardRefresh:
         for weight in self._weights.values():
             weight.requires_grad_(True)
         optimizer = Optimizer({"reward": (model, algo.refresh_lr)}, constant, steps)
+        lighter = partial(savers, self._cfg.hardware, logits=False, gradient=True)
         total = 0.0
         for batch in epochs_of(pairs, algo.refresh_batch_size, 1, seed, f"refresh {step}"):
             limit = self._cfg.hardware.tokens_per_microbatch
-            micro_batches = cut(batch, limit, count=lambda pair: len(pair.responses))
-            update = optimizer.step([Part(micro_batches, self._loss, len(batch))])
+            micro_batches = cut(batch, limit, count=responses_in)
+            part = Part(micro_batches, self._loss, len(batch), 1.0, responses_in, lighter)
+            update = optimizer.step([part])
             total += update["loss"] * len(batch)
         for weight in self._weights.values():
             weight.requires_grad_(False)
@@ -231,6 +235,11 @@ class RewardRefresh:
                 save_model(source.model, self._encoder.tokenizer, part, merge=True)
             seal(part, manifest)
         say(f"the refreshed reward model: {folder}")
+
+
+def responses_in(pair: Answers) -> int:
+    """Sequences that a pair takes in a batch."""
+    return len(pair.responses)
 
 
 def best_and_worst(scores: Tensor, size: int) -> Iterator[tuple[int, int]]:
