@@ -3,11 +3,16 @@
 The policy's adapter is called default. Others are lent the base: reference, critic, reward.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from rlhf_cli.config.errors import UserError
+
+WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
 
 
@@ -68,6 +73,27 @@ def copy_adapter(adapted: nn.Module, source: str, target: str) -> None:
     theirs = weights_of(adapted, source)
     for name, weight in weights_of(adapted, target).items():
         weight.copy_(theirs[name])
+
+
+# --------------------------------------------------------------------------- folders
+
+
+def adapter_config(path: str) -> Any:
+    """What peft needs to know of an adapter folder, whose weights are safetensors.
+
+    Raises:
+        UserError: there are none; peft would read a pickle of another name instead.
+    """
+    import peft
+
+    if not (Path(path) / WEIGHTS).is_file():
+        raise UserError(f"{path}: no {WEIGHTS} in this folder; no other weights are read")
+    return peft.PeftConfig.from_pretrained(path)
+
+
+def adapter_weights(path: str) -> dict[str, Tensor]:
+    """The weights of an adapter folder on the CPU, by peft's names."""
+    return load_file(Path(path) / WEIGHTS)
 
 
 # --------------------------------------------------------------------------- which one acts

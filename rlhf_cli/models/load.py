@@ -18,10 +18,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
-from rlhf_cli.models.adapters import CRITIC, POLICY, REWARD, is_adapted
+from rlhf_cli.models.adapters import (
+    CRITIC,
+    POLICY,
+    REWARD,
+    adapter_config,
+    adapter_weights,
+    is_adapted,
+)
 from rlhf_cli.models.forward import check_unembedding, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
 from rlhf_cli.models.integrity import check_weights_hash
@@ -204,6 +212,11 @@ def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
     """The full model of a folder; of an adapter folder, its base."""
     base = adapter_base(path)
+    if find_adapter_config_file(base or path) is not None:  # its weights might be a pickle
+        raise UserError(
+            f"{path}: {base or path} is an adapter, and no base is known that it belongs to; "
+            "download it, or merge it into its base"
+        )
     scorer = auto is not AutoModelForCausalLM
     if base is not None and scorer:
         allowed_missing = HEADS  # the adapter folder holds the head
@@ -215,6 +228,7 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
             base or path,
             dtype=torch.float32,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,  # else weights that are a pickle would do as well
             output_loading_info=True,
             **labels,
         )
@@ -244,7 +258,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
     import peft
 
     if rank == 0:
-        own = peft.LoraConfig.from_pretrained(path)
+        own = adapter_config(path)
         own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
         merged = peft.PeftModel.from_pretrained(model, path, config=own).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
@@ -258,7 +272,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         task_type=task,
     )
     if found:
-        lora = peft.LoraConfig.from_pretrained(path)
+        lora = adapter_config(path)
         if (rank, config.lora_alpha) != (lora.r, lora.lora_alpha):
             raise UserError(
                 f"{path}: its adapter has rank {lora.r} and alpha {lora.lora_alpha}; set "
@@ -271,7 +285,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         lora.modules_to_save = [head]
     adapted = peft.get_peft_model(model, lora)
     if found:
-        weights = peft.load_peft_weights(path)
+        weights = adapter_weights(path)
         fresh: Any = getattr(unwrap(adapted), head or "score")
         for name, value in fresh.original_module.named_parameters():
             weights[f"base_model.model.{head}.{name}"] = value.detach()
@@ -291,7 +305,9 @@ def _told(what: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a library says."""
+    """The first line of what a library says; of code that it will not run, which key lets it."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own; read that, then set model.trust_remote_code=true"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -385,7 +401,7 @@ def load_weights(model: nn.Module, folder: str, config: Model) -> None:
     if is_adapted(model):
         import peft
 
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder))
+        peft.set_peft_model_state_dict(model, adapter_weights(folder))
     else:
         model.load_state_dict(
             _load_base(folder, config, AutoModelForCausalLM, allowed_missing=set()).state_dict()

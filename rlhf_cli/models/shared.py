@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.adapters import (
     POLICY,
+    WEIGHTS,
     Acting,
+    adapter_config,
+    adapter_weights,
     add_adapter,
     copy_adapter,
     is_adapted,
@@ -21,8 +24,6 @@ from rlhf_cli.models.adapters import (
 from rlhf_cli.models.forward import trunk, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES
 from rlhf_cli.models.manifest import content_hash
-
-WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
 
 
 class SharedScorer(nn.Module):
@@ -80,12 +81,12 @@ def scorer_on_base(
     """
     import peft
 
-    config = peft.PeftConfig.from_pretrained(path)
+    config = adapter_config(path)
     if not same_model(base, str(unwrap(adapted).config._name_or_path)):
         return None
     if config.peft_type != peft.PeftType.LORA or config.bias != "none":
         return None
-    weights = peft.load_peft_weights(path, device="cpu")
+    weights = adapter_weights(path)
     lora = {name: value for name, value in weights.items() if ".lora_" in name}
     heads = {name.split(".")[-2:][0] for name in weights.keys() - lora.keys()}
     layers = {name.split(".lora_")[0] for name in lora}
@@ -118,16 +119,13 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
 
 def save_scorer(scorer: SharedScorer, origin: str, folder: Path) -> None:
     """The adapter folder that a scorer came from, with the weights that it has now."""
-    import peft
-
     own = {name.replace("/", "."): weight for name, weight in scorer.weights.items()}
     head = scorer.score.state_dict()
     now = {
         name: own[name].detach() if name in own else head[name.split(".")[-1]]
-        for name in peft.load_peft_weights(origin, device="cpu")
+        for name in adapter_weights(origin)
     }
-    config = peft.PeftConfig.from_pretrained(origin)
-    config.save_pretrained(str(folder))
+    adapter_config(origin).save_pretrained(str(folder))
     save_file({name: value.cpu().contiguous() for name, value in now.items()}, folder / WEIGHTS)
 
 

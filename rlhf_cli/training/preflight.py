@@ -40,6 +40,7 @@ from rlhf_cli.training.outfolder import (
     stage_name,
     state_of,
 )
+from rlhf_cli.training.trust import code_lines
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
@@ -88,6 +89,7 @@ def preflight(cfg: Run, whole: bool = True) -> list[str]:
     if state == RESUMABLE and (step := newest_step(Path(cfg.out))) is not None:
         lines.append(f"goes on after step {step}")
     memory = predicted_memory(cfg)
+    lines += code_lines(cfg) if whole else []  # a stage says them itself, before it loads anything
     return [*lines, *reward_lines(cfg), *arithmetic(cfg), *(memory if whole else memory[-1:])]
 
 

@@ -38,6 +38,7 @@ from rlhf_cli.training.outfolder import (
     tidy,
 )
 from rlhf_cli.training.preflight import preflight
+from rlhf_cli.training.trust import code_lines
 
 
 @dataclass
@@ -260,6 +261,8 @@ def begin(cfg: Run) -> Session | None:
         tidy(Path(cfg.out))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
+    for line in code_lines(cfg):
+        say(line)
     if cfg.hardware.threads is not None:
         torch.set_num_threads(cfg.hardware.threads)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
