@@ -305,7 +305,10 @@ class Encoder:
         """The special token with which the chat template ends a reply; EOS where there is none."""
         eos = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template:
-            last = self._ids([self._ended([{"role": "user", "content": "a"}], "b")])[0][-1]
+            reply = self._ended([{"role": "user", "content": "a"}], "b")
+            if not reply:
+                raise UserError(f"the chat template of {self.name} leaves out what is replied")
+            last = self._ids([reply])[0][-1]
             special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
             return last if last in special else eos
         return eos
