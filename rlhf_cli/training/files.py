@@ -88,17 +88,21 @@ def is_passing(file: Path) -> bool:
 
 
 def flush_all(folder: Path) -> None:
-    """Flush a folder and all below to disk, with the permissions that the umask leaves.
-
-    Libraries that write through temporary files leave theirs to their owner alone.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
+    """Flush a folder and all below to disk, with the permissions that the umask leaves."""
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~mask)
+            as_umask_says(path)
         flush(path)
     flush(folder)
+
+
+def as_umask_says(file: Path) -> None:
+    """Give a file the permissions of a new one: libraries that write through temporary files leave
+    theirs to their owner alone.
+    """
+    mask = os.umask(0o077)  # none can be read, set or not, but by setting it
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

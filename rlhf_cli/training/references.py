@@ -33,7 +33,7 @@ from rlhf_cli.models.manifest import content_hash, read_manifest
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import answer_logprobs_of
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.training.files import library_errors, seal, whole_folder
+from rlhf_cli.training.files import as_umask_says, library_errors, seal, whole_folder
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
 from rlhf_cli.training.outfolder import stage_name
 from rlhf_cli.training.roles import Policy
@@ -233,6 +233,7 @@ class ReferenceCache:
         part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")  # a sweep has several
         with library_errors(part):
             save_file({"logprobs": joined}, part, {**self._key, "values": digest_of(joined)})
+        as_umask_says(part)
         part.replace(self.file)
 
 

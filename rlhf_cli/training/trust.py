@@ -42,4 +42,4 @@ def brings_code(folder: Path) -> bool:
         return True
     places = (folder, base)
     files = [place / name for place in places for name in ("config.json", "tokenizer_config.json")]
-    return any("auto_map" in read_object(file) for file in files if file.is_file())
+    return any("auto_map" in read_object(file, {}) for file in files if file.is_file())
