@@ -40,10 +40,15 @@ def plant(*names: str) -> None:
 
 def foreign(folder: str, weights: str | None = None) -> None:
     """A stage's folder as if another tool had made it, its weights renamed or gone."""
-    for name in ("stage.json", "config.yaml"):
-        Path(folder, name).unlink()
+    unclaimed(folder)
     for file in Path(folder).glob("*.safetensors"):
         file.rename(file.with_name(weights)) if weights else file.unlink()
+
+
+def unclaimed(folder: str) -> None:
+    """A stage's folder without what the stage says of it."""
+    for name in ("stage.json", "config.yaml"):
+        Path(folder, name).unlink()
 
 
 def change_json(file: str, **changes: Any) -> None:
@@ -116,9 +121,8 @@ def an_adapter_pickle(name: str) -> Change:
 
 
 def a_base_pickle() -> None:
-    only_a_pickle()
-    foreign("runs/demo/adapter")
-    shutil.copy("runs/demo/reward_adapter/adapter_model.safetensors", "runs/demo/adapter")
+    a_pickle_and_others()
+    unclaimed("runs/demo/adapter")
     base = {"base_model_name_or_path": "runs/demo/sft"}
     change_json("runs/demo/adapter/adapter_config.json", **base)
 
@@ -127,8 +131,7 @@ def an_adapter_as_base() -> None:
     an_adapter_pickle("reward_adapter")()
     base = {"base_model_name_or_path": "runs/demo/reward_adapter"}
     change_json("runs/demo/adapter/adapter_config.json", **base)
-    for name in ("stage.json", "config.yaml"):
-        Path("runs/demo/adapter", name).unlink()
+    unclaimed("runs/demo/adapter")
 
 
 NO_SAFETENSORS = "no file named model.safetensors"
@@ -161,12 +164,12 @@ REFUSED: dict[str, tuple[Change, list[str], str]] = {
     "the base of an adapter": (
         a_base_pickle,
         ["generate", *SAMPLING, "policy=runs/demo/adapter"],
-        "model.safetensors",
+        NO_SAFETENSORS,
     ),
     "an adapter as base": (
         an_adapter_as_base,
         ["generate", *SAMPLING, "policy=runs/demo/adapter"],
-        "runs/demo/reward_adapter is an adapter",
+        "which is an adapter too",
     ),
     "a baseline": (
         an_adapter_pickle("adapter"),
@@ -192,6 +195,23 @@ def test_weights_that_are_a_pickle_are_refused_by_the_script(cli: Cli) -> None:
     done = cli(*GENERATE)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and NO_SAFETENSORS in done.stderr
+    assert not Path(MARKER).exists() and not Path("new").exists()
+
+
+def test_an_adapter_of_the_hub_is_refused(cli: Cli, tmp_path: Path) -> None:
+    """transformers would put it on its base by itself, and read a pickle where there is no other
+    file.
+    """
+    repository = tmp_path / "hub/models--me--adapter"
+    shutil.copytree("runs/demo/adapter", repository / "snapshots/0123")
+    shutil.copy("runs/demo/sft/config.json", repository / "snapshots/0123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    foreign(str(repository / "snapshots/0123"))
+    plant(str(repository / "snapshots/0123/adapter_model.bin"))
+    done = cli("generate", *SAMPLING, "policy=me/adapter", HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "me/adapter is an adapter" in done.stderr and done.stderr.count("\n") == 1
     assert not Path(MARKER).exists() and not Path("new").exists()
 
 
