@@ -5,6 +5,7 @@ cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So, where mem
 step is done again with micro-batches of half the size.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ SCHEDULES = {
     "linear": "linear",
     "constant": "constant_with_warmup",
 }
+
+# the first step may have been skipped, which is no mistake
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 Metrics = dict[str, float]
 Loss = tuple[Tensor, dict[str, Tensor]]

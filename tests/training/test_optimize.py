@@ -1,11 +1,15 @@
 """The optimizer step: one large batch or many small ones, terms that add up, and bad numbers."""
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
@@ -13,9 +17,10 @@ from rlhf_cli.config.schema import Optimizer as OptimizerConfig
 from rlhf_cli.data.batches import collate, cut
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import token_logprobs
+from rlhf_cli.models.halving import savers
 from rlhf_cli.objectives.likelihood import nll_sum
-from rlhf_cli.training.optimize import Loss, Optimizer, Part
-from tests.toys import composed, llama, sequences_of
+from rlhf_cli.training.optimize import Loss, Optimizer, Part, mean_metrics
+from tests.toys import composed, hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(8)
 TOKENS = sum(len(each.response) for each in SEQUENCES)
@@ -31,6 +36,7 @@ def config_of(**changes: Any) -> OptimizerConfig:
         "adam_eps": 1e-5,
         "weight_decay": 0.0,
         "max_grad_norm": None,
+        "max_skipped": 3,
     }
     return replace(config, **plain | changes)
 
@@ -198,3 +204,264 @@ def test_moments_and_schedule_go_on_where_they_were() -> None:
     after.load({name: each.clone() for name, each in before.tensors().items()}, before.state())
     assert steps(second, after, range(3, 6)) == expected[3:]
     assert torch.equal(second.weights(), whole.weights())
+
+
+# --------------------------------------------------------------------------- what is to blame
+
+
+@dataclass
+class Item:
+    """A row of numbers for a model of one weight each."""
+
+    x: Tensor
+    worth: Tensor
+    source: str
+
+
+class Terms:
+    """Two networks, a loss of two terms, and items that come from rows."""
+
+    def __init__(self, rows: int = 6, **changes: Any) -> None:
+        config = config_of(**changes)
+        self.policy, self.critic = nn.Linear(1, 1), nn.Linear(1, 1)
+        networks = {"policy": (self.policy, config.lr), "critic": (self.critic, config.lr)}
+        self.optimizer = Optimizer(networks, config, 9)  # type: ignore[arg-type]
+        self.items = [
+            Item(torch.full((1,), 1.0 + i), torch.ones(1), f"rows.jsonl:{i + 1}")
+            for i in range(rows)
+        ]
+
+    def loss(self, items: Sequence[Item]) -> Loss:
+        x = torch.stack([item.x for item in items])  # (N, 1)
+        worth = torch.stack([item.worth for item in items])
+        policy, value = (self.policy(x) * worth).sum(), self.critic(x).square().sum()
+        metrics = {"seen": x.sum(), "loss/policy": policy.detach(), "loss/value": value.detach()}
+        return policy + value, metrics
+
+    def step(self) -> dict[str, float]:
+        return self.optimizer.step([Part(cut(self.items, 2, lambda _: 1), self.loss, 6)])
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    line: str = capsys.readouterr().err
+    assert line.count("\n") <= 1
+    return line.strip()
+
+
+def test_a_bad_tensor_of_a_row_is_named_before_what_it_spoils(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss of rows 2 and 5 is bad too, but because of `worth`; x, an earlier field, wins."""
+    terms = Terms()
+    for i in (1, 4):
+        terms.items[i].worth = torch.tensor([math.nan])
+    assert terms.step()["skipped"] == 1
+    expected = "note: step skipped (1 in a row, 3 end the run); not finite: worth of "
+    assert said(capsys) == f"{expected}rows.jsonl:2, rows.jsonl:5"
+    terms.items[3].x = torch.tensor([-math.inf])
+    terms.step()
+    assert said(capsys).endswith("(2 in a row, 3 end the run); not finite: x of rows.jsonl:4")
+
+
+def test_a_bad_term_of_the_loss_is_named_with_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Five rows whose square overflows: three are named."""
+    terms = Terms()
+    for i in range(5):
+        terms.items[i].x = torch.tensor([1e30])
+    terms.step()
+    rows = "rows.jsonl:1, rows.jsonl:2, rows.jsonl:3 and 2 more"
+    assert said(capsys).endswith(f"not finite: loss/value of {rows}")
+
+
+def test_a_bad_weight_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    terms = Terms()
+    with torch.no_grad():
+        terms.critic.bias.fill_(math.nan)
+    terms.step()
+    assert said(capsys).endswith("not finite: weight critic: bias")
+
+
+def test_a_bad_gradient_is_named_with_the_rows_that_give_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss is finite; a hook spoils the gradient of one weight where row 3 takes part."""
+    terms = Terms(max_grad_norm=1.0)
+
+    def loss(items: Sequence[Item]) -> Loss:
+        found, metrics = terms.loss(items)
+        bad = any(item.source == "rows.jsonl:3" for item in items)
+        seen = terms.policy.weight * 1.0
+        if bad and seen.requires_grad:
+            seen.register_hook(lambda gradient: gradient * math.nan)
+        return found + 0 * seen.sum(), metrics
+
+    terms.optimizer.step([Part([terms.items[:4], terms.items[4:]], loss, 6)])
+    expected = "not finite: gradient of policy: weight, by rows.jsonl:3"
+    assert said(capsys).endswith(expected)
+
+
+def test_a_sum_that_overflows_is_of_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    optimizer = optimizer_of(layer)
+    big = torch.full((4, 1), 3e38)
+    optimizer.step([Part([big], lambda x: (layer(x / x).sum() + x.sum(), {}), 1.0)])
+    assert said(capsys).endswith("not finite: sum over 4 rows, though each is")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_as_many_skipped_in_a_row_as_the_config_says_end_the_run(most: int) -> None:
+    terms = Terms(max_skipped=most)
+    terms.items[0].worth = torch.tensor([math.nan])
+    for _ in range(most - 1):
+        terms.step()
+    with pytest.raises(RunError) as stop:
+        terms.step()
+    steps = "1 step" if most == 1 else "2 steps"
+    line = f"{steps} in a row had a loss or gradient that is not finite (loss nan, lr 0.001): worth"
+    assert str(stop.value).startswith(f"{line} of rows.jsonl:1; lower algo.lr")
+
+
+@pytest.mark.parametrize("bad", ["worth", "hook"])
+def test_looking_for_the_cause_leaves_no_trace(bad: str) -> None:
+    """Weights, moments, random states and the rate of a good step after it are the same."""
+    terms, other = Terms(), Terms()
+    other.policy.load_state_dict(terms.policy.state_dict())
+    other.critic.load_state_dict(terms.critic.state_dict())
+
+    def noisy(items: Sequence[Item]) -> Loss:
+        torch.rand(3)  # as dropout draws
+        found, metrics = terms.loss(items)
+        seen = terms.policy.weight * 1.0
+        if bad == "hook" and seen.requires_grad:
+            seen.register_hook(lambda gradient: gradient * math.nan)
+        return found + 0 * seen.sum(), metrics
+
+    terms.step()
+    other.step()
+    torch.manual_seed(5)
+    if bad == "worth":
+        terms.items[2].worth = torch.tensor([math.nan])
+    terms.optimizer.step([Part([terms.items], noisy, 6)])
+    assert terms.optimizer.skipped == 1
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert torch.equal(after, torch.get_rng_state())
+    assert all(weight.grad is None for weight in terms.policy.parameters())
+    before = {name: each.clone() for name, each in other.optimizer.tensors().items()}
+    torch.testing.assert_close(terms.optimizer.tensors(), before, rtol=0, atol=0)
+    torch.testing.assert_close(terms.policy.state_dict(), other.policy.state_dict())
+
+
+def test_means_of_an_iteration_leave_out_what_a_skipped_update_could_not_measure() -> None:
+    updates = [
+        {"loss": 1.0, "kl": math.nan, "skipped": 0.0},
+        {"loss": math.nan, "kl": math.nan, "skipped": 1.0},
+        {"loss": 4.0, "kl": math.inf, "skipped": 1.0},
+    ]
+    means = mean_metrics(updates)
+    assert means["loss"] == 2.5 and means["skipped"] == 1.0 and math.isnan(means["kl"])
+
+
+# --------------------------------------------------------------------------- out of memory
+
+
+class Small(Language):
+    """A memory that holds no more than `most` padded tokens; `sizes` are those that it held."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.most = most
+        self.model.model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        size = kwargs["input_ids"].numel()
+        if size > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.sizes.append(size)
+
+
+LONGEST = max(map(len, SEQUENCES))
+
+
+@settings(max_examples=15, deadline=None)
+@given(budget=st.integers(LONGEST, 99), most=st.integers(LONGEST, 99), texts=st.integers(0, 4))
+def test_halved_micro_batches_give_the_same_step(budget: int, most: int, texts: int) -> None:
+    whole, small = Language(), Small(most)
+
+    def parts(language: Language) -> list[Part]:
+        second = [Part([SEQUENCES[:texts]], language.loss, 9, 0.5)] if texts else []
+        return [Part(cut(SEQUENCES, budget), language.loss, TOKENS), *second]
+
+    expected = optimizer_of(whole.model).step(parts(whole))
+    assert optimizer_of(small.model).step(parts(small)) == pytest.approx(expected, rel=1e-5)
+    gradients = [
+        [weight.grad for weight in language.model.parameters()] for language in (small, whole)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert max(small.sizes) <= most
+
+
+def test_a_step_that_did_not_fit_is_told_once_and_remembered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small, resumed = Small(40), Small(40)
+    optimizer = optimizer_of(small.model)
+    for _ in range(3):
+        optimizer.step([Part([SEQUENCES], small.loss, TOKENS)])
+        sizes, small.sizes = small.sizes, []
+    assert said(capsys) == "note: out of memory; the step is done again in smaller micro-batches"
+    again = optimizer_of(resumed.model)
+    again.load(optimizer.tensors(), optimizer.state())
+    again.step([Part([SEQUENCES], resumed.loss, TOKENS)])
+    assert resumed.sizes == sizes
+    assert said(capsys) == ""
+
+
+def test_the_draws_of_a_failed_attempt_are_drawn_again() -> None:
+    """A run that was resumed and one that went on must drop the same units."""
+    small, drawn = Small(40), []
+
+    def loss(sequences: Sequence[Tokens]) -> Loss:
+        drawn.append(torch.rand(1).item())
+        return small.loss(list(sequences))
+
+    optimizer = optimizer_of(small.model)
+    torch.manual_seed(3)
+    optimizer.step([Part([SEQUENCES], loss, TOKENS)])
+    torch.manual_seed(3)
+    numbers = torch.rand(9).tolist()
+    last = len(small.sizes)
+    assert 1 < last < len(drawn) and drawn[-last:] == pytest.approx(numbers[:last])
+
+
+def test_an_item_that_does_not_fit_ends_the_run_in_one_line() -> None:
+    small = Small(LONGEST - 1)
+    before = small.weights()
+    lighter = partial(savers, hardware_of(logprob_chunk=6), logits=True, gradient=True)
+    part = Part([SEQUENCES], small.loss, TOKENS, rows=lambda _: 2, savers=lighter)
+    with pytest.raises(RunError) as stop:
+        optimizer_of(small.model).step([part])
+    assert str(stop.value) == (
+        f"out of memory in the update, with as little at once as can be: 2 sequences x {LONGEST} = "
+        f"{2 * LONGEST} padded tokens; what helps: hardware.logprob_chunk=3, "
+        "hardware.gradient_checkpointing=true, shorter data.max_prompt_tokens and "
+        "max_response_tokens, a smaller model"
+    )
+    assert torch.equal(small.weights(), before)
+    assert all(weight.grad is None for weight in small.model.parameters())
+
+
+def test_moments_that_do_not_fit_end_the_run_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    language = Language()
+    optimizer = optimizer_of(language.model)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(optimizer._adamw, "step", full)
+    count = sum(weight.numel() for weight in language.model.parameters())
+    with pytest.raises(RunError, match=f"AdamW keeps 2 numbers for each of {count} trained"):
+        optimizer.step([Part([SEQUENCES], language.loss, TOKENS)])
