@@ -5,6 +5,8 @@ the KL of responses. As losses they have the gradient of each token's own KL onl
 leads to contexts with more or less KL after it is left out, which a KL in the reward does see.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,8 +96,12 @@ def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, hor
         kl: measured KL to the reference per response, in nats.
         rollouts: responses since the last update.
 
+    A KL that is NaN or infinite was not measured, and leaves it as it is.
+
     Source: Ziegler 1909.08593 sec. 2.2.
     """
+    if not math.isfinite(kl):
+        return kl_coef
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * rollouts / horizon)
 
@@ -103,8 +109,11 @@ def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, hor
 def schulman_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     """Halve kl_coef below target / 1.5, double it above 1.5 target (PPO 1707.06347 sec. 4).
 
-    It stays above 1e-8: a policy that rests for long must not lose the penalty for good.
+    It stays above 1e-8: a policy that rests for long must not lose the penalty for good. A KL that
+    is NaN or infinite was not measured, and leaves it as it is.
     """
+    if not math.isfinite(kl):
+        return kl_coef
     if kl < target / 1.5:
         return max(kl_coef / 2, min(kl_coef, LEAST_KL_COEF))
     if kl > target * 1.5:

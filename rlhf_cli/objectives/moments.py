@@ -15,11 +15,11 @@ class RunningMoments:
     count: int = 0
 
     def update(self, values: Tensor) -> None:
-        """Take in (N,) values; NaN, which marks a missing one, is left out.
+        """Take in (N,) values; NaN, which marks a missing one, and infinities are left out.
 
         Source: Chan, Golub and LeVeque 1979, eq. 2.1: no difference of large squares.
         """
-        values = values[~values.isnan()].double()
+        values = values[values.isfinite()].double()
         if not len(values):
             return
         total = self.count + len(values)

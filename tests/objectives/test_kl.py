@@ -156,3 +156,9 @@ def test_a_linear_schedule() -> None:
     assert (linear(0.3, 0.1, 1, 5), linear(0.3, 0.1, 5, 5)) == (0.3, 0.1)  # to the last bit
     assert linear(0.3, None, 4, 5) == 0.3
     assert linear(0.3, 0.1, 1, 1) == 0.3
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
+def test_a_kl_that_was_not_measured_moves_no_controller(kl: float) -> None:
+    assert ziegler_kl_coef(0.2, kl, 6.0, 100, 1000) == 0.2
+    assert schulman_kl_coef(0.2, kl, 6.0) == 0.2

@@ -22,7 +22,7 @@ def test_worked_moments() -> None:
 
 def test_nothing_seen_has_no_spread() -> None:
     moments = RunningMoments()
-    moments.update(torch.tensor([math.nan]))
+    moments.update(torch.tensor([math.nan, math.inf, -math.inf]))
     assert moments == RunningMoments()
     assert moments.std == 0
     moments.update(torch.tensor([4.0]))
