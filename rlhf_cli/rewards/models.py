@@ -132,11 +132,17 @@ class Reader:
             return None
         return replace(sequence, prompt=prompt[:kept] + prompt[kept + excess :])
 
-    def tell(self, what: str, count: int, total: int) -> None:
-        """Say once that and how often something first happened."""
+    def tell(self, what: str, count: int, total: int, where: str = "") -> None:
+        """Say once that and how often something first happened, and in which row."""
         if count and what not in self._told:
             self._told.add(what)
-            say(f"note: reward={self.path}: {what} ({count} of the first {total}; told once)")
+            row = f", such as {where}" if where else ""
+            say(f"note: reward={self.path}: {what}{row} ({count} of the first {total}; told once)")
+
+    def tell_failures(self, failed: Sequence[Tokens], total: int) -> None:
+        """Say once that the model failed at responses: its scores of them are not finite."""
+        where = failed[0].source if failed else ""
+        self.tell("scores that are not finite are no reward", len(failed), total, where)
 
 
 class ModelReward(Source):
@@ -180,12 +186,19 @@ class ModelReward(Source):
         return (self.raw_of(rollouts) - self.mean) / self.std
 
     def raw_of(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """(B,) scores before normalisation; NaN for a response that exceeds the context."""
+        """(B,) scores before normalisation.
+
+        NaN for a response that exceeds the context, infinite for one that the model failed at.
+        """
         found = torch.full((len(rollouts),), math.nan)
         sequences = self.reader.sequences(rollouts)
         fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
         if fitting:
-            found[[i for i, _ in fitting]] = self.raw([each for _, each in fitting]).float()
+            raw = self.raw([each for _, each in fitting]).float()
+            good = raw.isfinite()
+            found[[i for i, _ in fitting]] = raw.masked_fill(~good, math.inf)
+            failed = [each for (_, each), fine in zip(fitting, good, strict=True) if not fine]
+            self.reader.tell_failures(failed, len(rollouts))
         return found
 
 
@@ -210,18 +223,22 @@ class CheckpointReward(ModelReward):
         """(n_i,) probabilities that the steps are right, as the head was trained to say them.
 
         All are unknown where the response exceeds the context, or where the model's own tokenizer
-        finds other steps in the text.
+        finds other steps in the text; all are infinite where it failed at one.
         """
         found = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
         sequences = self.reader.sequences(rollouts)
         fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
         raw = self.reading.step_scores(self.model, [each for _, each in fitting], self.hardware)
-        others = 0
-        for (i, _), scores in zip(fitting, raw, strict=True):
-            if len(scores) == len(found[i]):
+        others, failed = 0, []
+        for (i, sequence), scores in zip(fitting, raw, strict=True):
+            if not scores.isfinite().all():
+                found[i].fill_(math.inf)
+                failed.append(sequence)
+            elif len(scores) == len(found[i]):
                 found[i] = scores.float().sigmoid()
             else:
                 others += 1
+        self.reader.tell_failures(failed, len(rollouts))
         self.reader.tell("responses have other steps in its own tokens", others, len(rollouts))
         return found
 

@@ -172,7 +172,7 @@ def judged(cfg: Evaluate, source: ModelReward, policy: Policy) -> Report | None:
             items = policy.encoder.answers(read_split(cfg.data, kind).held_out)
             written = [rollout for item in items for rollout in as_rollouts(item, policy)]
             scores = source.raw_of(written).split([len(item.responses) for item in items])
-            scored = [pair for pair in zip(items, scores, strict=True) if not pair[1].isnan().any()]
+            scored = [pair for pair in zip(items, scores, strict=True) if pair[1].isfinite().all()]
             if scored:
                 return judge([item for item, _ in scored], [each for _, each in scored])
     return None

@@ -1,6 +1,8 @@
 """Rewards as the stages use them: normalised, checked, and replaced where no EOS came."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +227,45 @@ def test_the_reference_of_an_implicit_reward_must_be_there_unchanged(tmp_path: P
     (tmp_path / "ref").rename(tmp_path / "other")
     with pytest.raises(UserError, match=r"its reference .*ref is gone; run dpo again"):
         load(str(folder))
+
+
+# --------------------------------------------------------------------------- bad numbers
+
+
+def overflow(model: Any, bad: float) -> None:
+    """Let the head say `bad` of the second sequence of a batch."""
+
+    def spoil(module: Any, inputs: Any, scores: Tensor) -> Tensor:
+        spoilt = scores.clone()  # (B, 1)
+        spoilt[1] = bad
+        return spoilt
+
+    model.score.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_costs_the_response_its_whole_reward(
+    folder: Path, bad: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a user's function that fails; told once, with the row and the folder; counted."""
+    reward = load_reward(f"{folder} + length:2", run_of(), bpe(), torch.device("cpu"))
+    model = reward.terms[0].source
+    assert isinstance(model, CheckpointReward)
+    rollouts = [
+        replace(each, tokens=replace(each.tokens, source=f"rows.jsonl:{i}"))
+        for i, each in enumerate(ROLLOUTS)
+    ]
+    fine = reward.score(rollouts)
+    overflow(model.model, bad)
+    capsys.readouterr()
+    scores, again = reward.score(rollouts), reward.score(rollouts)
+    (lost,) = scores.total.isnan().nonzero()[:, 0].tolist()
+    kept = [i for i in range(len(rollouts)) if i != lost]
+    torch.testing.assert_close(scores.total[kept], fine.total[kept])
+    assert again.total.isnan().sum() == 1
+    assert not any(part.isinf().any() for part in scores.parts.values())
+    assert reward.metrics(scores)[f"reward/{folder}/none"] == pytest.approx(1 / 5)
+    assert capsys.readouterr().err == (
+        f"note: reward={folder}: scores that are not finite are no reward, such as "
+        f"rows.jsonl:{lost} (1 of the first 5; told once)\n"
+    )

@@ -438,3 +438,25 @@ def test_a_reward_model_may_share_the_policys_weights(
     monkeypatch.setattr(models, "load_scorer", spy)
     load_reward(str(tmp_path), run_of(), bpe(), torch.device("cpu"), policy)
     assert lent == [policy]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_a_model_fails_at_costs_the_whole_reward(
+    bad: float, tmp_path: Path, said: list[str]
+) -> None:
+    scorer(tmp_path, bpe(), "step", head={"aggregate": "product", "step_end": "t"})
+    reward = load(f"{tmp_path} + length:3")
+    judge: Any = reward.terms[0].source
+
+    def spoil(module: Any, inputs: Any, scores: Tensor) -> Tensor:
+        spoilt = scores.clone()  # (B, T, 1)
+        spoilt[0, -1] = bad
+        return spoilt
+
+    judge.model.score.register_forward_hook(spoil)
+    scores = reward.score(rollouts_of("cat sat on it", "cat sat"), by_step=True)
+    assert scores.total.isnan().tolist() == [True, False]
+    assert not scores.parts[str(tmp_path)].isinf().any()
+    assert "not finite are no reward" in said[0] and "(1 of the first 2; told once)" in said[0]
+    reward.score(rollouts_of("cat sat on it"), by_step=True)
+    assert len(said) == 1
