@@ -1,14 +1,16 @@
 """Models in and out: a hub id, a folder, an adapter folder, or a small decoder from scratch."""
 
 import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.models.adapters import (
     CRITIC,
@@ -30,10 +32,12 @@ from rlhf_cli.models.adapters import (
     adapter_weights,
     is_adapted,
 )
+from rlhf_cli.models.finite import not_finite
 from rlhf_cli.models.forward import check_unembedding, unwrap
+from rlhf_cli.models.halving import if_it_fits, ran_out
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
 from rlhf_cli.models.integrity import check_weights_hash
-from rlhf_cli.models.manifest import RESPONSE, adapter_base, level_of
+from rlhf_cli.models.manifest import RESPONSE, adapter_base, level_of, shapes_of
 from rlhf_cli.models.shared import critic_on_base, freeze_lowest, scorer_on_base, share_frozen
 
 transformers_logging.set_verbosity_error()
@@ -59,6 +63,31 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+Rest = ParamSpec("Rest")
+Loaded = TypeVar("Loaded")
+
+
+def _fits(
+    load: Callable[Concatenate[str, Rest], Loaded],
+) -> Callable[Concatenate[str, Rest], Loaded]:
+    """A loader of the folder or hub id given first, with a line for when memory runs out."""
+
+    @wraps(load)
+    def loader(path: str, *args: Rest.args, **kwargs: Rest.kwargs) -> Loaded:
+        loaded = if_it_fits(lambda: load(path, *args, **kwargs))
+        if loaded is None:
+            shapes = shapes_of(Path(adapter_base(path) or path))
+            count = sum(map(math.prod, shapes.values()))
+            size = f": {count} weights x 4 bytes = {count * 4 / 2**30:.2f} GiB" if count else ""
+            raise RunError(
+                f"out of memory while loading {path}{size}; what helps: a smaller model, or fewer "
+                "roles with weights of their own (--check counts them)"
+            )
+        return loaded
+
+    return loader
+
+
 def check_vocabulary(
     role: str, path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -69,6 +98,7 @@ def check_vocabulary(
         )
 
 
+@_fits
 def load_policy(
     path: str, config: FrozenModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> nn.Module:
@@ -86,6 +116,7 @@ def load_policy(
     return _adapt(model, path, config, "CAUSAL_LM").to(device)
 
 
+@_fits
 def load_scorer(
     path: str,
     config: FrozenModel,
@@ -109,6 +140,7 @@ def load_scorer(
         trainable = _rank(config) > 0
         role = _free_name(base, CRITIC if trainable else REWARD)
         check_weights_hash(path)
+        _check_adapter(path)
         with _told(f"{path}: cannot load the adapter"):
             found = scorer_on_base(base, path, named, role, trainable)
         if found is not None:
@@ -121,6 +153,7 @@ def load_scorer(
     return _beside(_adapt(model, path, config, task).to(device), base)
 
 
+@_fits
 def scorer_from_policy(
     path: str,
     config: Model,
@@ -236,12 +269,31 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(name) for name in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    _check_finite(base or path, model.state_dict())
     return model
+
+
+def _check_finite(path: str, weights: Mapping[str, Tensor]) -> None:
+    """Stop where a folder holds a weight that is not finite."""
+    if (name := not_finite(weights)) is not None:
+        raise UserError(
+            f"{path}: weight {name} holds a NaN or an infinity; make or download the folder again"
+        )
+
+
+def _check_adapter(path: str) -> None:
+    """`_check_finite` of an adapter folder's own weights."""
+    import peft
+
+    with _told(f"{path}: cannot load the adapter"):
+        _check_finite(path, peft.load_peft_weights(path, device="cpu"))
 
 
 def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout."""
     model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
+    if adapter_base(path) is not None:
+        _check_adapter(path)
     with _told(f"{path}: cannot load the adapter"):
         adapted = _with_adapter(model, path, config, task)
     disable_dropout(adapted)
@@ -301,6 +353,8 @@ def _told(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if ran_out(error):
+            raise
         raise UserError(f"{what}: {first_line(error)}") from None
 
 

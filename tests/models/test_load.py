@@ -1,11 +1,15 @@
 """Folders in and out: what is loaded is what was saved, and adapters add up."""
 
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +20,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.models.forward import hidden_states, token_logprobs, unwrap
@@ -481,3 +485,60 @@ def test_an_added_pad_token_is_never_likely(folder: Path, tmp_path: Path) -> Non
     grown: Any = load_policy(str(tmp_path), FULL, tokenizer, CPU)
     probabilities = grown(torch.tensor([[5]])).logits[0, -1].softmax(-1)
     assert probabilities[-1] < 0.1
+
+
+# --------------------------------------------------------------------------- bad weights, no room
+
+
+def spoilt(place: Path, file: str, name: str, bad: float) -> str:
+    """Put a bad number into a weight of a folder; returns the weight's name there."""
+    weights = load_file(place / file)
+    (found,) = [each for each in weights if each.endswith(name)]
+    weights[found].view(-1)[-1] = bad
+    save_file(weights, place / file, {"format": "pt"})
+    return found
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(folder: Path, tmp_path: Path, bad: float) -> None:
+    """Of a policy, and of a policy whose trunk a scorer would take."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    name = spoilt(tmp_path, "model.safetensors", "layers.1.mlp.up_proj.weight", bad)
+    line = re.escape(f"{tmp_path}: weight {name} holds a NaN or an infinity")
+    with pytest.raises(UserError, match=line):
+        policy_of(tmp_path, FULL)
+    with pytest.raises(UserError, match=line):
+        scorer_from_policy(str(tmp_path), FULL, bpe(), 7, CPU)
+
+
+@pytest.mark.parametrize("config", [FULL, LORA, FROZEN], ids=["merged", "continued", "frozen"])
+def test_an_adapter_that_is_not_finite_is_refused(
+    folder: Path, tmp_path: Path, config: FrozenModel
+) -> None:
+    save_model(policy_of(folder, LORA), bpe(), tmp_path, merge=False)
+    spoilt(tmp_path, "adapter_model.safetensors", "layers.0.mlp.up_proj.lora_B.weight", math.nan)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.lora_B\.weight holds a NaN"):
+        policy_of(tmp_path, config)
+
+
+def test_a_reward_adapter_that_is_not_finite_is_refused_on_a_shared_base(
+    folder: Path, tmp_path: Path
+) -> None:
+    save_model(scorer_from_policy(str(folder), LORA, bpe(), 7, CPU), bpe(), tmp_path, merge=False)
+    spoilt(tmp_path, "adapter_model.safetensors", "score.weight", math.nan)
+    with pytest.raises(UserError, match="score.weight holds a NaN"):
+        load_scorer(str(tmp_path), FROZEN, bpe(), CPU, policy_of(folder, LORA))
+
+
+def test_a_model_that_does_not_fit_says_how_large_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = sum(each.numel() for each in load_file(folder / "model.safetensors").values())
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    line = re.escape(f"out of memory while loading {folder}: {count} weights x 4 bytes = 0.00 GiB")
+    with pytest.raises(RunError, match=line):
+        policy_of(folder, FULL)
