@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import Dpo, DpoAlgo
 from rlhf_cli.config.validate import WITHOUT_REFERENCE
 from rlhf_cli.data.batches import (
@@ -51,7 +51,7 @@ from rlhf_cli.models.forward import (
     on_grid,
     shares_prompts,
 )
-from rlhf_cli.models.halving import savers
+from rlhf_cli.models.halving import in_groups, no_room, savers
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
@@ -197,11 +197,15 @@ def run(cfg: Dpo) -> Path:
     def micro_batches(items: list[Item]) -> list[list[Item]]:
         return cut(items, hardware.tokens_per_microbatch, count=responses_in)
 
+    def too_large(group: list[Item]) -> RunError:
+        keys = savers(hardware, len(group[0]), logits=True)
+        return no_room("the evaluation", responses_in(group[0]), len(group[0]), keys)
+
     def evaluate() -> Metrics:
         whole, sums = batchwise(held_out), Metrics()
         with torch.no_grad():
-            for group in micro_batches(held_out):
-                total, metrics = loss(group, whole)
+            each = in_groups(micro_batches(held_out), partial(loss, whole=whole), too_large)
+            for _, (total, metrics) in each:
                 for name, value in {"loss": total, **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
         means = by_class({name: sums[name] / len(held_out) for name in sums}, held_out)
