@@ -368,17 +368,23 @@ def test_means_of_an_iteration_leave_out_what_a_skipped_update_could_not_measure
 
 
 class Small(Language):
-    """A memory that holds no more than `most` padded tokens; `sizes` are those that it held."""
+    """A memory that holds no more than `most` padded tokens.
+
+    sizes: those that it held.
+    refused: how many it did not.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self.sizes: list[int] = []
+        self.refused = 0
         self.most = most
         self.model.model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
         size = kwargs["input_ids"].numel()
         if size > self.most:
+            self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         self.sizes.append(size)
 
@@ -417,6 +423,7 @@ def test_a_step_that_did_not_fit_is_told_once_and_remembered(
     again.load(optimizer.tensors(), optimizer.state())
     again.step([Part([SEQUENCES], resumed.loss, TOKENS)])
     assert resumed.sizes == sizes
+    assert (small.refused, resumed.refused) == (2, 0)  # the whole, and then its first half
     assert said(capsys) == ""
 
 
