@@ -16,6 +16,7 @@ from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserEr
 from rlhf_cli.config.secrets import redacted
 
 COMMANDS = ("ls", "cp", "env", "completion")
+LONGEST_LINE = 1000  # characters of an error
 
 
 def main() -> int:
@@ -50,7 +51,10 @@ def main() -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"rlhf-cli: error: {redacted(' '.join(message.split()))}", file=sys.stderr)
+    line = redacted(" ".join(message.split()))
+    if len(line) > LONGEST_LINE:  # some value in it is no more readable in full
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(f"rlhf-cli: error: {line}", file=sys.stderr)
     return status
 
 

@@ -25,6 +25,7 @@ def read_raw(path: str | Path) -> Iterator[tuple[Raw, str]]:
     place = Path(path)
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
+        files = [file for file in files if file.is_file() or file.is_dir()]  # a pipe never ends
         if not files:
             raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
         for file in files:
@@ -34,11 +35,14 @@ def read_raw(path: str | Path) -> Iterator[tuple[Raw, str]]:
         yield from read_hub(str(path))
         return
     count = 0
-    for raw, number in PARSERS.get(place.suffix, parse_jsonl)(place):
-        if not isinstance(raw, dict):
-            raise UserError(f"{place}:{number}: expected an object, got {type(raw).__name__}")
-        count += 1
-        yield raw, f"{place}:{number}"
+    try:
+        for raw, number in PARSERS.get(place.suffix, parse_jsonl)(place):
+            if not isinstance(raw, dict):
+                raise UserError(f"{place}:{number}: expected an object, got {type(raw).__name__}")
+            count += 1
+            yield raw, f"{place}:{number}"
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read: {error.strerror or error}") from None
     if not count:
         raise UserError(f"{place}: the file has no rows")
 
@@ -85,10 +89,10 @@ def parse_parquet(file: Path) -> Iterator[tuple[Any, int]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowInvalid as error:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"{file}: not Parquet: {error}") from None
-    yield from ((row, number) for number, row in enumerate(table.to_pylist(), 1))
+    yield from ((row, number) for number, row in enumerate(rows, 1))
 
 
 PARSERS: dict[str, Callable[[Path], Iterator[tuple[Any, int]]]] = {

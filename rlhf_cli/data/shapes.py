@@ -81,7 +81,17 @@ def text_of(raw: Raw, name: str, source: str) -> str:
         raise RowError(f"{source}: column {name!r} holds {type(value).__name__}, expected text")
     if not value.strip():
         raise RowError(f"{source}: column {name!r} is empty")
+    check_characters(value, name, source)
     return value
+
+
+def check_characters(text: str, name: str, source: str) -> None:
+    """Every character is a whole one: JSON can write halves, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise RowError(f"{source}: column {name!r} holds half a character: {half}") from None
 
 
 def prompt_of(raw: Raw, source: str) -> str | Turns:
@@ -99,7 +109,12 @@ def turns_of(value: Any, name: str, source: str) -> Turns:
     for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise RowError(f"{source}: column {name!r} needs messages with role and content")
-    return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in value]
+        for part in ("role", "content"):
+            if not isinstance(message[part], str):
+                has = type(message[part]).__name__
+                raise RowError(f"{source}: column {name!r}: {part} holds {has}, expected text")
+            check_characters(message[part], name, source)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
 def split_turns(value: Any, name: str, source: str) -> tuple[Turns, str]:
