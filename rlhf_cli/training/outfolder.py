@@ -355,4 +355,6 @@ def publish(out: Path, manifest: Manifest) -> None:
 def tidy(out: Path) -> None:
     """Remove what a finished folder needs no more: resume points and the lock."""
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    unlock(out)
+    if (out / LOCK).exists():  # ours, or that of a run that was killed here
+        lock(out)
+        unlock(out)
