@@ -33,20 +33,20 @@ def faults_of(out: Path) -> list[str]:
 
 def _content(file: Path) -> Any:
     if file.suffix == ".jsonl":
-        return [untimed(json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+        return [without_times(json.loads(line)) for line in file.read_text("utf-8").splitlines()]
     if file.name in ("stage.json", "report.json"):
-        found = untimed(json.loads(file.read_text("utf-8")))
+        found = without_times(json.loads(file.read_text("utf-8")))
         # files hold their own hashes, and logs have times in them
         return {**found, "files": sorted(found["files"])} if "files" in found else found
     return file.read_bytes()
 
 
-def untimed(value: Any) -> Any:
+def without_times(value: Any) -> Any:
     """A JSON value without the entries that a clock makes, at any depth."""
     if isinstance(value, dict):
         return {
-            name: untimed(entry)
+            name: without_times(entry)
             for name, entry in value.items()
             if not re.match("seconds$|seconds/|tokens_per", name)
         }
-    return [untimed(entry) for entry in value] if isinstance(value, list) else value
+    return [without_times(entry) for entry in value] if isinstance(value, list) else value

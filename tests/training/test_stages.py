@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from rlhf_cli.training import outfolder
 from rlhf_cli.training.outfolder import newest_step
 from rlhf_cli.training.preflight import preflight
 from rlhf_cli.training.session import Session, snapshot
+from tests.contents import contents_of, without_times
 from tests.toys import FROZEN, bpe, llama
 from tests.training.tiny import DATA, WORDS, manifest, words_of
 
@@ -126,10 +126,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def untimed(file: Path) -> list[dict[str, Any]]:
     """The lines without what a clock says."""
-    return [
-        {name: value for name, value in each.items() if not re.match("seconds/|tokens_per", name)}
-        for each in lines(file)
-    ]
+    return [without_times(each) for each in lines(file)]
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -208,12 +205,61 @@ def test_a_run_killed_while_it_writes_its_model_goes_on(
     same(whole, out)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo lora", "ppo", "grpo"])
+SAMPLED = {
+    "generate": ["reward=runs/demo/reward", "algo.samples=2", "algo.prompts=4"],
+    "evaluate": [
+        *("reference=runs/demo/sft", "baselines=[runs/demo/adapter]", "reward=runs/demo/reward"),
+        *("gold=length:5", "algo.samples=2", "algo.prompts=4"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo lora", "ppo", "grpo", *SAMPLED])
 def test_the_seed_alone_decides(name: str, tmp_path: Path) -> None:
-    one, other = run(name, tmp_path / "one"), run(name, tmp_path / "other")
-    same(one, other)
-    another = run(name, tmp_path / "another", "seed=1")
-    assert weights(another) != weights(one)
+    """All that is left in `out` is the same the second time, and with another seed it is not."""
+    out = tmp_path / "out"
+
+    def made(*more: str) -> dict[str, Any]:
+        if name in SAMPLED:
+            sampled(name, out, *SAMPLED[name], *more)
+        else:
+            run(name, out, *more)
+        return contents_of(out)
+
+    first = made()
+    shutil.rmtree(out)
+    assert made() == first
+    another = made("seed=1", "overwrite=true")
+    results = [*weights(out)] or [{"generate": "samples.jsonl", "evaluate": "report.json"}[name]]
+    assert all(another[file] != first[file] for file in results)
+
+
+RARELY = ["algo.show_every=4", "algo.eval_every=2", "algo.eval_prompts=4", "gold=length:2"]
+ONLINE = (["algo.show_every=1", "algo.eval_every=null"], RARELY)
+SHOWN = {
+    **dict.fromkeys(("sft", "reward", "dpo"), (["algo.eval_every=2"], ["algo.eval_every=5"])),
+    **dict.fromkeys(("ppo", "grpo"), ONLINE),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_is_shown_and_saved_changes_nothing(name: str, tmp_path: Path) -> None:
+    """Neither evaluations nor samples nor resume points take a random number from training."""
+    outs, evaluated, logs = [], [], []
+    for shown, every in zip(SHOWN[name], ("1", "null"), strict=True):
+        words = ["algo.keep=last", *shown, f"hardware.save_every={every}"]
+        outs.append(run(name, tmp_path / every, *words))
+        log = untimed(outs[-1] / "metrics.jsonl")
+        evaluated.append([any(key.startswith("eval/") for key in each) for each in log])
+        logs.append(
+            [{key: each[key] for key in each if not key.startswith("eval/")} for each in log]
+        )
+    assert weights(outs[0]) == weights(outs[1])
+    assert logs[0] == logs[1] and evaluated[0] != evaluated[1]
+    if name in ("ppo", "grpo"):
+        often, rarely = (lines(out / "samples.jsonl") for out in outs)
+        assert {row["step"] for row in often} == {1, 2, 3, 4, 5, 6}
+        assert rarely == [row for row in often if row["step"] in (1, 4, 6)]
 
 
 # what the other losses share with one of these is not run once more
