@@ -9,6 +9,7 @@ Hydra and torch are imported only by commands that need them, so help answers at
 import importlib
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from rlhf_cli import __version__
@@ -33,7 +34,8 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Interrupted as error:
-        print(f"rlhf-cli: {error}", file=sys.stderr)
+        with suppress(OSError):  # a terminal or `tee` that the same signal ended
+            print(f"rlhf-cli: {error}", file=sys.stderr, flush=True)
         return EXIT_TRY_AGAIN
     except KeyboardInterrupt:
         if show_traceback:

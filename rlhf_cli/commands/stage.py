@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_cli.config import catalog
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.config.hints import check_overrides, explain, nearest
 from rlhf_cli.config.secrets import redacted
 
@@ -116,10 +116,11 @@ def run(stage: str, words: list[str]) -> None:
                 _hydra_main(stage, flags, _SINGLE, lambda cfg: None)
         finally:  # Hydra leaves by SystemExit after its own help
             print(redacted(shown.getvalue()), end="")
-    elif flags.multirun:
-        _sweep(stage, flags)
     else:
-        _single(stage, flags)
+        from rlhf_cli.training.interrupts import handled
+
+        with handled():
+            (_sweep if flags.multirun else _single)(stage, flags)
 
 
 def _single(stage: str, flags: Flags) -> None:
@@ -178,12 +179,16 @@ def sweep_job(cfg: "DictConfig") -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from rlhf_cli.config.compose import typed
+    from rlhf_cli.training import interrupts
 
     job = HydraConfig.get().job
     stage = str(job.config_name)
     config = typed(cfg, stage)
     config.out = f"{config.out}/{job.num}"
-    _execute(stage, config, check=False)
+    with interrupts.handled():  # a launcher may run this in a process of its own
+        _execute(stage, config, check=False)
+        if (name := interrupts.asked()) is not None:  # too late for this job, not for the others
+            raise Interrupted(f"{name}: {config.out} is finished; the same command goes on")
 
 
 def _hydra_main(
@@ -218,9 +223,7 @@ def _one_line(stage: str) -> Iterator[None]:
 
 
 def _execute(stage: str, cfg: Any, check: bool) -> None:
-    from rlhf_cli.training.interrupts import handled
-
-    with handled(), _disk_faults(cfg):
+    with _disk_faults(cfg):
         _checked_run(stage, cfg, check)
 
 

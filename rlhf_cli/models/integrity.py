@@ -5,7 +5,6 @@ A disk that lies, a copy that stopped, an edited file: each is told before anyth
 
 import hashlib
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
@@ -17,6 +16,7 @@ from rlhf_cli.models.manifest import (
     read_header,
     read_manifest,
     read_object,
+    sha256,
     shapes_of,
     weight_files,
 )
@@ -29,12 +29,6 @@ WEIGHTS = ".safetensors"
 
 
 # --------------------------------------------------------------------------- as described
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def described(folder: Path, names: Iterable[str]) -> Files:
@@ -50,32 +44,31 @@ def fault_in(folder: Path, files: Files, hashes: bool = True) -> str | None:
 
     Args:
         hashes: read every byte; otherwise sizes are compared only.
+
+    Raises:
+        OSError: the disk does not answer, which says nothing of what is on it.
     """
     for name, entry in files.items():
         file = folder / name
-        try:
-            if not file.is_file():
-                return f"{file} is missing"
-            if (size := file.stat().st_size) != entry["size"]:
-                return f"{file} has {size} bytes instead of {entry['size']}"
-            if hashes and _current_hash(file) != entry["sha256"]:
-                return f"{file} is damaged: its bytes are not those that were written"
-        except OSError as error:
-            return f"{file} cannot be read: {error.strerror}"
+        if not file.is_file():
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != entry["size"]:
+            return f"{file} has {size} bytes instead of {entry['size']}"
+        if hashes and sha256(file) != entry["sha256"]:
+            return f"{file} is damaged: its bytes are not those that were written"
     return None
 
 
-def _current_hash(file: Path) -> str:
-    """The hash of a file; weights are large, and read once for as long as they seem the same."""
-    if not file.name.endswith(WEIGHTS):
-        return sha256(file)
-    status = file.stat()
-    return _hash_of_weights(file.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _hash_of_weights(file: Path, size: int, mtime_ns: int) -> str:
-    return sha256(file)
+def begins_as(file: Path, entry: dict[str, int | str]) -> bool:
+    """Whether a file's first bytes are those that were described; more may follow."""
+    if not file.is_file():
+        return False
+    digest, left = hashlib.sha256(), int(entry["size"])
+    with file.open("rb") as stream:
+        while left and (chunk := stream.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return left == 0 and digest.hexdigest() == entry["sha256"]
 
 
 def check_files(folder: Path) -> None:
@@ -87,7 +80,8 @@ def check_files(folder: Path) -> None:
     files = _recorded(folder)
     weights = {name: entry for name, entry in files.items() if name.endswith(WEIGHTS)}
     others = {name: files[name] for name in files.keys() - weights.keys()}
-    _stop_at(fault_in(folder, weights, hashes=False) or fault_in(folder, others), folder)
+    _require(folder, weights, hashes=False)
+    _require(folder, others)
 
 
 def check_weights_hash(path: str) -> None:
@@ -98,7 +92,7 @@ def check_weights_hash(path: str) -> None:
     """
     files = _recorded(Path(path))
     weights = {name: entry for name, entry in files.items() if name.endswith(WEIGHTS)}
-    _stop_at(fault_in(Path(path), weights), Path(path))
+    _require(Path(path), weights)
 
 
 def _recorded(folder: Path) -> Files:
@@ -107,7 +101,11 @@ def _recorded(folder: Path) -> Files:
     return {name: entry for name, entry in files.items() if not name.endswith(UNVERIFIED)}
 
 
-def _stop_at(fault: str | None, folder: Path) -> None:
+def _require(folder: Path, files: Files, hashes: bool = True) -> None:
+    try:
+        fault = fault_in(folder, files, hashes)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     if fault is not None:
         raise UserError(
             f"{fault}; make the folder again by its stage with overwrite=true, or, if the change "

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ Manifest = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 ADAPTER_CONFIG = "adapter_config.json"
+LOADED = (  # beside weights
+    "config.json",
+    ADAPTER_CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+SMALL = 2**20  # bytes of a file that is hashed anew each time
 
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")  # what peft calls the tasks of a scalar head
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
@@ -139,32 +149,56 @@ def beginnings(folder: Path, names: Collection[str]) -> dict[str, bytes]:
 
 
 def file_hash(*files: Path) -> str:
-    """SHA-256 over the names and bytes of files, shortened to 16 digits."""
+    """SHA-256 over the names and hashes of files, shortened to 16 digits."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode())
         try:
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
+            digest.update(f"{file.name}\0{sha256(file)}\n".encode())
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()[:16]
 
 
-def content_hash(path: str) -> str:
-    """Identity of a model folder: its weights and config, and those of an adapter's local base.
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; a large one is read once while it seems the same.
 
-    A hub id stands for itself.
+    Raises:
+        OSError: it cannot be read.
+    """
+    status = file.stat()
+    if status.st_size < SMALL:
+        return _sha256(file)
+    return _known_sha256(file.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@cache
+def _known_sha256(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    return _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_hash(path: str) -> str:
+    """Identity of a model folder: all that a stage loads of it, and of an adapter's local base, and
+    the scale of its reward. A hub id stands for itself.
     """
     folder = Path(path)
     if not folder.is_dir():
         return path
-    configs = [folder / name for name in ("config.json", ADAPTER_CONFIG)]
-    files = [*weight_files(folder), *(file for file in configs if file.is_file())]
-    if (base := adapter_base(folder)) is not None:
-        files += weight_files(Path(base))
-    return file_hash(*files)
+    base = adapter_base(folder)
+    files = [
+        file
+        for place in (folder, *([Path(base)] if base is not None else []))
+        for file in (*weight_files(place), *(place / name for name in LOADED))
+        if file.is_file()
+    ]
+    said = read_manifest(folder) or {}
+    scale = [said.get("reward"), said.get("implicit_reward")]
+    whole = f"{file_hash(*files)} {json.dumps(scale, sort_keys=True)}"
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def tokenizer_hash(folder: Path) -> str | None:

@@ -1,8 +1,11 @@
 """Lines, progress bars and tables on stderr; plain lines where there is no terminal."""
 
+import os
+import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, Literal, TypeVar, cast
 
 from rich import box
 from rich.console import Console
@@ -24,12 +27,47 @@ PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
 Item = TypeVar("Item")
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+class _Listeners:
+    """sys.stderr while anybody reads it, then nothing: a run outlives its terminal and its `tee`.
+
+    Rich asks for more than is written here, such as whether it is a terminal.
+    """
+
+    def write(self, text: str) -> int:
+        with outliving_stderr():
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with outliving_stderr():
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+@contextmanager
+def outliving_stderr() -> Iterator[None]:
+    """Where nothing can be written to stderr any more, all that is said from now on is dropped."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+console = Console(file=cast(IO[str], _Listeners()), highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(line: str) -> None:
     """One line on stderr, without secrets: it may be what a user's function raised."""
     console.print(escape(redacted(line)))
+
+
+def say_at_once(line: str) -> None:
+    """A line on stderr from within a signal handler, past whatever rich has begun to write."""
+    with outliving_stderr():
+        os.write(2, f"\n{redacted(line)}\n".encode())
 
 
 class Bar:

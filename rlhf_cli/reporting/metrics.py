@@ -1,10 +1,10 @@
 """metrics.jsonl and samples.jsonl: a line a step, in the order of the steps."""
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,19 @@ from typing import Any
 class JsonLines:
     """An append-only file of objects, each with its `step`."""
 
-    def __init__(self, file: Path, resume_from: int = 0) -> None:
-        """Lines of steps after `resume_from` are dropped: the resumed run writes them again."""
-        kept = []
-        if resume_from and file.is_file():
-            kept = list(_up_to(resume_from, file.read_text(encoding="utf-8").splitlines()))
-        part = file.with_name(file.name + ".part")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        part.replace(file)
-        self._file = file
+    def __init__(self, file: Path, size: int = 0) -> None:
+        """The first `size` bytes stay, of the steps that a resumed run does not do again."""
+        self.file = file
+        if size:
+            os.truncate(file, size)
+        else:
+            file.write_bytes(b"")
+        self._size = size
+        self._digest = hashlib.sha256(file.read_bytes())
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append {"step": step, **values}."""
@@ -32,24 +32,17 @@ class JsonLines:
 
     def append(self, row: dict[str, Any]) -> None:
         """Append a row; floats keep six digits."""
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(round_figures(row)) + "\n")
+        line = (json.dumps(round_figures(row)) + "\n").encode()
+        with self.file.open("ab") as stream:
+            stream.write(line)
+        self._size += len(line)
+        self._digest.update(line)
 
-    def flush(self) -> None:
-        """Wait until all lines are on disk."""
-        with self._file.open("rb") as stream:
+    def described(self) -> dict[str, int | str]:
+        """Size and SHA-256 of all lines so far, which are on disk then."""
+        with self.file.open("rb") as stream:
             os.fsync(stream.fileno())
-
-
-def _up_to(step: int, lines: list[str]) -> Iterator[str]:
-    """The lines up to a step; a run that was killed may have left its last one unfinished."""
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        if row["step"] <= step:
-            yield line
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
 
 
 class Clock:

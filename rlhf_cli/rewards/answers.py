@@ -107,17 +107,30 @@ class MathJudge:
         `expected` is no mathematics.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._process is not None and self._process.stdin is not None
             try:
-                self._process.stdin.write(json.dumps([expected, response]) + "\n")
-                self._process.stdin.flush()
-                found: bool | None = json.loads(self._lines.get(timeout=self.seconds))
-                return found
-            except (OSError, queue.Empty, ValueError):  # too slow, or it broke down
+                found = self._answer(expected, response) or self._answer(expected, response)
+            except queue.Empty:  # too slow
+                found = None
                 self._end()
+            if not found:  # or it broke down over this answer twice
                 return False
+            equal: bool | None = json.loads(found)
+            return equal
+
+    def _answer(self, expected: str, response: str) -> str:
+        """The worker's line; empty where it broke down, after which another one is started."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps([expected, response]) + "\n")
+            self._process.stdin.flush()
+            line = self._lines.get(timeout=self.seconds)
+        except OSError:
+            line = ""
+        if not line:
+            self._end()
+        return line
 
     def _start(self) -> None:
         worker = Path(__file__).with_name("math_worker.py")

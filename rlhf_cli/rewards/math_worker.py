@@ -6,6 +6,7 @@ answers.MathJudge, which ends it where it takes too long.
 
 import json
 import logging
+import signal
 import sys
 from functools import lru_cache
 from typing import Any
@@ -37,6 +38,8 @@ def equal(expected: str, response: str) -> bool | None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # are for the run, whose end closes our input
+        signal.signal(number, signal.SIG_IGN)
     logging.disable()
     print("ready", flush=True)
     for line in sys.stdin:

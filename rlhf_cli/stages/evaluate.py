@@ -35,7 +35,8 @@ from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.files import write_text
-from rlhf_cli.training.outfolder import baselines_of, staging
+from rlhf_cli.training.origins import baselines_of
+from rlhf_cli.training.outfolder import staging
 from rlhf_cli.training.roles import Policy, load_role
 from rlhf_cli.training.session import Session, begin
 

@@ -17,12 +17,12 @@ class Best:
     def __init__(self, model: nn.Module, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """`state`, `weights`: as they were at the resume point; empty for a fresh run."""
         self._model = model
-        self.merit: float = state.get("best", -math.inf)
+        self.merit: float = -math.inf if state.get("best") is None else state["best"]
         self.weights = weights
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, float | None]:
         """What goes into a resume point beside `weights`."""
-        return {"best": self.merit}
+        return {"best": self.merit if self.weights else None}
 
     def offer(self, merit: float, weights: dict[str, Tensor] | None = None) -> bool:
         """Keep these weights, or a copy of those of the model, if they are better; NaN is not."""

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_cli.models.integrity import described, fault_in
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.integrity import begins_as, described, fault_in
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.files import whole_folder, write_json
 from rlhf_cli.training.outfolder import resume_point, resume_points
@@ -30,22 +31,32 @@ def save_checkpoint(
         save_file(here, part / TENSORS)  # written from where they lie, without a copy
         write_json(part / STATE, {**state, "step": step})
         write_json(part / FILES, described(part, (TENSORS, STATE)))
-    for old in resume_points(out)[:-keep]:
+    for old in list(resume_points(out).values())[:-keep]:
         shutil.rmtree(old)
 
 
 def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and state of the newest resume point that is whole; None where there is none.
 
-    One that is damaged is named and removed: the run goes on from the one before.
+    One that is damaged is named and put aside: the run goes on from the one before.
+
+    Raises:
+        UserError: a log has lost lines that the run goes on from.
+        OSError: the disk does not answer; nothing is given up for that.
     """
-    for folder in reversed(resume_points(out)):
+    for step, folder in reversed(resume_points(out).items()):
         fault = fault_of(folder)
         if fault is None:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            for name, entry in state["logs"].items():
+                if not begins_as(out / name, entry):
+                    raise UserError(
+                        f"{out / name} has lost or changed lines of the first {step} steps, which "
+                        "the run goes on from; put it back, or start afresh with overwrite=true"
+                    )
             return load_file(folder / TENSORS), state
         say(f"{fault}; this resume point is given up for the one before, or for the start")
-        shutil.rmtree(folder)
+        folder.rename(folder.with_name(f".damaged-{folder.name}"))
     return None
 
 
@@ -55,5 +66,7 @@ def fault_of(folder: Path) -> str | None:
         files = json.loads((folder / FILES).read_text(encoding="utf-8"))
         named = {TENSORS, STATE} == set(files)
         return fault_in(folder, files) if named else f"{folder / FILES} is damaged"
-    except (OSError, ValueError, TypeError, KeyError):
+    except FileNotFoundError:
+        return f"{folder / FILES} is missing"
+    except (ValueError, TypeError, KeyError):
         return f"{folder / FILES} is damaged"

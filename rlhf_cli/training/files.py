@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from rlhf_cli.models.manifest import MANIFEST, Manifest
 
 PART = ".part"
 # what a file system says of itself, rather than of the program that uses it
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_FAULTS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+)
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust pass one on
 
 
@@ -75,16 +83,24 @@ def library_errors(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Write stage.json, with the size and hash of every other file: the folder is complete."""
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    names = [str(file) for file in files if not is_passing(file) and str(file) != MANIFEST]
-    write_json(folder / MANIFEST, {**manifest, "files": described(folder, names), "complete": True})
+def seal(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Write stage.json, with the size and hash of each file: the folder is complete.
+
+    Args:
+        names: the entries of the folder that were written with it; of folders all below counts.
+    """
+    files = [
+        str(path.relative_to(folder))
+        for name in names
+        for path in (folder / name, *(folder / name).rglob("*"))
+        if path.is_file()
+    ]
+    write_json(folder / MANIFEST, {**manifest, "files": described(folder, files), "complete": True})
 
 
-def is_passing(file: Path) -> bool:
-    """Whether a path inside a stage's folder is gone once the stage is finished."""
-    return file.parts[0] == "checkpoints" or any(part.startswith(".") for part in file.parts)
+def seal_whole(folder: Path, manifest: Manifest) -> None:
+    """`seal` a folder in which nothing else lies."""
+    seal(folder, manifest, [path.name for path in folder.iterdir()])
 
 
 def flush_all(folder: Path) -> None:

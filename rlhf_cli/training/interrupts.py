@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT: a training step that is under way is finished and saved first.
+"""SIGTERM, SIGHUP and SIGINT: a training step that is under way is finished and saved first.
 
-Schedulers and CI send SIGTERM some time before they kill, people press Ctrl-C. Both end the run
-with status 75, upon which a queue runs the same command again. A second Ctrl-C ends it at once.
+Schedulers and CI send SIGTERM some time before they kill, a terminal that closes SIGHUP, people
+press Ctrl-C. All end the run with status 75, upon which a queue runs the same command again. A
+second Ctrl-C ends it at once.
 """
 
 import os
@@ -11,10 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rlhf_cli.config.errors import Interrupted
-from rlhf_cli.reporting.console import console
+from rlhf_cli.reporting.console import console, say_at_once
 
 EXIT_AT_ONCE = 130
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class _Stop:
@@ -26,15 +27,21 @@ class _Stop:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Within this block signals stop a stage between steps; before the first step, at once."""
+    """Within this block signals stop a stage between steps; before the first step, at once.
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
     _Stop.waits, _Stop.asked = False, None
-    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    taken = [number for number in _SIGNALS if before[number] != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, _on_signal)
     try:
         yield
     finally:
         _Stop.waits, _Stop.asked = False, None
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def wait_for_steps() -> None:
@@ -57,5 +64,4 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _Stop.asked = name
     if not _Stop.waits:
         raise Interrupted(f"interrupted by {name}; run the same command again")
-    line = f"\n{name}: this step is finished and saved first; another Ctrl-C ends at once\n"
-    os.write(2, line.encode())
+    say_at_once(f"{name}: this step is finished and saved first; another Ctrl-C ends at once")

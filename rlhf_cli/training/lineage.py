@@ -17,11 +17,11 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES
 from rlhf_cli.models.manifest import MANIFEST, content_hash, read_manifest
 from rlhf_cli.training.lock import running
+from rlhf_cli.training.origins import input_hash
 from rlhf_cli.training.outfolder import (
     CHECKPOINTS,
     CONFIG,
     begun_with,
-    input_hash,
     is_claimed,
     newest_step,
 )

@@ -18,7 +18,7 @@ from rlhf_cli.reporting.console import say
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 PATIENCE = 0.3  # seconds: `running` holds a lock for a moment
-_held: dict[Path, int] = {}  # folder -> file descriptor
+_held: dict[Path, tuple[int, int]] = {}  # folder -> process, file descriptor
 
 
 def lock(out: Path) -> None:
@@ -51,7 +51,7 @@ def lock(out: Path) -> None:
         os.close(handle)  # its owner gave it back, and removed the file, after we opened it
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    _held[folder] = handle
+    _held[folder] = os.getpid(), handle
 
 
 def running(out: Path) -> str | None:
@@ -74,8 +74,8 @@ def running(out: Path) -> str | None:
 def unlock(out: Path) -> None:
     """Give a lock back and remove its file, if this process has it."""
     folder = out.resolve()
-    handle = _held.pop(folder, None)
-    if handle is not None:
+    owner, handle = _held.pop(folder, (0, 0))
+    if owner == os.getpid():  # a process that was forked from ours has it not
         (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
 

@@ -31,13 +31,13 @@ from rlhf_cli.rewards.specs import (
     terms_of,
 )
 from rlhf_cli.training.memory import predicted_memory
+from rlhf_cli.training.origins import stage_name
 from rlhf_cli.training.outfolder import (
     FINISHED,
     FREE,
     RESUMABLE,
     is_claimed,
     newest_step,
-    stage_name,
     state_of,
 )
 from rlhf_cli.training.trust import code_lines

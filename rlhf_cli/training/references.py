@@ -33,9 +33,15 @@ from rlhf_cli.models.manifest import content_hash, read_manifest
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import answer_logprobs_of
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.training.files import as_umask_says, library_errors, seal, whole_folder
+from rlhf_cli.training.files import (
+    as_umask_says,
+    disk_fault,
+    library_errors,
+    seal_whole,
+    whole_folder,
+)
 from rlhf_cli.training.optimize import Loss, Optimizer, Part
-from rlhf_cli.training.outfolder import stage_name
+from rlhf_cli.training.origins import stage_name
 from rlhf_cli.training.roles import Policy
 from rlhf_cli.training.session import Session
 
@@ -78,7 +84,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
     with whole_folder(folder) as part:
         save_model(policy.model, policy.tokenizer, part, merge=False)
-        seal(part, {"stage": stage_name(cfg), "kind": "policy"})
+        seal_whole(part, {"stage": stage_name(cfg), "kind": "policy"})
 
 
 @dataclass
@@ -227,14 +233,18 @@ class ReferenceCache:
         return list(values.split(self._counts))
 
     def write(self, values: list[Tensor]) -> None:
-        """Keep them, in the order of `read`."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """Keep them, in the order of `read`; a disk that takes no cache is no failure."""
         joined = torch.cat(values)
         part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")  # a sweep has several
-        with library_errors(part):
-            save_file({"logprobs": joined}, part, {**self._key, "values": digest_of(joined)})
-        as_umask_says(part)
-        part.replace(self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with library_errors(part):
+                save_file({"logprobs": joined}, part, {**self._key, "values": digest_of(joined)})
+            as_umask_says(part)
+            part.replace(self.file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            say(f"note: reference log-probs are not kept: {disk_fault(error) or error}")
 
 
 def digest_of(values: Tensor) -> str:

@@ -40,9 +40,10 @@ from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.rollout.rollouts import Rollout
-from rlhf_cli.training.files import seal, whole_folder
+from rlhf_cli.training.files import seal_whole, whole_folder
 from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
-from rlhf_cli.training.outfolder import begun_with, stage_name
+from rlhf_cli.training.origins import stage_name
+from rlhf_cli.training.outfolder import begun_with
 from rlhf_cli.training.roles import Policy
 from rlhf_cli.training.session import Session, tensors_of
 
@@ -233,7 +234,7 @@ class RewardRefresh:
                 self._encoder.tokenizer.save_pretrained(part)
             else:
                 save_model(source.model, self._encoder.tokenizer, part, merge=True)
-            seal(part, manifest)
+            seal_whole(part, manifest)
         say(f"the refreshed reward model: {folder}")
 
 

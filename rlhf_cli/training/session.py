@@ -27,12 +27,12 @@ from rlhf_cli.training import interrupts
 from rlhf_cli.training.checkpoint import load_checkpoint, save_checkpoint
 from rlhf_cli.training.files import library_errors
 from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.origins import Origins, origins_of, stage_name
 from rlhf_cli.training.outfolder import (
     FINISHED,
     begun_with,
     claim,
     publish,
-    stage_name,
     staging,
     state_of,
     tidy,
@@ -48,6 +48,7 @@ class Session:
     `out` is untouched until `claim`, so that a bad row or model leaves it as it was.
 
     plan: what will happen, to be said once the rows are known to be good.
+    origins: what the run is made from, as it was before anything was read.
     start: the step to go on after; 0 for a fresh run.
     spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
     saved: seconds on the clock at the last resume point, or where training began.
@@ -59,12 +60,14 @@ class Session:
     device: torch.device
     began: float
     plan: list[str]
+    origins: Origins
     start: int = 0
     spent: float = 0.0
     saving: float = 0.0
     saved: float = 0.0
     claimed: bool = False
     logs: list[JsonLines] = field(default_factory=list)
+    log_sizes: dict[str, int] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
 
     def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
@@ -81,12 +84,12 @@ class Session:
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""
         if not self.claimed:
-            claim(self.cfg)
+            claim(self.cfg, self.origins)
         self.claimed = True
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
-        self.logs.append(JsonLines(self.out / file, self.start))
+        self.logs.append(JsonLines(self.out / file, self.log_sizes.get(file, 0)))
         return self.logs[-1]
 
     def seconds(self) -> float:
@@ -121,11 +124,14 @@ class Session:
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
         tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
         self._require_finite(tensors, f"after step {step}")
-        for log in self.logs:
-            log.flush()
-        numbers = {"seconds": self.seconds(), "saving": self.saving, "checks": self.checks}
+        own = {
+            "seconds": self.seconds(),
+            "saving": self.saving,
+            "checks": self.checks,
+            "logs": {log.file.name: log.described() for log in self.logs},
+        }
         keep = self.cfg.hardware.keep or 1
-        save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **numbers}, keep)
+        save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **own}, keep)
         self.saved = time.monotonic()
         self.saving += self.saved - began
         if asked is not None:
@@ -169,6 +175,7 @@ class Session:
         self.start = state["step"]
         self.spent, self.saving = state["seconds"], state["saving"]
         self.checks = state["checks"]
+        self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
         say(f"resuming after step {self.start}")
         return state, tensors_of(tensors, "extra")
 
@@ -211,6 +218,8 @@ class Session:
 
     def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
         """Publish what is staged, with stage.json last."""
+        for log in self.logs:
+            log.described()  # so that it is on disk before stage.json says that all is there
         publish(
             self.out,
             {
@@ -266,7 +275,8 @@ def begin(cfg: Run) -> Session | None:
     if cfg.hardware.threads is not None:
         torch.set_num_threads(cfg.hardware.threads)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
-    return Session(cfg, Path(cfg.out), device_of(cfg.hardware.device), began, plan)
+    device = device_of(cfg.hardware.device)
+    return Session(cfg, Path(cfg.out), device, began, plan, origins_of(cfg))
 
 
 def device_of(name: str) -> torch.device:

@@ -5,7 +5,7 @@ from pathlib import Path
 from rlhf_cli.config.schema import Evaluate, Run
 from rlhf_cli.models.manifest import adapter_base, implicit_reward_of, read_object, reference_folder
 from rlhf_cli.rewards.specs import models_of
-from rlhf_cli.training.outfolder import baselines_of
+from rlhf_cli.training.origins import baselines_of
 
 
 def code_lines(cfg: Run) -> list[str]:

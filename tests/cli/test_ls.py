@@ -17,7 +17,7 @@ from rlhf_cli.commands import ls
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.training.lineage import Node, trees
-from rlhf_cli.training.outfolder import input_hash
+from rlhf_cli.training.origins import input_hash
 from tests.conftest import Cli
 
 CONFIG = "# rlhf-cli {words}\nname: demo\nout: {out}\nseed: 3\npolicy: runs/demo/sft\n"

@@ -22,7 +22,7 @@ from typing import Any
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Run
 from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
-from rlhf_cli.training.outfolder import stage_name
+from rlhf_cli.training.origins import stage_name
 from tests.contents import contents_of, faults_of
 from tests.training.tiny import words_of
 

@@ -17,7 +17,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
-from rlhf_cli.training.outfolder import parents_of
+from rlhf_cli.training.origins import parents_of
 from rlhf_cli.training.preflight import check_models, reward_lines
 
 

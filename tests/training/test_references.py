@@ -242,7 +242,7 @@ def test_a_run_killed_while_it_bootstraps_ends_the_same(
     whole = run("whole", *words)
     places = {
         "early": (Optimizer, "step"),
-        "late": (references, "seal"),
+        "late": (references, "seal_whole"),
         "after": (dpo, "reference_of"),
     }
     owner, name = places[when]

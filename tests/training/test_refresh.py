@@ -328,7 +328,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
     def dying(log: JsonLines, number: int, values: dict[str, Any]) -> None:
         write(log, number, values)
-        if number == killed_at and log._file.name == "metrics.jsonl":
+        if number == killed_at and log.file.name == "metrics.jsonl":
             raise Killed
 
     with monkeypatch.context() as patch:

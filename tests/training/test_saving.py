@@ -1,5 +1,6 @@
 """Resume points as users meet them: damaged, refused, locked, on a full disk, cut by a signal."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,12 +16,12 @@ import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
-from rlhf_cli.stages import dpo, ppo, reward, sft
+from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft
 from rlhf_cli.training import interrupts, lock
 from rlhf_cli.training.outfolder import newest_step, resume_point, resume_points
 from rlhf_cli.training.session import Session
 from tests.training.test_stages import kill_at, lines, same, untimed, weights
-from tests.training.tiny import words_of
+from tests.training.tiny import DATA, words_of
 
 pytestmark = pytest.mark.usefixtures("inside")
 
@@ -46,7 +47,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         kill_at(5, patch)
         with pytest.raises(Exception, match="^$"):
             run("ppo", out)
-    assert [folder.name[-1] for folder in resume_points(out)] == ["3", "4"]
+    assert list(resume_points(out)) == [3, 4]
     return out
 
 
@@ -90,11 +91,35 @@ def test_without_a_whole_resume_point_a_run_begins_again(
     killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run("ppo", tmp_path / "whole")
-    for folder in resume_points(killed):
+    for folder in resume_points(killed).values():
         flip(folder / "tensors.safetensors")
     run("ppo", killed)
     assert "resuming" not in capsys.readouterr().err
     same(whole, killed)
+
+
+def test_a_disk_that_does_not_answer_costs_no_resume_point(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(folder: Path, files: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_cli.training.checkpoint.fault_in", unreachable)
+        with pytest.raises(OSError, match="Stale"):
+            run("ppo", killed)
+    run("ppo", killed)
+    same(run("ppo", tmp_path / "whole"), killed)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_log_that_has_lost_lines_is_not_gone_on_with(name: str, killed: Path) -> None:
+    kept = (killed / name).read_bytes()
+    (killed / name).write_bytes(kept[kept.index(b"\n") + 1 :])
+    with pytest.raises(UserError, match=rf"{name} has lost or changed lines of the first 4 steps"):
+        run("ppo", killed)
+    (killed / name).write_bytes(kept)
+    run("ppo", killed)
 
 
 # --------------------------------------------------------------------------- when to save
@@ -219,6 +244,56 @@ def test_an_order_to_overwrite_is_carried_out_once(
     assert "resuming" not in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------- what is emptied
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_stage_empties_what_another_wrote(killed: Path) -> None:
+    """Though what samples has nothing of its own to lose."""
+    lock.unlock(killed)
+    before = contents(killed)
+    some = ["policy=runs/demo/sft", "reward=regex:a", f"out={killed}", *DATA]
+    with pytest.raises(UserError, match="is the folder of another stage"):
+        evaluate.run(compose("evaluate", [*some, "baselines=[]", "gold=null"]))
+    asked = ["policy=runs/demo/sft", f"out={killed}", "data=jsonl", "data.path=-"]
+    limits = ["data.max_prompt_tokens=24", "data.max_response_tokens=8", "algo.max_tokens=8"]
+    with pytest.raises(UserError, match="is the folder of another stage"):
+        generate.run(compose("generate", [*asked, *limits]))
+    assert contents(killed) == before
+
+
+def test_an_out_that_holds_its_own_input_is_not_emptied(killed: Path) -> None:
+    shutil.copy("rows.jsonl", killed / "rows.jsonl")
+    with pytest.raises(UserError, match="holds the data.path that this stage reads"):
+        run("ppo", killed, f"data.path={killed}/rows.jsonl", "overwrite=true")
+    assert (killed / "rows.jsonl").exists()
+    base = Path("runs/demo/sft")
+    with pytest.raises(UserError, match="holds the base of the policy that this stage reads"):
+        run("ppo", base, "policy=runs/demo/adapter", "overwrite=true")
+
+
+def test_an_out_that_holds_another_run_is_not_emptied(killed: Path) -> None:
+    run("sft", killed / "inside")
+    with pytest.raises(UserError, match="holds another run, .*inside; name another out"):
+        run("ppo", killed, "overwrite=true")
+
+
+def test_a_file_of_ones_own_in_a_folder_is_ones_own(tmp_path: Path) -> None:
+    out = run("dpo", tmp_path / "out", "algo.epochs=1", "algo.eval_every=99")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(Exception, match="^$"):
+            run("dpo", out, "overwrite=true")
+    (out / "notes.txt").write_text("This is the second try.")
+    run("dpo", out, "overwrite=true")
+    said = json.loads((out / "stage.json").read_text())["files"]
+    assert "model.safetensors" in said and "metrics.jsonl" in said and "notes.txt" not in said
+    assert (out / "notes.txt").exists()
+
+
 # --------------------------------------------------------------------------- the disk
 
 
@@ -326,6 +401,19 @@ def test_a_signal_ends_a_run_once_its_step_is_saved(number: signal.Signals, tmp_
     whole = run("ppo", tmp_path / "whole", "algo.steps=40")
     run("ppo", out, seldom, "algo.steps=40")
     same(whole, out)
+
+
+def test_a_run_outlives_those_who_read_it(tmp_path: Path) -> None:
+    """`rlhf-cli ... 2>&1 | tee log`: the same Ctrl-C ends tee."""
+    out = tmp_path / "out"
+    words = command("ppo", out, "hardware.save_every=null", "algo.steps=40")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    wait_for(out / "samples.jsonl")
+    assert process.stderr is not None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 75
+    assert newest_step(out) is not None
 
 
 SLOW = """

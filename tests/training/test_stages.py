@@ -149,7 +149,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def dying(log: JsonLines, number: int, values: dict[str, Any]) -> None:
         write(log, number, values)
-        if number == step and log._file.name == "metrics.jsonl":
+        if number == step and log.file.name == "metrics.jsonl":
             raise Killed
 
     monkeypatch.setattr(JsonLines, "write", dying)
@@ -600,7 +600,7 @@ def test_a_half_written_folder_is_no_policy(
     """Killed between the weights and stage.json, the folder looks like anybody's model."""
     out = tmp_path / "out"
 
-    def dying(folder: Path, manifest: dict[str, Any]) -> None:
+    def dying(folder: Path, manifest: dict[str, Any], names: set[str]) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
