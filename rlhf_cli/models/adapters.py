@@ -86,14 +86,24 @@ def adapter_config(path: str) -> Any:
     """
     import peft
 
-    if not (Path(path) / WEIGHTS).is_file():
-        raise UserError(f"{path}: no {WEIGHTS} in this folder; no other weights are read")
+    _weights_file(path)
     return peft.PeftConfig.from_pretrained(path)
 
 
 def adapter_weights(path: str) -> dict[str, Tensor]:
-    """The weights of an adapter folder on the CPU, by peft's names."""
-    return load_file(Path(path) / WEIGHTS)
+    """The weights of an adapter folder on the CPU, by peft's names.
+
+    Raises:
+        UserError: there are none that are safetensors.
+    """
+    return load_file(_weights_file(path))
+
+
+def _weights_file(path: str) -> Path:
+    file = Path(path) / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{path}: no {WEIGHTS} in this folder; no other weights are read")
+    return file
 
 
 # --------------------------------------------------------------------------- which one acts

@@ -283,10 +283,8 @@ def _check_finite(path: str, weights: Mapping[str, Tensor]) -> None:
 
 def _check_adapter(path: str) -> None:
     """`_check_finite` of an adapter folder's own weights."""
-    import peft
-
     with _told(f"{path}: cannot load the adapter"):
-        _check_finite(path, peft.load_peft_weights(path, device="cpu"))
+        _check_finite(path, adapter_weights(path))
 
 
 def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
