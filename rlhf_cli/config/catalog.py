@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import STAGES
 
 GROUPS = ("algo", "model", "data", "hardware")
@@ -61,7 +62,7 @@ def options(group: str, dirs: list[Path]) -> list[str]:
 def option_file(group: str, option: str, dirs: list[Path]) -> Path | None:
     """The file of an option, or None where there is none."""
     files = (folder / group / f"{option}.yaml" for folder in dirs)
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if is_path(str(file)) and file.is_file()), None)
 
 
 def read(file: Path) -> tuple[list[Any], dict[str, Any]]:

@@ -86,7 +86,7 @@ def typed(cfg: DictConfig, stage: str) -> Any:
             if key in missing:
                 raise UserError(f"{stage} needs {key}=VALUE: {field.metadata['meaning']}")
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error, stage) or str(error)) from error
     assert isinstance(config, Run)
     # Hydra's grammar has no escape for a line break, and prompts are full of them.

@@ -108,7 +108,8 @@ def wrong_value(stage: str, key: str, value: object) -> str:
 
 def explain(error: BaseException, stage: str) -> str | None:
     """One line for an exception of Hydra or OmegaConf; None when it is not one of theirs."""
-    if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf"):
+    theirs = type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
+    if not theirs and not isinstance(error, OverflowError):  # a number that OmegaConf cannot hold
         return None
     chain = []
     link: BaseException | None = error

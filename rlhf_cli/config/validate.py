@@ -10,6 +10,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest, wrong_value
 from rlhf_cli.config.online_rules import online
+from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import (
     Decoding,
     Dpo,
@@ -25,6 +26,14 @@ from rlhf_cli.config.schema import (
 )
 from rlhf_cli.config.secrets import refuse_secrets
 
+LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
+
+# Where a file or folder is named, or may be.
+_PATHS = (
+    *("out", "name", "policy", "reference", "reference_cache", "baselines"),
+    *("data.path", "data.eval_path", "data.text_path", "model.path"),
+)
+
 
 def validate(stage: str, cfg: Run) -> None:
     """Check a typed config.
@@ -35,9 +44,17 @@ def validate(stage: str, cfg: Run) -> None:
     refuse_secrets({key: _value(cfg, key) for key in catalog.keys(stage)})
     for key, field in catalog.keys(stage).items():
         _check_bounds(stage, key, field, _value(cfg, key))
+        if key in _PATHS:
+            _check_path(key, _value(cfg, key))
     for rule in _RULES:
         for complaint in rule(cfg):
             raise UserError(complaint)
+
+
+def _check_path(key: str, value: Any) -> None:
+    for each in value if isinstance(value, list) else [value]:
+        if each is not None and not is_path(each):
+            raise UserError(f"{key}={each} cannot be a path: it is too long, or no text")
 
 
 def _value(cfg: Run, key: str) -> Any:
@@ -59,6 +76,8 @@ def _check_bounds(stage: str, key: str, field: "dataclasses.Field[Any]", value: 
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{key} must be below 2^53, got {value}")
     within = {
         "ge": lambda bound: value >= bound,
         "gt": lambda bound: value > bound,

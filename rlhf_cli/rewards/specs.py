@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.paths import is_path
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.models.manifest import RESPONSE, STEP, implicit_reward_of, level_of
 from rlhf_cli.rewards.rules import check_columns, is_rule, rule_of
@@ -63,6 +64,8 @@ def _term(text: str, whole: str) -> Term:
         raise UserError(
             f"reward={whole}: {weight!r} is no weight; a term is WEIGHT*TERM, as in 0.2*length:20"
         )
+    if not is_rule(name) and not is_path(name):
+        raise UserError(f"reward={whole}: {name} is no rule, and cannot be a path: it is too long")
     return Term(value, name)
 
 

@@ -4,7 +4,6 @@ Each case runs in a folder with a finished policy and reward model, after one ch
 2, one line on stderr with the given parts, nothing on stdout, and no file made, changed or gone.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -14,52 +13,23 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.cli import main
-from rlhf_cli.config.compose import compose
+from tests.cli.made import (
+    LIMITS,
+    MODEL,
+    POLICY,
+    REWARD,
+    ROWS,
+    SFT,
+    contents,
+)
 from tests.conftest import Cli
 
-LIMITS = "data.max_prompt_tokens=32 data.max_response_tokens=8"
 OWN = f"data=jsonl data.path=own.jsonl {LIMITS} out=new"
 OWN_SFT = f"sft {OWN}"
-ROWS = f"data=jsonl data.path=rows.jsonl data.eval_rows=10 {LIMITS}"
-MODEL = "model.vocab_size=270 model.hidden_size=16 model.layers=1 model.heads=2 model.context=64"
-SFT = f"sft {ROWS} {MODEL} algo.max_steps=2"
-REWARD = f"reward {ROWS}"
 PPO = f"ppo {ROWS} algo.steps=1 algo.batch_size=4 algo.minibatch_size=4"
 KTO, KWISE = f"dpo {ROWS} algo=kto out=new", f"reward {ROWS} algo=kwise out=new"
-ADAPTER = f"dpo {ROWS} model=lora model.lora_rank=2 out=runs/demo/adapter"
 
 Change = Callable[[Path], object]
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows.jsonl and, under runs/demo, a policy, an adapter of it and a reward."""
-    from rlhf_cli.stages import dpo, reward, sft
-
-    folder = tmp_path_factory.mktemp("made")
-    names = [f"{first}{second}" for first in "ABCDEF" for second in ("nn", "da", "lf", "ro")]
-    rows = [{"prompt": f"Greet {n}: ", "chosen": f"Hi {n}!", "rejected": "No."} for n in names]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with contextlib.chdir(folder):
-        for stage, words in ((sft, SFT), (reward, REWARD), (dpo, ADAPTER)):
-            name, *overrides = words.split()
-            stage.run(compose(name, overrides))
-    return folder
-
-
-@pytest.fixture
-def place(made: Path, tmp_path: Path) -> Path:
-    """The test's own copy of that folder, which is where `cli` runs."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 # --------------------------------------------------------------------------- changes to the folder
@@ -127,7 +97,6 @@ def copied(name: str, to: str) -> Change:
 
 Case = tuple[Change, str, list[str]]
 
-POLICY = "runs/demo/sft"
 GIVEN = {"prompt": "Greet Ann: ", "completion": "Hi!"}
 PAIR = {"prompt": "Greet Ann: ", "chosen": "Hi!", "rejected": "No."}
 RANKING = {"prompt": "Greet Ann: ", "responses": ["Hi!", "No.", "Hm."], "ranks": [1, 3, 2]}
