@@ -55,7 +55,7 @@ def parse_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
                 if line.strip():
                     try:
                         yield json.loads(line), number
-                    except (json.JSONDecodeError, RecursionError) as error:
+                    except (ValueError, RecursionError) as error:
                         raise UserError(f"{file}:{number}: not JSON: {error}") from None
         except UnicodeDecodeError:
             raise UserError(f"{file}: not a text file in UTF-8") from None
@@ -65,7 +65,7 @@ def parse_json(file: Path) -> Iterator[tuple[Any, int]]:
     """A list of objects; the number is the place in the list."""
     try:
         rows = json.loads(file.read_text(encoding=ENCODING))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"{file}: expected a list of objects")

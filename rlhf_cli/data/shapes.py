@@ -129,7 +129,7 @@ def items_of(raw: Raw, name: str, source: str) -> list[Any]:
     """A column that must hold a list; CSV has it as JSON."""
     value = column(raw, name, source)
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError, RecursionError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list):
         raise RowError(f"{source}: column {name!r} holds {type(value).__name__}, expected a list")

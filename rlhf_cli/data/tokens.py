@@ -263,14 +263,14 @@ class Encoder:
             raise UserError(
                 f"the rows are messages, but the tokenizer of {self.name} has no chat template"
             )
-        try:  # a program of the folder's, which transformers runs in jinja's sandbox
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:
-            raise UserError(f"the chat template of {self.name} fails: {error}") from None
+        except Exception as error:  # a program of the folder's, which runs in jinja's sandbox
+            said = str(error).strip() or type(error).__name__
+            raise UserError(f"the chat template of {self.name} fails: {said}") from None
+        return str(text)
 
     def _responses(self, rows: Sequence[Any], responses: list[str]) -> list[list[int]]:
         """Ids of responses, ended by EOS or the template's end of turn, within the limit."""

@@ -71,7 +71,7 @@ LAYERS = ("num_hidden_layers", "n_layer")
 # null stands for a size that follows from others
 _WIDTHS: Form = {f"{name}?": (SIZE, None) for name in (*SIZES, *LAYERS, "max_position_embeddings")}
 CONFIG: Form = {"architectures?": ([str], None), "text_config?": (_WIDTHS, None), **_WIDTHS}
-ADAPTER: Form = {"base_model_name_or_path": Path, "task_type?": (str, None)}
+ADAPTER: Form = {"base_model_name_or_path": Path, "task_type?": (str, None), "r?": (SIZE, None)}
 INDEX: Form = {"weight_map": {"*": str}}
 TOKENIZER: Form = {"model": dict}
 HEADER: Form = {"*": {"dtype": str, "shape": [COUNT], "data_offsets": [COUNT, COUNT]}}

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.models.forms import INDEX, LAYERS, SIZES, TOKENIZER
+from rlhf_cli.models.forms import ADAPTER, INDEX, LAYERS, SIZES, TOKENIZER
 from rlhf_cli.models.manifest import (
+    ADAPTER_CONFIG,
     MANIFEST,
     adapter_base,
     read_config,
@@ -127,11 +128,12 @@ def check_whole(folder: Path) -> None:
     if (tokenizer := folder / "tokenizer.json").is_file():
         read_object(tokenizer, TOKENIZER)
     base = adapter_base(folder)
+    check_sizes(folder)
     if base is None:
-        check_config(folder)
-    elif adapter_base(base) is not None:
+        return
+    if adapter_base(base) is not None:
         raise UserError(f"{folder} is an adapter on {base}, which is an adapter too; merge that")
-    elif Path(base).is_dir():
+    if Path(base).is_dir():
         check_whole(Path(base))
     elif base.startswith(("/", ".", "~")):
         raise UserError(f"{folder} is an adapter on {base}, which is gone; put the base back there")
@@ -159,19 +161,24 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"{folder}: weights missing: {sorted(absent)[0]}")
 
 
-def check_config(folder: Path) -> None:
+def check_sizes(folder: Path) -> None:
     """Stop at sizes that no weight of the folder has: a model of them would be built first.
 
     Raises:
-        UserError: config.json says more than the weights hold.
+        UserError: config.json, or that of an adapter, says more than the weights hold.
     """
-    config, shapes = read_config(folder), shapes_of(folder)
+    shapes = shapes_of(folder)
     widest = max((size for shape in shapes.values() for size in shape), default=0)
     limits = dict.fromkeys(SIZES, widest) | dict.fromkeys(LAYERS, len(shapes))
+    if adapter_base(folder) is not None:
+        file, limits = folder / ADAPTER_CONFIG, {"r": widest}
+        config = read_object(file, ADAPTER)
+    else:
+        file, config = folder / "config.json", read_config(folder)
     for said in (config, config.get("text_config") or {}):
         for name, limit in limits.items():
             if (value := said.get(name)) is not None and value > limit:
                 raise UserError(
-                    f"{folder / 'config.json'}: {name}={value} is more than the weights in "
-                    f"{folder} are for; make the folder again, or put its own config.json back"
+                    f"{file}: {name}={value} is more than the weights in {folder} are for; make "
+                    "the folder again, or put its own file back"
                 )

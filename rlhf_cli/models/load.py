@@ -53,6 +53,7 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, with a pad token that is not its EOS."""
     with _told(f"{path}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        tokenizer.decode(tokenizer("a").input_ids)  # what it was read with is used only now
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         unknown = tokenizer.unk_token_id
         spare = unknown is not None and unknown != tokenizer.eos_token_id
@@ -263,11 +264,12 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # else weights that are a pickle would do as well
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             **labels,
         )
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:
-        names = sorted(missing) or sorted(str(name) for name in info["mismatched_keys"])
+        names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
     _check_finite(base or path, model.state_dict())
     return model

@@ -272,8 +272,8 @@ def _sentence(function: Callable[..., object]) -> str:
 
 
 def _count(name: str, what: str, argument: str, example: int) -> int:
-    """A whole number above 0."""
-    if not argument.isdecimal() or int(argument) == 0:
+    """A whole number above 0, of 9 digits at most."""
+    if not argument.isdecimal() or len(argument) > 9 or int(argument) == 0:
         raise UserError(f"reward={name} needs {what}, as in reward={name}:{example}")
     return int(argument)
 

@@ -1,5 +1,6 @@
 """The words that made what the tests of this folder start from, and what a folder holds."""
 
+import resource
 from pathlib import Path
 
 LIMITS = "data.max_prompt_tokens=32 data.max_response_tokens=8"
@@ -17,3 +18,9 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def cpu_seconds() -> float:
+    """Processor time of all children that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime

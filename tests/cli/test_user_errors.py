@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.cli import main
+from rlhf_cli.models.integrity import described
 from tests.cli.made import (
     LIMITS,
     MODEL,
@@ -21,6 +22,7 @@ from tests.cli.made import (
     ROWS,
     SFT,
     contents,
+    cpu_seconds,
 )
 from tests.conftest import Cli
 
@@ -28,6 +30,8 @@ OWN = f"data=jsonl data.path=own.jsonl {LIMITS} out=new"
 OWN_SFT = f"sft {OWN}"
 PPO = f"ppo {ROWS} algo.steps=1 algo.batch_size=4 algo.minibatch_size=4"
 KTO, KWISE = f"dpo {ROWS} algo=kto out=new", f"reward {ROWS} algo=kwise out=new"
+
+SECONDS, SECONDS_WITH_WEIGHTS = 2.0, 5.0  # of processor time
 
 Change = Callable[[Path], object]
 
@@ -87,6 +91,52 @@ def both(first: Change, second: Change) -> Change:
     return lambda folder: (first(folder), second(folder))
 
 
+def flipped(name: str, place: int) -> Change:
+    """Change one bit of a file; its size stays."""
+
+    def change(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 1
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def value(name: str, **entries: object) -> Change:
+    """Set values in a JSON file."""
+
+    def change(folder: Path) -> None:
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | entries))
+
+    return change
+
+
+def recorded(name: str) -> Change:
+    """Record the files of a folder in its stage.json, as they are."""
+
+    def change(folder: Path) -> None:
+        names = [file.name for file in (folder / name).iterdir() if file.name != "stage.json"]
+        value(f"{name}/stage.json", files=described(folder / name, names))(folder)
+
+    return change
+
+
+def unrecorded(name: str) -> Change:
+    """Record no files of a folder, as in one of another tool."""
+    return value(f"{name}/stage.json", files={})
+
+
+def folder_for(name: str) -> Change:
+    """A folder where a file was."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
 def copied(name: str, to: str) -> Change:
     """A folder once more under another name."""
     return lambda folder: shutil.copytree(folder / name, folder / to)
@@ -109,6 +159,10 @@ DIALOGUES = {
     "chosen": "\n\nHuman: Hi.\n\nAssistant: Hello!",
     "rejected": "\n\nHuman: Hey.\n\nAssistant: No.",
 }
+
+ADAPTED = "runs/demo/adapter"
+ON_NOTHING = {"base_model_name_or_path": "/no/base"}
+HEADER = (8).to_bytes(8, "little") + b'{"a": 3}'
 
 FILES: dict[str, Case] = {
     "no file": (as_it_is, OWN_SFT, ["data.path", "no such file", "own.jsonl"]),
@@ -173,6 +227,93 @@ FILES: dict[str, Case] = {
 }
 
 BAD_ROWS: dict[str, Case] = {
+    "UTF-16": (
+        write("own.jsonl", json.dumps(GIVEN).encode("utf-16")),
+        OWN_SFT,
+        ["own.jsonl: not a text file in UTF-8"],
+    ),
+    "zero bytes": (write("own.jsonl", b"\0" * 64), OWN_SFT, ["own.jsonl:1: not JSON"]),
+    "half a character": (
+        rows('{"prompt": "a\\ud83d", "completion": "b"}'),
+        OWN_SFT,
+        ["own.jsonl:1: column 'prompt' holds half a character: \\ud83d"],
+    ),
+    "half a character in a message": (
+        rows('{"messages": [{"role": "user", "content": "\\udc00"}]}'),
+        OWN_SFT,
+        ["own.jsonl:1: column 'messages' holds half a character"],
+    ),
+    "a message without text": (
+        rows({"messages": [{"role": "user", "content": None}, {"role": "a", "content": "b"}]}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'messages': content holds NoneType, expected text"],
+    ),
+    "messages that are none": (
+        rows({"messages": ["a", "b"]}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'messages' needs messages with role and content"],
+    ),
+    "lists in lists": (
+        rows({"prompt": [[["a"]]], "completion": "b"}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'prompt' needs messages"],
+    ),
+    "lists without end": (rows("[" * 100_000), OWN_SFT, ["own.jsonl:1: not JSON"]),
+    "a number of 5000 digits": (
+        rows(f'{{"prompt": "a", "completion": {"9" * 5000}}}'),
+        OWN_SFT,
+        ["own.jsonl:1: not JSON"],
+    ),
+    "a rank that no float holds": (
+        rows(f'{{"prompt": "a", "responses": ["b", "c"], "ranks": [1, {"9" * 400}]}}'),
+        f"reward {OWN} algo=kwise",
+        ["own.jsonl:1: column 'ranks' must hold numbers"],
+    ),
+    "a rank that is no number": (
+        rows('{"prompt": "a", "responses": ["b", "c"], "ranks": [1, NaN]}'),
+        f"reward {OWN} algo=kwise",
+        ["own.jsonl:1: column 'ranks' must hold numbers"],
+    ),
+    "a score that is infinite": (
+        rows('{"prompt": "a", "completion": "b", "label": true, "score": Infinity}'),
+        f"reward {OWN} algo=pointwise",
+        ["own.jsonl:1: column 'score' holds inf, expected a number"],
+    ),
+    "a step's label that is no number": (
+        rows('{"prompt": "a", "steps": ["b"], "labels": [NaN]}'),
+        f"reward {OWN} algo=steps",
+        ["own.jsonl:1: column 'labels' holds nan, expected"],
+    ),
+    "no steps": (
+        rows({"prompt": "a", "steps": [], "labels": []}),
+        f"reward {OWN} algo=steps",
+        ["own.jsonl:1: column 'steps' is empty"],
+    ),
+    "responses that are no list": (
+        rows({"prompt": "a", "responses": 3, "ranks": [1]}),
+        f"reward {OWN} algo=kwise",
+        ["own.jsonl:1: column 'responses' holds int, expected a list"],
+    ),
+    "a source that is a list": (
+        rows({**PAIR, "source": ["a"]}),
+        f"reward {OWN}",
+        ["own.jsonl:1: column 'source' holds list, expected text"],
+    ),
+    "text that is a number": (
+        rows({"text": 3}),
+        OWN_SFT,
+        ["own.jsonl:1: column 'text' holds int, expected text"],
+    ),
+    "a folder of files without rows": (
+        write("mine/own.jsonl", "\n"),
+        f"{OWN_SFT} data.path=mine",
+        ["mine/own.jsonl: the file has no rows"],
+    ),
+    "CSV without rows": (
+        write("own.csv", "prompt,completion\n"),
+        f"{OWN_SFT} data.path=own.csv",
+        ["own.csv: the file has no rows"],
+    ),
     "missing column": (
         rows(PAIR, {"prompt": "a", "chosen": "b"}),
         f"reward {OWN}",
@@ -364,6 +505,68 @@ BAD_ROWS: dict[str, Case] = {
 }
 
 RULES: dict[str, Case] = {
+    "an argument for math": (
+        as_it_is,
+        f"grpo {ROWS} reward=math_answer:x",
+        ["math_answer takes no argument"],
+    ),
+    "a length of 5000 digits": (
+        as_it_is,
+        f"{PPO} reward=length:{'9' * 5000}",
+        ["length needs a number of words"],
+    ),
+    "repetition of nothing": (as_it_is, f"{PPO} reward=repetition:0", ["repetition needs the"]),
+    "length below 0": (as_it_is, f"{PPO} reward=length:-3", ["length needs a number of words"]),
+    "JSON without keys": (as_it_is, f"{PPO} reward=json:|", ["json takes keys"]),
+    "tags twice": (as_it_is, f"{PPO} reward=tags:a|a", ["tags needs names of tags"]),
+    "tags without names": (as_it_is, f"{PPO} reward=tags", ["tags needs names of tags"]),
+    "a tolerance below 0": (
+        as_it_is,
+        f"grpo {ROWS} reward=numeric_answer:-1",
+        ["numeric_answer needs a tolerance"],
+    ),
+    "no lexicon": (as_it_is, f"{PPO} reward=lexicon:no.txt", ["lexicon:no.txt: no such text file"]),
+    "a lexicon that is no text": (
+        write("words.txt", b"\xff\xfe"),
+        f"{PPO} reward=lexicon:words.txt",
+        ["lexicon:words.txt: no such text file"],
+    ),
+    "a lexicon with a word twice": (
+        write("words.txt", "good\nGood\n"),
+        f"{PPO} reward=lexicon:words.txt",
+        ["words.txt line 2: 'good' is there already"],
+    ),
+    "an empty lexicon": (
+        write("words.txt", "# none\n"),
+        f"{PPO} reward=lexicon:words.txt",
+        ["lexicon:words.txt: the file holds no words"],
+    ),
+    "an infinite weight": (as_it_is, f"{PPO} reward=inf*json", ["'inf' is no weight"]),
+    "a function that is no Python": (
+        write("a.py", "def f(prompts, responses:\n"),
+        f"{PPO} reward=a.py:f",
+        ["reward=a.py:f: a.py line 1 is not Python"],
+    ),
+    "a function file that is no text": (
+        write("a.py", b"\0\xff"),
+        f"{PPO} reward=a.py:f",
+        ["reward=a.py:f: a.py line 1 is not Python"],
+    ),
+    "a function file that is a folder": (
+        lambda folder: (folder / "a.py").mkdir(),
+        f"{PPO} reward=a.py:f",
+        ["reward=a.py:f: no such file: a.py"],
+    ),
+    "a function of nothing": (
+        write("a.py", "def f(): ...\n"),
+        f"{PPO} reward=a.py:f",
+        ["a reward function takes prompts and responses (or steps) first"],
+    ),
+    "a reward too long for a path": (
+        as_it_is,
+        f"{PPO} reward={'x' * 300}",
+        ["is no rule, and cannot be a path: it is too long"],
+    ),
     "keywords without words": (as_it_is, f"{PPO} reward=keywords", ["keywords needs words"]),
     "bad pattern": (as_it_is, f'{PPO} reward="regex:["', ["regex:[", "not a regular expression"]),
     "length without a number": (as_it_is, f"{PPO} reward=length:x", ["length needs a number"]),
@@ -513,6 +716,119 @@ FOLDERS: dict[str, Case] = {
         cut("runs/demo/adapter/adapter_config.json", 50),
         f"{PPO} policy=runs/demo/adapter",
         ["adapter_config.json: damaged"],
+    ),
+    "weights of no bytes": (
+        write(f"{POLICY}/model.safetensors", b""),
+        PPO,
+        [f"{POLICY}/model.safetensors"],
+    ),
+    "weights that are a folder": (
+        both(unrecorded(POLICY), folder_for(f"{POLICY}/model.safetensors")),
+        PPO,
+        [f"{POLICY}/model.safetensors: cannot be read: Is a directory"],
+    ),
+    "weights with entries that are none": (
+        both(unrecorded(POLICY), write(f"{POLICY}/model.safetensors", HEADER)),
+        PPO,
+        ["model.safetensors: damaged weights (unreadable header: a is 3, not an object)"],
+    ),
+    "a shard list of another form": (
+        write(f"{POLICY}/model.safetensors.index.json", '{"weight_map": ["a"]}'),
+        PPO,
+        ["model.safetensors.index.json: damaged: weight_map is ['a'], not an object"],
+    ),
+    "a recorded config.json with a bit flipped": (
+        both(recorded(POLICY), flipped(f"{POLICY}/config.json", 20)),
+        PPO,
+        [f"{POLICY}/config.json is damaged", "overwrite=true", '"files" in'],
+    ),
+    "a recorded tokenizer_config.json that is gone": (
+        both(recorded(POLICY), gone(f"{POLICY}/tokenizer_config.json")),
+        PPO,
+        [f"{POLICY}/tokenizer_config.json is missing", "overwrite=true"],
+    ),
+    "recorded weights that are cut": (
+        both(recorded(POLICY), cut(f"{POLICY}/model.safetensors", -1)),
+        PPO,
+        [f"{POLICY}/model.safetensors has", "bytes instead of"],
+    ),
+    "config.json below 0": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", vocab_size=-1)),
+        PPO,
+        ["config.json: damaged: vocab_size is -1, not a whole number from 1 to 2^31"],
+    ),
+    "config.json beyond all memory": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", vocab_size=10**12)),
+        PPO,
+        ["config.json: damaged: vocab_size is 1000000000000, not"],
+    ),
+    "config.json of other weights": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", num_hidden_layers=10**6)),
+        PPO,
+        ["config.json: num_hidden_layers=1000000 is more than the weights in"],
+    ),
+    "config.json in words": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", max_position_embeddings="64")),
+        PPO,
+        ["config.json: damaged: max_position_embeddings is '64', not a whole number"],
+    ),
+    "tokenizer.json of another form": (
+        both(unrecorded(POLICY), value(f"{POLICY}/tokenizer.json", model=[])),
+        PPO,
+        ["tokenizer.json: damaged: model is [], not an object"],
+    ),
+    "an adapter whose base is gone": (
+        both(unrecorded(ADAPTED), value(f"{ADAPTED}/adapter_config.json", **ON_NOTHING)),
+        f"dpo {ROWS} out=new policy={ADAPTED}",
+        [f"{ADAPTED} is an adapter on /no/base, which is gone"],
+    ),
+    "an adapter that names no base": (
+        both(
+            unrecorded(ADAPTED),
+            value(f"{ADAPTED}/adapter_config.json", base_model_name_or_path=None),
+        ),
+        f"dpo {ROWS} out=new policy={ADAPTED}",
+        ["adapter_config.json: damaged: base_model_name_or_path is None, not a path"],
+    ),
+    "an adapter beyond all memory": (
+        both(unrecorded(ADAPTED), value(f"{ADAPTED}/adapter_config.json", r=10**9)),
+        f"dpo {ROWS} out=new policy={ADAPTED}",
+        ["adapter_config.json: r=1000000000 is more than the weights in"],
+    ),
+    "an adapter without weights": (
+        both(unrecorded(ADAPTED), gone(f"{ADAPTED}/adapter_model.safetensors")),
+        f"dpo {ROWS} out=new policy={ADAPTED}",
+        [f"{ADAPTED}: no weights"],
+    ),
+    "stage.json with parents in number": (
+        value(f"{POLICY}/stage.json", parents=3),
+        PPO,
+        ["stage.json: damaged: parents is 3, not an object"],
+    ),
+    "stage.json with a reward in words": (
+        value("runs/demo/reward/stage.json", reward="x"),
+        PPO,
+        ["stage.json: damaged: reward is 'x', not an object"],
+    ),
+    "stage.json without a kind": (
+        write(f"{POLICY}/stage.json", "{}"),
+        PPO,
+        ["stage.json: damaged: kind is missing"],
+    ),
+    "stage.json with a bit flipped": (
+        flipped(f"{POLICY}/stage.json", 0),
+        PPO,
+        ["stage.json: damaged: this is no JSON"],
+    ),
+    "samples for a policy": (
+        value(f"{POLICY}/stage.json", kind="samples"),
+        PPO,
+        [f"policy={POLICY} is a samples; policy needs"],
+    ),
+    "a damaged stage.json of out": (
+        cut(f"{POLICY}/stage.json", 50),
+        SFT,
+        [f"{POLICY}/stage.json: damaged"],
     ),
     "too few positions": (
         as_it_is,
@@ -699,6 +1015,54 @@ LATE: dict[str, Case] = {
         f"dpo {ROWS} out=new algo.precompute_reference=true reference_cache=rows.jsonl",
         ["reference_cache=rows.jsonl"],
     ),
+    "recorded weights with a bit flipped": (
+        both(recorded(POLICY), flipped(f"{POLICY}/model.safetensors", -1)),
+        f"dpo {ROWS}",
+        [f"{POLICY}/model.safetensors is damaged", "overwrite=true"],
+    ),
+    "a recorded adapter with a bit flipped": (
+        both(recorded(ADAPTED), flipped(f"{ADAPTED}/adapter_model.safetensors", -1)),
+        f"dpo {ROWS} out=new policy={ADAPTED}",
+        [f"{ADAPTED}/adapter_model.safetensors is damaged"],
+    ),
+    "narrower weights": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", intermediate_size=40)),
+        f"dpo {ROWS}",
+        [f"{POLICY}: 3 weights missing or misshapen, such as model.layers.0.mlp.down_proj"],
+    ),
+    "a model that nobody knows": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", model_type="nobodys")),
+        f"dpo {ROWS}",
+        [POLICY, "nobodys"],
+    ),
+    "a tokenizer of another kind": (
+        both(unrecorded(POLICY), value(f"{POLICY}/tokenizer.json", model={"type": "nobodys"})),
+        f"dpo {ROWS}",
+        [f"{POLICY}: no usable tokenizer"],
+    ),
+    "a chat template that fails": (
+        both(
+            unrecorded(POLICY),
+            value(f"{POLICY}/tokenizer_config.json", chat_template="{{ 1 / 0 }}"),
+        ),
+        f"dpo {ROWS} data.template=chat",
+        ["the chat template of", "fails: division by zero"],
+    ),
+    "a generation_config.json that is none": (
+        both(unrecorded(POLICY), cut(f"{POLICY}/generation_config.json", 20)),
+        f"dpo {ROWS}",
+        [f"{POLICY}: unreadable generation_config.json"],
+    ),
+    "a function that cannot be imported": (
+        write("a.py", "import nobodys\n\ndef f(prompts, responses): ...\n"),
+        f"{PPO} reward=a.py:f",
+        ["a.py: ModuleNotFoundError: No module named 'nobodys'"],
+    ),
+    "a function file that raises": (
+        write("a.py", "1 / 0\n\ndef f(prompts, responses): ...\n"),
+        f"{PPO} reward=a.py:f",
+        ["a.py: ZeroDivisionError: division by zero"],
+    ),
     "weights of another shape": (
         replaced(f"{POLICY}/config.json", '"intermediate_size"', '"hidden_act": "x", "was"'),
         f"dpo {ROWS}",
@@ -724,8 +1088,9 @@ def check_line(stderr: str, parts: list[str]) -> None:
 def test_a_bad_input_is_one_line_and_changes_nothing(name: str, cli: Cli, place: Path) -> None:
     change, words, parts = EARLY[name]
     change(place)
-    before = contents(place)
+    before, began = contents(place), cpu_seconds()
     done = cli(*words.split())
+    assert cpu_seconds() - began < SECONDS
     assert (done.returncode, done.stdout) == (2, "")
     check_line(done.stderr, parts)
     assert contents(place) == before
@@ -748,6 +1113,27 @@ def test_what_only_loading_shows_changes_nothing_either(
     assert (status, shown.out) == (2, "")
     check_line(shown.err, parts)
     assert contents(place) == before
+
+
+# Others load no more than these, in this process or another one.
+@pytest.mark.parametrize("name", ["recorded weights with a bit flipped", "narrower weights"])
+def test_what_loading_shows_is_shown_in_time(name: str, cli: Cli, place: Path) -> None:
+    change, words, parts = LATE[name]
+    change(place)
+    began = cpu_seconds()
+    done = cli(*words.split())
+    assert cpu_seconds() - began < SECONDS_WITH_WEIGHTS
+    assert (done.returncode, done.stdout) == (2, "")
+    check_line(done.stderr, parts)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize("name", ["rows.jsonl", f"{POLICY}/config.json", f"{POLICY}/stage.json"])
+def test_a_file_without_permission(name: str, cli: Cli, place: Path) -> None:
+    (place / name).chmod(0)
+    done = cli(*PPO.split())
+    assert done.returncode == 2
+    check_line(done.stderr, [f"{name}: cannot be read: Permission denied"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
