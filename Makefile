@@ -4,8 +4,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(IN_RANGE)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# The tests use what is on this disk and nothing else.
+# The tests use what is on this disk and nothing else, and two cores, a thread on each.
 export HF_HUB_OFFLINE ?= 1
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test test-slow lint format type wheel
@@ -25,12 +26,12 @@ demo: install ## the whole chain on the shipped rows, in a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/demo.sh
 
 test: lint type ## lint, types and the fast tests: what a change must pass
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 check: test ## the same as test
 
 test-slow: install ## the tests that take minutes
-	$(BIN)/pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: install ## format and lint, changing nothing
 	$(BIN)/ruff format --check .
