@@ -186,7 +186,11 @@ def sweep_job(cfg: "DictConfig") -> None:
     config = typed(cfg, stage)
     config.out = f"{config.out}/{job.num}"
     with interrupts.handled():  # a launcher may run this in a process of its own
-        _execute(stage, config, check=False)
+        try:
+            _execute(stage, config, check=False)
+        except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
+            print(f"job {job.num}, out={config.out}: error: {error}", file=sys.stderr)
+            raise
         if (name := interrupts.asked()) is not None:  # too late for this job, not for the others
             raise Interrupted(f"{name}: {config.out} is finished; the same command goes on")
 
@@ -224,7 +228,9 @@ def _one_line(stage: str) -> Iterator[None]:
 
 def _execute(stage: str, cfg: Any, check: bool) -> None:
     with _disk_faults(cfg):
-        _checked_run(stage, cfg, check)
+        out = _checked_run(stage, cfg, check)
+    if out is not None:
+        print(out, flush=True)
 
 
 @contextmanager
@@ -245,26 +251,30 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
             if step is None
             else f"what was saved after step {step} is whole"
         )
-        raise RunError(f"{fault}; {kept}; once that is mended the same command goes on") from error
+        place = "" if error.filename else f"out={cfg.out}: "
+        raise RunError(
+            f"{place}{fault}; {kept}; once that is mended the same command goes on"
+        ) from error
 
 
-def _checked_run(stage: str, cfg: Any, check: bool) -> None:
+def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
+    """The folder that the stage wrote, now or before; None after a check."""
     from rlhf_cli.training.outfolder import FINISHED, state_of, tidy
     from rlhf_cli.training.preflight import preflight
 
     summary = preflight(cfg)
     if check:
         print(*summary, sep="\n", file=sys.stderr)
-        return
+        return None
     if state_of(cfg) == FINISHED:  # known without torch, so a chain that runs again flies by
         tidy(Path(cfg.out))
         print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr)
-        print(Path(cfg.out), flush=True)
-        return
+        return Path(cfg.out)
     # Importing torch and transformers makes millions of objects that never die. Without the
     # collector walking through them again and again it takes a third less time.
     gc.disable()
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()
     gc.enable()
-    print(module.run(cfg), flush=True)
+    out: Path = module.run(cfg)
+    return out

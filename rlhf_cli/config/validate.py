@@ -173,7 +173,7 @@ def _resume_points(cfg: Run) -> Iterator[str]:
     if every is not None and not re.fullmatch(r"0*[1-9]\d*(min)?", every):
         yield f"hardware.save_every takes steps, as 25, or minutes, as 10min; got {every}"
     if keep is None:
-        yield "hardware.keep says how many resume points are kept; 1 is the least"
+        yield "hardware.keep=null is for stages that do not train; give 1 or more"
 
 
 def _decoding(cfg: Run) -> Iterator[str]:

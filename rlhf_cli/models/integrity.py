@@ -24,7 +24,7 @@ from rlhf_cli.models.manifest import (
 
 Files = dict[str, dict[str, int | str]]
 
-# Recorded, but people may edit or remove them: no stage reads them.
+# Recorded, but people may edit or remove them: no later stage reads them.
 UNVERIFIED = (".jsonl", ".png", "config.yaml", "report.json")
 WEIGHTS = ".safetensors"
 

@@ -58,7 +58,8 @@ def read_object(file: Path, form: Form) -> dict[str, Any]:
         fault = "this is no JSON"
     if fault is not None:
         raise UserError(
-            f"{file}: damaged: {fault}; make the folder again, by the stage that wrote it"
+            f"{file}: damaged: {fault}; make the folder again, by the stage that wrote it, with "
+            "overwrite=true"
         )
     return dict(found)
 

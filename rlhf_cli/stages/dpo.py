@@ -221,10 +221,11 @@ def run(cfg: Dpo) -> Path:
     lighter = partial(savers, hardware, logits=True, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
     with Bar("dpo", steps) as bar:
+        bar.skip(session.start)
         for step, batch in enumerate(batches, 1):
-            bar.advance()
             if step <= session.start:
                 continue
+            bar.advance()
             began = time.monotonic()
             if reference is not None:
                 fill_reference(reference, compared(batch), cfg, share)

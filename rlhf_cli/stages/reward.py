@@ -109,10 +109,11 @@ def run(cfg: Reward) -> Path:
     lighter = partial(savers, hardware, logits=False, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
     with Bar("reward", steps) as bar:
+        bar.skip(session.start)
         for step, batch in enumerate(batches, 1):
-            bar.advance()
             if step <= session.start:
                 continue
+            bar.advance()
             micro_batches = cut(batch, hardware.tokens_per_microbatch, count=responses_in)
             part = Part(micro_batches, loss, judgements_in(batch), 1.0, responses_in, lighter)
             metrics = optimizer.step([part])

@@ -77,10 +77,11 @@ def run(cfg: Sft) -> Path:
     lighter = partial(savers, hardware, logits=True, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     with Bar("sft", steps) as bar:
+        bar.skip(session.start)
         for step, batch in zip(range(1, steps + 1), batches, strict=False):
-            bar.advance()
             if step <= session.start:
                 continue
+            bar.advance()
             torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
             policy.train()
             micro_batches = cut(batch, hardware.tokens_per_microbatch)

@@ -52,11 +52,15 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
                 if not begins_as(out / name, entry):
                     raise UserError(
                         f"{out / name} has lost or changed lines of the first {step} steps, which "
-                        "the run goes on from; put it back, or start afresh with overwrite=true"
+                        f"the run goes on from; put it back, or remove {out} to start afresh"
                     )
             return load_file(folder / TENSORS), state
-        say(f"{fault}; this resume point is given up for the one before, or for the start")
-        folder.rename(folder.with_name(f".damaged-{folder.name}"))
+        say(f"{fault}; this resume point is given up for the one before")
+        damaged = folder.with_name(f".damaged-{folder.name}")
+        shutil.rmtree(damaged, ignore_errors=True)
+        folder.rename(damaged)
+        if not resume_points(out):
+            say("there is none before: the run starts from its first step")
     return None
 
 

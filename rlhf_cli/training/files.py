@@ -134,5 +134,4 @@ def disk_fault(error: OSError) -> str | None:
     """In a few words what is wrong with the disk; None where it is not the disk's fault."""
     if error.errno not in DISK_FAULTS:
         return None
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror}"
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -59,9 +59,11 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _Stop.asked is not None:
         if number == signal.SIGINT:
             console.show_cursor(True)
+            say_at_once("ended at once; what was saved before is whole")
             os._exit(EXIT_AT_ONCE)
         return
     _Stop.asked = name
     if not _Stop.waits:
         raise Interrupted(f"interrupted by {name}; run the same command again")
-    say_at_once(f"{name}: this step is finished and saved first; another Ctrl-C ends at once")
+    again = "another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
+    say_at_once(f"{name}: this step is finished and saved first; {again} ends at once")

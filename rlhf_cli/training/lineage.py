@@ -15,6 +15,7 @@ import yaml
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import STAGES
+from rlhf_cli.models.integrity import check_files
 from rlhf_cli.models.manifest import MANIFEST, content_hash, read_manifest
 from rlhf_cli.training.lock import running
 from rlhf_cli.training.origins import input_hash
@@ -26,7 +27,8 @@ from rlhf_cli.training.outfolder import (
     newest_step,
 )
 
-PARENTS, INPUTS = KINDS = ("parents", "inputs")
+PARENTS, INPUTS = "parents", "inputs"
+KINDS = (PARENTS, INPUTS)
 MAIN_ROLES = ("policy", "model")  # whose weights a stage goes on from
 HEADER = re.compile(r"# (?:rlhf-cli (?P<words>.*)|rlhf_cli\.stages\.(?P<stage>\w+)\.run)")
 HEADLINES = {
@@ -99,7 +101,7 @@ def trees(folders: Sequence[Path]) -> list[Node]:
         inside = place.parent in found and not is_claimed(place)
         main = node.main.place.resolve() if node.main else None
         parent = place.parent if inside else main
-        if parent in found and place not in _line(parent, above):
+        if parent in found and place not in _ancestry(parent, above):
             above[place] = parent
     for place in sorted(found, key=lambda each: _order(found[each])):
         if place in above:
@@ -107,7 +109,7 @@ def trees(folders: Sequence[Path]) -> list[Node]:
     return sorted((node for place, node in found.items() if place not in above), key=_order)
 
 
-def _line(place: Path, above: dict[Path, Path]) -> Iterator[Path]:
+def _ancestry(place: Path, above: dict[Path, Path]) -> Iterator[Path]:
     """A folder, what it was made from, and so on up."""
     while True:
         yield place
@@ -141,6 +143,7 @@ def read_node(folder: Path, hash_of: HashOf) -> Node:
     header, config = _config_of(run) if is_claimed(run) else ("", {})
     try:
         manifest = read_manifest(folder)
+        check_files(folder)
         damaged = False
     except (UserError, OSError):
         manifest, damaged = None, True

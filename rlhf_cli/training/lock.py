@@ -28,7 +28,7 @@ def lock(out: Path) -> None:
         UserError: another process has it.
     """
     folder = out.resolve()
-    if folder in _held:
+    if _held.get(folder, (0, 0))[0] == os.getpid():
         return
     file = folder / LOCK
     until = time.monotonic() + PATIENCE

@@ -15,6 +15,7 @@ import yaml
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Evaluate, Generate, Run
 from rlhf_cli.models.forms import ORIGINS
+from rlhf_cli.models.integrity import check_files
 from rlhf_cli.models.manifest import MANIFEST, Manifest, read_manifest, read_object
 from rlhf_cli.training.files import PART, flush, flush_all, seal, write_json, write_text
 from rlhf_cli.training.lock import LOCK, lock, running, unlock
@@ -46,7 +47,8 @@ def state_of(cfg: Run) -> str:
             this stage reads, another process writes it, or it cannot be written.
     """
     out = Path(cfg.out)
-    check_writable(out)
+    if cfg.overwrite or not (out / MANIFEST).is_file():  # what is finished may be read-only
+        check_writable(out)
     for role, path in places_read(cfg):
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
@@ -56,6 +58,8 @@ def state_of(cfg: Run) -> str:
         ours = (LOCK, f".{CONFIG}{PART}")  # of a run that was killed as it claimed the folder
         if out.is_dir() and any(entry.name not in ours for entry in out.iterdir()):
             # never emptied, whatever overwrite says
+            if (out / MANIFEST).is_file() or (out / INPUTS).is_file():
+                raise UserError(f"{out / CONFIG} is missing; put it back, or remove the folder")
             raise UserError(f"out={out} is not empty and not a stage's folder; name another out")
         return FREE
     complete = (out / MANIFEST).is_file()  # written last, and whole
@@ -77,12 +81,15 @@ def state_of(cfg: Run) -> str:
     origins, before = origins_of(cfg), begun_with(out)
     if complete:
         before = read_manifest(out) or {}
+        check_files(out)
         if isinstance(cfg, Evaluate) and parent_paths(origins) != parent_paths(before):
             return to_be_emptied(out)  # there are other policies to compare with now
     if changed := changed_since(origins, before):
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
+    if not complete and resume_points(out) and not (out / INPUTS).is_file():
+        raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
 
@@ -254,7 +261,7 @@ def tidy(out: Path) -> None:
         return
     try:
         lock(out)
-    except UserError:
+    except (UserError, OSError):  # or a disk that is read-only now
         return
     if (out / MANIFEST).is_file():
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

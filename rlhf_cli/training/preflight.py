@@ -87,7 +87,7 @@ def preflight(cfg: Run, whole: bool = True) -> list[str]:
     check_frozen_layers(cfg)
     lines += check_rows(cfg) if whole else []
     if state == RESUMABLE and (step := newest_step(Path(cfg.out))) is not None:
-        lines.append(f"goes on after step {step}")
+        lines.append(f"newest resume point: step {step}")
     memory = predicted_memory(cfg)
     lines += code_lines(cfg) if whole else []  # a stage says them itself, before it loads anything
     return [*lines, *reward_lines(cfg), *arithmetic(cfg), *(memory if whole else memory[-1:])]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class Session:
             "checks": self.checks,
             "logs": {log.file.name: log.described() for log in self.logs},
         }
-        keep = self.cfg.hardware.keep or 1
+        keep = self.cfg.hardware.keep
+        assert keep is not None  # validate() asks for it where a stage trains
         save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **own}, keep)
         self.saved = time.monotonic()
         self.saving += self.saved - began
@@ -201,9 +203,13 @@ class Session:
             set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
         self._require_finite(trained(model), "at the end")
         folder = staging(self.out)
-        with library_errors(folder):
-            save_model(model, encoder.tokenizer, folder, merge)
-        write_beside(folder)
+        try:
+            with library_errors(folder):
+                save_model(model, encoder.tokenizer, folder, merge)
+            write_beside(folder)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
+            raise
         identity = {
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,

@@ -30,9 +30,9 @@ def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
 
 
 def differing_keys(
-    saved: dict[str, Any], given: dict[str, Any], free: dict[str, bool] | None = None
+    saved: dict[str, Any], given: dict[str, Any], free: dict[str, bool]
 ) -> list[str]:
-    """`key: before -> now` of each value that differs, but for hardware, overwrite and free keys.
+    """`key: before -> now` of each value that differs, but for IGNORED_KEYS and free ones.
 
     Args:
         free: from `free_keys`.
@@ -43,7 +43,7 @@ def differing_keys(
         before, now = flat_saved.get(name), flat_given.get(name)
         if name.split(".")[0] in IGNORED_KEYS or before == now:
             continue
-        grows = (free or {}).get(name)
+        grows = free.get(name)
         if grows is False or (grows and is_more(now, before)):
             continue
         found.append(f"{name}: {shown(before)} -> {shown(now)}")

@@ -112,8 +112,8 @@ def test_staging_starts_empty(tmp_path: Path) -> None:
 def test_hardware_and_overwrite_are_no_difference() -> None:
     saved = {"seed": 0, "hardware": {"threads": 1}, "overwrite": False, "algo": {"lr": 1, "b": []}}
     given = {"seed": 0, "hardware": {"threads": 2}, "overwrite": True, "algo": {"lr": 1, "b": []}}
-    assert differing_keys(saved, given) == []
-    assert differing_keys(saved, {**given, "algo": {"lr": 2}}) == [
+    assert differing_keys(saved, given, {}) == []
+    assert differing_keys(saved, {**given, "algo": {"lr": 2}}, {}) == [
         "algo.b: [] -> null",
         "algo.lr: 1 -> 2",
     ]
