@@ -63,7 +63,7 @@ def test_what_help_reads_is_what_hydra_composes(stage: str) -> None:
         for name in key.split("."):
             value = getattr(value, name)
         if "${" not in str(written):
-            assert value == _parsed(written), key
+            assert value == (written if isinstance(value, str) else _parsed(written)), key
 
 
 def _parsed(written: object) -> object:

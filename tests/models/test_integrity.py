@@ -92,6 +92,7 @@ def test_weights_are_read_in_full_only_where_they_are_loaded(folder: Path) -> No
 def test_weights_are_hashed_once_until_they_change(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rlhf_cli.models.manifest.SMALL", 0)
     check_weights_hash(str(folder))
     read: list[Path] = []
 
@@ -99,7 +100,7 @@ def test_weights_are_hashed_once_until_they_change(
         read.append(file)
         return "another"
 
-    monkeypatch.setattr("rlhf_cli.models.integrity.sha256", another)
+    monkeypatch.setattr("rlhf_cli.models.manifest._sha256", another)
     check_weights_hash(str(folder))
     assert read == []
     os.utime(folder / "model.safetensors", ns=(0, 0))
@@ -173,6 +174,12 @@ def test_an_adapter_needs_its_base(folder: Path) -> None:
         check_whole(on(str(adapter)))
     with pytest.raises(UserError, match="base_model_name_or_path is None, not a path"):
         check_whole(on(None))
+    for rank, said in ((7, "r=7 is more than the weights"), (-1, "r is -1, not a whole number")):
+        words = {"base_model_name_or_path": str(folder), "r": rank}
+        (adapter / "adapter_config.json").write_text(json.dumps(words))
+        with pytest.raises(UserError, match=said):
+            check_whole(adapter)
+    on(str(folder))
     flipped("config.json", 3)(folder)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         check_whole(on(str(folder)))
