@@ -189,7 +189,8 @@ def sweep_job(cfg: "DictConfig") -> None:
         try:
             _execute(stage, config, check=False)
         except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
-            print(f"job {job.num}, out={config.out}: error: {error}", file=sys.stderr)
+            told = redacted(f"job {job.num}, out={config.out}: error: {error}")
+            print(told, file=sys.stderr)
             raise
         if (name := interrupts.asked()) is not None:  # too late for this job, not for the others
             raise Interrupted(f"{name}: {config.out} is finished; the same command goes on")
