@@ -1,5 +1,6 @@
 """Final answers: as text, as numbers, as mathematics."""
 
+import signal
 import threading
 import time
 from typing import Any
@@ -167,3 +168,17 @@ def test_a_judge_that_died_is_replaced() -> None:
     process.kill()
     process.wait()
     assert judge.equal("3", "3") and judge._process is not process
+
+
+def test_what_ends_the_judges_process_changes_no_answer() -> None:
+    """SIGTERM and SIGINT to all processes of a run are for the run; a dead judge is replaced."""
+    judge = MathJudge()
+    assert judge.equal("1/2", "0.5") is True
+    process = judge._process
+    assert process is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        assert judge.equal("1/2", "0.5") is True and judge._process is process
+    process.kill()
+    assert judge.equal("1/2", "0.5") is True and judge._process is not process
+    judge._end()
