@@ -75,7 +75,8 @@ from rlhf_cli.rewards.judging import accuracy, figures, judge
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.best import Best
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.parts import Loss, Metrics, Part
 from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.references import (
     BOOTSTRAP,

@@ -60,7 +60,8 @@ from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.experience import Experience, measure, update_metrics
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.parts import Loss, Metrics, Part
 from rlhf_cli.training.refresh import RewardRefresh
 from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
 from rlhf_cli.training.session import Session, begin, tensors_of

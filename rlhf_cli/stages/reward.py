@@ -67,7 +67,8 @@ from rlhf_cli.rewards.judging import (
 )
 from rlhf_cli.rewards.models import Reading
 from rlhf_cli.training.best import Best
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.parts import Loss, Metrics, Part
 from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
 from rlhf_cli.training.session import begin
 

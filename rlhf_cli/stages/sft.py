@@ -36,7 +36,8 @@ from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.best import Best
-from rlhf_cli.training.optimize import Loss, Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.parts import Loss, Part
 from rlhf_cli.training.session import Session, begin
 
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights

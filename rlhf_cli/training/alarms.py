@@ -9,7 +9,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.online_rules import ALARMS
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.reporting.console import say
-from rlhf_cli.training.optimize import Metrics
+from rlhf_cli.training.parts import Metrics
 
 MAX_UNSCORED = 3  # iterations in a row without any reward before the run stops
 

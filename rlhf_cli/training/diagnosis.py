@@ -6,15 +6,13 @@ advantages; the loss of an item by itself; the gradient of an item by itself.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_cli.models.finite import is_finite, not_finite
-
-if TYPE_CHECKING:
-    from rlhf_cli.training.optimize import Part
+from rlhf_cli.training.parts import Part
 
 NAMED = 3  # rows that are named; of more there is the number
 
@@ -23,12 +21,12 @@ NAMED = 3  # rows that are named; of more there is the number
 class One:
     """An item of a step, and the part that it is in."""
 
-    part: "Part"
+    part: Part
     item: Any
     alone: Any  # a micro-batch of it
 
 
-def cause_of(networks: dict[str, nn.Module], parts: Sequence["Part"]) -> str:
+def cause_of(networks: dict[str, nn.Module], parts: Sequence[Part]) -> str:
     """What is not finite in a step, and of which rows, as `loss/value of rows.jsonl:12`.
 
     The gradients of the step must still be there, unclipped; they are gone afterwards. Nothing

@@ -17,7 +17,8 @@ from rlhf_cli.rewards.rules import repeated_share
 from rlhf_cli.rewards.shaping import Shaped, shape
 from rlhf_cli.rewards.sources import Scores
 from rlhf_cli.rollout.rollouts import Rollout
-from rlhf_cli.training.optimize import Metrics, mean_metrics
+from rlhf_cli.training.optimize import mean_metrics
+from rlhf_cli.training.parts import Metrics
 from rlhf_cli.training.roles import Policy, Roles
 
 Figures = list[float | None]

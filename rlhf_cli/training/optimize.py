@@ -7,11 +7,8 @@ step is done again with micro-batches of half the size.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite, nan
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +17,11 @@ from transformers.optimization import get_scheduler
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Optimizer as OptimizerConfig
-from rlhf_cli.data.batches import one
 from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.halving import halves, if_it_fits, no_room
+from rlhf_cli.models.halving import if_it_fits, no_room
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.diagnosis import cause_of, draws_again
+from rlhf_cli.training.parts import Metrics, Part
 
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
@@ -34,33 +31,6 @@ SCHEDULES = {
 
 # the first step may have been skipped, which is no mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-Metrics = dict[str, float]
-Loss = tuple[Tensor, dict[str, Tensor]]
-
-
-@dataclass
-class Part:
-    """One term of the objective.
-
-    batches: micro-batches of items, of any cut.
-    loss: micro-batch -> its loss and metrics, each SUMMED over items.
-    count: what the sums are divided by, over all micro-batches (tokens, pairs, responses).
-    weight: factor of this term in the objective.
-    rows: sequences that an item takes.
-    savers: longest sequence -> the keys that make an item take less memory, for messages.
-    """
-
-    batches: Sequence[Any]
-    loss: Callable[[Any], Loss]
-    count: float
-    weight: float = 1.0
-    rows: Callable[[Any], int] = one
-    savers: Callable[[int], Sequence[str]] = lambda longest: ()
-
-    def halved(self) -> "Part":
-        """The same in micro-batches of half the size, where they have several items."""
-        return replace(self, batches=[half for batch in self.batches for half in halves(batch)])
 
 
 class Optimizer:

@@ -40,8 +40,9 @@ from rlhf_cli.training.files import (
     seal_whole,
     whole_folder,
 )
-from rlhf_cli.training.optimize import Loss, Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
 from rlhf_cli.training.origins import stage_name
+from rlhf_cli.training.parts import Loss, Part
 from rlhf_cli.training.roles import Policy
 from rlhf_cli.training.session import Session
 

@@ -41,9 +41,10 @@ from rlhf_cli.rewards.sources import Reward, load_reward
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.training.files import seal_whole, whole_folder
-from rlhf_cli.training.optimize import Loss, Metrics, Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
 from rlhf_cli.training.origins import stage_name
 from rlhf_cli.training.outfolder import begun_with
+from rlhf_cli.training.parts import Loss, Metrics, Part
 from rlhf_cli.training.roles import Policy
 from rlhf_cli.training.session import Session, tensors_of
 

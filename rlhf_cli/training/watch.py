@@ -19,7 +19,7 @@ from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.alarms import Alarms
 from rlhf_cli.training.best import Best
 from rlhf_cli.training.experience import Experience, measure
-from rlhf_cli.training.optimize import Metrics
+from rlhf_cli.training.parts import Metrics
 from rlhf_cli.training.roles import Roles
 from rlhf_cli.training.session import Session, restore, snapshot, tensors_of
 

@@ -103,7 +103,8 @@ from rlhf_cli.objectives.reward_model import (
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Sampling, filter_logits
-from rlhf_cli.training.optimize import Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.parts import Part
 from rlhf_cli.training.watch import Written
 from tests.toys import GivenLogits, bigram, characters, composed, data_of
 

@@ -23,7 +23,8 @@ from rlhf_cli.models import forward
 from rlhf_cli.models.load import load_scorer, load_tokenizer
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rewards.models import CheckpointReward
-from rlhf_cli.training.optimize import Optimizer, Part
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.parts import Part
 from tests.toys import FROZEN, bpe, llama
 from tests.training.tiny import run_stage
 

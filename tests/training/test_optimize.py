@@ -19,7 +19,8 @@ from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.halving import savers
 from rlhf_cli.objectives.likelihood import nll_sum
-from rlhf_cli.training.optimize import Loss, Optimizer, Part, mean_metrics
+from rlhf_cli.training.optimize import Optimizer, mean_metrics
+from rlhf_cli.training.parts import Loss, Part
 from tests.toys import composed, hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(8)
