@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.config.hints import check_overrides, explain, nearest
+from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.secrets import redacted
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ def parse(stage: str, words: list[str]) -> Flags:
     for word in rest:
         if word.startswith("-"):
             raise UserError(_wrong_flag(stage, word, list(parser._option_string_actions)))
-    if flags.config_dir is not None and not Path(flags.config_dir).is_dir():
-        raise UserError(f"--config-dir: no folder {flags.config_dir}")
+    if (own := flags.config_dir) is not None:
+        if not is_path(own) or not Path(own).is_dir():
+            raise UserError(f"--config-dir: no folder {own}")
+        if not os.access(own, os.R_OK | os.X_OK):
+            raise UserError(f"--config-dir: no permission to read {own}")
     show = [f"--{name}={value}" for name in ("cfg", "info") if (value := getattr(flags, name))]
     show += ["--hydra-help"] if flags.hydra_help else []
     if (flags.resolve or flags.package) and not flags.cfg:

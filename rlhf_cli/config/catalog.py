@@ -76,6 +76,10 @@ def read(file: Path) -> tuple[list[Any], dict[str, Any]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{file} line {line}: not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, or without end
+        raise UserError(f"{file}: not YAML: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold KEY: VALUE lines")
     return content.pop("defaults", []), content

@@ -54,6 +54,7 @@ GRAMMAR = [
     ("ppo --chek", ["unknown flag --chek", "did you mean --check?"]),
     ("ppo --config-name x", ["unknown flag --config-name"]),
     ("ppo --config-dir nowhere", ["--config-dir", "no folder nowhere"]),
+    (f"ppo --config-dir {'x' * 300}", ["--config-dir", "no folder xxx"]),
     ("ppo --cfg jbo", ["--cfg", "jbo"]),
     ("ppo --cfg job -p algos", ["--package takes algo", "algos"]),
     ("ppo --cfg job -m", ["take one"]),

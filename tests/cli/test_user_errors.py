@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.cli import main
-from rlhf_cli.models.integrity import described
 from tests.cli.made import (
     LIMITS,
     MODEL,
@@ -112,16 +111,6 @@ def value(name: str, **entries: object) -> Change:
     return change
 
 
-def recorded(name: str) -> Change:
-    """Record the files of a folder in its stage.json, as they are."""
-
-    def change(folder: Path) -> None:
-        names = [file.name for file in (folder / name).iterdir() if file.name != "stage.json"]
-        value(f"{name}/stage.json", files=described(folder / name, names))(folder)
-
-    return change
-
-
 def unrecorded(name: str) -> Change:
     """Record no files of a folder, as in one of another tool."""
     return value(f"{name}/stage.json", files={})
@@ -162,6 +151,7 @@ DIALOGUES = {
 
 ADAPTED = "runs/demo/adapter"
 ON_NOTHING = {"base_model_name_or_path": "/no/base"}
+LFS = "version https://git-lfs.github.com/spec/v1\n"
 HEADER = (8).to_bytes(8, "little") + b'{"a": 3}'
 
 FILES: dict[str, Case] = {
@@ -223,6 +213,36 @@ FILES: dict[str, Case] = {
         rows({"txt": "a"}, name="t.jsonl"),
         f"{SFT} data.text_path=t.jsonl out=new",
         ["t.jsonl:1: no column 'prompt'; found txt"],
+    ),
+    "an option that is no text": (
+        write("mine/algo/own.yaml", b"lr: \xff\n"),
+        "ppo --config-dir mine algo=own",
+        ["mine/algo/own.yaml: not YAML", "can't decode byte 0xff"],
+    ),
+    "an option with a zero byte": (
+        write("mine/algo/own.yaml", b"lr: \0\n"),
+        "ppo --config-dir mine algo=own",
+        ["mine/algo/own.yaml: not YAML"],
+    ),
+    "an option without end": (
+        write("mine/algo/own.yaml", "[" * 10_000),
+        "ppo --config-dir mine algo=own",
+        ["mine/algo/own.yaml"],
+    ),
+    "an option that is a list": (
+        write("mine/algo/own.yaml", "- lr\n"),
+        "ppo --config-dir mine algo=own",
+        ["mine/algo/own.yaml must hold KEY: VALUE lines"],
+    ),
+    "an option with a slip": (
+        write("mine/algo/own.yaml", "lr: [1\nclip: 2\n"),
+        "ppo --config-dir mine algo=own",
+        ["mine/algo/own.yaml line 2: not YAML"],
+    ),
+    "an option with a key of nobody's": (
+        write("mine/algo/own.yaml", "defaults: [ppo, _self_]\nklcoef: 0.1\n"),
+        "ppo --config-dir mine algo=own",
+        ["unknown key algo.klcoef", "did you mean algo.kl_coef?"],
     ),
 }
 
@@ -658,7 +678,7 @@ FOLDERS: dict[str, Case] = {
     ),
     "another tokenizer for a reference": (
         both(
-            copied(POLICY, "other"),
+            both(copied(POLICY, "other"), unrecorded("other")),
             replaced("other/tokenizer.json", '"merges": [', '"merges": [["q","q"],'),
         ),
         f"dpo {ROWS} out=new reference=other",
@@ -690,17 +710,17 @@ FOLDERS: dict[str, Case] = {
         [f"reward={POLICY} is a policy; reward needs"],
     ),
     "no weights": (
-        gone(f"{POLICY}/model.safetensors"),
+        both(unrecorded(POLICY), gone(f"{POLICY}/model.safetensors")),
         PPO,
         [f"{POLICY}: no weights (*.safetensors) in this folder"],
     ),
     "truncated weights": (
-        cut(f"{POLICY}/model.safetensors", -100),
+        both(unrecorded(POLICY), cut(f"{POLICY}/model.safetensors", -100)),
         PPO,
         [f"{POLICY}/model.safetensors: truncated weights", "bytes of"],
     ),
     "weights that are none": (
-        write(f"{POLICY}/model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        both(unrecorded(POLICY), write(f"{POLICY}/model.safetensors", LFS)),
         PPO,
         [f"{POLICY}/model.safetensors: damaged weights"],
     ),
@@ -709,9 +729,17 @@ FOLDERS: dict[str, Case] = {
         PPO,
         [f"{POLICY}: weights missing: b.safetensors"],
     ),
-    "damaged config.json": (cut(f"{POLICY}/config.json", 50), PPO, ["config.json: damaged"]),
+    "damaged config.json": (
+        both(unrecorded(POLICY), cut(f"{POLICY}/config.json", 50)),
+        PPO,
+        ["config.json: damaged"],
+    ),
     "damaged stage.json": (cut(f"{POLICY}/stage.json", 50), PPO, ["stage.json: damaged"]),
-    "damaged tokenizer.json": (cut(f"{POLICY}/tokenizer.json", 50), PPO, ["tokenizer.json: dam"]),
+    "damaged tokenizer.json": (
+        both(unrecorded(POLICY), cut(f"{POLICY}/tokenizer.json", 50)),
+        PPO,
+        ["tokenizer.json: damaged"],
+    ),
     "damaged adapter": (
         cut("runs/demo/adapter/adapter_config.json", 50),
         f"{PPO} policy=runs/demo/adapter",
@@ -738,17 +766,17 @@ FOLDERS: dict[str, Case] = {
         ["model.safetensors.index.json: damaged: weight_map is ['a'], not an object"],
     ),
     "a recorded config.json with a bit flipped": (
-        both(recorded(POLICY), flipped(f"{POLICY}/config.json", 20)),
+        flipped(f"{POLICY}/config.json", 20),
         PPO,
         [f"{POLICY}/config.json is damaged", "overwrite=true", '"files" in'],
     ),
     "a recorded tokenizer_config.json that is gone": (
-        both(recorded(POLICY), gone(f"{POLICY}/tokenizer_config.json")),
+        gone(f"{POLICY}/tokenizer_config.json"),
         PPO,
         [f"{POLICY}/tokenizer_config.json is missing", "overwrite=true"],
     ),
     "recorded weights that are cut": (
-        both(recorded(POLICY), cut(f"{POLICY}/model.safetensors", -1)),
+        cut(f"{POLICY}/model.safetensors", -1),
         PPO,
         [f"{POLICY}/model.safetensors has", "bytes instead of"],
     ),
@@ -841,12 +869,12 @@ OUT: dict[str, Case] = {
     "of another config": (
         as_it_is,
         f"{SFT} seed=3 algo.lr=1e-5",
-        [f"out={POLICY} was made by another config (other algo.lr, seed)", "overwrite=true"],
+        [f"out={POLICY} was made by another config (algo.lr: 0.005 -> 1e-05, seed: 0 -> 3)"],
     ),
     "of another stage": (
         as_it_is,
-        f"{REWARD} out={POLICY} policy=runs/demo/adapter",
-        [f"out={POLICY} was made by another config"],
+        f"{REWARD} out={ADAPTED}",
+        [f"out={ADAPTED} is the folder of another stage; name another out"],
     ),
     "from a policy that has changed": (
         replaced(f"{POLICY}/config.json", '"architectures"', '"note": 1, "architectures"'),
@@ -1016,12 +1044,12 @@ LATE: dict[str, Case] = {
         ["reference_cache=rows.jsonl"],
     ),
     "recorded weights with a bit flipped": (
-        both(recorded(POLICY), flipped(f"{POLICY}/model.safetensors", -1)),
+        flipped(f"{POLICY}/model.safetensors", -1),
         f"dpo {ROWS}",
         [f"{POLICY}/model.safetensors is damaged", "overwrite=true"],
     ),
     "a recorded adapter with a bit flipped": (
-        both(recorded(ADAPTED), flipped(f"{ADAPTED}/adapter_model.safetensors", -1)),
+        flipped(f"{ADAPTED}/adapter_model.safetensors", -1),
         f"dpo {ROWS} out=new policy={ADAPTED}",
         [f"{ADAPTED}/adapter_model.safetensors is damaged"],
     ),
@@ -1063,13 +1091,13 @@ LATE: dict[str, Case] = {
         f"{PPO} reward=a.py:f",
         ["a.py: ZeroDivisionError: division by zero"],
     ),
-    "weights of another shape": (
-        replaced(f"{POLICY}/config.json", '"intermediate_size"', '"hidden_act": "x", "was"'),
+    "an activation that nobody knows": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", hidden_act="x")),
         f"dpo {ROWS}",
         [f"{POLICY}: cannot load the model"],
     ),
     "weights that were never saved": (
-        replaced(f"{POLICY}/config.json", '"num_hidden_layers": 1', '"num_hidden_layers": 2'),
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", num_hidden_layers=2)),
         f"dpo {ROWS}",
         [f"{POLICY}:", "weights missing or misshapen"],
     ),
