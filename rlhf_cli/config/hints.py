@@ -42,9 +42,9 @@ def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
         key = key.lstrip("+")
         refuse_secrets({key: value})
         if key in catalog.GROUPS:
-            if _PLAIN_NAMES.fullmatch(value):
+            if _PLAIN_NAMES.fullmatch(value.strip()):
                 for option in value.split(","):
-                    _check_option(stage, key, option, dirs)
+                    _check_option(stage, key, option.strip(), dirs)
         elif not key.startswith(("hydra.", "hydra/")):
             _check_key(stage, key)
 
@@ -108,8 +108,7 @@ def wrong_value(stage: str, key: str, value: object) -> str:
 
 def explain(error: BaseException, stage: str) -> str | None:
     """One line for an exception of Hydra or OmegaConf; None when it is not one of theirs."""
-    theirs = type(error).__module__.partition(".")[0] in ("hydra", "omegaconf")
-    if not theirs and not isinstance(error, OverflowError):  # a number that OmegaConf cannot hold
+    if not {_library(type(error).__module__), _raised_in(error)} & {"hydra", "omegaconf"}:
         return None
     chain = []
     link: BaseException | None = error
@@ -120,6 +119,18 @@ def explain(error: BaseException, stage: str) -> str | None:
     where = re.search(r"In '(\w+/[^']+)':", text)
     file = f" (in {where[1]}.yaml)" if where else ""
     return (_explain_key(text, stage) or _explain_words(error, text)) + file
+
+
+def _library(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _raised_in(error: BaseException) -> str:
+    """The library whose code raised an exception, of whatever type."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return _library(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
 
 
 def _explain_key(text: str, stage: str) -> str | None:

@@ -34,6 +34,7 @@ NAMES = [
     ("ppo +algo.kl_coef=1", ["algo.kl_coef exists already", "without +"]),
     ("ppo ~algo.kl_coef", ["~algo.kl_coef", "cannot be removed"]),
     ("ppo algo=ppoo", ["unknown algo option ppoo", "did you mean ppo?", "ppo, ppo_adaptive"]),
+    ("ppo algo=1e+5", ["Config group override must be a string or a list"]),
     ("ppo algo=", ["unknown algo option", "ppo takes a2c"]),
     ("ppo algo=dpo", ["algo=dpo belongs to `rlhf-cli dpo`; ppo takes a2c"]),
     ("dpo algo=kwise", ["algo=kwise belongs to `rlhf-cli reward`", "kto", "unlikelihood"]),
