@@ -16,6 +16,8 @@ import pytest
 from tests.safety.watched_chain import COMMANDS, MARKER, PLANTED
 from tests.training.tiny import rows_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -20,6 +20,7 @@ SHADOWED = (
 )
 
 
+@pytest.mark.slow
 def test_a_reward_file_runs_where_it_is_named(cli: Cli, place: Path) -> None:
     for folder in ("", "runs/", "runs/demo/sft/", "own/", "own/algo/"):
         (place / folder).mkdir(exist_ok=True)

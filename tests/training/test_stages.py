@@ -497,6 +497,9 @@ def test_a_chat_policy_ends_its_turns_in_every_tool(tmp_path: Path) -> None:
     found = checks(run("dpo", tmp_path / "next", *chat))
     assert found["eos_ids_missing"] == 0
     (out / "generation_config.json").write_text('{"eos_token_id": 2}')
+    said = json.loads((out / "stage.json").read_text())
+    del said["files"]["generation_config.json"]  # as if the change were meant
+    (out / "stage.json").write_text(json.dumps(said))
     with pytest.raises(RunError, match="eos_ids_missing failed .* was trained to end with ids"):
         run("dpo", tmp_path / "changed", *chat)
 
