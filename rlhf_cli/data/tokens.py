@@ -159,7 +159,8 @@ class Encoder:
             self._counts[what] += len(found) - len(kept)
         if found and not kept:
             raise UserError(
-                f"the first step of every response of {len(rows)} rows is longer than "
+                f"{found[0].source}: the first step of every response, of {len(rows)} rows in all, "
+                "is longer than "
                 f"data.max_response_tokens={self.data.max_response_tokens}"
             )
         return kept
@@ -332,7 +333,7 @@ class Encoder:
         """Stop where dropping long prompts leaves nothing."""
         if rows and not kept:
             raise UserError(
-                f"every prompt of {len(rows)} rows is longer than "
+                f"{rows[0].source}: every prompt, of {len(rows)} rows in all, is longer than "
                 f"data.max_prompt_tokens={self.data.max_prompt_tokens}"
             )
 
