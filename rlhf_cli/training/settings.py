@@ -22,9 +22,8 @@ def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
     if not chooses and "overoptimised" not in getattr(algo, "stop_on", []):
         free |= dict.fromkeys(EVALUATIONS, False)
     if not complete:
-        length = (
-            ("algo.steps",) if isinstance(cfg, Ppo | Grpo) else ("algo.epochs", "algo.max_steps")
-        )
+        online = isinstance(cfg, Ppo | Grpo)
+        length = ("algo.steps",) if online else ("algo.epochs", "algo.max_steps")
         free |= dict.fromkeys(length, True)
     return free
 
@@ -57,9 +56,9 @@ def is_more(now: int | None, before: int | None) -> bool:
 
 def shown(value: Any) -> str:
     """A value as it is given on the command line."""
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
