@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
@@ -332,6 +334,28 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     done = subprocess.run(command("ppo", out), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     same(whole, out)
+
+
+def test_a_disk_that_fills_while_tensors_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, for users who may not mount: as safetensors says it, half a file written."""
+    out = tmp_path / "out"
+
+    def full(tensors: Any, file: Path) -> None:
+        if "step-00000003" in str(file):
+            file.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_cli.training.checkpoint.save_file", full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            run("ppo", out)
+    assert error.value.errno == errno.ENOSPC
+    assert list(resume_points(out)) == [1, 2] and not list(out.rglob("*.part"))
+    run("ppo", out)
+    same(run("ppo", tmp_path / "whole"), out)
 
 
 def test_a_disk_that_becomes_read_only(small_disk: Path, tmp_path: Path) -> None:
