@@ -28,7 +28,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.models.load import save_model, scorer_from_policy
 from rlhf_cli.models.scratch import learn_tokenizer
-from rlhf_cli.training.memory import parts_of, predicted_peak
+from rlhf_cli.runs.memory_estimate import parts_of, predicted_peak
 
 SIZE: dict[str, Any] = {
     "vocab_size": 16000,

@@ -1,12 +1,18 @@
-"""What all tests share: no network, and the console script as a user starts it."""
+"""What all tests share: no network, the console script as a user starts it, and a tiny chain."""
 
+import contextlib
+import importlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from rlhf_cli.config.compose import compose
+from tests.tiny import WORDS, rows_of, words_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -30,3 +36,40 @@ def cli(tmp_path: Path) -> Cli:
         )
 
     return run
+
+
+STEP_JUDGE = """
+def short(prompts, steps):
+    return [[1.0 if len(step) < 3 else None if "o" in step else 0.0 for step in own]
+            for own in steps]
+"""
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows of every kind and, made from pairs, runs/demo/{sft,reward,adapter}.
+
+    runs/demo/reward_adapter is a reward model that was trained as an adapter.
+    """
+    folder = tmp_path_factory.mktemp("chain")
+    for file, content in rows_of().items():
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        (folder / f"{file}.jsonl").write_text(lines)
+    (folder / "steps.py").write_text(STEP_JUDGE)
+    with contextlib.chdir(folder):
+        for stage, more in (
+            ("sft", ["algo.epochs=8", "algo.max_steps=null"]),
+            ("reward", ["algo.epochs=6"]),
+            ("reward", [*WORDS["lora"], "out=runs/demo/reward_adapter", "algo.epochs=6"]),
+            ("dpo", [*WORDS["lora"], "out=runs/demo/adapter", "algo.epochs=2"]),
+        ):
+            run = importlib.import_module(f"rlhf_cli.stages.{stage}").run
+            run(compose(stage, [*words_of(stage), "hardware.save_every=null", *more]))
+    return folder
+
+
+@pytest.fixture
+def inside(chain: Path) -> Iterator[None]:
+    """Work in the chain's folder, as a user would."""
+    with contextlib.chdir(chain):
+        yield

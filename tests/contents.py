@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.models.integrity import fault_in
+from rlhf_cli.folders.integrity import fault_in
 
 LEFTOVER = re.compile(r"(^|/)\.|\.part$|^checkpoints\b|\.lock$")
 

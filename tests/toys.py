@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, Ppo
+from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, PpoConfig
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.scratch import learn_tokenizer
 
@@ -49,9 +49,9 @@ def model_of(**changes: Any) -> Model:
     return replace(model, **changes)
 
 
-def run_of(**data: Any) -> Ppo:
+def run_of(**data: Any) -> PpoConfig:
     """The config of a stage with a reward, on plain rows with changes."""
-    cfg: Ppo = composed("ppo")
+    cfg: PpoConfig = composed("ppo")
     return replace(cfg, data=data_of(**data))
 
 

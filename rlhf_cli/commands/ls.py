@@ -14,7 +14,7 @@ from rlhf_cli.config.hints import nearest
 from rlhf_cli.config.schema import STAGES
 
 if TYPE_CHECKING:
-    from rlhf_cli.training.lineage import Node
+    from rlhf_cli.runs.lineage import Node
 
 RUNS = "runs"  # the folder that stages write to by default, and the word for what is in it
 NAMES = (*catalog.GROUPS, "recipes", RUNS)
@@ -73,7 +73,7 @@ def _show_runs(words: list[str]) -> None:
     for word in words:
         if not Path(word).is_dir():
             raise UserError(f"ls runs: no folder {word}; give the folders that hold your runs")
-    from rlhf_cli.training.lineage import trees
+    from rlhf_cli.runs.lineage import trees
 
     found = trees([Path(word) for word in words])
     if not found:
@@ -142,7 +142,7 @@ def _cells(node: "Node") -> tuple[str, ...]:
 
 def _notes(node: "Node") -> list[str]:
     """What is wrong with the sources of a run, and which other models it was made from."""
-    from rlhf_cli.training.lineage import PARENTS
+    from rlhf_cli.runs.lineage import PARENTS
 
     faults = [f"{each.role} {each.path} {each.fault}" for each in node.sources if each.fault]
     models = [source for source in node.sources if source.kind == PARENTS]

@@ -121,7 +121,7 @@ def run(stage: str, words: list[str]) -> None:
         finally:  # Hydra leaves by SystemExit after its own help
             print(redacted(shown.getvalue()), end="")
     else:
-        from rlhf_cli.training.interrupts import handled
+        from rlhf_cli.runs.interrupts import handled
 
         with handled():
             (_sweep if flags.multirun else _single)(stage, flags)
@@ -144,7 +144,7 @@ def _single(stage: str, flags: Flags) -> None:
 def _sweep(stage: str, flags: Flags) -> None:
     """Check every job before the first one starts, then let Hydra run them."""
     from rlhf_cli.config.compose import compose
-    from rlhf_cli.training.preflight import preflight
+    from rlhf_cli.runs.preflight import preflight
 
     with _one_line(stage):
         jobs = _jobs(flags.overrides)
@@ -183,7 +183,7 @@ def sweep_job(cfg: "DictConfig") -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from rlhf_cli.config.compose import typed
-    from rlhf_cli.training import interrupts
+    from rlhf_cli.runs import interrupts
 
     job = HydraConfig.get().job
     stage = str(job.config_name)
@@ -241,8 +241,8 @@ def _execute(stage: str, cfg: Any, check: bool) -> None:
 @contextmanager
 def _disk_faults(cfg: Any) -> Iterator[None]:
     """A full, read-only or forbidden disk ends a run in one line."""
-    from rlhf_cli.training.files import disk_fault
-    from rlhf_cli.training.outfolder import newest_step
+    from rlhf_cli.folders.files import disk_fault
+    from rlhf_cli.runs.out_folder import newest_step
 
     try:
         yield
@@ -264,8 +264,8 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
 
 def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
     """The folder that the stage wrote, now or before; None after a check."""
-    from rlhf_cli.training.outfolder import FINISHED, state_of, tidy
-    from rlhf_cli.training.preflight import preflight
+    from rlhf_cli.runs.out_folder import FINISHED, state_of, tidy
+    from rlhf_cli.runs.preflight import preflight
 
     summary = preflight(cfg)
     if check:

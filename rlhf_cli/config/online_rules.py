@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from rlhf_cli.config.schema import Grpo, Ppo, Run
+from rlhf_cli.config.schema import GrpoConfig, PpoConfig, Run
 
-Online = Ppo | Grpo
+Online = PpoConfig | GrpoConfig
 
 # The limit of each alarm, and whether it reads evaluations on held-out prompts.
 ALARMS = {
@@ -54,16 +54,20 @@ def kl(cfg: Online) -> Iterator[str]:
             f"{updates} updates per batch; take weighted_k3 or full, or algo.epochs=1 and "
             f"algo.minibatch_size={algo.batch_size}"
         )
-    if algo.kl_coef_end is not None and isinstance(cfg, Ppo) and cfg.algo.kl_controller != "fixed":
+    if (
+        algo.kl_coef_end is not None
+        and isinstance(cfg, PpoConfig)
+        and cfg.algo.kl_controller != "fixed"
+    ):
         yield f"algo.kl_coef_end and algo.kl_controller={cfg.algo.kl_controller} both set kl_coef"
     unused = algo.kl_coef == 0 and not algo.kl_coef_end
-    if isinstance(cfg, Grpo) and cfg.algo.refresh_reference is not None and unused:
+    if isinstance(cfg, GrpoConfig) and cfg.algo.refresh_reference is not None and unused:
         yield "algo.refresh_reference moves what the KL is measured to, but algo.kl_coef=0"
 
 
 def kl_controller(cfg: Online) -> Iterator[str]:
     """A controller has its target, and nothing that another one reads."""
-    if not isinstance(cfg, Ppo):
+    if not isinstance(cfg, PpoConfig):
         return
     algo = cfg.algo
     if algo.kl_controller == "fixed":
@@ -104,7 +108,7 @@ def ratios(cfg: Online) -> Iterator[str]:
             "algo.loss=policy_gradient has no ratio to correct for older rollouts: it needs "
             f"algo.epochs=1 and algo.minibatch_size={algo.batch_size}, the whole batch"
         )
-    if isinstance(cfg, Ppo):
+    if isinstance(cfg, PpoConfig):
         if loss == "klpen" and cfg.algo.old_kl_coef is None:
             yield "algo.loss=klpen needs algo.old_kl_coef; start from algo=ppo_klpen"
         for name in ("old_kl_coef", "old_kl_target"):
@@ -119,7 +123,7 @@ def ratios(cfg: Online) -> Iterator[str]:
 
 def critic(cfg: Online) -> Iterator[str]:
     """The keys of a critic are given with one, and only then."""
-    if not isinstance(cfg, Ppo):
+    if not isinstance(cfg, PpoConfig):
         return
     needed = ("critic", "value_lr", "vf_coef", "lam")
     for name in (*needed, "value_clip"):
@@ -135,7 +139,7 @@ def critic(cfg: Online) -> Iterator[str]:
 
 def groups(cfg: Online) -> Iterator[str]:
     """Baseline, normalisation and supervision of groups fit each other."""
-    if not isinstance(cfg, Grpo):
+    if not isinstance(cfg, GrpoConfig):
         return
     algo = cfg.algo
     if algo.group_size == 1 and algo.baseline != "none":
@@ -172,7 +176,7 @@ def groups(cfg: Online) -> Iterator[str]:
 
 def refreshing(cfg: Online) -> Iterator[str]:
     """A reward model that is trained further has a judge to learn from, and pairs."""
-    if not isinstance(cfg, Grpo):
+    if not isinstance(cfg, GrpoConfig):
         return
     algo = cfg.algo
     keys = ("refresh_lr", "refresh_batch_size", "refresh_replay")
@@ -233,7 +237,7 @@ def watching(cfg: Online) -> Iterator[str]:
             "algo.ema_decay writes their average; take algo.keep=eval/reward"
         )
     moving = algo.kl_coef_end is not None or (
-        isinstance(cfg, Ppo) and cfg.algo.kl_controller != "fixed"
+        isinstance(cfg, PpoConfig) and cfg.algo.kl_controller != "fixed"
     )
     if algo.keep == "rlhf_reward" and moving:
         yield "algo.keep=rlhf_reward compares iterations, but kl_coef changes between them"
@@ -266,6 +270,6 @@ _ONLINE: tuple[Callable[[Online], Iterator[str]], ...] = (
 
 def online(cfg: Run) -> Iterator[str]:
     """Complaints about a config of ppo or grpo."""
-    if isinstance(cfg, Ppo | Grpo):
+    if isinstance(cfg, PpoConfig | GrpoConfig):
         for rule in _ONLINE:
             yield from rule(cfg)

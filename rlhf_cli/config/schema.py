@@ -153,7 +153,7 @@ class Data:
 
 
 @dataclass
-class Optimizer:
+class OptimizerConfig:
     """AdamW and its schedule, as every training stage uses it."""
 
     lr: float = key("Peak learning rate.", gt=0)
@@ -176,7 +176,7 @@ class Optimizer:
 
 
 @dataclass
-class SftAlgo(Optimizer):
+class SftAlgo(OptimizerConfig):
     """Supervised fine-tuning."""
 
     epochs: int = key("Passes over the demonstrations.", ge=1)
@@ -192,7 +192,7 @@ class SftAlgo(Optimizer):
 
 
 @dataclass
-class RewardAlgo(Optimizer):
+class RewardAlgo(OptimizerConfig):
     """Reward model: what it learns from, and by which loss."""
 
     loss: str = key(
@@ -230,7 +230,7 @@ class RewardAlgo(Optimizer):
 
 
 @dataclass
-class OnlineAlgo(Optimizer):
+class OnlineAlgo(OptimizerConfig):
     """What learning from sampled responses has in common."""
 
     steps: int = key("Iterations of rollout and update.", ge=1)
@@ -376,7 +376,7 @@ class PpoAlgo(OnlineAlgo):
 
 
 @dataclass
-class DpoAlgo(Optimizer):
+class DpoAlgo(OptimizerConfig):
     """Preference objectives: DPO, its family, and the baselines of its paper."""
 
     loss: str = key(
@@ -525,7 +525,7 @@ class Run:
 
 
 @dataclass
-class Sft(Run):
+class SftConfig(Run):
     """Supervised fine-tuning: demonstrations -> policy."""
 
     select_by: str = key(
@@ -542,7 +542,7 @@ class Sft(Run):
 
 
 @dataclass
-class Reward(Run):
+class RewardConfig(Run):
     """Reward model: policy trunk and feedback -> classifier with one label."""
 
     policy: str = key("Policy folder or hub id whose trunk is used.")
@@ -551,7 +551,7 @@ class Reward(Run):
 
 
 @dataclass
-class Ppo(Run):
+class PpoConfig(Run):
     """PPO and its family: policy, reward and prompts -> policy."""
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
@@ -568,7 +568,7 @@ class Ppo(Run):
 
 
 @dataclass
-class Dpo(Run):
+class DpoConfig(Run):
     """Direct preference optimisation and its family: policy and feedback -> policy."""
 
     policy: str = key("Policy folder or hub id to start from.")
@@ -584,7 +584,7 @@ class Dpo(Run):
 
 
 @dataclass
-class Grpo(Run):
+class GrpoConfig(Run):
     """GRPO and its family: policy, reward or verifier, and prompts -> policy."""
 
     policy: str = key("Policy folder or hub id to start from; also the reference.")
@@ -605,7 +605,7 @@ class Grpo(Run):
 
 
 @dataclass
-class Generate(Run):
+class GenerateConfig(Run):
     """Sampling: policy and prompts -> samples.jsonl."""
 
     policy: str = key("Policy folder or hub id to sample from.")
@@ -618,7 +618,7 @@ class Generate(Run):
 
 
 @dataclass
-class Evaluate(Run):
+class EvaluateConfig(Run):
     """Evaluation: policy, baselines, reward -> report.json."""
 
     policy: str = key("Policy folder or hub id to judge.")
@@ -636,11 +636,11 @@ class Evaluate(Run):
 
 
 STAGES: dict[str, type[Run]] = {
-    "sft": Sft,
-    "reward": Reward,
-    "ppo": Ppo,
-    "dpo": Dpo,
-    "grpo": Grpo,
-    "generate": Generate,
-    "evaluate": Evaluate,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "ppo": PpoConfig,
+    "dpo": DpoConfig,
+    "grpo": GrpoConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
 }

@@ -13,15 +13,15 @@ from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import (
     Decoding,
-    Dpo,
-    Evaluate,
-    Generate,
+    DpoConfig,
+    EvaluateConfig,
+    GenerateConfig,
     Model,
-    Optimizer,
-    Ppo,
-    Reward,
+    OptimizerConfig,
+    PpoConfig,
+    RewardConfig,
     Run,
-    Sft,
+    SftConfig,
     SftModel,
 )
 from rlhf_cli.config.secrets import refuse_secrets
@@ -139,9 +139,9 @@ def _lora(cfg: Run) -> Iterator[str]:
 def _plain_text(cfg: Run) -> Iterator[str]:
     if cfg.data.format == "demo" or cfg.data.text_path is not None:
         return
-    if isinstance(cfg, Ppo) and cfg.algo.ptx_coef > 0:
+    if isinstance(cfg, PpoConfig) and cfg.algo.ptx_coef > 0:
         yield f"algo.ptx_coef={cfg.algo.ptx_coef:g} needs plain text: give data.text_path"
-    if isinstance(cfg, Sft) and cfg.algo.text_mix:
+    if isinstance(cfg, SftConfig) and cfg.algo.text_mix:
         yield (
             f"algo.text_mix={cfg.algo.text_mix:g} needs plain text: give data.text_path "
             f"or set algo.text_mix=0"
@@ -150,7 +150,11 @@ def _plain_text(cfg: Run) -> Iterator[str]:
 
 def _schedule(cfg: Run) -> Iterator[str]:
     algo = getattr(cfg, "algo", None)
-    if isinstance(algo, Optimizer) and algo.lr_schedule != "cosine" and algo.min_lr_ratio != 0:
+    if (
+        isinstance(algo, OptimizerConfig)
+        and algo.lr_schedule != "cosine"
+        and algo.min_lr_ratio != 0
+    ):
         yield (
             f"algo.min_lr_ratio={algo.min_lr_ratio:g} works with algo.lr_schedule=cosine only; "
             f"set algo.min_lr_ratio=0 with {algo.lr_schedule}"
@@ -158,7 +162,7 @@ def _schedule(cfg: Run) -> Iterator[str]:
 
 
 def _no_training(cfg: Run) -> Iterator[str]:
-    if isinstance(cfg, Generate | Evaluate):
+    if isinstance(cfg, GenerateConfig | EvaluateConfig):
         for name in ("save_every", "keep"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
@@ -167,7 +171,7 @@ def _no_training(cfg: Run) -> Iterator[str]:
 
 
 def _resume_points(cfg: Run) -> Iterator[str]:
-    if isinstance(cfg, Generate | Evaluate):
+    if isinstance(cfg, GenerateConfig | EvaluateConfig):
         return
     every, keep = cfg.hardware.save_every, cfg.hardware.keep
     if every is not None and not re.fullmatch(r"0*[1-9]\d*(min)?", every):
@@ -229,9 +233,9 @@ WITHOUT_REFERENCE = ("orpo", "simpo", "preferred_ft", "unlikelihood")
 
 def _losses(cfg: Run) -> Iterator[str]:
     """Every key that belongs to some losses only is given where it is read, and nowhere else."""
-    if not isinstance(cfg, Reward | Dpo):
+    if not isinstance(cfg, RewardConfig | DpoConfig):
         return
-    table = _REWARD_KEYS if isinstance(cfg, Reward) else _DPO_KEYS
+    table = _REWARD_KEYS if isinstance(cfg, RewardConfig) else _DPO_KEYS
     loss = cfg.algo.loss
     for name in sorted(set().union(*table.values())):
         value = getattr(cfg.algo, name)
@@ -245,7 +249,7 @@ def _losses(cfg: Run) -> Iterator[str]:
 
 
 def _reward_model(cfg: Run) -> Iterator[str]:
-    if not isinstance(cfg, Reward):
+    if not isinstance(cfg, RewardConfig):
         return
     loss, aggregate = cfg.algo.loss, cfg.algo.aggregate
     if aggregate is not None and aggregate not in _AGGREGATES[loss]:
@@ -256,7 +260,7 @@ def _reward_model(cfg: Run) -> Iterator[str]:
 
 
 def _preferences(cfg: Run) -> Iterator[str]:
-    if not isinstance(cfg, Dpo):
+    if not isinstance(cfg, DpoConfig):
         return
     algo = cfg.algo
     for name in sorted(_KTO_WEIGHTS):
@@ -276,7 +280,7 @@ def _preferences(cfg: Run) -> Iterator[str]:
 
 
 def _selection(cfg: Run) -> Iterator[str]:
-    if not isinstance(cfg, Sft):
+    if not isinstance(cfg, SftConfig):
         return
     if cfg.select_by == "reward" and cfg.reward is None:
         yield "select_by=reward needs reward=DIR, a reward output or a rule"

@@ -12,7 +12,7 @@ from rlhf_cli.data.kinds import (
     Preference,
     Ranking,
     Row,
-    Steps,
+    Stepwise,
     cut_steps,
     name_of,
     pairs_of,
@@ -116,13 +116,13 @@ def feedback_to_steps(rows: list[Feedback], data: Data) -> Made:
                 "data.step_join='' joins any steps"
             )
         labels = [float(bool(row.label))] * len(steps)
-        made.append(Steps(row.prompt, steps, labels, row.source, row.columns))
+        made.append(Stepwise(row.prompt, steps, labels, row.source, row.columns))
     return made, Counter({"without a label dropped": len(rows) - len(judged)})
 
 
 CONVERSIONS = {
     "feedback_to_ranking": Conversion(Feedback, Ranking, feedback_to_ranking),
-    "feedback_to_steps": Conversion(Feedback, Steps, feedback_to_steps),
+    "feedback_to_steps": Conversion(Feedback, Stepwise, feedback_to_steps),
     "preference_to_feedback": Conversion(Preference, Feedback, preference_to_feedback),
     "preference_to_ranking": Conversion(Preference, Ranking, preference_to_ranking),
     "ranking_to_preference": Conversion(Ranking, Preference, ranking_to_preference),

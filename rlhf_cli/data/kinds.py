@@ -82,7 +82,7 @@ class Feedback:
 
 
 @dataclass
-class Steps:
+class Stepwise:
     """A response in steps, each right (1) or wrong (0), or in between."""
 
     prompt: str | Turns
@@ -92,9 +92,9 @@ class Steps:
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-Row = Prompt | Demonstration | Text | Preference | Ranking | Feedback | Steps
+Row = Prompt | Demonstration | Text | Preference | Ranking | Feedback | Stepwise
 
-JUDGEMENTS = (Preference, Ranking, Feedback, Steps)
+JUDGEMENTS = (Preference, Ranking, Feedback, Stepwise)
 """The kinds that say how good responses are."""
 
 
@@ -122,7 +122,7 @@ def if_liked(row: Feedback, join: str) -> list[Demonstration]:
     return [Demonstration(row.prompt, row.completion, row.source, row.columns)]
 
 
-def if_right(row: Steps, join: str) -> list[Demonstration]:
+def if_right(row: Stepwise, join: str) -> list[Demonstration]:
     """A response without a step that is wrong."""
     if min(row.labels) < 0.5:
         return []
@@ -137,14 +137,14 @@ DERIVATIONS: dict[type, dict[type, Derive]] = {
         ],
         Ranking: best_of,
         Feedback: if_liked,
-        Steps: if_right,
+        Stepwise: if_right,
     },
     Prompt: {
         Demonstration: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
         Preference: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
         Ranking: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
         Feedback: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Steps: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
+        Stepwise: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
     },
 }
 

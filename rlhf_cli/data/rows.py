@@ -19,7 +19,7 @@ from rlhf_cli.data.kinds import (
     Prompt,
     Ranking,
     Row,
-    Steps,
+    Stepwise,
     Text,
     derivable,
     derive,
@@ -33,7 +33,7 @@ DEMO_FILES = {
     Preference: "preferences",
     Ranking: "rankings",
     Feedback: "feedback",
-    Steps: "steps",
+    Stepwise: "steps",
     Prompt: "prompts",
     Text: "text",
 }

@@ -15,7 +15,7 @@ from rlhf_cli.data.kinds import (
     Prompt,
     Ranking,
     Row,
-    Steps,
+    Stepwise,
     Text,
     Turns,
 )
@@ -30,7 +30,7 @@ EXPECTED = {
     Preference: "{prompt, chosen, rejected}",
     Ranking: "{prompt, responses, ranks}",
     Feedback: "{prompt, completion, label: true | false} or {prompt, completion, score}",
-    Steps: "{prompt, steps, labels}",
+    Stepwise: "{prompt, steps, labels}",
     Prompt: "{prompt}",
     Text: "{text}",
 }
@@ -197,7 +197,7 @@ def response_of(
     return Feedback(prompt, completion, label, score, source, group_of(raw, source), columns)
 
 
-def steps_of(raw: Raw, prompt: str | Turns, source: str) -> Steps:
+def steps_of(raw: Raw, prompt: str | Turns, source: str) -> Stepwise:
     """A response in steps, with a label for each."""
     columns = other_columns(raw, "steps", "labels")
     steps, labels = items_of(raw, "steps", source), items_of(raw, "labels", source)
@@ -212,7 +212,7 @@ def steps_of(raw: Raw, prompt: str | Turns, source: str) -> Steps:
                 f"{source}: column 'labels' holds {shown(label)}, expected true, false or a "
                 "number from 0 (wrong) to 1 (right)"
             )
-    return Steps(prompt, texts, [float(label) for label in labels], source, columns)
+    return Stepwise(prompt, texts, [float(label) for label in labels], source, columns)
 
 
 def preference_of(raw: Raw, source: str) -> Preference:

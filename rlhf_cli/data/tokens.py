@@ -22,7 +22,7 @@ from rlhf_cli.data.kinds import (
     Preference,
     Prompt,
     Ranking,
-    Steps,
+    Stepwise,
     Text,
     Turns,
     cut_steps,
@@ -136,7 +136,7 @@ class Encoder:
             sequences.append(Tokens(ids[:1], ids[1:limit], row.source))
         return sequences
 
-    def answers(self, rows: Sequence[Preference | Ranking | Feedback | Steps]) -> list[Answers]:
+    def answers(self, rows: Sequence[Preference | Ranking | Feedback | Stepwise]) -> list[Answers]:
         """The responses that each row judges, with their shared prompt.
 
         Raises:
@@ -151,9 +151,11 @@ class Encoder:
             responses = [next(ids) for _ in range(count)]
             if (prompt_ids := self._limit_prompt(prompt, row)) is not None:
                 found.append(Answers(prompt_ids, responses, row))
-        found = [self._with_ends(item) if isinstance(item.row, Steps) else item for item in found]
+        found = [
+            self._with_ends(item) if isinstance(item.row, Stepwise) else item for item in found
+        ]
         self._check_left(found, rows)
-        kept = [item for item in found if item.ends or not isinstance(item.row, Steps)]
+        kept = [item for item in found if item.ends or not isinstance(item.row, Stepwise)]
         if len(kept) < len(found):
             what = "responses whose first step exceeds max_response_tokens: drop"
             self._counts[what] += len(found) - len(kept)
@@ -180,7 +182,7 @@ class Encoder:
             for (prompt, row), response in zip(prompts, ids, strict=True)
         ]
 
-    def _judged(self, row: Preference | Ranking | Feedback | Steps) -> list[str]:
+    def _judged(self, row: Preference | Ranking | Feedback | Stepwise) -> list[str]:
         """The texts of the responses that a row judges."""
         if isinstance(row, Preference):
             return [row.chosen, row.rejected]

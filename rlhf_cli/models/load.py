@@ -24,6 +24,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.folders.integrity import check_weights_hash
+from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of, shapes_of
 from rlhf_cli.models.adapters import (
     CRITIC,
     POLICY,
@@ -32,12 +34,10 @@ from rlhf_cli.models.adapters import (
     adapter_weights,
     is_adapted,
 )
-from rlhf_cli.models.finite import not_finite
 from rlhf_cli.models.forward import check_unembedding, unwrap
-from rlhf_cli.models.halving import if_it_fits, ran_out
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
-from rlhf_cli.models.integrity import check_weights_hash
-from rlhf_cli.models.manifest import RESPONSE, adapter_base, level_of, shapes_of
+from rlhf_cli.models.nonfinite import first_nonfinite
+from rlhf_cli.models.out_of_memory import if_it_fits, ran_out
 from rlhf_cli.models.shared import critic_on_base, freeze_lowest, scorer_on_base, share_frozen
 
 transformers_logging.set_verbosity_error()
@@ -277,7 +277,7 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
 
 def _check_finite(path: str, weights: Mapping[str, Tensor]) -> None:
     """Stop where a folder holds a weight that is not finite."""
-    if (name := not_finite(weights)) is not None:
+    if (name := first_nonfinite(weights)) is not None:
         raise UserError(
             f"{path}: weight {name} holds a NaN or an infinity; make or download the folder again"
         )

@@ -19,7 +19,7 @@ from rlhf_cli.models.forward import (
     token_scores,
     trunk_values,
 )
-from rlhf_cli.models.halving import in_groups, no_room, savers
+from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def _each(
 
     def failure(group: list[int]) -> RunError:
         longest = len(sequences[group[0]])
-        return no_room("scoring", 1, longest, savers(hardware, longest, logits=logits))
+        return oom_error("scoring", 1, longest, keys_that_help(hardware, longest, logits=logits))
 
     for group, scores in in_groups(places, score, failure):
         for i, values in zip(group, scores, strict=True):
@@ -181,8 +181,8 @@ def _each_group(
 
     def failure(some: list[int]) -> RunError:
         group = groups[some[0]]
-        keys = savers(hardware, len(group), logits=logits)
-        return no_room("scoring", len(group.responses), len(group), keys)
+        keys = keys_that_help(hardware, len(group), logits=logits)
+        return oom_error("scoring", len(group.responses), len(group), keys)
 
     for some, scores in in_groups(places, score, failure):
         of_responses = iter(scores)

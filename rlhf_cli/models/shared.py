@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.adapters import (
     POLICY,
     WEIGHTS,
@@ -23,7 +24,6 @@ from rlhf_cli.models.adapters import (
 )
 from rlhf_cli.models.forward import trunk, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES
-from rlhf_cli.models.manifest import content_hash
 
 
 class SharedScorer(nn.Module):

@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder, StepCutter, Tokens
-from rlhf_cli.models.forward import unwrap
-from rlhf_cli.models.load import load_policy, load_scorer, load_tokenizer
-from rlhf_cli.models.manifest import (
+from rlhf_cli.folders.manifest import (
     RESPONSE,
     STEP,
     implicit_reward_of,
@@ -23,9 +21,11 @@ from rlhf_cli.models.manifest import (
     read_manifest,
     reference_folder,
 )
+from rlhf_cli.models.forward import unwrap
+from rlhf_cli.models.load import load_policy, load_scorer, load_tokenizer
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.reporting.console import say
-from rlhf_cli.rewards.source import Cut, Require, Source
+from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rollout.rollouts import Rollout
 
 NO_LIMIT = 10**9  # tokens; the limits of data are of the policy's tokens
@@ -145,7 +145,7 @@ class Reader:
         self.tell("scores that are not finite are no reward", len(failed), total, where)
 
 
-class ModelReward(Source):
+class ModelReward(RewardSource):
     """A reward that a model gives: (raw score - mean) / std, by the statistics of its stage.json.
 
     A reward model of another tool has no statistics; its raw score is used.

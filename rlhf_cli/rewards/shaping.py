@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.objectives.advantages import soft_overlong
 from rlhf_cli.objectives.moments import RunningMoments
-from rlhf_cli.rewards.sources import Scores, known_sum
+from rlhf_cli.rewards.reward import Scores, known_sum
 from rlhf_cli.rollout.rollouts import Rollout
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.data.kinds import Demonstration, Prompt
-from rlhf_cli.models.manifest import RESPONSE, STEP, implicit_reward_of, level_of
+from rlhf_cli.folders.manifest import RESPONSE, STEP, implicit_reward_of, level_of
 from rlhf_cli.rewards.rules import check_columns, is_rule, rule_of
 
 PLUS = re.compile(r"(?:^| +)\+(?= |$)")

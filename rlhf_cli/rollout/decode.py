@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.models.finite import not_finite
 from rlhf_cli.models.forward import matmul_type, trunk, unembed, unwrap
+from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
 
 
@@ -94,7 +94,7 @@ def decode(
 
 def no_logits(model: nn.Module) -> RunError:
     """What to say where a model's logits are not finite."""
-    weight = not_finite(dict(model.named_parameters()))
+    weight = first_nonfinite(dict(model.named_parameters()))
     cause = f"its weight {weight} is not" if weight else "its activations overflow"
     return RunError(f"while sampling, the model's logits are not finite: {cause}")
 

@@ -11,7 +11,7 @@ from rlhf_cli.config.schema import Decoding, Hardware
 from rlhf_cli.data.batches import cut, derived_seed
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder, Tokens
-from rlhf_cli.models.halving import halves, in_groups, no_room
+from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.sampling import Sampling
@@ -86,7 +86,7 @@ def sample_rollouts(
         return decode(model, ids, torch.cat(noise), sampling, stop_ids, encoder.text)
 
     def failure(group: list[Draws]) -> RunError:
-        return no_room("sampling", 1, len(prompts[group[0].place][1]) + sampling.max_tokens)
+        return oom_error("sampling", 1, len(prompts[group[0].place][1]) + sampling.max_tokens)
 
     whole = [[Draws(i, range(samples)) for i in group] for group in groups]
     for group, decoded in in_groups(whole, draw, failure, fewer_draws):
@@ -132,7 +132,7 @@ def respond(
         return beam_search(model, one[0][1], algo, stop_ids, hardware.logprob_chunk)
 
     def failure(one: list[tuple[Prompt, list[int]]]) -> RunError:
-        return no_room(
+        return oom_error(
             "beam search", algo.beams, len(one[0][1]) + algo.max_tokens, ["fewer algo.beams"]
         )
 

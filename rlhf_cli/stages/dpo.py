@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import Dpo, DpoAlgo
+from rlhf_cli.config.schema import DpoAlgo, DpoConfig
 from rlhf_cli.config.validate import WITHOUT_REFERENCE
 from rlhf_cli.data.batches import (
     cut,
@@ -44,6 +44,8 @@ from rlhf_cli.data.batches import (
 from rlhf_cli.data.kinds import Feedback, Prompt, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Tokens
+from rlhf_cli.evaluation.judging import accuracy, figures, judge
+from rlhf_cli.evaluation.report import show_judgement, write_judgement
 from rlhf_cli.models.forward import (
     answer_batch,
     answer_logprobs,
@@ -51,7 +53,7 @@ from rlhf_cli.models.forward import (
     on_grid,
     shares_prompts,
 )
-from rlhf_cli.models.halving import in_groups, no_room, savers
+from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
@@ -69,16 +71,7 @@ from rlhf_cli.objectives.preference import (
     unlikelihood_loss,
 )
 from rlhf_cli.objectives.reward_model import plackett_luce_loss
-from rlhf_cli.reporting.console import Bar
-from rlhf_cli.reporting.report import show_judgement, write_judgement
-from rlhf_cli.rewards.judging import accuracy, figures, judge
-from rlhf_cli.rollout.rollouts import sample_rollouts
-from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.best import Best
-from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Loss, Metrics, Part
-from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
-from rlhf_cli.training.references import (
+from rlhf_cli.preferences.reference import (
     BOOTSTRAP,
     Compared,
     bootstrap,
@@ -89,8 +82,15 @@ from rlhf_cli.training.references import (
     seen_from,
     sequence_logprobs,
 )
-from rlhf_cli.training.roles import Policy, check_reference, load_role
-from rlhf_cli.training.session import Session, begin
+from rlhf_cli.reporting.console import Bar
+from rlhf_cli.rollout.rollouts import sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.policy import Policy, check_reference, policy_of
+from rlhf_cli.runs.preflight import check_judgements, row_kind, sizes
+from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.training.best import Best
+from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
+from rlhf_cli.training.optimize import Optimizer
 
 KL_PROMPTS = 64  # held-out prompts whose sampled responses estimate the KL
 PER_TOKEN = ("length_normalised", "ipo_mean", "orpo", "simpo")  # losses of means over tokens
@@ -140,13 +140,13 @@ class Batchwise:
     nll_scale: float
 
 
-def run(cfg: Dpo) -> Path:
+def run(cfg: DpoConfig) -> Path:
     """Train and write the policy; returns `out`."""
     session = begin(cfg)
     if session is None:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
-    policy = load_role(session, cfg.policy)
+    policy = policy_of(session, cfg.policy)
     rows = read_split(cfg.data, row_kind(cfg))
     check_judgements(cfg, rows.train + rows.held_out)
     train = items_of(policy.encoder.answers(rows.train), cfg, "training")
@@ -199,8 +199,8 @@ def run(cfg: Dpo) -> Path:
         return cut(items, hardware.tokens_per_microbatch, count=responses_in)
 
     def too_large(group: list[Item]) -> RunError:
-        keys = savers(hardware, len(group[0]), logits=True)
-        return no_room("the evaluation", responses_in(group[0]), len(group[0]), keys)
+        keys = keys_that_help(hardware, len(group[0]), logits=True)
+        return oom_error("the evaluation", responses_in(group[0]), len(group[0]), keys)
 
     def evaluate() -> Metrics:
         whole, sums = batchwise(held_out), Metrics()
@@ -219,7 +219,7 @@ def run(cfg: Dpo) -> Path:
         ours = torch.cat(sequence_logprobs(policy.model, held_out, hardware, share))
         gap = (ours - known_references(held_out)).abs().max().item()
         check_start(session, policy, evaluate(), gap, algo)
-    lighter = partial(savers, hardware, logits=True, gradient=True)
+    lighter = partial(keys_that_help, hardware, logits=True, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
     with Bar("dpo", steps) as bar:
         bar.skip(session.start)
@@ -232,7 +232,7 @@ def run(cfg: Dpo) -> Path:
                 fill_reference(reference, compared(batch), cfg, share)
             whole = batchwise(batch)
             of_batch = partial(loss, whole=whole)
-            part = Part(micro_batches(batch), of_batch, len(batch), 1.0, responses_in, lighter)
+            part = LossTerm(micro_batches(batch), of_batch, len(batch), 1.0, responses_in, lighter)
             metrics = by_class(optimizer.step([part]), batch)
             if algo.loss == "kto":
                 metrics["z0"] = whole.z0
@@ -396,7 +396,7 @@ def class_weights(items: list[Item], algo: DpoAlgo) -> tuple[float, float]:
 # --------------------------------------------------------------------------- items
 
 
-def items_of(answers: list[Answers], cfg: Dpo, side: str) -> list[Item]:
+def items_of(answers: list[Answers], cfg: DpoConfig, side: str) -> list[Item]:
     """An item per row; kto's with a partner: the response of the next row in a shuffled order.
 
     The paper pairs within a batch. A partner that stays lets the reference score it once, and z0
@@ -445,7 +445,7 @@ def tokens_in(items: list[Item]) -> int:
 # --------------------------------------------------------------------------- figures
 
 
-def sampled_kl(policy: Policy, reference: Reference, rows: list[Prompt], cfg: Dpo) -> float:
+def sampled_kl(policy: Policy, reference: Reference, rows: list[Prompt], cfg: DpoConfig) -> float:
     """KL(policy || reference) per response in nats, on responses to a few held-out prompts."""
     prompts = list(zip(*policy.encoder.prompts(rows), strict=True))
     rollouts = sample_rollouts(

@@ -17,31 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import Evaluate
+from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text
 from rlhf_cli.data.rows import KindError, identity, read_split, read_texts
 from rlhf_cli.data.tokens import Answers, Tokens
-from rlhf_cli.models.manifest import read_manifest
+from rlhf_cli.evaluation.judging import Report, judge
+from rlhf_cli.evaluation.report import show_judgement, show_report
+from rlhf_cli.folders.files import write_text
+from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import round_figures
-from rlhf_cli.reporting.report import show_judgement, show_report
-from rlhf_cli.rewards.judging import Report, judge
 from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.sources import Reward, load_reward
+from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.files import write_text
-from rlhf_cli.training.origins import baselines_of
-from rlhf_cli.training.outfolder import staging
-from rlhf_cli.training.roles import Policy, load_role
-from rlhf_cli.training.session import Session, begin
+from rlhf_cli.runs.out_folder import staging
+from rlhf_cli.runs.policy import Policy, policy_of
+from rlhf_cli.runs.provenance import baselines_of
+from rlhf_cli.runs.session import Session, begin
 
 
-def run(cfg: Evaluate) -> Path:
+def run(cfg: EvaluateConfig) -> Path:
     """Write report.json and show it as tables; returns `out`."""
     session = begin(cfg)
     if session is None:
@@ -49,7 +49,7 @@ def run(cfg: Evaluate) -> Path:
     rows = read_split(cfg.data, Prompt)
     texts = read_texts(cfg.data).held_out
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
-    reference = load_role(session, cfg.reference) if cfg.reference else None
+    reference = policy_of(session, cfg.reference) if cfg.reference else None
 
     sources: dict[str, Reward] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def run(cfg: Evaluate) -> Path:
     sampling = Sampling.of(cfg.algo)
     with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
         for number, path in enumerate(paths):
-            policy = load_role(session, path)
+            policy = policy_of(session, path)
             prompts = list(zip(*policy.encoder.prompts(held_out), strict=True))
             unseen = held_out_sequences(cfg, policy, texts)
             if not sources:
@@ -121,7 +121,7 @@ def run(cfg: Evaluate) -> Path:
     return session.finish("report", {"policies": results, "win_rates": wins})
 
 
-def policies(cfg: Evaluate) -> list[str]:
+def policies(cfg: EvaluateConfig) -> list[str]:
     """The policy, then its baselines: those given, or the finished policies beside it."""
     return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)]))
 
@@ -131,7 +131,7 @@ def unique_prompts(rows: list[Prompt]) -> list[Prompt]:
     return list({identity(row): row for row in reversed(rows)}.values())[::-1]
 
 
-def judges(cfg: Evaluate, policy: Policy, session: Session) -> dict[str, Reward]:
+def judges(cfg: EvaluateConfig, policy: Policy, session: Session) -> dict[str, Reward]:
     """Reward, then gold, as far as the config names them."""
     specs = {"reward": cfg.reward, "gold": cfg.gold}
     return {
@@ -166,7 +166,7 @@ def model_in(reward: Reward | None) -> ModelReward | None:
     return next((source for source in sources if isinstance(source, ModelReward)), None)
 
 
-def judged(cfg: Evaluate, source: ModelReward, policy: Policy) -> Report | None:
+def judged(cfg: EvaluateConfig, source: ModelReward, policy: Policy) -> Report | None:
     """How a reward model orders held-out pairs, or rankings; None without either."""
     for kind in (Preference, Ranking):
         with suppress(KindError):
@@ -195,7 +195,7 @@ def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
 
 
 def estimated_kl(
-    cfg: Evaluate, policy: Policy, reference: Policy, rollouts: list[Rollout]
+    cfg: EvaluateConfig, policy: Policy, reference: Policy, rollouts: list[Rollout]
 ) -> dict[str, float]:
     """KL(policy || reference) per response in nats, both at the sampling temperature.
 
@@ -210,7 +210,9 @@ def estimated_kl(
     return asdict(estimate)
 
 
-def held_out_sequences(cfg: Evaluate, policy: Policy, texts: list[Text]) -> dict[str, list[Tokens]]:
+def held_out_sequences(
+    cfg: EvaluateConfig, policy: Policy, texts: list[Text]
+) -> dict[str, list[Tokens]]:
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
     rows = read_split(cfg.data, Demonstration).held_out if cfg.data.format != "rows" else []
     return {
@@ -224,7 +226,7 @@ def mean_length(rollouts: list[Rollout]) -> float:
     return sum(len(rollout.tokens.response) for rollout in rollouts) / len(rollouts)
 
 
-def settings(cfg: Evaluate) -> dict[str, Any]:
+def settings(cfg: EvaluateConfig) -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "samples": cfg.algo.samples,

@@ -9,26 +9,26 @@ sample is scored. Prompts come from data, or from standard input with data.path=
 
 from pathlib import Path
 
-from rlhf_cli.config.schema import Generate
+from rlhf_cli.config.schema import GenerateConfig
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import first_rows, read_split
+from rlhf_cli.evaluation.samples import SHOWN, clip, known_or_none, last_words
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines
-from rlhf_cli.reporting.samples import SHOWN, clip, known_or_none, last_words
-from rlhf_cli.rewards.sources import Scores, load_reward
+from rlhf_cli.rewards.reward import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout, respond
-from rlhf_cli.training.outfolder import staging
-from rlhf_cli.training.roles import load_role
-from rlhf_cli.training.session import Session, begin
+from rlhf_cli.runs.out_folder import staging
+from rlhf_cli.runs.policy import policy_of
+from rlhf_cli.runs.session import Session, begin
 
 
-def run(cfg: Generate) -> Path:
+def run(cfg: GenerateConfig) -> Path:
     """Write samples.jsonl; returns `out`."""
     session = begin(cfg)
     if session is None:
         return Path(cfg.out)
-    policy = load_role(session, cfg.policy)
+    policy = policy_of(session, cfg.policy)
     rows, notes = prompt_rows(cfg)
     prompts = list(zip(*policy.encoder.prompts(rows[: cfg.algo.prompts]), strict=True))
     session.note(policy.encoder, notes)
@@ -51,7 +51,7 @@ def run(cfg: Generate) -> Path:
     return finish(session, rollouts, scores)
 
 
-def prompt_rows(cfg: Generate) -> tuple[list[Prompt], list[str]]:
+def prompt_rows(cfg: GenerateConfig) -> tuple[list[Prompt], list[str]]:
     """All prompts of data.path; of the demo the held-out ones."""
     if cfg.data.path is None:
         split = read_split(cfg.data, Prompt)

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.config.schema import Grpo, GrpoAlgo
+from rlhf_cli.config.schema import GrpoAlgo, GrpoConfig
 from rlhf_cli.data.batches import collate, cut, derived_seed, draw, evenly, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import on_grid, token_logprobs
-from rlhf_cli.models.halving import savers
+from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -55,17 +55,17 @@ from rlhf_cli.objectives.policy_gradient import (
     sequence_log_ratio,
     token_weights,
 )
+from rlhf_cli.online.experience import Experience, measure, update_metrics
+from rlhf_cli.online.monitor import Monitor, prompts_to_monitor
+from rlhf_cli.online.refresh import RewardRefresh
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.experience import Experience, measure, update_metrics
+from rlhf_cli.runs.policy import Roles, check_first_ratio, check_reference, load_roles
+from rlhf_cli.runs.session import Session, begin, tensors_of
+from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Loss, Metrics, Part
-from rlhf_cli.training.refresh import RewardRefresh
-from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
-from rlhf_cli.training.session import Session, begin, tensors_of
-from rlhf_cli.training.watch import Watch, prompts_to_watch
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Item:
         return self.tokens.source
 
 
-def run(cfg: Grpo) -> Path:
+def run(cfg: GrpoConfig) -> Path:
     """Train and write the policy; returns `out`."""
     session = begin(cfg)
     if session is None:
@@ -96,7 +96,7 @@ def run(cfg: Grpo) -> Path:
     policy = roles.policy
     rows = read_split(cfg.data, Prompt)
     roles.reward.check(rows.train, session.require)
-    held_out = prompts_to_watch(cfg, session, roles, rows.held_out)
+    held_out = prompts_to_monitor(cfg, session, roles, rows.held_out)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
     unseen = policy.encoder.texts(read_texts(cfg.data).held_out)
     session.note(policy.encoder, rows.notes)
@@ -112,7 +112,7 @@ def run(cfg: Grpo) -> Path:
     roles.reference.load(tensors_of(tensors, "reference"))
     if refresh:
         refresh.load(state, tensors)
-    watch = Watch(cfg, session, roles, held_out, state, tensors)
+    watch = Monitor(cfg, session, roles, held_out, state, tensors)
     objective = Objective(cfg, session, roles)
 
     def sample(
@@ -305,19 +305,19 @@ class Objective:
     kl_coef, temperature: as they are in the current iteration.
     """
 
-    def __init__(self, cfg: Grpo, session: Session, roles: Roles) -> None:
+    def __init__(self, cfg: GrpoConfig, session: Session, roles: Roles) -> None:
         self._cfg, self._session = cfg, session
         self._policy, self._reference = roles.policy, roles.reference
         self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
 
-    def part(self, minibatch: list[Item]) -> Part:
+    def part(self, minibatch: list[Item]) -> LossTerm:
         """The loss of a minibatch, per response or, with aggregate=token_mean, per token."""
         batches = cut(minibatch, self._cfg.hardware.tokens_per_microbatch)
         count = len(minibatch)
         if self._cfg.algo.aggregate == "token_mean":
             count = sum(len(item.tokens.response) for item in minibatch)
-        lighter = partial(savers, self._cfg.hardware, logits=True, gradient=True)
-        return Part(batches, self.loss, count, savers=lighter)
+        lighter = partial(keys_that_help, self._cfg.hardware, logits=True, gradient=True)
+        return LossTerm(batches, self.loss, count, keys_that_help=lighter)
 
     def loss(self, items: list[Item]) -> Loss:
         """Summed over responses or tokens: policy, KL and entropy."""

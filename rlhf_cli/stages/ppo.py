@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.config.schema import Ppo, PpoAlgo
+from rlhf_cli.config.schema import PpoAlgo, PpoConfig
 from rlhf_cli.data.batches import collate, cut, derived_seed, draw, evenly, order_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import response_nll, token_logprobs
-from rlhf_cli.models.halving import savers
+from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -47,17 +47,17 @@ from rlhf_cli.objectives.policy_gradient import (
     penalised_policy_loss,
     policy_gradient_loss,
 )
+from rlhf_cli.online.critic import Critic
+from rlhf_cli.online.experience import Experience, measure, update_metrics
+from rlhf_cli.online.monitor import Monitor, prompts_to_monitor
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.training.critic import Critic
-from rlhf_cli.training.experience import Experience, measure, update_metrics
+from rlhf_cli.runs.policy import Roles, check_first_ratio, check_reference, load_roles
+from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Loss, Metrics, Part
-from rlhf_cli.training.roles import Roles, check_first_ratio, check_reference, load_roles
-from rlhf_cli.training.session import Session, begin
-from rlhf_cli.training.watch import Watch, prompts_to_watch
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Item:
         return self.tokens.source
 
 
-def run(cfg: Ppo) -> Path:
+def run(cfg: PpoConfig) -> Path:
     """Train and write the policy; returns `out`."""
     session = begin(cfg)
     if session is None:
@@ -93,7 +93,7 @@ def run(cfg: Ppo) -> Path:
     rows = read_split(cfg.data, Prompt)
     prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
     roles.reward.check(rows.train, session.require)
-    held_out = prompts_to_watch(cfg, session, roles, rows.held_out)
+    held_out = prompts_to_monitor(cfg, session, roles, rows.held_out)
     plain = read_texts(cfg.data)
     texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
     session.note(policy.encoder, rows.notes + plain.notes)
@@ -106,7 +106,7 @@ def run(cfg: Ppo) -> Path:
     state, tensors = session.resume(networks, optimizer)
     kl_coef = state.get("kl_coef", algo.kl_coef)
     running = RunningMoments(**state.get("running", {}))
-    watch = Watch(cfg, session, roles, held_out, state, tensors)
+    watch = Monitor(cfg, session, roles, held_out, state, tensors)
     objective = Objective(cfg, session, roles, critic, texts)
     objective.old_kl_coef = state.get("old_kl_coef", objective.old_kl_coef)
 
@@ -177,7 +177,7 @@ def advantages_of(
     critic: Critic | None,
     kl_coef: float,
     session: Session,
-    cfg: Ppo,
+    cfg: PpoConfig,
     metrics: Metrics,
 ) -> list[Item]:
     """The rollouts that can be learnt from, with advantages and returns.
@@ -255,7 +255,7 @@ class Objective:
 
     def __init__(
         self,
-        cfg: Ppo,
+        cfg: PpoConfig,
         session: Session,
         roles: Roles,
         critic: Critic | None,
@@ -267,7 +267,7 @@ class Objective:
         self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
         self.old_kl_coef = cfg.algo.old_kl_coef or 0.0
 
-    def parts(self, minibatch: list[Item], update: int) -> list[Part]:
+    def parts(self, minibatch: list[Item], update: int) -> list[LossTerm]:
         """The loss of a minibatch per token and, with ptx_coef, that of plain text.
 
         Args:
@@ -275,12 +275,14 @@ class Objective:
         """
         algo, budget = self._cfg.algo, self._cfg.hardware.tokens_per_microbatch
         tokens = sum(len(item.tokens.response) for item in minibatch)
-        lighter = partial(savers, self._cfg.hardware, logits=True, gradient=True)
-        terms = [Part(cut(minibatch, budget), self.rl_loss, tokens, savers=lighter)]
+        lighter = partial(keys_that_help, self._cfg.hardware, logits=True, gradient=True)
+        terms = [LossTerm(cut(minibatch, budget), self.rl_loss, tokens, keys_that_help=lighter)]
         if algo.ptx_coef:
             mix = draw(self._texts, algo.ptx_batch_size, self._cfg.seed, "ptx", update)
             count = sum(len(sequence.response) for sequence in mix)
-            text = Part(cut(mix, budget), self.ptx_loss, count, algo.ptx_coef, savers=lighter)
+            text = LossTerm(
+                cut(mix, budget), self.ptx_loss, count, algo.ptx_coef, keys_that_help=lighter
+            )
             terms.append(text)
         return terms
 

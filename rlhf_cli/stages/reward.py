@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import Hardware, Reward, RewardAlgo
+from rlhf_cli.config.schema import Hardware, RewardAlgo, RewardConfig
 from rlhf_cli.data.batches import (
     AnswerBatch,
     cut,
@@ -33,6 +33,15 @@ from rlhf_cli.data.batches import (
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens
+from rlhf_cli.evaluation.judging import (
+    accuracy,
+    figures,
+    judge,
+    with_order_reversed,
+    with_prompts_exchanged,
+)
+from rlhf_cli.evaluation.report import show_judgement, write_judgement
+from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
 from rlhf_cli.models.forward import (
     answer_batch,
     answer_scores,
@@ -41,10 +50,9 @@ from rlhf_cli.models.forward import (
     shares_prompts,
     unwrap,
 )
-from rlhf_cli.models.halving import savers
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
-from rlhf_cli.models.manifest import RESPONSE, STEP, TOKEN
+from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.models.score import answer_scores_of, token_scores_of
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives.reward_model import (
@@ -57,23 +65,15 @@ from rlhf_cli.objectives.reward_model import (
     regression_loss,
 )
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.reporting.report import show_judgement, write_judgement
-from rlhf_cli.rewards.judging import (
-    accuracy,
-    figures,
-    judge,
-    with_order_reversed,
-    with_prompts_exchanged,
-)
 from rlhf_cli.rewards.models import Reading
+from rlhf_cli.runs.preflight import check_judgements, row_kind, sizes
+from rlhf_cli.runs.session import begin
 from rlhf_cli.training.best import Best
+from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Loss, Metrics, Part
-from rlhf_cli.training.preflight import check_judgements, row_kind, sizes
-from rlhf_cli.training.session import begin
 
 
-def run(cfg: Reward) -> Path:
+def run(cfg: RewardConfig) -> Path:
     """Train and write the reward model; returns `out`."""
     session = begin(cfg)
     if session is None:
@@ -107,7 +107,7 @@ def run(cfg: Reward) -> Path:
     def scores(items: list[Answers]) -> list[Tensor]:
         return scores_of_rows(scorer, items, reading, hardware, share)
 
-    lighter = partial(savers, hardware, logits=False, gradient=True)
+    lighter = partial(keys_that_help, hardware, logits=False, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
     with Bar("reward", steps) as bar:
         bar.skip(session.start)
@@ -116,7 +116,7 @@ def run(cfg: Reward) -> Path:
                 continue
             bar.advance()
             micro_batches = cut(batch, hardware.tokens_per_microbatch, count=responses_in)
-            part = Part(micro_batches, loss, judgements_in(batch), 1.0, responses_in, lighter)
+            part = LossTerm(micro_batches, loss, judgements_in(batch), 1.0, responses_in, lighter)
             metrics = optimizer.step([part])
             if step % algo.eval_every == 0 or step == steps:
                 metrics |= figures(judge(held_out, scores(held_out), algo.target))
@@ -158,7 +158,7 @@ def run(cfg: Reward) -> Path:
     )
 
 
-def to_imitate(encoder: Encoder, cfg: Reward, train: list[Answers]) -> list[Tokens]:
+def to_imitate(encoder: Encoder, cfg: RewardConfig, train: list[Answers]) -> list[Tokens]:
     """The demonstrations by whose scores all are normalised; without two, all responses judged."""
     try:
         found = encoder.demonstrations(read_split(cfg.data, Demonstration).train)

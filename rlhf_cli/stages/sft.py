@@ -20,30 +20,30 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Sft
+from rlhf_cli.config.schema import SftConfig
 from rlhf_cli.data.batches import cut, derived_seed, epochs_of
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import Split, read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.forward import response_nll
-from rlhf_cli.models.halving import savers
 from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
+from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import Bar, show
-from rlhf_cli.rewards.sources import Reward, load_reward
+from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
+from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Loss, Part
-from rlhf_cli.training.session import Session, begin
 
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
 
-def run(cfg: Sft) -> Path:
+def run(cfg: SftConfig) -> Path:
     """Train and write the policy; returns `out`."""
     session = begin(cfg)
     if session is None:
@@ -75,7 +75,7 @@ def run(cfg: Sft) -> Path:
     def loss(sequences: list[Tokens]) -> Loss:
         return response_nll(policy, sequences, chunk=hardware.logprob_chunk), {}
 
-    lighter = partial(savers, hardware, logits=True, gradient=True)
+    lighter = partial(keys_that_help, hardware, logits=True, gradient=True)
     batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     with Bar("sft", steps) as bar:
         bar.skip(session.start)
@@ -86,7 +86,7 @@ def run(cfg: Sft) -> Path:
             torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
             policy.train()
             micro_batches = cut(batch, hardware.tokens_per_microbatch)
-            part = Part(micro_batches, loss, trained_tokens(batch), savers=lighter)
+            part = LossTerm(micro_batches, loss, trained_tokens(batch), keys_that_help=lighter)
             metrics = optimizer.step([part])
             policy.eval()
             if step % algo.eval_every == 0 or step == steps:
@@ -116,7 +116,7 @@ def run(cfg: Sft) -> Path:
 
 
 def initial_policy(
-    cfg: Sft, rows: list[Demonstration | Text], device: torch.device
+    cfg: SftConfig, rows: list[Demonstration | Text], device: torch.device
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The pretrained model of model.path, or a decoder and a tokenizer from scratch."""
     if cfg.model.path is not None:
@@ -149,7 +149,7 @@ def questions_of(rows: list[Demonstration | Text]) -> list[Prompt]:
     return questions[:REWARD_PROMPTS]
 
 
-def judge_of(cfg: Sft, encoder: Encoder, questions: list[Prompt], session: Session) -> Reward:
+def judge_of(cfg: SftConfig, encoder: Encoder, questions: list[Prompt], session: Session) -> Reward:
     """The reward that chooses the weights."""
     assert cfg.reward is not None  # validate() refuses a missing reward
     reward = load_reward(cfg.reward, cfg, encoder.tokenizer, session.device)
@@ -158,7 +158,7 @@ def judge_of(cfg: Sft, encoder: Encoder, questions: list[Prompt], session: Sessi
 
 
 def mean_reward(
-    policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: Reward, cfg: Sft
+    policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: Reward, cfg: SftConfig
 ) -> dict[str, float]:
     """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5).
 
@@ -185,7 +185,7 @@ def mean_reward(
     return found
 
 
-def written(row: Demonstration | Text, cfg: Sft) -> str:
+def written(row: Demonstration | Text, cfg: SftConfig) -> str:
     """A row as the text that a new tokenizer learns from."""
     if isinstance(row, Text):
         return row.text

@@ -1,1 +1,1 @@
-"""What every training stage shares: the optimizer step, the out folder, and the hand-off checks."""
+"""The optimizer step and what it needs."""

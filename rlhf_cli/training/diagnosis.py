@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.finite import is_finite, not_finite
-from rlhf_cli.training.parts import Part
+from rlhf_cli.models.nonfinite import first_nonfinite, is_finite
+from rlhf_cli.training.loss_term import LossTerm
 
 NAMED = 3  # rows that are named; of more there is the number
 
@@ -21,12 +21,12 @@ NAMED = 3  # rows that are named; of more there is the number
 class One:
     """An item of a step, and the part that it is in."""
 
-    part: Part
+    part: LossTerm
     item: Any
     alone: Any  # a micro-batch of it
 
 
-def cause_of(networks: dict[str, nn.Module], parts: Sequence[Part]) -> str:
+def cause_of(networks: dict[str, nn.Module], parts: Sequence[LossTerm]) -> str:
     """What is not finite in a step, and of which rows, as `loss/value of rows.jsonl:12`.
 
     The gradients of the step must still be there, unclipped; they are gone afterwards. Nothing
@@ -37,10 +37,10 @@ def cause_of(networks: dict[str, nn.Module], parts: Sequence[Part]) -> str:
         for network, module in networks.items()
         for name, weight in module.named_parameters()
     }
-    if (bad := not_finite(weights)) is not None:
+    if (bad := first_nonfinite(weights)) is not None:
         return f"weight {bad}"
     trained = {name: weight for name, weight in weights.items() if weight.grad is not None}
-    gradient = not_finite({name: weight.grad for name, weight in trained.items()})  # type: ignore[misc]
+    gradient = first_nonfinite({name: weight.grad for name, weight in trained.items()})  # type: ignore[misc]
     ones = [
         One(part, batch[i], batch[i : i + 1])
         for part in parts
@@ -82,7 +82,7 @@ def _in_losses(ones: Sequence[One]) -> str | None:
         loss, metrics = one.part.loss(one.alone)
         if not is_finite(loss):
             terms = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-            found.setdefault(not_finite(terms) or "loss", []).append(one.item)
+            found.setdefault(first_nonfinite(terms) or "loss", []).append(one.item)
     return next((f"{name} of {rows_of(items)}" for name, items in found.items()), None)
 
 

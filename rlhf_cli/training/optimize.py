@@ -16,12 +16,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Optimizer as OptimizerConfig
+from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.halving import if_it_fits, no_room
+from rlhf_cli.models.out_of_memory import if_it_fits, oom_error
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.diagnosis import cause_of, draws_again
-from rlhf_cli.training.parts import Metrics, Part
+from rlhf_cli.training.loss_term import LossTerm, Metrics
 
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
@@ -70,7 +70,7 @@ class Optimizer:
         self._halvings = 0  # of micro-batches, since memory ran out
         self.stepped = False  # whether the last step changed the weights
 
-    def step(self, parts: list[Part]) -> Metrics:
+    def step(self, parts: list[LossTerm]) -> Metrics:
         """One update. Returns every metric's mean, grad_norm of each network, and lr.
 
         A step whose loss or gradient is not finite is skipped, told and counted.
@@ -91,7 +91,7 @@ class Optimizer:
         self._schedule.step()
         return {**report, **figures, "skipped": float(self.skipped)}
 
-    def _gradient(self, parts: list[Part]) -> Metrics:
+    def _gradient(self, parts: list[LossTerm]) -> Metrics:
         """Leave the gradient of the step; returns its loss and metrics.
 
         Once memory has run out, micro-batches stay as small as they had to become.
@@ -110,7 +110,7 @@ class Optimizer:
             parts = [part.halved() for part in parts]
         return report
 
-    def _backward(self, parts: list[Part]) -> Metrics:
+    def _backward(self, parts: list[LossTerm]) -> Metrics:
         self._adamw.zero_grad(set_to_none=True)
         sums: defaultdict[str, float] = defaultdict(float)
         total = 0.0
@@ -145,7 +145,7 @@ class Optimizer:
                 "model.frozen_layers, or a smaller model"
             )
 
-    def _skip(self, parts: list[Part], report: Metrics) -> None:
+    def _skip(self, parts: list[LossTerm], report: Metrics) -> None:
         """Count a step that is not finite and tell why it is not; stop after some in a row."""
         self.skipped += 1
         self._skipped_in_a_row += 1
@@ -213,9 +213,9 @@ def mean_metrics(updates: list[Metrics]) -> Metrics:
     return {**means, "skipped": updates[-1]["skipped"]}
 
 
-def _least(parts: list[Part]) -> RunError:
+def _least(parts: list[LossTerm]) -> RunError:
     """What to say where one item does not fit; the largest."""
     items = ((part, item) for part in parts for batch in part.batches for item in batch)
     part, item = max(items, key=lambda each: each[0].rows(each[1]) * len(each[1]))
     longest = len(item)
-    return no_room("the update", part.rows(item), longest, part.savers(longest))
+    return oom_error("the update", part.rows(item), longest, part.keys_that_help(longest))

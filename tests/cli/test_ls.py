@@ -15,9 +15,9 @@ import pytest
 
 from rlhf_cli.commands import ls
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.models.manifest import content_hash
-from rlhf_cli.training.lineage import Node, trees
-from rlhf_cli.training.origins import input_hash
+from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.runs.lineage import Node, trees
+from rlhf_cli.runs.provenance import input_hash
 from tests.conftest import Cli
 
 CONFIG = "# rlhf-cli {words}\nname: demo\nout: {out}\nseed: 3\npolicy: runs/demo/sft\n"
@@ -272,7 +272,7 @@ def test_it_imports_no_torch(chain: None) -> None:
     code = "import sys; from rlhf_cli.commands.ls import run; run(['runs']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = done.stdout.splitlines()[-1].split()
-    assert "rlhf_cli.training.lineage" in modules
+    assert "rlhf_cli.runs.lineage" in modules
     assert not {"torch", "transformers", "hydra"} & set(modules)
 
 

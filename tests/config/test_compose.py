@@ -9,7 +9,7 @@ import yaml
 from rlhf_cli.config import catalog
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES, Ppo
+from rlhf_cli.config.schema import STAGES, PpoConfig
 
 CONF = catalog.shipped("conf")
 DIRS = catalog.config_dirs()
@@ -97,7 +97,7 @@ def test_the_schema_has_no_values() -> None:
 
 def test_values_arrive_typed() -> None:
     config = compose("ppo", ["algo=ppo_ptx", "algo.kl_coef=1e-1", "algo.max_grad_norm=null"])
-    assert isinstance(config, Ppo)
+    assert isinstance(config, PpoConfig)
     assert config.algo.kl_coef == 0.1
     assert config.algo.max_grad_norm is None
     assert config.algo.ptx_coef > 0

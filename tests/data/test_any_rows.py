@@ -23,7 +23,7 @@ from rlhf_cli.data.kinds import Demonstration, Prompt, Text
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rewards.rules import rule_of
-from rlhf_cli.training.preflight import check_rows, row_kind
+from rlhf_cli.runs.preflight import check_rows, row_kind
 from tests.toys import bpe, composed, data_of
 
 ANY = settings(

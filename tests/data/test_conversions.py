@@ -14,7 +14,7 @@ from rlhf_cli.data.kinds import (
     Prompt,
     Ranking,
     Row,
-    Steps,
+    Stepwise,
     cut_steps,
     pairs_of,
 )
@@ -134,8 +134,8 @@ def test_feedback_to_steps() -> None:
     ]
     made, note = converted("feedback_to_steps", *rows)
     assert made == [
-        Steps("p", ["one\n", "two", "A: 3"], [1, 1, 1], "f:1"),
-        Steps("q", ["one\n"], [0], "f:2"),
+        Stepwise("p", ["one\n", "two", "A: 3"], [1, 1, 1], "f:1"),
+        Stepwise("q", ["one\n"], [0], "f:2"),
     ]
     assert ["\n".join(row.steps) for row in made] == [row.completion for row in rows[:2]]
     assert note == "feedback_to_steps: 2 steps rows from 3 feedback rows, 1 without a label dropped"
@@ -194,10 +194,10 @@ def test_steps_of_feedback_are_cut_alike_again(text: str) -> None:
     ("start", "end", "names"),
     [
         (Ranking, Preference, ["ranking_to_preference"]),
-        (Preference, Steps, ["preference_to_feedback", "feedback_to_steps"]),
+        (Preference, Stepwise, ["preference_to_feedback", "feedback_to_steps"]),
         (Feedback, Preference, ["feedback_to_ranking", "ranking_to_preference"]),
         (Ranking, Ranking, []),
-        (Steps, Feedback, None),
+        (Stepwise, Feedback, None),
         (Prompt, Preference, None),
     ],
 )

@@ -19,7 +19,7 @@ from rlhf_cli.data.kinds import (
     Preference,
     Prompt,
     Ranking,
-    Steps,
+    Stepwise,
     Text,
 )
 from rlhf_cli.data.rows import hold_out, read_rows, read_split, read_texts
@@ -104,8 +104,8 @@ SHAPES: list[tuple[Any, type, Any]] = [
     ({"prompt": "p", "completion": "c", "score": "high"}, Prompt, Prompt("p", {"score": "high"})),
     (
         {"prompt": "p", "steps": ["a", "b", "c"], "labels": [True, 0, 0.25]},
-        Steps,
-        Steps("p", ["a", "b", "c"], [1.0, 0.0, 0.25]),
+        Stepwise,
+        Stepwise("p", ["a", "b", "c"], [1.0, 0.0, 0.25]),
     ),
     (
         {"prompt": "p", "steps": ["a", "b"], "labels": [1, 0.5]},
@@ -204,19 +204,24 @@ FAULTS: list[tuple[str, type, str, str]] = [
     ),
     (
         '{"prompt": "p", "steps": ["a", "b"], "labels": [1]}',
-        Steps,
+        Stepwise,
         "rows",
         "column 'labels' holds 1 for 2 steps",
     ),
-    ('{"prompt": "p", "steps": ["a", " "], "labels": [1, 1]}', Steps, "rows", "'steps' is empty"),
-    ('{"prompt": "p", "steps": [], "labels": []}', Steps, "rows", "'steps' is empty"),
+    (
+        '{"prompt": "p", "steps": ["a", " "], "labels": [1, 1]}',
+        Stepwise,
+        "rows",
+        "'steps' is empty",
+    ),
+    ('{"prompt": "p", "steps": [], "labels": []}', Stepwise, "rows", "'steps' is empty"),
     (
         '{"prompt": "p", "steps": ["a"], "labels": [-1]}',
-        Steps,
+        Stepwise,
         "rows",
         "column 'labels' holds -1, expected true, false or a number from 0 (wrong) to 1 (right)",
     ),
-    ('{"prompt": "p", "steps": ["a"], "labels": ["x"]}', Steps, "rows", "'labels' holds 'x'"),
+    ('{"prompt": "p", "steps": ["a"], "labels": ["x"]}', Stepwise, "rows", "'labels' holds 'x'"),
     (
         '{"prompt": "p", "completion": "c", "label": "maybe"}',
         Feedback,
@@ -268,7 +273,7 @@ def test_a_fault_is_named_by_its_place(
         good["rows"] = json.dumps({"prompt": "p", "completion": "c", "label": True})
         solution = {"solution": "s", "is_correct": True}
         good["gsm8k_solutions"] = json.dumps({"question": "q", "a": solution})
-    if kind is Steps:
+    if kind is Stepwise:
         good["rows"] = json.dumps({"prompt": "p", "steps": ["a"], "labels": [1]})
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{good[format]}\n{line}\n")
@@ -376,11 +381,11 @@ def test_judgements_in_csv(tmp_path: Path) -> None:
     file.write_text("prompt,chosen,rejected,margin\np,a,b,0.5\np,a,b,\n")
     assert [row.margin for row in read(file, Preference)] == [0.5, None]
     file.write_text('prompt,steps,labels\np,"[""a"", ""b""]","[true, 0.5]"\n')
-    (row,) = read(file, Steps)
+    (row,) = read(file, Stepwise)
     assert (row.steps, row.labels) == (["a", "b"], [1.0, 0.5])
     file.write_text("prompt,steps,labels\np,first,1\n")
     with pytest.raises(UserError, match=r"rows\.csv:2: column 'steps' holds str, expected a list"):
-        read(file, Steps)
+        read(file, Stepwise)
 
 
 def test_a_margin_of_full_dialogues(tmp_path: Path) -> None:
@@ -483,7 +488,7 @@ PAIRED = ["ranking_to_preference"]
         (RANKINGS, PAIRED, Preference),
         (JUDGED, ["feedback_to_ranking"], Ranking),
         (JUDGED, ["feedback_to_ranking", *PAIRED], Preference),
-        (JUDGED, ["feedback_to_steps"], Steps),
+        (JUDGED, ["feedback_to_steps"], Stepwise),
     ],
 )
 def test_every_stage_holds_out_the_same_prompts(
@@ -605,11 +610,11 @@ def test_demonstrations_left_out_are_told(tmp_path: Path) -> None:
         (Preference, []),
         (Ranking, []),
         (Feedback, []),
-        (Steps, []),
+        (Stepwise, []),
         (Preference, PAIRED),
         (Feedback, ["preference_to_feedback"]),
         (Ranking, ["feedback_to_ranking"]),
-        (Steps, ["feedback_to_steps"]),
+        (Stepwise, ["feedback_to_steps"]),
         (Demonstration, PAIRED),
         (Prompt, ["feedback_to_steps"]),
     ],

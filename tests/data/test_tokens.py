@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Steps, Text, cut_steps
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Stepwise, Text, cut_steps
 from rlhf_cli.data.tokens import Answers, Encoder, StepCutter
 from tests.toys import CHAT, bpe, characters, data_of
 
@@ -251,7 +251,7 @@ def test_each_step_ends_with_its_last_character(name: str, text: str, step_end: 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_steps_of_a_row_have_their_labels(name: str) -> None:
     encoder = encoder_of(TOKENIZERS[name](), step_join="\n\n", step_end="\n\n")
-    row = Steps("p", ["one two", "three\nfour", "five"], [1, 0, 0.5])
+    row = Stepwise("p", ["one two", "three\nfour", "five"], [1, 0, 0.5])
     (item,) = encoder.answers([row])
     (response,) = item.responses
     shown = [encoder.text(response[: end + 1]).strip() for end in item.ends]
@@ -265,7 +265,7 @@ def test_a_step_that_is_cut_has_no_end(limit: int) -> None:
     encoder = encoder_of(
         characters(), step_join="|", step_end=r"\|", max_response_tokens=limit, max_prompt_tokens=9
     )
-    rows = [Steps("a", ["ab", "cd", "ef"], [1, 1, 0]), Steps("a", ["b"], [1])]
+    rows = [Stepwise("a", ["ab", "cd", "ef"], [1, 1, 0]), Stepwise("a", ["b"], [1])]
     found = encoder.answers(rows)
     assert found[-1] == Answers([7], [[8, 1]], rows[1], [1])
     expected = {2: [], 4: [2], 5: [2], 7: [2, 5], 8: [2, 5]}.get(limit, [2, 5, 8])
@@ -277,7 +277,7 @@ def test_a_step_that_is_cut_has_no_end(limit: int) -> None:
 def test_no_whole_step_at_all_is_no_matter_of_prompts() -> None:
     encoder = encoder_of(characters(), step_join="|", step_end=r"\|", max_response_tokens=2)
     with pytest.raises(UserError, match="data.max_response_tokens=2"):
-        encoder.answers([Steps("a", ["ab", "cd"], [1, 1])])
+        encoder.answers([Stepwise("a", ["ab", "cd"], [1, 1])])
 
 
 @pytest.mark.parametrize("end", ["\u3002", "\U0001f600", "<step>"])
@@ -287,7 +287,7 @@ def test_steps_have_all_of_their_labels_or_none(name: str, end: str) -> None:
     tokenizer = TOKENIZERS[name]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<step>"]})
     encoder = encoder_of(tokenizer, step_join=end, step_end=end)
-    row = Steps("p", ["one", "two", "three"], [1, 0, 1], "f:1")
+    row = Stepwise("p", ["one", "two", "three"], [1, 0, 1], "f:1")
     if end == "<step>":
         with pytest.raises(UserError, match="f:1: .* loses what ends a step: 1 of 3 steps"):
             encoder.answers([row])
@@ -301,7 +301,7 @@ def test_steps_that_are_cut_elsewhere_are_refused() -> None:
     """The same number of steps is not the same steps."""
     encoder = encoder_of(step_join="", step_end=" ")
     with pytest.raises(UserError, match="f:1: these 2 steps, .* are not those that"):
-        encoder.answers([Steps("p", ["one two", "three"], [1, 0], "f:1")])
+        encoder.answers([Stepwise("p", ["one two", "three"], [1, 0], "f:1")])
 
 
 def test_every_sequence_knows_its_row() -> None:

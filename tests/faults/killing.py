@@ -21,10 +21,10 @@ from typing import Any
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Run
+from rlhf_cli.runs.provenance import stage_name
 from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
-from rlhf_cli.training.origins import stage_name
 from tests.contents import contents_of, faults_of
-from tests.training.tiny import words_of
+from tests.tiny import words_of
 
 FORKED = multiprocessing.get_context("forkserver")
 # what stages import where they need it would be imported anew by every process

@@ -15,7 +15,7 @@ from subprocess import DEVNULL
 import pytest
 
 from tests.contents import contents_of, faults_of
-from tests.training.tiny import DATA, rows_of, words_of
+from tests.tiny import DATA, rows_of, words_of
 
 STAGES = ("sft", "reward", "ppo", "dpo", "grpo", "generate", "evaluate")
 WORDS = {

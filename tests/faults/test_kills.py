@@ -24,9 +24,9 @@ from tests.faults.killing import (
     link,
     lived,
 )
-from tests.training.test_refresh import REFRESH
+from tests.online.test_refresh import REFRESH
+from tests.tiny import words_of
 from tests.training.test_stages import RUNS
-from tests.training.tiny import words_of
 
 NAMES = [
     *("sft", "sft by reward", "reward", "reward kwise", "dpo", "dpo bootstrap", "dpo lora", "kto"),

@@ -100,12 +100,12 @@ from rlhf_cli.objectives.reward_model import (
     kwise_loss,
     plackett_luce_loss,
 )
+from rlhf_cli.online.monitor import WrittenWeights
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Sampling, filter_logits
+from rlhf_cli.training.loss_term import LossTerm
 from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Part
-from rlhf_cli.training.watch import Written
 from tests.toys import GivenLogits, bigram, characters, composed, data_of
 
 HERE = Path(__file__).parent
@@ -722,7 +722,7 @@ def lr_schedule(case: Case) -> Compared:
     )
     layer = nn.Linear(1, 1)
     optimizer = Optimizer({"x": (layer, config.lr)}, config, case.raw["inputs"]["total_steps"])
-    part = Part([torch.ones(1, 1)], lambda x: (layer(x).sum(), {}), 1)
+    part = LossTerm([torch.ones(1, 1)], lambda x: (layer(x).sum(), {}), 1)
     rates = [optimizer.step([part])["lr"] for _ in case.out["lr_at_step"]]
     yield "rates", rates, case.out["lr_at_step"]
 
@@ -942,7 +942,7 @@ def test_the_recorded_average_of_weights() -> None:
     case = ANALYTIC["ema_0.992"]
     layer = nn.Linear(1, 1, bias=False)
     nn.init.constant_(layer.weight, case["start"])
-    written = Written(layer, replace(composed("ppo").algo, ema_decay=0.992), {}, {})
+    written = WrittenWeights(layer, replace(composed("ppo").algo, ema_decay=0.992), {}, {})
     trace = []
     for weight in case["observations"]:
         nn.init.constant_(layer.weight, weight)

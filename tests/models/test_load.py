@@ -23,6 +23,7 @@ from transformers import (
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
+from rlhf_cli.folders.manifest import TOKEN
 from rlhf_cli.models.forward import hidden_states, token_logprobs, unwrap
 from rlhf_cli.models.load import (
     load_policy,
@@ -34,7 +35,6 @@ from rlhf_cli.models.load import (
     set_stop_ids,
     stop_ids_of,
 )
-from rlhf_cli.models.manifest import TOKEN
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of

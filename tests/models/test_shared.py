@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
+from rlhf_cli.folders.manifest import RESPONSE, TOKEN
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.forward import sequence_scores, state_values, token_logprobs
 from rlhf_cli.models.load import (
@@ -23,7 +24,6 @@ from rlhf_cli.models.load import (
     save_model,
     scorer_from_policy,
 )
-from rlhf_cli.models.manifest import RESPONSE, TOKEN
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of, values_of
 from rlhf_cli.models.shared import SharedScorer, recompute_activations

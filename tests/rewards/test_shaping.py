@@ -11,8 +11,8 @@ from torch import Tensor
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rewards.shaping import Shaped, shape
-from rlhf_cli.rewards.sources import Scores
 from rlhf_cli.rollout.rollouts import Rollout
 
 PLAIN = {

@@ -17,8 +17,8 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
-from rlhf_cli.training.origins import parents_of
-from rlhf_cli.training.preflight import check_models, reward_lines
+from rlhf_cli.runs.preflight import check_models, reward_lines
+from rlhf_cli.runs.provenance import parents_of
 
 
 @pytest.mark.parametrize(

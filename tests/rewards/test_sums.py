@@ -18,12 +18,12 @@ from transformers import (
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.load import load_scorer
-from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.rewards import functions, models
 from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.sources import Reward, load_reward
+from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from tests.toys import CHAT, bpe, characters, llama, run_of
 

@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import chain
-
-__all__ = ["chain", "place"]
-
 
 @pytest.fixture
 def place(chain: Path, tmp_path: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.safety.watched_chain import COMMANDS, MARKER, PLANTED
-from tests.training.tiny import rows_of
+from tests.tiny import rows_of
 
 pytestmark = pytest.mark.slow
 

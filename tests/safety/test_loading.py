@@ -12,7 +12,7 @@ import torch
 
 from rlhf_cli.cli import main
 from tests.conftest import Cli
-from tests.training.tiny import DATA, WORDS, words_of
+from tests.tiny import DATA, WORDS, words_of
 
 MARKER = "IT_RAN"
 SAMPLING = [*DATA, "algo.prompts=2", "algo.max_tokens=4", "out=new"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
-from tests.training.tiny import DATA
+from tests.tiny import DATA
 
 MARKER = "IT_RAN"
 PLANTED = f"open({MARKER!r}, 'w')\n"

@@ -7,7 +7,7 @@ import pytest
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.secrets import redacted, refuse_secrets, secrets
 from tests.conftest import Cli
-from tests.training.tiny import DATA
+from tests.tiny import DATA
 
 KEY = "hf_0123456789abc"
 ANSWERS = [*DATA, "algo.prompts=4", "algo.max_tokens=8", "policy=runs/demo/sft", "out=new"]

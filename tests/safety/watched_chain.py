@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.cli import main
-from tests.training.tiny import DATA, WORDS, words_of
+from tests.tiny import DATA, WORDS, words_of
 
 MARKER = "IT_RAN"
 PLANTED = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "x.pkl")
@@ -71,7 +71,7 @@ def unplant() -> None:
 
 def interrupted(words: list[str]) -> None:
     """Run a stage up to its end, and lose it there: resume points are left."""
-    from rlhf_cli.training.session import Session
+    from rlhf_cli.runs.session import Session
 
     finish = Session.finish
     Session.finish = lambda *_, **__: os._exit(3)  # type: ignore[method-assign]

@@ -23,15 +23,15 @@ from rlhf_cli.models import forward
 from rlhf_cli.models.load import load_scorer, load_tokenizer
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rewards.models import CheckpointReward
+from rlhf_cli.training.loss_term import LossTerm
 from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.training.parts import Part
+from tests.tiny import run_stage
 from tests.toys import FROZEN, bpe, llama
-from tests.training.tiny import run_stage
 
 pytestmark = pytest.mark.usefixtures("inside")
 
 CPU = torch.device("cpu")
-Plant = Callable[[Optimizer, list[Part]], Any]
+Plant = Callable[[Optimizer, list[LossTerm]], Any]
 """A context in which a step is bad."""
 
 
@@ -62,7 +62,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, first: int, last: int, plant: Plant
     number = 0
     real = Optimizer.step
 
-    def step(self: Optimizer, parts: list[Part]) -> dict[str, float]:
+    def step(self: Optimizer, parts: list[LossTerm]) -> dict[str, float]:
         nonlocal number
         number += 1
         if not first <= number <= last:
@@ -77,7 +77,7 @@ def in_tensor(name: str) -> Plant:
     """The first number of one tensor of the first item."""
 
     @contextmanager
-    def plant(optimizer: Optimizer, parts: list[Part]) -> Iterator[None]:
+    def plant(optimizer: Optimizer, parts: list[LossTerm]) -> Iterator[None]:
         item = parts[0].batches[0][0]
         good = getattr(item, name)
         bad = good.clone()
@@ -90,7 +90,7 @@ def in_tensor(name: str) -> Plant:
 
 
 @contextmanager
-def in_loss(optimizer: Optimizer, parts: list[Part]) -> Iterator[None]:
+def in_loss(optimizer: Optimizer, parts: list[LossTerm]) -> Iterator[None]:
     """The loss of one row, in whatever micro-batch it is."""
     part = parts[0]
     row, real = part.batches[0][0].source, part.loss
@@ -105,7 +105,7 @@ def in_loss(optimizer: Optimizer, parts: list[Part]) -> Iterator[None]:
 
 
 @contextmanager
-def in_gradient(optimizer: Optimizer, parts: list[Part]) -> Iterator[None]:
+def in_gradient(optimizer: Optimizer, parts: list[LossTerm]) -> Iterator[None]:
     """The gradient of one weight, whichever rows it is of."""
     weight = next(iter(optimizer._parameters.values()))[3]
     handle = weight.register_hook(lambda gradient: gradient * math.inf)
@@ -114,7 +114,7 @@ def in_gradient(optimizer: Optimizer, parts: list[Part]) -> Iterator[None]:
 
 
 @contextmanager
-def in_weight(optimizer: Optimizer, parts: list[Part]) -> Iterator[None]:
+def in_weight(optimizer: Optimizer, parts: list[LossTerm]) -> Iterator[None]:
     """One number of one weight, for good."""
     with torch.no_grad():
         next(iter(optimizer._parameters.values()))[3].view(-1)[0] = math.nan
@@ -269,7 +269,7 @@ def test_a_reference_that_fails_once_moves_no_coefficient(
             found[0][0] = math.nan
         return found
 
-    monkeypatch.setattr("rlhf_cli.training.experience.logprobs_of", spoil)
+    monkeypatch.setattr("rlhf_cli.online.experience.logprobs_of", spoil)
     metrics = run_stage("ppo", tmp_path / "out", "algo.max_skipped=9", "algo.ema_decay=0.8")
     assert metrics[2]["kl"] is None and metrics[2]["skipped"] > 0
     assert metrics[3]["kl_coef"] == metrics[2]["kl_coef"]

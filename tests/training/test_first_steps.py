@@ -15,11 +15,11 @@ from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll, scores_of
 from rlhf_cli.rewards.models import CheckpointReward, statistics_of
-from rlhf_cli.rewards.sources import load_reward
+from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.stages import grpo, ppo
+from tests.tiny import run_stage as run
+from tests.tiny import words_of
 from tests.toys import FROZEN, hardware_of
-from tests.training.tiny import run_stage as run
-from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.9

@@ -25,10 +25,10 @@ from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.rewards.sources import load_reward
+from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.stages import dpo
+from tests.tiny import words_of
 from tests.toys import FROZEN, run_of
-from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
 ONE = [

@@ -19,15 +19,15 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Steps
+from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Stepwise
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.rewards.sources import load_reward
+from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import reward
+from tests.tiny import words_of
 from tests.toys import FROZEN, run_of
-from tests.training.tiny import words_of
 
 CPU = torch.device("cpu")
 ONE = [
@@ -45,8 +45,8 @@ CASES: dict[str, tuple[list[str], type]] = {
     "plackett_luce": (["algo=plackett_luce", RANKINGS], Ranking),
     "label": (["algo=pointwise", FEEDBACK], Feedback),
     "score": (["algo=pointwise", "algo.target=score", FEEDBACK], Feedback),
-    "steps": (["algo=steps", STEPS], Steps),
-    "steps, the least": (["algo=steps", "algo.aggregate=min", STEPS], Steps),
+    "steps": (["algo=steps", STEPS], Stepwise),
+    "steps, the least": (["algo=steps", "algo.aggregate=min", STEPS], Stepwise),
     "token": (["algo=token", *SOFTENED], Preference),
     "token, the sum": (["algo=token", "algo.aggregate=sum"], Preference),
 }
@@ -136,7 +136,7 @@ def score_of(model: Any, sequence: Tokens, algo: Any, encoder: Encoder) -> Tenso
     (scores,) = logits_of(model, Answers(sequence.prompt, [sequence.response], None))
     if algo.loss == "steps":
         texts = encoder.text(sequence.response).split("\n")
-        row = Steps("p", texts, [1.0] * len(texts))
+        row = Stepwise("p", texts, [1.0] * len(texts))
         ends = step_ends(Answers(sequence.prompt, [sequence.response], row), encoder)
         ends = sorted({*ends, len(sequence.response) - 1})  # a step that is cut is one to judge
         logits = scores[ends]
@@ -172,7 +172,7 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     train = encoder.answers(split.train)
     losses = [each for item in train for each in losses_of(model, item, cfg.algo, encoder)]
     assert entry["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    if kind is Steps:
+    if kind is Stepwise:
         counts = [len(losses_of(model, item, cfg.algo, encoder)) for item in train]
         cut = [len(item.row.steps) > count for item, count in zip(train, counts, strict=True)]
         assert any(cut) and not all(cut)

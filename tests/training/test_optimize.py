@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Optimizer as OptimizerConfig
+from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.data.batches import collate, cut
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.models.halving import savers
+from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.objectives.likelihood import nll_sum
+from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer, mean_metrics
-from rlhf_cli.training.parts import Loss, Part
 from tests.toys import composed, hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(8)
@@ -75,8 +75,8 @@ class Language:
 )
 def test_micro_batches_of_any_cut_take_the_same_step(groups: list[list[Tokens]]) -> None:
     whole, parts = Language(), Language()
-    one = optimizer_of(whole.model).step([Part([SEQUENCES], whole.loss, TOKENS)])
-    many = optimizer_of(parts.model).step([Part(groups, parts.loss, TOKENS)])
+    one = optimizer_of(whole.model).step([LossTerm([SEQUENCES], whole.loss, TOKENS)])
+    many = optimizer_of(parts.model).step([LossTerm(groups, parts.loss, TOKENS)])
     assert many == pytest.approx(one, rel=1e-5)
     torch.testing.assert_close(parts.weights(), whole.weights(), rtol=0, atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_a_mean_of_means_would_be_another_step() -> None:
         return layer(batch).sum(), {"seen": torch.tensor(float(len(batch)))}
 
     batches = [torch.ones(3, 1), torch.full((1, 1), 5.0)]
-    report = optimizer_of(layer).step([Part(batches, loss, 4)])
+    report = optimizer_of(layer).step([LossTerm(batches, loss, 4)])
     assert report["loss"] == report["grad_norm/policy"] == 2.0
     assert report["seen"] == 1.0
 
@@ -103,7 +103,7 @@ def test_terms_add_their_gradients_by_weight() -> None:
     def gradient(*terms: tuple[list[Tokens], float, float]) -> Tensor:
         language = Language()
         optimizer = optimizer_of(language.model)
-        optimizer.step([Part(cut(each, 9), language.loss, n, w) for each, n, w in terms])
+        optimizer.step([LossTerm(cut(each, 9), language.loss, n, w) for each, n, w in terms])
         return torch.cat([weight.grad.flatten() for weight in language.model.parameters()])  # type: ignore[union-attr]
 
     rl, ptx = (SEQUENCES, TOKENS, 1.0), (texts, count, 1.0)
@@ -123,7 +123,7 @@ def test_a_clipped_norm_is_that_of_each_network_and_reported_unclipped() -> None
 
     config = config_of(max_grad_norm=1.0)
     rates = {name: (model, config.lr) for name, model in models.items()}
-    report = Optimizer(rates, config, 9).step([Part([torch.ones(1, 1)], loss, 1)])
+    report = Optimizer(rates, config, 9).step([LossTerm([torch.ones(1, 1)], loss, 1)])
     assert report["grad_norm/policy"] == pytest.approx(3.0)
     assert report["grad_norm/critic"] == pytest.approx(0.01)
     gradients = [weight.grad for model in models.values() for weight in model.parameters()]
@@ -140,7 +140,7 @@ def test_a_schedule_with_warmup() -> None:
         "warmup_steps": 4,
     }
     optimizer = optimizer_of(layer, 20, **changes)
-    part = Part([torch.ones(1, 1)], lambda x: (layer(x).sum(), {}), 1)
+    part = LossTerm([torch.ones(1, 1)], lambda x: (layer(x).sum(), {}), 1)
     rates = [optimizer.step([part])["lr"] for _ in range(21)]
     assert rates[:5] == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0], abs=1e-12)
     half = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * t / 16)) / 2) for t in range(17)]
@@ -152,7 +152,9 @@ def test_frozen_weights_do_not_move() -> None:
     language = Language()
     table = language.model.model.embed_tokens.weight.requires_grad_(False)
     before, trained = table.clone(), language.model.lm_head.weight.detach().clone()
-    optimizer_of(language.model, weight_decay=0.1).step([Part([SEQUENCES], language.loss, TOKENS)])
+    optimizer_of(language.model, weight_decay=0.1).step(
+        [LossTerm([SEQUENCES], language.loss, TOKENS)]
+    )
     assert torch.equal(table, before)
     assert not torch.equal(language.model.lm_head.weight, trained)
 
@@ -168,7 +170,7 @@ class Faulty:
         def loss(batch: Tensor) -> Loss:
             return self.layer(batch).sum() * scale, {}
 
-        return self.optimizer.step([Part([torch.ones(1, 1)], loss, 1)])
+        return self.optimizer.step([LossTerm([torch.ones(1, 1)], loss, 1)])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -193,7 +195,7 @@ def test_moments_and_schedule_go_on_where_they_were() -> None:
 
     def steps(language: Language, optimizer: Optimizer, numbers: range) -> list[dict[str, float]]:
         return [
-            optimizer.step([Part(cut(SEQUENCES[i % 4 :], 30), language.loss, TOKENS)])
+            optimizer.step([LossTerm(cut(SEQUENCES[i % 4 :], 30), language.loss, TOKENS)])
             for i in numbers
         ]
 
@@ -240,7 +242,7 @@ class Terms:
         return policy + value, metrics
 
     def step(self) -> dict[str, float]:
-        return self.optimizer.step([Part(cut(self.items, 2, lambda _: 1), self.loss, 6)])
+        return self.optimizer.step([LossTerm(cut(self.items, 2, lambda _: 1), self.loss, 6)])
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -296,7 +298,7 @@ def test_a_bad_gradient_is_named_with_the_rows_that_give_it(
             seen.register_hook(lambda gradient: gradient * math.nan)
         return found + 0 * seen.sum(), metrics
 
-    terms.optimizer.step([Part([terms.items[:4], terms.items[4:]], loss, 6)])
+    terms.optimizer.step([LossTerm([terms.items[:4], terms.items[4:]], loss, 6)])
     expected = "not finite: gradient of policy: weight, by rows.jsonl:3"
     assert said(capsys).endswith(expected)
 
@@ -306,7 +308,7 @@ def test_a_sum_that_overflows_is_of_no_row(capsys: pytest.CaptureFixture[str]) -
     nn.init.ones_(layer.weight)
     optimizer = optimizer_of(layer)
     big = torch.full((4, 1), 3e38)
-    optimizer.step([Part([big], lambda x: (layer(x / x).sum() + x.sum(), {}), 1.0)])
+    optimizer.step([LossTerm([big], lambda x: (layer(x / x).sum() + x.sum(), {}), 1.0)])
     assert said(capsys).endswith("not finite: sum over 4 rows, though each is")
 
 
@@ -343,7 +345,7 @@ def test_looking_for_the_cause_leaves_no_trace(bad: str) -> None:
     torch.manual_seed(5)
     if bad == "worth":
         terms.items[2].worth = torch.tensor([math.nan])
-    terms.optimizer.step([Part([terms.items], noisy, 6)])
+    terms.optimizer.step([LossTerm([terms.items], noisy, 6)])
     assert terms.optimizer.skipped == 1
     after = torch.get_rng_state()
     torch.manual_seed(5)
@@ -398,9 +400,9 @@ LONGEST = max(map(len, SEQUENCES))
 def test_halved_micro_batches_give_the_same_step(budget: int, most: int, texts: int) -> None:
     whole, small = Language(), Small(most)
 
-    def parts(language: Language) -> list[Part]:
-        second = [Part([SEQUENCES[:texts]], language.loss, 9, 0.5)] if texts else []
-        return [Part(cut(SEQUENCES, budget), language.loss, TOKENS), *second]
+    def parts(language: Language) -> list[LossTerm]:
+        second = [LossTerm([SEQUENCES[:texts]], language.loss, 9, 0.5)] if texts else []
+        return [LossTerm(cut(SEQUENCES, budget), language.loss, TOKENS), *second]
 
     expected = optimizer_of(whole.model).step(parts(whole))
     assert optimizer_of(small.model).step(parts(small)) == pytest.approx(expected, rel=1e-5)
@@ -417,12 +419,12 @@ def test_a_step_that_did_not_fit_is_told_once_and_remembered(
     small, resumed = Small(40), Small(40)
     optimizer = optimizer_of(small.model)
     for _ in range(3):
-        optimizer.step([Part([SEQUENCES], small.loss, TOKENS)])
+        optimizer.step([LossTerm([SEQUENCES], small.loss, TOKENS)])
         sizes, small.sizes = small.sizes, []
     assert said(capsys) == "note: out of memory; the step is done again in smaller micro-batches"
     again = optimizer_of(resumed.model)
     again.load(optimizer.tensors(), optimizer.state())
-    again.step([Part([SEQUENCES], resumed.loss, TOKENS)])
+    again.step([LossTerm([SEQUENCES], resumed.loss, TOKENS)])
     assert resumed.sizes == sizes
     assert (small.refused, resumed.refused) == (1, 0)  # the whole, once
     assert said(capsys) == ""
@@ -438,7 +440,7 @@ def test_the_draws_of_a_failed_attempt_are_drawn_again() -> None:
 
     optimizer = optimizer_of(small.model)
     torch.manual_seed(3)
-    optimizer.step([Part([SEQUENCES], loss, TOKENS)])
+    optimizer.step([LossTerm([SEQUENCES], loss, TOKENS)])
     torch.manual_seed(3)
     numbers = torch.rand(9).tolist()
     last = len(small.sizes)
@@ -448,8 +450,8 @@ def test_the_draws_of_a_failed_attempt_are_drawn_again() -> None:
 def test_an_item_that_does_not_fit_ends_the_run_in_one_line() -> None:
     small = Small(LONGEST - 1)
     before = small.weights()
-    lighter = partial(savers, hardware_of(logprob_chunk=6), logits=True, gradient=True)
-    part = Part([SEQUENCES], small.loss, TOKENS, rows=lambda _: 2, savers=lighter)
+    lighter = partial(keys_that_help, hardware_of(logprob_chunk=6), logits=True, gradient=True)
+    part = LossTerm([SEQUENCES], small.loss, TOKENS, rows=lambda _: 2, keys_that_help=lighter)
     with pytest.raises(RunError) as stop:
         optimizer_of(small.model).step([part])
     assert str(stop.value) == (
@@ -472,4 +474,4 @@ def test_moments_that_do_not_fit_end_the_run_in_one_line(monkeypatch: pytest.Mon
     monkeypatch.setattr(optimizer._adamw, "step", full)
     count = sum(weight.numel() for weight in language.model.parameters())
     with pytest.raises(RunError, match=f"AdamW keeps 2 numbers for each of {count} trained"):
-        optimizer.step([Part([SEQUENCES], language.loss, TOKENS)])
+        optimizer.step([LossTerm([SEQUENCES], language.loss, TOKENS)])

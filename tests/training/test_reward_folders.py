@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from tests.training.tiny import DATA, WORDS, words_of
+from tests.tiny import DATA, WORDS, words_of
 
 STEPS = "data.path=steps.jsonl"
 UPDATES = [

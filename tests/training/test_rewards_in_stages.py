@@ -13,7 +13,7 @@ import torch
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.stages.evaluate import mean_of_known, scored_alike
-from tests.training.tiny import DATA, words_of
+from tests.tiny import DATA, words_of
 
 SOURCE = """
 def picky(prompts, responses):

@@ -19,19 +19,19 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Preference, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.forward import answer_batch, shares_prompts
 from rlhf_cli.models.load import load_policy, load_tokenizer
-from rlhf_cli.models.manifest import content_hash
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.reporting.metrics import JsonLines
+from rlhf_cli.runs import out_folder as outfolder
+from rlhf_cli.runs.out_folder import newest_step
+from rlhf_cli.runs.preflight import preflight
+from rlhf_cli.runs.session import Session, snapshot
 from rlhf_cli.stages import sft
-from rlhf_cli.training import outfolder
-from rlhf_cli.training.outfolder import newest_step
-from rlhf_cli.training.preflight import preflight
-from rlhf_cli.training.session import Session, snapshot
 from tests.contents import contents_of, without_times
+from tests.tiny import DATA, WORDS, manifest, words_of
 from tests.toys import FROZEN, bpe, llama
-from tests.training.tiny import DATA, WORDS, manifest, words_of
 
 RANKINGS, FEEDBACK = "data.path=rankings.jsonl", "data.path=feedback.jsonl"
 ONCE = "algo.epochs=1"
@@ -420,7 +420,7 @@ def test_plain_transformers_reads_what_stages_write(chain: Path) -> None:
 
 def test_a_failed_hand_off_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference that is another model is noticed before the first update."""
-    from rlhf_cli.training import references
+    from rlhf_cli.preferences import reference as references
 
     class Other(Reference):
         def __init__(self, model: Any) -> None:

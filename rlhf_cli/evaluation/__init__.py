@@ -1,0 +1,1 @@
+"""Judging scorers by held-out rows, and reports, tables and samples of it."""

@@ -1,0 +1,228 @@
+"""stage.json and what a folder is, told without torch: its kind, tokenizer, weights and hash."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.folders.json_forms import ADAPTER, CONFIG, HEADER, STAGE, TOKENIZER, Form, misfit
+
+MANIFEST = "stage.json"
+
+Manifest = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+ADAPTER_CONFIG = "adapter_config.json"
+LOADED = (  # beside weights
+    "config.json",
+    ADAPTER_CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+SMALL = 2**20  # bytes of a file that is hashed anew each time
+
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")  # what peft calls the tasks of a scalar head
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+
+# Where a reward model's scores stand: at the end of a response, of each step, or at each token.
+RESPONSE, STEP, TOKEN = "response", "step", "token"
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """stage.json of a folder, with `parents`; None where there is none (a foreign folder, or no
+    folder).
+    """
+    file = Path(folder) / MANIFEST
+    return {"parents": {}} | read_object(file, STAGE) if file.is_file() else None
+
+
+def read_object(file: Path, form: Form) -> dict[str, Any]:
+    """A JSON file of a model folder that must hold an object of this form.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, or is of another form.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        fault = misfit(found, form)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):  # no text, no JSON, or nested without end
+        fault = "this is no JSON"
+    if fault is not None:
+        raise UserError(
+            f"{file}: damaged: {fault}; make the folder again, by the stage that wrote it, with "
+            "overwrite=true"
+        )
+    return dict(found)
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The base model that an adapter folder names; None where `path` is no adapter folder."""
+    file = Path(path) / ADAPTER_CONFIG
+    return str(read_object(file, ADAPTER)["base_model_name_or_path"]) if file.is_file() else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; of an adapter folder, of its base where that is local."""
+    file = Path(adapter_base(folder) or folder) / "config.json"
+    return read_object(file, CONFIG) if file.is_file() else {}
+
+
+def kind_of(folder: Path) -> str:
+    """policy or reward, by stage.json, else by the architecture in config.json."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return str(manifest["kind"])
+    adapter = folder / ADAPTER_CONFIG
+    if adapter.is_file() and read_object(adapter, ADAPTER).get("task_type") in CLASSIFYING:
+        return "reward"
+    architectures = read_config(folder).get("architectures") or []
+    scorer = any(name.endswith(CLASSIFIERS) for name in architectures)
+    return "reward" if scorer else "policy"
+
+
+def level_of(path: str) -> str:
+    """The level of a reward folder, by stage.json; a foreign one scores whole responses."""
+    return str((read_manifest(path) or {}).get("level", RESPONSE))
+
+
+def implicit_reward_of(path: str) -> dict[str, Any] | None:
+    """What a dpo output says of its implicit reward: beta and the reference; None elsewhere."""
+    return (read_manifest(path) or {}).get("implicit_reward")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model or adapter folder."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """The size of a safetensors header in bytes, and its entries: name -> dtype, shape, offsets.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size - 8:
+                raise ValueError(f"a header of {size} bytes")
+            header = json.loads(stream.read(size))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        fault = misfit(entries, HEADER)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (struct.error, ValueError, AttributeError, RecursionError):
+        fault = "no safetensors"
+    if fault is not None:
+        raise UserError(f"{file}: damaged weights (unreadable header: {fault})")
+    return size, entries
+
+
+def shapes_of(folder: Path) -> Shapes:
+    """The shape of each weight in a model or adapter folder; empty where there is none."""
+    return {
+        name: tuple(entry["shape"])
+        for file in weight_files(folder)
+        for name, entry in read_header(file)[1].items()
+    }
+
+
+def beginnings(folder: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Up to 4096 bytes of each of these weights, where a folder has them."""
+    found = {}
+    for file in weight_files(folder):
+        size, entries = read_header(file)
+        with file.open("rb") as stream:
+            for name in entries.keys() & set(names):
+                start, end = entries[name]["data_offsets"]
+                stream.seek(8 + size + start)
+                found[name] = stream.read(min(end - start, 4096))
+    return found
+
+
+def file_hash(*files: Path) -> str:
+    """SHA-256 over the names and hashes of files, shortened to 16 digits."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(f"{file.name}\0{sha256(file)}\n".encode())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; a large one is read once while it seems the same.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    status = file.stat()
+    if status.st_size < SMALL:
+        return _sha256(file)
+    return _known_sha256(file.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@cache
+def _known_sha256(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    return _sha256(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_hash(path: str) -> str:
+    """Identity of a model folder: all that a stage loads of it, and of an adapter's local base, and
+    the scale of its reward. A hub id stands for itself.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    base = adapter_base(folder)
+    files = [
+        file
+        for place in (folder, *([Path(base)] if base is not None else []))
+        for file in (*weight_files(place), *(place / name for name in LOADED))
+        if file.is_file()
+    ]
+    said = read_manifest(folder) or {}
+    scale = [said.get("reward"), said.get("implicit_reward")]
+    whole = f"{file_hash(*files)} {json.dumps(scale, sort_keys=True)}"
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """Identity of a tokenizer: its vocabulary and merges; None where no tokenizer.json lies."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    model = read_object(file, TOKENIZER)["model"]
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def reference_folder(path: str, implicit: dict[str, str]) -> str:
+    """Where the reference of a policy trained by dpo lies; unchanged since.
+
+    Raises:
+        UserError: it is gone, or has changed.
+    """
+    inside = Path(path) / implicit["reference"]
+    reference = str(inside) if inside.is_dir() else implicit["reference"]
+    if content_hash(reference) != implicit["hash"]:
+        state = "has changed since" if Path(reference).is_dir() else "is gone"
+        raise UserError(
+            f"{path} as a reward is beta log(policy / reference), but its reference "
+            f"{os.path.normpath(inside)} {state}; run dpo again, or give a reward model"
+        )
+    return reference

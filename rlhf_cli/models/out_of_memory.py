@@ -1,0 +1,116 @@
+"""When memory runs out, work on several items is done again on fewer of them at once.
+
+Losses are summed over items and results are an item's own, so that nothing but time changes.
+"""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.schema import Hardware
+
+Result = TypeVar("Result")
+Group = TypeVar("Group", bound=Sequence[Any])
+
+SIGNS = (  # in what torch, its allocators and the libraries below say when memory runs out
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def if_it_fits(work: Callable[[], Result]) -> Result | None:
+    """What `work` gives; None where memory ran out, and then all that it held is free again."""
+    try:
+        return work()
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    # Here, and not before, the error's frames are gone, and with them their tensors.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None
+
+
+def halves(group: Group) -> list[Group]:
+    """A group in two; a group of one as it is."""
+    half = len(group) // 2
+    return [group[:half], group[half:]] if half else [group]  # type: ignore[list-item]
+
+
+def in_groups(
+    groups: Iterable[Group],
+    work: Callable[[Group], Result],
+    failure: Callable[[Group], RunError],
+    halve: Callable[[Group], list[Group]] = halves,
+) -> Iterator[tuple[Group, Result]]:
+    """Each group with what `work` gives for it; one that does not fit is halved, as all after it.
+
+    Args:
+        failure: what to say where a group that cannot be halved does not fit.
+    """
+    waiting = deque(groups)
+    while waiting:
+        group = waiting[0]
+        found = if_it_fits(lambda group=group: work(group))  # type: ignore[misc]
+        if found is not None:
+            waiting.popleft()
+            yield group, found
+        elif len(halve(group)) == 1:
+            raise failure(group)
+        else:
+            waiting = deque(part for each in waiting for part in halve(each))
+
+
+# --------------------------------------------------------------------------- messages
+
+
+def oom_error(phase: str, rows: int, longest: int, keys: Sequence[str] = ()) -> RunError:
+    """What to say where the least piece of work does not fit.
+
+    Args:
+        rows: sequences of that piece.
+        longest: tokens of the longest of them.
+        keys: what would make it smaller, by `keys_that_help`.
+    """
+    sequences = "sequence" if rows == 1 else "sequences"
+    ways = [*keys, "shorter data.max_prompt_tokens and max_response_tokens", "a smaller model"]
+    return RunError(
+        f"out of memory in {phase}, with as little at once as can be: {rows} {sequences} x "
+        f"{longest} = {rows * longest} padded tokens; what helps: {', '.join(ways)}"
+    )
+
+
+def keys_that_help(
+    hardware: Hardware, longest: int, *, logits: bool, gradient: bool = False
+) -> list[str]:
+    """The keys of `hardware` that make a single item take less memory, as they could be set.
+
+    Those that cut a batch are not among them, for it has been cut as far as it goes.
+
+    Args:
+        longest: tokens of the item's longest sequence.
+        logits: whether the work holds logits.
+        gradient: whether it keeps activations for a backward pass.
+    """
+    keys = []
+    positions = min(hardware.logprob_chunk, longest)  # whose logits exist at once
+    if logits and positions > 1:
+        keys.append(f"hardware.logprob_chunk={positions // 2}")
+    if gradient and not hardware.gradient_checkpointing:
+        keys.append("hardware.gradient_checkpointing=true")
+    return keys

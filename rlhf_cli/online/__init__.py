@@ -1,0 +1,1 @@
+"""What ppo and grpo share: experience, critic, monitoring and alarms, refreshes."""

@@ -1,0 +1,249 @@
+"""What is seen of a run that learns from its own samples, and the weights that it writes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import GrpoConfig, OnlineAlgo, PpoConfig
+from rlhf_cli.data.batches import derived_seed
+from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.evaluation.samples import show_samples
+from rlhf_cli.online.alarms import Alarms
+from rlhf_cli.online.experience import Experience, measure
+from rlhf_cli.reporting.console import say
+from rlhf_cli.reporting.metrics import Clock
+from rlhf_cli.rollout.rollouts import sample_rollouts
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.policy import Roles
+from rlhf_cli.runs.session import Session, restore, snapshot, tensors_of
+from rlhf_cli.training.best import Best
+from rlhf_cli.training.loss_term import Metrics
+
+
+class WrittenWeights:
+    """The weights that a run writes: the last ones or the best, plain or averaged.
+
+    kept: the metrics of the step whose weights are the best so far; empty for the last ones.
+
+    The average of each weight over optimizer steps is decay * average + (1 - decay) * weight
+    (InstructGPT 2203.02155 App. C: decay 0.992).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        algo: OnlineAlgo,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """`state`, `tensors`: what the methods of those names returned at the resume point."""
+        self._model = model
+        self._decay = algo.ema_decay
+        self._metric = algo.keep
+        self.kept: Metrics = state.get("kept", {})
+        self._best = Best(model, state, tensors_of(tensors, "best"))
+        self._average = snapshot(model) if self._decay else {}
+        for name, weight in tensors_of(tensors, "average").items():
+            self._average[name].copy_(weight)
+
+    def state(self) -> dict[str, Any]:
+        """Figures for a resume point."""
+        return {"kept": self.kept, **self._best.state()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights for a resume point."""
+        groups = {"average": self._average, "best": self._best.weights}
+        return {
+            f"{group}/{name}": weight
+            for group, weights in groups.items()
+            for name, weight in weights.items()
+        }
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Take the weights after an optimizer step into the average."""
+        if self._decay is None:
+            return
+        parameters = dict(self._model.named_parameters())
+        for name, average in self._average.items():
+            average.lerp_(parameters[name].to(average), 1 - self._decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model as it would be written now, for evaluations."""
+        if self._decay is None:
+            yield
+            return
+        own = snapshot(self._model)
+        restore(self._model, self._average)
+        try:
+            yield
+        finally:
+            restore(self._model, own)
+
+    def offer(self, step: int, metrics: Metrics) -> None:
+        """Keep the weights that algo.keep was measured on, if they are the best so far.
+
+        Args:
+            metrics: of this step; without algo.keep, as between evaluations, nothing is kept.
+        """
+        value = metrics.get(self._metric)
+        if value is None:
+            return
+        average = {name: weight.clone() for name, weight in self._average.items()} or None
+        if self._best.offer(value, average):
+            self.kept = {**metrics, "kept_step": float(step)}
+
+    def put(self) -> None:
+        """Load what is written into the model, at the end."""
+        restore(self._model, self._average)
+        self._best.put()
+        if self.kept:
+            step, best = int(self.kept["kept_step"]), self.kept[self._metric]
+            say(f"kept the weights of step {step}: {self._metric} {best:.4g}")
+
+
+def prompts_to_monitor(
+    cfg: PpoConfig | GrpoConfig, session: Session, roles: Roles, held_out: list[Prompt]
+) -> list[tuple[Prompt, list[int]]]:
+    """The held-out prompts that evaluations sample from, and their ids; none without evaluations.
+
+    Raises:
+        UserError: a row lacks what the reward or gold reads, or is too long.
+    """
+    if cfg.algo.eval_every is None:
+        return []
+    chosen = held_out[: cfg.algo.eval_prompts]
+    roles.reward.check(chosen, session.require)
+    if roles.gold is not None:
+        roles.gold.check(chosen, session.require, "gold")
+    prompts = list(zip(*roles.policy.encoder.prompts(chosen), strict=True))
+    if not prompts:
+        raise UserError("every held-out prompt was dropped, so algo.eval_every has none to sample")
+    return prompts
+
+
+class Monitor:
+    """Logs, tables of samples, evaluations on held-out prompts, alarms, and the weights to write.
+
+    metrics: of the last step.
+    """
+
+    def __init__(
+        self,
+        cfg: PpoConfig | GrpoConfig,
+        session: Session,
+        roles: Roles,
+        held_out: list[tuple[Prompt, list[int]]],
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """Starts the logs, so `out` must be this run's own.
+
+        Args:
+            held_out: from `prompts_to_watch`.
+            state, tensors: what the methods of those names returned at the resume point.
+        """
+        self._cfg, self._roles, self._held_out = cfg, roles, held_out
+        self.metrics: Metrics = state.get("metrics", {})
+        self._alarms = Alarms(cfg.algo, state)
+        self.written = WrittenWeights(roles.policy.model, cfg.algo, state, tensors)
+        self._log, self._samples = session.log(), session.log("samples.jsonl")
+        self._stopped: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Figures for a resume point."""
+        return {"metrics": self.metrics, **self._alarms.state(), **self.written.state()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights for a resume point."""
+        return self.written.tensors()
+
+    def before_updates(self, step: int, metrics: Metrics) -> bool:
+        """Look at what the rollouts of a step show; True where nothing is learnt from them.
+
+        A step that breaks a limit which ends the run is not kept as the best, unless the limit is
+        that the reward is high enough.
+        """
+        if step == 1 and metrics["ended"] == 0:
+            say(
+                "note: no response came to an end within "
+                f"{self._cfg.algo.max_tokens} tokens; see algo.missing_eos_reward and max_tokens"
+            )
+        if step == 1 and metrics["reward_std"] == 0:
+            say("note: all rewards of the first iteration are the same; nothing tells them apart")
+        stops = self._alarms.on_rollouts(step, metrics)
+        if stops:
+            self._stopped = {"step": step, "alarms": stops}
+        if not set(stops) - {"reward"}:
+            self.written.offer(step, metrics)
+        return bool(stops)
+
+    def end_of_step(
+        self, step: int, found: Experience, metrics: Metrics, clock: Clock, stop: bool
+    ) -> bool:
+        """Evaluate where it is time to, log and show; True where the run ends here."""
+        algo = self._cfg.algo
+        last = stop or step == algo.steps
+        if algo.eval_every and (last or step % algo.eval_every == 0):
+            seen = self.evaluate()
+            if self._alarms.on_evaluation(step, seen):
+                stop = True
+                others = self._stopped.get("alarms", [])
+                self._stopped = {"step": step, "alarms": [*others, "overoptimised"]}
+            metrics = metrics | seen
+            if algo.keep in seen and not set(self._stopped.get("alarms", [])) - {"reward"}:
+                self.written.offer(step, metrics)
+            clock.lap("evaluation")
+        self.metrics = metrics
+        self._log.write(step, metrics | clock.seconds)
+        if last or stop or step == 1 or step % algo.show_every == 0:
+            show_samples(step, *found.shown(), self._samples)
+        return stop
+
+    def evaluate(self) -> Metrics:
+        """eval/reward, /gold, /kl, /length of the weights that would be written now.
+
+        The reward is that of training, unscaled; gold is its judge's own score. The noise of
+        sampling is the same in every evaluation, so that they differ by the weights.
+        """
+        cfg, policy = self._cfg, self._roles.policy
+        with self.written.in_place():
+            rollouts = sample_rollouts(
+                policy.model,
+                policy.encoder,
+                self._held_out,
+                Sampling(cfg.algo.max_tokens, cfg.algo.temperature),
+                samples=1,
+                seed=derived_seed(cfg.seed, "evaluation"),
+                stop_ids=policy.stop_ids,
+                hardware=cfg.hardware,
+            )
+            found = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
+        lengths = [len(rollout.tokens.response) for rollout in rollouts]
+        metrics = {
+            "eval/reward": found.rewards.total.nanmean().item(),
+            "eval/kl": found.kls.mean().item(),
+            "eval/length": sum(lengths) / len(lengths),
+        }
+        if self._roles.gold is not None:
+            metrics["eval/gold"] = self._roles.gold.score(rollouts).total.nanmean().item()
+        return metrics
+
+    def ending(self) -> dict[str, Any]:
+        """What stage.json says of a run that an alarm ended: its step, and which."""
+        return {"stopped": self._stopped} if self._stopped else {}
+
+    def finish(self, names: tuple[str, ...]) -> Metrics:
+        """Put the weights that are written into the policy; returns metrics of their step."""
+        self.written.put()
+        metrics = self.written.kept or self.metrics
+        return {
+            name: metrics[name]
+            for name in (*names, "kept_step", *(n for n in metrics if n.startswith("eval/")))
+            if name in metrics
+        }

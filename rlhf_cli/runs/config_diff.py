@@ -1,0 +1,72 @@
+"""How the settings of a run differ from those of the run before it in the same folder."""
+
+from typing import Any
+
+from rlhf_cli.config.schema import GrpoConfig, PpoConfig, Run
+
+# hardware, a cache and the folder's own path change no result; overwrite is an order, not a setting
+IGNORED_KEYS = ("hardware", "out", "overwrite", "reference_cache")
+SHOWN_ONLY = ("algo.show_every",)
+EVALUATIONS = ("algo.eval_every", "algo.eval_prompts")
+
+
+def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
+    """Keys that may differ from those of the run before; True where by growing only.
+
+    Logging always may; evaluations where they choose neither weights nor the end; and an unfinished
+    run may be given more steps.
+    """
+    algo: Any = getattr(cfg, "algo", None)
+    free = dict.fromkeys(SHOWN_ONLY, False)
+    chooses = getattr(algo, "keep", "last") != "last"
+    if not chooses and "overoptimised" not in getattr(algo, "stop_on", []):
+        free |= dict.fromkeys(EVALUATIONS, False)
+    if not complete:
+        online = isinstance(cfg, PpoConfig | GrpoConfig)
+        length = ("algo.steps",) if online else ("algo.epochs", "algo.max_steps")
+        free |= dict.fromkeys(length, True)
+    return free
+
+
+def differing_keys(
+    saved: dict[str, Any], given: dict[str, Any], free: dict[str, bool]
+) -> list[str]:
+    """`key: before -> now` of each value that differs, but for IGNORED_KEYS and free ones.
+
+    Args:
+        free: from `free_keys`.
+    """
+    flat_saved, flat_given = flatten(saved), flatten(given)
+    found = []
+    for name in sorted(flat_saved.keys() | flat_given.keys()):
+        before, now = flat_saved.get(name), flat_given.get(name)
+        if name.split(".")[0] in IGNORED_KEYS or before == now:
+            continue
+        grows = free.get(name)
+        if grows is False or (grows and is_more(now, before)):
+            continue
+        found.append(f"{name}: {shown(before)} -> {shown(now)}")
+    return found
+
+
+def is_more(now: int | None, before: int | None) -> bool:
+    """Whether a number of steps is greater; none is no limit."""
+    return now is None or (before is not None and now > before)
+
+
+def shown(value: Any) -> str:
+    """A value as it is given on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; empty groups vanish."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,266 @@
+"""What was made from what: the folders that stages wrote, as trees, told without torch."""
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import STAGES
+from rlhf_cli.folders.integrity import check_files
+from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
+from rlhf_cli.runs.lock import running
+from rlhf_cli.runs.provenance import input_hash
+from rlhf_cli.runs.out_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    begun_with,
+    is_claimed,
+    newest_step,
+)
+
+PARENTS, INPUTS = "parents", "inputs"
+KINDS = (PARENTS, INPUTS)
+MAIN_ROLES = ("policy", "model")  # whose weights a stage goes on from
+HEADER = re.compile(r"# (?:rlhf-cli (?P<words>.*)|rlhf_cli\.stages\.(?P<stage>\w+)\.run)")
+HEADLINES = {
+    "sft": ("eval/loss",),
+    "reward": ("eval/accuracy",),
+    "ppo": ("reward", "eval/gold"),
+    "grpo": ("reward", "eval/gold", "refresh/accuracy"),  # the last of its refreshed reward model
+    "dpo": ("eval/rewards/accuracy",),
+    "generate": ("score",),
+}
+"""The metrics that a stage is judged by; the first `eval/` one where it has none of these."""
+
+Figures = dict[str, float]
+HashOf = Callable[[str, str], str | None]
+"""The hash now of what stands under `parents` or `inputs`, by kind and path."""
+
+
+@dataclass
+class RunInput:
+    """Something that a stage read.
+
+    kind: parents, a model folder; or inputs, data or a file with reward functions.
+    fault: what is wrong with it now: `has changed since`, `is gone`, or `cannot be read`.
+    """
+
+    kind: str
+    role: str
+    path: str
+    place: Path
+    fault: str | None = None
+
+
+@dataclass
+class Node:
+    """A folder that a stage wrote, or writes, and what was made from it.
+
+    made_with: the option of `algo`, else the loss; None where neither is known.
+    state: in words: finished, stopped, unfinished, running or damaged.
+    seconds: working time; None until it has ended.
+    ended: seconds since the epoch.
+    sources: all that it read; `main` is the one whose weights it goes on from.
+    """
+
+    folder: Path
+    stage: str | None
+    made_with: str | None
+    state: str
+    seed: int | None
+    seconds: float | None
+    ended: float | None
+    figures: Figures
+    sources: list[RunInput]
+    main: RunInput | None
+    children: list["Node"] = field(default_factory=list)
+
+
+def trees(folders: Sequence[Path]) -> list[Node]:
+    """The runs in and below folders, each under the run whose weights it goes on from.
+
+    What a run writes inside its own folder, such as a refreshed reward model, hangs under the run.
+    """
+
+    @cache  # reads weights, so once for each folder
+    def hash_of(kind: str, place: str) -> str | None:
+        return content_hash(place) if kind == PARENTS else input_hash(place)
+
+    found = {place.resolve(): read_node(place, hash_of) for place in runs_in(folders)}
+    above: dict[Path, Path] = {}
+    for place, node in found.items():
+        inside = place.parent in found and not is_claimed(place)
+        main = node.main.place.resolve() if node.main else None
+        parent = place.parent if inside else main
+        if parent in found and place not in _ancestry(parent, above):
+            above[place] = parent
+    for place in sorted(found, key=lambda each: _order(found[each])):
+        if place in above:
+            found[above[place]].children.append(found[place])
+    return sorted((node for place, node in found.items() if place not in above), key=_order)
+
+
+def _ancestry(place: Path, above: dict[Path, Path]) -> Iterator[Path]:
+    """A folder, what it was made from, and so on up."""
+    while True:
+        yield place
+        if place not in above:
+            return
+        place = above[place]
+
+
+def _order(node: Node) -> tuple[int, str]:
+    stages = list(STAGES)
+    rank = stages.index(node.stage) if node.stage in stages else len(stages)
+    return rank, str(node.folder)
+
+
+def runs_in(folders: Sequence[Path]) -> Iterator[Path]:
+    """The folders of stages, in and below others; none hidden, no resume points."""
+    for top in folders:
+        for name, below, files in os.walk(top):
+            below[:] = [each for each in below if each[:1] != "." and each != CHECKPOINTS]
+            place = Path(name)
+            if MANIFEST in files or (CONFIG in files and is_claimed(place)):
+                yield place
+
+
+# --------------------------------------------------------------------------- one folder
+
+
+def read_node(folder: Path, hash_of: HashOf) -> Node:
+    """What a folder says of itself, compared with what it was made from."""
+    run = folder if is_claimed(folder) else folder.parent  # of what a run wrote inside its own
+    header, config = _config_of(run) if is_claimed(run) else ("", {})
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder)
+        damaged = False
+    except (UserError, OSError):
+        manifest, damaged = None, True
+    said = manifest or {}
+    stage, option = _stage_and_option(header)
+    stage = _text(said.get("stage")) or stage
+    algo = config.get("algo")
+    loss = algo.get("loss") if isinstance(algo, dict) else None
+    base = _base(run, config)
+    try:
+        sources = list(_recorded(said if manifest else begun_with(folder), base))
+        for source, recorded in sources:
+            source.fault = _fault(source, recorded, hash_of)
+    except (UserError, TypeError, LookupError, AttributeError):  # a field of another shape
+        sources, damaged = [], True
+    models = [source for source, _ in sources if source.kind == PARENTS]
+    main = next((each for role in MAIN_ROLES for each in models if each.role == role), None)
+    seconds, seed = said.get("seconds"), said.get("seed", config.get("seed"))
+    ended = bool(said.get("complete"))
+    return Node(
+        folder=folder,
+        stage=stage,
+        made_with=option or _text(loss),
+        state="damaged" if damaged else _state(folder, said),
+        seed=seed if isinstance(seed, int) else None,
+        seconds=float(seconds) if isinstance(seconds, int | float) else None,
+        ended=(folder / MANIFEST).stat().st_mtime if ended else None,
+        figures=_figures(stage, said),
+        sources=[source for source, _ in sources],
+        main=main or (models[0] if models else None),
+    )
+
+
+def _config_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The first line of config.yaml and what it holds; nothing where it cannot be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if isinstance(config, dict):
+            return text.partition("\n")[0], config
+    return "", {}
+
+
+def _stage_and_option(header: str) -> tuple[str | None, str | None]:
+    """The stage and the option of `algo` by the command in the first line of config.yaml."""
+    found = HEADER.match(header)
+    if found is None or found["words"] is None:
+        return (found["stage"] if found else None), None
+    try:
+        stage, *words = shlex.split(found["words"])
+    except ValueError:
+        return None, None
+    options = [word.partition("=")[2] for word in words if word.startswith("algo=")]
+    if options:  # of a sweep over several, each job has its own
+        return stage, None if "," in options[-1] else options[-1]
+    return stage, catalog.default_options(stage).get("algo") if stage in STAGES else None
+
+
+def _base(run: Path, config: dict[str, Any]) -> Path:
+    """Where relative paths of a run start: the folder in which its `out` leads to where it is."""
+    place, out = run.resolve(), Path(_text(config.get("out")) or "")
+    count = len(out.parts)
+    if count and not out.is_absolute() and place.parts[-count:] == out.parts:
+        return Path(*place.parts[:-count])
+    return Path()
+
+
+def _recorded(manifest: dict[str, Any], base: Path) -> Iterator[tuple[RunInput, str]]:
+    """What a run says that it was made from, with the hashes of then."""
+    for kind in KINDS:
+        for role, entry in (manifest.get(kind) or {}).items():
+            path = entry["path"]
+            yield RunInput(kind, role.split()[0], path, base / path), entry["hash"]
+
+
+def _fault(source: RunInput, recorded: str, hash_of: HashOf) -> str | None:
+    if not source.place.exists():
+        return "is gone"
+    try:
+        now = hash_of(source.kind, str(source.place))
+    except (UserError, OSError):
+        return "cannot be read"
+    return None if now == recorded else "has changed since"
+
+
+def _state(folder: Path, manifest: dict[str, Any]) -> str:
+    if (owner := running(folder)) is not None:
+        return f"running ({owner})"
+    if manifest.get("complete"):
+        stopped = manifest.get("stopped")
+        if not isinstance(stopped, dict):
+            return "finished"
+        return f"stopped at step {stopped.get('step')} by {_listed(stopped.get('alarms'))}"
+    step = newest_step(folder)
+    return "unfinished" if step is None else f"unfinished at step {step}"
+
+
+def _figures(stage: str | None, manifest: dict[str, Any]) -> Figures:
+    """The metrics that a stage is judged by; of an evaluation the judged policy's."""
+    metrics = manifest.get("metrics")
+    if not isinstance(metrics, dict):
+        return {}
+    if stage == "evaluate":
+        with suppress(TypeError, KeyError, AttributeError):
+            policy = str(Path(manifest["parents"]["policy"]["path"]))
+            judged = metrics["policies"][policy]
+            return {name: judged[name]["mean"] for name in ("gold", "reward") if judged.get(name)}
+        return {}
+    plain = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    known = {name: plain[name] for name in HEADLINES.get(stage or "", ()) if name in plain}
+    others = [name for name in plain if name.startswith("eval/")][:1]
+    return known or {name: plain[name] for name in others}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,351 @@
+"""How much memory a run will take, told without torch from the sizes in the model folders.
+
+    peak = weights of every role + gradients + AdamW's moments + copies
+           + the larger of update (activations, logits) and rollout (keys, values)
+
+All is float32, 4 bytes a number. A model's numbers are those in its safetensors headers; shapes of
+activations follow from config.json. What the interpreter and its libraries take comes on top.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.schema import DpoConfig, GrpoConfig, Model, PpoConfig, RewardConfig, Run, SftConfig, SftModel
+from rlhf_cli.config.validate import WITHOUT_REFERENCE
+from rlhf_cli.folders.manifest import (
+    RESPONSE,
+    Shapes,
+    adapter_base,
+    beginnings,
+    implicit_reward_of,
+    level_of,
+    read_config,
+    reference_folder,
+    shapes_of,
+)
+from rlhf_cli.rewards.specs import models_of
+
+BYTES = 4
+BLOCK = re.compile(r"\.(\d+)\.")
+HEADS = ("score.", "classifier.")
+UNEMBEDDINGS = ("lm_head.", "embed_out.")
+# Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
+# an entropy in the loss and the KL over the whole vocabulary take; as measured.
+LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
+
+
+@dataclass
+class Geometry:
+    """The widths of a decoder, in numbers per token."""
+
+    layers: int
+    hidden: int
+    keys: int
+    inner: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Geometry":
+        """From config.json, by the names of either habit."""
+        config = config.get("text_config") or config
+        hidden = config.get("hidden_size") or config["n_embd"]
+        heads = config.get("num_attention_heads") or config["n_head"]
+        per_head = config.get("head_dim") or hidden // heads
+        return cls(
+            config.get("num_hidden_layers") or config["n_layer"],
+            hidden,
+            per_head * (config.get("num_key_value_heads") or heads),
+            config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
+            config["vocab_size"],
+        )
+
+
+class Unknown(Exception):
+    """The sizes of a model that is not on this machine, or has no config that says them."""
+
+
+def predicted_memory(cfg: Run) -> list[str]:
+    """What a stage that trains will hold, a line for each part and one for the peak."""
+    if not isinstance(cfg, SftConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig):
+        return []
+    try:
+        always, update, rollout = parts_of(cfg)
+    except Unknown as missing:
+        return [f"predicted peak memory: unknown until {missing} is on this machine"]
+    transient = max((update, rollout), key=lambda parts: sum(parts.values()))
+    peak = sum(always.values()) + sum(transient.values())
+    when = "rollout" if transient is rollout else "update"
+    lines = [
+        f"memory, {name}: {written(size)}" for name, size in (always | update | rollout).items()
+    ]
+    return [*lines, f"predicted peak memory: {written(peak)}, in the {when}"]
+
+
+def predicted_peak(cfg: Run) -> float:
+    """The sum in bytes, for benchmarks/memory.py.
+
+    Raises:
+        Unknown: a model is not on this machine.
+    """
+    always, update, rollout = parts_of(cfg)
+    return sum(always.values()) + max(sum(update.values()), sum(rollout.values()))
+
+
+def written(size: float) -> str:
+    """Bytes as a reader takes them in."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+Parts = dict[str, float]
+
+
+def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
+    """Bytes by part: held all the time, in an update, in a rollout."""
+    shapes, geometry = policy_of(cfg)
+    weights, trained = roles_of(cfg, shapes)
+    always: Parts = {f"weights of the {role}": BYTES * count for role, count in weights.items()}
+    always["gradients"] = BYTES * sum(trained.values())
+    always["AdamW's moments"] = 2 * BYTES * sum(trained.values())
+    own = next(iter(trained.values()))
+    if getattr(cfg.algo, "ema_decay", None) is not None:
+        always["average of the weights"] = BYTES * own
+    if getattr(cfg.algo, "keep", "last") != "last":
+        always["best weights so far"] = BYTES * own
+
+    hardware, algo = cfg.hardware, cfg.algo
+    answer = getattr(algo, "max_tokens", cfg.data.max_response_tokens)
+    longest = cfg.data.max_prompt_tokens + answer
+    rows = getattr(algo, "minibatch_size", algo.batch_size) * rows_per_item(cfg)
+    tokens = min(hardware.tokens_per_microbatch, rows * longest)
+    graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
+    update: Parts = {
+        f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens),
+    }
+    if not isinstance(cfg, RewardConfig):
+        chunk = min(hardware.logprob_chunk, tokens)
+        update[f"logits of {chunk} positions"] = (
+            logit_copies(cfg) * BYTES * chunk * geometry.vocabulary
+        )
+    rollout: Parts = {}
+    if isinstance(cfg, PpoConfig | GrpoConfig):
+        responses = algo.batch_size * getattr(algo, "group_size", 1)
+        cached = min(hardware.rollout_tokens, responses * longest)
+        # a layer's cache is copied when it grows by a column
+        rollout[f"keys and values of {cached} sampled tokens"] = (
+            2 * BYTES * cached * geometry.keys * (geometry.layers + 1)
+        )
+    return always, update, rollout
+
+
+def rows_per_item(cfg: Any) -> int:
+    """Sequences in an item of a batch."""
+    if isinstance(cfg, DpoConfig | RewardConfig):
+        return 2  # a pair; rankings have more, and fill the micro-batch
+    return int(getattr(cfg.algo, "group_size", 1))
+
+
+def activations(cfg: Any, geometry: Geometry, tokens: int) -> float:
+    """Bytes that backward needs of one pass through a decoder.
+
+    A token leaves in each block 8 hidden vectors (inputs and outputs of norms and projections), 2
+    of the width of keys, and 4 of the feed-forward; attention by sdpa leaves no matrix of tokens by
+    tokens. Frozen blocks leave nothing. Recomputed ones leave their input, and one is whole at a
+    time. One more block stands for the gradients of activations.
+    """
+    block = 8 * geometry.hidden + 2 * geometry.keys + 4 * geometry.inner
+    blocks = geometry.layers - cfg.model.frozen_layers
+    if cfg.hardware.gradient_checkpointing:
+        return BYTES * tokens * (blocks * geometry.hidden + 2 * block)
+    return BYTES * tokens * (blocks + 1) * block
+
+
+def logit_copies(cfg: Any) -> int:
+    """Tensors of the size of a chunk's logits that exist at once."""
+    if not isinstance(cfg, PpoConfig | GrpoConfig):
+        return LOG_PROBS
+    full = cfg.algo.kl_in == "loss" and cfg.algo.kl_estimator == "full"
+    return LOG_PROBS + ENTROPY * (cfg.algo.entropy_coef > 0) + FULL_KL * full
+
+
+# --------------------------------------------------------------------------- roles
+
+
+def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers that each role holds and no other does, and how many of them are trained."""
+    model: Model = cfg.model
+    held: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    role = "reward model" if isinstance(cfg, RewardConfig) else "policy"
+    own = trunk_of(shapes) if isinstance(cfg, RewardConfig) else shapes
+    adapter, frozen = lora(own, model.lora_rank), count(frozen_of(own, model.frozen_layers))
+    held[role] = count(own) + adapter
+    trained[role] = adapter or count(own) - frozen
+    if isinstance(cfg, DpoConfig | PpoConfig | GrpoConfig):
+        held["reference"] = reference_of(cfg, shapes, adapter, frozen)
+    if isinstance(cfg, PpoConfig) and cfg.algo.baseline == "critic":
+        held["critic"], trained["critic"] = critic_of(cfg, shapes)
+    if isinstance(cfg, PpoConfig | GrpoConfig | SftConfig) and cfg.reward is not None:
+        held["reward"] = sum(reward_of(cfg, path) for path in models_of(cfg.reward))
+    if isinstance(cfg, PpoConfig | GrpoConfig) and cfg.gold is not None:
+        held["gold"] = sum(count(trunk_of(known(path))) for path in models_of(cfg.gold))
+    return {role: number for role, number in held.items() if number}, trained
+
+
+def reference_of(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> int:
+    """A copy of what the policy trains; none of a fresh adapter, which is switched off."""
+    if isinstance(cfg, DpoConfig):
+        if cfg.algo.loss in WITHOUT_REFERENCE or cfg.algo.precompute_reference:
+            return 0
+        if cfg.reference not in (None, "bootstrap"):
+            return count(known(cfg.reference))
+    if not adapter:
+        return count(shapes) - frozen
+    refreshed = getattr(cfg.algo, "refresh_reference", None) is not None
+    return adapter if adapter_base(cfg.policy) is not None or refreshed else 0
+
+
+def critic_of(cfg: Any, shapes: Shapes) -> tuple[int, int]:
+    """What the critic holds beside the policy, and trains."""
+    trunk, rank = trunk_of(shapes), cfg.model.lora_rank
+    if cfg.algo.critic == "shared":
+        return (head := hidden_of(cfg)), head
+    start = next(
+        (
+            path
+            for path in models_of(cfg.reward)
+            if implicit_reward_of(path) is None and level_of(path) == RESPONSE
+        ),
+        None,
+    )
+    if start is None:
+        upper = count(trunk) - count(frozen_of(trunk, cfg.model.frozen_layers))
+        return (adapter, adapter) if (adapter := lora(trunk, rank)) else (upper, upper)
+    reward = trunk_of(known(start))
+    if not rank:
+        frozen = count(frozen_of(reward, cfg.model.frozen_layers))
+        return count(reward) - in_common(cfg, start), count(reward) - frozen
+    if on_base_of(start, cfg.policy):
+        return (adapter := count(adapter_shapes(start))), adapter
+    return count(reward) + lora(reward, rank), lora(reward, rank)
+
+
+def reward_of(cfg: Any, path: str) -> int:
+    """What a reward model holds beside the policy."""
+    implicit = implicit_reward_of(path)
+    if implicit is not None:
+        return count(known(path)) + count(known(reference_folder(path, implicit)))
+    if cfg.model.lora_rank and not isinstance(cfg, SftConfig) and on_base_of(path, cfg.policy):
+        return count(adapter_shapes(path))
+    return count(trunk_of(known(path))) - in_common(cfg, path)
+
+
+def in_common(cfg: Any, path: str) -> int:
+    """Numbers of the policy's frozen layers that a full reward model has, too, and shares then.
+
+    Weights are taken for equal if they begin alike and no adapter is merged into them.
+    """
+    if isinstance(cfg, SftConfig):
+        return 0
+    frozen = frozen_of(known(cfg.policy), cfg.model.frozen_layers)
+    ours, theirs = (
+        beginnings(Path(adapter_base(each) or each), frozen) for each in (cfg.policy, path)
+    )
+    same = {name for name in ours if ours[name] == theirs.get(name)}
+    same -= merged_into(cfg.policy) | merged_into(path)
+    return count({name: frozen[name] for name in same})
+
+
+def merged_into(path: str) -> set[str]:
+    """The weights of its base that an adapter folder changes."""
+    if adapter_base(path) is None:
+        return set()
+    layers = {name.split(".lora_")[0] for name in adapter_shapes(path) if ".lora_" in name}
+    return {f"{layer.removeprefix('base_model.model.')}.weight" for layer in layers}
+
+
+def on_base_of(path: str, policy: str) -> bool:
+    """Whether a folder is an adapter on the base of the policy, by its path."""
+    base = adapter_base(path)
+    ours = adapter_base(policy) or policy
+    return base is not None and Path(base).resolve() == Path(ours).resolve()
+
+
+# --------------------------------------------------------------------------- sizes
+
+
+def policy_of(cfg: Any) -> tuple[Shapes, Geometry]:
+    """The shapes of the model that a stage starts from."""
+    path = cfg.model.path if isinstance(cfg, SftConfig) else cfg.policy
+    if path is None:
+        return from_scratch(cfg.model)
+    return known(path), geometry_of(path)
+
+
+def geometry_of(path: str) -> Geometry:
+    """The widths of a folder's decoder."""
+    try:
+        return Geometry.of(read_config(Path(path)))
+    except KeyError:
+        raise Unknown(path) from None
+
+
+def hidden_of(cfg: Any) -> int:
+    """The width of the policy's hidden states."""
+    return geometry_of(cfg.policy).hidden
+
+
+def known(path: str) -> Shapes:
+    """The shapes of a full model, or of the base of an adapter folder."""
+    shapes = shapes_of(Path(adapter_base(path) or path))
+    if not shapes:
+        raise Unknown(path)
+    return shapes
+
+
+def adapter_shapes(path: str) -> Shapes:
+    """The shapes of an adapter folder's own weights."""
+    return shapes_of(Path(path))
+
+
+def from_scratch(model: SftModel) -> tuple[Shapes, Geometry]:
+    """What models/scratch.py builds."""
+    assert model.hidden_size and model.layers and model.vocab_size
+    d, inner = model.hidden_size, model.hidden_size * 8 // 3
+    shapes: Shapes = {"model.embed_tokens.weight": (model.vocab_size, d)}
+    for i in range(model.layers):
+        block = f"model.layers.{i}."
+        shapes |= {f"{block}self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
+        shapes |= {f"{block}mlp.{name}_proj.weight": (inner, d) for name in ("gate", "up", "down")}
+        shapes |= {f"{block}norms.weight": (2 * d,)}
+    return shapes, Geometry(model.layers, d, d, inner, model.vocab_size)
+
+
+def count(shapes: Shapes) -> int:
+    """How many numbers there are."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def trunk_of(shapes: Shapes) -> Shapes:
+    """Without the unembedding."""
+    return {name: shape for name, shape in shapes.items() if not name.startswith(UNEMBEDDINGS)}
+
+
+def frozen_of(shapes: Shapes, layers: int) -> Shapes:
+    """The embeddings and the lowest blocks, if any are frozen."""
+    if not layers:
+        return {}
+    return {
+        name: shape
+        for name, shape in trunk_of(shapes).items()
+        if (int(match[1]) < layers if (match := BLOCK.search(name)) else len(shape) == 2)
+        and not name.startswith(HEADS)
+    }
+
+
+def lora(shapes: Shapes, rank: int) -> int:
+    """Numbers of an adapter on every matrix of the blocks: A is (r, in), B is (out, r)."""
+    matrices = [shape for name, shape in shapes.items() if BLOCK.search(name) and len(shape) == 2]
+    return rank * sum(map(sum, matrices))

@@ -1,0 +1,268 @@
+"""The `out` folder of a stage: free, finished, resumable or somebody else's."""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import EvaluateConfig, GenerateConfig, Run
+from rlhf_cli.folders.json_forms import ORIGINS
+from rlhf_cli.folders.integrity import check_files
+from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
+from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, write_text
+from rlhf_cli.runs.lock import LOCK, lock, running, unlock
+from rlhf_cli.runs.provenance import (
+    Provenance,
+    changed_since,
+    provenance_of,
+    parent_paths,
+    places_read,
+    stage_name,
+)
+from rlhf_cli.runs.config_diff import differing_keys, free_keys
+
+FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
+CONFIG = "config.yaml"
+HEADER = "# rlhf"  # how the first line of our own config.yaml begins
+STAGING = ".staging"
+CHECKPOINTS = "checkpoints"
+INPUTS = f"{CHECKPOINTS}/inputs.json"
+STEP = re.compile(r"step-(\d+)")
+TRASH = ".trash"
+
+
+def state_of(cfg: Run) -> str:
+    """Whether `out` is free, finished by this very config, or left unfinished by it.
+
+    Raises:
+        UserError: another config made it, what it is made from has changed since, it holds what
+            this stage reads, another process writes it, or it cannot be written.
+    """
+    out = Path(cfg.out)
+    if cfg.overwrite or not (out / MANIFEST).is_file():  # what is finished may be read-only
+        check_writable(out)
+    for role, path in places_read(cfg):
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
+    if (other := running(out)) is not None:
+        raise UserError(f"out={out} is being written by {other}")
+    if not is_claimed(out):
+        ours = (LOCK, f".{CONFIG}{PART}")  # of a run that was killed as it claimed the folder
+        if out.is_dir() and any(entry.name not in ours for entry in out.iterdir()):
+            # never emptied, whatever overwrite says
+            if (out / MANIFEST).is_file() or (out / INPUTS).is_file():
+                raise UserError(f"{out / CONFIG} is missing; put it back, or remove the folder")
+            raise UserError(f"out={out} is not empty and not a stage's folder; name another out")
+        return FREE
+    complete = (out / MANIFEST).is_file()  # written last, and whole
+    if cfg.overwrite:
+        again = not complete and begun_by_the_same_order(cfg)
+        return RESUMABLE if again else to_be_emptied(out)
+    made_by, given = config_of(out), asdict(cfg)
+    if made_by.keys() != given.keys():
+        raise UserError(f"out={out} is the folder of another stage; name another out")
+    if differing := differing_keys(made_by, given, free_keys(cfg, complete)):
+        raise UserError(
+            f"out={out} was made by another config ({', '.join(differing)}); "
+            "name another out, or set overwrite=true"
+        )
+    if cfg.data.path == "-":  # standard input is new each time
+        return to_be_emptied(out)
+    if not complete and isinstance(cfg, GenerateConfig | EvaluateConfig):
+        return to_be_emptied(out)  # they write at their end: there is nothing to go on from
+    origins, before = provenance_of(cfg), begun_with(out)
+    if complete:
+        before = read_manifest(out) or {}
+        check_files(out)
+        if isinstance(cfg, EvaluateConfig) and parent_paths(origins) != parent_paths(before):
+            return to_be_emptied(out)  # there are other policies to compare with now
+    if changed := changed_since(origins, before):
+        raise UserError(
+            f"out={out} was made from another {changed}; set overwrite=true to make it again"
+        )
+    if not complete and resume_points(out) and not (out / INPUTS).is_file():
+        raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
+    return FINISHED if complete else RESUMABLE
+
+
+def to_be_emptied(out: Path) -> str:
+    """FREE, though a stage has written here.
+
+    Raises:
+        UserError: other runs lie inside, which would go as well.
+    """
+    for file in out.rglob(CONFIG):
+        if file.parent != out and is_claimed(file.parent):
+            raise UserError(f"out={out} holds another run, {file.parent}; name another out")
+    return FREE
+
+
+def begun_by_the_same_order(cfg: Run) -> bool:
+    """Whether overwrite=true began what lies unfinished in `out`, with this config and input.
+
+    Such a run goes on: the order was carried out when it began.
+    """
+    out = Path(cfg.out)
+    try:
+        made_by, before = config_of(out), begun_with(out)
+    except UserError:  # damaged
+        return False
+    return (
+        bool(made_by.get("overwrite"))
+        and not differing_keys(made_by, asdict(cfg), free_keys(cfg, complete=False))
+        and not changed_since(provenance_of(cfg), before)
+    )
+
+
+def config_of(out: Path) -> dict[str, Any]:
+    """The config that made a folder.
+
+    Raises:
+        UserError: its config.yaml cannot be read.
+    """
+    file = out / CONFIG
+    try:
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise UserError(f"{file}: damaged; set overwrite=true to start afresh") from None
+
+
+def begun_with(out: Path) -> dict[str, Any]:
+    """What an unfinished run said of its parents and inputs as it began."""
+    file = out / INPUTS
+    return read_object(file, ORIGINS) if file.is_file() else {}
+
+
+def is_claimed(out: Path) -> bool:
+    """Whether a stage has written, or begun to write, this folder."""
+    saved = out / CONFIG
+    return saved.is_file() and saved.read_bytes().startswith(HEADER.encode())
+
+
+def check_writable(out: Path) -> None:
+    """Stop before any work where `out` cannot be written."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"out={out}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"out={out}: no permission to write in {place}")
+
+
+def claim(cfg: Run, origins: Provenance) -> None:
+    """Make the folder this run's own: locked, emptied if free, config.yaml written.
+
+    Args:
+        origins: what the run is made from, as it was before anything was read.
+
+    Raises:
+        UserError: another process writes it or has finished it meanwhile, or what was read has
+            changed meanwhile.
+    """
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    state = state_of(cfg)
+    changed = changed_since(provenance_of(cfg), origins)
+    if state == FINISHED or changed:
+        unlock(out)
+        fault = f"was to be made from a {changed}" if changed else "was finished by another run"
+        raise UserError(f"out={out} {fault} meanwhile; run the same command again")
+    if state == FREE:
+        # stage.json first, so that no part of a model looks whole; then, at a stroke, all that a
+        # run would go on from; config.yaml is replaced last
+        remove([out / MANIFEST, out / TRASH])
+        if (out / CHECKPOINTS).exists():
+            (out / CHECKPOINTS).rename(out / TRASH)
+        remove(entry for entry in out.iterdir() if entry.name not in (LOCK, CONFIG))
+    header = f"# {command_line() or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
+    write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
+    (out / CHECKPOINTS).mkdir(exist_ok=True)
+    if not (out / INPUTS).is_file():
+        write_json(out / INPUTS, origins)
+    flush(out.parent)
+
+
+def remove(entries: Iterable[Path]) -> None:
+    """Files, links and folders with all below; what is not there is gone already."""
+    for entry in list(entries):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def command_line() -> str | None:
+    """The command as it was typed (Hydra rewrites sys.argv); None where Python called a stage."""
+    script, *words = sys.orig_argv[1:] or [""]
+    return shlex.join(["rlhf-cli", *words]) if Path(script).name == "rlhf-cli" else None
+
+
+def resume_point(out: Path, step: int) -> Path:
+    """The folder of what is resumed from after a step."""
+    return out / CHECKPOINTS / f"step-{step:08d}"
+
+
+def resume_points(out: Path) -> dict[int, Path]:
+    """The resume points of an out folder by step, oldest first."""
+    found = {
+        int(match[1]): folder
+        for folder in (out / CHECKPOINTS).glob("step-*")
+        if (match := STEP.fullmatch(folder.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def newest_step(out: Path) -> int | None:
+    """The step of the newest resume point; None where there is none."""
+    return max(resume_points(out), default=None)
+
+
+def staging(out: Path) -> Path:
+    """An empty folder inside `out` for files that are not to be seen yet."""
+    folder = out / STAGING
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(out: Path, manifest: Manifest) -> None:
+    """Move staged files into `out`, then write stage.json: only that makes the folder complete."""
+    folder = out / STAGING
+    names = {CONFIG, *(log.name for log in out.glob("*.jsonl"))}
+    if folder.is_dir():
+        flush_all(folder)
+        for entry in sorted(folder.iterdir()):
+            names.add(entry.name)
+            if (out / entry.name).is_dir():  # of a run that was killed here
+                shutil.rmtree(out / entry.name)
+            entry.replace(out / entry.name)
+        folder.rmdir()
+    names |= {file.parent.name for file in out.glob(f"*/{MANIFEST}")}  # whole folders of their own
+    seal(out, manifest, names)
+    tidy(out)
+
+
+def tidy(out: Path) -> None:
+    """Remove what a finished folder needs no more: resume points and the lock.
+
+    Nothing happens where another process makes the folder anew.
+    """
+    if not (out / CHECKPOINTS).exists() and not (out / LOCK).exists():
+        return
+    try:
+        lock(out)
+    except (UserError, OSError):  # or a disk that is read-only now
+        return
+    if (out / MANIFEST).is_file():
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    unlock(out)

@@ -1,0 +1,110 @@
+"""What a stage is made from: the folders and files that it reads, and whether they have changed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.schema import STAGES, EvaluateConfig, Run
+from rlhf_cli.data.files import SUFFIXES
+from rlhf_cli.folders.manifest import (
+    MANIFEST,
+    adapter_base,
+    content_hash,
+    file_hash,
+    implicit_reward_of,
+    kind_of,
+)
+from rlhf_cli.rewards.specs import files_of, models_of
+
+Provenance = dict[str, dict[str, dict[str, str]]]
+
+
+def stage_name(cfg: Run) -> str:
+    """The subcommand that a typed config belongs to."""
+    return next(name for name, schema in STAGES.items() if type(cfg) is schema)
+
+
+def parents_of(cfg: Run) -> dict[str, str]:
+    """The model folders that a stage reads, by role: policy, reward, reward[1], reference, ..."""
+    roles = {role: getattr(cfg, role, None) for role in ("policy", "reference")}
+    for key in ("reward", "judge"):
+        models = models_of(spec) if (spec := getattr(cfg, key, None)) else []
+        roles |= {f"{key}[{i}]" if i else key: path for i, path in enumerate(models)}
+    if (model_path := getattr(cfg.model, "path", None)) is not None:  # type: ignore[attr-defined]
+        roles["model"] = model_path
+    if isinstance(cfg, EvaluateConfig):
+        roles |= {f"baseline {path}": path for path in baselines_of(cfg)}
+    if roles["reference"] == "bootstrap":  # made in `out`, whatever folder has that name
+        del roles["reference"]
+    return {role: path for role, path in roles.items() if path and Path(path).is_dir()}
+
+
+def baselines_of(cfg: EvaluateConfig) -> list[str]:
+    """The baselines given, or else the finished policies beside the one that is judged."""
+    if cfg.baselines is not None:
+        return cfg.baselines
+    if not Path(cfg.policy).is_dir():
+        return []
+    folders = sorted(file.parent for file in Path(cfg.policy).parent.glob(f"*/{MANIFEST}"))
+    return [str(folder) for folder in folders if kind_of(folder) == "policy"]
+
+
+def places_read(cfg: Run) -> Iterator[tuple[str, Path]]:
+    """Every local folder and file that a stage reads, by role; bases and references included."""
+    for role, path in parents_of(cfg).items():
+        yield role, Path(path)
+        if (base := adapter_base(path)) is not None:
+            yield f"base of the {role}", Path(base)
+        if (implicit := implicit_reward_of(path)) is not None:
+            yield f"reference of the {role}", Path(path, implicit["reference"])
+    for key, place in inputs_read(cfg).items():
+        yield key.split()[0], Path(place)
+
+
+def inputs_read(cfg: Run) -> dict[str, str]:
+    """The local files and folders of files that a stage reads beside models, by key."""
+    found = {f"data.{key}": getattr(cfg.data, key) for key in ("path", "eval_path", "text_path")}
+    for key in ("reward", "gold", "judge"):
+        for file in files_of(getattr(cfg, key, None) or ""):
+            found[f"{key} {file}"] = str(file)
+    return {key: place for key, place in found.items() if place and Path(place).exists()}
+
+
+def input_hash(place: str) -> str | None:
+    """Identity of a file, or of the data files in a folder; None where there is neither."""
+    path = Path(place)
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    return file_hash(*files) if files else None
+
+
+def provenance_of(cfg: Run) -> Provenance:
+    """What a stage is made from, as stage.json has it: parents by role, and other inputs."""
+    hashes = {key: (place, input_hash(place)) for key, place in inputs_read(cfg).items()}
+    return {
+        "parents": {
+            role: {"path": path, "hash": content_hash(path)}
+            for role, path in parents_of(cfg).items()
+        },
+        "inputs": {
+            key: {"path": place, "hash": digits}
+            for key, (place, digits) in hashes.items()
+            if digits is not None
+        },
+    }
+
+
+def parent_paths(origins: dict[str, Any]) -> set[str]:
+    """The folders that a stage was made from."""
+    return {parent["path"] for parent in (origins.get("parents") or {}).values()}
+
+
+def changed_since(now: dict[str, Any], before: dict[str, Any]) -> str | None:
+    """The first parent or input whose bytes are not those of before, with its path."""
+    for group in ("parents", "inputs"):
+        for name, made in (before.get(group) or {}).items():
+            current = now[group].get(name)
+            if current is not None and current["hash"] != made["hash"]:
+                return f"{name.split()[0]} ({current['path']} has changed since)"
+    return None

@@ -1,0 +1,295 @@
+"""One run of one stage: its folder, device, logs, resume point, checks and manifest."""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import rlhf_cli
+from rlhf_cli.config.errors import Interrupted, RunError
+from rlhf_cli.config.schema import Run
+from rlhf_cli.data.batches import derived_seed
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.nonfinite import first_nonfinite
+from rlhf_cli.models.load import save_model, set_stop_ids
+from rlhf_cli.folders.manifest import tokenizer_hash
+from rlhf_cli.reporting.console import say, table
+from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
+from rlhf_cli.folders.files import library_errors
+from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.runs.provenance import Provenance, provenance_of, stage_name
+from rlhf_cli.runs.out_folder import (
+    FINISHED,
+    begun_with,
+    claim,
+    publish,
+    staging,
+    state_of,
+    tidy,
+)
+from rlhf_cli.runs.preflight import preflight
+from rlhf_cli.runs.remote_code import code_lines
+
+
+@dataclass
+class Session:
+    """What a stage holds while it runs.
+
+    `out` is untouched until `claim`, so that a bad row or model leaves it as it was.
+
+    plan: what will happen, to be said once the rows are known to be good.
+    origins: what the run is made from, as it was before anything was read.
+    start: the step to go on after; 0 for a fresh run.
+    spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
+    saved: seconds on the clock at the last resume point, or where training began.
+    checks: measured values of the hand-off checks, for stage.json.
+    """
+
+    cfg: Run
+    out: Path
+    device: torch.device
+    began: float
+    plan: list[str]
+    origins: Provenance
+    start: int = 0
+    spent: float = 0.0
+    saving: float = 0.0
+    saved: float = 0.0
+    claimed: bool = False
+    logs: list[JsonLines] = field(default_factory=list)
+    log_sizes: dict[str, int] = field(default_factory=dict)
+    checks: dict[str, float] = field(default_factory=dict)
+
+    def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
+        """Record a hand-off check; stop the run where it does not hold."""
+        self.checks[name] = value
+        if not holds:
+            raise RunError(f"hand-off check {name} failed ({value:.6g}): {diagnosis}")
+
+    def note(self, encoder: Encoder, notes: list[str]) -> None:
+        """Say what will happen, and how many rows were read, cut and dropped, and why."""
+        for line in [*self.plan, *notes, *encoder.notes()]:
+            say(line)
+
+    def claim(self) -> None:
+        """Make `out` this run's own, once all input is known to be good; writing starts here."""
+        if not self.claimed:
+            claim(self.cfg, self.origins)
+        self.claimed = True
+
+    def log(self, file: str = "metrics.jsonl") -> JsonLines:
+        """A JSON-lines file in `out`, cut back to the resume point."""
+        self.logs.append(JsonLines(self.out / file, self.log_sizes.get(file, 0)))
+        return self.logs[-1]
+
+    def seconds(self) -> float:
+        """Working time, of earlier parts of a resumed run too."""
+        return self.spent + time.monotonic() - self.began
+
+    # ------------------------------------------------------------------ resume points
+
+    def save(
+        self,
+        step: int,
+        networks: dict[str, nn.Module],
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Keep a resume point if it is time for one, or if a signal asked for the end.
+
+        Raises:
+            Interrupted: a signal did; everything up to this step is saved.
+            RunError: something is not finite. It is not saved; the resume point before is whole.
+        """
+        asked = interrupts.asked()
+        if asked is None and not self._is_time(step):
+            return
+        began = time.monotonic()
+        tensors: dict[str, Tensor] = {
+            f"{name}/{weight}": value
+            for name, network in networks.items()
+            for weight, value in trained(network).items()
+        }
+        tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
+        tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
+        self._require_finite(tensors, f"after step {step}")
+        own = {
+            "seconds": self.seconds(),
+            "saving": self.saving,
+            "checks": self.checks,
+            "logs": {log.file.name: log.described() for log in self.logs},
+        }
+        keep = self.cfg.hardware.keep
+        assert keep is not None  # validate() asks for it where a stage trains
+        save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **own}, keep)
+        self.saved = time.monotonic()
+        self.saving += self.saved - began
+        if asked is not None:
+            raise Interrupted(f"{asked}: saved after step {step}; the same command goes on")
+
+    def _is_time(self, step: int) -> bool:
+        """Whether hardware.save_every says steps or minutes, and they have passed."""
+        every = self.cfg.hardware.save_every
+        if every is None:
+            return False
+        if every.endswith("min"):
+            return time.monotonic() - self.saved >= 60 * int(every.removesuffix("min"))
+        return step % int(every) == 0
+
+    def _require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
+        name = first_nonfinite(tensors)
+        if name is not None:
+            raise RunError(
+                f"{name} is not finite {when}, and is not saved; what was saved before is whole. "
+                "Lower algo.lr, or set algo.max_grad_norm"
+            )
+
+    def resume(
+        self, networks: dict[str, nn.Module], optimizer: Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Claim `out` and load its newest resume point into networks and optimizer.
+
+        Returns:
+            The state and the extra tensors that were given to `save`; empty for a fresh run.
+        """
+        self.claim()
+        interrupts.wait_for_steps()
+        self.saved = time.monotonic()
+        found = load_checkpoint(self.out)
+        if found is None:
+            return {}, {}
+        tensors, state = found
+        for name, network in networks.items():
+            restore(network, tensors_of(tensors, name))
+        optimizer.load(tensors_of(tensors, "optimizer"), state)
+        self.start = state["step"]
+        self.spent, self.saving = state["seconds"], state["saving"]
+        self.checks = state["checks"]
+        self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
+        say(f"resuming after step {self.start}")
+        return state, tensors_of(tensors, "extra")
+
+    # ------------------------------------------------------------------ the end
+
+    def finish_model(
+        self,
+        model: nn.Module,
+        kind: str,
+        encoder: Encoder,
+        metrics: dict[str, float],
+        write_beside: Callable[[Path], None] = lambda folder: None,
+        **more: Any,
+    ) -> Path:
+        """Write the model folder and its manifest; only then is the stage complete.
+
+        Args:
+            write_beside: writes further files into the folder.
+            more: further entries of stage.json.
+        """
+        merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
+        if kind == "policy":
+            set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
+        self._require_finite(trained(model), "at the end")
+        folder = staging(self.out)
+        try:
+            with library_errors(folder):
+                save_model(model, encoder.tokenizer, folder, merge)
+            write_beside(folder)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
+            raise
+        identity = {
+            "tokenizer": tokenizer_hash(folder),
+            "eos_ids": encoder.stop_ids,
+            "pad_id": encoder.tokenizer.pad_token_id,
+            "template": self.cfg.data.template,
+        }
+        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
+        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
+        shown = {**metrics, **scale, **self.checks, **times}
+        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
+        return self.finish(kind, metrics, **identity, **more)
+
+    def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
+        """Publish what is staged, with stage.json last."""
+        for log in self.logs:
+            log.described()  # so that it is on disk before stage.json says that all is there
+        publish(
+            self.out,
+            {
+                "stage": stage_name(self.cfg),
+                "kind": kind,
+                **begun_with(self.out),
+                "seed": self.cfg.seed,
+                **more,
+                "checks": round_figures(self.checks),
+                "metrics": round_figures(metrics),
+                "seconds": round(self.seconds(), 1),
+                "versions": {
+                    "rlhf-cli": rlhf_cli.__version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+        )
+        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
+        return self.out
+
+
+def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `group/`, without that."""
+    start = f"{group}/"
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights that training changes."""
+    return {name: weight.detach().clone() for name, weight in trained(network).items()}
+
+
+def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put a snapshot back."""
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def begin(cfg: Run) -> Session | None:
+    """Check the config and its folders and set torch up; None where `out` is finished already."""
+    began = time.monotonic()
+    plan = preflight(cfg, whole=False)
+    if state_of(cfg) == FINISHED:
+        tidy(Path(cfg.out))
+        say(f"{cfg.out}: already finished; nothing to do")
+        return None
+    for line in code_lines(cfg):
+        say(line)
+    if cfg.hardware.threads is not None:
+        torch.set_num_threads(cfg.hardware.threads)
+    torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
+    device = device_of(cfg.hardware.device)
+    return Session(cfg, Path(cfg.out), device, began, plan, provenance_of(cfg))
+
+
+def device_of(name: str) -> torch.device:
+    """The device that hardware.device names, which then sums in the same order each time."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # kernels that add up as threads come, and cuBLAS's, are not repeatable
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(name)
