@@ -18,7 +18,6 @@ from rlhf_cli.config.schema import STAGES
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
 from rlhf_cli.runs.lock import running
-from rlhf_cli.runs.provenance import input_hash
 from rlhf_cli.runs.out_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -26,6 +25,7 @@ from rlhf_cli.runs.out_folder import (
     is_claimed,
     newest_step,
 )
+from rlhf_cli.runs.provenance import input_hash
 
 PARENTS, INPUTS = "parents", "inputs"
 KINDS = (PARENTS, INPUTS)

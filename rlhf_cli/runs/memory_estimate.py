@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import DpoConfig, GrpoConfig, Model, PpoConfig, RewardConfig, Run, SftConfig, SftModel
+from rlhf_cli.config.schema import (
+    DpoConfig,
+    GrpoConfig,
+    Model,
+    PpoConfig,
+    RewardConfig,
+    Run,
+    SftConfig,
+    SftModel,
+)
 from rlhf_cli.config.validate import WITHOUT_REFERENCE
 from rlhf_cli.folders.manifest import (
     RESPONSE,

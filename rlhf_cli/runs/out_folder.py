@@ -14,20 +14,20 @@ import yaml
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import EvaluateConfig, GenerateConfig, Run
-from rlhf_cli.folders.json_forms import ORIGINS
-from rlhf_cli.folders.integrity import check_files
-from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
 from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, write_text
+from rlhf_cli.folders.integrity import check_files
+from rlhf_cli.folders.json_forms import ORIGINS
+from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
+from rlhf_cli.runs.config_diff import differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, lock, running, unlock
 from rlhf_cli.runs.provenance import (
     Provenance,
     changed_since,
-    provenance_of,
     parent_paths,
     places_read,
+    provenance_of,
     stage_name,
 )
-from rlhf_cli.runs.config_diff import differing_keys, free_keys
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
 CONFIG = "config.yaml"

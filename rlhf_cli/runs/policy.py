@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.forward import matmul_in_float32
 from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
-from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.shared import recompute_activations

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES, DpoConfig, EvaluateConfig, GenerateConfig, GrpoConfig, PpoConfig, RewardConfig, Run, SftConfig
+from rlhf_cli.config.schema import (
+    STAGES,
+    DpoConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    GrpoConfig,
+    PpoConfig,
+    RewardConfig,
+    Run,
+    SftConfig,
+)
 from rlhf_cli.data.files import SUFFIXES
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Stepwise
 from rlhf_cli.data.rows import first_rows, read_split, read_texts
@@ -31,7 +41,6 @@ from rlhf_cli.rewards.specs import (
     terms_of,
 )
 from rlhf_cli.runs.memory_estimate import predicted_memory
-from rlhf_cli.runs.provenance import stage_name
 from rlhf_cli.runs.out_folder import (
     FINISHED,
     FREE,
@@ -40,6 +49,7 @@ from rlhf_cli.runs.out_folder import (
     newest_step,
     state_of,
 )
+from rlhf_cli.runs.provenance import stage_name
 from rlhf_cli.runs.remote_code import code_lines
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -181,7 +191,9 @@ def check_models(cfg: Run) -> None:
     vocabulary, rewards need not.
     """
     if not isinstance(cfg, SftConfig):
-        assert isinstance(cfg, RewardConfig | PpoConfig | DpoConfig | GrpoConfig | GenerateConfig | EvaluateConfig)
+        assert isinstance(
+            cfg, RewardConfig | PpoConfig | DpoConfig | GrpoConfig | GenerateConfig | EvaluateConfig
+        )
         check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
     elif cfg.model.path is not None:
         check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
@@ -338,7 +350,11 @@ def arithmetic(cfg: Run) -> list[str]:
             *([every + refresh] if group.refresh_reward else []),
         ]
     if isinstance(cfg, SftConfig | RewardConfig | DpoConfig):
-        rows = f"{row_kind(cfg).__name__.lower()} rows" if isinstance(cfg, RewardConfig | DpoConfig) else "rows"
+        rows = (
+            f"{row_kind(cfg).__name__.lower()} rows"
+            if isinstance(cfg, RewardConfig | DpoConfig)
+            else "rows"
+        )
         times = "1 epoch" if cfg.algo.epochs == 1 else f"{cfg.algo.epochs} epochs"
         return [f"{times} in batches of {cfg.algo.batch_size} {rows}"]
     assert isinstance(cfg, GenerateConfig | EvaluateConfig)

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from rlhf_cli.config.schema import EvaluateConfig, Run
-from rlhf_cli.folders.manifest import adapter_base, implicit_reward_of, read_object, reference_folder
+from rlhf_cli.folders.manifest import (
+    adapter_base,
+    implicit_reward_of,
+    read_object,
+    reference_folder,
+)
 from rlhf_cli.rewards.specs import models_of
 from rlhf_cli.runs.provenance import baselines_of
 

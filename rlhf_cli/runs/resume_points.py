@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.folders.files import whole_folder, write_json
 from rlhf_cli.folders.integrity import begins_as, described, fault_in
 from rlhf_cli.reporting.console import say
-from rlhf_cli.folders.files import whole_folder, write_json
 from rlhf_cli.runs.out_folder import resume_point, resume_points
 
 TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"

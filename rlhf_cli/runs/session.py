@@ -18,17 +18,14 @@ from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.models.load import save_model, set_stop_ids
+from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
+from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.load import save_model, set_stop_ids
+from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
-from rlhf_cli.folders.files import library_errors
-from rlhf_cli.training.optimize import Optimizer
-from rlhf_cli.runs.provenance import Provenance, provenance_of, stage_name
 from rlhf_cli.runs.out_folder import (
     FINISHED,
     begun_with,
@@ -39,7 +36,10 @@ from rlhf_cli.runs.out_folder import (
     tidy,
 )
 from rlhf_cli.runs.preflight import preflight
+from rlhf_cli.runs.provenance import Provenance, provenance_of, stage_name
 from rlhf_cli.runs.remote_code import code_lines
+from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
+from rlhf_cli.training.optimize import Optimizer
 
 
 @dataclass

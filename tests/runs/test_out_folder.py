@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_cli.folders.files import seal
 from rlhf_cli.folders.integrity import described
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import out_folder as outfolder
-from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
-from rlhf_cli.folders.files import seal
-from rlhf_cli.runs.out_folder import publish, staging
 from rlhf_cli.runs.config_diff import differing_keys
+from rlhf_cli.runs.out_folder import publish, staging
+from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 
 TENSORS = {"policy/a": torch.arange(6.0).view(2, 3), "optimizer/b": torch.ones(2)}
 

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
-from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft
 from rlhf_cli.runs import interrupts, lock
 from rlhf_cli.runs.out_folder import newest_step, resume_point, resume_points
 from rlhf_cli.runs.session import Session
-from tests.training.test_stages import kill_at, lines, same, untimed, weights
+from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft
 from tests.tiny import DATA, words_of
+from tests.training.test_stages import kill_at, lines, same, untimed, weights
 
 pytestmark = pytest.mark.usefixtures("inside")
 
