@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from rlhf_cli.data.batches import collate_answers, cut, sharing_pays
 from rlhf_cli.data.tokens import Answers
-from rlhf_cli.models.forward import answer_logprobs, shares_prompts
+from rlhf_cli.models.forward import shares_prompts, token_logprobs
 
 TURN = "\n\nAssistant:"
 PROMPT_TOKENS, RESPONSE_TOKENS = 384, 128
@@ -86,7 +86,7 @@ def seconds(model: Any, groups: list[Answers], share: bool) -> float:
     clock = time.perf_counter if on_gpu else time.process_time
     start = clock()
     batch = collate_answers(groups, next(model.parameters()).device, share)
-    answer_logprobs(model, batch, chunk=CHUNK).sum().backward()
+    token_logprobs(model, batch, chunk=CHUNK).logprobs.sum().backward()
     model.zero_grad()
     if on_gpu:
         torch.cuda.synchronize()

@@ -1,14 +1,11 @@
-"""Batches: padded tensors cut by a token budget, and data order as a function of the seed.
+"""Batches: sequences as padded tensors, cut by a token budget.
 
 A budget changes speed and memory only: losses are summed per item and divided once, by counts over
 the whole optimizer step (training/optimize.py).
 """
 
-import random
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -25,57 +22,18 @@ ATTENTION = 3
 
 @dataclass
 class Batch:
-    """Sequences padded on the right.
+    """S sequences in B padded rows, and a grid, (S, R), that says where their tokens stand.
+
+    A row holds one sequence, B = S, or a prompt and then all of its responses, which share it:
+    B < S. The grid is over whole sequences, R = T, or over response tokens only. Whoever reads
+    tokens by the grid need not know which.
 
     ids: (B, T) token ids, 0 at pads (masked out everywhere).
-    attention: (B, T) bool, True at real tokens.
-    response: (B, T) bool, True at response tokens, EOS included; never at the first token.
-    """
-
-    ids: Tensor
-    attention: Tensor
-    response: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def positions(self) -> Tensor:
-        """(B, T) positions counted from each sequence's first real token."""
-        return (self.attention.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def collate(sequences: Sequence[Tokens], device: torch.device | str = "cpu") -> Batch:
-    """Right-padded tensors. [1 2 | 3] and [1 | 4 5 6] become
-
-    ids      1 2 3 0   attention 1 1 1 0   response 0 0 1 0
-             1 4 5 6             1 1 1 1            0 1 1 1
-    """
-    width = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    attention = torch.zeros(len(sequences), width, dtype=torch.bool)
-    response = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        length, start = len(sequence), max(len(sequence.prompt), 1)
-        ids[row, :length] = torch.tensor(sequence.prompt + sequence.response)
-        attention[row, :length] = True
-        response[row, start:length] = True
-    return Batch(ids.to(device), attention.to(device), response.to(device))
-
-
-@dataclass
-class AnswerBatch:
-    """Responses to a few prompts, S in all: group by group, in each group's order.
-
-    Two layouts hold them, and only `ids`, `positions` and `attention` tell which: separate, with a
-    row per response, B = S; shared, with a row per group: its prompt, then all of its responses.
-
-    ids: (B, T) token ids, 0 at pads.
     positions: (B, T) places in prompt + response, whatever stands between them in the row.
-    attention: separate (B, T) bool, True at real tokens; shared (B, 1, T, T) bool, True where the
-        token at [2] may see the token at [3].
-    at: (S, R) each response token's place in the flat B x T; pads repeat the last.
-    before: (S, R) the place of the token that predicts it.
+    attention: (B, T) bool, True at real tokens; of shared prompts (B, 1, T, T) bool, True where
+        the token at [2] may see the token at [3].
+    at: (S, R) each token's place in the flat B x T; pads of the grid repeat the last token's.
+    before: (S, R) the place of the token that predicts it; means nothing where none does.
     response: (S, R) bool, True at response tokens, EOS included; never at a sequence's first token.
     """
 
@@ -89,21 +47,64 @@ class AnswerBatch:
     def __len__(self) -> int:
         return len(self.response)
 
+    @classmethod
+    def of_sequences(cls, ids: Tensor, attention: Tensor, response: Tensor) -> "Batch":
+        """A grid over whole sequences, a row each, with pads on either side: (B, T) each."""
+        places = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        last = (places * attention).amax(-1, keepdim=True)  # (B, 1)
+        in_row = torch.minimum(places, last)  # (B, T)
+        rows = ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None]  # (B, 1)
+        return cls(
+            ids,
+            positions=(attention.long().cumsum(-1) - 1).clamp(min=0),  # from the first real token
+            attention=attention,
+            at=rows + in_row,
+            before=rows + (in_row - 1).clamp(min=0),
+            response=response,
+        )
 
-def _rows(groups: Sequence[Answers], share: bool) -> list[Answers]:
-    """The rows of a layout. An empty prompt leaves nothing to share, nor to predict from."""
-    rows: list[Answers] = []
-    for group in groups:
-        if share and group.prompt:
-            rows.append(group)
-        else:
-            rows += [Answers(group.prompt, [each], group.row) for each in group.responses]
-    return rows
+
+def _lay_out(rows: Sequence[Tokens | Answers]) -> tuple[Tensor, Tensor]:
+    """Each prompt and what follows it in rows that are padded on the right.
+
+    Returns:
+        (B, T) ids, 0 at pads, and (B, T) owners: 0 the prompt, n the n-th response, -1 a pad.
+    """
+    ids = torch.zeros(len(rows), _longest(rows), dtype=torch.long)
+    owner = torch.full_like(ids, -1)
+    for b, row in enumerate(rows):
+        start = 0
+        for number, tokens in enumerate([row.prompt, *row.responses]):
+            end = start + len(tokens)
+            ids[b, start:end] = torch.tensor(tokens)
+            owner[b, start:end] = number
+            start = end
+    return ids, owner
 
 
-def _longest(rows: Sequence[Answers]) -> int:
+def _longest(rows: Sequence[Tokens | Answers]) -> int:
     """Tokens of the longest row: its prompt once, and all of its responses."""
     return max(len(row.prompt) + sum(map(len, row.responses)) for row in rows)
+
+
+def collate(sequences: Sequence[Tokens], device: torch.device | str = "cpu") -> Batch:
+    """A row and a grid over whole sequences. [1 2 | 3] and [1 | 4 5 6] become
+
+    ids  1 2 3 0   attention 1 1 1 0   response 0 0 1 0   at 0 1 2 2   before 0 0 1 1
+         1 4 5 6             1 1 1 1            0 1 1 1      4 5 6 7          4 4 5 6
+    """
+    ids, owner = _lay_out(sequences)
+    response = owner == 1
+    response[:, 0] = False
+    return Batch.of_sequences(ids.to(device), (owner >= 0).to(device), response.to(device))
+
+
+def _rows(groups: Sequence[Answers], share: bool) -> list[Tokens | Answers]:
+    """The rows of a layout. An empty prompt leaves nothing to share, nor to predict from."""
+    rows: list[Tokens | Answers] = []
+    for group in groups:
+        rows += [group] if share and group.prompt else group.sequences
+    return rows
 
 
 def sharing_pays(groups: Sequence[Answers], width: int) -> bool:
@@ -115,7 +116,7 @@ def sharing_pays(groups: Sequence[Answers], width: int) -> bool:
         width: of the model's hidden states; the wider, the less attention weighs.
     """
 
-    def cost(rows: list[Answers]) -> float:
+    def cost(rows: Sequence[Tokens | Answers]) -> float:
         longest = _longest(rows)
         return len(rows) * longest * (1 + longest / (ATTENTION * width))
 
@@ -124,8 +125,10 @@ def sharing_pays(groups: Sequence[Answers], width: int) -> bool:
 
 def collate_answers(
     groups: Sequence[Answers], device: torch.device | str = "cpu", share: bool = False
-) -> AnswerBatch:
-    """Tensors in either layout. Prompt [1 2] with responses [3] and [4 5] becomes
+) -> Batch:
+    """A grid over response tokens, group by group, in each group's order.
+
+    Prompt [1 2] with responses [3] and [4 5] becomes
 
     separate: ids  1 2 3 0   at  2 2   before  1 1      shared: ids  1 2 3 4 5   positions 0 1 2 2 3
                    1 2 4 5       6 7           5 6              at  2 2   before  1 1
@@ -134,41 +137,33 @@ def collate_answers(
     In the shared row 4 and 5 see 1, 2 and each other, but not 3.
     """
     rows = _rows(groups, share)
-    width = _longest(rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    ids, owner = _lay_out(rows)
     positions = torch.zeros_like(ids)
-    owner = torch.full_like(ids, -1)  # 0: the prompt, n: the n-th response, -1: a pad
     lengths = [len(response) for row in rows for response in row.responses]
+    steps = torch.arange(max(lengths))
     at = torch.empty(len(lengths), max(lengths), dtype=torch.long)
     before = torch.empty_like(at)
     response = torch.empty_like(at, dtype=torch.bool)
-    steps = torch.arange(max(lengths))
     s = 0
     for b, row in enumerate(rows):
-        start = len(row.prompt)
-        ids[b, :start] = torch.tensor(row.prompt)
-        positions[b, :start] = torch.arange(start)
-        owner[b, :start] = 0
-        for number, tokens in enumerate(row.responses, 1):
-            end = start + len(tokens)
-            ids[b, start:end] = torch.tensor(tokens)
-            positions[b, start:end] = len(row.prompt) + steps[: len(tokens)]
-            owner[b, start:end] = number
-            at[s] = b * width + start + steps.clamp(max=len(tokens) - 1)
+        first, prompt = b * ids.shape[1], len(row.prompt)
+        positions[b, :prompt] = torch.arange(prompt)
+        start = prompt
+        for length in map(len, row.responses):
+            positions[b, start : start + length] = prompt + steps[:length]
+            at[s] = first + start + steps.clamp(max=length - 1)
             before[s] = at[s] - 1
-            before[s, 0] = b * width + max(len(row.prompt) - 1, 0)
-            response[s] = steps < len(tokens)
-            response[s, 0] = len(row.prompt) > 0
-            start, s = end, s + 1
+            before[s, 0] = first + max(prompt - 1, 0)
+            response[s] = steps < length
+            response[s, 0] = prompt > 0
+            start, s = start + length, s + 1
+    attention = owner >= 0
     if share:
         query, key = owner[:, :, None], owner[:, None, :]
         # a pad sees the prompt and the pads up to itself, so that no softmax is over nothing
-        sees = ((key == 0) | (key == query)).tril()  # (B, T, T)
-        attention = sees[:, None]
-    else:
-        attention = owner >= 0
+        attention = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T)
     tensors = (ids, positions, attention, at, before, response)
-    return AnswerBatch(*(tensor.to(device) for tensor in tensors))
+    return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def rankings_of(
@@ -210,42 +205,3 @@ def cut(
             groups.append([item])
             rows = count(item)
     return groups
-
-
-def derived_seed(seed: int, *names: object) -> int:
-    """A seed for one named use, so that uses do not shift each other: (7, "rollout", 3)."""
-    return zlib.crc32(repr((seed, *names)).encode())
-
-
-def order_of(count: int, seed: int, name: str, epoch: int) -> list[int]:
-    """The order of `count` items in one epoch: a permutation fixed by seed, name and epoch."""
-    order = list(range(count))
-    random.Random(derived_seed(seed, name, epoch)).shuffle(order)
-    return order
-
-
-def evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Consecutive parts of at most `size` items, whose numbers differ by 1 at most."""
-    parts = -(-len(items) // size)
-    edges = [len(items) * i // parts for i in range(parts + 1)] if parts else []
-    return [list(items[start:end]) for start, end in pairwise(edges)]
-
-
-def epochs_of(
-    items: Sequence[Item], batch_size: int, epochs: int, seed: int, name: str
-) -> Iterator[list[Item]]:
-    """Shuffled batches of each epoch in turn; the last of an epoch may be smaller."""
-    for epoch in range(epochs):
-        order = order_of(len(items), seed, name, epoch)
-        for start in range(0, len(items), batch_size):
-            yield [items[i] for i in order[start : start + batch_size]]
-
-
-def draw(items: Sequence[Item], count: int, seed: int, name: str, step: int) -> list[Item]:
-    """The `step`-th run of `count` items of an endless, epoch-wise shuffled stream."""
-    picked = []
-    for place in range(step * count, (step + 1) * count):
-        epoch, offset = divmod(place, len(items))
-        picked.append((epoch, offset))
-    orders = {epoch: order_of(len(items), seed, name, epoch) for epoch, _ in picked}
-    return [items[orders[epoch][offset]] for epoch, offset in picked]

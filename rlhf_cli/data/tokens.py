@@ -43,6 +43,11 @@ class Tokens:
     response: list[int]
     source: str = field(default="", compare=False)
 
+    @property
+    def responses(self) -> list[list[int]]:
+        """The response alone: a sequence is a group of one, as in Answers."""
+        return [self.response]
+
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
@@ -146,22 +151,22 @@ class Encoder:
         counts = [len(responses) for responses in texts]
         flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         ids = iter(self._responses(flat, [text for responses in texts for text in responses]))
-        found = []
+        items = []
         for (prompt, row), count in zip(self._prompt_ids(rows), counts, strict=True):
             responses = [next(ids) for _ in range(count)]
             if (prompt_ids := self._limit_prompt(prompt, row)) is not None:
-                found.append(Answers(prompt_ids, responses, row))
-        found = [
-            self._with_ends(item) if isinstance(item.row, Stepwise) else item for item in found
+                items.append(Answers(prompt_ids, responses, row))
+        items = [
+            self._with_ends(item) if isinstance(item.row, Stepwise) else item for item in items
         ]
-        self._check_left(found, rows)
-        kept = [item for item in found if item.ends or not isinstance(item.row, Stepwise)]
-        if len(kept) < len(found):
+        self._check_left(items, rows)
+        kept = [item for item in items if item.ends or not isinstance(item.row, Stepwise)]
+        if len(kept) < len(items):
             what = "responses whose first step exceeds max_response_tokens: drop"
-            self._counts[what] += len(found) - len(kept)
-        if found and not kept:
+            self._counts[what] += len(items) - len(kept)
+        if items and not kept:
             raise UserError(
-                f"{found[0].source}: the first step of every response, of {len(rows)} rows in all, "
+                f"{items[0].source}: the first step of every response, of {len(rows)} rows in all, "
                 "is longer than "
                 f"data.max_response_tokens={self.data.max_response_tokens}"
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.batches import AnswerBatch, Batch, collate, collate_answers, sharing_pays
+from rlhf_cli.data.batches import Batch, collate, collate_answers, sharing_pays
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.reference import Reference
@@ -19,7 +19,7 @@ from rlhf_cli.objectives.likelihood import nll_sum
 
 @dataclass
 class TokenLogprobs:
-    """What the policy says of the response tokens: (B, T) each, zero elsewhere, None if not asked.
+    """What the policy says of the response tokens: (S, R) each, zero elsewhere, None if not asked.
 
     logprobs: log-prob of the token.
     entropy: of the distribution that it was drawn from, in nats.
@@ -56,13 +56,13 @@ def matmul_type(model: nn.Module) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=not matmul_in_float32(model))
 
 
-def hidden_states(model: nn.Module, batch: Batch | AnswerBatch) -> Tensor:
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states, (B, T, d)."""
     with matmul_type(model):
         return _run_trunk(model, batch)
 
 
-def _run_trunk(model: nn.Module, batch: Batch | AnswerBatch) -> Tensor:
+def _run_trunk(model: nn.Module, batch: Batch) -> Tensor:
     # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
     padding = batch.attention.ndim == 2
     output = trunk(model)(
@@ -106,13 +106,13 @@ def token_logprobs(
         reference: also the KL to it of each distribution, at the same temperature; it has a pass
             of its own, without gradient.
     """
-    predicts = batch.response[:, 1:]  # logits at t - 1 score the token at t
-    states = hidden_states(model, batch)[:, :-1][predicts]  # (N, d)
-    targets = batch.ids[:, 1:][predicts]  # (N,)
+    predictors = batch.before[batch.response]  # (N,)
+    states = hidden_states(model, batch).flatten(0, 1)[predictors]  # (N, d)
+    targets = batch.ids.flatten()[batch.at[batch.response]]  # (N,)
     theirs = None
     if reference is not None:
         with reference.active() as frozen:
-            theirs = hidden_states(frozen, batch)[:, :-1][predicts]  # (N, d)
+            theirs = hidden_states(frozen, batch).flatten(0, 1)[predictors]  # (N, d)
     scored = _score_targets(
         model, states, targets, chunk, temperature, with_entropy, reference, theirs
     )
@@ -132,18 +132,6 @@ def response_nll(model: nn.Module, sequences: Sequence[Tokens], *, chunk: int) -
     """Negative log-likelihood summed over all response tokens of a micro-batch, with gradient."""
     batch = collate(sequences, next(model.parameters()).device)
     return nll_sum(token_logprobs(model, batch, chunk=chunk).logprobs, batch.response)
-
-
-def answer_logprobs(model: nn.Module, batch: AnswerBatch, *, chunk: int) -> Tensor:
-    """log p of each response token given its prompt and its own response: (S, R), zero elsewhere.
-
-    Args:
-        chunk: as in token_logprobs.
-    """
-    hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
-    states = hidden[batch.before[batch.response]]  # (N, d)
-    targets = batch.ids.flatten()[batch.at[batch.response]]  # (N,)
-    return on_grid(batch.response, _score_targets(model, states, targets, chunk)["logprobs"])
 
 
 def _score_targets(
@@ -169,14 +157,14 @@ def _score_targets(
     def score(states: Tensor, targets: Tensor, theirs: Tensor | None) -> dict[str, Tensor]:
         logits = unembed(model, states, temperature)
         logprobs = torch.log_softmax(logits, -1)
-        found = {"logprobs": logprobs.gather(-1, targets[:, None])[:, 0]}
+        scored = {"logprobs": logprobs.gather(-1, targets[:, None])[:, 0]}
         if with_entropy:
-            found["entropy"] = -(logprobs.exp() * logprobs).sum(-1)
+            scored["entropy"] = -(logprobs.exp() * logprobs).sum(-1)
         if reference is not None and theirs is not None:
             with reference.active() as frozen:
                 reference_logits = unembed(frozen, theirs, temperature)
-            found["kl"] = full_kl(logits, reference_logits)
-        return found
+            scored["kl"] = full_kl(logits, reference_logits)
+        return scored
 
     recompute = torch.is_grad_enabled() and len(targets) > chunk
     parts = []
@@ -207,12 +195,21 @@ def score_head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def token_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """The scalar head at every token, in float32: (B, T). Only real tokens mean anything."""
-    return score_head(model, hidden_states(model, batch))
+    """The scalar head at every token of the grid, in float32: (S, R); at pads the last token's."""
+    return score_head(model, hidden_states(model, batch).flatten(0, 1)[batch.at])
+
+
+def response_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The scalar head at the last token of each response: (S,)."""
+    return score_head(model, hidden_states(model, batch).flatten(0, 1)[batch.at[:, -1]])
 
 
 def state_values(critic: nn.Module, batch: Batch) -> Tensor:
-    """V of the state in which each token was drawn: the head at the token before it, (B, T)."""
+    """V of the state in which each token was drawn: the head at the token before it, (B, T).
+
+    Args:
+        batch: with a grid over whole sequences.
+    """
     scores = token_scores(critic, batch)
     return torch.cat([torch.zeros_like(scores[:, :1]), scores[:, :-1]], -1)
 
@@ -223,26 +220,7 @@ def trunk_values(policy: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
     return nn.functional.pad(values, (1, 0))
 
 
-def sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """The scalar head at the last real token of each sequence: (B,)."""
-    last = batch.attention.sum(-1) - 1
-    hidden = hidden_states(model, batch)[torch.arange(len(batch)), last]  # (B, d)
-    return score_head(model, hidden)
-
-
-def answer_scores(model: nn.Module, batch: AnswerBatch) -> Tensor:
-    """The scalar head at the last token of each response: (S,)."""
-    hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
-    return score_head(model, hidden[batch.at[:, -1]])
-
-
-def answer_token_scores(model: nn.Module, batch: AnswerBatch) -> Tensor:
-    """The scalar head at each response token: (S, R). Only real tokens mean anything."""
-    hidden = hidden_states(model, batch).flatten(0, 1)  # (B T, d)
-    return score_head(model, hidden[batch.at])
-
-
-def answer_batch(model: nn.Module, groups: Sequence[Answers], share: bool) -> AnswerBatch:
+def answer_batch(model: nn.Module, groups: Sequence[Answers], share: bool) -> Batch:
     """The groups on the model's device, with each prompt once where `share` allows it and it pays.
 
     Args:
@@ -274,16 +252,16 @@ def shares_prompts(model: nn.Module) -> bool:
         Answers(ids[:5], [ids[5:9], ids[9:12]], None),
         Answers(ids[12:14], [ids[14:15], ids[15:18], ids[18:]], None),
     ]
-    found = []
+    states = []
     try:
         for share in (True, False):
             batch = collate_answers(groups, device, share)
             # in float32 whatever model.dtype, where rounding is far below any leak
             hidden = _run_trunk(model, batch).flatten(0, 1)
-            found.append(hidden[batch.at[batch.response]])  # (N, d)
+            states.append(hidden[batch.at[batch.response]])  # (N, d)
     except Exception:  # models refuse a mask that they do not know in many ways
         return False
-    together, alone = found
+    together, alone = states
     return bool((together - alone).norm() <= 1e-3 * alone.norm())
 
 
@@ -295,10 +273,9 @@ def check_unembedding(model: nn.Module) -> None:
         UserError: naming the architecture.
     """
     device = next(model.parameters()).device
-    ids = torch.arange(4, device=device)[None]
-    ones = torch.ones_like(ids, dtype=torch.bool)
-    ours = unembed(model, hidden_states(model, Batch(ids, ones, ones)))
-    theirs = unwrap(model)(input_ids=ids, use_cache=False).logits.float()
+    batch = collate([Tokens([0, 1], [2, 3])], device)
+    ours = unembed(model, hidden_states(model, batch))
+    theirs = unwrap(model)(input_ids=batch.ids, use_cache=False).logits.float()
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
         name = type(unwrap(model)).__name__
         raise UserError(f"{name} scales its logits in its own way, which is not supported yet")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from rlhf_cli.config.schema import PpoConfig
-from rlhf_cli.data.batches import Batch, derived_seed
+from rlhf_cli.data.batches import Batch
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import matmul_in_float32, state_values
 from rlhf_cli.models.heads import value_head

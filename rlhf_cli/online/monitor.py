@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import GrpoConfig, OnlineAlgo, PpoConfig
-from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.evaluation.samples import show_samples
 from rlhf_cli.online.alarms import Alarms
 from rlhf_cli.online.experience import Experience, measure

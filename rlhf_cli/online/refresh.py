@@ -22,17 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.schema import GrpoConfig
-from rlhf_cli.data.batches import cut, epochs_of, order_of
+from rlhf_cli.data.batches import cut
 from rlhf_cli.data.kinds import Preference, Prompt
+from rlhf_cli.data.order import EpochBatches, order_of
 from rlhf_cli.data.rows import KindError, read_split
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
-from rlhf_cli.models.forward import answer_batch, answer_scores, shares_prompts
+from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
 from rlhf_cli.models.load import save_model
 from rlhf_cli.models.out_of_memory import keys_that_help
-from rlhf_cli.models.score import answer_scores_of
+from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
 from rlhf_cli.reporting.console import say
@@ -155,8 +156,8 @@ class RewardRefresh:
 
     def _scores(self, pairs: list[Answers]) -> Tensor:
         """(N, 2) raw scores of better and worse responses."""
-        found = answer_scores_of(self.source.model, pairs, self._cfg.hardware, self._share)
-        return torch.stack(found).double()
+        raw = scores_of(self.source.model, pairs, self._cfg.hardware, share=self._share)
+        return raw.view(-1, 2).double()
 
     def _fit(self, pairs: list[Answers], step: int) -> float:
         """One pass over pairs in seeded order; returns the mean loss of each as it was learnt."""
@@ -169,7 +170,7 @@ class RewardRefresh:
         optimizer = Optimizer({"reward": (model, algo.refresh_lr)}, constant, steps)
         lighter = partial(keys_that_help, self._cfg.hardware, logits=False, gradient=True)
         total = 0.0
-        for batch in epochs_of(pairs, algo.refresh_batch_size, 1, seed, f"refresh {step}"):
+        for batch in EpochBatches(pairs, algo.refresh_batch_size, 1, seed, f"refresh {step}"):
             limit = self._cfg.hardware.tokens_per_microbatch
             micro_batches = cut(batch, limit, count=responses_in)
             part = LossTerm(micro_batches, self._loss, len(batch), 1.0, responses_in, lighter)
@@ -183,7 +184,7 @@ class RewardRefresh:
     def _loss(self, pairs: list[Answers]) -> Loss:
         """Summed over pairs."""
         model = self.source.model
-        scores = answer_scores(model, answer_batch(model, pairs, self._share))  # (2 N,)
+        scores = response_scores(model, answer_batch(model, pairs, self._share))  # (2 N,)
         chosen, rejected = scores.view(-1, 2).unbind(-1)
         return bradley_terry_loss(chosen, rejected).sum(), {}
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
-from rlhf_cli.data.batches import cut, epochs_of
+from rlhf_cli.data.batches import cut
+from rlhf_cli.data.order import EpochBatches
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.folders.files import (
     as_umask_says,
@@ -38,7 +39,7 @@ from rlhf_cli.models.load import (
 )
 from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.models.reference import Reference
-from rlhf_cli.models.score import answer_logprobs_of
+from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.runs.policy import Policy
 from rlhf_cli.runs.provenance import stage_name
@@ -77,7 +78,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     lighter = partial(keys_that_help, cfg.hardware, logits=True, gradient=True)
     say(f"bootstrap: SFT on {len(chosen)} chosen responses, {steps} steps")
     with Bar("bootstrap", steps) as bar:
-        for items in epochs_of(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap"):
+        for items in EpochBatches(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap"):
             tokens = sum(len(sequence.response) for sequence in items)
             batches = cut(items, cfg.hardware.tokens_per_microbatch)
             metrics = optimizer.step([LossTerm(batches, loss, tokens, keys_that_help=lighter)])
@@ -180,8 +181,9 @@ def sequence_logprobs(
 ) -> list[Tensor]:
     """Per item the (K,) log-probs of its responses, summed over tokens; without gradient."""
     answers = [item.answers for item in items]
-    found = answer_logprobs_of(model, answers, hardware, share, advance)
-    return [torch.stack([each.sum() for each in responses]) for responses in found]
+    of_responses = logprobs_of(model, answers, hardware, share=share, advance=advance)
+    sums = torch.stack([each.sum() for each in of_responses])  # (S,)
+    return list(sums.split([len(each.responses) for each in answers]))
 
 
 def known_references(items: Sequence[Compared]) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Decoding, Hardware
-from rlhf_cli.data.batches import cut, derived_seed
+from rlhf_cli.data.batches import cut
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
 from rlhf_cli.rollout.beam import beam_search

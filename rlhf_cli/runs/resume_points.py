@@ -1,7 +1,7 @@
 """Resume points: tensors as safetensors, everything else as JSON; no pickle.
 
 Randomness needs no state: every draw is a function of the seed, a name and the step
-(data/batches.py), so weights, optimizer moments and a few numbers are all there is to keep.
+(data/order.py), so weights, optimizer moments and a few numbers are all there is to keep.
 """
 
 import json

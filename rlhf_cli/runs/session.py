@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rlhf_cli
 from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
-from rlhf_cli.data.batches import derived_seed
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash

@@ -34,24 +34,19 @@ from torch import Tensor
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig
 from rlhf_cli.config.validate import WITHOUT_REFERENCE
-from rlhf_cli.data.batches import (
-    cut,
-    derived_seed,
-    epochs_of,
-    order_of,
-    rankings_of,
-)
+from rlhf_cli.data.batches import cut, rankings_of
 from rlhf_cli.data.kinds import Feedback, Prompt, Ranking
+from rlhf_cli.data.order import EpochBatches, derived_seed, order_of
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.evaluation.judging import accuracy, figures, judge
 from rlhf_cli.evaluation.report import show_judgement, write_judgement
 from rlhf_cli.models.forward import (
     answer_batch,
-    answer_logprobs,
     matmul_in_float32,
     on_grid,
     shares_prompts,
+    token_logprobs,
 )
 from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
 from rlhf_cli.models.reference import Reference
@@ -178,8 +173,8 @@ def run(cfg: DpoConfig) -> Path:
     def loss(items: list[Item], whole: Batchwise) -> Loss:
         answers = [item.answers for item in items]
         batch = answer_batch(policy.model, answers, share)
-        grid = answer_logprobs(policy.model, batch, chunk=hardware.logprob_chunk)  # (S, R)
-        logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
+        scored = token_logprobs(policy.model, batch, chunk=hardware.logprob_chunk)
+        logprobs, lengths = scored.logprobs.sum(-1), batch.response.sum(-1)  # (S,)
         known = [item.reference for item in items if item.reference is not None]
         ref = torch.cat(known).to(logprobs) if known else torch.zeros_like(logprobs)
         losses, metrics = objective(logprobs, ref, lengths, items, algo, whole, weights)
@@ -220,7 +215,7 @@ def run(cfg: DpoConfig) -> Path:
         gap = (ours - known_references(held_out)).abs().max().item()
         check_start(session, policy, evaluate(), gap, algo)
     lighter = partial(keys_that_help, hardware, logits=True, gradient=True)
-    batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
+    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
     with Bar("dpo", steps) as bar:
         bar.skip(session.start)
         for step, batch in enumerate(batches, 1):

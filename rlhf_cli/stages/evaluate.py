@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
-from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import KindError, identity, read_split, read_texts
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.evaluation.judging import Report, judge

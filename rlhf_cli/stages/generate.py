@@ -10,8 +10,8 @@ sample is scored. Prompts come from data, or from standard input with data.path=
 from pathlib import Path
 
 from rlhf_cli.config.schema import GenerateConfig
-from rlhf_cli.data.batches import derived_seed
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import first_rows, read_split
 from rlhf_cli.evaluation.samples import SHOWN, clip, known_or_none, last_words
 from rlhf_cli.reporting.console import Bar, say, table

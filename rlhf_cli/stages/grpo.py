@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import GrpoAlgo, GrpoConfig
-from rlhf_cli.data.batches import collate, cut, derived_seed, draw, evenly, order_of
+from rlhf_cli.data.batches import collate, cut
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.order import derived_seed, draw, evenly, order_of
 from rlhf_cli.data.rows import read_split, read_texts
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import on_grid, token_logprobs

@@ -23,14 +23,9 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import Hardware, RewardAlgo, RewardConfig
-from rlhf_cli.data.batches import (
-    AnswerBatch,
-    cut,
-    derived_seed,
-    epochs_of,
-    rankings_of,
-)
+from rlhf_cli.data.batches import Batch, cut, rankings_of
 from rlhf_cli.data.kinds import Demonstration
+from rlhf_cli.data.order import EpochBatches, derived_seed
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 from rlhf_cli.evaluation.judging import (
@@ -44,16 +39,16 @@ from rlhf_cli.evaluation.report import show_judgement, write_judgement
 from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
 from rlhf_cli.models.forward import (
     answer_batch,
-    answer_scores,
-    answer_token_scores,
     on_grid,
+    response_scores,
     shares_prompts,
+    token_scores,
     unwrap,
 )
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
 from rlhf_cli.models.out_of_memory import keys_that_help
-from rlhf_cli.models.score import answer_scores_of, token_scores_of
+from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives.reward_model import (
     bradley_terry_loss,
@@ -108,7 +103,7 @@ def run(cfg: RewardConfig) -> Path:
         return scores_of_rows(scorer, items, reading, hardware, share)
 
     lighter = partial(keys_that_help, hardware, logits=False, gradient=True)
-    batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
+    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
     with Bar("reward", steps) as bar:
         bar.skip(session.start)
         for step, batch in enumerate(batches, 1):
@@ -180,13 +175,11 @@ def judgements_in(items: list[Answers]) -> int:
     return sum(max(len(item.ends), 1) for item in items)
 
 
-def scores_in(
-    scorer: nn.Module, batch: AnswerBatch, items: list[Answers], reading: Reading
-) -> Tensor:
+def scores_in(scorer: nn.Module, batch: Batch, items: list[Answers], reading: Reading) -> Tensor:
     """Scores with gradient of all responses, (S,), or of all their steps, (N,)."""
     if reading.level == RESPONSE:
-        return answer_scores(scorer, batch)
-    grid = answer_token_scores(scorer, batch)  # (S, R)
+        return response_scores(scorer, batch)
+    grid = token_scores(scorer, batch)  # (S, R)
     if reading.level == STEP:
         return torch.cat([grid[i, item.ends] for i, item in enumerate(items)])
     sums = (grid * batch.response).sum(-1)
@@ -229,14 +222,15 @@ def scores_of_rows(
     scorer: nn.Module, items: list[Answers], reading: Reading, hardware: Hardware, share: bool
 ) -> list[Tensor]:
     """Per row the scores of its responses, or of its steps; without gradient."""
+    counts = [responses_in(item) for item in items]
     if reading.level == RESPONSE:
-        return answer_scores_of(scorer, items, hardware, share)
+        return list(scores_of(scorer, items, hardware, share=share).split(counts))
     sequences = [sequence for item in items for sequence in item.sequences]
     if reading.level == STEP:
         found = token_scores_of(scorer, sequences, hardware)
         return [scores[item.ends] for scores, item in zip(found, items, strict=True)]
     scores = reading.scores(scorer, sequences, hardware)
-    return list(scores.split([responses_in(item) for item in items]))
+    return list(scores.split(counts))
 
 
 def held_out_line(metrics: Metrics) -> str:

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import SftConfig
-from rlhf_cli.data.batches import cut, derived_seed, epochs_of
+from rlhf_cli.data.batches import cut
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
+from rlhf_cli.data.order import EpochBatches, derived_seed
 from rlhf_cli.data.rows import Split, read_split, read_texts
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.forward import response_nll
@@ -76,7 +77,7 @@ def run(cfg: SftConfig) -> Path:
         return response_nll(policy, sequences, chunk=hardware.logprob_chunk), {}
 
     lighter = partial(keys_that_help, hardware, logits=True, gradient=True)
-    batches = epochs_of(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
+    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     with Bar("sft", steps) as bar:
         bar.skip(session.start)
         for step, batch in zip(range(1, steps + 1), batches, strict=False):

@@ -56,7 +56,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.kinds import Preference, Ranking, pairs_of
 from rlhf_cli.data.tokens import Encoder, Tokens
-from rlhf_cli.models.forward import hidden_states, sequence_scores, token_logprobs, unembed
+from rlhf_cli.models.forward import hidden_states, response_scores, token_logprobs, unembed
 from rlhf_cli.models.load import disable_dropout
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -167,7 +167,7 @@ def labelled(labels: Tensor) -> Batch:
     """Labels with -100 as a batch; the first token is never predicted."""
     response = labels != -100
     response[:, 0] = False
-    return Batch(labels.clamp(min=0), torch.ones_like(response), response)
+    return Batch.of_sequences(labels.clamp(min=0), torch.ones_like(response), response)
 
 
 # --------------------------------------------------------------------------- preferences
@@ -210,7 +210,7 @@ def dpo(case: Case) -> Compared:
 
 def dpo_from_logits(case: Case) -> Compared:
     ids, attention, response = case.all("input_ids", "attention_mask", "completion_mask")
-    batch = Batch(ids, attention, response)
+    batch = Batch.of_sequences(ids, attention, response)
     policy = GivenLogits(case.read("policy_logits"))
     reference = GivenLogits(case.read("reference_logits"))
     ours, theirs = (token_logprobs(model, batch, chunk=3).logprobs for model in (policy, reference))
@@ -644,7 +644,7 @@ def shifted(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Te
     every = torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
     response = every.clone()
     response[:, 0] = False
-    batch = Batch(torch.cat([first, ids], -1), every, response)
+    batch = Batch.of_sequences(torch.cat([first, ids], -1), every, response)
     logits = torch.cat([logits, logits[:, -1:]], 1)
     scored = token_logprobs(
         GivenLogits(logits), batch, chunk=4, temperature=temperature, with_entropy=True
@@ -683,7 +683,7 @@ def masks(case: Case) -> Compared:
         return
     ids = case.read("query_responses")
     attention = torch.tensor(case.out["attention_mask"]).bool()
-    ours = Batch(ids, attention, attention).positions
+    ours = Batch.of_sequences(ids, attention, attention).positions
     yield "positions", ours * attention, torch.tensor(case.out["position_ids"]) * attention
 
 
@@ -805,13 +805,13 @@ def tiny_llama() -> Any:
 def model_forward(case: Case) -> Compared:
     model = tiny_llama()
     ids, attention = case.all("input_ids", "attention_mask")
-    batch = Batch(ids, attention, attention)
+    batch = Batch.of_sequences(ids, attention, attention)
     hidden = hidden_states(model, batch)
     yield "logits", unembed(model, hidden) * attention[..., None], case.out["logits"]
     yield "hidden", hidden[1], case.out["last_hidden_row1"]
 
     labels = case.read("sft_labels_for_row_1")
-    row = Batch(ids[1:], attention[1:], labels != -100)
+    row = Batch.of_sequences(ids[1:], attention[1:], labels != -100)
     loss = nll_sum(token_logprobs(model, row, chunk=2).logprobs, row.response) / 4
     loss.backward()
     weights = [weight for weight in model.parameters() if weight.grad is not None]
@@ -853,7 +853,7 @@ def training_trace(case: Case) -> Compared:
         picked = [pairs[(4 * step + i) % len(pairs)] for i in range(4)]
         batch = collate([pair[0] for pair in picked] + [pair[1] for pair in picked])
         if case.id == "trace/reward":
-            chosen, rejected = sequence_scores(model, batch).chunk(2)
+            chosen, rejected = response_scores(model, batch).chunk(2)
             loss = bradley_terry_loss(chosen, rejected).mean()
             yield f"margin {step}", (chosen - rejected).mean(), expected["margin"]
         else:

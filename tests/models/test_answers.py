@@ -21,20 +21,17 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf_cli.data.batches import AnswerBatch, collate, collate_answers
+from rlhf_cli.data.batches import Batch, collate, collate_answers
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.models.forward import (
     answer_batch,
-    answer_logprobs,
-    answer_scores,
-    answer_token_scores,
-    sequence_scores,
+    response_scores,
     shares_prompts,
     token_logprobs,
     token_scores,
 )
 from rlhf_cli.models.heads import init_head
-from rlhf_cli.models.score import answer_logprobs_of, answer_scores_of, logprobs_of, scores_of
+from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, token_scores_of
 from tests.toys import hardware_of, llama
 
 VOCABULARY = 23
@@ -126,7 +123,7 @@ def gradients(model: nn.Module, output: Tensor) -> Tensor:
     return flat
 
 
-def same_in_both_layouts(model: nn.Module, compute: Callable[[AnswerBatch], Tensor]) -> None:
+def same_in_both_layouts(model: nn.Module, compute: Callable[[Batch], Tensor]) -> None:
     """Outputs and gradients, relative to the largest."""
     found = []
     for share in (True, False):
@@ -145,16 +142,14 @@ def test_log_probs_and_gradients_are_the_same_in_both_layouts(
     make: Callable[[], nn.Module], chunk: int
 ) -> None:
     model = make()
-    same_in_both_layouts(model, lambda batch: answer_logprobs(model, batch, chunk=chunk))
+    same_in_both_layouts(model, lambda batch: token_logprobs(model, batch, chunk=chunk).logprobs)
 
 
 @pytest.mark.parametrize("kind", SCORERS)
 def test_scores_and_gradients_are_the_same_in_both_layouts(kind: Any) -> None:
     model = scorer(kind)
-    same_in_both_layouts(model, lambda batch: answer_scores(model, batch))
-    same_in_both_layouts(
-        model, lambda batch: answer_token_scores(model, batch) * batch.response.float()
-    )
+    same_in_both_layouts(model, lambda batch: response_scores(model, batch))
+    same_in_both_layouts(model, lambda batch: token_scores(model, batch) * batch.response.float())
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -162,27 +157,27 @@ def test_answers_are_what_their_sequences_are(share: bool) -> None:
     model, judge = llama(VOCABULARY), scorer()
     answers = collate_answers(GROUPS, share=share)
     plain = collate([each for group in GROUPS for each in group.sequences])
-    ours = answer_logprobs(model, answers, chunk=WIDE)
+    ours = token_logprobs(model, answers, chunk=WIDE).logprobs
     close(
         ours[answers.response],
         token_logprobs(model, plain, chunk=WIDE).logprobs[plain.response],
     )
     assert (ours[~answers.response] == 0).all()
-    close(answer_scores(judge, answers), sequence_scores(judge, plain))
-    each_token = answer_token_scores(judge, answers)
+    close(response_scores(judge, answers), response_scores(judge, plain))
+    each_token = token_scores(judge, answers)
     close(each_token[answers.response], token_scores(judge, plain)[plain.response])
-    close(each_token[:, -1], answer_scores(judge, answers))  # pads repeat the last
+    close(each_token[:, -1], response_scores(judge, answers))  # pads repeat the last
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_group_alone_is_what_it_is_in_a_batch(share: bool) -> None:
     model = llama(VOCABULARY)
     batch = collate_answers(GROUPS, share=share)
-    together = answer_logprobs(model, batch, chunk=WIDE)[batch.response]
+    together = token_logprobs(model, batch, chunk=WIDE).logprobs[batch.response]
     alone = []
     for group in GROUPS:
         single = collate_answers([group], share=share)
-        alone.append(answer_logprobs(model, single, chunk=WIDE)[single.response])
+        alone.append(token_logprobs(model, single, chunk=WIDE).logprobs[single.response])
     close(together, torch.cat(alone))
 
 
@@ -195,8 +190,8 @@ def test_a_response_does_not_see_the_others(changed: int) -> None:
     after = Answers(before.prompt, responses, None)
     others = [place for place in range(3) if place != changed]
     for compute in (
-        lambda batch: answer_logprobs(model, batch, chunk=WIDE),
-        lambda batch: answer_token_scores(judge, batch),
+        lambda batch: token_logprobs(model, batch, chunk=WIDE).logprobs,
+        lambda batch: token_scores(judge, batch),
     ):
         old, new = (compute(collate_answers([group], share=True)) for group in (before, after))
         assert torch.equal(old[others], new[others])
@@ -211,7 +206,7 @@ def test_a_response_sees_its_prompt_and_itself() -> None:
     first = [before.responses[1][0] % 20 + 3, *before.responses[1][1:]]
     other_start = Answers(before.prompt, [before.responses[0], first], None)
     base, moved, turned = (
-        answer_logprobs(model, collate_answers([group], share=True), chunk=WIDE)
+        token_logprobs(model, collate_answers([group], share=True), chunk=WIDE).logprobs
         for group in (before, other_prompt, other_start)
     )
     assert (moved - base).abs().min() > 1e-4
@@ -227,14 +222,17 @@ def test_groups_come_back_in_order_whatever_the_budget(share: bool, budget: int)
     model, judge = llama(VOCABULARY), scorer()
     hardware = hardware_of(tokens_per_microbatch=budget, logprob_chunk=3)
     sequences = [each for group in GROUPS for each in group.sequences]
-    rows = answer_logprobs_of(model, GROUPS, hardware, share)
-    assert [list(map(len, group)) for group in rows] == [
-        list(map(len, group.responses)) for group in GROUPS
-    ]
-    close([row for group in rows for row in group], logprobs_of(model, sequences, hardware))
-    scores = answer_scores_of(judge, GROUPS, hardware, share)
-    assert [len(group) for group in scores] == [len(group.responses) for group in GROUPS]
-    close(torch.cat(scores), scores_of(judge, sequences, hardware))
+    rows = logprobs_of(model, GROUPS, hardware, share=share)
+    assert list(map(len, rows)) == [len(each.response) for each in sequences]
+    close(rows, logprobs_of(model, sequences, hardware))
+    per_token = token_scores_of(judge, GROUPS, hardware, share=share)
+    close(per_token, token_scores_of(judge, sequences, hardware))
+    scores = scores_of(judge, GROUPS, hardware, share=share)
+    assert len(scores) == len(sequences)
+    close(scores, scores_of(judge, sequences, hardware))
+    assert mean_nll(model, GROUPS, hardware) == pytest.approx(
+        mean_nll(model, sequences, hardware), abs=1e-6
+    )
 
 
 def test_a_batch_shares_prompts_where_it_may_and_where_it_pays() -> None:

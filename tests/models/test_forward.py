@@ -15,7 +15,7 @@ from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import (
     check_unembedding,
-    sequence_scores,
+    response_scores,
     state_values,
     token_logprobs,
     token_scores,
@@ -56,7 +56,7 @@ def padded(sequence: Tokens, left: int, right: int) -> Batch:
     start = left + len(sequence.prompt)
     trained = [start <= place < left + len(ids) for place in range(len(real))]
     filled = [9] * left + ids + [9] * right
-    return Batch(torch.tensor([filled]), torch.tensor([real]), torch.tensor([trained]))
+    return Batch.of_sequences(torch.tensor([filled]), torch.tensor([real]), torch.tensor([trained]))
 
 
 # --------------------------------------------------------------------------- log-probs
@@ -147,7 +147,7 @@ def test_a_uniform_model_is_as_bad_as_the_vocabulary_is_large() -> None:
 def test_entropy_does_not_see_a_shift_of_the_logits() -> None:
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
     ids, every = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
-    batch = Batch(ids, every, torch.arange(4) > torch.tensor([[0], [1]]))
+    batch = Batch.of_sequences(ids, every, torch.arange(4) > torch.tensor([[0], [1]]))
     found = [
         token_logprobs(GivenLogits(values), batch, chunk=3, with_entropy=True).entropy
         for values in (logits, logits + 7.5)
@@ -300,12 +300,12 @@ def test_a_value_head_on_the_policys_trunk_reads_the_state_before_each_token() -
 def test_a_score_is_read_at_the_last_token_whatever_the_padding() -> None:
     model = scorer()
     alone = scores_of(model, SEQUENCES[:1], hardware_of()).tolist()
-    alone += [sequence_scores(model, collate([each])).item() for each in SEQUENCES[1:]]
+    alone += [response_scores(model, collate([each])).item() for each in SEQUENCES[1:]]
     together = scores_of(model, SEQUENCES, hardware_of(tokens_per_microbatch=30))
     torch.testing.assert_close(together, torch.tensor(alone), rtol=0, atol=1e-5)
     for sequence, score in zip(SEQUENCES, alone, strict=True):
         right = padded(sequence, 0, 6)
-        assert sequence_scores(model, right).item() == pytest.approx(score, abs=1e-5)
+        assert response_scores(model, right).item() == pytest.approx(score, abs=1e-5)
         last = len(sequence) - 1
         assert token_scores(model, right)[0, last].item() == pytest.approx(score, abs=1e-5)
         assert model(collate([sequence]).ids).logits.item() == pytest.approx(score, abs=1e-5)

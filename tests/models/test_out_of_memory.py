@@ -146,13 +146,12 @@ def test_scores_do_not_change_where_less_fits_at_once(most: int) -> None:
     sequences = sequences_of(9)
     whole = score.logprobs_of(model, sequences, hardware)
     told: list[int] = []
-    answers = score.answer_logprobs_of(model, GROUPS, hardware, True, told.append)
+    answers = score.logprobs_of(model, GROUPS, hardware, share=True, advance=told.append)
     sizes = small_memory(model, most)
     close(score.logprobs_of(model, sequences, hardware), whole)
     told_again: list[int] = []
-    again = score.answer_logprobs_of(model, GROUPS, hardware, True, told_again.append)
-    for ours, theirs in zip(again, answers, strict=True):
-        close(ours, theirs)
+    again = score.logprobs_of(model, GROUPS, hardware, share=True, advance=told_again.append)
+    close(again, answers)
     assert sum(told) == sum(told_again) == len(GROUPS)
     assert max(sizes) <= most and len(sizes) > 2
 
@@ -166,4 +165,4 @@ def test_a_sequence_that_does_not_fit_ends_scoring_in_one_line() -> None:
         score.logprobs_of(model, sequences_of(9), hardware)
     with pytest.raises(RunError, match="scoring.*: 2 sequences x 8 = 16 padded"):
         small_memory(model, 6)
-        score.answer_logprobs_of(model, GROUPS, hardware, False)
+        score.logprobs_of(model, GROUPS, hardware)

@@ -16,7 +16,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.folders.manifest import RESPONSE, TOKEN
 from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.forward import sequence_scores, state_values, token_logprobs
+from rlhf_cli.models.forward import response_scores, state_values, token_logprobs
 from rlhf_cli.models.load import (
     load_critic,
     load_policy,
@@ -155,7 +155,7 @@ def test_each_role_trains_its_own_weights_and_moves_no_other(folders: tuple[str,
         loss = (state_values(critic, BATCH) - 3).square().mean() + scored.kl.sum()
         loss = loss - scored.logprobs.sum() / 20
         with torch.no_grad():
-            sequence_scores(reward, BATCH)  # a switch between forward and backward loses nothing
+            response_scores(reward, BATCH)  # a switch between forward and backward loses nothing
         loss.backward()
         touched = [each for each in (*ours.values(), *theirs.values()) if each.grad is None]
         assert not touched
