@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from rlhf_cli import __version__
+from rlhf_cli.commands import COMMANDS
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
 from rlhf_cli.config.secrets import redacted
 
-COMMANDS = ("ls", "cp", "env", "completion")
 LONGEST_LINE = 1000  # characters of an error
 
 
@@ -77,7 +77,7 @@ def _dispatch(words: list[str]) -> int:
     if first == "--version":
         print(f"rlhf-cli {__version__}")
         return 0
-    from rlhf_cli.config.schema import STAGES
+    from rlhf_cli.config.stages import STAGES
 
     if first in STAGES:
         from rlhf_cli.commands import stage

@@ -7,11 +7,11 @@ ends in a space; one that still needs a value ends in `=`.
 
 import os
 
-from rlhf_cli.cli import COMMANDS
+from rlhf_cli.commands import COMMANDS
 from rlhf_cli.commands.ls import NAMES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES
 
 _BASH = """\
 # eval "$(rlhf-cli completion bash)"

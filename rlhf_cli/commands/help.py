@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config import catalog
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES, rows_with
 
 _OVERVIEW = """\
 rlhf-cli: align a language model with feedback, one stage per command.
@@ -44,12 +44,9 @@ MAX_TAKES = 60  # characters of what a key takes, in its column
 
 def overview() -> str:
     """The help of the whole tool."""
-    return _OVERVIEW.format(stages=columns([(name, sentence(name)) for name in STAGES]))
-
-
-def sentence(stage: str) -> str:
-    """What a stage does, in one sentence."""
-    return " ".join((STAGES[stage].__doc__ or "").split())
+    return _OVERVIEW.format(
+        stages=columns([(name, stage.sentence) for name, stage in STAGES.items()])
+    )
 
 
 def stage_help(stage: str, overrides: list[str], dirs: list[Path]) -> str:
@@ -66,7 +63,7 @@ def stage_help(stage: str, overrides: list[str], dirs: list[Path]) -> str:
         for group, option in chosen.items()
     ]
     parts = [
-        f"rlhf-cli {stage}: {sentence(stage)}",
+        f"rlhf-cli {stage}: {STAGES[stage].sentence}\n{_reads_and_writes(stage, values)}",
         f"Usage: rlhf-cli {stage} [GROUP=OPTION ...] [KEY=VALUE ...] [FLAG ...]",
         "Flags\n" + columns(list(_FLAGS)),
         "Groups, as chosen now, and the options of each\n" + columns(groups),
@@ -75,6 +72,13 @@ def stage_help(stage: str, overrides: list[str], dirs: list[Path]) -> str:
         title = f"{group}={chosen[group]}" if group else "Keys, as they are now"
         parts.append(title + "\n" + _key_table(stage, group, values))
     return "\n\n".join(parts)
+
+
+def _reads_and_writes(stage: str, values: dict[str, Any]) -> str:
+    """What a stage is made from and what it makes, in one line; the loss chooses the rows."""
+    facts, models = STAGES[stage], ", ".join(catalog.model_keys(stage))
+    rows = rows_with(facts, values.get("algo.loss"))
+    return f"Reads {rows} rows and the models of {models}; writes a folder of kind {facts.writes}."
 
 
 def _fitting(stage: str, group: str, dirs: list[Path]) -> list[str]:

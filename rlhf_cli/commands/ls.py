@@ -11,7 +11,7 @@ from rlhf_cli.commands.help import columns, shown
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES
 
 if TYPE_CHECKING:
     from rlhf_cli.runs.lineage import Node

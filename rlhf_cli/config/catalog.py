@@ -15,7 +15,7 @@ import yaml
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.paths import is_path
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES
 
 GROUPS = ("algo", "model", "data", "hardware")
 
@@ -37,7 +37,7 @@ def config_dirs(own: str | None = None) -> list[Path]:
 
 def keys(stage: str) -> dict[str, "dataclasses.Field[Any]"]:
     """Every key of a stage by its dotted name, in the order of the schema."""
-    return dict(_leaves(STAGES[stage]))
+    return dict(_leaves(STAGES[stage].config))
 
 
 def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
@@ -47,6 +47,15 @@ def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, "dataclasses.
             yield from _leaves(field.type, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field
+
+
+def model_keys(stage: str) -> dict[str, str]:
+    """The keys of a stage that name models, and their role: policy or reward."""
+    return {
+        key: field.metadata["role"]
+        for key, field in keys(stage).items()
+        if "role" in field.metadata
+    }
 
 
 def group_keys(stage: str, group: str) -> set[str]:

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import check_overrides, explain
-from rlhf_cli.config.schema import STAGES, Run
+from rlhf_cli.config.schema import Run
+from rlhf_cli.config.stages import STAGES
 from rlhf_cli.config.validate import validate
 
 
@@ -25,8 +26,8 @@ def register_schemas() -> None:
 
     Only root schemas are stored: a schema per group would show up as one more option of it.
     """
-    for stage, schema in STAGES.items():
-        ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
+    for name, stage in STAGES.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=stage.config)
 
 
 def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> Any:
@@ -80,7 +81,7 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(STAGES[stage]), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(STAGES[stage].config), plain)
         missing = OmegaConf.missing_keys(merged)
         for key, field in catalog.keys(stage).items():
             if key in missing:

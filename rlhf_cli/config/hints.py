@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES
 from rlhf_cli.config.secrets import refuse_secrets
+from rlhf_cli.config.stages import STAGES
 
 _PLAIN_NAMES = re.compile(r"[\w./,-]*")
 

@@ -5,7 +5,7 @@ name. `rlhf-cli STAGE --help` prints these sentences; `validate` in compose.py e
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 def key(
@@ -16,9 +16,15 @@ def key(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
+    role: str | None = None,
 ) -> Any:
-    """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices."""
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices.
+
+    Args:
+        role: of a key that names models, what they are there: `policy` for folders and hub ids of
+            language models, `reward` for sums of terms, as rewards/specs.py reads them.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "role": role}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
     return field(metadata={"meaning": meaning, **given})
 
@@ -86,7 +92,9 @@ class Model(FrozenModel):
 class SftModel(Model):
     """Where sft starts: a pretrained model, or a small decoder built from scratch."""
 
-    path: str | None = key("Hub id or folder of a pretrained model; null builds one from scratch.")
+    path: str | None = key(
+        "Hub id or folder of a pretrained model; null builds one from scratch.", role="policy"
+    )
     dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
     vocab_size: int | None = key("From scratch: tokens of the BPE that is learned.", ge=260)
     hidden_size: int | None = key("From scratch: width; doubling costs four times the time.", ge=8)
@@ -153,7 +161,12 @@ class Data:
 
 
 @dataclass
-class OptimizerConfig:
+class Algo:
+    """What a stage computes, and by which numbers."""
+
+
+@dataclass
+class OptimizerConfig(Algo):
     """AdamW and its schedule, as every training stage uses it."""
 
     lr: float = key("Peak learning rate.", gt=0)
@@ -478,7 +491,7 @@ class GrpoAlgo(OnlineAlgo):
 
 
 @dataclass
-class Decoding:
+class Decoding(Algo):
     """How tokens are chosen."""
 
     temperature: float = key("Divides the logits; 0 is greedy.", ge=0)
@@ -510,11 +523,19 @@ class EvaluateAlgo(Decoding):
 
 
 # --------------------------------------------------------------------------- stages
+# config/stages.py has what else is known of each.
 
 
 @dataclass
 class Run:
-    """What every stage has."""
+    """What every stage has.
+
+    trains: whether it changes weights, step by step.
+    samples_online: whether it learns from responses that it samples itself.
+    """
+
+    trains: ClassVar[bool] = False
+    samples_online: ClassVar[bool] = False
 
     name: str = key("Name of the chain; default paths lie under runs/NAME.")
     out: str = key("Folder that the stage writes.")
@@ -522,10 +543,60 @@ class Run:
     overwrite: bool = key("Start afresh in an out folder that another config made.")
     data: Data
     hardware: Hardware
+    model: FrozenModel
+    algo: Algo
+
+    @property
+    def start(self) -> str | None:
+        """Folder or hub id of the model that the stage starts from; None builds one."""
+        return getattr(self, "policy", None)
 
 
 @dataclass
-class SftConfig(Run):
+class TrainingConfig(Run):
+    """What every stage has that changes weights."""
+
+    trains: ClassVar[bool] = True
+
+    model: Model
+    algo: OptimizerConfig
+
+
+@dataclass
+class OnlineConfig(TrainingConfig):
+    """What every stage has that learns from responses that it samples itself."""
+
+    samples_online: ClassVar[bool] = True
+
+    policy: str = key("Policy folder or hub id to start from; also the reference.", role="policy")
+    reward: str = key(
+        "Sum of terms, as in DIR + 0.2*length:20: reward folders or hub ids, dpo outputs (implicit "
+        "rewards), rules, and functions as file.py:name.",
+        role="reward",
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    gold: str | None = key(
+        "Held-out judge, a folder or rule that is never trained on; evaluations show it.",
+        role="reward",
+    )
+    algo: OnlineAlgo
+
+
+@dataclass
+class SamplingConfig(Run):
+    """What every stage has that samples responses and trains nothing."""
+
+    policy: str = key("Policy folder or hub id to sample from.", role="policy")
+    reward: str | None = key(
+        "What scores the samples: models, rules and functions, as in ppo; null: nothing.",
+        role="reward",
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    algo: Decoding
+
+
+@dataclass
+class SftConfig(TrainingConfig):
     """Supervised fine-tuning: demonstrations -> policy."""
 
     select_by: str = key(
@@ -534,113 +605,79 @@ class SftConfig(Run):
         choices=("loss", "reward"),
     )
     reward: str | None = key(
-        "select_by=reward: what scores responses; models, rules and functions, as in ppo."
+        "select_by=reward: what scores responses; models, rules and functions, as in ppo.",
+        role="reward",
     )
     reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     model: SftModel
     algo: SftAlgo
 
+    @property
+    def start(self) -> str | None:
+        """Folder or hub id of the model that the stage starts from; None builds one."""
+        return self.model.path
+
 
 @dataclass
-class RewardConfig(Run):
+class RewardConfig(TrainingConfig):
     """Reward model: policy trunk and feedback -> classifier with one label."""
 
-    policy: str = key("Policy folder or hub id whose trunk is used.")
-    model: Model
+    policy: str = key("Policy folder or hub id whose trunk is used.", role="policy")
     algo: RewardAlgo
 
 
 @dataclass
-class PpoConfig(Run):
+class PpoConfig(OnlineConfig):
     """PPO and its family: policy, reward and prompts -> policy."""
 
-    policy: str = key("Policy folder or hub id to start from; also the reference.")
-    reward: str = key(
-        "Sum of terms, as in DIR + 0.2*length:20: reward folders or hub ids, dpo outputs (implicit "
-        "rewards), rules, and functions as file.py:name."
-    )
-    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
-    gold: str | None = key(
-        "Held-out judge, a folder or rule that is never trained on; evaluations show it."
-    )
-    model: Model
     algo: PpoAlgo
 
 
 @dataclass
-class DpoConfig(Run):
+class DpoConfig(TrainingConfig):
     """Direct preference optimisation and its family: policy and feedback -> policy."""
 
-    policy: str = key("Policy folder or hub id to start from.")
+    policy: str = key("Policy folder or hub id to start from.", role="policy")
     reference: str | None = key(
         "null: the policy as it starts; a folder or hub id; or bootstrap: SFT on the chosen side "
-        "first, from which both policy and reference start."
+        "first, from which both policy and reference start.",
+        role="policy",
     )
     reference_cache: str | None = key(
         "Folder that keeps precomputed log-probs of the reference; null keeps none."
     )
-    model: Model
     algo: DpoAlgo
 
 
 @dataclass
-class GrpoConfig(Run):
+class GrpoConfig(OnlineConfig):
     """GRPO and its family: policy, reward or verifier, and prompts -> policy."""
 
-    policy: str = key("Policy folder or hub id to start from; also the reference.")
-    reward: str = key(
-        "Sum of terms, as in DIR + 0.2*length:20: reward folders or hub ids, dpo outputs (implicit "
-        "rewards), rules, and functions as file.py:name."
-    )
-    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
-    gold: str | None = key(
-        "Held-out judge, a folder or rule that is never trained on; evaluations show it."
-    )
     judge: str | None = key(
         "algo.refresh_reward: what labels the policy's responses for the reward model to learn "
-        "from: models, rules and functions, as in reward, but never the one that learns."
+        "from: models, rules and functions, as in reward, but never the one that learns.",
+        role="reward",
     )
-    model: Model
     algo: GrpoAlgo
 
 
 @dataclass
-class GenerateConfig(Run):
+class GenerateConfig(SamplingConfig):
     """Sampling: policy and prompts -> samples.jsonl."""
 
-    policy: str = key("Policy folder or hub id to sample from.")
-    reward: str | None = key(
-        "What scores the samples: models, rules and functions, as in ppo; null: nothing."
-    )
-    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
-    model: FrozenModel
     algo: GenerateAlgo
 
 
 @dataclass
-class EvaluateConfig(Run):
+class EvaluateConfig(SamplingConfig):
     """Evaluation: policy, baselines, reward -> report.json."""
 
-    policy: str = key("Policy folder or hub id to judge.")
     baselines: list[str] | None = key(
-        "Policies to compare with; null takes the finished policies beside `policy`."
+        "Policies to compare with; null takes the finished policies beside `policy`.",
+        role="policy",
     )
-    reference: str | None = key("Policy that KL is measured to; null measures none.")
-    reward: str | None = key(
-        "Models, rules and functions that score responses, as in ppo; null reports gold only."
+    reference: str | None = key("Policy that KL is measured to; null measures none.", role="policy")
+    gold: str | None = key(
+        "Scorer that training never saw; null reports the reward only.", role="reward"
     )
-    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
-    gold: str | None = key("Scorer that training never saw; null reports the reward only.")
-    model: FrozenModel
     algo: EvaluateAlgo
-
-
-STAGES: dict[str, type[Run]] = {
-    "sft": SftConfig,
-    "reward": RewardConfig,
-    "ppo": PpoConfig,
-    "dpo": DpoConfig,
-    "grpo": GrpoConfig,
-    "generate": GenerateConfig,
-    "evaluate": EvaluateConfig,
-}

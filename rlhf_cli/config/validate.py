@@ -25,6 +25,7 @@ from rlhf_cli.config.schema import (
     SftModel,
 )
 from rlhf_cli.config.secrets import refuse_secrets
+from rlhf_cli.config.stages import WITHOUT_REFERENCE
 
 LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
@@ -228,7 +229,6 @@ _DPO_KEYS = {
     "unlikelihood": {"alpha"},
 }
 _KTO_WEIGHTS = {"desirable_weight", "undesirable_weight"}
-WITHOUT_REFERENCE = ("orpo", "simpo", "preferred_ft", "unlikelihood")
 
 
 def _losses(cfg: Run) -> Iterator[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 Turns = list[dict[str, str]]
 """A dialogue: messages with `role` and `content`."""
@@ -101,6 +101,11 @@ JUDGEMENTS = (Preference, Ranking, Feedback, Stepwise)
 def name_of(kind: type) -> str:
     """The word for a kind of row in what users read."""
     return kind.__name__.lower()
+
+
+def kind_named(word: str) -> type:
+    """The kind of rows that a word of config/stages.py names."""
+    return next(kind for kind in get_args(Row) if name_of(kind) == word)
 
 
 # --------------------------------------------------------------------------- derivations

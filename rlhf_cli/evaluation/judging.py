@@ -24,6 +24,7 @@ from rlhf_cli.objectives.estimates import (
     kendall_tau,
 )
 from rlhf_cli.objectives.reward_model import bradley_terry_loss, logistic_loss, regression_loss
+from rlhf_cli.reporting.metrics import round_figures
 
 PAIR_BINS = 20  # on [0, 1]: the confidence in the preferred side is at least one half
 BUCKETS = 4  # quartiles
@@ -97,7 +98,7 @@ def pair_report(judged: JudgedPairs) -> Report:
         "by_row_margin": buckets(hits, judged.clusters, judged.margins),
         "by_group": groups(hits, judged.clusters, judged.groups),
     }
-    return finite(report)
+    return round_figures(report, digits=None)
 
 
 def ranking_report(rankings: Sequence[JudgedRanking]) -> Report:
@@ -128,7 +129,7 @@ def ranking_report(rankings: Sequence[JudgedRanking]) -> Report:
         "top1_chance": sum(chances) / len(chances),
         **pair_report(pairs_of_rankings(asked)),
     }
-    return finite(report)
+    return round_figures(report, digits=None)
 
 
 def pairs_of_rankings(rankings: Sequence[JudgedRanking]) -> JudgedPairs:
@@ -179,7 +180,7 @@ def label_report(
         **plain(calibration_error(scores.sigmoid(), labels)),
         "by_group": groups(hits, clusters, names),
     }
-    return finite(report)
+    return round_figures(report, digits=None)
 
 
 def regression_report(scores: Tensor, targets: Tensor, clusters: Sequence[Hashable]) -> Report:
@@ -200,7 +201,7 @@ def regression_report(scores: Tensor, targets: Tensor, clusters: Sequence[Hashab
         "r2": 1 - unexplained.item(),  # not a number where the targets do not vary
         "correlation": correlation(scores, targets),
     }
-    return finite(report)
+    return round_figures(report, digits=None)
 
 
 def calibration_of(report: Report) -> Calibration:
@@ -349,14 +350,3 @@ def part(hits: Tensor, clusters: Sequence[Hashable], members: Iterable[int]) -> 
     """Accuracy on some of the pairs."""
     places = list(members)
     return {"pairs": len(places), **share(hits[places], [clusters[i] for i in places])}
-
-
-def finite(value: Any) -> Any:
-    """None for every float that JSON cannot hold, inside lists and dicts too."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return value

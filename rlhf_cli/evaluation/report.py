@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.judging import calibration_of
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.reporting.console import say, show, table
@@ -44,9 +44,7 @@ def show_report(policy: str, reference: str | None, results: Results, wins: Resu
         return Path(path).name if Path(path).parent == home else path
 
     def place(path: str) -> int:
-        stages = list(STAGES)
-        stage = (read_manifest(path) or {}).get("stage", "")
-        return stages.index(stage) if stage in stages else len(stages)
+        return place_in_chain((read_manifest(path) or {}).get("stage"))
 
     chain = {**other_stages(home), **results}
     rows = [

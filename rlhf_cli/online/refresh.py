@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.schema import GrpoConfig
+from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import cut
 from rlhf_cli.data.kinds import Preference, Prompt
 from rlhf_cli.data.order import EpochBatches, order_of
@@ -44,7 +45,6 @@ from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.out_folder import begun_with
 from rlhf_cli.runs.policy import Policy
-from rlhf_cli.runs.provenance import stage_name
 from rlhf_cli.runs.session import Session, tensors_of
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer

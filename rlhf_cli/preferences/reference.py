@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
+from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import cut
 from rlhf_cli.data.order import EpochBatches
 from rlhf_cli.data.tokens import Answers, Tokens
@@ -42,7 +43,6 @@ from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.runs.policy import Policy
-from rlhf_cli.runs.provenance import stage_name
 from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer

@@ -60,15 +60,20 @@ class Clock:
         self._last = now
 
 
-def round_figures(value: Any) -> Any:
-    """Floats to six significant digits, inside lists and dicts too; all else as it is.
+def round_figures(value: Any, digits: int | None = 6) -> Any:
+    """Floats to so many significant digits, inside lists and dicts too; all else as it is.
 
     What is not finite becomes None: JSON has no word for it.
+
+    Args:
+        digits: None keeps them all.
     """
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {name: round_figures(entry) for name, entry in value.items()}
+        return {name: round_figures(entry, digits) for name, entry in value.items()}
     if isinstance(value, list):
-        return [round_figures(entry) for entry in value]
+        return [round_figures(entry, digits) for entry in value]
     return value

@@ -247,9 +247,8 @@ def load_reward(
             timeout: float = cfg.reward_timeout  # type: ignore[attr-defined]
             source = FunctionReward(UserFunction(term.spec, timeout), cutter)
         else:
-            model = cfg.model  # type: ignore[attr-defined]
             source = load_model_reward(
-                term.spec, model, cfg.data, cfg.hardware, tokenizer, device, base
+                term.spec, cfg.model, cfg.data, cfg.hardware, tokenizer, device, base
             )
         terms.append(LoadedTerm(term.weight, source))
     return Reward(terms, cutter)

@@ -1,1 +1,1 @@
-"""The life of a run: its folder and lock, checks before the start, provenance, resume points, session."""
+"""The life of a run: its folder and lock, its checks, where it came from, its resume points."""

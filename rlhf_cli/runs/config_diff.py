@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_cli.config.schema import GrpoConfig, PpoConfig, Run
+from rlhf_cli.config.schema import Run
 
 # hardware, a cache and the folder's own path change no result; overwrite is an order, not a setting
 IGNORED_KEYS = ("hardware", "out", "overwrite", "reference_cache")
@@ -16,14 +16,13 @@ def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
     Logging always may; evaluations where they choose neither weights nor the end; and an unfinished
     run may be given more steps.
     """
-    algo: Any = getattr(cfg, "algo", None)
+    algo = cfg.algo
     free = dict.fromkeys(SHOWN_ONLY, False)
     chooses = getattr(algo, "keep", "last") != "last"
     if not chooses and "overoptimised" not in getattr(algo, "stop_on", []):
         free |= dict.fromkeys(EVALUATIONS, False)
     if not complete:
-        online = isinstance(cfg, PpoConfig | GrpoConfig)
-        length = ("algo.steps",) if online else ("algo.epochs", "algo.max_steps")
+        length = ("algo.steps",) if cfg.samples_online else ("algo.epochs", "algo.max_steps")
         free |= dict.fromkeys(length, True)
     return free
 

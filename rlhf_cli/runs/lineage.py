@@ -14,7 +14,7 @@ import yaml
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES, place_in_chain
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
 from rlhf_cli.runs.lock import running
@@ -31,15 +31,6 @@ PARENTS, INPUTS = "parents", "inputs"
 KINDS = (PARENTS, INPUTS)
 MAIN_ROLES = ("policy", "model")  # whose weights a stage goes on from
 HEADER = re.compile(r"# (?:rlhf-cli (?P<words>.*)|rlhf_cli\.stages\.(?P<stage>\w+)\.run)")
-HEADLINES = {
-    "sft": ("eval/loss",),
-    "reward": ("eval/accuracy",),
-    "ppo": ("reward", "eval/gold"),
-    "grpo": ("reward", "eval/gold", "refresh/accuracy"),  # the last of its refreshed reward model
-    "dpo": ("eval/rewards/accuracy",),
-    "generate": ("score",),
-}
-"""The metrics that a stage is judged by; the first `eval/` one where it has none of these."""
 
 Figures = dict[str, float]
 HashOf = Callable[[str, str], str | None]
@@ -119,9 +110,7 @@ def _ancestry(place: Path, above: dict[Path, Path]) -> Iterator[Path]:
 
 
 def _order(node: Node) -> tuple[int, str]:
-    stages = list(STAGES)
-    rank = stages.index(node.stage) if node.stage in stages else len(stages)
-    return rank, str(node.folder)
+    return place_in_chain(node.stage), str(node.folder)
 
 
 def runs_in(folders: Sequence[Path]) -> Iterator[Path]:
@@ -246,14 +235,16 @@ def _figures(stage: str | None, manifest: dict[str, Any]) -> Figures:
     metrics = manifest.get("metrics")
     if not isinstance(metrics, dict):
         return {}
-    if stage == "evaluate":
+    facts = STAGES.get(stage or "")
+    headline = facts.headline if facts else ()
+    if facts and facts.writes == "report":
         with suppress(TypeError, KeyError, AttributeError):
             policy = str(Path(manifest["parents"]["policy"]["path"]))
             judged = metrics["policies"][policy]
-            return {name: judged[name]["mean"] for name in ("gold", "reward") if judged.get(name)}
+            return {name: judged[name]["mean"] for name in headline if judged.get(name)}
         return {}
     plain = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    known = {name: plain[name] for name in HEADLINES.get(stage or "", ()) if name in plain}
+    known = {name: plain[name] for name in headline if name in plain}
     others = [name for name in plain if name.startswith("eval/")][:1]
     return known or {name: plain[name] for name in others}
 

@@ -13,17 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import (
-    DpoConfig,
-    GrpoConfig,
-    Model,
-    PpoConfig,
-    RewardConfig,
-    Run,
-    SftConfig,
-    SftModel,
-)
-from rlhf_cli.config.validate import WITHOUT_REFERENCE
+from rlhf_cli.config.schema import Model, Run, SftModel
+from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
+from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     Shapes,
@@ -36,6 +28,7 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
 )
 from rlhf_cli.rewards.specs import models_of
+from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -78,7 +71,7 @@ class Unknown(Exception):
 
 def predicted_memory(cfg: Run) -> list[str]:
     """What a stage that trains will hold, a line for each part and one for the peak."""
-    if not isinstance(cfg, SftConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig):
+    if not cfg.trains:
         return []
     try:
         always, update, rollout = parts_of(cfg)
@@ -133,13 +126,13 @@ def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
     update: Parts = {
         f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens),
     }
-    if not isinstance(cfg, RewardConfig):
+    if facts_of(cfg).writes != "reward":  # which has scores in place of logits
         chunk = min(hardware.logprob_chunk, tokens)
         update[f"logits of {chunk} positions"] = (
             logit_copies(cfg) * BYTES * chunk * geometry.vocabulary
         )
     rollout: Parts = {}
-    if isinstance(cfg, PpoConfig | GrpoConfig):
+    if cfg.samples_online:
         responses = algo.batch_size * getattr(algo, "group_size", 1)
         cached = min(hardware.rollout_tokens, responses * longest)
         # a layer's cache is copied when it grows by a column
@@ -151,7 +144,7 @@ def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
 
 def rows_per_item(cfg: Any) -> int:
     """Sequences in an item of a batch."""
-    if isinstance(cfg, DpoConfig | RewardConfig):
+    if kind_named(row_kind_name(cfg)) in JUDGEMENTS:
         return 2  # a pair; rankings have more, and fill the micro-batch
     return int(getattr(cfg.algo, "group_size", 1))
 
@@ -173,7 +166,7 @@ def activations(cfg: Any, geometry: Geometry, tokens: int) -> float:
 
 def logit_copies(cfg: Any) -> int:
     """Tensors of the size of a chunk's logits that exist at once."""
-    if not isinstance(cfg, PpoConfig | GrpoConfig):
+    if not cfg.samples_online:
         return LOG_PROBS
     full = cfg.algo.kl_in == "loss" and cfg.algo.kl_estimator == "full"
     return LOG_PROBS + ENTROPY * (cfg.algo.entropy_coef > 0) + FULL_KL * full
@@ -187,29 +180,28 @@ def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
     model: Model = cfg.model
     held: dict[str, int] = {}
     trained: dict[str, int] = {}
-    role = "reward model" if isinstance(cfg, RewardConfig) else "policy"
-    own = trunk_of(shapes) if isinstance(cfg, RewardConfig) else shapes
+    scores = facts_of(cfg).writes == "reward"
+    role, own = ("reward model", trunk_of(shapes)) if scores else ("policy", shapes)
     adapter, frozen = lora(own, model.lora_rank), count(frozen_of(own, model.frozen_layers))
     held[role] = count(own) + adapter
     trained[role] = adapter or count(own) - frozen
-    if isinstance(cfg, DpoConfig | PpoConfig | GrpoConfig):
+    if has_reference(cfg):
         held["reference"] = reference_of(cfg, shapes, adapter, frozen)
-    if isinstance(cfg, PpoConfig) and cfg.algo.baseline == "critic":
+    if getattr(cfg.algo, "baseline", None) == "critic":
         held["critic"], trained["critic"] = critic_of(cfg, shapes)
-    if isinstance(cfg, PpoConfig | GrpoConfig | SftConfig) and cfg.reward is not None:
-        held["reward"] = sum(reward_of(cfg, path) for path in models_of(cfg.reward))
-    if isinstance(cfg, PpoConfig | GrpoConfig) and cfg.gold is not None:
-        held["gold"] = sum(count(trunk_of(known(path))) for path in models_of(cfg.gold))
+    if (reward := getattr(cfg, "reward", None)) is not None:
+        held["reward"] = sum(reward_of(cfg, path) for path in models_of(reward))
+    if (gold := getattr(cfg, "gold", None)) is not None:
+        held["gold"] = sum(count(trunk_of(known(path))) for path in models_of(gold))
     return {role: number for role, number in held.items() if number}, trained
 
 
 def reference_of(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> int:
     """A copy of what the policy trains; none of a fresh adapter, which is switched off."""
-    if isinstance(cfg, DpoConfig):
-        if cfg.algo.loss in WITHOUT_REFERENCE or cfg.algo.precompute_reference:
-            return 0
-        if cfg.reference not in (None, "bootstrap"):
-            return count(known(cfg.reference))
+    if getattr(cfg.algo, "precompute_reference", False):
+        return 0
+    if (path := models_read(cfg).get("reference")) is not None:
+        return count(known(path))
     if not adapter:
         return count(shapes) - frozen
     refreshed = getattr(cfg.algo, "refresh_reference", None) is not None
@@ -246,7 +238,7 @@ def reward_of(cfg: Any, path: str) -> int:
     implicit = implicit_reward_of(path)
     if implicit is not None:
         return count(known(path)) + count(known(reference_folder(path, implicit)))
-    if cfg.model.lora_rank and not isinstance(cfg, SftConfig) and on_base_of(path, cfg.policy):
+    if cfg.model.lora_rank and cfg.samples_online and on_base_of(path, cfg.policy):
         return count(adapter_shapes(path))
     return count(trunk_of(known(path))) - in_common(cfg, path)
 
@@ -256,7 +248,7 @@ def in_common(cfg: Any, path: str) -> int:
 
     Weights are taken for equal if they begin alike and no adapter is merged into them.
     """
-    if isinstance(cfg, SftConfig):
+    if not cfg.samples_online:
         return 0
     frozen = frozen_of(known(cfg.policy), cfg.model.frozen_layers)
     ours, theirs = (
@@ -287,10 +279,9 @@ def on_base_of(path: str, policy: str) -> bool:
 
 def policy_of(cfg: Any) -> tuple[Shapes, Geometry]:
     """The shapes of the model that a stage starts from."""
-    path = cfg.model.path if isinstance(cfg, SftConfig) else cfg.policy
-    if path is None:
+    if cfg.start is None:
         return from_scratch(cfg.model)
-    return known(path), geometry_of(path)
+    return known(cfg.start), geometry_of(cfg.start)
 
 
 def geometry_of(path: str) -> Geometry:

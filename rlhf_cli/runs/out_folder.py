@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import EvaluateConfig, GenerateConfig, Run
+from rlhf_cli.config.schema import Run
+from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.json_forms import ORIGINS
@@ -26,7 +27,6 @@ from rlhf_cli.runs.provenance import (
     parent_paths,
     places_read,
     provenance_of,
-    stage_name,
 )
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
@@ -76,14 +76,15 @@ def state_of(cfg: Run) -> str:
         )
     if cfg.data.path == "-":  # standard input is new each time
         return to_be_emptied(out)
-    if not complete and isinstance(cfg, GenerateConfig | EvaluateConfig):
+    if not complete and not cfg.trains:
         return to_be_emptied(out)  # they write at their end: there is nothing to go on from
     origins, before = provenance_of(cfg), begun_with(out)
     if complete:
         before = read_manifest(out) or {}
         check_files(out)
-        if isinstance(cfg, EvaluateConfig) and parent_paths(origins) != parent_paths(before):
-            return to_be_emptied(out)  # there are other policies to compare with now
+        differ = parent_paths(origins) != parent_paths(before)
+        if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
+            return to_be_emptied(out)
     if changed := changed_since(origins, before):
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"

@@ -1,24 +1,15 @@
 """All that can be known before torch is imported: folders, kinds, tokenizers, files, arithmetic."""
 
 import re
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import (
-    STAGES,
-    DpoConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    GrpoConfig,
-    PpoConfig,
-    RewardConfig,
-    Run,
-    SftConfig,
-)
+from rlhf_cli.config.schema import Run
+from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.data.files import SUFFIXES
-from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Stepwise
+from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, kind_named
 from rlhf_cli.data.rows import first_rows, read_split, read_texts
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
@@ -49,26 +40,16 @@ from rlhf_cli.runs.out_folder import (
     newest_step,
     state_of,
 )
-from rlhf_cli.runs.provenance import stage_name
+from rlhf_cli.runs.provenance import named_models
 from rlhf_cli.runs.remote_code import code_lines
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
-MADE_BY = {"policy": "sft", "reward": "reward"}
-KIND_OF_LOSS: dict[str, type] = {
-    "kwise": Ranking,
-    "plackett_luce": Ranking,
-    "pointwise": Feedback,
-    "kto": Feedback,
-    "steps": Stepwise,
-}
 
 
 def row_kind(cfg: Run) -> type:
     """The kind of rows that a stage learns from or answers."""
-    if isinstance(cfg, RewardConfig | DpoConfig):
-        return KIND_OF_LOSS.get(cfg.algo.loss, Preference)
-    return Demonstration if isinstance(cfg, SftConfig) else Prompt
+    return kind_named(row_kind_name(cfg))
 
 
 def preflight(cfg: Run, whole: bool = True) -> list[str]:
@@ -85,7 +66,7 @@ def preflight(cfg: Run, whole: bool = True) -> list[str]:
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage = stage_name(cfg)
-    lines = [f"{stage}: {(STAGES[stage].__doc__ or '').strip()}"]
+    lines = [f"{stage}: {STAGES[stage].sentence}"]
     state = state_of(cfg)
     emptied = state == FREE and is_claimed(Path(cfg.out))
     lines.append(f"out: {cfg.out} ({'made anew: what is there goes' if emptied else state})")
@@ -110,7 +91,7 @@ def check_data(cfg: Run) -> None:
         value = getattr(data, key)
         if data.format == "demo" and key != "text_path" and value is not None:
             raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
-        if value == "-" and key == "path" and isinstance(cfg, GenerateConfig):
+        if value == "-" and key == "path" and not facts_of(cfg).holds_out:
             continue
         if value is None:
             if key == "path" and data.format != "demo":
@@ -148,7 +129,7 @@ def check_rows(cfg: Run) -> list[str]:
     paths = [path for path in (data.path, data.eval_path) if path is not None]
     if not paths or not all(Path(path).exists() for path in paths):
         return notes
-    if isinstance(cfg, GenerateConfig):  # answers every row; nothing is held out
+    if not facts_of(cfg).holds_out:  # it answers every row
         rows = first_rows(data, paths[0], kind, notes)
     else:
         split = read_split(data, kind)
@@ -173,14 +154,12 @@ def check_judgements(cfg: Run, rows: list[Any]) -> None:
     Raises:
         UserError: naming the first row that has not.
     """
-    algo: Any = cfg.algo  # type: ignore[attr-defined]
-    needed, setting = None, f"algo.loss={getattr(algo, 'loss', None)}"
-    if isinstance(cfg, RewardConfig) and algo.row_margin:
+    loss, target = getattr(cfg.algo, "loss", None), getattr(cfg.algo, "target", None)
+    needed, setting = target, f"algo.target={target}"
+    if getattr(cfg.algo, "row_margin", None):
         needed, setting = "margin", "algo.row_margin=true"
-    elif isinstance(cfg, RewardConfig) and algo.target is not None:
-        needed, setting = algo.target, f"algo.target={algo.target}"
-    elif isinstance(cfg, DpoConfig) and algo.loss == "kto":
-        needed = "label"
+    elif loss == "kto":
+        needed, setting = "label", "algo.loss=kto"
     bad = next((row for row in rows if needed and getattr(row, needed) is None), None)
     if bad is not None:
         raise UserError(f"{bad.source}: the row says no {needed}, which {setting} reads")
@@ -190,42 +169,43 @@ def check_models(cfg: Run) -> None:
     """Every model folder exists and is of the kind that its role needs; policies share one
     vocabulary, rewards need not.
     """
-    if not isinstance(cfg, SftConfig):
-        assert isinstance(
-            cfg, RewardConfig | PpoConfig | DpoConfig | GrpoConfig | GenerateConfig | EvaluateConfig
-        )
-        check_folder("policy", cfg.policy, "policy", "an sft, ppo, dpo or grpo output")
-    elif cfg.model.path is not None:
-        check_folder("model.path", cfg.model.path, "policy", "a pretrained model")
-    for role, reward in rewards_of(cfg):
-        check_reward(role, reward)
-    if isinstance(cfg, PpoConfig | GrpoConfig):
+    a_policy = f"an {either(makers_of('policy'))} output"
+    for key, role, value in named_models(cfg):
+        if role == "reward":
+            check_reward(key, value)
+        else:
+            check_folder(
+                key, value, role, "a pretrained model" if key == "model.path" else a_policy
+            )
+            if cfg.start is not None and value != cfg.start:
+                check_tokenizers(key, value, cfg.start)
+    if cfg.samples_online:
         check_supervision(cfg)
-    if isinstance(cfg, GrpoConfig) and cfg.judge is not None:
-        learner = Path(refreshed_model(cfg.reward))
-        if learner.resolve() in [Path(path).resolve() for path in models_of(cfg.judge)]:
-            raise UserError(f"judge={cfg.judge} would teach {learner} what it says already")
-    if isinstance(cfg, DpoConfig) and Path(cfg.reference_cache or ".").is_file():
-        raise UserError(f"reference_cache={cfg.reference_cache} is a file; name a folder, or null")
-    if isinstance(cfg, DpoConfig) and cfg.reference not in (None, "bootstrap"):
-        assert cfg.reference is not None
-        check_folder("reference", cfg.reference, "policy", "an sft, ppo, dpo or grpo output")
-        check_tokenizers("reference", cfg.reference, cfg.policy)
-    if isinstance(cfg, EvaluateConfig):
-        others = {"reference": cfg.reference}
-        others |= {f"baselines[{i}]": path for i, path in enumerate(cfg.baselines or [])}
-        for role, path in others.items():
-            if path is not None:
-                check_folder(role, path, "policy", "an sft, ppo, dpo or grpo output")
-                check_tokenizers(role, path, cfg.policy)
-        if cfg.reward is None and cfg.gold is None:
-            raise UserError("evaluate needs reward=... or gold=... to judge by")
+    if (judge := getattr(cfg, "judge", None)) is not None:
+        check_judge(cfg, judge)
+    cache = getattr(cfg, "reference_cache", None)
+    if Path(cache or ".").is_file():
+        raise UserError(f"reference_cache={cache} is a file; name a folder, or null")
+    if facts_of(cfg).writes == "report" and not rewards_of(cfg):
+        raise UserError("evaluate needs reward=... or gold=... to judge by")
+
+
+def either(names: Sequence[str]) -> str:
+    """sft, ppo or dpo."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def rewards_of(cfg: Run) -> list[tuple[str, str]]:
     """The keys of a stage that name rewards, and what they say."""
-    found = [(key, getattr(cfg, key, None)) for key in ("reward", "gold", "judge")]
-    return [(key, value) for key, value in found if value is not None]
+    return [(key, value) for key, role, value in named_models(cfg) if role == "reward"]
+
+
+def check_judge(cfg: Any, judge: str) -> None:
+    """What labels pairs for a reward model to learn from is not that model."""
+    learner = Path(refreshed_model(cfg.reward))
+    if learner.resolve() in [Path(path).resolve() for path in models_of(judge)]:
+        raise UserError(f"judge={judge} would teach {learner} what it says already")
 
 
 def check_reward(role: str, reward: str) -> None:
@@ -237,7 +217,7 @@ def check_reward(role: str, reward: str) -> None:
             check_folder(role, term.spec, "reward", A_REWARD)
 
 
-def check_supervision(cfg: PpoConfig | GrpoConfig) -> None:
+def check_supervision(cfg: Any) -> None:
     """Where steps are rewarded, a term judges steps."""
     if cfg.algo.supervision == "process" and not any(
         term.weight and judges_steps(term.spec) for term in terms_of(cfg.reward)
@@ -266,8 +246,7 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
             raise UserError(f"{role}={path} is a file; {role} needs a folder ({meant})")
         if is_hub_id(path):
             return
-        maker = MADE_BY.get(kind)
-        made = f"run `rlhf-cli {maker} out={path}`" if maker else "check the path"
+        made = f"run `rlhf-cli {makers_of(kind)[0]} out={path}`"
         if match := re.fullmatch(r"runs/([^/]+)/(\w+)", path):
             name = "" if match[1] == "demo" else f" name={match[1]}"
             if match[2] in STAGES:
@@ -300,23 +279,21 @@ def check_tokenizers(role: str, path: str, policy: str) -> None:
 
 def check_context(cfg: Run) -> None:
     """Prompt and response together fit into the model's positions."""
-    path = getattr(cfg, "policy", None) or getattr(cfg.model, "path", None)  # type: ignore[attr-defined]
-    if path is None or not Path(path).is_dir():
+    if cfg.start is None or not Path(cfg.start).is_dir():
         return
-    context = read_config(Path(path)).get("max_position_embeddings")
-    sampled = getattr(cfg.algo, "max_tokens", 0)  # type: ignore[attr-defined]
+    context = read_config(Path(cfg.start)).get("max_position_embeddings")
+    sampled = getattr(cfg.algo, "max_tokens", 0)
     tokens = max(sampled, cfg.data.max_response_tokens)
     if context is not None and cfg.data.max_prompt_tokens + tokens > context:
         raise UserError(
             f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
-            f"do not fit the {context} positions of {path}; lower one of them"
+            f"do not fit the {context} positions of {cfg.start}; lower one of them"
         )
 
 
 def check_frozen_layers(cfg: Run) -> None:
     """The model has the blocks that stay as they are; one of the hub is checked once loaded."""
-    frozen = getattr(cfg.model, "frozen_layers", 0)  # type: ignore[attr-defined]
-    path = getattr(cfg, "policy", None) or getattr(cfg.model, "path", None)  # type: ignore[attr-defined]
+    frozen, path = getattr(cfg.model, "frozen_layers", 0), cfg.start
     if not frozen or path is None or not (config := read_config(Path(path))):
         return
     blocks = config.get("num_hidden_layers") or config.get("n_layer") or frozen
@@ -326,37 +303,33 @@ def check_frozen_layers(cfg: Run) -> None:
 
 def arithmetic(cfg: Run) -> list[str]:
     """The batch arithmetic, spelled out."""
-    if isinstance(cfg, PpoConfig):
-        algo = cfg.algo
-        updates = algo.batch_size // algo.minibatch_size * algo.epochs
-        return [
-            f"per iteration: {algo.batch_size} prompts x 1 response = {algo.batch_size} rollouts; "
-            f"/ minibatch {algo.minibatch_size} x {algo.epochs} epochs = {updates} updates",
-            f"in all: {algo.steps} iterations, {algo.steps * algo.batch_size} rollouts, "
-            f"{algo.steps * updates} updates",
-        ]
-    if isinstance(cfg, GrpoConfig):
-        group = cfg.algo
-        updates = group.batch_size // group.minibatch_size * group.epochs
-        rollouts = group.batch_size * group.group_size
-        every = f"every {group.refresh_reward} iterations: "
-        refresh = f"the reward model learns from up to {group.batch_size} pairs of each"
-        return [
-            f"per iteration: {group.batch_size} prompts x {group.group_size} responses = "
-            f"{rollouts} rollouts; / minibatch {group.minibatch_size} prompts x {group.epochs} "
-            f"epochs = {updates} updates",
-            f"in all: {group.steps} iterations, {group.steps * rollouts} rollouts, "
-            f"{group.steps * updates} updates",
-            *([every + refresh] if group.refresh_reward else []),
-        ]
-    if isinstance(cfg, SftConfig | RewardConfig | DpoConfig):
-        rows = (
-            f"{row_kind(cfg).__name__.lower()} rows"
-            if isinstance(cfg, RewardConfig | DpoConfig)
-            else "rows"
+    algo: Any = cfg.algo
+    if cfg.samples_online:
+        return online_arithmetic(algo)
+    if cfg.trains:
+        judged = row_kind(cfg) in JUDGEMENTS
+        rows = f"{row_kind_name(cfg)} rows" if judged else "rows"
+        times = "1 epoch" if algo.epochs == 1 else f"{algo.epochs} epochs"
+        return [f"{times} in batches of {algo.batch_size} {rows}"]
+    prompts = "all" if algo.prompts is None else algo.prompts
+    return [f"{prompts} prompts x {algo.samples} responses"]
+
+
+def online_arithmetic(algo: Any) -> list[str]:
+    """How many responses are sampled, and how many updates are made of them."""
+    group = getattr(algo, "group_size", 1)
+    updates = algo.batch_size // algo.minibatch_size * algo.epochs
+    rollouts = algo.batch_size * group
+    lines = [
+        f"per iteration: {algo.batch_size} prompts x {group} response{'s' * (group > 1)} = "
+        f"{rollouts} rollouts; / minibatch {algo.minibatch_size} prompts x {algo.epochs} epochs = "
+        f"{updates} updates",
+        f"in all: {algo.steps} iterations, {algo.steps * rollouts} rollouts, "
+        f"{algo.steps * updates} updates",
+    ]
+    if every := getattr(algo, "refresh_reward", None):
+        lines.append(
+            f"every {every} iterations: the reward model learns from up to {algo.batch_size} "
+            "pairs of each"
         )
-        times = "1 epoch" if cfg.algo.epochs == 1 else f"{cfg.algo.epochs} epochs"
-        return [f"{times} in batches of {cfg.algo.batch_size} {rows}"]
-    assert isinstance(cfg, GenerateConfig | EvaluateConfig)
-    prompts = "all" if cfg.algo.prompts is None else cfg.algo.prompts
-    return [f"{prompts} prompts x {cfg.algo.samples} responses"]
+    return lines

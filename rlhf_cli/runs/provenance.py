@@ -1,10 +1,13 @@
 """What a stage is made from: the folders and files that it reads, and whether they have changed."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import STAGES, EvaluateConfig, Run
+from rlhf_cli.config import catalog
+from rlhf_cli.config.schema import Run
+from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.files import SUFFIXES
 from rlhf_cli.folders.manifest import (
     MANIFEST,
@@ -19,30 +22,48 @@ from rlhf_cli.rewards.specs import files_of, models_of
 Provenance = dict[str, dict[str, dict[str, str]]]
 
 
-def stage_name(cfg: Run) -> str:
-    """The subcommand that a typed config belongs to."""
-    return next(name for name, schema in STAGES.items() if type(cfg) is schema)
+def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
+    """What a config names models by: key, role (policy or reward) and value, none of them null.
+
+    Each entry of a list has a key of its own: `baselines[0]`. A reference that is bootstrapped is
+    made in `out`, so it is no model that is named, whatever folder has that name.
+    """
+    for key, role in catalog.model_keys(stage_name(cfg)).items():
+        value = attrgetter(key)(cfg)
+        if isinstance(value, list):
+            yield from ((f"{key}[{i}]", role, each) for i, each in enumerate(value))
+        elif value is not None and not (cfg.trains and (key, value) == ("reference", "bootstrap")):
+            yield key, role, value
+
+
+def models_read(cfg: Run) -> dict[str, str]:
+    """Every model folder and hub id that a stage loads, by role: policy, reward, reward[1], ..."""
+    found: dict[str, str] = {}
+    for key, role, value in named_models(cfg):
+        if role == "reward":
+            found |= {f"{key}[{i}]" if i else key: path for i, path in enumerate(models_of(value))}
+        elif not key.startswith("baselines["):
+            found[key.removesuffix(".path")] = value
+    return found | {f"baseline {path}": path for path in baselines_of(cfg)}
 
 
 def parents_of(cfg: Run) -> dict[str, str]:
-    """The model folders that a stage reads, by role: policy, reward, reward[1], reference, ..."""
-    roles = {role: getattr(cfg, role, None) for role in ("policy", "reference")}
-    for key in ("reward", "judge"):
-        models = models_of(spec) if (spec := getattr(cfg, key, None)) else []
-        roles |= {f"{key}[{i}]" if i else key: path for i, path in enumerate(models)}
-    if (model_path := getattr(cfg.model, "path", None)) is not None:  # type: ignore[attr-defined]
-        roles["model"] = model_path
-    if isinstance(cfg, EvaluateConfig):
-        roles |= {f"baseline {path}": path for path in baselines_of(cfg)}
-    if roles["reference"] == "bootstrap":  # made in `out`, whatever folder has that name
-        del roles["reference"]
-    return {role: path for role, path in roles.items() if path and Path(path).is_dir()}
+    """The local folders among them, but for gold: what it says goes into no weights."""
+    return {
+        role: path
+        for role, path in models_read(cfg).items()
+        if Path(path).is_dir() and role.partition("[")[0] != "gold"
+    }
 
 
-def baselines_of(cfg: EvaluateConfig) -> list[str]:
-    """The baselines given, or else the finished policies beside the one that is judged."""
-    if cfg.baselines is not None:
-        return cfg.baselines
+def baselines_of(cfg: Any) -> list[str]:
+    """The baselines given, or else the finished policies beside the one that is judged.
+
+    None where a stage compares with none.
+    """
+    given: list[str] | None = getattr(cfg, "baselines", [])
+    if given is not None:
+        return given
     if not Path(cfg.policy).is_dir():
         return []
     folders = sorted(file.parent for file in Path(cfg.policy).parent.glob(f"*/{MANIFEST}"))

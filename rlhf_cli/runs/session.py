@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rlhf_cli
 from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
+from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
@@ -36,7 +37,7 @@ from rlhf_cli.runs.out_folder import (
     tidy,
 )
 from rlhf_cli.runs.preflight import preflight
-from rlhf_cli.runs.provenance import Provenance, provenance_of, stage_name
+from rlhf_cli.runs.provenance import Provenance, provenance_of
 from rlhf_cli.runs.remote_code import code_lines
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.training.optimize import Optimizer

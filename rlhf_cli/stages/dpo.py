@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig
-from rlhf_cli.config.validate import WITHOUT_REFERENCE
+from rlhf_cli.config.stages import WITHOUT_REFERENCE
 from rlhf_cli.data.batches import cut, rankings_of
 from rlhf_cli.data.kinds import Feedback, Prompt, Ranking
 from rlhf_cli.data.order import EpochBatches, derived_seed, order_of

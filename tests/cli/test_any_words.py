@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_cli.cli import main
 from rlhf_cli.config import catalog
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES
 from tests.cli.made import POLICY, ROWS, contents
 
 ANY = settings(

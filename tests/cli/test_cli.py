@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.config import catalog
-from rlhf_cli.config.schema import STAGES
+from rlhf_cli.config.stages import STAGES
 from tests.conftest import Cli
 
 # --------------------------------------------------------------------------- help

@@ -9,7 +9,8 @@ import yaml
 from rlhf_cli.config import catalog
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import STAGES, PpoConfig
+from rlhf_cli.config.schema import PpoConfig
+from rlhf_cli.config.stages import STAGES
 
 CONF = catalog.shipped("conf")
 DIRS = catalog.config_dirs()
@@ -36,7 +37,7 @@ def words_for(stage: str, group: str, option: str) -> list[str]:
 @pytest.mark.parametrize(("stage", "group", "option"), OPTIONS)
 def test_an_option_composes_with_its_stages(stage: str, group: str, option: str) -> None:
     config = compose(stage, words_for(stage, group, option))
-    assert type(config) is STAGES[stage]
+    assert type(config) is STAGES[stage].config
 
 
 @pytest.mark.parametrize("group", catalog.GROUPS)
@@ -89,8 +90,8 @@ def test_an_option_repeats_no_value_of_its_base(file: Path) -> None:
 
 
 def test_the_schema_has_no_values() -> None:
-    for schema in STAGES.values():
-        for field in dataclasses.fields(schema):
+    for stage in STAGES.values():
+        for field in dataclasses.fields(stage.config):
             assert field.default is dataclasses.MISSING
             assert field.default_factory is dataclasses.MISSING
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Run
-from rlhf_cli.runs.provenance import stage_name
+from rlhf_cli.config.stages import stage_name
 from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
 from tests.contents import contents_of, faults_of
 from tests.tiny import words_of
