@@ -240,7 +240,7 @@ def preflight(cfg):
         raise UserError("seed 13 is unlucky")
     return [f"would write {{cfg.out}}"]
 
-for name, function in {{"stages.ppo": run, "training.preflight": preflight}}.items():
+for name, function in {{"stages.ppo": run, "runs.preflight": preflight}}.items():
     module = types.ModuleType(f"rlhf_cli.{{name}}")
     setattr(module, function.__name__, function)
     sys.modules[module.__name__] = module

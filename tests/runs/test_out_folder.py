@@ -1,6 +1,7 @@
 """Resume points and out folders: whole or not seen."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def test_lines_after_the_resume_point_are_written_again(tmp_path: Path) -> None:
     JsonLines(file)
     assert file.read_text() == ""
     assert round_figures({"a": [1.23456789, 3], "b": "x"}) == {"a": [1.23457, 3], "b": "x"}
+    row = {"a": [1.23456789, math.nan], "b": math.inf}
+    assert round_figures(row, digits=None) == {"a": [1.23456789, None], "b": None}
 
 
 # --------------------------------------------------------------------------- out folders

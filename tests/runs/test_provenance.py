@@ -1,0 +1,55 @@
+"""Which models a stage reads, by the keys that name them."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.runs.provenance import models_read, parents_of
+
+DATA = ["data=jsonl", "data.path=rows.jsonl"]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """Folders that pass for finished policies and scorers."""
+    for name in ("policy", "other", "reward", "gold"):
+        (tmp_path / name).mkdir()
+        kind = "reward" if name in ("reward", "gold") else "policy"
+        (tmp_path / name / "stage.json").write_text(f'{{"kind": "{kind}", "complete": true}}')
+    return tmp_path
+
+
+def test_gold_is_loaded_but_no_parent(made: Path) -> None:
+    words = [f"policy={made}/policy", f"reward={made}/reward + owner/name", f"gold={made}/gold"]
+    cfg = compose("ppo", [*DATA, *words, "algo.eval_every=1"])
+    parents = {"policy": f"{made}/policy", "reward": f"{made}/reward"}
+    assert models_read(cfg) == {**parents, "reward[1]": "owner/name", "gold": f"{made}/gold"}
+    assert parents_of(cfg) == parents
+
+
+def test_a_reference_that_is_bootstrapped_is_none_of_them(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made / "bootstrap").mkdir()
+    monkeypatch.chdir(made)
+    cfg = compose("dpo", [*DATA, "policy=policy", "reference=bootstrap"])
+    assert models_read(cfg) == {"policy": "policy"}
+    cfg = compose("dpo", [*DATA, "policy=policy", "reference=other"])
+    assert models_read(cfg) == {"policy": "policy", "reference": "other"}
+
+
+def test_baselines_are_those_given_or_the_policies_beside(made: Path) -> None:
+    words = [*DATA, f"policy={made}/policy", "reference=null", "reward=json"]
+    beside = {f"baseline {made}/{name}": f"{made}/{name}" for name in ("other", "policy")}
+    assert models_read(compose("evaluate", words)) == {"policy": f"{made}/policy", **beside}
+    cfg = compose("evaluate", [*words, "baselines=[owner/name]"])
+    read = {"policy": f"{made}/policy", "baseline owner/name": "owner/name"}
+    assert models_read(cfg) == read
+    assert models_read(compose("evaluate", [*words, "baselines=[]"])) == {"policy": read["policy"]}
+
+
+def test_a_pretrained_model_is_the_model_of_sft() -> None:
+    cfg = compose("sft", [*DATA, "model=pretrained", "model.path=owner/name", "algo.text_mix=0"])
+    assert models_read(cfg) == {"model": "owner/name"}
+    assert models_read(compose("sft", ["model=tiny"])) == {}
