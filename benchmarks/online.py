@@ -13,7 +13,7 @@ stages are not run again. Every figure is a mean over seeds with its least and g
     steps       rewards of steps against a reward of the last one
     baselines   RLOO with groups of 4 and of 2, and REINFORCE
     critics     PPO and GRPO on as many rollouts: gold and memory
-    refills     dynamic sampling: groups of other prompts in place of those with equal rewards
+    dynamic_sampling  groups of other prompts in place of those with equal rewards
 """
 
 import argparse
@@ -422,16 +422,16 @@ def steps(bench: Bench) -> None:
     picture.save()
 
 
-def refills(bench: Bench) -> None:
+def dynamic_sampling(bench: Bench) -> None:
     """DAPO without its penalty of long responses, groups of 4, a reward of 0 or 1."""
     chain_policy(bench)
     shared = (
         *("algo=dapo", "algo.overlong_tokens=null", "algo.group_size=4"),
         *(f"reward={HERE}:all_steps", *on_chains(60, 5)),
     )
-    cases: Cases = {str(count): (f"algo.refills={count}",) for count in (0, 3)}
-    folders = bench.run_cases("grpo", "refills", cases, *shared)
-    picture = Picture("refills", 2)
+    cases: Cases = {str(count): (f"algo.dynamic_sampling={count}",) for count in (0, 3)}
+    folders = bench.run_cases("grpo", "dynamic_sampling", cases, *shared)
+    picture = Picture("dynamic_sampling", 2)
     lines: list[list[str]] = []
     for case, each in folders.items():
         evals, sampled = curve(each, "eval/gold"), groups_so_far(each)
@@ -445,9 +445,9 @@ def refills(bench: Bench) -> None:
             ]
         )
         xs = [5 * (i + 1) for i in range(len(evals))]
-        picture.panels[0].plot(xs, evals, marker=".", label=f"refills {case}")
-        picture.panels[1].plot([4 * s for s in sampled], evals, marker=".", label=f"refills {case}")
-    header = ["refills", "equal groups", "groups learnt from, of 16", "rollouts in all"]
+        picture.panels[0].plot(xs, evals, marker=".", label=f"{case} rounds")
+        picture.panels[1].plot([4 * s for s in sampled], evals, marker=".", label=f"{case} rounds")
+    header = ["rounds", "equal groups", "groups learnt from, of 16", "rollouts in all"]
     table([*header, *(f"right after {i}" for i in (20, 40, 60))], *lines)
     picture.panels[0].set(xlabel="iterations", ylabel="all steps right, held-out prompts")
     picture.panels[1].set(xlabel="rollouts")
@@ -529,7 +529,7 @@ def critics(bench: Bench) -> None:
     table(header, *lines)
 
 
-PARTS = (clips, kl_coefs, proxies, mixes, steps, baselines, critics, refills)
+PARTS = (clips, kl_coefs, proxies, mixes, steps, baselines, critics, dynamic_sampling)
 
 
 def main() -> None:

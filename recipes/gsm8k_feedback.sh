@@ -11,7 +11,7 @@
 # DATA   file or folder of problems under `question`, with {solution, is_correct} under the name of
 #        each model; github.com/openai/grade-school-math has example_model_solutions.jsonl
 # NAME   results go to runs/NAME
-# COMMON, SFT, KWISE, POINTWISE, STEPS, KTO, PLACKETT_LUCE: more overrides, for every line or for
+# COMMON, SFT, KWISE, POINTWISE, PROCESS, KTO, PLACKETT_LUCE: more overrides, for every line or for
 #        one of them
 #
 # The variables are split into words on purpose: each holds several overrides.
@@ -30,7 +30,7 @@ if [ "${size:-1000}" -lt 50 ]; then
   SFT="algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=20 ${SFT:-}"
   KWISE="algo.lr=2e-3 algo.batch_size=8 algo.epochs=3 algo.eval_every=10 ${KWISE:-}"
   POINTWISE="algo.lr=1e-3 algo.batch_size=16 algo.epochs=2 ${POINTWISE:-}"
-  STEPS="algo.lr=1e-3 algo.batch_size=16 algo.epochs=2 ${STEPS:-}"
+  PROCESS="algo.lr=1e-3 algo.batch_size=16 algo.epochs=2 ${PROCESS:-}"
   KTO="algo.lr=5e-4 algo.batch_size=16 algo.warmup_steps=5 algo.eval_every=10 ${KTO:-}"
   PLACKETT_LUCE="algo.lr=2e-4 algo.batch_size=8 algo.epochs=2 algo.warmup_steps=5 \
     algo.eval_every=10 ${PLACKETT_LUCE:-}"
@@ -39,7 +39,7 @@ fi
 common=(name="$NAME" data=gsm8k_solutions data.path="${DATA:-example_model_solutions.jsonl}"
   ${COMMON:-})
 ranking='data.convert=[feedback_to_ranking]' # right above wrong, and all right ones tied
-steps='data.convert=[feedback_to_steps]'     # a step is as right as the answer that it led to
+stepwise='data.convert=[feedback_to_stepwise]' # a step is as right as the answer that it led to
 
 # The defaults of conf/ suit the demo's small model. Rates, batches and epochs here are those
 # published for models of 0.1 to 7 billion parameters.
@@ -57,8 +57,8 @@ rlhf-cli reward "${common[@]}" algo=pointwise out="runs/$NAME/pointwise" \
   algo.lr=1e-5 algo.epochs=1 algo.batch_size=64 ${POINTWISE:-}
 
 # the same, at the end of each line of the solution
-rlhf-cli reward "${common[@]}" algo=steps "$steps" out="runs/$NAME/steps" \
-  algo.lr=1e-5 algo.epochs=1 algo.batch_size=64 ${STEPS:-}
+rlhf-cli reward "${common[@]}" algo=process "$stepwise" out="runs/$NAME/process" \
+  algo.lr=1e-5 algo.epochs=1 algo.batch_size=64 ${PROCESS:-}
 
 rlhf-cli dpo "${common[@]}" algo=kto out="runs/$NAME/kto" \
   algo.beta=0.1 algo.lr=1e-6 algo.epochs=1 algo.batch_size=64 ${KTO:-}

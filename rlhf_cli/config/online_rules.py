@@ -144,15 +144,16 @@ def groups(cfg: Online) -> Iterator[str]:
     algo = cfg.algo
     if algo.group_size == 1 and algo.baseline != "none":
         yield f"algo.baseline={algo.baseline} compares within a group, but algo.group_size=1"
-    if algo.group_size == 1 and algo.refills:
-        yield f"algo.refills={algo.refills} looks for unequal rewards, but algo.group_size=1"
-    if algo.refills and algo.baseline == "none":
-        yield f"algo.refills={algo.refills} compares within groups, but algo.baseline=none does not"
+    rounds = f"algo.dynamic_sampling={algo.dynamic_sampling}"
+    if algo.group_size == 1 and algo.dynamic_sampling:
+        yield f"{rounds} looks for unequal rewards, but algo.group_size=1"
+    if algo.dynamic_sampling and algo.baseline == "none":
+        yield f"{rounds} compares within groups, but algo.baseline=none does not"
     charged = algo.kl_in == "reward" and (algo.kl_coef > 0 or bool(algo.kl_coef_end))
-    if algo.refills and charged:
+    if algo.dynamic_sampling and charged:
         yield (
-            f"algo.refills={algo.refills} drops groups of equal rewards, which teach the KL where "
-            "algo.kl_in=reward; take algo.kl_in=loss or algo.refills=0"
+            f"{rounds} drops groups of equal rewards, which teach the KL where "
+            "algo.kl_in=reward; take algo.kl_in=loss or algo.dynamic_sampling=0"
         )
     if algo.baseline == "none" and algo.aggregate == "response_mean":
         yield (

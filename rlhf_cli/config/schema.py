@@ -57,7 +57,7 @@ class Hardware:
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
         "10min; null saves when the run is interrupted only."
     )
-    keep: int | None = key("Resume points that are kept, the newest ones.", ge=1)
+    keep_checkpoints: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
 
 # --------------------------------------------------------------------------- model
@@ -141,7 +141,7 @@ class Data:
         "Feedback may be turned into other kinds, in this order; nothing is turned unasked.",
         choices=(
             "feedback_to_ranking",
-            "feedback_to_steps",
+            "feedback_to_stepwise",
             "preference_to_feedback",
             "preference_to_ranking",
             "ranking_to_preference",
@@ -210,8 +210,8 @@ class RewardAlgo(OptimizerConfig):
 
     loss: str = key(
         "What the scores are fitted to: pairs (bradley_terry, token), rankings (kwise, "
-        "plackett_luce), judgements of one response (pointwise) or of its steps (steps).",
-        choices=("bradley_terry", "kwise", "plackett_luce", "pointwise", "steps", "token"),
+        "plackett_luce), judgements of one response (pointwise) or of its steps (process).",
+        choices=("bradley_terry", "kwise", "plackett_luce", "pointwise", "process", "token"),
     )
     row_margin: bool | None = key(
         "Pairs: subtract the row's margin column, as Llama 2 did; null where the loss has none."
@@ -464,7 +464,7 @@ class GrpoAlgo(OnlineAlgo):
         "Divide by the group's standard deviation, whiten over the tokens of the batch, or keep.",
         choices=("group", "batch", "none"),
     )
-    refills: int = key(
+    dynamic_sampling: int = key(
         "Rounds in which groups of equal rewards are replaced by groups of prompts drawn anew "
         "(DAPO's dynamic sampling); 0 keeps them.",
         ge=0,

@@ -62,7 +62,7 @@ ROWS_OF_LOSS = {
     "plackett_luce": "ranking",
     "pointwise": "feedback",
     "kto": "feedback",
-    "steps": "stepwise",
+    "process": "stepwise",
 }
 """The kind of rows that a loss reads where it is not that of its stage."""
 

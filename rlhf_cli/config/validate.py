@@ -164,7 +164,7 @@ def _schedule(cfg: Run) -> Iterator[str]:
 
 def _no_training(cfg: Run) -> Iterator[str]:
     if isinstance(cfg, GenerateConfig | EvaluateConfig):
-        for name in ("save_every", "keep"):
+        for name in ("save_every", "keep_checkpoints"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
         if cfg.hardware.gradient_checkpointing:
@@ -174,11 +174,11 @@ def _no_training(cfg: Run) -> Iterator[str]:
 def _resume_points(cfg: Run) -> Iterator[str]:
     if isinstance(cfg, GenerateConfig | EvaluateConfig):
         return
-    every, keep = cfg.hardware.save_every, cfg.hardware.keep
+    every, keep = cfg.hardware.save_every, cfg.hardware.keep_checkpoints
     if every is not None and not re.fullmatch(r"0*[1-9]\d*(min)?", every):
         yield f"hardware.save_every takes steps, as 25, or minutes, as 10min; got {every}"
     if keep is None:
-        yield "hardware.keep=null is for stages that do not train; give 1 or more"
+        yield "hardware.keep_checkpoints=null is for stages that do not train; give 1 or more"
 
 
 def _decoding(cfg: Run) -> Iterator[str]:
@@ -210,10 +210,10 @@ _REWARD_KEYS = {
     "kwise": set(),
     "plackett_luce": set(),
     "pointwise": {"target"},
-    "steps": {"aggregate"},
+    "process": {"aggregate"},
     "token": {*_PAIRS, "aggregate"},
 }
-_AGGREGATES = {"steps": ("product", "min"), "token": ("mean", "sum")}
+_AGGREGATES = {"process": ("product", "min"), "token": ("mean", "sum")}
 _DPO_KEYS = {
     "dpo": {"beta", "label_smoothing"},
     "length_normalised": {"beta", "label_smoothing"},

@@ -98,7 +98,7 @@ def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
     return made, counts
 
 
-def feedback_to_steps(rows: list[Feedback], data: Data) -> Made:
+def feedback_to_stepwise(rows: list[Feedback], data: Data) -> Made:
     """Each step gets the response's label: outcome supervision, as Cobbe 2110.14168 does it.
 
     Raises:
@@ -122,7 +122,7 @@ def feedback_to_steps(rows: list[Feedback], data: Data) -> Made:
 
 CONVERSIONS = {
     "feedback_to_ranking": Conversion(Feedback, Ranking, feedback_to_ranking),
-    "feedback_to_steps": Conversion(Feedback, Stepwise, feedback_to_steps),
+    "feedback_to_stepwise": Conversion(Feedback, Stepwise, feedback_to_stepwise),
     "preference_to_feedback": Conversion(Preference, Feedback, preference_to_feedback),
     "preference_to_ranking": Conversion(Preference, Ranking, preference_to_ranking),
     "ranking_to_preference": Conversion(Ranking, Preference, ranking_to_preference),

@@ -132,7 +132,7 @@ class Session:
             "checks": self.checks,
             "logs": {log.file.name: log.described() for log in self.logs},
         }
-        keep = self.cfg.hardware.keep
+        keep = self.cfg.hardware.keep_checkpoints
         assert keep is not None  # validate() asks for it where a stage trains
         save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **own}, keep)
         self.saved = time.monotonic()

@@ -156,7 +156,7 @@ def run(cfg: GrpoConfig) -> Path:
                 metrics |= refresh.collect(step, found.rollouts)
             stop = watch.before_updates(step, metrics)
             learnt = found
-            if algo.refills and not stop:
+            if algo.dynamic_sampling and not stop:
                 more = partial(sample, step, temperature, clock)
                 learnt, counts = refilled(found, more, algo)
                 metrics |= counts
@@ -213,7 +213,7 @@ def refilled(
     size = algo.group_size
     learnt = found.groups(unequal_groups(found, algo), size)
     sampled = algo.batch_size
-    for again in range(1, algo.refills + 1):
+    for again in range(1, algo.dynamic_sampling + 1):
         missing = algo.batch_size - len(learnt.rollouts) // size
         if not missing:
             break

@@ -4,7 +4,7 @@
     kwise          - 1/C(K,2) sum over pairs of log s(r_i - r_j)  rankings  (2203.02155 eq. 1)
     plackett_luce  - sum_k [r_(k) - logsumexp_{j >= k} r_(j)]     rankings  (2305.18290 App. A.3)
     pointwise      logistic on a label, or (r - score)^2          responses (2110.14168)
-    steps          logistic on each step's label, at its end      steps     (2305.20050)
+    process        logistic on each step's label, at its end      steps     (2305.20050)
     token          bradley_terry on the mean of token rewards     pairs     (2306.00398 eq. 2)
 
 Each response is forwarded once. Its score is read at its last token, the EOS; of steps at the last
@@ -79,7 +79,7 @@ def run(cfg: RewardConfig) -> Path:
     rows = read_split(cfg.data, row_kind(cfg))
     check_judgements(cfg, rows.train + rows.held_out)
     train, held_out = encoder.answers(rows.train), encoder.answers(rows.held_out)
-    level = {"steps": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
+    level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
     session.note(encoder, [*rows.notes, sizes(train, held_out)])
@@ -210,7 +210,7 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
         return regression_loss(scores, targets), {}
     per_item = (
         [row.labels[: len(item.ends)] for row, item in zip(rows, items, strict=True)]
-        if algo.loss == "steps"
+        if algo.loss == "process"
         else [[float(row.label)] for row in rows]
     )
     labels = scores.new_tensor([label for labels in per_item for label in labels])

@@ -301,12 +301,12 @@ BAD_ROWS: dict[str, Case] = {
     ),
     "a step's label that is no number": (
         rows('{"prompt": "a", "steps": ["b"], "labels": [NaN]}'),
-        f"reward {OWN} algo=steps",
+        f"reward {OWN} algo=process",
         ["own.jsonl:1: column 'labels' holds nan, expected"],
     ),
     "no steps": (
         rows({"prompt": "a", "steps": [], "labels": []}),
-        f"reward {OWN} algo=steps",
+        f"reward {OWN} algo=process",
         ["own.jsonl:1: column 'steps' is empty"],
     ),
     "responses that are no list": (
@@ -418,13 +418,16 @@ BAD_ROWS: dict[str, Case] = {
     ),
     "thumbs where steps are needed": (
         rows(THUMBS),
-        f"reward {OWN} algo=steps",
-        ["this is a feedback row; needed: steps", "data.convert=[feedback_to_steps] makes them"],
+        f"reward {OWN} algo=process",
+        [
+            "this is a feedback row; needed: stepwise",
+            "data.convert=[feedback_to_stepwise] makes them",
+        ],
     ),
     "steps where thumbs are needed": (
         rows(STEPS),
         f"reward {OWN} algo=pointwise",
-        ["own.jsonl:1: this is a steps row; needed: feedback", "label: true | false"],
+        ["own.jsonl:1: this is a stepwise row; needed: feedback", "label: true | false"],
     ),
     "two kinds in one file": (
         rows(RANKING, PAIR),
@@ -466,12 +469,12 @@ BAD_ROWS: dict[str, Case] = {
     ),
     "a step without a label": (
         rows({**STEPS, "labels": [1]}),
-        f"reward {OWN} algo=steps",
+        f"reward {OWN} algo=process",
         ["own.jsonl:1: column 'labels' holds 1 for 2 steps"],
     ),
     "a step's label above 1": (
         rows({**STEPS, "labels": [1, 2]}),
-        f"reward {OWN} algo=steps",
+        f"reward {OWN} algo=process",
         ["own.jsonl:1: column 'labels' holds 2, expected true, false or a number from 0"],
     ),
     "a doubtful pair": (
@@ -1004,7 +1007,7 @@ LATE: dict[str, Case] = {
     ),
     "steps that are cut otherwise": (
         rows(*({**STEPS, "prompt": f"{n}", "steps": ["Hi\nyou", "Ann!"]} for n in range(2))),
-        f"reward {SMALL} algo=steps",
+        f"reward {SMALL} algo=process",
         ["own.jsonl:", "these 2 steps, joined by data.step_join='\\n', are not those", "(3 steps)"],
     ),
     "an implicit reward whose reference has changed": (

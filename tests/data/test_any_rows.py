@@ -63,7 +63,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "preference": ("reward", "algo.row_margin=true"),
     "ranking": ("reward", "algo=kwise"),
     "feedback": ("dpo", "algo=kto"),
-    "steps": ("reward", "algo=steps"),
+    "steps": ("reward", "algo=process"),
     "hh": ("dpo",),
     "gsm8k": ("grpo",),
     "gsm8k_solutions": ("reward", "algo=pointwise"),

@@ -126,29 +126,32 @@ def test_prompts_of_messages_are_grouped_too() -> None:
     assert converted("feedback_to_ranking", *rows)[0] == [Ranking(turns, ["a", "b"], [1, 2])]
 
 
-def test_feedback_to_steps() -> None:
+def test_feedback_to_stepwise() -> None:
     rows = [
         Feedback("p", "one\n\ntwo\nA: 3", True, None, "f:1"),
         Feedback("q", "one\n", False, None, "f:2"),
         Feedback("r", "one", None, 4.0),
     ]
-    made, note = converted("feedback_to_steps", *rows)
+    made, note = converted("feedback_to_stepwise", *rows)
     assert made == [
         Stepwise("p", ["one\n", "two", "A: 3"], [1, 1, 1], "f:1"),
         Stepwise("q", ["one\n"], [0], "f:2"),
     ]
     assert ["\n".join(row.steps) for row in made] == [row.completion for row in rows[:2]]
-    assert note == "feedback_to_steps: 2 steps rows from 3 feedback rows, 1 without a label dropped"
+    assert (
+        note
+        == "feedback_to_stepwise: 2 stepwise rows from 3 feedback rows, 1 without a label dropped"
+    )
 
 
 def test_steps_that_do_not_join_again() -> None:
     row = Feedback("p", "One. Two.", True, None, "f.jsonl:3")
     with pytest.raises(UserError, match=r"f\.jsonl:3: the steps that data\.step_end=") as caught:
-        converted("feedback_to_steps", row, step_end=SENTENCE)
+        converted("feedback_to_stepwise", row, step_end=SENTENCE)
     assert "data.step_join='' joins any steps" in str(caught.value)
-    (made,), _ = converted("feedback_to_steps", row, step_end=SENTENCE, step_join="")
+    (made,), _ = converted("feedback_to_stepwise", row, step_end=SENTENCE, step_join="")
     assert made.steps == ["One. ", "Two."]
-    (made,), _ = converted("feedback_to_steps", row, step_end=SENTENCE, step_join=" ")
+    (made,), _ = converted("feedback_to_stepwise", row, step_end=SENTENCE, step_join=" ")
     assert made.steps == ["One.", "Two."]
 
 
@@ -185,7 +188,7 @@ def test_steps_are_the_text_again(text: str, step_end: str) -> None:
 @given(st.text(alphabet="ab \n", min_size=1).filter(str.strip))
 def test_steps_of_feedback_are_cut_alike_again(text: str) -> None:
     """What the tokens of a row's steps rest on."""
-    (row,), _ = converted("feedback_to_steps", Feedback("p", text, True))
+    (row,), _ = converted("feedback_to_stepwise", Feedback("p", text, True))
     assert "\n".join(row.steps) == text
     assert len(cut_steps(text, "\n")) == len(row.steps) == len(row.labels)
 
@@ -194,7 +197,7 @@ def test_steps_of_feedback_are_cut_alike_again(text: str) -> None:
     ("start", "end", "names"),
     [
         (Ranking, Preference, ["ranking_to_preference"]),
-        (Preference, Stepwise, ["preference_to_feedback", "feedback_to_steps"]),
+        (Preference, Stepwise, ["preference_to_feedback", "feedback_to_stepwise"]),
         (Feedback, Preference, ["feedback_to_ranking", "ranking_to_preference"]),
         (Ranking, Ranking, []),
         (Stepwise, Feedback, None),

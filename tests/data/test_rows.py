@@ -488,7 +488,7 @@ PAIRED = ["ranking_to_preference"]
         (RANKINGS, PAIRED, Preference),
         (JUDGED, ["feedback_to_ranking"], Ranking),
         (JUDGED, ["feedback_to_ranking", *PAIRED], Preference),
-        (JUDGED, ["feedback_to_steps"], Stepwise),
+        (JUDGED, ["feedback_to_stepwise"], Stepwise),
     ],
 )
 def test_every_stage_holds_out_the_same_prompts(
@@ -614,9 +614,9 @@ def test_demonstrations_left_out_are_told(tmp_path: Path) -> None:
         (Preference, PAIRED),
         (Feedback, ["preference_to_feedback"]),
         (Ranking, ["feedback_to_ranking"]),
-        (Stepwise, ["feedback_to_steps"]),
+        (Stepwise, ["feedback_to_stepwise"]),
         (Demonstration, PAIRED),
-        (Prompt, ["feedback_to_steps"]),
+        (Prompt, ["feedback_to_stepwise"]),
     ],
 )
 def test_the_demo_has_rows_for_every_conversion(kind: type, convert: list[str]) -> None:

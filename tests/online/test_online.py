@@ -85,7 +85,7 @@ def test_schedules_are_linear_and_rollouts_follow_the_temperature(tmp_path: Path
 def test_groups_of_equal_rewards_are_sampled_anew_within_the_budget(tmp_path: Path) -> None:
     words = [*ONCE, "algo.group_size=2", "reward=regex:e"]
     plain = run("grpo", tmp_path / "plain", *words)
-    dapo = run("grpo", tmp_path / "dapo", *words, "algo.refills=2")
+    dapo = run("grpo", tmp_path / "dapo", *words, "algo.dynamic_sampling=2")
     assert any(0 < each["equal_groups"] < 1 for each in plain)
     assert dapo[0]["equal_groups"] == plain[0]["equal_groups"]  # the first round is the same
     for each in dapo:
@@ -100,7 +100,7 @@ def test_equal_groups_alone_teach_nothing(tmp_path: Path) -> None:
     words = [*ONCE, "algo.kl_coef=0", 'reward="regex:^"']
     found = run("grpo", tmp_path / "plain", *words)
     assert all(each["equal_groups"] == 1 and each["grad_norm/policy"] == 0 for each in found)
-    again = run("grpo", tmp_path / "refilled", *words, "algo.refills=1")
+    again = run("grpo", tmp_path / "refilled", *words, "algo.dynamic_sampling=1")
     assert all(each["sampled_groups"] == 16 and "loss" not in each for each in again)
 
 

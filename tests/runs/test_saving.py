@@ -174,7 +174,12 @@ def test_an_unfinished_run_goes_on_with_other_hardware_and_logging(
     killed: Path, tmp_path: Path
 ) -> None:
     whole = run("ppo", tmp_path / "whole")
-    free = ["hardware.save_every=3", "hardware.keep=1", "algo.show_every=1", "algo.eval_every=3"]
+    free = [
+        "hardware.save_every=3",
+        "hardware.keep_checkpoints=1",
+        "algo.show_every=1",
+        "algo.eval_every=3",
+    ]
     run("ppo", killed, *free)
     assert weights(whole) == weights(killed)
 

@@ -45,8 +45,8 @@ CASES: dict[str, tuple[list[str], type]] = {
     "plackett_luce": (["algo=plackett_luce", RANKINGS], Ranking),
     "label": (["algo=pointwise", FEEDBACK], Feedback),
     "score": (["algo=pointwise", "algo.target=score", FEEDBACK], Feedback),
-    "steps": (["algo=steps", STEPS], Stepwise),
-    "steps, the least": (["algo=steps", "algo.aggregate=min", STEPS], Stepwise),
+    "steps": (["algo=process", STEPS], Stepwise),
+    "steps, the least": (["algo=process", "algo.aggregate=min", STEPS], Stepwise),
     "token": (["algo=token", *SOFTENED], Preference),
     "token, the sum": (["algo=token", "algo.aggregate=sum"], Preference),
 }
@@ -122,7 +122,7 @@ def losses_of(model: Any, item: Answers, algo: Any, encoder: Encoder) -> list[Te
             for i in range(len(every))
         ]
         return [torch.stack(picks).sum()]
-    if algo.loss == "steps":
+    if algo.loss == "process":
         ends = step_ends(item, encoder)
         pairs_of = zip(ends, row.labels, strict=False)  # what was cut has no label
         return [logistic(scores[0][end], label) for end, label in pairs_of]
@@ -134,7 +134,7 @@ def losses_of(model: Any, item: Answers, algo: Any, encoder: Encoder) -> list[Te
 def score_of(model: Any, sequence: Tokens, algo: Any, encoder: Encoder) -> Tensor:
     """The one score of a response, ()."""
     (scores,) = logits_of(model, Answers(sequence.prompt, [sequence.response], None))
-    if algo.loss == "steps":
+    if algo.loss == "process":
         texts = encoder.text(sequence.response).split("\n")
         row = Stepwise("p", texts, [1.0] * len(texts))
         ends = step_ends(Answers(sequence.prompt, [sequence.response], row), encoder)
@@ -154,7 +154,7 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     (entry,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     manifest = json.loads((tmp_path / "stage.json").read_text())
 
-    level = {"steps": "step", "token": "token"}.get(cfg.algo.loss, "response")
+    level = {"process": "step", "token": "token"}.get(cfg.algo.loss, "response")
     whole = level == "response"
     auto = AutoModelForSequenceClassification if whole else AutoModelForTokenClassification
     model = plain(auto, tmp_path)

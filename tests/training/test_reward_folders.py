@@ -20,8 +20,8 @@ UPDATES = [
 ]
 # the folders under runs/rewards, and what makes them
 FOLDERS = {
-    "step": ["reward", "algo=steps", STEPS, "algo.epochs=6"],
-    "step, adapter": ["reward", "algo=steps", STEPS, "algo.epochs=6", *WORDS["lora"]],
+    "step": ["reward", "algo=process", STEPS, "algo.epochs=6"],
+    "step, adapter": ["reward", "algo=process", STEPS, "algo.epochs=6", *WORDS["lora"]],
     "token": ["reward", "algo=token", "algo.epochs=3"],
     "bootstrapped": ["dpo", "reference=bootstrap", "algo.epochs=1"],
     "averaged": ["dpo", "algo=length_normalised", "algo.epochs=1"],
@@ -156,7 +156,7 @@ JUDGED: dict[str, tuple[list[str], bool, list[str]]] = {
         False,
         ["targets", "mse", "r2", "correlation"],
     ),
-    "steps": (["reward", "algo=steps", STEPS], True, ["labels", "auc", "base_rate"]),
+    "steps": (["reward", "algo=process", STEPS], True, ["labels", "auc", "base_rate"]),
     "token": (["reward", "algo=token"], True, ["pairs", "accuracy_prompt_exchanged"]),
     "dpo": (["dpo"], True, ["pairs", "accuracy", "calibration_error"]),
     "simpo": (["dpo", "algo=simpo"], True, ["pairs", "accuracy"]),
