@@ -94,7 +94,7 @@ def _stage_words(words: list[str], word: str) -> list[str]:
         )
         return [f"{key}={name} " for name in fitting]
     field = catalog.keys(stage).get(key)
-    choices = field.metadata.get("choices", ()) if field else ()
+    choices = catalog.choices(stage, key) if field else ()
     if field and field.type is bool:
         choices = ("true", "false")
     return [f"{key}={choice} " for choice in choices]

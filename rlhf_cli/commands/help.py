@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.stages import STAGES, rows_with
+from rlhf_cli.config.switches import used_by
 
 _OVERVIEW = """\
 rlhf-cli: align a language model with feedback, one stage per command.
@@ -90,7 +91,9 @@ def _key_table(stage: str, group: str, values: dict[str, Any]) -> str:
     rows = []
     for key, field in catalog.keys(stage).items():
         if key.rpartition(".")[0] == group:
-            takes, meaning = catalog.describe(field), field.metadata["meaning"]
+            takes, meaning = catalog.describe(stage, key), field.metadata["meaning"]
+            if switch := used_by(stage, key):
+                meaning += f" Used by {switch}."
             if len(takes) > MAX_TAKES:  # many names are read better as a sentence
                 names = takes.removeprefix("list of ")
                 takes = takes.removesuffix(names) + "names"

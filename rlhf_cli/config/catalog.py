@@ -7,7 +7,8 @@ files itself. It follows only what conf/ uses: a defaults list of sibling option
 
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -15,14 +16,17 @@ import yaml
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.paths import is_path
+from rlhf_cli.config.schema import OPTIONS
 from rlhf_cli.config.stages import STAGES
 
 GROUPS = ("algo", "model", "data", "hardware")
+NULL = "null"  # as it is written
 
 # Every scalar stays the text that the file has: `2e-4` is shown as 2e-4, not as 0.0002.
 _AsWritten: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
+@cache
 def shipped(folder: str) -> Path:
     """`conf` or `recipes`, as installed in the package or as it lies beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -35,7 +39,8 @@ def config_dirs(own: str | None = None) -> list[Path]:
     return [shipped("conf"), *([Path(own)] if own else [])]
 
 
-def keys(stage: str) -> dict[str, "dataclasses.Field[Any]"]:
+@cache
+def keys(stage: str) -> Mapping[str, "dataclasses.Field[Any]"]:
     """Every key of a stage by its dotted name, in the order of the schema."""
     return dict(_leaves(STAGES[stage].config))
 
@@ -58,9 +63,16 @@ def model_keys(stage: str) -> dict[str, str]:
     }
 
 
-def group_keys(stage: str, group: str) -> set[str]:
+def group_of(key: str) -> str:
+    """The group of a key; nothing for those of the stage itself."""
+    return key.rpartition(".")[0]
+
+
+@cache
+def group_keys(stage: str, group: str) -> frozenset[str]:
     """The names of the keys in one group of a stage, without the group."""
-    return {key.removeprefix(f"{group}.") for key in keys(stage) if key.startswith(f"{group}.")}
+    start = f"{group}."
+    return frozenset(key.removeprefix(start) for key in keys(stage) if key.startswith(start))
 
 
 def options(group: str, dirs: list[Path]) -> list[str]:
@@ -75,11 +87,17 @@ def option_file(group: str, option: str, dirs: list[Path]) -> Path | None:
 
 
 def read(file: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The defaults list and the own values of a YAML file, values as written.
+    """The defaults list and the own values of a YAML file, values as written; not to be changed.
+
+    Shipped files are read once.
 
     Raises:
         UserError: the file does not hold YAML keys and values.
     """
+    return _read_once(file) if file.is_relative_to(shipped("conf")) else _read(file)
+
+
+def _read(file: Path) -> tuple[list[Any], dict[str, Any]]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_AsWritten) or {}
     except yaml.MarkedYAMLError as error:
@@ -92,6 +110,9 @@ def read(file: Path) -> tuple[list[Any], dict[str, Any]]:
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold KEY: VALUE lines")
     return content.pop("defaults", []), content
+
+
+_read_once = cache(_read)
 
 
 def option_values(group: str, option: str, dirs: list[Path]) -> dict[str, Any]:
@@ -112,21 +133,64 @@ def stages_of(group: str, option: str, dirs: list[Path]) -> list[str]:
     It must leave no key of the group without a value; the stage's own file may have the rest.
     """
     values = option_values(group, option, dirs)
-    return [stage for stage in STAGES if _fits(stage, group, values)]
+    return [stage for stage in STAGES if _fits(stage, group, values, choices)]
 
 
-def _fits(stage: str, group: str, values: dict[str, Any]) -> bool:
-    fields = keys(stage)
+def _fits(
+    stage: str, group: str, values: dict[str, Any], known: Callable[[str, str], tuple[str, ...]]
+) -> bool:
     names = group_keys(stage, group)
     _, own = read(shipped("conf") / f"{stage}.yaml")
     if not set(values) <= names <= set(values) | set(own.get(group, {})):
         return False
     return all(
-        value in (*choices, "null")
+        value in (*words, NULL)
         for name, value in values.items()
-        if (choices := fields[f"{group}.{name}"].metadata.get("choices"))
-        and not isinstance(value, list)
+        if (words := known(stage, f"{group}.{name}")) and not isinstance(value, list)
     )
+
+
+def shipped_options(stage: str, group: str) -> dict[str, dict[str, Any]]:
+    """What each shipped option of a group, with what it builds on, makes of a stage's values.
+
+    Returns:
+        By option, the plainest first, the stage's own keys and those of the group by dotted name,
+        as written; not to be changed.
+    """
+    return _shipped_options(shipped("conf"), stage, group)
+
+
+@cache
+def _shipped_options(conf: Path, stage: str, group: str) -> dict[str, dict[str, Any]]:
+    sets = {option: option_values(group, option, [conf]) for option in options(group, [conf])}
+    fitting = [
+        option for option, values in sets.items() if _fits(stage, group, values, _words_of_schema)
+    ]
+    made = {}
+    for option in sorted(fitting, key=lambda option: (len(sets[option]), option)):
+        values = stage_values(stage, {group: option}, [conf])
+        made[option] = {key: values[key] for key in values if group_of(key) in ("", group)}
+    return made
+
+
+def choices(stage: str, key: str) -> tuple[str, ...]:
+    """The values that a key of a stage knows; none where it takes any."""
+    if keys(stage)[key].metadata.get("choices") != OPTIONS:
+        return _words_of_schema(stage, key)
+    known = shipped_options(stage, group_of(key)).values()
+    return tuple(sorted({values[key] for values in known}))
+
+
+def _words_of_schema(stage: str, key: str) -> tuple[str, ...]:
+    """Those that the schema itself tells."""
+    words = keys(stage)[key].metadata.get("choices")
+    return words if isinstance(words, tuple) else ()
+
+
+def told_by_options(stage: str) -> str:
+    """The key of a stage whose choices are OPTIONS."""
+    fields = keys(stage).items()
+    return next(key for key, field in fields if field.metadata.get("choices") == OPTIONS)
 
 
 def default_options(stage: str) -> dict[str, str]:
@@ -167,16 +231,17 @@ def _dotted(own: dict[str, Any]) -> dict[str, Any]:
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true|false"}
 
 
-def describe(field: "dataclasses.Field[Any]") -> str:
+def describe(stage: str, key: str) -> str:
     """What a key takes, in words: `number >= 0`, `cosine|linear|constant`, `text or null`."""
+    field = keys(stage)[key]
     kinds = get_args(field.type) if _is_union(field.type) else (field.type,)
     kind = next(each for each in kinds if each is not type(None))
-    limits = field.metadata
-    if "choices" in limits:
-        words = "|".join(limits["choices"])
+    if known := choices(stage, key):
+        words = "|".join(known)
         words = f"list of {words}" if get_origin(kind) is list else words
     else:
         words = _TYPES.get(kind) or {list: "list", dict: "map"}[get_origin(kind)]
+    limits = field.metadata
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     words += ",".join(f" {signs[name]} {limits[name]:g}" for name in signs if name in limits)
     return words + (" or null" if type(None) in kinds else "")

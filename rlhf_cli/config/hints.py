@@ -17,11 +17,25 @@ from rlhf_cli.config.stages import STAGES
 
 _PLAIN_NAMES = re.compile(r"[\w./,-]*")
 
+# Names of before: a key, or an option or a value as KEY=VALUE, and what it is called now.
+RENAMED = {
+    "hardware.keep": "hardware.keep_checkpoints",
+    "algo.refills": "algo.dynamic_sampling",
+    "algo=steps": "algo=process",
+    "algo.loss=steps": "algo.loss=process",
+    "data.convert=feedback_to_steps": "data.convert=feedback_to_stepwise",
+}
+
 
 def nearest(word: str, names: Iterable[str], prefix: str = "") -> str:
     """`; did you mean NAME?` for the closest of the names, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def renamed(word: str) -> str | None:
+    """The line for a KEY or a KEY=VALUE of before; None for other words."""
+    return f"{word} is called {RENAMED[word]} now" if word in RENAMED else None
 
 
 def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
@@ -55,7 +69,8 @@ def _check_option(stage: str, group: str, option: str, dirs: list[Path]) -> None
     choices = f"{stage} takes {', '.join(fitting)}"
     if catalog.option_file(group, option, dirs) is None:
         hint = nearest(option, fitting) or nearest(option, names)
-        raise UserError(f"unknown {group} option {option}{hint or ';'} {choices}")
+        line = f"unknown {group} option {option}{hint or ';'} {choices}"
+        raise UserError(renamed(f"{group}={option}") or line)
     owners = catalog.stages_of(group, option, dirs)
     # An option with owners nowhere is a user's own file with a slip in it: composing names the key.
     if owners and stage not in owners:
@@ -72,6 +87,8 @@ def _check_key(stage: str, key: str) -> None:
 
 def unknown_key(stage: str, key: str) -> str:
     """The line for a key that a stage does not have."""
+    if line := renamed(key):
+        return line
     known = catalog.keys(stage)
     group = key.rpartition(".")[0]
     inside = [each for each in known if each.rpartition(".")[2] == key]
@@ -97,10 +114,17 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
     return nearest(key, known)
 
 
+def unknown_value(stage: str, key: str, value: object) -> str:
+    """The line for a value that is none of the choices of a key."""
+    known, word = catalog.choices(stage, key), f"{key}={value}"
+    if RENAMED.get(word, "").removeprefix(f"{key}=") in known:
+        return str(renamed(word))
+    return wrong_value(stage, key, value) + nearest(str(value), known)
+
+
 def wrong_value(stage: str, key: str, value: object) -> str:
     """The line for a value of the wrong type or out of bounds."""
-    field = catalog.keys(stage).get(key)
-    takes = catalog.describe(field) if field else "a group of keys"
+    takes = catalog.describe(stage, key) if key in catalog.keys(stage) else "a group of keys"
     article = {"integer": "an ", "number": "a ", "list": "a ", "map": "a "}
     takes = article.get(takes.partition(" ")[0], "") + takes
     return f"{key} must be {takes}, got {'null' if value is None else value}"
@@ -165,7 +189,9 @@ def _explain_words(error: BaseException, text: str) -> str:
         return f"{key}={value} has a comma; to sweep add -m, else quote it: {_quoted(key, value)}"
     if appended := re.search(r"already at '(.*?)'", text):
         return f"{appended[1]} exists already; write {appended[1]}=VALUE without +"
-    return " ".join(text.split("\n\n")[0].split())
+    base = re.search(r"Could not load '(\w+)/(\w+)'", text)  # in a defaults list
+    line = renamed(f"{base[1]}={base[2]}") if base else None
+    return line or " ".join(text.split("\n\n")[0].split())
 
 
 def _quoted(key: str, value: str) -> str:

@@ -66,75 +66,32 @@ def kl(cfg: Online) -> Iterator[str]:
 
 
 def kl_controller(cfg: Online) -> Iterator[str]:
-    """A controller has its target, and nothing that another one reads."""
-    if not isinstance(cfg, PpoConfig):
-        return
-    algo = cfg.algo
-    if algo.kl_controller == "fixed":
-        for name in ("kl_target", "kl_horizon"):
-            if getattr(algo, name) is not None:
-                yield (
-                    f"algo.{name} is not used by algo.kl_controller=fixed; "
-                    f"set it to null or take algo=ppo_adaptive"
-                )
-    elif algo.kl_coef == 0:
+    """A controller has something to steer."""
+    if isinstance(cfg, PpoConfig) and cfg.algo.kl_controller != "fixed" and cfg.algo.kl_coef == 0:
         yield "a kl_controller multiplies algo.kl_coef, so it must start above 0"
-    elif algo.kl_target is None:
-        yield f"algo.kl_controller={algo.kl_controller} needs algo.kl_target, in nats per response"
-    elif algo.kl_controller == "ziegler" and algo.kl_horizon is None:
-        yield "algo.kl_controller=ziegler needs algo.kl_horizon, in rollouts"
-    elif algo.kl_controller == "schulman" and algo.kl_horizon is not None:
-        yield "algo.kl_horizon is used by algo.kl_controller=ziegler only; set it to null"
 
 
 def ratios(cfg: Online) -> Iterator[str]:
-    """Clips stand where there is a ratio to clip, and a loss without one learns once."""
+    """Clips cut what they are for, and a loss without a ratio learns once."""
     algo = cfg.algo
     loss = algo.loss
-    if loss in ("clip", "sequence_clip") and algo.clip is None:
-        yield f"algo.loss={loss} needs algo.clip"
-    if loss == "cispo" and algo.clip_high is None:
-        yield "algo.loss=cispo needs algo.clip_high"
-    reads = {"clip": ("clip", "sequence_clip", "cispo"), "dual_clip": ("clip",)}
-    reads["clip_high"] = reads["clip"]
-    for name, losses in reads.items():
-        if getattr(algo, name) is not None and loss not in losses:
-            yield f"algo.{name} is not used by algo.loss={loss}; set it to null"
     highest = 1 + (algo.clip_high or algo.clip or 0.0)
-    if algo.dual_clip is not None and loss == "clip" and algo.dual_clip <= highest:
+    if algo.dual_clip is not None and algo.dual_clip <= highest:
         yield f"algo.dual_clip={algo.dual_clip:g} must lie above the clipped ratio, {highest:g}"
     if loss == "policy_gradient" and (algo.epochs, algo.minibatch_size) != (1, algo.batch_size):
         yield (
             "algo.loss=policy_gradient has no ratio to correct for older rollouts: it needs "
             f"algo.epochs=1 and algo.minibatch_size={algo.batch_size}, the whole batch"
         )
-    if isinstance(cfg, PpoConfig):
-        if loss == "klpen" and cfg.algo.old_kl_coef is None:
-            yield "algo.loss=klpen needs algo.old_kl_coef; start from algo=ppo_klpen"
-        for name in ("old_kl_coef", "old_kl_target"):
-            if loss != "klpen" and getattr(cfg.algo, name) is not None:
-                yield f"algo.{name} is used by algo.loss=klpen only; set it to null"
-    elif loss == "sequence_clip" and cfg.algo.aggregate != "response_mean":
+    if (
+        isinstance(cfg, GrpoConfig)
+        and loss == "sequence_clip"
+        and cfg.algo.aggregate != "response_mean"
+    ):
         yield (
             f"algo.loss=sequence_clip has one ratio per response: algo.aggregate=response_mean "
             f"gives each the same weight, {cfg.algo.aggregate} does not"
         )
-
-
-def critic(cfg: Online) -> Iterator[str]:
-    """The keys of a critic are given with one, and only then."""
-    if not isinstance(cfg, PpoConfig):
-        return
-    needed = ("critic", "value_lr", "vf_coef", "lam")
-    for name in (*needed, "value_clip"):
-        given = getattr(cfg.algo, name) is not None
-        if cfg.algo.baseline == "critic" and not given and name in needed:
-            yield f"algo.baseline=critic needs algo.{name}; algo=ppo brings a value"
-        if cfg.algo.baseline != "critic" and given:
-            yield (
-                f"algo.{name} is read by a critic, but algo.baseline={cfg.algo.baseline} has none; "
-                "set it to null, or start from algo=reinforce"
-            )
 
 
 def groups(cfg: Online) -> Iterator[str]:
@@ -176,20 +133,10 @@ def groups(cfg: Online) -> Iterator[str]:
 
 
 def refreshing(cfg: Online) -> Iterator[str]:
-    """A reward model that is trained further has a judge to learn from, and pairs."""
-    if not isinstance(cfg, GrpoConfig):
+    """A reward model that is trained further has pairs, and nothing compares what it says."""
+    if not isinstance(cfg, GrpoConfig) or cfg.algo.refresh_reward is None:
         return
     algo = cfg.algo
-    keys = ("refresh_lr", "refresh_batch_size", "refresh_replay")
-    given = {"judge": cfg.judge, **{f"algo.{name}": getattr(algo, name) for name in keys}}
-    for name, value in given.items():
-        if algo.refresh_reward is None and value is not None:
-            yield f"{name} is read by algo.refresh_reward, which is null; see algo=grpo_iterative"
-        if algo.refresh_reward is not None and value is None:
-            example = "demo_gold" if name == "judge" else "VALUE, as algo=grpo_iterative does"
-            yield f"algo.refresh_reward needs {name}: set {name}={example}"
-    if algo.refresh_reward is None:
-        return
     if algo.group_size == 1:
         yield "algo.refresh_reward learns from pairs within a group, but algo.group_size=1"
     if algo.keep in ("reward", "rlhf_reward", "eval/reward"):
@@ -261,7 +208,6 @@ _ONLINE: tuple[Callable[[Online], Iterator[str]], ...] = (
     kl,
     kl_controller,
     ratios,
-    critic,
     groups,
     refreshing,
     responses,

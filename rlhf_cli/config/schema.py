@@ -1,11 +1,19 @@
 """Every key of every stage: its name, type, bound and meaning. Values live in conf/*.yaml only.
 
 A field without a default is mandatory for OmegaConf, so a key that is forgotten in YAML fails by
-name. `rlhf-cli STAGE --help` prints these sentences; `validate` in compose.py enforces the bounds.
+name. `rlhf-cli STAGE --help` prints these sentences; validate.py enforces the bounds, and a value
+where something reads a key, and only there.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+OPTIONS = "what the shipped options say"
+"""In `choices` and `used_by`: told by conf/ alone, so that a new loss is told nowhere else.
+
+The values of such a key are those that the shipped options of the stage give it; a key that it
+decides about is used by those whose option gives it a value other than null.
+"""
 
 
 def key(
@@ -15,18 +23,28 @@ def key(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] | str | None = None,
     role: str | None = None,
+    used_by: str | None = None,
+    needed: bool | str = False,
+    unused: float | None = None,
 ) -> Any:
     """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices.
 
     Args:
+        choices: the values that the key knows, or OPTIONS.
         role: of a key that names models, what they are there: `policy` for folders and hub ids of
             language models, `reward` for sums of terms, as rewards/specs.py reads them.
+        used_by: the switch without which nothing reads the key: `algo.loss=clip|cispo` has one of
+            these values, `algo.beams>1` is above that, `algo.refresh_reward` is not null; or
+            OPTIONS.
+        needed: whether null is refused where the key is used, or the switch under which it is.
+        unused: the value that the key has where nothing reads it.
     """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "role": role}
-    given = {name: bound for name, bound in bounds.items() if bound is not None}
-    return field(metadata={"meaning": meaning, **given})
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    told = {"meaning": meaning, **bounds, "role": role, "used_by": used_by}
+    given = {name: each for name, each in told.items() if each is not None}
+    return field(metadata={**given, "needed": needed, "unused": unused})
 
 
 # --------------------------------------------------------------------------- hardware
@@ -96,11 +114,19 @@ class SftModel(Model):
         "Hub id or folder of a pretrained model; null builds one from scratch.", role="policy"
     )
     dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
-    vocab_size: int | None = key("From scratch: tokens of the BPE that is learned.", ge=260)
-    hidden_size: int | None = key("From scratch: width; doubling costs four times the time.", ge=8)
-    layers: int | None = key("From scratch: decoder blocks.", ge=1)
-    heads: int | None = key("From scratch: attention heads; must divide hidden_size.", ge=1)
-    context: int | None = key("From scratch: longest sequence in tokens.", ge=8)
+    vocab_size: int | None = key(
+        "Tokens of the BPE that is learned.", ge=260, used_by="model.path=null", needed=True
+    )
+    hidden_size: int | None = key(
+        "Width; doubling costs four times the time.", ge=8, used_by="model.path=null", needed=True
+    )
+    layers: int | None = key("Decoder blocks.", ge=1, used_by="model.path=null", needed=True)
+    heads: int | None = key(
+        "Attention heads; must divide hidden_size.", ge=1, used_by="model.path=null", needed=True
+    )
+    context: int | None = key(
+        "Longest sequence in tokens.", ge=8, used_by="model.path=null", needed=True
+    )
 
 
 # --------------------------------------------------------------------------- data
@@ -174,7 +200,9 @@ class OptimizerConfig(Algo):
         "Shape after warmup; cosine ends at min_lr_ratio of the peak, linear at zero.",
         choices=("cosine", "linear", "constant"),
     )
-    min_lr_ratio: float = key("Cosine only: final over peak learning rate.", ge=0, le=1)
+    min_lr_ratio: float = key(
+        "Final over peak learning rate.", ge=0, le=1, used_by="algo.lr_schedule=cosine", unused=0
+    )
     warmup_steps: int = key("Optimizer steps of linear warmup from zero.", ge=0)
     adam_beta1: float = key("Decay of the gradient mean.", ge=0, lt=1)
     adam_beta2: float = key("Decay of the squared-gradient mean.", ge=0, lt=1)
@@ -211,25 +239,32 @@ class RewardAlgo(OptimizerConfig):
     loss: str = key(
         "What the scores are fitted to: pairs (bradley_terry, token), rankings (kwise, "
         "plackett_luce), judgements of one response (pointwise) or of its steps (process).",
-        choices=("bradley_terry", "kwise", "plackett_luce", "pointwise", "process", "token"),
+        choices=OPTIONS,
     )
     row_margin: bool | None = key(
-        "Pairs: subtract the row's margin column, as Llama 2 did; null where the loss has none."
+        "Subtract the row's margin column, as Llama 2 did.", used_by=OPTIONS, needed=True
     )
     label_smoothing: float | None = key(
-        "Pairs: assumed share of flipped labels; null where the loss has none.", ge=0, lt=0.5
+        "Assumed share of flipped labels.", ge=0, lt=0.5, used_by=OPTIONS, needed=True
     )
     centring: float | None = key(
-        "Pairs: weight of (r_w + r_l)^2, which keeps scores around 0; TRL suggests 0.01.", ge=0
+        "Weight of (r_w + r_l)^2, which keeps scores around 0; TRL suggests 0.01.",
+        ge=0,
+        used_by=OPTIONS,
+        needed=True,
     )
     target: str | None = key(
-        "Pointwise: fit the label (logistic) or the score (regression); null for other losses.",
+        "Fit the label (logistic) or the score (regression).",
         choices=("label", "score"),
+        used_by=OPTIONS,
+        needed=True,
     )
     aggregate: str | None = key(
         "How scores within a response become its own: of steps the product of their "
         "probabilities or the least of them, of tokens the mean or the sum.",
         choices=("product", "min", "mean", "sum"),
+        used_by=OPTIONS,
+        needed=True,
     )
     epochs: int = key("Passes over the rows; more than one overfits (InstructGPT).", ge=1)
     batch_size: int = key(
@@ -240,6 +275,9 @@ class RewardAlgo(OptimizerConfig):
         "Weights that are written: the last, or those with the lowest held-out loss.",
         choices=("best", "last"),
     )
+
+
+CLIPPED = "algo.loss=clip|sequence_clip|cispo"
 
 
 @dataclass
@@ -272,14 +310,21 @@ class OnlineAlgo(OptimizerConfig):
         choices=("k1", "k2", "k3", "weighted_k3", "full"),
     )
     clip: float | None = key(
-        "The ratio pi / pi_old is clipped to 1 - clip .. 1 + clip; null where the loss has none.",
+        "The ratio pi / pi_old is clipped to 1 - clip .. 1 + clip.",
         gt=0,
+        used_by=CLIPPED,
+        needed="algo.loss=clip|sequence_clip",
     )
     clip_high: float | None = key(
-        "Upper clip where it differs; DAPO 0.28 beside a clip of 0.2.", gt=0
+        "Upper clip where it differs; DAPO 0.28 beside a clip of 0.2.",
+        gt=0,
+        used_by=CLIPPED,
+        needed="algo.loss=cispo",
     )
     dual_clip: float | None = key(
-        "Where A < 0 the loss is at most this times -A (1912.09729: 3); null: unbounded.", gt=1
+        "Where A < 0 the loss is at most this times -A (1912.09729: 3); null: unbounded.",
+        gt=1,
+        used_by="algo.loss=clip",
     )
     entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
     supervision: str = key(
@@ -338,6 +383,9 @@ class OnlineAlgo(OptimizerConfig):
     show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
 
 
+CRITIC = "algo.baseline=critic"
+
+
 @dataclass
 class PpoAlgo(OnlineAlgo):
     """One response per prompt; a critic, a mean or nothing as baseline."""
@@ -347,11 +395,14 @@ class PpoAlgo(OnlineAlgo):
         "log-derivative (policy_gradient: A2C, REINFORCE).",
         choices=("clip", "klpen", "policy_gradient"),
     )
-    old_kl_coef: float | None = key("klpen: first weight of KL(old || new) per token.", gt=0)
+    old_kl_coef: float | None = key(
+        "First weight of KL(old || new) per token.", gt=0, used_by="algo.loss=klpen", needed=True
+    )
     old_kl_target: float | None = key(
-        "klpen: KL(old || new) per token, in nats; below 1/1.5 of it the weight is halved, above "
-        "1.5 of it doubled; null keeps the weight.",
+        "KL(old || new) per token, in nats; below 1/1.5 of it the weight is halved, above 1.5 of "
+        "it doubled; null keeps the weight.",
         gt=0,
+        used_by="algo.loss=klpen",
     )
     baseline: str = key(
         "What is subtracted from returns: a critic's values, the mean return of the other "
@@ -359,23 +410,43 @@ class PpoAlgo(OnlineAlgo):
         choices=("critic", "mean", "none"),
     )
     critic: str | None = key(
-        "A network of its own, or a value head on the policy's trunk; null without a critic.",
+        "A network of its own, or a value head on the policy's trunk.",
         choices=("separate", "shared"),
+        used_by=CRITIC,
+        needed=True,
     )
-    value_lr: float | None = key("Peak learning rate of the critic or its head.", gt=0)
+    value_lr: float | None = key(
+        "Peak learning rate of the critic or its head.", gt=0, used_by=CRITIC, needed=True
+    )
     vf_coef: float | None = key(
         "Weight of the value loss; a separate critic has its own AdamW, so value_lr matters more.",
         ge=0,
+        used_by=CRITIC,
+        needed=True,
     )
-    value_clip: float | None = key("Values stay this close to their old ones; null: free.", gt=0)
-    lam: float | None = key("Lambda of generalised advantage estimation.", ge=0, le=1)
+    value_clip: float | None = key(
+        "Values stay this close to their old ones; null: free.", gt=0, used_by=CRITIC
+    )
+    lam: float | None = key(
+        "Lambda of generalised advantage estimation.", ge=0, le=1, used_by=CRITIC, needed=True
+    )
     gamma: float = key("Discount per token.", gt=0, le=1)
     kl_controller: str = key(
         "Keep kl_coef, or steer it to kl_target (Ziegler's proportional, Schulman's 1.5/2 rule).",
         choices=("fixed", "ziegler", "schulman"),
     )
-    kl_target: float | None = key("KL per response, in nats, that a controller aims at.", gt=0)
-    kl_horizon: int | None = key("Ziegler: rollouts over which kl_coef adapts.", ge=1)
+    kl_target: float | None = key(
+        "KL per response, in nats, that a controller aims at.",
+        gt=0,
+        used_by="algo.kl_controller=ziegler|schulman",
+        needed=True,
+    )
+    kl_horizon: int | None = key(
+        "Rollouts over which kl_coef adapts.",
+        ge=1,
+        used_by="algo.kl_controller=ziegler",
+        needed=True,
+    )
     whiten_rewards: bool = key(
         "Divide per-token rewards, KL included, by their standard deviation over the batch of "
         "tokens."
@@ -392,36 +463,40 @@ class PpoAlgo(OnlineAlgo):
 class DpoAlgo(OptimizerConfig):
     """Preference objectives: DPO, its family, and the baselines of its paper."""
 
-    loss: str = key(
-        "The objective; README.md has a table of formulas.",
-        choices=(
-            "dpo",
-            "length_normalised",
-            "robust",
-            "ipo",
-            "ipo_mean",
-            "hinge",
-            "plackett_luce",
-            "kto",
-            "orpo",
-            "simpo",
-            "preferred_ft",
-            "unlikelihood",
-        ),
+    loss: str = key("The objective; README.md has a table of formulas.", choices=OPTIONS)
+    beta: float | None = key(
+        "Scale of implicit rewards; larger stays closer to reference.",
+        gt=0,
+        used_by=OPTIONS,
+        needed=True,
     )
-    beta: float | None = key("Scale of implicit rewards; larger stays closer to reference.", gt=0)
-    tau: float | None = key("IPO: the margin settles at 1 / (2 tau).", gt=0)
+    tau: float | None = key(
+        "The margin settles at 1 / (2 tau).", gt=0, used_by=OPTIONS, needed=True
+    )
     label_smoothing: float | None = key(
-        "Assumed share of flipped labels (dpo: cDPO; robust: unbiased).", ge=0, lt=0.5
-    )
-    gamma: float | None = key("SimPO: margin that beta times the difference must pass.", ge=0)
-    lam: float | None = key("ORPO: weight of the odds ratio beside the likelihood.", ge=0)
-    alpha: float | None = key("Unlikelihood: weight of the rejected side's log-prob.", ge=0)
-    desirable_weight: float | None = key(
-        "KTO: weight of good responses; null with undesirable_weight null balances the classes.",
+        "Assumed share of flipped labels (dpo: cDPO; robust: unbiased).",
         ge=0,
+        lt=0.5,
+        used_by=OPTIONS,
+        needed=True,
     )
-    undesirable_weight: float | None = key("KTO: weight of bad responses.", ge=0)
+    gamma: float | None = key(
+        "Margin that beta times the difference must pass.", ge=0, used_by=OPTIONS, needed=True
+    )
+    lam: float | None = key(
+        "Weight of the odds ratio beside the likelihood.", ge=0, used_by=OPTIONS, needed=True
+    )
+    alpha: float | None = key(
+        "Weight of the rejected side's log-prob.", ge=0, used_by=OPTIONS, needed=True
+    )
+    desirable_weight: float | None = key(
+        "Weight of good responses; null with undesirable_weight null balances the classes.",
+        ge=0,
+        used_by="algo.loss=kto",
+    )
+    undesirable_weight: float | None = key(
+        "Weight of bad responses.", ge=0, used_by="algo.loss=kto"
+    )
     sft_coef: float = key("Weight of the mean NLL of chosen responses, added to any loss.", ge=0)
     epochs: int = key("Passes over the rows.", ge=1)
     batch_size: int = key("Rows per optimizer step: pairs, rankings or responses.", ge=1)
@@ -429,10 +504,10 @@ class DpoAlgo(OptimizerConfig):
         "Score all rows before training, keep that on disk, and free the reference model."
     )
     bootstrap_epochs: int | None = key(
-        "reference=bootstrap: passes of SFT over the chosen side; null takes 1.", ge=1
+        "Passes of SFT over the chosen side; null takes 1.", ge=1, used_by="reference=bootstrap"
     )
     bootstrap_lr: float | None = key(
-        "reference=bootstrap: peak learning rate of that SFT; null takes algo.lr.", gt=0
+        "Peak learning rate of that SFT; null takes algo.lr.", gt=0, used_by="reference=bootstrap"
     )
     eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
     keep: str = key(
@@ -479,14 +554,24 @@ class GrpoAlgo(OnlineAlgo):
         ge=1,
     )
     refresh_lr: float | None = key(
-        "refresh_reward: learning rate, constant over a refresh, which is one pass.", gt=0
+        "Learning rate, constant over a refresh, which is one pass.",
+        gt=0,
+        used_by="algo.refresh_reward",
+        needed=True,
     )
-    refresh_batch_size: int | None = key("refresh_reward: pairs per optimizer step.", ge=1)
+    refresh_batch_size: int | None = key(
+        "Pairs per optimizer step of a refresh.",
+        ge=1,
+        used_by="algo.refresh_reward",
+        needed=True,
+    )
     refresh_replay: float | None = key(
-        "refresh_reward: share of old pairs in each refresh, of preference rows of `data` and of "
-        "earlier refreshes; the paper 0.1.",
+        "Share of old pairs in each refresh, of preference rows of `data` and of earlier "
+        "refreshes; the paper 0.1.",
         ge=0,
         lt=1,
+        used_by="algo.refresh_reward",
+        needed=True,
     )
 
 
@@ -500,7 +585,9 @@ class Decoding(Algo):
     min_p: float = key("Tokens at least this likely beside the likeliest; 0 is off.", ge=0, le=1)
     repetition_penalty: float = key("Above 1 makes tokens already seen unlikelier.", gt=0)
     beams: int = key("Beam search over this many hypotheses; 1 is off.", ge=1)
-    length_penalty: float = key("Beam score is log-prob / length ** this.")
+    length_penalty: float = key(
+        "Beam score is log-prob / length ** this.", used_by="algo.beams>1", unused=1
+    )
     min_tokens: int = key("No response ends before this many tokens.", ge=0)
     max_tokens: int = key("Longest response in tokens.", ge=1)
     samples: int = key("Responses per prompt.", ge=1)
@@ -605,8 +692,10 @@ class SftConfig(TrainingConfig):
         choices=("loss", "reward"),
     )
     reward: str | None = key(
-        "select_by=reward: what scores responses; models, rules and functions, as in ppo.",
+        "What scores responses; models, rules and functions, as in ppo.",
         role="reward",
+        used_by="select_by=reward",
+        needed=True,
     )
     reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
     model: SftModel
@@ -654,9 +743,11 @@ class GrpoConfig(OnlineConfig):
     """GRPO and its family: policy, reward or verifier, and prompts -> policy."""
 
     judge: str | None = key(
-        "algo.refresh_reward: what labels the policy's responses for the reward model to learn "
-        "from: models, rules and functions, as in reward, but never the one that learns.",
+        "What labels the policy's responses for the reward model to learn from: models, rules and "
+        "functions, as in reward, but never the one that learns.",
         role="reward",
+        used_by="algo.refresh_reward",
+        needed=True,
     )
     algo: GrpoAlgo
 

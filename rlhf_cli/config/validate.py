@@ -1,6 +1,5 @@
 """Bounds of single keys and rules between keys. One line per broken rule; no torch, no files."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -8,7 +7,7 @@ from typing import Any
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.hints import nearest, wrong_value
+from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import (
@@ -17,7 +16,6 @@ from rlhf_cli.config.schema import (
     EvaluateConfig,
     GenerateConfig,
     Model,
-    OptimizerConfig,
     PpoConfig,
     RewardConfig,
     Run,
@@ -26,6 +24,7 @@ from rlhf_cli.config.schema import (
 )
 from rlhf_cli.config.secrets import refuse_secrets
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
+from rlhf_cli.config.switches import complaints
 
 LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
@@ -42,11 +41,14 @@ def validate(stage: str, cfg: Run) -> None:
     Raises:
         UserError: a value is secret, out of bounds or contradicts another key.
     """
-    refuse_secrets({key: _value(cfg, key) for key in catalog.keys(stage)})
-    for key, field in catalog.keys(stage).items():
-        _check_bounds(stage, key, field, _value(cfg, key))
+    values = {key: _value(cfg, key) for key in catalog.keys(stage)}
+    refuse_secrets(values)
+    for key, value in values.items():
+        _check_bounds(stage, key, value)
         if key in _PATHS:
-            _check_path(key, _value(cfg, key))
+            _check_path(key, value)
+    for complaint in complaints(stage, values):
+        raise UserError(complaint)
     for rule in _RULES:
         for complaint in rule(cfg):
             raise UserError(complaint)
@@ -65,16 +67,15 @@ def _value(cfg: Run, key: str) -> Any:
     return node
 
 
-def _check_bounds(stage: str, key: str, field: "dataclasses.Field[Any]", value: Any) -> None:
+def _check_bounds(stage: str, key: str, value: Any) -> None:
     if value is None:
         return
-    limits = field.metadata
-    if "choices" in limits:
+    if known := catalog.choices(stage, key):
         for each in value if isinstance(value, list) else [value]:
-            if each not in limits["choices"]:
-                hint = nearest(str(each), limits["choices"])
-                raise UserError(wrong_value(stage, key, each) + hint)
+            if each not in known:
+                raise UserError(unknown_value(stage, key, each))
         return
+    limits = catalog.keys(stage)[key].metadata
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
     if isinstance(value, int) and abs(value) > LARGEST:
@@ -93,24 +94,10 @@ def _check_bounds(stage: str, key: str, field: "dataclasses.Field[Any]", value: 
 # Each yields the complaints about one subject; only the first is shown.
 
 
-_FROM_SCRATCH = ("vocab_size", "hidden_size", "layers", "heads", "context")
-
-
 def _scratch_model(cfg: Run) -> Iterator[str]:
     model = getattr(cfg, "model", None)
-    if not isinstance(model, SftModel):
+    if not isinstance(model, SftModel) or model.path is not None:
         return
-    if model.path is not None:
-        for name in _FROM_SCRATCH:
-            if getattr(model, name) is not None:
-                yield (
-                    f"model.{name} is for models from scratch, but model.path={model.path}; "
-                    f"take model=pretrained or set model.{name}=null"
-                )
-        return
-    for name in _FROM_SCRATCH:
-        if getattr(model, name) is None:
-            yield f"model.path is null, so model.{name} is needed; or give model.path"
     assert model.hidden_size and model.heads and model.context  # for the type checker
     if model.lora_rank or model.dtype != "float32":
         yield "a model from scratch trains all weights in float32: model.lora_rank=0 is needed"
@@ -146,19 +133,6 @@ def _plain_text(cfg: Run) -> Iterator[str]:
         yield (
             f"algo.text_mix={cfg.algo.text_mix:g} needs plain text: give data.text_path "
             f"or set algo.text_mix=0"
-        )
-
-
-def _schedule(cfg: Run) -> Iterator[str]:
-    algo = getattr(cfg, "algo", None)
-    if (
-        isinstance(algo, OptimizerConfig)
-        and algo.lr_schedule != "cosine"
-        and algo.min_lr_ratio != 0
-    ):
-        yield (
-            f"algo.min_lr_ratio={algo.min_lr_ratio:g} works with algo.lr_schedule=cosine only; "
-            f"set algo.min_lr_ratio=0 with {algo.lr_schedule}"
         )
 
 
@@ -199,53 +173,9 @@ def _decoding(cfg: Run) -> Iterator[str]:
             yield f"algo.samples={algo.samples} exceeds algo.beams={algo.beams}"
         if algo.stop:
             yield f"algo.stop works with sampling only, but algo.beams={algo.beams}"
-    elif algo.length_penalty != 1:
-        yield f"algo.length_penalty={algo.length_penalty:g} ranks beams, but algo.beams=1"
 
 
-_PAIRS = {"row_margin", "label_smoothing", "centring"}
-# The keys that a loss reads, of those that are not for every loss.
-_REWARD_KEYS = {
-    "bradley_terry": _PAIRS,
-    "kwise": set(),
-    "plackett_luce": set(),
-    "pointwise": {"target"},
-    "process": {"aggregate"},
-    "token": {*_PAIRS, "aggregate"},
-}
 _AGGREGATES = {"process": ("product", "min"), "token": ("mean", "sum")}
-_DPO_KEYS = {
-    "dpo": {"beta", "label_smoothing"},
-    "length_normalised": {"beta", "label_smoothing"},
-    "robust": {"beta", "label_smoothing"},
-    "ipo": {"tau"},
-    "ipo_mean": {"tau"},
-    "hinge": {"beta"},
-    "plackett_luce": {"beta"},
-    "kto": {"beta"},
-    "orpo": {"lam"},
-    "simpo": {"beta", "gamma"},
-    "preferred_ft": set(),
-    "unlikelihood": {"alpha"},
-}
-_KTO_WEIGHTS = {"desirable_weight", "undesirable_weight"}
-
-
-def _losses(cfg: Run) -> Iterator[str]:
-    """Every key that belongs to some losses only is given where it is read, and nowhere else."""
-    if not isinstance(cfg, RewardConfig | DpoConfig):
-        return
-    table = _REWARD_KEYS if isinstance(cfg, RewardConfig) else _DPO_KEYS
-    loss = cfg.algo.loss
-    for name in sorted(set().union(*table.values())):
-        value = getattr(cfg.algo, name)
-        if name in table[loss] and value is None:
-            yield f"algo.loss={loss} needs algo.{name}; algo={loss} brings a value"
-        if name not in table[loss] and value is not None:
-            yield (
-                f"algo.{name} is not used by algo.loss={loss}; set it to null, "
-                f"or take algo={loss} as it is"
-            )
 
 
 def _reward_model(cfg: Run) -> Iterator[str]:
@@ -263,9 +193,6 @@ def _preferences(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, DpoConfig):
         return
     algo = cfg.algo
-    for name in sorted(_KTO_WEIGHTS):
-        if algo.loss != "kto" and getattr(algo, name) is not None:
-            yield f"algo.{name} is not used by algo.loss={algo.loss}; set it to null"
     if (algo.desirable_weight is None) != (algo.undesirable_weight is None):
         yield "algo.desirable_weight and algo.undesirable_weight are given together or not at all"
     if algo.loss in WITHOUT_REFERENCE:
@@ -273,19 +200,11 @@ def _preferences(cfg: Run) -> Iterator[str]:
             yield f"algo.precompute_reference=true, but algo.loss={algo.loss} has no reference"
         if cfg.reference not in (None, "bootstrap"):
             yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
-    if cfg.reference != "bootstrap":
-        for name in ("bootstrap_epochs", "bootstrap_lr"):
-            if getattr(algo, name) is not None:
-                yield f"algo.{name} is used by reference=bootstrap only; set it to null"
 
 
 def _selection(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, SftConfig):
         return
-    if cfg.select_by == "reward" and cfg.reward is None:
-        yield "select_by=reward needs reward=DIR, a reward output or a rule"
-    if cfg.select_by == "loss" and cfg.reward is not None:
-        yield f"reward={cfg.reward} is not used by select_by=loss; set select_by=reward"
     if cfg.select_by == "reward" and cfg.algo.keep != "best":
         yield f"select_by=reward chooses the best weights, but algo.keep={cfg.algo.keep}"
 
@@ -308,12 +227,10 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _scratch_model,
     _lora,
     _plain_text,
-    _schedule,
     _no_training,
     _resume_points,
     _decoding,
     _template,
-    _losses,
     _reward_model,
     _preferences,
     _selection,

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from rlhf_cli.config.hints import RENAMED, renamed
 from rlhf_cli.config.schema import Run
+from rlhf_cli.config.switches import written
 
 # hardware, a cache and the folder's own path change no result; overwrite is an order, not a setting
 IGNORED_KEYS = ("hardware", "out", "overwrite", "reference_cache")
@@ -32,11 +34,18 @@ def differing_keys(
 ) -> list[str]:
     """`key: before -> now` of each value that differs, but for IGNORED_KEYS and free ones.
 
+    A key that has been renamed since the run before is a difference, too.
+
     Args:
         free: from `free_keys`.
     """
     flat_saved, flat_given = flatten(saved), flatten(given)
-    found = []
+    found = [
+        line
+        for name in sorted(flat_saved)
+        if name.split(".")[0] not in IGNORED_KEYS and (line := renamed(name))
+    ]
+    flat_saved = {RENAMED.get(name, name): value for name, value in flat_saved.items()}
     for name in sorted(flat_saved.keys() | flat_given.keys()):
         before, now = flat_saved.get(name), flat_given.get(name)
         if name.split(".")[0] in IGNORED_KEYS or before == now:
@@ -44,20 +53,13 @@ def differing_keys(
         grows = free.get(name)
         if grows is False or (grows and is_more(now, before)):
             continue
-        found.append(f"{name}: {shown(before)} -> {shown(now)}")
+        found.append(f"{name}: {written(before)} -> {written(now)}")
     return found
 
 
 def is_more(now: int | None, before: int | None) -> bool:
     """Whether a number of steps is greater; none is no limit."""
     return now is None or (before is not None and now > before)
-
-
-def shown(value: Any) -> str:
-    """A value as it is given on the command line."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,8 +32,8 @@ def test_stage_help_shows_every_key_with_value_and_meaning(stage: str, cli: Cli)
     flat = " ".join(done.stdout.split())
     for key, field in catalog.keys(stage).items():
         assert f" {key}=" in flat
-        takes = catalog.describe(field)
-        assert takes in flat or all(name in flat for name in field.metadata["choices"])
+        takes = catalog.describe(stage, key)
+        assert takes in flat or all(name in flat for name in catalog.choices(stage, key))
         assert field.metadata["meaning"].split()[0] in flat
 
 

@@ -29,6 +29,18 @@ NAMES = [
     ("ppo algo.beta=0.1", ["unknown key algo.beta", "belongs to `rlhf-cli dpo`"]),
     ("sft policy=x", ["unknown key policy", "belongs to `rlhf-cli reward`"]),
     ("reward data.convert=feedback_to_stepwise", ["data.convert must be a list, in brackets"]),
+    # names of before
+    ("ppo hardware.keep=1", ["hardware.keep is called hardware.keep_checkpoints now"]),
+    ("grpo algo.refills=2", ["algo.refills is called algo.dynamic_sampling now"]),
+    ("grpo +algo.refills=2", ["algo.refills is called algo.dynamic_sampling now"]),
+    ("grpo -m algo.refills=0,2", ["algo.refills is called algo.dynamic_sampling now"]),
+    ("reward algo=steps", ["algo=steps is called algo=process now"]),
+    ("reward algo.loss=steps", ["algo.loss=steps is called algo.loss=process now"]),
+    (
+        "reward data.convert=[feedback_to_steps]",
+        ["data.convert=feedback_to_steps is called data.convert=feedback_to_stepwise now"],
+    ),
+    ("dpo algo.loss=steps", ["algo.loss must be dpo|hinge|", "got steps"]),
     ("ppo +algo.kl_coeff=1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
     ("ppo ++algo.kl_coeff=1", ["unknown key algo.kl_coeff", "did you mean algo.kl_coef?"]),
     ("ppo +algo.kl_coef=1", ["algo.kl_coef exists already", "without +"]),
@@ -100,13 +112,28 @@ VALUES = [
 RULES = [
     ("ppo algo.batch_size=64 algo.minibatch_size=24", ["minibatch_size=24 must divide", "=64"]),
     ("grpo algo.batch_size=16 algo.minibatch_size=3", ["minibatch_size=3 must divide", "=16"]),
-    ("ppo algo.kl_target=6", ["algo.kl_target", "kl_controller=fixed"]),
-    ("ppo algo.kl_horizon=100", ["algo.kl_horizon", "kl_controller=fixed"]),
+    (
+        "ppo algo.kl_target=6",
+        ["algo.kl_target is not used by algo.kl_controller=fixed", "null", "algo=ppo_adaptive"],
+    ),
+    (
+        "ppo algo.kl_horizon=100",
+        ["algo.kl_horizon is not used by algo.kl_controller=fixed", "algo=ppo_ad"],
+    ),
     ("ppo algo.kl_controller=ziegler", ["kl_controller=ziegler needs algo.kl_target"]),
     ("ppo algo=ppo_adaptive algo.kl_horizon=null", ["ziegler needs algo.kl_horizon"]),
-    ("ppo algo=ppo_adaptive algo.kl_controller=schulman", ["algo.kl_horizon", "ziegler only"]),
-    ("sft model.vocab_size=null", ["model.path is null", "model.vocab_size is needed"]),
-    ("sft model.path=gpt2", ["model.vocab_size is for models from scratch", "model=pretrained"]),
+    (
+        "ppo algo=ppo_adaptive algo.kl_controller=schulman",
+        ["algo.kl_horizon is not used by algo.kl_controller=schulman", "to null"],
+    ),
+    (
+        "sft model.vocab_size=null",
+        ["model.path=null needs model.vocab_size", "model=tiny brings a value"],
+    ),
+    (
+        "sft model.path=gpt2",
+        ["model.vocab_size is not used by model.path=gpt2", "model=pretrained"],
+    ),
     ("sft model.hidden_size=100 model.heads=3", ["model.heads=3 must divide", "100"]),
     ("sft model.context=40", ["model.context=40 is shorter than", "max_prompt_tokens"]),
     ("ppo model.merge_lora=false", ["model.merge_lora=false", "lora_rank=0"]),
@@ -118,13 +145,20 @@ RULES = [
         "sft data=jsonl data.path=x.jsonl model=pretrained algo.text_mix=0.5",
         ["algo.text_mix=0.5 needs plain text", "data.text_path"],
     ),
-    ("ppo algo.min_lr_ratio=0.1", ["min_lr_ratio=0.1", "cosine only"]),
+    (
+        "ppo algo.min_lr_ratio=0.1",
+        ["min_lr_ratio is not used by algo.lr_schedule=linear", "=cosine"],
+    ),
     ("generate hardware.save_every=10", ["hardware.save_every", "stages that train"]),
     ("evaluate hardware.gradient_checkpointing=true", ["gradient_checkpointing", "that train"]),
     ("generate algo.min_tokens=50 algo.max_tokens=20", ["min_tokens=50 exceeds", "=20"]),
     ("generate algo.beams=4 algo.temperature=0.7", ["beams=4", "temperature must be 1"]),
     ("generate algo.beams=4 algo.top_k=5", ["beams=4", "top_k must be 0"]),
     ("generate algo.beams=4 algo.top_p=0.9", ["beams=4", "top_p must be 1"]),
+    (
+        "generate algo.length_penalty=2",
+        ["length_penalty is not used by algo.beams=1", "to 1", "above"],
+    ),
     ("generate algo.beams=4 algo.samples=5", ["samples=5 exceeds algo.beams=4"]),
     ("ppo data.template=Hello", ["data.template", "{prompt}"]),
     ('reward data.step_end="["', ["data.step_end='[' is not a regular expression"]),
@@ -149,11 +183,17 @@ RULES = [
     # references
     ("dpo algo=orpo algo.precompute_reference=true", ["algo.loss=orpo has no reference"]),
     ("dpo algo=simpo reference=x", ["reference=x is not used by algo.loss=simpo", "null"]),
-    ("dpo algo.bootstrap_epochs=2", ["bootstrap_epochs is used by reference=bootstrap only"]),
-    ("dpo reference=x algo.bootstrap_lr=1e-4", ["bootstrap_lr is used by reference=bootstrap"]),
+    (
+        "dpo algo.bootstrap_epochs=2",
+        ["bootstrap_epochs is not used by reference=null", "=bootstrap"],
+    ),
+    (
+        "dpo reference=x algo.bootstrap_lr=1e-4",
+        ["bootstrap_lr is not used by reference=x", "=bootstrap"],
+    ),
     # the reward that chooses sft's weights
-    ("sft select_by=reward", ["select_by=reward needs reward=DIR, a reward output or a rule"]),
-    ("sft reward=regex:a", ["reward=regex:a is not used by select_by=loss", "select_by=reward"]),
+    ("sft select_by=reward", ["select_by=reward needs reward=VALUE: What scores responses"]),
+    ("sft reward=regex:a", ["reward is not used by select_by=loss", "set select_by=reward"]),
     ("sft select_by=reward reward=regex:a algo.keep=last", ["the best weights", "keep=last"]),
 ]
 

@@ -53,7 +53,7 @@ def test_every_key_has_a_meaning_and_a_value(stage: str) -> None:
     for key, field in catalog.keys(stage).items():
         meaning = field.metadata["meaning"]
         assert meaning.endswith("."), f"{key}: {meaning!r} is no sentence"
-        assert catalog.describe(field)
+        assert catalog.describe(stage, key)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -134,6 +134,12 @@ def test_own_options_inherit_shipped_ones(tmp_path: Path) -> None:
         ("defaults: [ppo, _self_]\nkl_coef: high\n", "algo.kl_coef must be a number >= 0"),
         ("defaults: [dpo, _self_]\nbeta: 0.3\n", "algo=mine belongs to `rlhf-cli dpo`"),
         ("kl_coef: 0.3\n", "ppo needs algo.loss=VALUE"),
+        ("loss: hinge\n", "algo=mine belongs to `rlhf-cli dpo`"),
+        ("defaults: [ppo, _self_]\nrefills: 1\n", "algo.dynamic_sampling now (in algo/mine.yaml)"),
+        (
+            "defaults: [steps, _self_]\n",
+            "algo=steps is called algo=process now (in algo/mine.yaml)",
+        ),
         ("kl_coef: [0.3\n", "mine.yaml line 2: not YAML"),
         ("0.3\n", "mine.yaml must hold KEY: VALUE lines"),
     ],

@@ -35,13 +35,19 @@ REFUSED = [
     ("ppo algo=ppo_adaptive algo.keep=rlhf_reward", "kl_coef changes between them"),
     ("ppo algo=a2c algo.epochs=2", "algo.epochs=1 and algo.minibatch_size=64, the whole batch"),
     ("ppo algo=reinforce algo.minibatch_size=32", "no ratio to correct for older rollouts"),
-    ("ppo algo.old_kl_coef=1", "algo.old_kl_coef is used by algo.loss=klpen only"),
+    (
+        "ppo algo.old_kl_coef=1",
+        "algo.old_kl_coef is not used by algo.loss=clip; set it to null, or take algo=ppo_klpen",
+    ),
     ("ppo algo=ppo_klpen algo.old_kl_coef=null", "algo.loss=klpen needs algo.old_kl_coef"),
     ("grpo algo=gspo algo.aggregate=token_mean", "one ratio per response"),
     ("ppo algo.critic=null", "algo.baseline=critic needs algo.critic"),
     ("ppo algo.lam=null", "algo.baseline=critic needs algo.lam"),
-    ("ppo algo=reinforce algo.lam=0.9", "algo.lam is read by a critic, but algo.baseline=mean"),
-    ("ppo algo=reinforce algo.value_clip=0.2", "algo.value_clip is read by a critic"),
+    (
+        "ppo algo=reinforce algo.lam=0.9",
+        "algo.lam is not used by algo.baseline=mean; set it to null, as algo=reinforce does",
+    ),
+    ("ppo algo=reinforce algo.value_clip=0.2", "algo.value_clip is not used by algo.baseline=mean"),
     ("grpo algo.group_size=1", "algo.baseline=group_mean compares within a group"),
     (
         "grpo algo=reinforce_pp algo.dynamic_sampling=1",

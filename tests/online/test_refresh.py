@@ -376,10 +376,16 @@ def test_hardware_changes_no_metric(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["judge=null"], "algo.refresh_reward needs judge: set judge=demo_gold"),
-        (["algo.refresh_lr=null"], "algo.refresh_reward needs algo.refresh_lr"),
-        (NEVER, "judge is read by algo.refresh_reward, which is null; see algo=grpo_iterative"),
-        ([*NEVER[:-1], "judge=null"], "algo.refresh_replay is read by algo.refresh_reward"),
+        (["judge=null"], "algo.refresh_reward=2 needs judge=VALUE: What labels"),
+        (["algo.refresh_lr=null"], "algo.refresh_reward=2 needs algo.refresh_lr; algo=grpo_i"),
+        (
+            NEVER,
+            "judge is not used by algo.refresh_reward=null; set it to null, or take algo=grpo_",
+        ),
+        (
+            [*NEVER[:-1], "judge=null"],
+            "algo.refresh_replay is not used by algo.refresh_reward=null",
+        ),
         (["algo.refresh_replay=1"], "algo.refresh_replay must be"),
         (["algo.keep=reward"], "algo.keep=reward compares rewards that algo.refresh_reward"),
         (["algo.target_reward=3"], "algo.target_reward compares rewards"),

@@ -120,3 +120,12 @@ def test_hardware_and_overwrite_are_no_difference() -> None:
         "algo.b: [] -> null",
         "algo.lr: 1 -> 2",
     ]
+
+
+def test_a_renamed_key_is_a_difference_that_names_the_new_one() -> None:
+    saved = {"hardware": {"keep": 2}, "algo": {"refills": 0, "lr": 1}}
+    given = {"hardware": {"keep_checkpoints": 2}, "algo": {"dynamic_sampling": 0, "lr": 1}}
+    line = "algo.refills is called algo.dynamic_sampling now"
+    assert differing_keys(saved, given, {}) == [line]
+    given["algo"] |= {"dynamic_sampling": 3}
+    assert differing_keys(saved, given, {}) == [line, "algo.dynamic_sampling: 0 -> 3"]
