@@ -75,11 +75,11 @@ def _show_runs(words: list[str]) -> None:
             raise UserError(f"ls runs: no folder {word}; give the folders that hold your runs")
     from rlhf_cli.runs.lineage import trees
 
-    found = trees([Path(word) for word in words])
-    if not found:
+    runs = trees([Path(word) for word in words])
+    if not runs:
         print(f"no runs in {', '.join(words)}", file=sys.stderr)
         return
-    _print_trees(found)
+    _print_trees(runs)
 
 
 def _print_trees(nodes: Sequence["Node"]) -> None:

@@ -151,9 +151,10 @@ def _sweep(stage: str, flags: Flags) -> None:
     configs = [compose(stage, overrides, flags.config_dir) for overrides in jobs]
     for number, (overrides, cfg) in enumerate(zip(jobs, configs, strict=True)):
         cfg.out = f"{cfg.out}/{number}"
-        summary = preflight(cfg)
+        plan = preflight(cfg, check_only=True)
         if flags.check:
-            print(f"job {number}: {' '.join(overrides)}", *summary, sep="\n", file=sys.stderr)
+            told = [f"job {number}: {' '.join(overrides)}", *plan.lines()]
+            print(*told, sep="\n", file=sys.stderr)
     if not flags.check:
         _hydra_main(stage, flags, _SWEEP, sweep_job)
 
@@ -264,14 +265,14 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
 
 def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
     """The folder that the stage wrote, now or before; None after a check."""
-    from rlhf_cli.runs.out_folder import FINISHED, state_of, tidy
+    from rlhf_cli.runs.out_folder import FINISHED, tidy
     from rlhf_cli.runs.preflight import preflight
 
-    summary = preflight(cfg)
+    plan = preflight(cfg, check_only=check)
     if check:
-        print(*summary, sep="\n", file=sys.stderr)
+        print(*plan.lines(), sep="\n", file=sys.stderr)
         return None
-    if state_of(cfg) == FINISHED:  # known without torch, so a chain that runs again flies by
+    if plan.state == FINISHED:  # known without torch, so a chain that runs again flies by
         tidy(Path(cfg.out))
         print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr)
         return Path(cfg.out)
@@ -281,5 +282,5 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()
     gc.enable()
-    out: Path = module.run(cfg)
+    out: Path = module.run(cfg, plan)
     return out

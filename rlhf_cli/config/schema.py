@@ -463,7 +463,7 @@ class PpoAlgo(OnlineAlgo):
 class DpoAlgo(OptimizerConfig):
     """Preference objectives: DPO, its family, and the baselines of its paper."""
 
-    loss: str = key("The objective; README.md has a table of formulas.", choices=OPTIONS)
+    loss: str = key("The objective; docs/feedback.md has the formulas.", choices=OPTIONS)
     beta: float | None = key(
         "Scale of implicit rewards; larger stays closer to reference.",
         gt=0,

@@ -20,12 +20,12 @@ SHORTEST = 8  # characters: shorter values stand in too many texts by chance
 
 def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """name -> value of what is secret, the longest first: a value may be part of another."""
-    found = {
+    named = {
         name: value
         for name, value in (os.environ if environment is None else environment).items()
         if len(value) >= SHORTEST and NAMED.search(name) and not PLACES.search(name)
     }
-    return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
+    return dict(sorted(named.items(), key=lambda pair: -len(pair[1])))
 
 
 def redacted(text: str) -> str:

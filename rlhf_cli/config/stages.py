@@ -52,7 +52,7 @@ STAGES: dict[str, Stage] = {
     "dpo": Stage(DpoConfig, "preference", "policy", ("eval/rewards/accuracy",)),
     # the last is that of its refreshed reward model
     "grpo": Stage(GrpoConfig, "prompt", "policy", ("reward", "eval/gold", "refresh/accuracy")),
-    "generate": Stage(GenerateConfig, "prompt", "samples", ("score",)),
+    "generate": Stage(GenerateConfig, "prompt", "samples", ("reward",)),
     "evaluate": Stage(EvaluateConfig, "prompt", "report", ("gold", "reward")),
 }
 """Every stage by its subcommand, in the order of a chain."""

@@ -4,14 +4,15 @@ A budget changes speed and memory only: losses are summed per item and divided o
 the whole optimizer step (training/optimize.py).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_cli.data.order import order_of
 from rlhf_cli.data.tokens import Answers, Tokens
 
 Item = TypeVar("Item")
@@ -205,3 +206,37 @@ def cut(
             groups.append([item])
             rows = count(item)
     return groups
+
+
+class EpochBatches(Generic[Item]):
+    """Shuffled batches of each epoch in turn, one per step; the last of an epoch may be smaller.
+
+    Any batch can be had at once, without those before it.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], batch_size: int, epochs: int, seed: int, name: str
+    ) -> None:
+        """Seed and name fix the orders, as in `order_of`."""
+        self._items, self._size, self._epochs = items, batch_size, epochs
+        self._seed, self._name = seed, name
+        self._per_epoch = -(-len(items) // batch_size)
+        self._epoch = -1  # the one whose order is known
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        """Steps of all epochs."""
+        return self._per_epoch * self._epochs
+
+    def __getitem__(self, step: int) -> list[Item]:
+        """The batch of a step, counted from 0."""
+        epoch, place = divmod(range(len(self))[step], self._per_epoch)
+        if epoch != self._epoch:
+            self._order = order_of(len(self._items), self._seed, self._name, epoch)
+            self._epoch = epoch
+        start = place * self._size
+        return [self._items[i] for i in self._order[start : start + self._size]]
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        """All of them in turn."""
+        return (self[step] for step in range(len(self)))

@@ -34,12 +34,12 @@ def check_pairs(rows: list[Judged], doubtful: str, notes: list[str]) -> list[Jud
         if any((prompt, worse, better) in known for better, worse in sides)
     ]
     doubts = {"judge a text against itself": identical, "are judged both ways": both_ways}
-    for what, found in doubts.items():
-        if found and doubtful == "error":
-            raise in_doubt(found[0], f"one of {len(found)} rows that {what}", "keep or drop")
-        if found:
+    for what, doubted in doubts.items():
+        if doubted and doubtful == "error":
+            raise in_doubt(doubted[0], f"one of {len(doubted)} rows that {what}", "keep or drop")
+        if doubted:
             done = "dropped" if doubtful == "drop" else "kept (data.doubtful_pairs=drop drops them)"
-            notes.append(f"{len(found)} of {len(rows)} rows {what}: {done}")
+            notes.append(f"{len(doubted)} of {len(rows)} rows {what}: {done}")
     if doubtful == "drop":
         dropped = {id(row) for row in identical + both_ways}
         pairs = [(row, sides) for row, sides in pairs if id(row) not in dropped]

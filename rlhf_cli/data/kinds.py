@@ -94,6 +94,8 @@ class Stepwise:
 
 Row = Prompt | Demonstration | Text | Preference | Ranking | Feedback | Stepwise
 
+Judgement = Preference | Ranking | Feedback | Stepwise
+
 JUDGEMENTS = (Preference, Ranking, Feedback, Stepwise)
 """The kinds that say how good responses are."""
 

@@ -52,34 +52,95 @@ class KindError(UserError):
     """The rows are sound, but of a kind that cannot become the one asked for."""
 
 
-def read_split(data: Data, kind: type) -> Split:
-    """Training and held-out rows of `kind`; no prompt is on both sides of one source.
+class Rows:
+    """The rows that a data config names: each file is parsed once, and split once for a kind."""
 
-    Raises:
-        UserError: a file is missing or empty, or a row is malformed or of an unfit kind.
-    """
-    notes: list[str] = []
-    path, eval_path = paths_of(data, kind)
-    train = source_rows(data, path, kind, notes, data.max_rows)
-    place: object = path
-    if eval_path is None:
-        # Split before rows become another kind: every stage then holds out the same prompts.
-        train, held_out = hold_out(train, data.eval_rows, path)
-        place = f"{path}, held-out rows"
-    else:
-        held_out = source_rows(data, eval_path, kind, notes)
-        place = eval_path
-        seen = {identity(row) for row in train}
-        if known := sum(identity(row) in seen for row in held_out):
-            notes.append(f"{known} of {len(held_out)} held-out rows have a prompt of training rows")
-    about: list[str] = []
-    split = Split(
-        checked(as_kind(train, kind, data, path, notes), data, path, notes),
-        checked(as_kind(held_out, kind, data, place, about), data, place, about),
-        notes,
-    )
-    notes += [f"held-out rows: {note}" for note in about]
-    return split
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self._parsed: dict[str | Path, tuple[list[Row], str]] = {}
+        self._splits: dict[type, Split] = {}
+
+    def split(self, kind: type) -> Split:
+        """Training and held-out rows of `kind`; no prompt is on both sides of one source.
+
+        Raises:
+            UserError: a file is missing or empty, or a row is malformed or of an unfit kind.
+        """
+        if kind not in self._splits:
+            self._splits[kind] = self._split(kind)
+        return self._splits[kind]
+
+    def texts(self) -> Split:
+        """Plain text for the pretraining mix; empty where none is named."""
+        data = self._data
+        if data.text_path is None:
+            return self.split(Text) if data.format == "demo" else Split([], [], [])
+        if Text not in self._splits:
+            plain = Rows(replace(data, format="rows", columns={}, max_rows=None))
+            notes: list[str] = []
+            rows = plain.all_of(data.text_path, Text, notes)
+            self._splits[Text] = Split(*hold_out(rows, data.eval_rows, data.text_path), notes)
+        return self._splits[Text]
+
+    def to_answer(self) -> Split:
+        """The prompts to respond to: all of data.path, of the demo those that are held out."""
+        if self._data.path is None:
+            return self.split(Prompt)
+        notes: list[str] = []
+        return Split([], self.all_of(self._data.path, Prompt, notes), notes)
+
+    def all_of(self, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
+        """`kind` rows of the first data.max_rows rows of one source; `notes` gets the counts."""
+        rows = self._source(path, kind, notes, self._data.max_rows)
+        return as_kind(rows, kind, self._data, path, notes)
+
+    def _split(self, kind: type) -> Split:
+        data = self._data
+        notes: list[str] = []
+        path, eval_path = paths_of(data, kind)
+        train = self._source(path, kind, notes, data.max_rows)
+        place: object = path
+        if eval_path is None:
+            # Split before rows become another kind: every stage then holds out the same prompts.
+            train, held_out = hold_out(train, data.eval_rows, path)
+            place = f"{path}, held-out rows"
+        else:
+            held_out = self._source(eval_path, kind, notes)
+            place = eval_path
+            seen = {identity(row) for row in train}
+            if known := sum(identity(row) in seen for row in held_out):
+                notes.append(
+                    f"{known} of {len(held_out)} held-out rows have a prompt of training rows"
+                )
+        about: list[str] = []
+        split = Split(
+            checked(as_kind(train, kind, data, path, notes), data, path, notes),
+            checked(as_kind(held_out, kind, data, place, about), data, place, about),
+            notes,
+        )
+        notes += [f"held-out rows: {note}" for note in about]
+        return split
+
+    def _source(
+        self, path: str | Path, kind: type, notes: list[str], limit: int | None = None
+    ) -> list[Row]:
+        """The first rows of one source, of the kinds that they are; all can become `kind`."""
+        if path not in self._parsed:
+            self._parsed[path] = parse_rows(self._data, path)
+        rows, counted = self._parsed[path]
+        notes.append(counted)
+        if limit is not None and limit < len(rows):
+            notes.append(f"the first {limit} are used")
+            rows = rows[:limit]
+        if not rows:
+            raise nothing_left(path, kind, notes[-1:])
+        check_kinds(rows, kind, self._data, path)
+        return rows
+
+
+def read_split(data: Data, kind: type) -> Split:
+    """`Rows.split` of rows that nothing else is made of."""
+    return Rows(data).split(kind)
 
 
 def paths_of(data: Data, kind: type) -> tuple[str | Path, str | Path | None]:
@@ -93,21 +154,6 @@ def paths_of(data: Data, kind: type) -> tuple[str | Path, str | Path | None]:
         return DEMO_FOLDER / f"{name}.train.jsonl", DEMO_FOLDER / f"{name}.eval.jsonl"
     assert data.path is not None  # validate() refuses a missing path
     return data.path, data.eval_path
-
-
-def first_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
-    """`kind` rows of the first `data.max_rows` rows."""
-    rows = source_rows(data, path, kind, notes, data.max_rows)
-    return as_kind(rows, kind, data, path, notes)
-
-
-def read_texts(data: Data) -> Split:
-    """Plain text for the pretraining mix; empty where none is named."""
-    if data.text_path is None:
-        return read_split(data, Text) if data.format == "demo" else Split([], [], [])
-    notes: list[str] = []
-    rows = read_rows(replace(data, format="rows", columns={}), data.text_path, Text, notes)
-    return Split(*hold_out(rows, data.eval_rows, data.text_path), notes)
 
 
 def hold_out(rows: list[Any], count: int, path: object) -> tuple[list[Any], list[Any]]:
@@ -135,27 +181,8 @@ def identity(row: Row) -> str:
     return row.text if isinstance(row, Text) else str(row.prompt)
 
 
-def read_rows(data: Data, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
-    """All rows of one source as `kind`; `notes` gets the counts."""
-    return as_kind(source_rows(data, path, kind, notes), kind, data, path, notes)
-
-
-def source_rows(
-    data: Data, path: str | Path, kind: type, notes: list[str], limit: int | None = None
-) -> list[Row]:
-    """The first rows of one source, of the kinds that they are; all can become `kind`."""
-    rows = parse_rows(data, path, notes)
-    if limit is not None and limit < len(rows):
-        notes.append(f"the first {limit} are used")
-        rows = rows[:limit]
-    if not rows:
-        raise nothing_left(path, kind, notes[-1:])
-    check_kinds(rows, kind, data, path)
-    return rows
-
-
-def parse_rows(data: Data, path: str | Path, notes: list[str]) -> list[Row]:
-    """All rows of one source, of the kinds that they are."""
+def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:
+    """All rows of one source, of the kinds that they are, and a line that counts them."""
     reader = FORMATS[data.format]
     parts = PARTS.get(data.format, lambda raw: [raw])
     rows: list[Row] = []
@@ -171,8 +198,7 @@ def parse_rows(data: Data, path: str | Path, notes: list[str]) -> list[Row]:
     kinds = Counter(name_of(type(row)) for row in rows)
     counts = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items()) or "no rows"
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
-    notes.append(f"{path.name if isinstance(path, Path) else path}: {counts}{reasons}")
-    return rows
+    return rows, f"{path.name if isinstance(path, Path) else path}: {counts}{reasons}"
 
 
 def conversions_to(data: Data, kind: type) -> list[str]:

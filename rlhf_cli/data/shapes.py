@@ -290,10 +290,10 @@ def one_solution_each(raw: Raw) -> list[Raw]:
 def as_gsm8k_solution(raw: Raw, source: str) -> Feedback:
     """A model's solution of a GSM8K problem, with whether it is right."""
     question = text_of(raw, "question", source)
-    if not (found := solutions_in(raw)):
+    if not (solutions := solutions_in(raw)):
         columns = ", ".join(map(str, raw)) or "none"
         raise RowError(f"{source}: no column with {{solution, is_correct}}; found {columns}")
-    ((model, entry),) = found.items()
+    ((model, entry),) = solutions.items()
     solution, verdict = f"{model}.solution", f"{model}.is_correct"
     label = as_label(entry["is_correct"])
     if label is None:

@@ -4,7 +4,6 @@ Prompt and response are tokenised apart, so a prompt has the same ids in trainin
 and no token straddles the boundary.
 """
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from rlhf_cli.config.schema import Data
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
+    Judgement,
     Preference,
     Prompt,
     Ranking,
@@ -27,9 +27,7 @@ from rlhf_cli.data.kinds import (
     Turns,
     cut_steps,
 )
-
-UNFINISHED = "\ufffd"  # how tokenizers decode a part of a character
-BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8
+from rlhf_cli.data.step_cutter import StepCutter
 
 
 @dataclass
@@ -50,6 +48,15 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+
+def response_tokens(sequences: Sequence[Tokens]) -> int:
+    """Tokens that carry loss: those of all responses."""
+    return sum(len(sequence.response) for sequence in sequences)
+
+
+EncodedPrompt = tuple[Prompt, list[int]]
+"""A row to respond to, and the ids of its prompt."""
 
 
 @dataclass
@@ -81,6 +88,11 @@ class Answers:
         return len(self.prompt) + max(map(len, self.responses))
 
 
+def responses_in(item: Answers) -> int:
+    """Sequences that an item takes in a batch."""
+    return len(item.responses)
+
+
 class Encoder:
     """Tokenises rows for one tokenizer and one data config; `notes()` counts what was cut."""
 
@@ -103,8 +115,8 @@ class Encoder:
 
     # ------------------------------------------------------------------ rows
 
-    def prompts(self, rows: Sequence[Prompt]) -> tuple[list[Prompt], list[list[int]]]:
-        """The rows that are kept and the ids of their prompts.
+    def prompts(self, rows: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """The rows that are kept, each with the ids of its prompt.
 
         Raises:
             UserError: a prompt is longer than the limit and data.long_prompts is error.
@@ -112,7 +124,7 @@ class Encoder:
         limited = [self._limit_prompt(ids, row) for ids, row in self._prompt_ids(rows)]
         kept = [(row, ids) for row, ids in zip(rows, limited, strict=True) if ids is not None]
         self._check_left(kept, rows)
-        return [row for row, _ in kept], [ids for _, ids in kept]
+        return kept
 
     def demonstrations(self, rows: Sequence[Demonstration | Text]) -> list[Tokens]:
         """Sequences to imitate; of plain text all tokens, of demonstrations the response."""
@@ -141,7 +153,7 @@ class Encoder:
             sequences.append(Tokens(ids[:1], ids[1:limit], row.source))
         return sequences
 
-    def answers(self, rows: Sequence[Preference | Ranking | Feedback | Stepwise]) -> list[Answers]:
+    def answers(self, rows: Sequence[Judgement]) -> list[Answers]:
         """The responses that each row judges, with their shared prompt.
 
         Raises:
@@ -187,7 +199,7 @@ class Encoder:
             for (prompt, row), response in zip(prompts, ids, strict=True)
         ]
 
-    def _judged(self, row: Preference | Ranking | Feedback | Stepwise) -> list[str]:
+    def _judged(self, row: Judgement) -> list[str]:
         """The texts of the responses that a row judges."""
         if isinstance(row, Preference):
             return [row.chosen, row.rejected]
@@ -221,7 +233,7 @@ class Encoder:
         return replace(item, ends=ends)
 
     @cached_property
-    def step_cutter(self) -> "StepCutter":
+    def step_cutter(self) -> StepCutter:
         """Finds steps by data.step_end."""
         return StepCutter(self.tokenizer, self.data.step_end)
 
@@ -343,58 +355,3 @@ class Encoder:
                 f"{rows[0].source}: every prompt, of {len(rows)} rows in all, is longer than "
                 f"data.max_prompt_tokens={self.data.max_prompt_tokens}"
             )
-
-
-class StepCutter:
-    """Finds the tokens that end the steps of a response, by a regular expression over its text."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, step_end: str) -> None:
-        self.tokenizer = tokenizer
-        self.step_end = step_end
-        self._anchor = tokenizer("a", add_special_tokens=False).input_ids
-        self._pieces: dict[tuple[int, ...], str] = {}
-
-    def ends(self, ids: Sequence[int]) -> list[int]:
-        """The place of the last token of each step; the last step ends with the response.
-
-        A token with a blank before the first word of the next step is of that step.
-        """
-        pieces = self._texts(ids)
-        steps = cut_steps("".join(pieces), self.step_end)
-        seen = list(accumulate(map(len, pieces)))  # characters up to the end of each token
-        ends = []
-        for limit in list(accumulate(map(len, steps)))[:-1]:  # up to the end of each step
-            place = bisect_left(seen, limit)
-            inside = pieces[place][: limit - seen[place]] if seen[place] > limit else ""
-            ends.append(place - 1 if place and inside.isspace() else place)
-        return [*ends, len(ids) - 1]
-
-    def texts(self, ids: Sequence[int]) -> list[str]:
-        """The steps as text, as many as `ends` finds."""
-        return cut_steps("".join(self._texts(ids)), self.step_end) or [""]
-
-    def _texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; a character of several tokens comes with its last."""
-        texts: list[str] = []
-        pending: tuple[int, ...] = ()
-        for id in ids:
-            pending = (*pending, id)
-            text = self._text(pending)
-            if text.endswith(UNFINISHED) and len(pending) < BYTES_OF_A_CHARACTER:
-                texts.append("")
-            else:
-                texts.append(text)
-                pending = ()
-        return texts
-
-    def _text(self, ids: tuple[int, ...]) -> str:
-        """The text of tokens, decoded after another one, lest a leading space be lost."""
-        if ids not in self._pieces:
-            alone, after = (
-                self.tokenizer.decode(
-                    each, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-                for each in (self._anchor, [*self._anchor, *ids])
-            )
-            self._pieces[ids] = str(after).removeprefix(str(alone))
-        return self._pieces[ids]

@@ -104,11 +104,11 @@ class Question:
 
     def replies(self, count: int) -> list[str]:
         """`count` replies, no two the same."""
-        found: list[str] = []
-        while len(found) < count:
-            if (text := self.reply()) not in found:
-                found.append(text)
-        return found
+        texts: list[str] = []
+        while len(texts) < count:
+            if (text := self.reply()) not in texts:
+                texts.append(text)
+        return texts
 
 
 def with_article(thing: str) -> str:

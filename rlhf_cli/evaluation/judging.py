@@ -134,7 +134,7 @@ def ranking_report(rankings: Sequence[JudgedRanking]) -> Report:
 
 def pairs_of_rankings(rankings: Sequence[JudgedRanking]) -> JudgedPairs:
     """Every pair of responses to one prompt whose ranks differ."""
-    found = [
+    pairs = [
         (ranking, better, worse)
         for ranking in rankings
         for better, first in enumerate(ranking.ranks)
@@ -142,13 +142,13 @@ def pairs_of_rankings(rankings: Sequence[JudgedRanking]) -> JudgedPairs:
         if first < second
     ]
     return JudgedPairs(
-        chosen=torch.stack([ranking.scores[better] for ranking, better, _ in found]),
-        rejected=torch.stack([ranking.scores[worse] for ranking, _, worse in found]),
-        chosen_lengths=[ranking.lengths[better] for ranking, better, _ in found],
-        rejected_lengths=[ranking.lengths[worse] for ranking, _, worse in found],
-        margins=[ranking.ranks[worse] - ranking.ranks[better] for ranking, better, worse in found],
-        groups=[ranking.group for ranking, _, _ in found],
-        clusters=[ranking.cluster for ranking, _, _ in found],
+        chosen=torch.stack([ranking.scores[better] for ranking, better, _ in pairs]),
+        rejected=torch.stack([ranking.scores[worse] for ranking, _, worse in pairs]),
+        chosen_lengths=[ranking.lengths[better] for ranking, better, _ in pairs],
+        rejected_lengths=[ranking.lengths[worse] for ranking, _, worse in pairs],
+        margins=[ranking.ranks[worse] - ranking.ranks[better] for ranking, better, worse in pairs],
+        groups=[ranking.group for ranking, _, _ in pairs],
+        clusters=[ranking.cluster for ranking, _, _ in pairs],
     )
 
 
@@ -294,12 +294,12 @@ def figures(report: Report) -> dict[str, float]:
 
 def share(hits: Tensor, clusters: Sequence[Hashable]) -> Report:
     """Accuracy with its standard error and 95% interval, clustered by prompt."""
-    found = clustered_share(hits, clusters)
+    estimate = clustered_share(hits, clusters)
     return {
-        "accuracy": found.mean,
-        "accuracy_stderr": found.stderr,
-        "accuracy_low": found.low,
-        "accuracy_high": found.high,
+        "accuracy": estimate.mean,
+        "accuracy_stderr": estimate.stderr,
+        "accuracy_low": estimate.low,
+        "accuracy_high": estimate.high,
     }
 
 
@@ -325,14 +325,14 @@ def buckets(
     else:
         cuts = values.quantile(torch.arange(1, BUCKETS).double() / BUCKETS)
     places = torch.bucketize(values, cuts, right=True)
-    found = []
+    quartiles = []
     for place in range(BUCKETS):
         inside = places == place
         if inside.any():
             ends = {"low": values[inside].min().item(), "high": values[inside].max().item()}
             members = [known[i] for i in inside.nonzero().flatten().tolist()]
-            found.append({**ends, **part(hits, clusters, members)})
-    return found
+            quartiles.append({**ends, **part(hits, clusters, members)})
+    return quartiles
 
 
 def groups(hits: Tensor, clusters: Sequence[Hashable], names: Sequence[str]) -> list[Report]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.stages import place_in_chain
-from rlhf_cli.evaluation.judging import calibration_of
+from rlhf_cli.evaluation.judging import Report, calibration_of
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.reporting.console import say, show, table
 from rlhf_cli.reporting.metrics import round_figures
@@ -75,15 +75,15 @@ def plus_minus(estimate: dict[str, float] | None) -> str | None:
 
 def other_stages(folder: Path) -> Results:
     """The finished reward and generate stages of a folder, with their working time."""
-    found = {}
+    stages = {}
     for file in sorted(folder.glob("*/stage.json")):
         manifest = read_manifest(file.parent) or {}
         if manifest.get("kind") in ("reward", "samples"):
-            found[str(file.parent)] = {"seconds": manifest.get("seconds")}
-    return found
+            stages[str(file.parent)] = {"seconds": manifest.get("seconds")}
+    return stages
 
 
-def show_judgement(name: str, report: dict[str, Any]) -> None:
+def show_judgement(name: str, report: Report) -> None:
     """How good a scorer is: a line of figures, then accuracy by bucket and calibration by bin."""
     counted = ("rankings", "pairs", "labels", "targets", "prompts")
     counts = [f"{report[things]} {things}" for things in counted if things in report]
@@ -113,7 +113,7 @@ def show_judgement(name: str, report: dict[str, Any]) -> None:
         table(f"{name}: calibration", ["confidence", "mean", "share right", "count"], rows)
 
 
-def write_judgement(folder: Path, report: dict[str, Any], title: str) -> None:
+def write_judgement(folder: Path, report: Report, title: str) -> None:
     """report.json, and the picture of the calibration where there is one."""
     text = json.dumps(round_figures(report), indent=2) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
@@ -121,7 +121,7 @@ def write_judgement(folder: Path, report: dict[str, Any], title: str) -> None:
         reliability_picture(folder / "reliability.png", calibration_of(report), title)
 
 
-def figure(report: dict[str, Any], key: str, words: str) -> str:
+def figure(report: Report, key: str, words: str) -> str:
     """accuracy 0.712 ± 0.014 (95% 0.684 to 0.739), with as much of it as the report has."""
     shown = f"{words} {decimals(report[key])}"
     if f"{key}_stderr" in report:

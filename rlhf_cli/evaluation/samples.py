@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from rlhf_cli.reporting.console import table
 from rlhf_cli.reporting.metrics import JsonLines
+from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rollout.rollouts import Rollout
 
 SHOWN = 3
@@ -42,16 +42,38 @@ def show_samples(
     ]
     table(f"step {step}", ("prompt", "response", "reward", *map(short_name, shown), "KL"), rows)
     for i, (rollout, reward, kl) in enumerate(zip(rollouts, rewards, kls, strict=True)):
-        values: dict[str, Any] = {
-            "prompt": rollout.row.prompt,
-            "response": rollout.text,
-            "finish": rollout.finish,
-            "reward": reward,
-            "kl": kl,
-        }
-        if parts:
-            values["parts"] = {name: column[i] for name, column in parts.items()}
-        file.write(step, values)
+        file.write(step, sample_row(rollout, reward, parts_at(parts, i), kl=kl))
+
+
+def sample_row(
+    rollout: Rollout, reward: float | None, parts: Mapping[str, float | None], **more: object
+) -> dict[str, object]:
+    """A line of samples.jsonl, in any stage.
+
+    Args:
+        reward: None where the response has none.
+        parts: the terms that the reward is summed from, by name, where there are several.
+    """
+    return {
+        "prompt": rollout.row.prompt,
+        "response": rollout.text,
+        "finish_reason": rollout.finish_reason,
+        "reward": reward,
+        **more,
+        **({"parts": parts} if parts else {}),
+    }
+
+
+def term_columns(scores: Scores) -> dict[str, list[float | None]]:
+    """The value of each term of a reward by its name, of each rollout; none of a single term."""
+    if len(scores.parts) == 1:
+        return {}
+    return {spec: known_or_none(part) for spec, part in scores.parts.items()}
+
+
+def parts_at(parts: Mapping[str, Sequence[float | None]], place: int) -> dict[str, float | None]:
+    """The terms of the reward of one rollout."""
+    return {name: column[place] for name, column in parts.items()}
 
 
 def short_name(term: str) -> str:

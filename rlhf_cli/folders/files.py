@@ -76,10 +76,10 @@ def library_errors(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        found = OS_ERROR.search(str(error))
-        if found is None:
+        code = OS_ERROR.search(str(error))
+        if code is None:
             raise
-        number = int(found[1])
+        number = int(code[1])
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 

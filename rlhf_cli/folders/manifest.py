@@ -50,8 +50,8 @@ def read_object(file: Path, form: Form) -> dict[str, Any]:
         UserError: it cannot be read, is no JSON, or is of another form.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        fault = misfit(found, form)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        fault = misfit(content, form)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):  # no text, no JSON, or nested without end
@@ -61,7 +61,7 @@ def read_object(file: Path, form: Form) -> dict[str, Any]:
             f"{file}: damaged: {fault}; make the folder again, by the stage that wrote it, with "
             "overwrite=true"
         )
-    return dict(found)
+    return dict(content)
 
 
 def adapter_base(path: str | Path) -> str | None:
@@ -138,15 +138,15 @@ def shapes_of(folder: Path) -> Shapes:
 
 def beginnings(folder: Path, names: Collection[str]) -> dict[str, bytes]:
     """Up to 4096 bytes of each of these weights, where a folder has them."""
-    found = {}
+    starts = {}
     for file in weight_files(folder):
         size, entries = read_header(file)
         with file.open("rb") as stream:
             for name in entries.keys() & set(names):
                 start, end = entries[name]["data_offsets"]
                 stream.seek(8 + size + start)
-                found[name] = stream.read(min(end - start, 4096))
-    return found
+                starts[name] = stream.read(min(end - start, 4096))
+    return starts
 
 
 def file_hash(*files: Path) -> str:

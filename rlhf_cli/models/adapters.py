@@ -43,6 +43,19 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights that training changes."""
+    return {name: weight.detach().clone() for name, weight in trained(network).items()}
+
+
+def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put a snapshot back."""
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
 def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The weights of one adapter, by their names without its own."""
     return {

@@ -1,6 +1,5 @@
-"""Models in and out: a hub id, a folder, an adapter folder, or a small decoder from scratch."""
+"""Models in: from a hub id, a folder, or an adapter folder on its base."""
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +27,12 @@ from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of, shapes_of
 from rlhf_cli.models.adapters import (
     CRITIC,
-    POLICY,
     REWARD,
     adapter_config,
     adapter_weights,
     is_adapted,
 )
+from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.forward import check_unembedding, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
 from rlhf_cli.models.nonfinite import first_nonfinite
@@ -143,9 +142,9 @@ def load_scorer(
         check_weights_hash(path)
         _check_adapter(path)
         with _told(f"{path}: cannot load the adapter"):
-            found = scorer_on_base(base, path, named, role, trainable)
-        if found is not None:
-            return found
+            scorer = scorer_on_base(base, path, named, role, trainable)
+        if scorer is not None:
+            return scorer
     auto, task = _classifier(level_of(path))
     model = _load_base(path, config, auto, allowed_missing=set())
     if head_name(model) is None or scalar_head(model).out_features != 1:
@@ -304,8 +303,8 @@ def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     rank = _rank(config)
-    found = adapter_base(path) is not None
-    if rank == 0 and not found:
+    is_adapter = adapter_base(path) is not None
+    if rank == 0 and not is_adapter:
         return model
     import peft
 
@@ -323,7 +322,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         exclude_modules=[head] if head else None,
         task_type=task,
     )
-    if found:
+    if is_adapter:
         lora = adapter_config(path)
         if (rank, config.lora_alpha) != (lora.r, lora.lora_alpha):
             raise UserError(
@@ -336,7 +335,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
     if head:
         lora.modules_to_save = [head]
     adapted = peft.get_peft_model(model, lora)
-    if found:
+    if is_adapter:
         weights = adapter_weights(path)
         fresh: Any = getattr(unwrap(adapted), head or "score")
         for name, value in fresh.original_module.named_parameters():
@@ -363,71 +362,6 @@ def first_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own; read that, then set model.trust_remote_code=true"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --------------------------------------------------------------------------- dropout, roles
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """No dropout in any mode: only sft has some, by `residual_dropout`."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def residual_dropout(model: nn.Module, p: float) -> None:
-    """Drop what each attention and MLP block adds to the residual stream, in training mode."""
-
-    def drop(module: nn.Module, inputs: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        dropped = nn.functional.dropout(first, p, module.training)
-        return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
-
-    blocks = [
-        module
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in ("self_attn", "attn", "attention", "mlp")
-    ]
-    if not blocks:
-        raise UserError(f"{type(model).__name__}: no blocks found for model.dropout; set it to 0")
-    for block in blocks:
-        block.register_forward_hook(drop)
-
-
-# --------------------------------------------------------------------------- saving
-
-
-def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
-) -> None:
-    """A folder that transformers (peft for an unmerged adapter) loads as it is."""
-    adapted: Any = model if is_adapted(model) else None
-    if adapted is not None and not merge:
-        base = Path(unwrap(model).config._name_or_path)
-        if base.exists():
-            adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
-        adapted.save_pretrained(folder, selected_adapters=[POLICY])
-        if unwrap(model).can_generate():  # the base's own may name other EOS ids
-            unwrap(model).generation_config.save_pretrained(folder)
-    elif adapted is not None:
-        merged = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
-        merged.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-
-
-def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
-    """Generation stops where training ended responses, in every tool that reads the folder."""
-    base = unwrap(model)
-    eos = stop_ids[0] if len(stop_ids) == 1 else stop_ids
-    base.config.pad_token_id = tokenizer.pad_token_id
-    base.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-    )
 
 
 def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

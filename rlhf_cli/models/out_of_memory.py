@@ -66,10 +66,10 @@ def in_groups(
     waiting = deque(groups)
     while waiting:
         group = waiting[0]
-        found = if_it_fits(lambda group=group: work(group))  # type: ignore[misc]
-        if found is not None:
+        result = if_it_fits(lambda group=group: work(group))  # type: ignore[misc]
+        if result is not None:
             waiting.popleft()
-            yield group, found
+            yield group, result
         elif len(halve(group)) == 1:
             raise failure(group)
         else:

@@ -168,11 +168,11 @@ def process_advantages(
     """
     steps = torch.cat(rewards)[None]  # (1, steps of the group)
     worth = (group_advantages(steps, eps) if normalise else group_centred(steps))[0]
-    found = []
+    advantages = []
     counts = [len(own) for own in rewards]
     for own, places, length in zip(worth.split(counts), ends, lengths, strict=True):
         at_ends = own.new_zeros(length).index_add(
             0, torch.tensor(places).to(own.device).long(), own
         )
-        found.append(at_ends.flip(0).cumsum(0).flip(0))
-    return found
+        advantages.append(at_ends.flip(0).cumsum(0).flip(0))
+    return advantages

@@ -55,7 +55,7 @@ class Alarms:
         if self._first_length is None:
             self._first_length = metrics["length"]
         drift = abs(metrics["length"] / self._first_length - 1)
-        found: dict[str, tuple[float, Callable[[float, float], bool]]] = {
+        measured: dict[str, tuple[float, Callable[[float, float], bool]]] = {
             "kl": (metrics["kl"], gt),
             "reward": (metrics["reward"], ge),
             "entropy": (metrics["entropy"], le),
@@ -64,7 +64,7 @@ class Alarms:
             "truncated": (1 - metrics["ended"], gt),
         }
         stops = []
-        for name, (value, breaks) in found.items():
+        for name, (value, breaks) in measured.items():
             limit = getattr(algo, ALARMS[name])
             if limit is None:
                 continue

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import PpoConfig
+from rlhf_cli.config.schema import Hardware, PpoConfig
 from rlhf_cli.data.batches import Batch
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Tokens
@@ -60,9 +60,8 @@ class Critic:
         """Raw outputs of the head in the units of the reward."""
         return (raw - self.mean) / self.std
 
-    def values_of(self, sequences: Sequence[Tokens], session: Session) -> list[Tensor]:
+    def values_of(self, sequences: Sequence[Tokens], hardware: Hardware) -> list[Tensor]:
         """Per sequence (len(response),) the value of the state in which each token was drawn."""
-        hardware = session.cfg.hardware
         if self.head is not None:
             raw = trunk_values_of(self._policy.model, self.head, sequences, hardware)
         else:

@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import GrpoConfig, Hardware, PpoConfig
-from rlhf_cli.evaluation.samples import known_or_none
-from rlhf_cli.models.forward import matmul_in_float32
+from rlhf_cli.config.schema import Hardware, OnlineConfig
+from rlhf_cli.evaluation.samples import known_or_none, term_columns
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.online.roles import Roles
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rewards.rules import repeated_share
 from rlhf_cli.rewards.shaping import Shaped, shape
 from rlhf_cli.rollout.rollouts import Rollout
-from rlhf_cli.runs.policy import Policy, Roles
+from rlhf_cli.runs.policy import Policy
 from rlhf_cli.training.loss_term import Metrics
-from rlhf_cli.training.optimize import mean_metrics
 
 Figures = list[float | None]
 REPEATED_TOKENS = 4  # an n-gram that comes again counts as repetition
@@ -63,9 +62,8 @@ class Experience:
 
     def shown(self) -> tuple[Sequence[Rollout], Figures, dict[str, Figures], list[float]]:
         """What a table of samples shows: rollouts, rewards, their parts if several, and KLs."""
-        parts = self.scores.parts if len(self.scores.parts) > 1 else {}
-        columns = {name: known_or_none(part) for name, part in parts.items()}
-        return self.rollouts, known_or_none(self.rewards.total), columns, self.kls.tolist()
+        rewards, columns = known_or_none(self.rewards.total), term_columns(self.scores)
+        return self.rollouts, rewards, columns, self.kls.tolist()
 
     def groups(self, picked: Sequence[int], size: int) -> "Experience":
         """The responses of some groups of `size`; their scores are those of the whole batch."""
@@ -120,7 +118,7 @@ class Experience:
 def measure(
     rollouts: Sequence[Rollout],
     roles: Roles,
-    cfg: PpoConfig | GrpoConfig,
+    cfg: OnlineConfig,
     temperature: float,
     running: RunningMoments | None = None,
 ) -> Experience:
@@ -144,25 +142,9 @@ def old_logprobs(
 ) -> list[Tensor]:
     """(len(response),) log-probs of each rollout under the policy that sampled it.
 
-    Those that sampling kept, where it computes as training does; in bfloat16 a cached pass rounds
-    otherwise than a whole one, and the first ratio would not be 1: there they are scored anew.
+    Those that sampling kept, where it computes as training does; else they are scored anew.
     """
-    if matmul_in_float32(policy.model):
+    if policy.engine.exact:
         return [torch.tensor(rollout.logprobs) for rollout in rollouts]
     sequences = [rollout.tokens for rollout in rollouts]
     return logprobs_of(policy.model, sequences, hardware, temperature)
-
-
-def update_metrics(updates: list[Metrics], found: Experience) -> Metrics:
-    """Means over the updates of an iteration; sampling_gap as it was before the first of them.
-
-    Then the policy is still the one that sampled, so that the mean of |log pi - log pi_old| is
-    what sampling and training compute differently. Where old log-probs were scored anew, it is
-    the mean difference to those that sampling kept.
-    """
-    if not updates:
-        return {}
-    kept = torch.tensor([value for rollout in found.rollouts for value in rollout.logprobs])
-    rescored = (torch.cat(found.old) - kept).abs().mean().item()
-    gap = rescored or updates[0]["sampling_gap"]
-    return {**mean_metrics(updates), "sampling_gap": gap}

@@ -1,115 +1,29 @@
-"""What is seen of a run that learns from its own samples, and the weights that it writes."""
+"""What is seen of a run that learns from its own samples."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import GrpoConfig, OnlineAlgo, PpoConfig
+from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.tokens import EncodedPrompt
 from rlhf_cli.evaluation.samples import show_samples
 from rlhf_cli.online.alarms import Alarms
 from rlhf_cli.online.experience import Experience, measure
+from rlhf_cli.online.roles import Roles
+from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.metrics import Clock
-from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.policy import Roles
-from rlhf_cli.runs.session import Session, restore, snapshot, tensors_of
-from rlhf_cli.training.best import Best
+from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Metrics
 
 
-class WrittenWeights:
-    """The weights that a run writes: the last ones or the best, plain or averaged.
-
-    kept: the metrics of the step whose weights are the best so far; empty for the last ones.
-
-    The average of each weight over optimizer steps is decay * average + (1 - decay) * weight
-    (InstructGPT 2203.02155 App. C: decay 0.992).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        algo: OnlineAlgo,
-        state: dict[str, Any],
-        tensors: dict[str, Tensor],
-    ) -> None:
-        """`state`, `tensors`: what the methods of those names returned at the resume point."""
-        self._model = model
-        self._decay = algo.ema_decay
-        self._metric = algo.keep
-        self.kept: Metrics = state.get("kept", {})
-        self._best = Best(model, state, tensors_of(tensors, "best"))
-        self._average = snapshot(model) if self._decay else {}
-        for name, weight in tensors_of(tensors, "average").items():
-            self._average[name].copy_(weight)
-
-    def state(self) -> dict[str, Any]:
-        """Figures for a resume point."""
-        return {"kept": self.kept, **self._best.state()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights for a resume point."""
-        groups = {"average": self._average, "best": self._best.weights}
-        return {
-            f"{group}/{name}": weight
-            for group, weights in groups.items()
-            for name, weight in weights.items()
-        }
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """Take the weights after an optimizer step into the average."""
-        if self._decay is None:
-            return
-        parameters = dict(self._model.named_parameters())
-        for name, average in self._average.items():
-            average.lerp_(parameters[name].to(average), 1 - self._decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model as it would be written now, for evaluations."""
-        if self._decay is None:
-            yield
-            return
-        own = snapshot(self._model)
-        restore(self._model, self._average)
-        try:
-            yield
-        finally:
-            restore(self._model, own)
-
-    def offer(self, step: int, metrics: Metrics) -> None:
-        """Keep the weights that algo.keep was measured on, if they are the best so far.
-
-        Args:
-            metrics: of this step; without algo.keep, as between evaluations, nothing is kept.
-        """
-        value = metrics.get(self._metric)
-        if value is None:
-            return
-        average = {name: weight.clone() for name, weight in self._average.items()} or None
-        if self._best.offer(value, average):
-            self.kept = {**metrics, "kept_step": float(step)}
-
-    def put(self) -> None:
-        """Load what is written into the model, at the end."""
-        restore(self._model, self._average)
-        self._best.put()
-        if self.kept:
-            step, best = int(self.kept["kept_step"]), self.kept[self._metric]
-            say(f"kept the weights of step {step}: {self._metric} {best:.4g}")
-
-
 def prompts_to_monitor(
-    cfg: PpoConfig | GrpoConfig, session: Session, roles: Roles, held_out: list[Prompt]
-) -> list[tuple[Prompt, list[int]]]:
+    cfg: OnlineConfig, session: Session, roles: Roles, held_out: list[Prompt]
+) -> list[EncodedPrompt]:
     """The held-out prompts that evaluations sample from, and their ids; none without evaluations.
 
     Raises:
@@ -121,7 +35,7 @@ def prompts_to_monitor(
     roles.reward.check(chosen, session.require)
     if roles.gold is not None:
         roles.gold.check(chosen, session.require, "gold")
-    prompts = list(zip(*roles.policy.encoder.prompts(chosen), strict=True))
+    prompts = roles.policy.encoder.prompts(chosen)
     if not prompts:
         raise UserError("every held-out prompt was dropped, so algo.eval_every has none to sample")
     return prompts
@@ -135,10 +49,10 @@ class Monitor:
 
     def __init__(
         self,
-        cfg: PpoConfig | GrpoConfig,
+        cfg: OnlineConfig,
         session: Session,
         roles: Roles,
-        held_out: list[tuple[Prompt, list[int]]],
+        held_out: list[EncodedPrompt],
         state: dict[str, Any],
         tensors: dict[str, Tensor],
     ) -> None:
@@ -184,7 +98,7 @@ class Monitor:
         return bool(stops)
 
     def end_of_step(
-        self, step: int, found: Experience, metrics: Metrics, clock: Clock, stop: bool
+        self, step: int, experience: Experience, metrics: Metrics, clock: Clock, stop: bool
     ) -> bool:
         """Evaluate where it is time to, log and show; True where the run ends here."""
         algo = self._cfg.algo
@@ -202,7 +116,7 @@ class Monitor:
         self.metrics = metrics
         self._log.write(step, metrics | clock.seconds)
         if last or stop or step == 1 or step % algo.show_every == 0:
-            show_samples(step, *found.shown(), self._samples)
+            show_samples(step, *experience.shown(), self._samples)
         return stop
 
     def evaluate(self) -> Metrics:
@@ -212,22 +126,17 @@ class Monitor:
         sampling is the same in every evaluation, so that they differ by the weights.
         """
         cfg, policy = self._cfg, self._roles.policy
+        sampling = Sampling(cfg.algo.max_tokens, cfg.algo.temperature)
+        seed = derived_seed(cfg.seed, "evaluation")
         with self.written.in_place():
-            rollouts = sample_rollouts(
-                policy.model,
-                policy.encoder,
-                self._held_out,
-                Sampling(cfg.algo.max_tokens, cfg.algo.temperature),
-                samples=1,
-                seed=derived_seed(cfg.seed, "evaluation"),
-                stop_ids=policy.stop_ids,
-                hardware=cfg.hardware,
-            )
-            found = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
+            policy.engine.update(policy.model)
+            rollouts = policy.engine.sample(self._held_out, sampling, seed=seed)
+            experience = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
+        policy.engine.update(policy.model)
         lengths = [len(rollout.tokens.response) for rollout in rollouts]
         metrics = {
-            "eval/reward": found.rewards.total.nanmean().item(),
-            "eval/kl": found.kls.mean().item(),
+            "eval/reward": experience.rewards.total.nanmean().item(),
+            "eval/kl": experience.kls.mean().item(),
             "eval/length": sum(lengths) / len(lengths),
         }
         if self._roles.gold is not None:

@@ -15,7 +15,6 @@ pass (2203.02155 sec. 3.5), and most would be between near equals, where a judge
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +22,16 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import GrpoConfig
 from rlhf_cli.config.stages import stage_name
-from rlhf_cli.data.batches import cut
+from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.kinds import Preference, Prompt
-from rlhf_cli.data.order import EpochBatches, order_of
-from rlhf_cli.data.rows import KindError, read_split
-from rlhf_cli.data.tokens import Answers
+from rlhf_cli.data.order import order_of
+from rlhf_cli.data.rows import KindError
+from rlhf_cli.data.tokens import Answers, responses_in
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
-from rlhf_cli.models.load import save_model
-from rlhf_cli.models.out_of_memory import keys_that_help
+from rlhf_cli.models.save import save_model
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
@@ -94,7 +92,7 @@ class RewardRefresh:
     def _preferences(self) -> list[Answers]:
         """The preference rows of `data`, as the reward model reads them; none of other data."""
         try:
-            split = read_split(self._cfg.data, Preference)
+            split = self._session.rows.split(Preference)
         except KindError:
             return []
         pairs = self._encoder.answers(split.train)
@@ -123,6 +121,11 @@ class RewardRefresh:
         known = scores[~scores.isnan()]
         return {"judge": known.mean().item()} if len(known) else {}
 
+    def is_time(self, step: int) -> bool:
+        """Whether the reward model is trained after this step."""
+        assert self._cfg.algo.refresh_reward is not None
+        return step % self._cfg.algo.refresh_reward == 0
+
     def train(self, step: int) -> Metrics:
         """Train the reward model on the pairs since the last refresh, and on a share of old ones.
 
@@ -141,40 +144,41 @@ class RewardRefresh:
         old = self._known + [pair for made, pair in self._pairs if made <= since]
         count = round(len(new) * algo.refresh_replay / (1 - algo.refresh_replay))
         picked = order_of(len(old), self._cfg.seed, f"replay {step}", 0)[:count]
-        found = {"refresh/pairs": float(len(new)), "refresh/replayed": float(len(picked))}
+        metrics = {"refresh/pairs": float(len(new)), "refresh/replayed": float(len(picked))}
         if not new:
-            return found
-        found["refresh/accuracy_before"] = accuracy(*self._scores(new).unbind(-1)).mean().item()
-        found["refresh/loss"] = self._fit([*new, *(old[i] for i in picked)], step)
+            return metrics
+        metrics["refresh/accuracy_before"] = accuracy(*self._scores(new).unbind(-1)).mean().item()
+        metrics["refresh/loss"] = self._fit([*new, *(old[i] for i in picked)], step)
         scores = self._scores(new)  # (N, 2)
-        found["refresh/accuracy"] = accuracy(*scores.unbind(-1)).mean().item()
+        metrics["refresh/accuracy"] = accuracy(*scores.unbind(-1)).mean().item()
         std = scores.std().item()
         if math.isfinite(std) and std > 0:
             self.source.mean, self.source.std = scores.mean().item(), std
-        self._metrics = found
-        return found
+        self._metrics = metrics
+        return metrics
 
     def _scores(self, pairs: list[Answers]) -> Tensor:
         """(N, 2) raw scores of better and worse responses."""
-        raw = scores_of(self.source.model, pairs, self._cfg.hardware, share=self._share)
-        return raw.view(-1, 2).double()
+        scores = scores_of(self.source.model, pairs, self._cfg.hardware, share=self._share)
+        return scores.view(-1, 2).double()
 
     def _fit(self, pairs: list[Answers], step: int) -> float:
         """One pass over pairs in seeded order; returns the mean loss of each as it was learnt."""
         algo, seed, model = self._cfg.algo, self._cfg.seed, self.source.model
         assert algo.refresh_lr is not None and algo.refresh_batch_size is not None
-        steps = math.ceil(len(pairs) / algo.refresh_batch_size)
+        batches = EpochBatches(pairs, algo.refresh_batch_size, 1, seed, f"refresh {step}")
         constant = replace(algo, lr_schedule="constant", warmup_steps=0)
         for weight in self._weights.values():
             weight.requires_grad_(True)
-        optimizer = Optimizer({"reward": (model, algo.refresh_lr)}, constant, steps)
-        lighter = partial(keys_that_help, self._cfg.hardware, logits=False, gradient=True)
+        optimizer = Optimizer({"reward": (model, algo.refresh_lr)}, constant, len(batches))
         total = 0.0
-        for batch in EpochBatches(pairs, algo.refresh_batch_size, 1, seed, f"refresh {step}"):
-            limit = self._cfg.hardware.tokens_per_microbatch
-            micro_batches = cut(batch, limit, count=responses_in)
-            part = LossTerm(micro_batches, self._loss, len(batch), 1.0, responses_in, lighter)
-            update = optimizer.step([part])
+        for batch in batches:
+            term = LossTerm.of(
+                *(batch, self._loss, len(batch), self._cfg.hardware),
+                rows=responses_in,
+                logits=False,
+            )
+            update = optimizer.step([term])
             total += update["loss"] * len(batch)
         for weight in self._weights.values():
             weight.requires_grad_(False)
@@ -238,11 +242,6 @@ class RewardRefresh:
                 save_model(source.model, self._encoder.tokenizer, part, merge=True)
             seal_whole(part, manifest)
         say(f"the refreshed reward model: {folder}")
-
-
-def responses_in(pair: Answers) -> int:
-    """Sequences that a pair takes in a batch."""
-    return len(pair.responses)
 
 
 def best_and_worst(scores: Tensor, size: int) -> Iterator[tuple[int, int]]:

@@ -1,111 +1,34 @@
-"""The reference of preference losses: where it comes from, and its log-probs, kept on disk."""
+"""The reference of preference losses: where it comes from, and its log-probs of responses."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
-from rlhf_cli.config.stages import stage_name
-from rlhf_cli.data.batches import cut
-from rlhf_cli.data.order import EpochBatches
-from rlhf_cli.data.tokens import Answers, Tokens
-from rlhf_cli.folders.files import (
-    as_umask_says,
-    disk_fault,
-    library_errors,
-    seal_whole,
-    whole_folder,
-)
-from rlhf_cli.folders.integrity import fault_in
-from rlhf_cli.folders.manifest import content_hash, read_manifest
-from rlhf_cli.models.forward import response_nll
-from rlhf_cli.models.load import (
-    check_vocabulary,
-    load_policy,
-    load_weights,
-    save_model,
-    set_stop_ids,
-)
-from rlhf_cli.models.out_of_memory import keys_that_help
+from rlhf_cli.config.stages import WITHOUT_REFERENCE
+from rlhf_cli.data.kinds import Judgement, Prompt
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.models.forward import matmul_in_float32, shares_prompts
+from rlhf_cli.models.load import check_vocabulary, load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
-from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.runs.policy import Policy
+from rlhf_cli.objectives.kl import k1
+from rlhf_cli.preferences.bootstrap import BOOTSTRAP, bootstrap
+from rlhf_cli.preferences.cache import ReferenceCache
+from rlhf_cli.preferences.items import Compared, PreferenceItem, sequences_in, with_partners
+from rlhf_cli.reporting.console import Bar
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.policy import Policy, check_reference
 from rlhf_cli.runs.session import Session
-from rlhf_cli.training.loss_term import Loss, LossTerm
-from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.loss_term import Metrics
 
-BOOTSTRAP = "bootstrap"
-
-
-def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
-    """SFT of the policy on chosen responses, kept as `out/bootstrap`, a policy folder.
-
-    Where no SFT model exists, DPO starts from this maximum-likelihood fit, policy and reference
-    alike (2305.18290 sec. 4, "DPO outline"). A folder that is there already is loaded.
-    """
-    cfg: Any = session.cfg
-    if not chosen:
-        raise UserError("reference=bootstrap imitates chosen responses, but no row has one")
-    session.claim()
-    folder = session.out / BOOTSTRAP
-    if folder.is_dir():
-        fault = fault_in(folder, (read_manifest(folder) or {}).get("files", {}))
-        if fault is None:
-            load_weights(policy.model, str(folder), cfg.model)
-            return
-        say(f"{fault}; the bootstrap is made again")
-    algo = cfg.algo
-    epochs = algo.bootstrap_epochs or 1
-    steps = math.ceil(len(chosen) / algo.batch_size) * epochs
-    optimizer = Optimizer({"policy": (policy.model, algo.bootstrap_lr or algo.lr)}, algo, steps)
-
-    def loss(sequences: list[Tokens]) -> Loss:
-        return response_nll(policy.model, sequences, chunk=cfg.hardware.logprob_chunk), {}
-
-    lighter = partial(keys_that_help, cfg.hardware, logits=True, gradient=True)
-    say(f"bootstrap: SFT on {len(chosen)} chosen responses, {steps} steps")
-    with Bar("bootstrap", steps) as bar:
-        for items in EpochBatches(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap"):
-            tokens = sum(len(sequence.response) for sequence in items)
-            batches = cut(items, cfg.hardware.tokens_per_microbatch)
-            metrics = optimizer.step([LossTerm(batches, loss, tokens, keys_that_help=lighter)])
-            bar.advance(1, f"loss {metrics['loss']:.3f}")
-    set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
-    with whole_folder(folder) as part:
-        save_model(policy.model, policy.tokenizer, part, merge=False)
-        seal_whole(part, {"stage": stage_name(cfg), "kind": "policy"})
-
-
-@dataclass
-class Compared:
-    """Responses to one prompt, which a policy is compared with its reference on.
-
-    reference: (K,) log-probs of the responses under the reference, once they are known.
-    """
-
-    answers: Answers
-    reference: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    @property
-    def source(self) -> str:
-        """Where the row stands, for messages."""
-        return self.answers.source
+KL_PROMPTS = 64  # held-out prompts whose sampled responses estimate the KL
 
 
 def reference_origin(session: Session, cfg: DpoConfig) -> dict[str, str]:
@@ -139,37 +62,141 @@ def reference_of(session: Session, policy: Policy, cfg: DpoConfig) -> Reference:
     return Reference.of(load_policy(cfg.reference, frozen, policy.tokenizer, session.device))
 
 
-def fill_reference(
-    reference: Reference,
-    items: Sequence[Compared],
-    cfg: DpoConfig,
-    share: bool,
-    origin: dict[str, str] | None = None,
-    advance: Callable[[int], None] = lambda count: None,
-) -> None:
-    """The reference's log-probs of all responses, where they are not known yet.
+class FrozenReference:
+    """What a preference loss compares the policy with; a loss without a reference has none.
 
-    Args:
-        share: whether prompts may be computed once.
-        origin: what the reference is, if all log-probs are computed ahead: then they are kept on
-            disk.
-        advance: told how many items are done.
+    origin: what it is, for stage.json; empty where there is none.
+    model: None where there is none, or where all of its log-probs are known and it was freed.
+    share: whether policy and reference may compute a prompt once for all of its responses.
     """
-    unknown = [item for item in items if item.reference is None]
-    if not unknown:
-        return
-    cache, found = None, None
-    if cfg.algo.precompute_reference and cfg.reference_cache and origin and is_local(origin):
-        answers = [item.answers for item in unknown]
-        cache = ReferenceCache(cfg.reference_cache, cfg, origin, answers)
-        found = cache.read()
-    if found is None:
-        with reference.active() as model:
-            found = sequence_logprobs(model, unknown, cfg.hardware, share, advance)
-        if cache is not None:
-            cache.write(found)
-    for item, values in zip(unknown, found, strict=True):
-        item.reference = values
+
+    def __init__(
+        self, session: Session, policy: Policy, cfg: DpoConfig, chosen: list[Tokens]
+    ) -> None:
+        """`chosen`: what reference=bootstrap imitates first, policy and reference alike."""
+        self._cfg = cfg
+        if cfg.reference == BOOTSTRAP:
+            bootstrap(session, policy, chosen)
+        compares = cfg.algo.loss not in WITHOUT_REFERENCE
+        made = cfg.reference == BOOTSTRAP
+        self.origin = reference_origin(session, cfg) if compares or made else {}
+        self.model = reference_of(session, policy, cfg) if compares else None
+        self.share = cfg.hardware.share_prompts and shares_prompts(policy.model)
+        if self.model is not None:  # perhaps of another architecture
+            self.share = self.share and shares_prompts(self.model.model)
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is the policy as training starts, so that every first log-ratio is 0."""
+        compares = self._cfg.algo.loss not in WITHOUT_REFERENCE
+        return compares and self._cfg.reference in (None, BOOTSTRAP)
+
+    def precompute(
+        self, train: Sequence[PreferenceItem], held_out: Sequence[PreferenceItem]
+    ) -> None:
+        """Score held-out items, and training items where that is worth it, before training.
+
+        With algo.precompute_reference the model is freed then, unless it is the policy's own base.
+        """
+        if self.model is None:
+            return
+        algo = self._cfg.algo
+        # Later epochs batch rows otherwise, which changes the rounding: a resumed run would differ.
+        ahead = algo.precompute_reference or algo.epochs > 1
+        for side in (with_partners(held_out), with_partners(train) if ahead else []):
+            self._score_ahead(side)
+        if algo.precompute_reference and not self.model.switched_off:
+            self.model = None  # its memory is free again; eval/kl needs it and is left out
+
+    def _score_ahead(self, items: Sequence[Compared]) -> None:
+        """Score items under a bar; those that are all precomputed are kept on disk."""
+        cfg, unknown = self._cfg, [item for item in items if item.reference is None]
+        with Bar("reference log-probs", len(items)) as bar:
+            if not unknown:
+                return
+            cache = None
+            if cfg.algo.precompute_reference and cfg.reference_cache and is_local(self.origin):
+                answers = [item.answers for item in unknown]
+                cache = ReferenceCache(cfg.reference_cache, cfg, self.origin, answers)
+            known = cache.read() if cache is not None else None
+            if known is None:
+                known = self._logprobs(unknown, bar.advance)
+                if cache is not None:
+                    cache.write(known)
+        for item, values in zip(unknown, known, strict=True):
+            item.reference = values
+
+    def score(self, items: Sequence[PreferenceItem]) -> None:
+        """Fill in the reference's log-probs of items and partners where they are not known yet."""
+        unknown = [item for item in with_partners(items) if item.reference is None]
+        if self.model is not None and unknown:
+            for item, values in zip(unknown, self._logprobs(unknown), strict=True):
+                item.reference = values
+
+    def _logprobs(
+        self, items: Sequence[Compared], advance: Callable[[int], None] = lambda count: None
+    ) -> list[Tensor]:
+        assert self.model is not None
+        with self.model.active() as model:
+            return sequence_logprobs(model, items, self._cfg.hardware, self.share, advance)
+
+    def sampled_kl(self, policy: Policy, rows: Sequence[Judgement]) -> float | None:
+        """KL(policy || reference) per response in nats, on sampled responses to the first prompts.
+
+        None without a reference model.
+        """
+        if self.model is None:
+            return None
+        cfg, sampling = self._cfg, Sampling(self._cfg.data.max_response_tokens)
+        questions = [Prompt(row.prompt, {}, row.source) for row in rows[:KL_PROMPTS]]
+        prompts, seed = policy.encoder.prompts(questions), derived_seed(cfg.seed, "kl")
+        policy.engine.update(policy.model)
+        rollouts = policy.engine.sample(prompts, sampling, seed=seed)
+        sequences = [rollout.tokens for rollout in rollouts]
+        ours = logprobs_of(policy.model, sequences, cfg.hardware)
+        with self.model.active() as model:
+            theirs = logprobs_of(model, sequences, cfg.hardware)
+        return k1(torch.cat(ours), torch.cat(theirs)).sum().item() / len(rollouts)
+
+    def check_start(
+        self,
+        session: Session,
+        policy: Policy,
+        held_out: Sequence[PreferenceItem],
+        before: Metrics,
+    ) -> None:
+        """Where policy and reference start as one, log-ratios are 0; then DPO's loss is ln 2.
+
+        Args:
+            before: the first evaluation.
+        """
+        algo, hardware = self._cfg.algo, self._cfg.hardware
+        gap = log_ratios(policy.model, held_out, hardware, self.share).abs().max().item()
+        diagnosis = (
+            "policy and reference are not the same model: an adapter was not loaded, dropout is "
+            "on, or their numerics differ"
+        )
+        exact = matmul_in_float32(policy.model)
+        limit = 0.01 if exact else 1.0
+        session.require("max_abs_log_ratio_at_start", gap, gap < limit, diagnosis)
+        if algo.loss == "dpo" and not algo.sft_coef:
+            limit = 1e-3 if exact else 0.05
+            loss, margin = before["eval/loss"], before["eval/rewards/margin"]
+            session.require("dpo_loss_at_start", loss, abs(loss - math.log(2)) < limit, diagnosis)
+            session.require("dpo_margin_at_start", margin, abs(margin) < limit, diagnosis)
+
+    def check_unchanged(self, session: Session) -> None:
+        """The model, where there is one, ends as it began."""
+        if self.model is not None:
+            check_reference(session, self.model)
+
+
+def log_ratios(
+    policy: nn.Module, items: Sequence[Compared], hardware: Hardware, share: bool
+) -> Tensor:
+    """(S,) rho = log pi - log ref of all responses, item by item; without gradient."""
+    ours = torch.cat(sequence_logprobs(policy, items, hardware, share))
+    return ours - torch.cat([item.reference for item in items if item.reference is not None])
 
 
 def sequence_logprobs(
@@ -181,75 +208,6 @@ def sequence_logprobs(
 ) -> list[Tensor]:
     """Per item the (K,) log-probs of its responses, summed over tokens; without gradient."""
     answers = [item.answers for item in items]
-    of_responses = logprobs_of(model, answers, hardware, share=share, advance=advance)
-    sums = torch.stack([each.sum() for each in of_responses])  # (S,)
-    return list(sums.split([len(each.responses) for each in answers]))
-
-
-def known_references(items: Sequence[Compared]) -> Tensor:
-    """(S,) log-probs under the reference, item by item."""
-    return torch.cat([item.reference for item in items if item.reference is not None])
-
-
-class ReferenceCache:
-    """Log-probs of a reference on disk, so that a second run or a sweep over beta has no pass.
-
-    The file is named after the reference's folder, the token ids of all responses (which rows,
-    template, tokenizer and limits make) and the type of matrix products. It holds the hash of the
-    reference's weights: one that was written for other weights is stale, and computed again.
-    """
-
-    def __init__(
-        self, folder: str, cfg: DpoConfig, origin: dict[str, str], answers: list[Answers]
-    ) -> None:
-        self._counts = [len(each.responses) for each in answers]
-        data = hashlib.sha256()
-        for each in answers:
-            data.update(json.dumps([each.prompt, each.responses]).encode())
-        self._key = {
-            "reference": origin["hash"],
-            "data": data.hexdigest(),
-            "template": cfg.data.template,
-            "dtype": cfg.model.dtype,
-        }
-        place = str(Path(cfg.out) / BOOTSTRAP) if origin["kind"] == BOOTSTRAP else origin["path"]
-        name = hashlib.sha256(json.dumps({**self._key, "reference": place}).encode()).hexdigest()
-        self.file = Path(folder) / f"{name[:16]}.safetensors"
-
-    def read(self) -> list[Tensor] | None:
-        """Per item the (K,) log-probs of its responses; None where they must be computed."""
-        if not self.file.is_file():
-            return None
-        try:
-            with safe_open(self.file, framework="pt") as stored:
-                key, values = stored.metadata(), stored.get_tensor("logprobs")
-            whole = key.pop("values") == digest_of(values)
-        except (SafetensorError, KeyError):
-            whole = False
-        if not whole:
-            say(f"{self.file}: damaged; the reference is scored again")
-            return None
-        if key != self._key or len(values) != sum(self._counts):
-            say(f"{self.file}: stale, made with another reference; it is scored again")
-            return None
-        say(f"reference log-probs: read from {self.file}")
-        return list(values.split(self._counts))
-
-    def write(self, values: list[Tensor]) -> None:
-        """Keep them, in the order of `read`; a disk that takes no cache is no failure."""
-        joined = torch.cat(values)
-        part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")  # a sweep has several
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with library_errors(part):
-                save_file({"logprobs": joined}, part, {**self._key, "values": digest_of(joined)})
-            as_umask_says(part)
-            part.replace(self.file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            say(f"note: reference log-probs are not kept: {disk_fault(error) or error}")
-
-
-def digest_of(values: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+    per_token = logprobs_of(model, answers, hardware, share=share, advance=advance)
+    sums = torch.stack([each.sum() for each in per_token])  # (S,)
+    return list(sums.split([sequences_in(item) for item in items]))

@@ -36,8 +36,8 @@ def final_answer(response: str, pattern: re.Pattern[str] = NUMBER) -> str:
     """The number after the last ####, or that line where it holds none; else the last number."""
     if "####" in response:
         line = (response.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
-        found = pattern.search(line)
-        return found[0] if found else line
+        match = pattern.search(line)
+        return match[0] if match else line
     numbers = pattern.findall(response)
     return numbers[-1] if numbers else ""
 
@@ -108,13 +108,13 @@ class MathJudge:
         """
         with self._lock:
             try:
-                found = self._answer(expected, response) or self._answer(expected, response)
+                answer = self._answer(expected, response) or self._answer(expected, response)
             except queue.Empty:  # too slow
-                found = None
+                answer = None
                 self._end()
-            if not found:  # or it broke down over this answer twice
+            if not answer:  # or it broke down over this answer twice
                 return False
-            equal: bool | None = json.loads(found)
+            equal: bool | None = json.loads(answer)
             return equal
 
     def _answer(self, expected: str, response: str) -> str:

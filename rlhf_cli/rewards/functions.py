@@ -1,7 +1,8 @@
 """Calls a user's reward function, so that nothing it does can end the run.
 
-What it gets and gives is written in specs.Signature and in README.md. An exception, a time-out, or
-an answer that is no reward costs that response its reward and is told with the row's source.
+What it gets and gives is written in specs.Signature and in docs/rewards.md. An exception, a
+time-out, or an answer that is no reward costs that response its reward and is told with the row's
+source.
 """
 
 import asyncio
@@ -55,9 +56,9 @@ class UserFunction:
         Raises:
             UserError: the file cannot be imported.
         """
-        found = function_of(spec)
-        assert found is not None
-        file, name = found
+        named = function_of(spec)
+        assert named is not None
+        file, name = named
         self.spec, self.timeout = spec, timeout
         self.signature = signature_of(file, name)
         self._function: Callable[..., Any] = getattr(loaded(file.resolve()), name)
@@ -93,12 +94,12 @@ class UserFunction:
 
     def _columns(self, rows: Sequence[Prompt]) -> list[str]:
         """The columns to pass: those that it names, or all; its own default where no row has it."""
-        found = {name: None for row in rows for name in row.columns}
+        present = {name: None for row in rows for name in row.columns}
         if self.signature.takes_all:
-            own = [name for name in self.signature.required if name not in found]
-            return [name for name in [*found, *own] if name not in self.signature.given]
+            own = [name for name in self.signature.required if name not in present]
+            return [name for name in [*present, *own] if name not in self.signature.given]
         named = self.signature.columns
-        return [name for name in named if name in found or name in self.signature.required]
+        return [name for name in named if name in present or name in self.signature.required]
 
     # ------------------------------------------------------------------ batches
 
@@ -198,12 +199,12 @@ def read(answer: Any, given: Given) -> Any:
 def number(value: Any) -> float:
     """A finite float."""
     try:
-        found = math.nan if isinstance(value, str | bytes) else float(value)
+        reward = math.nan if isinstance(value, str | bytes) else float(value)
     except Exception:  # whatever a foreign type raises
         raise NoReward(f"the function gave {kind_of(value)} instead of a number") from None
-    if not abs(found) <= LARGEST:
+    if not abs(reward) <= LARGEST:
         raise NoReward(f"the function gave {value!r} instead of a finite number")
-    return found
+    return reward
 
 
 def kind_of(value: Any) -> str:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import Encoder, StepCutter, Tokens
+from rlhf_cli.data.step_cutter import StepCutter
+from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     STEP,
@@ -171,12 +172,12 @@ class ModelReward(RewardSource):
         """The model puts better above worse more often than not on its own held-out rows."""
         self.reader.check(rows)
         metrics = (read_manifest(self.path) or {}).get("metrics", {})
-        found = metrics.get("eval/auc", metrics.get("eval/accuracy"))
-        if found is not None:
+        accuracy = metrics.get("eval/auc", metrics.get("eval/accuracy"))
+        if accuracy is not None:
             require(
                 f"{role}_accuracy",
-                found,
-                found > 0.5,
+                accuracy,
+                accuracy > 0.5,
                 f"{self.path} is no better than a coin on its own held-out rows; train it longer, "
                 "on more rows, or check which side is chosen",
             )
@@ -190,16 +191,16 @@ class ModelReward(RewardSource):
 
         NaN for a response that exceeds the context, infinite for one that the model failed at.
         """
-        found = torch.full((len(rollouts),), math.nan)
+        scores = torch.full((len(rollouts),), math.nan)
         sequences = self.reader.sequences(rollouts)
         fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
         if fitting:
             raw = self.raw([each for _, each in fitting]).float()
             good = raw.isfinite()
-            found[[i for i, _ in fitting]] = raw.masked_fill(~good, math.inf)
+            scores[[i for i, _ in fitting]] = raw.masked_fill(~good, math.inf)
             failed = [each for (_, each), fine in zip(fitting, good, strict=True) if not fine]
             self.reader.tell_failures(failed, len(rollouts))
-        return found
+        return scores
 
 
 class CheckpointReward(ModelReward):
@@ -225,22 +226,22 @@ class CheckpointReward(ModelReward):
         All are unknown where the response exceeds the context, or where the model's own tokenizer
         finds other steps in the text; all are infinite where it failed at one.
         """
-        found = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
+        probabilities = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
         sequences = self.reader.sequences(rollouts)
         fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
         raw = self.reading.step_scores(self.model, [each for _, each in fitting], self.hardware)
         others, failed = 0, []
         for (i, sequence), scores in zip(fitting, raw, strict=True):
             if not scores.isfinite().all():
-                found[i].fill_(math.inf)
+                probabilities[i].fill_(math.inf)
                 failed.append(sequence)
-            elif len(scores) == len(found[i]):
-                found[i] = scores.float().sigmoid()
+            elif len(scores) == len(probabilities[i]):
+                probabilities[i] = scores.float().sigmoid()
             else:
                 others += 1
         self.reader.tell_failures(failed, len(rollouts))
         self.reader.tell("responses have other steps in its own tokens", others, len(rollouts))
-        return found
+        return probabilities
 
 
 class ImplicitReward(ModelReward):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import StepCutter
+from rlhf_cli.data.step_cutter import StepCutter
 from rlhf_cli.folders.manifest import RESPONSE
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rewards.functions import UserFunction
@@ -181,15 +181,15 @@ class Reward:
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Of each term mean and std where any response has it, the share without, and seconds."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for spec, part in scores.parts.items():
             known = part[~part.isnan()]
             if len(known):
-                found[f"reward/{spec}/mean"] = known.mean().item()
-                found[f"reward/{spec}/std"] = known.std(correction=0).item()
-            found[f"reward/{spec}/none"] = 1 - len(known) / len(part)
-            found[f"seconds/reward/{spec}"] = scores.seconds[spec]
-        return found
+                metrics[f"reward/{spec}/mean"] = known.mean().item()
+                metrics[f"reward/{spec}/std"] = known.std(correction=0).item()
+            metrics[f"reward/{spec}/none"] = 1 - len(known) / len(part)
+            metrics[f"seconds/reward/{spec}"] = scores.seconds[spec]
+        return metrics
 
 
 def weighted_sum(terms: Sequence[LoadedTerm], parts: dict[str, Tensor]) -> Tensor:

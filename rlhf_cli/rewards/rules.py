@@ -149,12 +149,12 @@ def _json(argument: str) -> Score:
     def score(row: Prompt, response: str) -> float:
         try:
             # numbers stay text: neither their size nor their digits matter here
-            found = json.loads(
+            value = json.loads(
                 response, parse_int=str, parse_float=str, parse_constant=_refuse_constant
             )
         except (ValueError, RecursionError):
             return 0.0
-        return float(not keys or (isinstance(found, dict) and keys <= found.keys()))
+        return float(not keys or (isinstance(value, dict) and keys <= value.keys()))
 
     return score
 
@@ -255,9 +255,9 @@ def check_columns(rule: Rule, rows: Sequence[Prompt | Demonstration]) -> None:
     for row in rows:
         value = row.columns.get(rule.column)
         if value is None:
-            found = ", ".join(["prompt", *row.columns])
+            columns = ", ".join(["prompt", *row.columns])
             raise UserError(
-                f"{row.source}: reward={rule.spec} needs a column {rule.column!r}; found {found}"
+                f"{row.source}: reward={rule.spec} needs a column {rule.column!r}; found {columns}"
             )
         if rule.numeric and quantity_of(str(value)) is None:
             raise UserError(

@@ -81,14 +81,14 @@ def models_of(spec: str) -> list[str]:
 
 def files_of(spec: str) -> list[Path]:
     """The files that the terms of a reward are read from: functions, and lists of words."""
-    found = []
+    files = []
     for term in terms_of(spec) if spec else []:
         name, _, argument = term.spec.partition(":")
         if (function := function_of(term.spec)) is not None:
-            found.append(function[0])
+            files.append(function[0])
         elif name == "lexicon":
-            found.append(Path(argument))
-    return found
+            files.append(Path(argument))
+    return files
 
 
 def refreshed_model(spec: str) -> str:
@@ -97,19 +97,19 @@ def refreshed_model(spec: str) -> str:
     Raises:
         UserError: there is none, or several.
     """
-    found = [
+    learners = [
         term.spec
         for term in terms_of(spec)
         if term.weight and is_model(term.spec) and implicit_reward_of(term.spec) is None
     ]
-    found = [name for name in found if level_of(name) == RESPONSE]
-    if len(found) != 1:
-        has = f"has {len(found)} ({', '.join(found)})" if found else "has none"
+    learners = [name for name in learners if level_of(name) == RESPONSE]
+    if len(learners) != 1:
+        has = f"has {len(learners)} ({', '.join(learners)})" if learners else "has none"
         raise UserError(
             f"algo.refresh_reward trains one reward model of whole responses, but reward={spec} "
             f"{has}; give one that `rlhf-cli reward` wrote"
         )
-    return found[0]
+    return learners[0]
 
 
 def meaning_of(spec: str) -> str:
@@ -186,11 +186,11 @@ def signature_of(file: Path, name: str) -> Signature:
         line = getattr(error, "lineno", None) or 1
         raise UserError(f"{spec}: {file} line {line} is not Python: {error.args[0]}") from None
     defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    found = [node for node in defined if node.name == name]
-    if not found:
+    matching = [node for node in defined if node.name == name]
+    if not matching:
         names = ", ".join(node.name for node in defined) or "none"
         raise UserError(f"{spec}: {file} defines no function {name} (functions: {names})")
-    node = found[-1]
+    node = matching[-1]
     positional = [*node.args.posonlyargs, *node.args.args]
     if len(positional) < 2:
         raise UserError(
@@ -215,10 +215,10 @@ def check_function_columns(
     spec: str, signature: Signature, rows: Sequence[Prompt | Demonstration]
 ) -> None:
     """Stop where a function names a column that no row has."""
-    found = {name for row in rows for name in row.columns}
+    columns = {name for row in rows for name in row.columns}
     for name in signature.required:
-        if rows and name not in found:
+        if rows and name not in columns:
             raise UserError(
                 f"{rows[0].source}: reward={spec} needs a column {name!r}; found "
-                + ", ".join(["prompt", *sorted(found)])
+                + ", ".join(["prompt", *sorted(columns)])
             )

@@ -5,22 +5,23 @@ import math
 import torch
 from torch import nn
 
-from rlhf_cli.config.schema import Decoding
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import matmul_type, token_logprobs, unwrap
 from rlhf_cli.rollout.decode import Completion, no_logits
+from rlhf_cli.rollout.sampling import Sampling
 
 
 @torch.no_grad()
 def beam_search(
     model: nn.Module,
     prompt: list[int],
-    algo: Decoding,
+    sampling: Sampling,
+    samples: int,
     stop_ids: list[int],
     chunk: int,
 ) -> list[Completion]:
-    """The `algo.samples` best of `algo.beams` hypotheses, best first.
+    """The `samples` best of `sampling.beams` hypotheses, best first.
 
     A hypothesis is ranked by log-prob / length ** length_penalty; its log-probs are the model's.
     """
@@ -31,12 +32,12 @@ def beam_search(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            num_beams=algo.beams,
-            num_return_sequences=algo.samples,
-            length_penalty=algo.length_penalty,
-            repetition_penalty=algo.repetition_penalty,
-            min_new_tokens=algo.min_tokens or None,
-            max_new_tokens=algo.max_tokens,
+            num_beams=sampling.beams,
+            num_return_sequences=samples,
+            length_penalty=sampling.length_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            min_new_tokens=sampling.min_tokens or None,
+            max_new_tokens=sampling.max_tokens,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
         )

@@ -20,12 +20,12 @@ class Completion:
 
     ids: response ids, with the EOS if it was drawn.
     logprobs: log-prob of each id before any filter but temperature.
-    finish: eos, length (max_tokens reached) or stop (a stop string).
+    finish_reason: eos, length (max_tokens reached) or stop (a stop string).
     """
 
     ids: list[int]
     logprobs: list[float]
-    finish: str
+    finish_reason: str
 
 
 @torch.no_grad()
@@ -77,10 +77,10 @@ def decode(
                 completion.ids.append(id)
                 completion.logprobs.append(value)
                 if id in stop_ids:
-                    completion.finish = "eos"
+                    completion.finish_reason = "eos"
                 elif any(string in text_of(completion.ids) for string in sampling.stop):
-                    completion.finish = "stop"
-                live[place] = completion.finish == "length"
+                    completion.finish_reason = "stop"
+                live[place] = completion.finish_reason == "length"
             if not live.any() or step + 1 == sampling.max_tokens:
                 break
             seen = torch.cat([seen, token[:, None]], -1)

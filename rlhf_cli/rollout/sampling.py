@@ -18,7 +18,7 @@ from rlhf_cli.config.schema import Decoding
 
 @dataclass
 class Sampling:
-    """How tokens are drawn; the meaning of each field stands in config/schema.py (Decoding)."""
+    """How tokens are chosen; the meaning of each field stands in config/schema.py (Decoding)."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -28,6 +28,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    beams: int = 1
+    length_penalty: float = 1.0
 
     @classmethod
     def of(cls, algo: Decoding) -> "Sampling":
@@ -41,6 +43,8 @@ class Sampling:
             repetition_penalty=algo.repetition_penalty,
             min_tokens=algo.min_tokens,
             stop=tuple(algo.stop),
+            beams=algo.beams,
+            length_penalty=algo.length_penalty,
         )
 
     @property

@@ -40,7 +40,7 @@ def differing_keys(
         free: from `free_keys`.
     """
     flat_saved, flat_given = flatten(saved), flatten(given)
-    found = [
+    differing = [
         line
         for name in sorted(flat_saved)
         if name.split(".")[0] not in IGNORED_KEYS and (line := renamed(name))
@@ -53,8 +53,8 @@ def differing_keys(
         grows = free.get(name)
         if grows is False or (grows and is_more(now, before)):
             continue
-        found.append(f"{name}: {written(before)} -> {written(now)}")
-    return found
+        differing.append(f"{name}: {written(before)} -> {written(now)}")
+    return differing
 
 
 def is_more(now: int | None, before: int | None) -> bool:

@@ -86,18 +86,18 @@ def trees(folders: Sequence[Path]) -> list[Node]:
     def hash_of(kind: str, place: str) -> str | None:
         return content_hash(place) if kind == PARENTS else input_hash(place)
 
-    found = {place.resolve(): read_node(place, hash_of) for place in runs_in(folders)}
+    nodes = {place.resolve(): read_node(place, hash_of) for place in runs_in(folders)}
     above: dict[Path, Path] = {}
-    for place, node in found.items():
-        inside = place.parent in found and not is_claimed(place)
+    for place, node in nodes.items():
+        inside = place.parent in nodes and not is_claimed(place)
         main = node.main.place.resolve() if node.main else None
         parent = place.parent if inside else main
-        if parent in found and place not in _ancestry(parent, above):
+        if parent in nodes and place not in _ancestry(parent, above):
             above[place] = parent
-    for place in sorted(found, key=lambda each: _order(found[each])):
+    for place in sorted(nodes, key=lambda each: _order(nodes[each])):
         if place in above:
-            found[above[place]].children.append(found[place])
-    return sorted((node for place, node in found.items() if place not in above), key=_order)
+            nodes[above[place]].children.append(nodes[place])
+    return sorted((node for place, node in nodes.items() if place not in above), key=_order)
 
 
 def _ancestry(place: Path, above: dict[Path, Path]) -> Iterator[Path]:
@@ -178,11 +178,11 @@ def _config_of(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def _stage_and_option(header: str) -> tuple[str | None, str | None]:
     """The stage and the option of `algo` by the command in the first line of config.yaml."""
-    found = HEADER.match(header)
-    if found is None or found["words"] is None:
-        return (found["stage"] if found else None), None
+    match = HEADER.match(header)
+    if match is None or match["words"] is None:
+        return (match["stage"] if match else None), None
     try:
-        stage, *words = shlex.split(found["words"])
+        stage, *words = shlex.split(match["words"])
     except ValueError:
         return None, None
     options = [word.partition("=")[2] for word in words if word.startswith("algo=")]

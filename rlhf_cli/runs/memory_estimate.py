@@ -106,7 +106,7 @@ Parts = dict[str, float]
 
 def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
     """Bytes by part: held all the time, in an update, in a rollout."""
-    shapes, geometry = policy_of(cfg)
+    shapes, geometry = start_of(cfg)
     weights, trained = roles_of(cfg, shapes)
     always: Parts = {f"weights of the {role}": BYTES * count for role, count in weights.items()}
     always["gradients"] = BYTES * sum(trained.values())
@@ -186,17 +186,17 @@ def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
     held[role] = count(own) + adapter
     trained[role] = adapter or count(own) - frozen
     if has_reference(cfg):
-        held["reference"] = reference_of(cfg, shapes, adapter, frozen)
+        held["reference"] = reference_numbers(cfg, shapes, adapter, frozen)
     if getattr(cfg.algo, "baseline", None) == "critic":
-        held["critic"], trained["critic"] = critic_of(cfg, shapes)
+        held["critic"], trained["critic"] = critic_numbers(cfg, shapes)
     if (reward := getattr(cfg, "reward", None)) is not None:
-        held["reward"] = sum(reward_of(cfg, path) for path in models_of(reward))
+        held["reward"] = sum(reward_numbers(cfg, path) for path in models_of(reward))
     if (gold := getattr(cfg, "gold", None)) is not None:
         held["gold"] = sum(count(trunk_of(known(path))) for path in models_of(gold))
     return {role: number for role, number in held.items() if number}, trained
 
 
-def reference_of(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> int:
+def reference_numbers(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> int:
     """A copy of what the policy trains; none of a fresh adapter, which is switched off."""
     if getattr(cfg.algo, "precompute_reference", False):
         return 0
@@ -208,7 +208,7 @@ def reference_of(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> int:
     return adapter if adapter_base(cfg.policy) is not None or refreshed else 0
 
 
-def critic_of(cfg: Any, shapes: Shapes) -> tuple[int, int]:
+def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
     """What the critic holds beside the policy, and trains."""
     trunk, rank = trunk_of(shapes), cfg.model.lora_rank
     if cfg.algo.critic == "shared":
@@ -233,7 +233,7 @@ def critic_of(cfg: Any, shapes: Shapes) -> tuple[int, int]:
     return count(reward) + lora(reward, rank), lora(reward, rank)
 
 
-def reward_of(cfg: Any, path: str) -> int:
+def reward_numbers(cfg: Any, path: str) -> int:
     """What a reward model holds beside the policy."""
     implicit = implicit_reward_of(path)
     if implicit is not None:
@@ -277,7 +277,7 @@ def on_base_of(path: str, policy: str) -> bool:
 # --------------------------------------------------------------------------- sizes
 
 
-def policy_of(cfg: Any) -> tuple[Shapes, Geometry]:
+def start_of(cfg: Any) -> tuple[Shapes, Geometry]:
     """The shapes of the model that a stage starts from."""
     if cfg.start is None:
         return from_scratch(cfg.model)

@@ -215,12 +215,12 @@ def resume_point(out: Path, step: int) -> Path:
 
 def resume_points(out: Path) -> dict[int, Path]:
     """The resume points of an out folder by step, oldest first."""
-    found = {
+    points = {
         int(match[1]): folder
         for folder in (out / CHECKPOINTS).glob("step-*")
         if (match := STEP.fullmatch(folder.name))
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(points.items()))
 
 
 def newest_step(out: Path) -> int | None:

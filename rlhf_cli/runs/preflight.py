@@ -1,335 +1,87 @@
-"""All that can be known before torch is imported: folders, kinds, tokenizers, files, arithmetic."""
+"""All that can be known of a run before torch is imported, checked and read once."""
 
-import re
-from collections.abc import Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
-from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
-from rlhf_cli.data.files import SUFFIXES
-from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, kind_named
-from rlhf_cli.data.rows import first_rows, read_split, read_texts
-from rlhf_cli.folders.integrity import check_whole
-from rlhf_cli.folders.manifest import (
-    implicit_reward_of,
-    kind_of,
-    read_config,
-    read_manifest,
-    reference_folder,
-    tokenizer_hash,
-)
-from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
-from rlhf_cli.rewards.specs import (
-    check_rows_of,
-    function_of,
-    judges_steps,
-    meaning_of,
-    models_of,
-    refreshed_model,
-    signature_of,
-    terms_of,
+from rlhf_cli.config.stages import STAGES, stage_name
+from rlhf_cli.data.rows import Rows
+from rlhf_cli.runs.checks import (
+    arithmetic,
+    check_context,
+    check_data,
+    check_frozen_layers,
+    check_models,
+    check_rows,
+    reward_lines,
 )
 from rlhf_cli.runs.memory_estimate import predicted_memory
-from rlhf_cli.runs.out_folder import (
-    FINISHED,
-    FREE,
-    RESUMABLE,
-    is_claimed,
-    newest_step,
-    state_of,
-)
-from rlhf_cli.runs.provenance import named_models
+from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, newest_step, state_of
+from rlhf_cli.runs.provenance import Provenance, provenance_of
 from rlhf_cli.runs.remote_code import code_lines
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
+
+@dataclass
+class Plan:
+    """What a run will do, and what was read to know it.
+
+    state: of `out`: FREE, RESUMABLE or FINISHED, and then the rest is empty.
+    rows: has read all local rows that the run needs.
+    provenance: what the run is made from, as it was before anything was read; None of a check.
+    doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
+        on each part of the memory.
+    sums: lines on rewards and batches.
+    """
+
+    state: str
+    rows: Rows
+    provenance: Provenance | None
+    doing: list[str]
+    counted: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+    sums: list[str] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Everything, for --check."""
+        resumed = self.doing[2:]
+        return [
+            *(*self.doing[:2], *self.counted, *resumed),
+            *(*self.code, *self.sums, *self.memory),
+        ]
+
+    def at_start(self) -> list[str]:
+        """What a stage says as it starts; it counts the rows itself, once they are tokens."""
+        return [*self.doing, *self.sums, *self.memory[-1:]]
 
 
-def row_kind(cfg: Run) -> type:
-    """The kind of rows that a stage learns from or answers."""
-    return kind_named(row_kind_name(cfg))
-
-
-def preflight(cfg: Run, whole: bool = True) -> list[str]:
-    """Check paths, checkpoint kinds and arithmetic of a typed config, and local rows.
+def preflight(cfg: Run, check_only: bool = False) -> Plan:
+    """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
     Args:
-        whole: read the rows too, and tell every part of the memory; a stage that begins, and is
-            about to read the rows, says false.
-
-    Returns:
-        Lines that say what will happen.
+        check_only: nothing will run, so nothing that may be large is hashed.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
     """
-    stage = stage_name(cfg)
-    lines = [f"{stage}: {STAGES[stage].sentence}"]
-    state = state_of(cfg)
-    emptied = state == FREE and is_claimed(Path(cfg.out))
-    lines.append(f"out: {cfg.out} ({'made anew: what is there goes' if emptied else state})")
+    stage, out = stage_name(cfg), Path(cfg.out)
+    state, rows = state_of(cfg), Rows(cfg.data)
+    emptied = state == FREE and is_claimed(out)
+    doing = [
+        f"{stage}: {STAGES[stage].sentence}",
+        f"out: {cfg.out} ({'made anew: what is there goes' if emptied else state})",
+    ]
     if state == FINISHED:
-        return lines
+        return Plan(state, rows, None, doing)
+    provenance = None if check_only else provenance_of(cfg)
     check_data(cfg)
     check_models(cfg)
     check_context(cfg)
     check_frozen_layers(cfg)
-    lines += check_rows(cfg) if whole else []
-    if state == RESUMABLE and (step := newest_step(Path(cfg.out))) is not None:
-        lines.append(f"newest resume point: step {step}")
-    memory = predicted_memory(cfg)
-    lines += code_lines(cfg) if whole else []  # a stage says them itself, before it loads anything
-    return [*lines, *reward_lines(cfg), *arithmetic(cfg), *(memory if whole else memory[-1:])]
-
-
-def check_data(cfg: Run) -> None:
-    """Data files exist and say something."""
-    data = cfg.data
-    for key in ("path", "eval_path", "text_path"):
-        value = getattr(data, key)
-        if data.format == "demo" and key != "text_path" and value is not None:
-            raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
-        if value == "-" and key == "path" and not facts_of(cfg).holds_out:
-            continue
-        if value is None:
-            if key == "path" and data.format != "demo":
-                raise UserError(f"data={data.format} needs data.path=FILE")
-            continue
-        place = Path(value)
-        if place.is_file():
-            if place.stat().st_size == 0:
-                raise UserError(f"data.{key}: the file {value} is empty")
-            if place.suffix not in SUFFIXES:
-                kinds = ", ".join(SUFFIXES)
-                raise UserError(f"data.{key}: {value} is none of {kinds}")
-        elif not place.is_dir() and not is_hub_id(value):
-            raise UserError(f"data.{key}: no such file: {value}")
-
-
-def is_hub_id(value: str) -> bool:
-    """owner/name, with no sign of being meant as a local path."""
-    name = value.split(":")[0]
-    local = name.startswith((".", "/", "~", "runs/")) or Path(name).suffix in SUFFIXES
-    return not local and HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
-
-
-def check_rows(cfg: Run) -> list[str]:
-    """Rows of local files are sound, of a kind that the stage can use, and have what it reads.
-
-    The shipped demo is sound; what the hub or standard input holds is known once the stage reads.
-
-    Returns:
-        How many rows there are of each file.
-    """
-    data, kind, notes = cfg.data, row_kind(cfg), []
-    if data.text_path is not None and Path(data.text_path).exists():
-        notes += read_texts(data).notes
-    paths = [path for path in (data.path, data.eval_path) if path is not None]
-    if not paths or not all(Path(path).exists() for path in paths):
-        return notes
-    if not facts_of(cfg).holds_out:  # it answers every row
-        rows = first_rows(data, paths[0], kind, notes)
-    else:
-        split = read_split(data, kind)
-        rows = split.train + split.held_out
-        notes += split.notes
-    answered = [row for row in rows if isinstance(row, Prompt | Demonstration)]
-    for _, reward in rewards_of(cfg):
-        for term in terms_of(reward):
-            check_rows_of(term.spec, answered)
-    check_judgements(cfg, rows)
-    return notes
-
-
-def sizes(train: Sized, held_out: Sized) -> str:
-    """How many rows are left once all that is dropped is gone."""
-    return f"{len(train)} rows to learn from, {len(held_out)} held out"
-
-
-def check_judgements(cfg: Run, rows: list[Any]) -> None:
-    """Every row has what the loss reads: its margin, its label or its score.
-
-    Raises:
-        UserError: naming the first row that has not.
-    """
-    loss, target = getattr(cfg.algo, "loss", None), getattr(cfg.algo, "target", None)
-    needed, setting = target, f"algo.target={target}"
-    if getattr(cfg.algo, "row_margin", None):
-        needed, setting = "margin", "algo.row_margin=true"
-    elif loss == "kto":
-        needed, setting = "label", "algo.loss=kto"
-    bad = next((row for row in rows if needed and getattr(row, needed) is None), None)
-    if bad is not None:
-        raise UserError(f"{bad.source}: the row says no {needed}, which {setting} reads")
-
-
-def check_models(cfg: Run) -> None:
-    """Every model folder exists and is of the kind that its role needs; policies share one
-    vocabulary, rewards need not.
-    """
-    a_policy = f"an {either(makers_of('policy'))} output"
-    for key, role, value in named_models(cfg):
-        if role == "reward":
-            check_reward(key, value)
-        else:
-            check_folder(
-                key, value, role, "a pretrained model" if key == "model.path" else a_policy
-            )
-            if cfg.start is not None and value != cfg.start:
-                check_tokenizers(key, value, cfg.start)
-    if cfg.samples_online:
-        check_supervision(cfg)
-    if (judge := getattr(cfg, "judge", None)) is not None:
-        check_judge(cfg, judge)
-    cache = getattr(cfg, "reference_cache", None)
-    if Path(cache or ".").is_file():
-        raise UserError(f"reference_cache={cache} is a file; name a folder, or null")
-    if facts_of(cfg).writes == "report" and not rewards_of(cfg):
-        raise UserError("evaluate needs reward=... or gold=... to judge by")
-
-
-def either(names: Sequence[str]) -> str:
-    """sft, ppo or dpo."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def rewards_of(cfg: Run) -> list[tuple[str, str]]:
-    """The keys of a stage that name rewards, and what they say."""
-    return [(key, value) for key, role, value in named_models(cfg) if role == "reward"]
-
-
-def check_judge(cfg: Any, judge: str) -> None:
-    """What labels pairs for a reward model to learn from is not that model."""
-    learner = Path(refreshed_model(cfg.reward))
-    if learner.resolve() in [Path(path).resolve() for path in models_of(judge)]:
-        raise UserError(f"judge={judge} would teach {learner} what it says already")
-
-
-def check_reward(role: str, reward: str) -> None:
-    """Every term of a reward is a sound rule, a function there is, or a folder of its kind."""
-    for term in terms_of(reward):
-        if (function := function_of(term.spec)) is not None:
-            signature_of(*function)
-        elif rule_of(term.spec) is None:
-            check_folder(role, term.spec, "reward", A_REWARD)
-
-
-def check_supervision(cfg: Any) -> None:
-    """Where steps are rewarded, a term judges steps."""
-    if cfg.algo.supervision == "process" and not any(
-        term.weight and judges_steps(term.spec) for term in terms_of(cfg.reward)
-    ):
-        raise UserError(
-            f"algo.supervision=process rewards steps, but no term of reward={cfg.reward} judges "
-            "them: a reward model of steps does, and a function whose second parameter is "
-            "called steps"
-        )
-
-
-def reward_lines(cfg: Run) -> list[str]:
-    """What each term of the rewards stands for."""
-    return [
-        f"{role}: {term.weight:g} x {term.spec}: {meaning_of(term.spec)}"
-        for role, reward in rewards_of(cfg)
-        for term in terms_of(reward)
-    ]
-
-
-def check_folder(role: str, path: str, kind: str, meant: str) -> None:
-    """A local folder of the right kind with whole weights; a hub id passes."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"{role}={path} is a file; {role} needs a folder ({meant})")
-        if is_hub_id(path):
-            return
-        made = f"run `rlhf-cli {makers_of(kind)[0]} out={path}`"
-        if match := re.fullmatch(r"runs/([^/]+)/(\w+)", path):
-            name = "" if match[1] == "demo" else f" name={match[1]}"
-            if match[2] in STAGES:
-                made = f"run `rlhf-cli {match[2]}{name}` first"
-        rules = f"; rules are {', '.join(RULE_NAMES)}" if kind == "reward" else ""
-        raise UserError(f"{role}={path} does not exist: {made}, or give {role}={meant}{rules}")
-    manifest = read_manifest(folder)
-    configs = ("config.json", "adapter_config.json")
-    foreign = any((folder / name).is_file() for name in configs) and not is_claimed(folder)
-    if manifest is None and not foreign:
-        raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
-    found = kind_of(folder)
-    if kind == "reward" and (implicit := implicit_reward_of(path)) is not None:
-        reference_folder(path, implicit)
-        found = kind  # beta log(policy / reference) is a reward
-    if found != kind:
-        article = "reward model" if found == "reward" else found
-        raise UserError(f"{role}={path} is a {article}; {role} needs {meant}")
-    check_whole(folder)
-
-
-def check_tokenizers(role: str, path: str, policy: str) -> None:
-    """Two local folders have the same vocabulary; hub ids are checked once loaded."""
-    hashes = [tokenizer_hash(Path(place)) for place in (path, policy) if Path(place).is_dir()]
-    if len(hashes) == 2 and None not in hashes and hashes[0] != hashes[1]:
-        raise UserError(
-            f"{role}={path} has another tokenizer than policy={policy}; train both from one model"
-        )
-
-
-def check_context(cfg: Run) -> None:
-    """Prompt and response together fit into the model's positions."""
-    if cfg.start is None or not Path(cfg.start).is_dir():
-        return
-    context = read_config(Path(cfg.start)).get("max_position_embeddings")
-    sampled = getattr(cfg.algo, "max_tokens", 0)
-    tokens = max(sampled, cfg.data.max_response_tokens)
-    if context is not None and cfg.data.max_prompt_tokens + tokens > context:
-        raise UserError(
-            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
-            f"do not fit the {context} positions of {cfg.start}; lower one of them"
-        )
-
-
-def check_frozen_layers(cfg: Run) -> None:
-    """The model has the blocks that stay as they are; one of the hub is checked once loaded."""
-    frozen, path = getattr(cfg.model, "frozen_layers", 0), cfg.start
-    if not frozen or path is None or not (config := read_config(Path(path))):
-        return
-    blocks = config.get("num_hidden_layers") or config.get("n_layer") or frozen
-    if frozen > blocks:
-        raise UserError(f"model.frozen_layers={frozen}, but {path} has {blocks} blocks")
-
-
-def arithmetic(cfg: Run) -> list[str]:
-    """The batch arithmetic, spelled out."""
-    algo: Any = cfg.algo
-    if cfg.samples_online:
-        return online_arithmetic(algo)
-    if cfg.trains:
-        judged = row_kind(cfg) in JUDGEMENTS
-        rows = f"{row_kind_name(cfg)} rows" if judged else "rows"
-        times = "1 epoch" if algo.epochs == 1 else f"{algo.epochs} epochs"
-        return [f"{times} in batches of {algo.batch_size} {rows}"]
-    prompts = "all" if algo.prompts is None else algo.prompts
-    return [f"{prompts} prompts x {algo.samples} responses"]
-
-
-def online_arithmetic(algo: Any) -> list[str]:
-    """How many responses are sampled, and how many updates are made of them."""
-    group = getattr(algo, "group_size", 1)
-    updates = algo.batch_size // algo.minibatch_size * algo.epochs
-    rollouts = algo.batch_size * group
-    lines = [
-        f"per iteration: {algo.batch_size} prompts x {group} response{'s' * (group > 1)} = "
-        f"{rollouts} rollouts; / minibatch {algo.minibatch_size} prompts x {algo.epochs} epochs = "
-        f"{updates} updates",
-        f"in all: {algo.steps} iterations, {algo.steps * rollouts} rollouts, "
-        f"{algo.steps * updates} updates",
-    ]
-    if every := getattr(algo, "refresh_reward", None):
-        lines.append(
-            f"every {every} iterations: the reward model learns from up to {algo.batch_size} "
-            "pairs of each"
-        )
-    return lines
+    counted = check_rows(cfg, rows)
+    if state == RESUMABLE and (step := newest_step(out)) is not None:
+        doing.append(f"newest resume point: step {step}")
+    sums = [*reward_lines(cfg), *arithmetic(cfg)]
+    return Plan(
+        state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
+    )

@@ -38,13 +38,13 @@ def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
 
 def models_read(cfg: Run) -> dict[str, str]:
     """Every model folder and hub id that a stage loads, by role: policy, reward, reward[1], ..."""
-    found: dict[str, str] = {}
+    models: dict[str, str] = {}
     for key, role, value in named_models(cfg):
         if role == "reward":
-            found |= {f"{key}[{i}]" if i else key: path for i, path in enumerate(models_of(value))}
+            models |= {f"{key}[{i}]" if i else key: path for i, path in enumerate(models_of(value))}
         elif not key.startswith("baselines["):
-            found[key.removesuffix(".path")] = value
-    return found | {f"baseline {path}": path for path in baselines_of(cfg)}
+            models[key.removesuffix(".path")] = value
+    return models | {f"baseline {path}": path for path in baselines_of(cfg)}
 
 
 def parents_of(cfg: Run) -> dict[str, str]:
@@ -84,11 +84,11 @@ def places_read(cfg: Run) -> Iterator[tuple[str, Path]]:
 
 def inputs_read(cfg: Run) -> dict[str, str]:
     """The local files and folders of files that a stage reads beside models, by key."""
-    found = {f"data.{key}": getattr(cfg.data, key) for key in ("path", "eval_path", "text_path")}
+    inputs = {f"data.{key}": getattr(cfg.data, key) for key in ("path", "eval_path", "text_path")}
     for key in ("reward", "gold", "judge"):
         for file in files_of(getattr(cfg, key, None) or ""):
-            found[f"{key} {file}"] = str(file)
-    return {key: place for key, place in found.items() if place and Path(place).exists()}
+            inputs[f"{key} {file}"] = str(file)
+    return {key: place for key, place in inputs.items() if place and Path(place).exists()}
 
 
 def input_hash(place: str) -> str | None:

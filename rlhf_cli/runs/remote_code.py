@@ -25,11 +25,11 @@ def code_lines(cfg: Run) -> list[str]:
 
 def models_loaded(cfg: Run) -> list[str]:
     """Every model folder and hub id that a stage loads, sorted."""
-    found = set(models_read(cfg).values())
-    for path in list(found):  # a policy of dpo as a reward needs its reference
+    models = set(models_read(cfg).values())
+    for path in list(models):  # a policy of dpo as a reward needs its reference
         if (implicit := implicit_reward_of(path)) is not None:
-            found.add(reference_folder(path, implicit))
-    return sorted(found)
+            models.add(reference_folder(path, implicit))
+    return sorted(models)
 
 
 def brings_code(folder: Path) -> bool:

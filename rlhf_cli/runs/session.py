@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,19 @@ from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.rows import Rows, Split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
-from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.load import save_model, set_stop_ids
+from rlhf_cli.models.adapters import restore, trained
 from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.reporting.console import say, table
+from rlhf_cli.models.save import save_model, set_stop_ids
+from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.out_folder import (
-    FINISHED,
-    begun_with,
-    claim,
-    publish,
-    staging,
-    state_of,
-    tidy,
-)
-from rlhf_cli.runs.preflight import preflight
-from rlhf_cli.runs.provenance import Provenance, provenance_of
-from rlhf_cli.runs.remote_code import code_lines
+from rlhf_cli.runs.checks import check_judgements, row_kind
+from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
+from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.training.optimize import Optimizer
 
@@ -49,8 +41,7 @@ class Session:
 
     `out` is untouched until `claim`, so that a bad row or model leaves it as it was.
 
-    plan: what will happen, to be said once the rows are known to be good.
-    origins: what the run is made from, as it was before anything was read.
+    plan: what preflight found, and the rows that it read.
     start: the step to go on after; 0 for a fresh run.
     spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
     saved: seconds on the clock at the last resume point, or where training began.
@@ -61,8 +52,7 @@ class Session:
     out: Path
     device: torch.device
     began: float
-    plan: list[str]
-    origins: Provenance
+    plan: Plan
     start: int = 0
     spent: float = 0.0
     saving: float = 0.0
@@ -72,27 +62,59 @@ class Session:
     log_sizes: dict[str, int] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> Rows:
+        """The rows of cfg.data, each file read once."""
+        return self.plan.rows
+
+    def judged_rows(self) -> Split:
+        """Rows of the kind that the loss reads, each with what it reads of them.
+
+        Raises:
+            UserError: a row does not say it.
+        """
+        rows = self.rows.split(row_kind(self.cfg))
+        check_judgements(self.cfg, rows.train + rows.held_out)
+        return rows
+
     def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
         """Record a hand-off check; stop the run where it does not hold."""
         self.checks[name] = value
         if not holds:
             raise RunError(f"hand-off check {name} failed ({value:.6g}): {diagnosis}")
 
-    def note(self, encoder: Encoder, notes: list[str]) -> None:
-        """Say what will happen, and how many rows were read, cut and dropped, and why."""
-        for line in [*self.plan, *notes, *encoder.notes()]:
+    def note(
+        self, encoder: Encoder, notes: list[str], sides: tuple[Sized, Sized] | None = None
+    ) -> None:
+        """Say what will happen, and how many rows were read, cut and dropped, and why.
+
+        Args:
+            sides: what is left to learn from and held out, where that is worth a line.
+        """
+        left = []
+        if sides is not None:
+            left = [f"{len(sides[0])} rows to learn from, {len(sides[1])} held out"]
+        for line in [*self.plan.at_start(), *notes, *left, *encoder.notes()]:
             say(line)
 
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""
         if not self.claimed:
-            claim(self.cfg, self.origins)
+            assert self.plan.provenance is not None  # a finished or checked run has no session
+            claim(self.cfg, self.plan.provenance)
         self.claimed = True
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
         self.logs.append(JsonLines(self.out / file, self.log_sizes.get(file, 0)))
         return self.logs[-1]
+
+    def steps(self, bar: Bar) -> Iterator[int]:
+        """The steps that are left to do, counted from 1 to the bar's total."""
+        bar.skip(self.start)
+        for step in range(self.start + 1, bar.total + 1):
+            yield step
+            bar.advance()
 
     def seconds(self) -> float:
         """Working time, of earlier parts of a resumed run too."""
@@ -168,10 +190,10 @@ class Session:
         self.claim()
         interrupts.wait_for_steps()
         self.saved = time.monotonic()
-        found = load_checkpoint(self.out)
-        if found is None:
+        newest = load_checkpoint(self.out)
+        if newest is None:
             return {}, {}
-        tensors, state = found
+        tensors, state = newest
         for name, network in networks.items():
             restore(network, tensors_of(tensors, name))
         optimizer.load(tensors_of(tensors, "optimizer"), state)
@@ -256,34 +278,24 @@ def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
     return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
 
 
-def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights that training changes."""
-    return {name: weight.detach().clone() for name, weight in trained(network).items()}
+def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
+    """Set torch up for a run that is checked; None where `out` is finished already.
 
-
-def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put a snapshot back."""
-    parameters = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-
-
-def begin(cfg: Run) -> Session | None:
-    """Check the config and its folders and set torch up; None where `out` is finished already."""
+    Args:
+        plan: from `preflight`, where that was asked before.
+    """
     began = time.monotonic()
-    plan = preflight(cfg, whole=False)
-    if state_of(cfg) == FINISHED:
+    plan = plan or preflight(cfg)
+    if plan.state == FINISHED:
         tidy(Path(cfg.out))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
-    for line in code_lines(cfg):
+    for line in plan.code:
         say(line)
     if cfg.hardware.threads is not None:
         torch.set_num_threads(cfg.hardware.threads)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
-    device = device_of(cfg.hardware.device)
-    return Session(cfg, Path(cfg.out), device, began, plan, provenance_of(cfg))
+    return Session(cfg, Path(cfg.out), device_of(cfg.hardware.device), began, plan)
 
 
 def device_of(name: str) -> torch.device:

@@ -18,92 +18,73 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.rows import KindError, identity, read_split, read_texts
+from rlhf_cli.data.rows import KindError, identity
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.report import show_judgement, show_report
+from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.reward import Reward, load_reward
-from rlhf_cli.rollout.rollouts import Rollout, respond
+from rlhf_cli.rewards.reward import Reward, Scores, load_reward
+from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
+from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import baselines_of
 from rlhf_cli.runs.session import Session, begin
 
+Samples = list[dict[str, object]]
 
-def run(cfg: EvaluateConfig) -> Path:
-    """Write report.json and show it as tables; returns `out`."""
-    session = begin(cfg)
+
+def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
+    """Write report.json and samples.jsonl, and show tables; returns `out`."""
+    session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
-    rows = read_split(cfg.data, Prompt)
-    texts = read_texts(cfg.data).held_out
+    rows = session.rows.split(Prompt)
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
     reference = policy_of(session, cfg.reference) if cfg.reference else None
+    paths = policies(cfg)
 
-    sources: dict[str, Reward] = {}
+    judges: dict[str, Reward] = {}
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, Tensor] = {}
-    paths = policies(cfg)
-    sampling = Sampling.of(cfg.algo)
+    samples: Samples = []
     with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
         for number, path in enumerate(paths):
             policy = policy_of(session, path)
-            prompts = list(zip(*policy.encoder.prompts(held_out), strict=True))
-            unseen = held_out_sequences(cfg, policy, texts)
-            if not sources:
-                sources = judges(cfg, policy, session)
-                for source in sources.values():
-                    source.check([row for row, _ in prompts], session.require)
-                scorer = model_in(sources.get("reward"))
-                judgement = None if scorer is None else judged(cfg, scorer, policy)
+            prompts = policy.encoder.prompts(held_out)
+            unseen = held_out_sequences(session, policy)
+            if not judges:
+                judges = load_judges(cfg, policy, session)
+                for each in judges.values():
+                    each.check([row for row, _ in prompts], session.require)
+                scorer = model_in(judges.get("reward"))
+                judgement = None if scorer is None else judged(session, scorer, policy)
                 session.note(policy.encoder, rows.notes)
-            rollouts = respond(
-                policy.model,
-                policy.encoder,
+            rollouts = policy.engine.sample(
                 prompts,
-                cfg.algo,
+                Sampling.of(cfg.algo),
+                samples=cfg.algo.samples,
                 seed=derived_seed(cfg.seed, "evaluate", number),  # independent responses
-                stop_ids=policy.stop_ids,
-                hardware=cfg.hardware,
                 advance=bar.advance,
             )
-            result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
-            for judge, source in sources.items():
-                values = source.score(rollouts).total.view(-1, cfg.algo.samples)  # (N, K)
-                result |= mean_of_known(judge, values)
-                scores[path] = values  # gold comes last and decides wins where there is one
-            if reference is not None and sampling.unfiltered and cfg.algo.beams == 1:
-                result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
-            for name, sequences in unseen.items():
-                result[name] = (
-                    mean_nll(policy.model, sequences, cfg.hardware) if sequences else None
-                )
-            result["length"] = mean_length(rollouts)
-            result["ended"] = sum(rollout.ended for rollout in rollouts) / len(rollouts)
-            results[path] = result
+            said = {name: each.score(rollouts) for name, each in judges.items()}
+            decisive = said.get("gold") or said["reward"]  # gold decides wins where there is one
+            scores[path] = decisive.total.view(-1, cfg.algo.samples)  # (N, K)
+            results[path] = result_of(cfg, path, policy, reference, rollouts, said, unseen)
+            samples += samples_of(path, rollouts, said)
 
-    base = str(Path(cfg.reference)) if cfg.reference else ""
-    if base in scores:
-        for path in paths:  # paired: all policies answer the same prompts
-            ours, theirs = scored_alike(scores[path], scores[base])
-            gain = asdict(clustered_mean(ours - theirs)) if len(ours) else None
-            results[path]["gain_over_reference"] = gain
-    wins = {}
-    for path in paths[1:]:
-        ours, theirs = scored_alike(scores[paths[0]], scores[path])
-        if len(ours):
-            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie, cfg.seed))
+    wins = compared(cfg, paths, scores, results)
     report = {
         "policies": results,
         "win_rates": wins,
@@ -112,13 +93,84 @@ def run(cfg: EvaluateConfig) -> Path:
         "reward_model": judgement,
     }
     session.claim()
-    write_text(
-        staging(session.out) / "report.json", json.dumps(round_figures(report), indent=2) + "\n"
-    )
+    write(staging(session.out), report, samples)
     show_report(paths[0], cfg.reference, results, wins)
     if judgement is not None and scorer is not None:
         show_judgement(f"{scorer.path} on held-out rows", judgement)
     return session.finish("report", {"policies": results, "win_rates": wins})
+
+
+def result_of(
+    cfg: EvaluateConfig,
+    path: str,
+    policy: Policy,
+    reference: Policy | None,
+    rollouts: list[Rollout],
+    said: dict[str, Scores],
+    unseen: dict[str, list[Tokens]],
+) -> dict[str, Any]:
+    """The figures of one policy.
+
+    Args:
+        said: what each judge says of the rollouts.
+        unseen: what its held-out losses are measured on, by their names.
+    """
+    result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
+    for name, scores in said.items():
+        result |= mean_of_known(name, scores.total.view(-1, cfg.algo.samples))
+    if reference is not None and Sampling.of(cfg.algo).unfiltered:
+        result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
+    for name, sequences in unseen.items():
+        nll = mean_nll(policy.model, sequences, cfg.hardware) if sequences else None
+        result[name] = nll
+    result["length"] = mean_length(rollouts)
+    result["ended"] = sum(rollout.ended for rollout in rollouts) / len(rollouts)
+    return result
+
+
+def compared(
+    cfg: EvaluateConfig,
+    paths: list[str],
+    scores: dict[str, Tensor],
+    results: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Win rates of the policy against each baseline; gains over the reference go into results.
+
+    Args:
+        scores: by policy (N, K), NaN where a response has none; all answer the same prompts.
+    """
+    base = str(Path(cfg.reference)) if cfg.reference else ""
+    if base in scores:
+        for path in paths:
+            ours, theirs = scored_alike(scores[path], scores[base])
+            gain = asdict(clustered_mean(ours - theirs)) if len(ours) else None
+            results[path]["gain_over_reference"] = gain
+    wins = {}
+    for path in paths[1:]:
+        ours, theirs = scored_alike(scores[paths[0]], scores[path])
+        if len(ours):
+            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie, cfg.seed))
+    return wins
+
+
+def samples_of(path: str, rollouts: list[Rollout], said: dict[str, Scores]) -> Samples:
+    """The lines of samples.jsonl of one policy: what it wrote, and what each judge says of it."""
+    columns = {name: known_or_none(scores.total) for name, scores in said.items()}
+    parts = term_columns(said["reward"]) if "reward" in said else {}
+    lines = []
+    for i, rollout in enumerate(rollouts):
+        reward = columns["reward"][i] if "reward" in columns else None
+        gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
+        lines.append({"policy": path, **sample_row(rollout, reward, parts_at(parts, i), **gold)})
+    return lines
+
+
+def write(folder: Path, report: dict[str, Any], samples: Samples) -> None:
+    """report.json and samples.jsonl."""
+    write_text(folder / "report.json", json.dumps(round_figures(report), indent=2) + "\n")
+    file = JsonLines(folder / "samples.jsonl")
+    for line in samples:
+        file.append(line)
 
 
 def policies(cfg: EvaluateConfig) -> list[str]:
@@ -131,7 +183,7 @@ def unique_prompts(rows: list[Prompt]) -> list[Prompt]:
     return list({identity(row): row for row in reversed(rows)}.values())[::-1]
 
 
-def judges(cfg: EvaluateConfig, policy: Policy, session: Session) -> dict[str, Reward]:
+def load_judges(cfg: EvaluateConfig, policy: Policy, session: Session) -> dict[str, Reward]:
     """Reward, then gold, as far as the config names them."""
     specs = {"reward": cfg.reward, "gold": cfg.gold}
     return {
@@ -148,10 +200,10 @@ def mean_of_known(judge: str, values: Tensor) -> dict[str, Any]:
     """
     per_prompt = values.nanmean(-1, keepdim=True)  # (N, 1)
     known = per_prompt[~per_prompt.isnan().squeeze(-1)]
-    found: dict[str, Any] = {judge: asdict(clustered_mean(known)) if len(known) else None}
+    figures: dict[str, Any] = {judge: asdict(clustered_mean(known)) if len(known) else None}
     if (share := values.isnan().float().mean().item()) > 0:
-        found[f"{judge}_none"] = share
-    return found
+        figures[f"{judge}_none"] = share
+    return figures
 
 
 def scored_alike(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,11 +218,11 @@ def model_in(reward: Reward | None) -> ModelReward | None:
     return next((source for source in sources if isinstance(source, ModelReward)), None)
 
 
-def judged(cfg: EvaluateConfig, source: ModelReward, policy: Policy) -> Report | None:
+def judged(session: Session, source: ModelReward, policy: Policy) -> Report | None:
     """How a reward model orders held-out pairs, or rankings; None without either."""
     for kind in (Preference, Ranking):
         with suppress(KindError):
-            items = policy.encoder.answers(read_split(cfg.data, kind).held_out)
+            items = policy.encoder.answers(session.rows.split(kind).held_out)
             written = [rollout for item in items for rollout in as_rollouts(item, policy)]
             scores = source.raw_of(written).split([len(item.responses) for item in items])
             scored = [pair for pair in zip(items, scores, strict=True) if pair[1].isfinite().all()]
@@ -210,14 +262,15 @@ def estimated_kl(
     return asdict(estimate)
 
 
-def held_out_sequences(
-    cfg: EvaluateConfig, policy: Policy, texts: list[Text]
-) -> dict[str, list[Tokens]]:
+def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Tokens]]:
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
-    rows = read_split(cfg.data, Demonstration).held_out if cfg.data.format != "rows" else []
+    rows, texts = session.rows, session.rows.texts().held_out
+    demonstrations = []
+    if session.cfg.data.format != "rows":
+        demonstrations = rows.split(Demonstration).held_out
     return {
         "text_loss": policy.encoder.texts(texts),
-        "demonstration_loss": policy.encoder.demonstrations(rows),
+        "demonstration_loss": policy.encoder.demonstrations(demonstrations),
     }
 
 

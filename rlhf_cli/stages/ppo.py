@@ -14,7 +14,7 @@ returns less the mean return of the other responses, without a critic.
     rlhf-cli ppo algo=ppo_ptx policy=runs/demo/sft reward=runs/demo/reward
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import PpoAlgo, PpoConfig
-from rlhf_cli.data.batches import collate, cut
+from rlhf_cli.data.batches import collate
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.order import derived_seed, draw, evenly, order_of
-from rlhf_cli.data.rows import read_split, read_texts
-from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.data.order import derived_seed, draw
+from rlhf_cli.data.tokens import Tokens, response_tokens
 from rlhf_cli.models.forward import response_nll, token_logprobs
-from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.models.score import logprobs_of, mean_nll
+from rlhf_cli.objectives import policy_gradient
 from rlhf_cli.objectives.advantages import (
     at_last,
     gae,
@@ -41,171 +40,261 @@ from rlhf_cli.objectives.advantages import (
 from rlhf_cli.objectives.kl import k3, kl_loss, linear, schulman_kl_coef, ziegler_kl_coef
 from rlhf_cli.objectives.likelihood import masked_scale, masked_whiten
 from rlhf_cli.objectives.moments import RunningMoments
-from rlhf_cli.objectives.policy_gradient import (
-    clipped,
-    clipped_policy_loss,
-    clipped_value_loss,
-    penalised_policy_loss,
-    policy_gradient_loss,
-)
 from rlhf_cli.online.critic import Critic
-from rlhf_cli.online.experience import Experience, measure, update_metrics
+from rlhf_cli.online.experience import Experience, measure
 from rlhf_cli.online.monitor import Monitor, prompts_to_monitor
+from rlhf_cli.online.roles import Roles, check_first_ratio, load_roles
+from rlhf_cli.online.updates import (
+    Coefficients,
+    Trajectory,
+    flat,
+    minibatches,
+    take_steps,
+    update_metrics,
+)
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
-from rlhf_cli.rollout.rollouts import sample_rollouts
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.policy import Roles, check_first_ratio, check_reference, load_roles
-from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.policy import check_reference
+from rlhf_cli.runs.preflight import Plan
+from rlhf_cli.runs.session import begin
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
 
-@dataclass
-class Item:
-    """A rollout as the update sees it; every tensor is (len(response),)."""
-
-    tokens: Tokens
-    old: Tensor
-    reference: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def source(self) -> str:
-        """Where the row of its prompt stands, for messages."""
-        return self.tokens.source
-
-
-def run(cfg: PpoConfig) -> Path:
+def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     """Train and write the policy; returns `out`."""
-    session = begin(cfg)
+    session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
     algo = cfg.algo
     roles = load_roles(session)
     policy = roles.policy
     critic = Critic(cfg, roles.reward, policy, session) if algo.baseline == "critic" else None
-
-    rows = read_split(cfg.data, Prompt)
-    prompts = list(zip(*policy.encoder.prompts(rows.train), strict=True))
+    rows, plain = session.rows.split(Prompt), session.rows.texts()
+    prompts = policy.encoder.prompts(rows.train)
     roles.reward.check(rows.train, session.require)
     held_out = prompts_to_monitor(cfg, session, roles, rows.held_out)
-    plain = read_texts(cfg.data)
     texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
     session.note(policy.encoder, rows.notes + plain.notes)
 
-    updates = algo.batch_size // algo.minibatch_size * algo.epochs
     networks = {"policy": policy.model} | ({"critic": critic.model} if critic else {})
     rates = {"policy": algo.lr, "critic": algo.value_lr or 0.0}
     trained = {name: (network, rates[name]) for name, network in networks.items()}
+    updates = algo.batch_size // algo.minibatch_size * algo.epochs
     optimizer = Optimizer(trained, algo, algo.steps * updates)
     state, tensors = session.resume(networks, optimizer)
     kl_coef = state.get("kl_coef", algo.kl_coef)
+    old_kl_coef = state.get("old_kl_coef", algo.old_kl_coef or 0.0)
     running = RunningMoments(**state.get("running", {}))
-    watch = Monitor(cfg, session, roles, held_out, state, tensors)
-    objective = Objective(cfg, session, roles, critic, texts)
-    objective.old_kl_coef = state.get("old_kl_coef", objective.old_kl_coef)
+    monitor = Monitor(cfg, session, roles, held_out, state, tensors)
+    objective = PpoObjective(cfg, roles, critic, texts, session.device)
 
     with Bar("ppo", algo.steps) as bar:
-        bar.skip(session.start)
-        for step in range(session.start + 1, algo.steps + 1):
+        for step in session.steps(bar):
             clock = Clock()
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
             if algo.kl_controller == "fixed":
                 kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
-            rollouts = sample_rollouts(
-                policy.model,
-                policy.encoder,
+            coefs = Coefficients(kl_coef, temperature, old_kl_coef)
+            rollouts = policy.engine.sample(
                 draw(prompts, algo.batch_size, cfg.seed, "prompts", step - 1),
                 Sampling(algo.max_tokens, temperature),
-                samples=1,
                 seed=derived_seed(cfg.seed, "rollout", step),
-                stop_ids=policy.stop_ids,
-                hardware=cfg.hardware,
             )
             clock.lap("rollouts")
-            found = measure(rollouts, roles, cfg, temperature, running)
-            metrics = {**found.metrics(kl_coef), **roles.reward.metrics(found.scores)}
+            experience = measure(rollouts, roles, cfg, temperature, running)
+            metrics = {**experience.metrics(kl_coef), **roles.reward.metrics(experience.scores)}
             if step == 1:
-                check_first_ratio(session, policy.model, rollouts, temperature, metrics["kl"])
-            stop = watch.before_updates(step, metrics)
-            items = [] if stop else advantages_of(found, critic, kl_coef, session, cfg, metrics)
+                check_first_ratio(session, policy, rollouts, temperature, metrics["kl"])
+            stop = monitor.before_updates(step, metrics)
+            items: list[Trajectory] = []
+            if not stop:
+                items, seen = trajectories_of(experience, critic, kl_coef, cfg)
+                metrics |= seen
             clock.lap("scores")
 
-            objective.kl_coef, objective.temperature = kl_coef, temperature
-            updated = []
-            for epoch in range(algo.epochs):
-                order = order_of(len(items), cfg.seed, f"minibatches {step}", epoch)
-                for i, picked in enumerate(evenly(order, algo.minibatch_size)):
-                    update = (step - 1) * updates + epoch * (updates // algo.epochs) + i
-                    parts = objective.parts([items[j] for j in picked], update)
-                    updated.append(optimizer.step(parts))
-                    if optimizer.stepped:
-                        watch.written.after_update()
-            metrics |= update_metrics(updated, found)
+            parts = minibatches(items, algo, cfg.seed, step)
+            terms = (objective.terms(part, update, coefs) for update, part in parts)
+            updated = take_steps(optimizer, terms, monitor.written)
+            policy.engine.update(policy.model)
+            metrics |= update_metrics(updated, experience)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
             if algo.loss == "klpen" and items:
-                metrics |= objective.steer(items)
+                moved = objective.old_kl(items, temperature)
+                metrics |= {"old_kl_after": moved, "old_kl_coef": old_kl_coef}
+                old_kl_coef = next_old_kl_coef(old_kl_coef, moved, algo)
             clock.lap("updates")
 
-            stop = watch.end_of_step(step, found, metrics, clock, stop)
-            bar.advance(1, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
+            stop = monitor.end_of_step(step, experience, metrics, clock, stop)
+            bar.advance(0, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
             if stop:
                 break
-            kept = {
-                "kl_coef": kl_coef,
-                "old_kl_coef": objective.old_kl_coef,
-                "running": asdict(running),
-                **watch.state(),
-            }
-            session.save(step, networks, optimizer, kept, watch.tensors())
+            coefficients = {"kl_coef": kl_coef, "old_kl_coef": old_kl_coef}
+            kept = {**coefficients, "running": asdict(running), **monitor.state()}
+            session.save(step, networks, optimizer, kept, monitor.tensors())
 
     check_reference(session, roles.reference)
-    final = watch.finish(("reward", "kl", "entropy", "length", "kl_coef"))
+    final = monitor.finish(("reward", "kl", "entropy", "length", "kl_coef"))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
-    return session.finish_model(policy.model, "policy", policy.encoder, final, **watch.ending())
+    return session.finish_model(policy.model, "policy", policy.encoder, final, **monitor.ending())
 
 
-def advantages_of(
-    found: Experience,
-    critic: Critic | None,
-    kl_coef: float,
-    session: Session,
-    cfg: PpoConfig,
-    metrics: Metrics,
-) -> list[Item]:
-    """The rollouts that can be learnt from, with advantages and returns.
+def next_kl_coef(kl_coef: float, kl: float, algo: PpoAlgo) -> float:
+    """The controller's coefficient for the next iteration."""
+    if algo.kl_controller == "fixed":
+        return kl_coef
+    assert algo.kl_target is not None
+    if algo.kl_controller == "schulman":
+        return schulman_kl_coef(kl_coef, kl, algo.kl_target)
+    assert algo.kl_horizon is not None
+    return ziegler_kl_coef(kl_coef, kl, algo.kl_target, algo.batch_size, algo.kl_horizon)
 
-    Adds to `metrics` what the critic said of them.
+
+def next_old_kl_coef(old_kl_coef: float, old_kl: float, algo: PpoAlgo) -> float:
+    """klpen: the weight for the next iteration, which follows KL(old || new) of this one."""
+    if algo.old_kl_target is None:
+        return old_kl_coef
+    return schulman_kl_coef(old_kl_coef, old_kl, algo.old_kl_target)
+
+
+# --------------------------------------------------------------------------- the objective
+
+
+class PpoObjective:
+    """The loss of policy and critic per token and, with ptx_coef, that of plain text."""
+
+    def __init__(
+        self,
+        cfg: PpoConfig,
+        roles: Roles,
+        critic: Critic | None,
+        texts: list[Tokens],
+        device: torch.device,
+    ) -> None:
+        """`texts`: plain text for the pretraining mix."""
+        self._algo, self._hardware, self._seed = cfg.algo, cfg.hardware, cfg.seed
+        self._policy, self._reference = roles.policy.model, roles.reference
+        self._critic, self._texts, self._device = critic, texts, device
+
+    def terms(
+        self, minibatch: list[Trajectory], update: int, coefs: Coefficients
+    ) -> list[LossTerm]:
+        """The terms of an optimizer step.
+
+        Args:
+            update: its number, counted from 0, which fixes the draw of plain text.
+        """
+        algo, hardware = self._algo, self._hardware
+        tokens = response_tokens([item.tokens for item in minibatch])
+        terms = [LossTerm.of(minibatch, partial(self.loss, coefs=coefs), tokens, hardware)]
+        if algo.ptx_coef:
+            mix = draw(self._texts, algo.ptx_batch_size, self._seed, "ptx", update)
+            count, weight = response_tokens(mix), algo.ptx_coef
+            terms.append(LossTerm.of(mix, self.ptx_loss, count, hardware, weight=weight))
+        return terms
+
+    def loss(self, items: list[Trajectory], coefs: Coefficients) -> Loss:
+        """Of a micro-batch, summed over tokens: policy, value, KL and entropy."""
+        algo, critic = self._algo, self._critic
+        batch = collate([item.tokens for item in items], self._device)
+        in_loss = algo.kl_in == "loss" and coefs.kl_coef > 0
+        scored = token_logprobs(
+            self._policy,
+            batch,
+            chunk=self._hardware.logprob_chunk,
+            temperature=coefs.temperature,
+            with_entropy=algo.entropy_coef > 0,
+            value_head=critic.head if critic else None,
+            reference=self._reference if in_loss and algo.kl_estimator == "full" else None,
+        )
+        new = scored.logprobs[batch.response]  # (N,)
+        old = flat(items, "old", new)
+        total, clips = policy_loss(new, old, flat(items, "advantages", new), algo, coefs)
+        metrics = {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new), **clips}
+        metrics["loss/policy"] = total
+        if critic and algo.vf_coef is not None:
+            values = critic.values(batch, scored.values)[batch.response]
+            before, returns = flat(items, "values", new), flat(items, "returns", new)
+            value_loss = policy_gradient.clipped_value_loss(
+                values, before, returns, algo.value_clip
+            )
+            total = total + algo.vf_coef * value_loss
+            metrics["loss/value"] = value_loss
+        if in_loss:
+            full = scored.kl[batch.response] if scored.kl is not None else None
+            ref = flat(items, "reference", new)
+            kl_term = kl_loss(algo.kl_estimator, new, old, ref, full)
+            total = total + coefs.kl_coef * kl_term
+            metrics["loss/kl"] = kl_term
+        if scored.entropy is not None:
+            entropy = scored.entropy[batch.response]
+            total = total - algo.entropy_coef * entropy
+            metrics["loss/entropy"] = entropy
+        return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
+
+    def ptx_loss(self, sequences: list[Tokens]) -> Loss:
+        """Negative log-likelihood of plain text, summed over tokens."""
+        nll = response_nll(self._policy, sequences, chunk=self._hardware.logprob_chunk)
+        return nll, {"loss/ptx": nll.detach()}
+
+    def old_kl(self, items: list[Trajectory], temperature: float) -> float:
+        """KL(old || new) per token in nats, of the policy as it is after the updates."""
+        sequences = [item.tokens for item in items]
+        new = logprobs_of(self._policy, sequences, self._hardware, temperature)
+        return k3(torch.cat([item.old for item in items]), torch.cat(new)).mean().item()
+
+
+def policy_loss(
+    new: Tensor, old: Tensor, advantages: Tensor, algo: PpoAlgo, coefs: Coefficients
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(N,) losses of algo.loss, and where the ratio was clipped, if it is.
+
+    Args:
+        new, old, advantages: (N,) of all tokens.
     """
+    if algo.loss == "policy_gradient":
+        return policy_gradient.policy_gradient_loss(new, advantages), {}
+    if algo.loss == "klpen":
+        penalty = coefs.old_kl_coef
+        return policy_gradient.penalised_policy_loss(new, old, advantages, penalty), {}
+    assert algo.clip is not None
+    limits = algo.clip, algo.clip_high, algo.dual_clip
+    clips = policy_gradient.clipped(new - old, algo.clip, algo.clip_high)
+    losses = policy_gradient.clipped_policy_loss(new - old, advantages, *limits)
+    return losses, {"clip_fraction": clips}
+
+
+# --------------------------------------------------------------------------- items
+
+
+def trajectories_of(
+    experience: Experience, critic: Critic | None, kl_coef: float, cfg: PpoConfig
+) -> tuple[list[Trajectory], Metrics]:
+    """The rollouts that can be learnt from, with advantages and returns, and what these are."""
     algo = cfg.algo
-    places = [i for i, usable in enumerate(found.learnable(algo.mask_truncated)) if usable]
+    usable = experience.learnable(algo.mask_truncated)
+    places = [i for i, learnt in enumerate(usable) if learnt]
     if not places:
-        return []
-    sequences = [found.rollouts[i].tokens for i in places]
+        return [], {}
+    sequences = [experience.rollouts[i].tokens for i in places]
+    lengths = torch.tensor([len(tokens.response) for tokens in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T), response tokens only
     values = (
-        critic.values_of(sequences, session)
+        critic.values_of(sequences, cfg.hardware)
         if critic
         else [torch.zeros(len(tokens.response)) for tokens in sequences]
     )
-    lengths = torch.tensor([len(tokens.response) for tokens in sequences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T), response tokens only
-    old, ref, value = (
-        pad_sequence(rows, batch_first=True)  # (B, T) each
-        for rows in ([found.old[i] for i in places], [found.reference[i] for i in places], values)
-    )
-    rewards = kl_shaped_rewards(
-        reward_grid(found, places, mask), old, ref, mask, kl_coef if algo.kl_in == "reward" else 0.0
-    )
+    columns = [experience.old[i] for i in places], [experience.reference[i] for i in places], values
+    old, ref, value = (pad_sequence(rows, batch_first=True) for rows in columns)  # (B, T) each
+    charged = kl_coef if algo.kl_in == "reward" else 0.0
+    grid = reward_grid(experience, places, mask)
+    rewards = kl_shaped_rewards(grid, old, ref, mask, charged)
     if algo.whiten_rewards:
         rewards = masked_scale(rewards, mask)
+    metrics: Metrics = {}
     if critic:
         advantages, returns = gae(rewards, value, mask, algo.gamma, algo.lam or 0.0)
         metrics["value"] = (value * mask).sum().item() / int(lengths.sum())
@@ -215,24 +304,25 @@ def advantages_of(
     metrics["return"] = (returns * mask).sum().item() / int(lengths.sum())
     if algo.normalise_advantages == "batch":
         advantages = masked_whiten(advantages, mask)
-    return [
-        Item(
+    items = [
+        Trajectory(
             tokens,
-            found.old[place],
-            found.reference[place],
-            values[i],
+            experience.old[place],
+            experience.reference[place],
             advantages[i, :n],
-            returns[i, :n],
+            values=values[i],
+            returns=returns[i, :n],
         )
         for i, (place, tokens, n) in enumerate(
             zip(places, sequences, lengths.tolist(), strict=True)
         )
     ]
+    return items, metrics
 
 
-def reward_grid(found: Experience, places: list[int], mask: Tensor) -> Tensor:
+def reward_grid(experience: Experience, places: list[int], mask: Tensor) -> Tensor:
     """(B, T) the reward of each response at its last token, and of each step at the step's last."""
-    rewards = found.rewards
+    rewards = experience.rewards
     grid = at_last(rewards.whole[places], mask)
     if rewards.steps is not None and rewards.ends is not None:
         for row, place in enumerate(places):
@@ -246,121 +336,3 @@ def baseline_of(returns: Tensor, baseline: str) -> Tensor:
     if baseline == "none" or len(returns) == 1:
         return torch.zeros_like(returns)
     return returns - leave_one_out(returns[None])[0]
-
-
-class Objective:
-    """The terms of one optimizer step.
-
-    kl_coef, old_kl_coef, temperature: as they are in the current iteration.
-    """
-
-    def __init__(
-        self,
-        cfg: PpoConfig,
-        session: Session,
-        roles: Roles,
-        critic: Critic | None,
-        texts: list[Tokens],
-    ) -> None:
-        self._cfg, self._session = cfg, session
-        self._policy, self._reference = roles.policy, roles.reference
-        self._critic, self._texts = critic, texts
-        self.kl_coef, self.temperature = cfg.algo.kl_coef, cfg.algo.temperature
-        self.old_kl_coef = cfg.algo.old_kl_coef or 0.0
-
-    def parts(self, minibatch: list[Item], update: int) -> list[LossTerm]:
-        """The loss of a minibatch per token and, with ptx_coef, that of plain text.
-
-        Args:
-            update: the optimizer step, counted from 0, which fixes the draw of plain text.
-        """
-        algo, budget = self._cfg.algo, self._cfg.hardware.tokens_per_microbatch
-        tokens = sum(len(item.tokens.response) for item in minibatch)
-        lighter = partial(keys_that_help, self._cfg.hardware, logits=True, gradient=True)
-        terms = [LossTerm(cut(minibatch, budget), self.rl_loss, tokens, keys_that_help=lighter)]
-        if algo.ptx_coef:
-            mix = draw(self._texts, algo.ptx_batch_size, self._cfg.seed, "ptx", update)
-            count = sum(len(sequence.response) for sequence in mix)
-            text = LossTerm(
-                cut(mix, budget), self.ptx_loss, count, algo.ptx_coef, keys_that_help=lighter
-            )
-            terms.append(text)
-        return terms
-
-    def rl_loss(self, items: list[Item]) -> Loss:
-        """Summed over tokens: policy, value, KL and entropy."""
-        algo, critic = self._cfg.algo, self._critic
-        batch = collate([item.tokens for item in items], self._session.device)
-        exact = algo.kl_in == "loss" and algo.kl_estimator == "full" and self.kl_coef > 0
-        scored = token_logprobs(
-            self._policy.model,
-            batch,
-            chunk=self._cfg.hardware.logprob_chunk,
-            temperature=self.temperature,
-            with_entropy=algo.entropy_coef > 0,
-            value_head=critic.head if critic else None,
-            reference=self._reference if exact else None,
-        )
-        new = scored.logprobs[batch.response]  # (N,)
-        old, ref, old_values, advantages, returns = (
-            torch.cat([getattr(item, name) for item in items]).to(new)
-            for name in ("old", "reference", "values", "advantages", "returns")
-        )
-        metrics = {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new)}
-        if algo.loss == "policy_gradient":
-            total = policy_gradient_loss(new, advantages)
-        elif algo.loss == "klpen":
-            total = penalised_policy_loss(new, old, advantages, self.old_kl_coef)
-        else:
-            assert algo.clip is not None
-            limits = algo.clip, algo.clip_high, algo.dual_clip
-            total = clipped_policy_loss(new - old, advantages, *limits)
-            metrics["clip_fraction"] = clipped(new - old, algo.clip, algo.clip_high)
-        metrics["loss/policy"] = total
-        if critic and algo.vf_coef is not None:
-            values = critic.values(batch, scored.values)[batch.response]
-            value_loss = clipped_value_loss(values, old_values, returns, algo.value_clip)
-            total = total + algo.vf_coef * value_loss
-            metrics["loss/value"] = value_loss
-        if algo.kl_in == "loss" and self.kl_coef > 0:
-            full = scored.kl[batch.response] if scored.kl is not None else None
-            kl_term = kl_loss(algo.kl_estimator, new, old, ref, full)
-            total = total + self.kl_coef * kl_term
-            metrics["loss/kl"] = kl_term
-        if scored.entropy is not None:
-            entropy = scored.entropy[batch.response]
-            total = total - algo.entropy_coef * entropy
-            metrics["loss/entropy"] = entropy
-        return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
-
-    def ptx_loss(self, sequences: list[Tokens]) -> Loss:
-        """Negative log-likelihood of plain text, summed over tokens."""
-        chunk = self._cfg.hardware.logprob_chunk
-        nll = response_nll(self._policy.model, sequences, chunk=chunk)
-        return nll, {"loss/ptx": nll.detach()}
-
-    def steer(self, items: list[Item]) -> Metrics:
-        """Measure KL(old || new) per token after the updates, and let old_kl_coef follow it."""
-        new = logprobs_of(
-            self._policy.model,
-            [item.tokens for item in items],
-            self._cfg.hardware,
-            self.temperature,
-        )
-        kl = k3(torch.cat([item.old for item in items]), torch.cat(new)).mean().item()
-        found = {"old_kl_after": kl, "old_kl_coef": self.old_kl_coef}
-        target = self._cfg.algo.old_kl_target
-        if target is not None:
-            self.old_kl_coef = schulman_kl_coef(self.old_kl_coef, kl, target)
-        return found
-
-
-def next_kl_coef(kl_coef: float, kl: float, algo: PpoAlgo) -> float:
-    """The controller's coefficient for the next iteration."""
-    if algo.kl_controller == "fixed":
-        return kl_coef
-    assert algo.kl_target is not None
-    if algo.kl_controller == "schulman":
-        return schulman_kl_coef(kl_coef, kl, algo.kl_target)
-    assert algo.kl_horizon is not None
-    return ziegler_kl_coef(kl_coef, kl, algo.kl_target, algo.batch_size, algo.kl_horizon)

@@ -12,178 +12,117 @@ best, as InstructGPT chose its SFT model, instead of those of the lowest held-ou
 """
 
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import SftConfig
-from rlhf_cli.data.batches import cut
+from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
+from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
-from rlhf_cli.data.order import EpochBatches, derived_seed
-from rlhf_cli.data.rows import Split, read_split, read_texts
-from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.rows import Split
+from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
+from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
-from rlhf_cli.models.load import load_policy, load_tokenizer, residual_dropout
-from rlhf_cli.models.out_of_memory import keys_that_help
+from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import Bar, show
-from rlhf_cli.rewards.reward import Reward, load_reward
-from rlhf_cli.rollout.rollouts import sample_rollouts
+from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.policy import Policy
+from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
-from rlhf_cli.training.loss_term import Loss, LossTerm
+from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
 
-def run(cfg: SftConfig) -> Path:
+def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     """Train and write the policy; returns `out`."""
-    session = begin(cfg)
+    session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
-    rows = read_split(cfg.data, Demonstration)
-    texts = read_texts(cfg.data) if algo.text_mix != 0 else Split([], [], [])
-    policy, tokenizer = initial_policy(cfg, rows.train + texts.train, session.device)
-    encoder = Encoder(tokenizer, cfg.data)
+    rows = session.rows.split(Demonstration)
+    texts = session.rows.texts() if algo.text_mix != 0 else Split([], [], [])
+    policy = initial_policy(cfg, rows.train + texts.train, session.device)
+    encoder = policy.encoder
     train, held_out = encoder.demonstrations(rows.train), encoder.demonstrations(rows.held_out)
-    most = None if algo.text_mix is None else round(algo.text_mix * len(train))
-    if most is not None and most > len(texts.train):
-        raise UserError(
-            f"algo.text_mix={algo.text_mix:g} asks for {most} plain-text rows, there are "
-            f"{len(texts.train)}; null takes all"
-        )
-    questions = questions_of(rows.held_out) if cfg.select_by == "reward" else []
-    reward = judge_of(cfg, encoder, questions, session) if questions else None
-    mixed = encoder.texts(texts.train[:most])
+    mixed = mixed_in(texts.train, len(train), algo)
+    judge = Judge(cfg, policy, rows.held_out, session) if cfg.select_by == "reward" else None
+    train = train + encoder.texts(mixed)
     session.note(encoder, rows.notes + texts.notes)
-    train = train + mixed
 
-    steps = math.ceil(len(train) / algo.batch_size) * algo.epochs
-    steps = min(steps, algo.max_steps or steps)
-    optimizer = Optimizer({"policy": (policy, algo.lr)}, algo, steps)
-    best = Best(policy, *session.resume({"policy": policy}, optimizer))
+    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
+    steps = min(len(batches), algo.max_steps or len(batches))
+    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
+    best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
+    objective = SftObjective(policy.model, hardware)
     log = session.log()
 
-    def loss(sequences: list[Tokens]) -> Loss:
-        return response_nll(policy, sequences, chunk=hardware.logprob_chunk), {}
-
-    lighter = partial(keys_that_help, hardware, logits=True, gradient=True)
-    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     with Bar("sft", steps) as bar:
-        bar.skip(session.start)
-        for step, batch in zip(range(1, steps + 1), batches, strict=False):
-            if step <= session.start:
-                continue
-            bar.advance()
+        for step in session.steps(bar):
             torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
-            policy.train()
-            micro_batches = cut(batch, hardware.tokens_per_microbatch)
-            part = LossTerm(micro_batches, loss, trained_tokens(batch), keys_that_help=lighter)
-            metrics = optimizer.step([part])
-            policy.eval()
+            policy.model.train()
+            metrics = optimizer.step([objective.term(batches[step - 1])])
+            policy.model.eval()
             if step % algo.eval_every == 0 or step == steps:
-                nll = mean_nll(policy, held_out, hardware)
-                metrics |= {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
-                line = f"loss {metrics['loss']:.3f}  held-out {nll:.3f}"
-                if reward is not None:
-                    liked = mean_reward(policy, encoder, questions, reward, cfg)
-                    metrics |= liked
-                    line += f"  reward {show(liked.get('eval/reward'))}"
-                bar.advance(0, line)
-                merit = -nll if reward is None else metrics.get("eval/reward", -math.inf)
+                metrics |= evaluate(policy, held_out, judge, hardware)
+                bar.advance(0, held_out_line(metrics))
                 if algo.keep == "best":
-                    best.offer(merit)
+                    best.offer(merit_of(metrics, cfg.select_by))
             log.write(step, metrics)
-            session.save(step, {"policy": policy}, optimizer, best.state(), best.weights)
+            session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
 
     best.put()
-    policy.eval()
-    final = {"eval/loss": mean_nll(policy, held_out, hardware)}
-    if reward is not None:
-        final |= mean_reward(policy, encoder, questions, reward, cfg)
+    policy.model.eval()
+    final = evaluate(policy, held_out, judge, hardware)
     if texts.held_out:
-        final["text/loss"] = mean_nll(policy, encoder.texts(texts.held_out), hardware)
-    final["eval/perplexity"] = math.exp(min(final["eval/loss"], 700.0))
-    return session.finish_model(policy, "policy", encoder, final)
+        final["text/loss"] = mean_nll(policy.model, encoder.texts(texts.held_out), hardware)
+    return session.finish_model(policy.model, "policy", encoder, final)
+
+
+class SftObjective:
+    """The negative log-likelihood per response token."""
+
+    def __init__(self, policy: nn.Module, hardware: Hardware) -> None:
+        self._policy, self._hardware = policy, hardware
+
+    def term(self, batch: list[Tokens]) -> LossTerm:
+        """The loss of an optimizer step, a mean over response tokens."""
+        return LossTerm.of(batch, self.loss, response_tokens(batch), self._hardware)
+
+    def loss(self, sequences: list[Tokens]) -> Loss:
+        """Of a micro-batch, summed over response tokens."""
+        return response_nll(self._policy, sequences, chunk=self._hardware.logprob_chunk), {}
+
+
+# --------------------------------------------------------------------------- items
 
 
 def initial_policy(
     cfg: SftConfig, rows: list[Demonstration | Text], device: torch.device
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+) -> Policy:
     """The pretrained model of model.path, or a decoder and a tokenizer from scratch."""
     if cfg.model.path is not None:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model)
-        policy = load_policy(cfg.model.path, cfg.model, tokenizer, device)
+        model = load_policy(cfg.model.path, cfg.model, tokenizer, device)
     else:
         assert cfg.model.vocab_size is not None
         tokenizer = learn_tokenizer([written(row, cfg) for row in rows], cfg.model.vocab_size)
-        policy = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
+        model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
     if cfg.model.dropout:
-        residual_dropout(policy, cfg.model.dropout)
+        residual_dropout(model, cfg.model.dropout)
     if cfg.hardware.gradient_checkpointing:
-        recompute_activations(policy)
-    return policy, tokenizer
-
-
-def questions_of(rows: list[Demonstration | Text]) -> list[Prompt]:
-    """The held-out prompts whose responses are judged.
-
-    Raises:
-        UserError: the rows are plain text, which answers nothing.
-    """
-    questions = [
-        Prompt(row.prompt, row.columns, row.source)
-        for row in rows
-        if isinstance(row, Demonstration)
-    ]
-    if not questions:
-        raise UserError("select_by=reward judges responses, but no held-out row has a prompt")
-    return questions[:REWARD_PROMPTS]
-
-
-def judge_of(cfg: SftConfig, encoder: Encoder, questions: list[Prompt], session: Session) -> Reward:
-    """The reward that chooses the weights."""
-    assert cfg.reward is not None  # validate() refuses a missing reward
-    reward = load_reward(cfg.reward, cfg, encoder.tokenizer, session.device)
-    reward.check(questions, session.require)
-    return reward
-
-
-def mean_reward(
-    policy: nn.Module, encoder: Encoder, rows: list[Prompt], reward: Reward, cfg: SftConfig
-) -> dict[str, float]:
-    """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5).
-
-    Returns:
-        eval/reward, the mean over responses that have a reward, left out where none has; and
-        eval/reward_none, the share of those that have none, where there are any.
-    """
-    prompts = list(zip(*encoder.prompts(rows), strict=True))
-    rollouts = sample_rollouts(
-        policy,
-        encoder,
-        prompts,
-        Sampling(cfg.data.max_response_tokens, temperature=0.0),
-        samples=1,
-        seed=cfg.seed,
-        stop_ids=encoder.stop_ids,
-        hardware=cfg.hardware,
-    )
-    scores = reward.score(rollouts).total
-    known = scores[~scores.isnan()]
-    found = {"eval/reward": known.mean().item()} if len(known) else {}
-    if len(known) < len(scores):
-        found["eval/reward_none"] = 1 - len(known) / len(scores)
-    return found
+        recompute_activations(model)
+    encoder = Encoder(tokenizer, cfg.data)
+    return Policy.of(model, encoder, encoder.stop_ids, cfg.hardware)
 
 
 def written(row: Demonstration | Text, cfg: SftConfig) -> str:
@@ -195,6 +134,79 @@ def written(row: Demonstration | Text, cfg: SftConfig) -> str:
     return cfg.data.template.replace("{prompt}", prompt) + row.completion
 
 
-def trained_tokens(sequences: list[Tokens]) -> int:
-    """Tokens that carry loss."""
-    return sum(len(sequence.response) for sequence in sequences)
+def mixed_in(texts: list[Text], demonstrations: int, algo: SftAlgo) -> list[Text]:
+    """The plain text that algo.text_mix asks for beside so many demonstrations.
+
+    Raises:
+        UserError: there is not that much.
+    """
+    if algo.text_mix is None:
+        return texts
+    count = round(algo.text_mix * demonstrations)
+    if count > len(texts):
+        raise UserError(
+            f"algo.text_mix={algo.text_mix:g} asks for {count} plain-text rows, there are "
+            f"{len(texts)}; null takes all"
+        )
+    return texts[:count]
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+class Judge:
+    """The reward that chooses the weights, and the held-out prompts whose responses it judges."""
+
+    def __init__(
+        self, cfg: SftConfig, policy: Policy, rows: list[Demonstration | Text], session: Session
+    ) -> None:
+        """Raises UserError where the rows are plain text, which answers nothing."""
+        assert cfg.reward is not None  # validate() refuses a missing reward
+        demonstrations = [row for row in rows if isinstance(row, Demonstration)]
+        questions = [Prompt(row.prompt, row.columns, row.source) for row in demonstrations]
+        if not questions:
+            raise UserError("select_by=reward judges responses, but no held-out row has a prompt")
+        self._questions = questions[:REWARD_PROMPTS]
+        self._greedy = Sampling(cfg.data.max_response_tokens, temperature=0.0)
+        self._seed = cfg.seed
+        self._reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
+        self._reward.check(self._questions, session.require)
+
+    def metrics(self, policy: Policy) -> Metrics:
+        """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5).
+
+        Returns:
+            eval/reward, the mean over responses that have a reward, left out where none has; and
+            eval/reward_none, the share of those that have none, where there are any.
+        """
+        prompts = policy.encoder.prompts(self._questions)
+        policy.engine.update(policy.model)
+        rollouts = policy.engine.sample(prompts, self._greedy, seed=self._seed)
+        scores = self._reward.score(rollouts).total
+        known = scores[~scores.isnan()]
+        metrics = {"eval/reward": known.mean().item()} if len(known) else {}
+        if len(known) < len(scores):
+            metrics["eval/reward_none"] = 1 - len(known) / len(scores)
+        return metrics
+
+
+def evaluate(
+    policy: Policy, held_out: list[Tokens], judge: Judge | None, hardware: Hardware
+) -> Metrics:
+    """The held-out loss and, with a judge, the mean reward of responses."""
+    nll = mean_nll(policy.model, held_out, hardware)
+    metrics = {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
+    return metrics if judge is None else metrics | judge.metrics(policy)
+
+
+def merit_of(metrics: Metrics, select_by: str) -> float:
+    """What the best weights have most of."""
+    if select_by == "reward":
+        return metrics.get("eval/reward", -math.inf)
+    return -metrics["eval/loss"]
+
+
+def held_out_line(metrics: Metrics) -> str:
+    """The figures to watch."""
+    line = f"loss {metrics['loss']:.3f}  held-out {metrics['eval/loss']:.3f}"
+    return f"{line}  reward {show(metrics['eval/reward'])}" if "eval/reward" in metrics else line

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlhf_cli.runs.session import restore, snapshot
+from rlhf_cli.models.adapters import restore, snapshot
 
 
 class Best:

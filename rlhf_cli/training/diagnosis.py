@@ -63,27 +63,27 @@ def cause_of(networks: dict[str, nn.Module], parts: Sequence[LossTerm]) -> str:
 
 def _in_items(ones: Sequence[One]) -> str | None:
     """The first of the tensors that items hold, in the order of their fields, and whose it is."""
-    found: dict[tuple[int, str], list[Any]] = {}
+    bad: dict[tuple[int, str], list[Any]] = {}
     for one in ones:
         for place, (name, tensor) in enumerate(tensors_in(one.item).items()):
             if not is_finite(tensor):
-                found.setdefault((place, name), []).append(one.item)
-    if not found:
+                bad.setdefault((place, name), []).append(one.item)
+    if not bad:
         return None
-    first = min(found)
-    return f"{first[1]} of {rows_of(found[first])}"
+    first = min(bad)
+    return f"{first[1]} of {rows_of(bad[first])}"
 
 
 @torch.no_grad()
 def _in_losses(ones: Sequence[One]) -> str | None:
     """The first term of the loss, or the loss, and the items that it is not finite for."""
-    found: dict[str, list[Any]] = {}
+    bad: dict[str, list[Any]] = {}
     for one in ones:
         loss, metrics = one.part.loss(one.alone)
         if not is_finite(loss):
             terms = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-            found.setdefault(first_nonfinite(terms) or "loss", []).append(one.item)
-    return next((f"{name} of {rows_of(items)}" for name, items in found.items()), None)
+            bad.setdefault(first_nonfinite(terms) or "loss", []).append(one.item)
+    return next((f"{name} of {rows_of(items)}" for name, items in bad.items()), None)
 
 
 def _in_gradients(
@@ -105,13 +105,13 @@ def _in_gradients(
 
 def tensors_in(item: Any, prefix: str = "") -> dict[str, Tensor]:
     """The tensors that an item holds, and what it holds, by their names."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in getattr(item, "__dict__", {}).items():
         if isinstance(value, Tensor):
-            found[prefix + name] = value
+            tensors[prefix + name] = value
         else:
-            found |= tensors_in(value, f"{prefix}{name}.")
-    return found
+            tensors |= tensors_in(value, f"{prefix}{name}.")
+    return tensors
 
 
 def rows_of(items: Sequence[Any]) -> str:

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rlhf_cli.data.batches import one
-from rlhf_cli.models.out_of_memory import halves
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.schema import Hardware
+from rlhf_cli.data.batches import cut, one
+from rlhf_cli.models.out_of_memory import halves, in_groups, keys_that_help, oom_error
 
 Metrics = dict[str, float]
 Loss = tuple[Tensor, dict[str, Tensor]]
+"""The loss of a micro-batch and its metrics, each SUMMED over items."""
 
 
 @dataclass
@@ -18,11 +23,12 @@ class LossTerm:
     """One term of the objective.
 
     batches: micro-batches of items, of any cut.
-    loss: micro-batch -> its loss and metrics, each SUMMED over items.
+    loss: micro-batch -> its loss and metrics.
     count: what the sums are divided by, over all micro-batches (tokens, pairs, responses).
     weight: factor of this term in the objective.
     rows: sequences that an item takes.
-    keys_that_help: longest sequence -> the keys that make an item take less memory, for messages.
+    keys_that_help: longest sequence, and whether there is a backward pass -> the keys that make an
+        item take less memory, for messages.
     """
 
     batches: Sequence[Any]
@@ -30,7 +36,48 @@ class LossTerm:
     count: float
     weight: float = 1.0
     rows: Callable[[Any], int] = one
-    keys_that_help: Callable[[int], Sequence[str]] = lambda longest: ()
+    keys_that_help: Callable[..., Sequence[str]] = lambda longest, gradient: ()
+
+    @classmethod
+    def of(
+        cls,
+        items: Sequence[Any],
+        loss: Callable[[Any], Loss],
+        count: float,
+        hardware: Hardware,
+        *,
+        weight: float = 1.0,
+        rows: Callable[[Any], int] = one,
+        logits: bool = True,
+    ) -> "LossTerm":
+        """The items cut into micro-batches as `hardware` allows; `logits`: the loss holds some."""
+        batches = cut(items, hardware.tokens_per_microbatch, count=rows)
+        helps = partial(keys_that_help, hardware, logits=logits)
+        return cls(batches, loss, count, weight, rows, helps)
+
+    @torch.no_grad()
+    def evaluated(self) -> Metrics:
+        """`loss` and the metrics as means, without gradient.
+
+        Raises:
+            RunError: memory is too small for one item.
+        """
+        failure = partial(self.too_large, phase="the evaluation", gradient=False)
+        sums: Metrics = {}
+        for _, (total, metrics) in in_groups(self.batches, self.loss, failure):
+            for name, value in {"loss": total, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        return {name: total / self.count for name, total in sums.items()}
+
+    def too_large(self, batch: Sequence[Any], phase: str, gradient: bool) -> RunError:
+        """What to say where a batch of one item does not fit.
+
+        Args:
+            gradient: whether there is a backward pass.
+        """
+        item, longest = batch[0], len(batch[0])
+        helps = self.keys_that_help(longest, gradient=gradient)
+        return oom_error(phase, self.rows(item), longest, helps)
 
     def halved(self) -> "LossTerm":
         """The same in micro-batches of half the size, where they have several items."""

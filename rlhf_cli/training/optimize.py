@@ -18,7 +18,7 @@ from transformers.optimization import get_scheduler
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.out_of_memory import if_it_fits, oom_error
+from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.diagnosis import cause_of, draws_again
 from rlhf_cli.training.loss_term import LossTerm, Metrics
@@ -216,6 +216,5 @@ def mean_metrics(updates: list[Metrics]) -> Metrics:
 def _least(parts: list[LossTerm]) -> RunError:
     """What to say where one item does not fit; the largest."""
     items = ((part, item) for part in parts for batch in part.batches for item in batch)
-    part, item = max(items, key=lambda each: each[0].rows(each[1]) * len(each[1]))
-    longest = len(item)
-    return oom_error("the update", part.rows(item), longest, part.keys_that_help(longest))
+    term, item = max(items, key=lambda each: each[0].rows(each[1]) * len(each[1]))
+    return term.too_large([item], "the update", gradient=True)

@@ -232,13 +232,13 @@ import sys, types
 from pathlib import Path
 from rlhf_cli.config.errors import RunError, UserError
 
-def run(cfg):
+def run(cfg, plan):
 {body}
 
-def preflight(cfg):
+def preflight(cfg, check_only):
     if cfg.seed == 13:
         raise UserError("seed 13 is unlucky")
-    return [f"would write {{cfg.out}}"]
+    return types.SimpleNamespace(state="free", lines=lambda: [f"would write {{cfg.out}}"])
 
 for name, function in {{"stages.ppo": run, "runs.preflight": preflight}}.items():
     module = types.ModuleType(f"rlhf_cli.{{name}}")

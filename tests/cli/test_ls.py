@@ -62,7 +62,7 @@ def chain() -> None:
     seen = {"reward": 0.5, "kl": 3.0, "eval/gold": -2.0}
     write_run("runs/demo/ppo", "ppo algo=ppo_ptx", both, metrics=seen, seconds=3725)
     from_ppo = {"policy": "runs/demo/ppo"}
-    write_run("runs/demo/generate", "generate", from_ppo, metrics={"samples": 4, "score": 0.1})
+    write_run("runs/demo/generate", "generate", from_ppo, metrics={"samples": 4, "reward": 0.1})
     judged = {"reward": {"mean": 1.5, "stderr": 0.1}, "gold": {"mean": 2.5, "stderr": 0.1}}
     write_run(
         "runs/demo/evaluate",
@@ -118,7 +118,7 @@ def test_a_tree_of_what_was_made_from_what(chain: None, cli: Cli) -> None:
         ],
         [
             *("├─ runs/demo/generate", "generate", "generate", "finished", "8.2 s", day),
-            *("score 0.1", "3"),
+            *("reward 0.1", "3"),
         ],
         [
             *("└─ runs/demo/evaluate", "evaluate", "evaluate", "finished", "8.2 s", day),

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
-from rlhf_cli.data.rows import read_split
+from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rewards.rules import rule_of
-from rlhf_cli.runs.preflight import check_rows, row_kind
+from rlhf_cli.runs.checks import check_rows, row_kind
 from tests.toys import bpe, composed, data_of
 
 ANY = settings(
@@ -153,7 +153,7 @@ def used_or_refused(name: str, file: Path, **data: Any) -> None:
     limits = {"long_prompts": "cut", "eval_rows": 1, "step_join": join}
     cfg = replace(cfg, data=data_of(path=str(file), format=shape, **{**limits, **data}))
     try:
-        check_rows(cfg)
+        check_rows(cfg, Rows(cfg.data))
         kind = Text if name == "text" else row_kind(cfg)
         rows = read_split(cfg.data, kind).train
         encoder = Encoder(tokenizer(), cfg.data)

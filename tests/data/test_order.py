@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_cli.data import order
-from rlhf_cli.data.order import EpochBatches, derived_seed, draw, evenly, order_of
+from rlhf_cli.data.batches import EpochBatches
+from rlhf_cli.data.order import derived_seed, draw, evenly, order_of
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -41,7 +41,7 @@ def test_draws_run_through_the_items_epoch_by_epoch(items: int, count: int, step
 
 
 def test_epochs_have_every_item_once() -> None:
-    batches = EpochBatches("abcde", 2, 3, seed=0, name="x")
+    batches = list(EpochBatches("abcde", 2, 3, seed=0, name="x"))
     assert [len(batch) for batch in batches] == [2, 2, 1] * 3
     for epoch in range(3):
         joined = sum(batches[3 * epoch : 3 * epoch + 3], [])
@@ -72,7 +72,7 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
         made.append(epoch)
         return order_of(count, seed, name, epoch)
 
-    monkeypatch.setattr(order, "order_of", counted)
+    monkeypatch.setattr("rlhf_cli.data.batches.order_of", counted)
     batches = EpochBatches(range(5), 2, 3, seed=0, name="x")
     assert len(batches) == 9 and not made
     for step in range(4, 9):

@@ -22,7 +22,7 @@ from rlhf_cli.data.kinds import (
     Stepwise,
     Text,
 )
-from rlhf_cli.data.rows import hold_out, read_rows, read_split, read_texts
+from rlhf_cli.data.rows import Rows, hold_out, read_split
 from tests.toys import composed, data_of
 
 USER = {"role": "user", "content": "hi"}
@@ -37,7 +37,7 @@ def write(file: Path, *rows: Any) -> Path:
 
 
 def read(file: Path, kind: type, **data: Any) -> list[Any]:
-    return read_rows(data_of(**data), str(file), kind, [])
+    return Rows(data_of(**data)).all_of(str(file), kind, [])
 
 
 SHAPES: list[tuple[Any, type, Any]] = [
@@ -296,7 +296,7 @@ def test_bad_rows_can_be_dropped_and_are_counted(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": " "}, {"x": 1}
     )
     notes: list[str] = []
-    rows = read_rows(data_of(bad_rows="drop"), str(file), Prompt, notes)
+    rows = Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
     assert [row.prompt for row in rows] == ["a"]
     (note,) = notes
     assert "1 prompt rows" in note
@@ -344,7 +344,7 @@ def test_gsm8k_solutions_are_a_row_each(tmp_path: Path) -> None:
         read(file, Feedback, format="gsm8k_solutions")
     notes: list[str] = []
     data = data_of(format="gsm8k_solutions", bad_rows="drop")
-    rows = read_rows(data, str(file), Feedback, notes)
+    rows = Rows(data).all_of(str(file), Feedback, notes)
     assert rows[:2] == [
         Feedback("q", "2 + 2 = 5\nA: 5", False, None, f"{file}:1", "small"),
         Feedback("q", "2 + 2 = 4\nA: 4", True, None, f"{file}:1", "large"),
@@ -669,9 +669,9 @@ def test_limits_and_an_own_evaluation_file(tmp_path: Path) -> None:
 def test_plain_text_comes_from_its_own_file(tmp_path: Path) -> None:
     file = write(tmp_path / "text.jsonl", *({"text": f"t{i}"} for i in range(5)))
     data = data_of(format="hh", text_path=str(file), eval_rows=1)  # whatever the rows' format
-    split = read_texts(data)
+    split = Rows(data).texts()
     assert len(split.train) == 4 and len(split.held_out) == 1
-    assert read_texts(data_of()).train == []
+    assert Rows(data_of()).texts().train == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Stepwise, Text, cut_steps
-from rlhf_cli.data.tokens import Answers, Encoder, StepCutter
+from rlhf_cli.data.step_cutter import StepCutter
+from rlhf_cli.data.tokens import Answers, Encoder
 from tests.toys import CHAT, bpe, characters, data_of
 
 TURNS = [
@@ -40,7 +41,7 @@ def test_a_prompt_has_the_same_ids_in_every_role(name: str) -> None:
     make, data, prompt = CASES[name]
     encoder = encoder_of(make(), **data)
     reply, other = ("efg", "hi") if name == "no BOS" else ("sat on a mat", "ran")
-    sampled = encoder.prompts([Prompt(prompt)])[1][0]
+    sampled = encoder.prompts([Prompt(prompt)])[0][1]
     shown = encoder.demonstrations([Demonstration(prompt, reply)])[0]
     (pair,) = encoder.answers([Preference(prompt, reply, other)])
     chosen, rejected = pair.sequences
@@ -85,14 +86,14 @@ def test_chat_follows_the_tokenizers_template() -> None:
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert tokens.response[-1] == encoder.end_of_turn == end
     assert encoder.stop_ids == sorted([tokenizer.eos_token_id, end])
-    dialogue = encoder.prompts([Prompt(TURNS)])[1][0]
+    dialogue = encoder.prompts([Prompt(TURNS)])[0][1]
     assert tokenizer.decode(dialogue).count("<|assistant|>") == 2
 
 
 def test_a_template_that_writes_the_bos_itself_gives_one() -> None:
     tokenizer = bpe(chat=True)
     tokenizer.chat_template = "<s>" + CHAT
-    (ids,) = encoder_of(tokenizer, template="chat").prompts([Prompt("the cat")])[1]
+    ((_, ids),) = encoder_of(tokenizer, template="chat").prompts([Prompt("the cat")])
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
@@ -124,10 +125,13 @@ def test_a_cut_response_is_never_empty_and_is_told(limit: int) -> None:
 def test_long_prompts() -> None:
     rows = [Prompt("abcdef", source="f:1"), Prompt("ab", source="f:2")]
     cut = encoder_of(characters(), max_prompt_tokens=3, long_prompts="cut")
-    assert cut.prompts(rows)[1] == [[10, 11, 12], [7, 8]]  # the end holds the question
+    assert [ids for _, ids in cut.prompts(rows)] == [
+        [10, 11, 12],
+        [7, 8],
+    ]  # the end holds the question
     assert cut.notes() == ["1 prompts over max_prompt_tokens: cut"]
     drop = encoder_of(characters(), max_prompt_tokens=3, long_prompts="drop")
-    assert drop.prompts(rows) == ([rows[1]], [[7, 8]])
+    assert drop.prompts(rows) == [(rows[1], [7, 8])]
     assert drop.notes() == ["1 prompts over max_prompt_tokens: drop"]
     stop = encoder_of(characters(), max_prompt_tokens=3, long_prompts="error")
     with pytest.raises(UserError, match="f:1: the prompt has 6 tokens, the limit is 3"):
@@ -138,8 +142,8 @@ def test_long_prompts() -> None:
 
 def test_a_cut_prompt_keeps_its_bos() -> None:
     encoder = encoder_of(max_prompt_tokens=4, long_prompts="cut")
-    whole = encoder_of().prompts([Prompt("the cat sat on a mat")])[1][0]
-    (ids,) = encoder.prompts([Prompt("the cat sat on a mat")])[1]
+    whole = encoder_of().prompts([Prompt("the cat sat on a mat")])[0][1]
+    ((_, ids),) = encoder.prompts([Prompt("the cat sat on a mat")])
     assert ids == whole[:1] + whole[-3:]
 
 

@@ -56,8 +56,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.kinds import Preference, Ranking, pairs_of
 from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.forward import hidden_states, response_scores, token_logprobs, unembed
-from rlhf_cli.models.load import disable_dropout
 from rlhf_cli.objectives.advantages import (
     at_last,
     gae,
@@ -100,7 +100,7 @@ from rlhf_cli.objectives.reward_model import (
     kwise_loss,
     plackett_luce_loss,
 )
-from rlhf_cli.online.monitor import WrittenWeights
+from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Sampling, filter_logits
@@ -784,7 +784,10 @@ def decoding_beam(case: Case) -> Compared:
             min_tokens=params.get("min_new_tokens", 0),
             length_penalty=params.get("length_penalty", 1.0),
         )
-        best = [beam_search(model, prompt, algo, [params["eos"]], 64)[0] for prompt in prompts]
+        best = [
+            beam_search(model, prompt, Sampling.of(algo), algo.samples, [params["eos"]], 64)[0]
+            for prompt in prompts
+        ]
         found = [prompt + each.ids for prompt, each in zip(prompts, best, strict=True)]
         scores = [sum(each.logprobs) / len(each.ids) ** algo.length_penalty for each in best]
         yield "scores", scores, case.out["sequences_scores"]
@@ -827,7 +830,10 @@ def model_forward(case: Case) -> Compared:
     algo = replace(
         composed("generate").algo, beams=3, samples=1, max_tokens=8, min_tokens=0, length_penalty=1
     )
-    best = [prompt + beam_search(model, prompt, algo, [2], 64)[0].ids for prompt in prompts]
+    best = [
+        prompt + beam_search(model, prompt, Sampling.of(algo), algo.samples, [2], 64)[0].ids
+        for prompt in prompts
+    ]
     yield "beams", [[0, 0, *best[0]], best[1]], case.out["beam3"]
 
 

@@ -24,18 +24,17 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.folders.manifest import TOKEN
+from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import hidden_states, token_logprobs, unwrap
 from rlhf_cli.models.load import (
     load_policy,
     load_scorer,
     load_tokenizer,
-    residual_dropout,
-    save_model,
     scorer_from_policy,
-    set_stop_ids,
     stop_ids_of,
 )
 from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.online.alarms import Alarms
-from rlhf_cli.online.monitor import WrittenWeights
+from rlhf_cli.online.written import WrittenWeights
 from tests.tiny import run_stage, words_of
 
 CALM = {"kl": 1.0, "reward": 0.0, "entropy": 1.0, "length": 10.0, "repetition": 0.0, "ended": 1.0}

@@ -17,10 +17,10 @@ from rlhf_cli.data.tokens import Answers
 from rlhf_cli.models.adapters import is_adapted
 from rlhf_cli.models.load import load_scorer, load_tokenizer
 from rlhf_cli.models.score import scores_of
+from rlhf_cli.online import roles
 from rlhf_cli.online.refresh import RewardRefresh, best_and_worst
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rollout.rollouts import Rollout
-from rlhf_cli.runs import policy as roles
 from rlhf_cli.runs.policy import policy_of
 from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.runs.session import Session
@@ -193,7 +193,7 @@ def test_the_reward_model_moves_at_refreshes_only_and_moves_nothing_else(
 
     monkeypatch.setattr(RewardRefresh, "collect", spy)
     monkeypatch.setattr(RewardRefresh, "train", watched)
-    monkeypatch.setattr(roles, "load_role", role)
+    monkeypatch.setattr(roles, "policy_of", role)
     run(tmp_path / "out", *KINDS[kind])
     for step in range(2, 7):  # a refresh ends steps 2 and 4
         (before, old), (after, new) = seen[step - 2], seen[step - 1]

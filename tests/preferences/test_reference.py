@@ -18,6 +18,8 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.reference import Reference
+from rlhf_cli.preferences import bootstrap as bootstraps
+from rlhf_cli.preferences import cache
 from rlhf_cli.preferences import reference as references
 from rlhf_cli.rewards.models import ImplicitReward
 from rlhf_cli.rewards.reward import load_reward
@@ -146,7 +148,7 @@ def test_what_is_read_is_what_is_compared_with() -> None:
         with safe_open(file, framework="pt") as stored:
             key = stored.metadata()
         other = load_file(file)["logprobs"] + 1
-        key["values"] = references.digest_of(other)
+        key["values"] = cache.digest_of(other)
         save_file({"logprobs": other}, file, metadata=key)
     with pytest.raises(RunError, match="max_abs_log_ratio_at_start failed"):
         run("two", *AHEAD)
@@ -242,8 +244,8 @@ def test_a_run_killed_while_it_bootstraps_ends_the_same(
     whole = run("whole", *words)
     places = {
         "early": (Optimizer, "step"),
-        "late": (references, "seal_whole"),
-        "after": (dpo, "reference_of"),
+        "late": (bootstraps, "seal_whole"),
+        "after": (references, "reference_of"),
     }
     owner, name = places[when]
     calls = 0

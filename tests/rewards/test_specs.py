@@ -17,7 +17,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
-from rlhf_cli.runs.preflight import check_models, reward_lines
+from rlhf_cli.runs.checks import check_models, reward_lines
 from rlhf_cli.runs.provenance import parents_of
 
 

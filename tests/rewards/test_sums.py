@@ -406,7 +406,7 @@ def test_other_steps_in_a_models_own_tokens_are_unknown(tmp_path: Path, said: li
     other = characters(first=58, size=70)
     scorer(tmp_path, other, "step", head={"aggregate": "min", "step_end": "t"})
     (rollout,) = rollouts_of("cat sat on")
-    rollout = replace(rollout, text="cat s", finish="stop")
+    rollout = replace(rollout, text="cat s", finish_reason="stop")
     scores = load(str(tmp_path)).score([rollout], by_step=True)
     assert scores.steps is not None
     assert scores.steps[0].isnan().all() and scores.total.isnan().all()

@@ -22,7 +22,7 @@ def search(model: Any, beams: int, **options: Any) -> list[Completion]:
     settings = {"max_tokens": LENGTH, "min_tokens": 0, "samples": 1, "length_penalty": 1.0}
     settings["repetition_penalty"] = 1.0
     algo = replace(composed("generate").algo, beams=beams, **settings | options)
-    return beam_search(model, PROMPT, algo, [SYMBOLS - 1], 64)
+    return beam_search(model, PROMPT, Sampling.of(algo), algo.samples, [SYMBOLS - 1], 64)
 
 
 def logprob(model: Any, response: tuple[int, ...]) -> float:
@@ -40,7 +40,7 @@ def test_a_wide_beam_finds_the_likeliest_of_all(seed: int) -> None:
     assert [tuple(each.ids) for each in found] == ranked[:4]
     for each in found:
         assert sum(each.logprobs) == pytest.approx(scores[tuple(each.ids)], abs=1e-5)
-        assert each.finish == "length"
+        assert each.finish_reason == "length"
     noise = torch.zeros(1, LENGTH)
     sampling = Sampling(LENGTH, 0.0, min_tokens=LENGTH)
     greedy = decode(model, [PROMPT], noise, sampling, [SYMBOLS - 1], str)[0]
@@ -62,7 +62,7 @@ def test_hypotheses_are_ranked_by_length_normalised_log_prob() -> None:
         best = max(scores, key=scores.__getitem__)
         (found,) = search(model, 30, length_penalty=penalty)
         assert tuple(found.ids) == best
-        assert found.finish == ("eos" if best in ended else "length")
+        assert found.finish_reason == ("eos" if best in ended else "length")
 
 
 def test_one_beam_is_greedy() -> None:
@@ -72,7 +72,7 @@ def test_one_beam_is_greedy() -> None:
         greedy = decode(model, [PROMPT], noise, Sampling(LENGTH, 0.0), [SYMBOLS - 1], str)[0]
         (found,) = search(model, 1)
         assert found.ids == greedy.ids
-        assert found.finish == greedy.finish
+        assert found.finish_reason == greedy.finish_reason
         assert found.logprobs == pytest.approx(greedy.logprobs, abs=1e-5)
 
 
@@ -81,4 +81,4 @@ def test_a_model_of_bad_weights_ends_the_search() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="logits are not finite: its weight lm_head.weight"):
-        beam_search(model, [1, 5], composed("generate", "algo.beams=2").algo, [2], 9)
+        beam_search(model, [1, 5], Sampling(9, beams=2), 1, [2], 9)

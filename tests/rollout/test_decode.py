@@ -11,7 +11,8 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rollout.decode import Completion, decode
-from rlhf_cli.rollout.rollouts import Rollout, sample_rollouts
+from rlhf_cli.rollout.native import NativeEngine
+from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from tests.toys import bigram, bpe, characters, data_of, hardware_of, llama
 
@@ -53,7 +54,7 @@ def test_greedy_is_transformers_greedy(make: Any) -> None:
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
         assert found.ids == theirs
-        assert found.finish == ("eos" if theirs[-1] == EOS else "length")
+        assert found.finish_reason == ("eos" if theirs[-1] == EOS else "length")
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -102,10 +103,10 @@ def test_lengths() -> None:
         model.lm_head.weight[EOS] *= 4  # the EOS is likely, or very unlikely
     free = run(model, Sampling(12), samples=16)
     ends = [each.ids.index(EOS) + 1 if EOS in each.ids else None for each in free]
-    assert {each.finish for each in free} == {"eos", "length"}
+    assert {each.finish_reason for each in free} == {"eos", "length"}
     for each, end in zip(free, ends, strict=True):
         assert len(each.ids) == (end or 12)  # nothing follows the first EOS
-        assert each.finish == ("length" if end is None else "eos")
+        assert each.finish_reason == ("length" if end is None else "eos")
         assert len(each.logprobs) == len(each.ids)
     assert min(end for end in ends if end) < 4
     held = run(model, Sampling(12, min_tokens=4), samples=16)
@@ -116,9 +117,9 @@ def test_a_token_at_the_limit_that_is_an_eos_is_an_end() -> None:
     table = torch.full((6, 6), -50.0)
     table[1, 3], table[3, EOS] = 50, 50
     (found,) = run(bigram(table), Sampling(2), [[1]])
-    assert (found.ids, found.finish) == ([3, EOS], "eos")
+    assert (found.ids, found.finish_reason) == ([3, EOS], "eos")
     (short,) = run(bigram(table), Sampling(1), [[1]])
-    assert (short.ids, short.finish) == ([3], "length")
+    assert (short.ids, short.finish_reason) == ([3], "length")
 
 
 def test_stop_strings_end_a_response_before_them() -> None:
@@ -128,7 +129,7 @@ def test_stop_strings_end_a_response_before_them() -> None:
     encoder = Encoder(characters(first=97), data_of())  # id 3 is d
     row = (Prompt("d"), [3])
     (found,) = rollouts(bigram(table), encoder, [row], Sampling(8, stop=("zz", "ghi", "h")))
-    assert found.finish == "stop"
+    assert found.finish_reason == "stop"
     assert found.tokens.response == [4, 5, 6, 7]  # the tokens that were drawn, e f g h
     assert found.text == "efg"
     assert found.ended
@@ -138,17 +139,9 @@ def rollouts(
     model: Any, encoder: Encoder, prompts: Any, sampling: Sampling, samples: int = 1, **more: Any
 ) -> list[Rollout]:
     hardware = hardware_of(rollout_tokens=more.pop("budget", 10_000))
-    return sample_rollouts(
-        model,
-        encoder,
-        prompts,
-        sampling,
-        samples=samples,
-        seed=more.pop("seed", 0),
-        stop_ids=[EOS],
-        hardware=hardware,
-        **more,
-    )
+    engine = NativeEngine(model, encoder, [EOS], hardware)
+    seed = more.pop("seed", 0)
+    return engine.sample(prompts, sampling, samples=samples, seed=seed, **more)
 
 
 def test_the_repetition_penalty_sees_no_pad() -> None:
@@ -168,7 +161,7 @@ def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
     model = llama(len(tokenizer))
     encoder = Encoder(tokenizer, data_of())
     texts = ["the cat", "a", "the dog ran to the red boat", "two plus two", "a song"]
-    prompts = list(zip(*encoder.prompts([Prompt(text) for text in texts]), strict=True))
+    prompts = encoder.prompts([Prompt(text) for text in texts])
     told: list[int] = []
     sampling = Sampling(7, 0.9)
     whole = rollouts(model, encoder, prompts, sampling, 3)
@@ -201,17 +194,10 @@ def test_responses_do_not_change_where_fewer_are_drawn_at_once(most: int) -> Non
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         model.model.register_forward_pre_hook(look, with_kwargs=True)
-        return sample_rollouts(
-            model,
-            Encoder(bpe(), data_of()),
-            [(Prompt("p", source=f"rows.jsonl:{i}"), ids) for i, ids in enumerate(PROMPTS)],
-            Sampling(6),
-            samples=3,
-            seed=5,
-            stop_ids=[EOS],
-            hardware=hardware_of(rollout_tokens=999),
-            advance=told.append,
-        )
+        prompts = [(Prompt("p", source=f"rows.jsonl:{i}"), ids) for i, ids in enumerate(PROMPTS)]
+        encoder = Encoder(bpe(), data_of())
+        more: dict[str, Any] = {"budget": 999, "seed": 5, "advance": told.append}
+        return rollouts(model, encoder, prompts, Sampling(6), samples=3, **more)
 
     told: list[int] = []
     whole = sample(99)
@@ -233,16 +219,8 @@ def test_a_response_that_does_not_fit_ends_sampling_in_one_line() -> None:
 
     model.model.register_forward_pre_hook(full)
     with pytest.raises(RunError, match="sampling.*: 1 sequence x 13 = 13 padded tokens"):
-        sample_rollouts(
-            model,
-            Encoder(bpe(), data_of()),
-            [(Prompt("p"), ids) for ids in PROMPTS],
-            Sampling(6),
-            samples=2,
-            seed=5,
-            stop_ids=[EOS],
-            hardware=hardware_of(rollout_tokens=999),
-        )
+        prompts = [(Prompt("p"), ids) for ids in PROMPTS]
+        rollouts(model, Encoder(bpe(), data_of()), prompts, Sampling(6), samples=2, budget=999)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_cli.config.compose import compose
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.order import draw
-from rlhf_cli.data.rows import read_split, read_texts
+from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll, scores_of
@@ -82,7 +82,7 @@ def test_sft_divides_by_the_tokens_of_the_whole_step(tmp_path: Path) -> None:
     (entry,) = run("sft", tmp_path / "out", *start, *one)
     model, encoder = sft_policy()
     rows = read_split(encoder.data, Demonstration).train
-    texts = read_texts(encoder.data).train[: round(0.5 * len(rows))]
+    texts = Rows(encoder.data).texts().train[: round(0.5 * len(rows))]
     sequences = encoder.demonstrations(rows) + encoder.texts(texts)
     assert entry["loss"] == pytest.approx(mean_nll(model, sequences, hardware_of()), rel=1e-5)
 
@@ -107,7 +107,7 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return drawn
 
     monkeypatch.setattr(ppo, "draw", drawing)
-    spy = Spy(ppo, "advantages_of", monkeypatch)
+    spy = Spy(ppo, "trajectories_of", monkeypatch)
     words = [*ONE_UPDATE, f"algo.normalise_advantages={'batch' if whiten else 'none'}"]
     coefficients = [
         *("algo.gamma=0.9", "algo.lam=0.8", "algo.vf_coef=0.3", "algo.entropy_coef=0.7"),
@@ -118,14 +118,14 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     start, encoder = sft_policy()
     reward = critic_start(encoder)
 
-    for step, (seen, experience) in enumerate(spy.calls):
+    for step, (seen, (items, _)) in enumerate(spy.calls):
         rollouts, scores = seen.rollouts, seen.rewards.total
         found = []
-        for rollout, score, item in zip(rollouts, scores.tolist(), experience, strict=True):
+        for rollout, score, item in zip(rollouts, scores.tolist(), items, strict=True):
             length = len(rollout.tokens.response)
             # the score of the checkpoint, or the missing-EOS rule
             raw = scores_of(reward.model, [rollout.tokens], hardware_of())
-            ended = rollout.finish == "eos"
+            ended = rollout.finish_reason == "eos"
             scored = ((raw - reward.mean) / reward.std).item() if ended else -2.0
             assert score == pytest.approx(scored, abs=1e-5)
             if step == 0:  # the critic is the reward model still: V of each state is its score
@@ -151,13 +151,13 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         joined = torch.cat(found)
         if whiten:
             joined = (joined - joined.mean()) / joined.std(correction=0)
-        ours = torch.cat([item.advantages for item in experience])
+        ours = torch.cat([item.advantages for item in items])
         torch.testing.assert_close(ours, joined, rtol=1e-3, atol=1e-3)
 
         # on policy, at the one update of the iteration: means over all response tokens
         entry = entries[step]
-        returns = torch.cat([item.returns for item in experience])
-        values = torch.cat([item.values for item in experience])
+        returns = torch.cat([item.returns for item in items])
+        values = torch.cat([item.values for item in items])
         assert entry["loss/policy"] == pytest.approx(-ours.mean().item(), abs=1e-4)
         assert entry["loss/value"] == pytest.approx(
             0.5 * ((values - returns) ** 2).mean().item(), rel=1e-3
@@ -176,7 +176,7 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_of_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(grpo, "items_of", monkeypatch)
+    spy = Spy(grpo, "trajectories_of", monkeypatch)
     words = [*ONE_UPDATE, "algo.group_size=4", "algo.kl_coef=0.5", "algo.missing_eos_reward=null"]
     entries = run("grpo", tmp_path / "out", *words)
     start, _ = sft_policy()

@@ -81,7 +81,7 @@ def test_every_stage_takes_every_reward(reward: str, tmp_path: Path) -> None:
     assert first_line(grpo)["reward_std"] > 0
     sampled = run("generate", tmp_path / "generate", "algo.prompts=6", spec)
     rows = [json.loads(line) for line in (sampled / "samples.jsonl").read_text().splitlines()]
-    assert len({row["score"] for row in rows}) > 1
+    assert len({row["reward"] for row in rows}) > 1
     few = ["algo.prompts=4", "algo.samples=2", "baselines=[]", "gold=null", "reference=null"]
     report = read(run("evaluate", tmp_path / "evaluate", *few, spec) / "report.json")
     (figures,) = report["policies"].values()

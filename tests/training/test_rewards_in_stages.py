@@ -62,18 +62,18 @@ def test_generate_tells_the_parts(tmp_path: Path) -> None:
         assert sample["parts"]["length:2"] == max(
             0, 1 - abs(len(sample["response"].split()) - 2) / 2
         )
-        assert sample["score"] == (None if own is None else 2 * own)
-    known = [sample["score"] for sample in samples if sample["score"] is not None]
+        assert sample["reward"] == (None if own is None else 2 * own)
+    known = [sample["reward"] for sample in samples if sample["reward"] is not None]
     metrics = manifest(out)["metrics"]
-    assert metrics["score"] == pytest.approx(sum(known) / len(known), rel=1e-5)
-    assert metrics["score_none"] == pytest.approx(len(without) / len(samples), rel=1e-5)
+    assert metrics["reward"] == pytest.approx(sum(known) / len(known), rel=1e-5)
+    assert metrics["reward_none"] == pytest.approx(len(without) / len(samples), rel=1e-5)
 
 
 def test_generate_of_one_term_has_no_parts(tmp_path: Path) -> None:
     words = ["policy=runs/demo/sft", "algo.max_tokens=6", "reward=length:2"]
     out = run("generate", tmp_path / "out", *words)
     assert all("parts" not in sample for sample in lines(out / "samples.jsonl"))
-    assert "score_none" not in manifest(out)["metrics"]
+    assert "reward_none" not in manifest(out)["metrics"]
 
 
 def test_evaluate_leaves_out_what_has_no_reward(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rlhf_cli.data.kinds import Preference, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.models.adapters import snapshot
 from rlhf_cli.models.forward import answer_batch, shares_prompts
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.reference import Reference
@@ -27,7 +28,7 @@ from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs import out_folder as outfolder
 from rlhf_cli.runs.out_folder import newest_step
 from rlhf_cli.runs.preflight import preflight
-from rlhf_cli.runs.session import Session, snapshot
+from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import sft
 from tests.contents import contents_of, without_times
 from tests.tiny import DATA, WORDS, manifest, words_of
@@ -520,7 +521,7 @@ def test_generate_writes_what_it_sampled(tmp_path: Path) -> None:
     assert [row["prompt"] for row in found[:3]] == [found[0]["prompt"]] * 3
     for row in found:
         assert row["finish_reason"] in ("eos", "length") and row["logprob"] < 0
-        assert 1 <= row["response_tokens"] <= 8 and math.isfinite(row["score"])
+        assert 1 <= row["response_tokens"] <= 8 and math.isfinite(row["reward"])
     again = lines(sampled("generate", tmp_path / "two", *words) / "samples.jsonl")
     assert again == found
     beams = ["algo.beams=4", "algo.samples=2", "algo.prompts=2", "algo.length_penalty=0"]

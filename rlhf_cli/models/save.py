@@ -1,0 +1,41 @@
+"""Models out: folders that transformers and peft load as they are."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf_cli.models.adapters import POLICY, is_adapted
+from rlhf_cli.models.forward import unwrap
+
+
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
+) -> None:
+    """A folder that transformers (peft for an unmerged adapter) loads as it is."""
+    adapted: Any = model if is_adapted(model) else None
+    if adapted is not None and not merge:
+        base = Path(unwrap(model).config._name_or_path)
+        if base.exists():
+            adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
+        adapted.save_pretrained(folder, selected_adapters=[POLICY])
+        if unwrap(model).can_generate():  # the base's own may name other EOS ids
+            unwrap(model).generation_config.save_pretrained(folder)
+    elif adapted is not None:
+        merged = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+        merged.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
+    """Generation stops where training ended responses, in every tool that reads the folder."""
+    base = unwrap(model)
+    eos = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    base.config.pad_token_id = tokenizer.pad_token_id
+    base.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+    )

@@ -1,0 +1,59 @@
+"""reference=bootstrap: SFT on the chosen side, from which policy and reference start."""
+
+from typing import Any
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.stages import stage_name
+from rlhf_cli.data.batches import EpochBatches
+from rlhf_cli.data.tokens import Tokens, response_tokens
+from rlhf_cli.folders.files import seal_whole, whole_folder
+from rlhf_cli.folders.integrity import fault_in
+from rlhf_cli.folders.manifest import read_manifest
+from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.load import load_weights
+from rlhf_cli.models.save import save_model, set_stop_ids
+from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.runs.policy import Policy
+from rlhf_cli.runs.session import Session
+from rlhf_cli.training.loss_term import Loss, LossTerm
+from rlhf_cli.training.optimize import Optimizer
+
+BOOTSTRAP = "bootstrap"
+
+
+def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
+    """SFT of the policy on chosen responses, kept as `out/bootstrap`, a policy folder.
+
+    Where no SFT model exists, DPO starts from this maximum-likelihood fit, policy and reference
+    alike (2305.18290 sec. 4, "DPO outline"). A folder that is there already is loaded.
+    """
+    cfg: Any = session.cfg
+    if not chosen:
+        raise UserError("reference=bootstrap imitates chosen responses, but no row has one")
+    session.claim()
+    folder = session.out / BOOTSTRAP
+    if folder.is_dir():
+        fault = fault_in(folder, (read_manifest(folder) or {}).get("files", {}))
+        if fault is None:
+            load_weights(policy.model, str(folder), cfg.model)
+            return
+        say(f"{fault}; the bootstrap is made again")
+    algo, hardware = cfg.algo, cfg.hardware
+    epochs = algo.bootstrap_epochs or 1
+    batches = EpochBatches(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap")
+    rate = algo.bootstrap_lr or algo.lr
+    optimizer = Optimizer({"policy": (policy.model, rate)}, algo, len(batches))
+
+    def loss(sequences: list[Tokens]) -> Loss:
+        return response_nll(policy.model, sequences, chunk=hardware.logprob_chunk), {}
+
+    say(f"bootstrap: SFT on {len(chosen)} chosen responses, {len(batches)} steps")
+    with Bar("bootstrap", len(batches)) as bar:
+        for batch in batches:
+            term = LossTerm.of(batch, loss, response_tokens(batch), hardware)
+            metrics = optimizer.step([term])
+            bar.advance(1, f"loss {metrics['loss']:.3f}")
+    set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
+    with whole_folder(folder) as part:
+        save_model(policy.model, policy.tokenizer, part, merge=False)
+        seal_whole(part, {"stage": stage_name(cfg), "kind": "policy"})

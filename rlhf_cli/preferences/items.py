@@ -1,0 +1,127 @@
+"""Judged responses as a preference loss sees them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import DpoAlgo, DpoConfig
+from rlhf_cli.data.kinds import Feedback, Ranking
+from rlhf_cli.data.order import order_of
+from rlhf_cli.data.tokens import Answers, Tokens, responses_in
+from rlhf_cli.objectives.preference import kto_weights
+
+
+@dataclass
+class Compared:
+    """Responses to one prompt, which a policy is compared with its reference on.
+
+    reference: (K,) log-probs of the responses under the reference, once they are known.
+    """
+
+    answers: Answers
+    reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def source(self) -> str:
+        """Where the row stands, for messages."""
+        return self.answers.source
+
+
+@dataclass
+class PreferenceItem(Compared):
+    """The responses that a row judges, and what the loss compares them with.
+
+    mismatched: kto: the row's prompt with the response of another row, for the baseline z0.
+    """
+
+    mismatched: Compared | None = None
+
+    @property
+    def best(self) -> int:
+        """Place of the best response; kto: of the only one."""
+        row = self.answers.row
+        return row.ranks.index(min(row.ranks)) if isinstance(row, Ranking) else 0
+
+    @property
+    def worst(self) -> int:
+        """Place of the worst response, the last of several."""
+        row = self.answers.row
+        if isinstance(row, Ranking):
+            return max(range(len(row.ranks)), key=lambda i: (row.ranks[i], i))
+        return len(self.answers.responses) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, the prompt included once per response."""
+        return sum(len(sequence) for sequence in self.answers.sequences)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether `best` is a response to imitate: kto's bad ones are not."""
+        row = self.answers.row
+        return not isinstance(row, Feedback) or bool(row.label)
+
+
+def items_of(answers: list[Answers], cfg: DpoConfig, side: str) -> list[PreferenceItem]:
+    """An item per row; kto's with a partner: the response of the next row in a shuffled order.
+
+    The paper pairs within a batch. A partner that stays lets the reference score it once, and z0
+    has the same expectation.
+
+    Raises:
+        UserError: all rows have one prompt, so there is no response to another one.
+    """
+    items = [PreferenceItem(each) for each in answers]
+    if cfg.algo.loss != "kto":
+        return items
+    count = len(answers)
+    order = order_of(count, cfg.seed, "kto partners", 0)
+    for place, i in enumerate(order):
+        after = (answers[order[(place + step) % count]] for step in range(1, count))
+        partner = next((other for other in after if other.prompt != answers[i].prompt), None)
+        if partner is None:
+            raise UserError(
+                f"all {side} rows have one prompt; kto compares with responses to other prompts"
+            )
+        row = answers[i].row
+        items[i].mismatched = Compared(Answers(answers[i].prompt, partner.responses, row))
+    return items
+
+
+def sequences_in(item: Compared) -> int:
+    """Sequences that an item takes in a batch."""
+    return responses_in(item.answers)
+
+
+def with_partners(items: Sequence[PreferenceItem]) -> list[Compared]:
+    """Items and, for kto, their partners: all that the reference scores."""
+    return [*items, *(item.mismatched for item in items if item.mismatched is not None)]
+
+
+def good_sequences(items: Sequence[PreferenceItem]) -> list[Tokens]:
+    """What SFT on the chosen side imitates."""
+    return [item.answers.sequences[item.best] for item in items if item.is_good]
+
+
+def class_weights(items: Sequence[PreferenceItem], algo: DpoAlgo) -> tuple[float, float]:
+    """kto's lambda_D and lambda_U: those given, or else what balances the classes.
+
+    Raises:
+        UserError: all rows have one label.
+    """
+    if algo.loss != "kto":
+        return 1.0, 1.0
+    if algo.desirable_weight is not None and algo.undesirable_weight is not None:
+        return algo.desirable_weight, algo.undesirable_weight
+    good = sum(item.is_good for item in items)
+    if good in (0, len(items)):
+        raise UserError(
+            f"all {len(items)} rows are labelled {str(bool(good)).lower()}; kto needs both labels, "
+            "or algo.desirable_weight and algo.undesirable_weight"
+        )
+    return kto_weights(good, len(items) - good)

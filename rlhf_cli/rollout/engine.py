@@ -1,0 +1,44 @@
+"""The only way to a response: weights in, rollouts out. An engine knows nothing of any stage."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from rlhf_cli.data.tokens import EncodedPrompt
+from rlhf_cli.rollout.rollouts import Rollout
+from rlhf_cli.rollout.sampling import Sampling
+
+
+class Engine(ABC):
+    """Samples responses from the weights that it was last given."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether its log-probs are those that training computes, up to float32 rounding."""
+
+    @abstractmethod
+    def update(self, model: nn.Module) -> None:
+        """Sample from the weights that the policy has now."""
+
+    @abstractmethod
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        samples: int = 1,
+        seed: int,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Rollout]:
+        """`samples` responses to each prompt, prompt by prompt.
+
+        Args:
+            prompts: from Encoder.prompts.
+            seed: fixes every draw, whatever else is sampled beside it.
+            advance: told how many responses are done.
+
+        Raises:
+            RunError: memory is too small for one response, or the model's logits are not finite.
+        """

@@ -1,0 +1,147 @@
+"""The engine of this process: the policy's own weights, the batched decoder and beam search."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.schema import Hardware
+from rlhf_cli.data.batches import cut
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.tokens import EncodedPrompt, Encoder
+from rlhf_cli.models.forward import matmul_in_float32
+from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
+from rlhf_cli.rollout.beam import beam_search
+from rlhf_cli.rollout.decode import Completion, decode
+from rlhf_cli.rollout.engine import Engine
+from rlhf_cli.rollout.rollouts import Rollout, as_rollout
+from rlhf_cli.rollout.sampling import Sampling
+
+
+@dataclass
+class Draws:
+    """Some of the samples of the prompt at a place."""
+
+    place: int
+    samples: range
+
+
+class NativeEngine(Engine):
+    """Decodes with the policy's own module, so that it always has the newest weights.
+
+    Each draw is fixed by the seed, the prompt's place, the sample and the token, never by how
+    prompts are batched. Prompts of like length are decoded together.
+    """
+
+    def __init__(
+        self, model: nn.Module, encoder: Encoder, stop_ids: list[int], hardware: Hardware
+    ) -> None:
+        """`stop_ids`: the ids that end a response."""
+        self._model = model
+        self._encoder = encoder
+        self._stop_ids = stop_ids
+        self._hardware = hardware
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are in float32; in bfloat16 a cached pass rounds otherwise."""
+        return matmul_in_float32(self._model)
+
+    def update(self, model: nn.Module) -> None:
+        """Decode with this module from now on; its weights are not copied."""
+        self._model = model
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        samples: int = 1,
+        seed: int,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Rollout]:
+        """Responses drawn one by one, or with sampling.beams > 1 the best of a search."""
+        if sampling.beams == 1:
+            completions = self._drawn(prompts, sampling, samples, seed, advance)
+        else:
+            completions = self._searched(prompts, sampling, samples, advance)
+        return [
+            as_rollout(row, ids, completion, self._encoder, sampling)
+            for (row, ids), responses in zip(prompts, completions, strict=True)
+            for completion in responses
+        ]
+
+    def _drawn(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+        advance: Callable[[int], None],
+    ) -> list[list[Completion]]:
+        """Per prompt its sampled responses."""
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        groups = cut(
+            range(len(prompts)),
+            self._hardware.rollout_tokens,
+            lambda i: (len(prompts[i][1]) + sampling.max_tokens) * samples,
+        )
+
+        def draw(group: list[Draws]) -> list[Completion]:
+            ids = [prompts[each.place][1] for each in group]
+            noise = [
+                uniform_noise(seed, each.place, samples, sampling.max_tokens)[list(each.samples)]
+                for each in group
+            ]
+            text_of = self._encoder.text
+            return decode(self._model, ids, torch.cat(noise), sampling, self._stop_ids, text_of)
+
+        def failure(group: list[Draws]) -> RunError:
+            longest = len(prompts[group[0].place][1]) + sampling.max_tokens
+            return oom_error("sampling", 1, longest)
+
+        whole = [[Draws(i, range(samples)) for i in group] for group in groups]
+        for group, decoded in in_groups(whole, draw, failure, fewer_draws):
+            in_turn = iter(decoded)
+            for each in group:
+                completions[each.place] += [next(in_turn) for _ in each.samples]
+            advance(len(decoded))
+        return completions
+
+    def _searched(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        samples: int,
+        advance: Callable[[int], None],
+    ) -> list[list[Completion]]:
+        """Per prompt the best hypotheses of a beam search."""
+        chunk = self._hardware.logprob_chunk
+
+        def search(one: list[list[int]]) -> list[Completion]:
+            return beam_search(self._model, one[0], sampling, samples, self._stop_ids, chunk)
+
+        def failure(one: list[list[int]]) -> RunError:
+            longest = len(one[0]) + sampling.max_tokens
+            return oom_error("beam search", sampling.beams, longest, ["fewer algo.beams"])
+
+        completions = []
+        for _, hypotheses in in_groups([[ids] for _, ids in prompts], search, failure):
+            completions.append(hypotheses)
+            advance(samples)
+        return completions
+
+
+def fewer_draws(group: list[Draws]) -> list[list[Draws]]:
+    """A group in two: half of its prompts each, or half of the samples of its one prompt."""
+    if len(group) > 1:
+        return halves(group)
+    return [[Draws(group[0].place, part)] for part in halves(group[0].samples)]
+
+
+def uniform_noise(seed: int, place: int, samples: int, tokens: int) -> Tensor:
+    """(samples, tokens) uniform numbers that decide the draws of the prompt at `place`."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, place))
+    return torch.rand(samples, tokens, generator=generator)
