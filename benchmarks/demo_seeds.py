@@ -1,4 +1,4 @@
-"""The demo chain over several seeds, through the console script: the tables of the README.
+"""The demo chain over several seeds, through the console script: the table of docs/evaluation.md.
 
     python benchmarks/demo_seeds.py [SEEDS] [FOLDER]
 
