@@ -240,3 +240,10 @@ class EpochBatches(Generic[Item]):
     def __iter__(self) -> Iterator[list[Item]]:
         """All of them in turn."""
         return (self[step] for step in range(len(self)))
+
+
+def draw(items: Sequence[Item], count: int, seed: int, name: str, step: int) -> list[Item]:
+    """The `step`-th run of `count` items of an endless, epoch-wise shuffled stream."""
+    places = [divmod(place, len(items)) for place in range(step * count, (step + 1) * count)]
+    orders = {epoch: order_of(len(items), seed, name, epoch) for epoch, _ in places}
+    return [items[orders[epoch][offset]] for epoch, offset in places]

@@ -26,10 +26,3 @@ def evenly(items: Sequence[Item], size: int) -> list[list[Item]]:
     parts = -(-len(items) // size)
     edges = [len(items) * i // parts for i in range(parts + 1)] if parts else []
     return [list(items[start:end]) for start, end in pairwise(edges)]
-
-
-def draw(items: Sequence[Item], count: int, seed: int, name: str, step: int) -> list[Item]:
-    """The `step`-th run of `count` items of an endless, epoch-wise shuffled stream."""
-    places = [divmod(place, len(items)) for place in range(step * count, (step + 1) * count)]
-    orders = {epoch: order_of(len(items), seed, name, epoch) for epoch, _ in places}
-    return [items[orders[epoch][offset]] for epoch, offset in places]

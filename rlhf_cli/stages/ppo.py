@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import PpoAlgo, PpoConfig
-from rlhf_cli.data.batches import collate
+from rlhf_cli.data.batches import collate, draw
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.order import derived_seed, draw
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Tokens, response_tokens
 from rlhf_cli.models.forward import response_nll, token_logprobs
 from rlhf_cli.models.score import logprobs_of, mean_nll

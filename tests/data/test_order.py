@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_cli.data.batches import EpochBatches
-from rlhf_cli.data.order import derived_seed, draw, evenly, order_of
+from rlhf_cli.data.batches import EpochBatches, draw
+from rlhf_cli.data.order import derived_seed, evenly, order_of
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.compose import compose
+from rlhf_cli.data.batches import draw
 from rlhf_cli.data.kinds import Demonstration
-from rlhf_cli.data.order import draw
 from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.load import load_policy, load_tokenizer
