@@ -33,9 +33,18 @@ def nearest(word: str, names: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def renamed(word: str) -> str | None:
+def renamed(stage: str, word: str) -> str | None:
     """The line for a KEY or a KEY=VALUE of before; None for other words."""
-    return f"{word} is called {RENAMED[word]} now" if word in RENAMED else None
+    if word not in RENAMED:
+        return None
+    key, _, option = RENAMED[word].partition("=")
+    if key in catalog.GROUPS:
+        owners = catalog.stages_of(key, option, catalog.config_dirs())
+    else:
+        owners = [other for other in STAGES if key in catalog.keys(other)]
+    theirs = ", ".join(f"`rlhf-cli {owner}`" for owner in owners)
+    belongs = "" if stage in owners else f", and belongs to {theirs}"
+    return f"{word} is called {RENAMED[word]} now{belongs}"
 
 
 def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
@@ -70,7 +79,7 @@ def _check_option(stage: str, group: str, option: str, dirs: list[Path]) -> None
     if catalog.option_file(group, option, dirs) is None:
         hint = nearest(option, fitting) or nearest(option, names)
         line = f"unknown {group} option {option}{hint or ';'} {choices}"
-        raise UserError(renamed(f"{group}={option}") or line)
+        raise UserError(renamed(stage, f"{group}={option}") or line)
     owners = catalog.stages_of(group, option, dirs)
     # An option with owners nowhere is a user's own file with a slip in it: composing names the key.
     if owners and stage not in owners:
@@ -87,7 +96,7 @@ def _check_key(stage: str, key: str) -> None:
 
 def unknown_key(stage: str, key: str) -> str:
     """The line for a key that a stage does not have."""
-    if line := renamed(key):
+    if line := renamed(stage, key):
         return line
     known = catalog.keys(stage)
     group = key.rpartition(".")[0]
@@ -118,7 +127,7 @@ def unknown_value(stage: str, key: str, value: object) -> str:
     """The line for a value that is none of the choices of a key."""
     known, word = catalog.choices(stage, key), f"{key}={value}"
     if RENAMED.get(word, "").removeprefix(f"{key}=") in known:
-        return str(renamed(word))
+        return str(renamed(stage, word))
     return wrong_value(stage, key, value) + nearest(str(value), known)
 
 
@@ -142,7 +151,7 @@ def explain(error: BaseException, stage: str) -> str | None:
     text = "\n".join(str(each) for each in reversed(chain))  # the cause first, it is the exact one
     where = re.search(r"In '(\w+/[^']+)':", text)
     file = f" (in {where[1]}.yaml)" if where else ""
-    return (_explain_key(text, stage) or _explain_words(error, text)) + file
+    return (_explain_key(text, stage) or _explain_words(error, text, stage)) + file
 
 
 def _library(module: str) -> str:
@@ -178,7 +187,7 @@ def _explain_key(text: str, stage: str) -> str | None:
     return f"{key}: {text.splitlines()[0]}"
 
 
-def _explain_words(error: BaseException, text: str) -> str:
+def _explain_words(error: BaseException, text: str, stage: str) -> str:
     """Hydra's complaints about a word of the command line, or about a file."""
     override = getattr(error, "override", None)
     if override:  # its grammar could not read the word
@@ -190,7 +199,7 @@ def _explain_words(error: BaseException, text: str) -> str:
     if appended := re.search(r"already at '(.*?)'", text):
         return f"{appended[1]} exists already; write {appended[1]}=VALUE without +"
     base = re.search(r"Could not load '(\w+)/(\w+)'", text)  # in a defaults list
-    line = renamed(f"{base[1]}={base[2]}") if base else None
+    line = renamed(stage, f"{base[1]}={base[2]}") if base else None
     return line or " ".join(text.split("\n\n")[0].split())
 
 

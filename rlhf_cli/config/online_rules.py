@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from rlhf_cli.config.schema import GrpoConfig, PpoConfig, Run
-
-Online = PpoConfig | GrpoConfig
+from rlhf_cli.config.schema import GrpoConfig, OnlineConfig, PpoConfig, Run
 
 # The limit of each alarm, and whether it reads evaluations on held-out prompts.
 ALARMS = {
@@ -24,7 +22,7 @@ _UNSOUND_IN_REWARD = {
 }
 
 
-def batches(cfg: Online) -> Iterator[str]:
+def batches(cfg: OnlineConfig) -> Iterator[str]:
     """Minibatches fill the batch."""
     if cfg.algo.batch_size % cfg.algo.minibatch_size:
         yield (
@@ -33,7 +31,7 @@ def batches(cfg: Online) -> Iterator[str]:
         )
 
 
-def kl(cfg: Online) -> Iterator[str]:
+def kl(cfg: OnlineConfig) -> Iterator[str]:
     """Every estimator stands where its gradient means something."""
     algo = cfg.algo
     estimator = algo.kl_estimator
@@ -65,16 +63,15 @@ def kl(cfg: Online) -> Iterator[str]:
         yield "algo.refresh_reference moves what the KL is measured to, but algo.kl_coef=0"
 
 
-def kl_controller(cfg: Online) -> Iterator[str]:
+def kl_controller(cfg: OnlineConfig) -> Iterator[str]:
     """A controller has something to steer."""
     if isinstance(cfg, PpoConfig) and cfg.algo.kl_controller != "fixed" and cfg.algo.kl_coef == 0:
         yield "a kl_controller multiplies algo.kl_coef, so it must start above 0"
 
 
-def ratios(cfg: Online) -> Iterator[str]:
+def ratios(cfg: OnlineConfig) -> Iterator[str]:
     """Clips cut what they are for, and a loss without a ratio learns once."""
-    algo = cfg.algo
-    loss = algo.loss
+    algo, loss = cfg.algo, getattr(cfg.algo, "loss", None)
     highest = 1 + (algo.clip_high or algo.clip or 0.0)
     if algo.dual_clip is not None and algo.dual_clip <= highest:
         yield f"algo.dual_clip={algo.dual_clip:g} must lie above the clipped ratio, {highest:g}"
@@ -94,7 +91,7 @@ def ratios(cfg: Online) -> Iterator[str]:
         )
 
 
-def groups(cfg: Online) -> Iterator[str]:
+def groups(cfg: OnlineConfig) -> Iterator[str]:
     """Baseline, normalisation and supervision of groups fit each other."""
     if not isinstance(cfg, GrpoConfig):
         return
@@ -132,7 +129,7 @@ def groups(cfg: Online) -> Iterator[str]:
             yield "algo.supervision=process has rewards of steps, not tokens: take algo.kl_in=loss"
 
 
-def refreshing(cfg: Online) -> Iterator[str]:
+def refreshing(cfg: OnlineConfig) -> Iterator[str]:
     """A reward model that is trained further has pairs, and nothing compares what it says."""
     if not isinstance(cfg, GrpoConfig) or cfg.algo.refresh_reward is None:
         return
@@ -149,7 +146,7 @@ def refreshing(cfg: Online) -> Iterator[str]:
             yield f"algo.{name} compares rewards that algo.refresh_reward changes; set it to null"
 
 
-def responses(cfg: Online) -> Iterator[str]:
+def responses(cfg: OnlineConfig) -> Iterator[str]:
     """What is said of responses that never ended does not contradict itself."""
     algo = cfg.algo
     if algo.supervision == "process" and algo.missing_eos_reward is not None:
@@ -170,7 +167,7 @@ def responses(cfg: Online) -> Iterator[str]:
         )
 
 
-def watching(cfg: Online) -> Iterator[str]:
+def watching(cfg: OnlineConfig) -> Iterator[str]:
     """Evaluations, alarms and the weights that are kept have what they read."""
     algo = cfg.algo
     if cfg.gold is not None and algo.eval_every is None:
@@ -203,7 +200,7 @@ def watching(cfg: Online) -> Iterator[str]:
             yield f"algo.stop_on names {alarm}, but its limit algo.{ALARMS[alarm]} is null"
 
 
-_ONLINE: tuple[Callable[[Online], Iterator[str]], ...] = (
+_ONLINE: tuple[Callable[[OnlineConfig], Iterator[str]], ...] = (
     batches,
     kl,
     kl_controller,
@@ -216,7 +213,7 @@ _ONLINE: tuple[Callable[[Online], Iterator[str]], ...] = (
 
 
 def online(cfg: Run) -> Iterator[str]:
-    """Complaints about a config of ppo or grpo."""
-    if isinstance(cfg, PpoConfig | GrpoConfig):
+    """Complaints about a config of a stage that learns from its own samples."""
+    if isinstance(cfg, OnlineConfig):
         for rule in _ONLINE:
             yield from rule(cfg)

@@ -69,6 +69,9 @@ ROWS_OF_LOSS = {
 WITHOUT_REFERENCE = ("orpo", "simpo", "preferred_ft", "unlikelihood")
 """Losses of dpo that compare with no reference."""
 
+PER_TOKEN = ("length_normalised", "ipo_mean", "orpo", "simpo")
+"""Losses of dpo of means over tokens, not of sums."""
+
 
 def stage_name(cfg: Run) -> str:
     """The subcommand that a typed config belongs to."""

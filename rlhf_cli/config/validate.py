@@ -13,8 +13,6 @@ from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import (
     Decoding,
     DpoConfig,
-    EvaluateConfig,
-    GenerateConfig,
     Model,
     PpoConfig,
     RewardConfig,
@@ -137,7 +135,7 @@ def _plain_text(cfg: Run) -> Iterator[str]:
 
 
 def _no_training(cfg: Run) -> Iterator[str]:
-    if isinstance(cfg, GenerateConfig | EvaluateConfig):
+    if not cfg.trains:
         for name in ("save_every", "keep_checkpoints"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
@@ -146,7 +144,7 @@ def _no_training(cfg: Run) -> Iterator[str]:
 
 
 def _resume_points(cfg: Run) -> Iterator[str]:
-    if isinstance(cfg, GenerateConfig | EvaluateConfig):
+    if not cfg.trains:
         return
     every, keep = cfg.hardware.save_every, cfg.hardware.keep_checkpoints
     if every is not None and not re.fullmatch(r"0*[1-9]\d*(min)?", every):

@@ -57,7 +57,7 @@ class Rows:
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self._parsed: dict[str | Path, tuple[list[Row], str]] = {}
+        self._parsed: dict[tuple[str | Path, int | None], tuple[list[Row], list[str]]] = {}
         self._splits: dict[type, Split] = {}
 
     def split(self, kind: type) -> Split:
@@ -125,13 +125,13 @@ class Rows:
         self, path: str | Path, kind: type, notes: list[str], limit: int | None = None
     ) -> list[Row]:
         """The first rows of one source, of the kinds that they are; all can become `kind`."""
-        if path not in self._parsed:
-            self._parsed[path] = parse_rows(self._data, path)
-        rows, counted = self._parsed[path]
-        notes.append(counted)
-        if limit is not None and limit < len(rows):
-            notes.append(f"the first {limit} are used")
-            rows = rows[:limit]
+        if (path, limit) not in self._parsed:
+            rows, counted = parse_rows(self._data, path)
+            cut = limit is not None and limit < len(rows)
+            told = [counted, *([f"the first {limit} are used"] if cut else [])]
+            self._parsed[path, limit] = rows[:limit], told
+        rows, told = self._parsed[path, limit]
+        notes += told
         if not rows:
             raise nothing_left(path, kind, notes[-1:])
         check_kinds(rows, kind, self._data, path)

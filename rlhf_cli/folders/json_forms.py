@@ -39,12 +39,12 @@ SIZE = Number("a whole number from 1 to 2^31", least=1, most=2**31, whole=True)
 WORDS = {str: "text", Path: "a path", bool: "true or false", dict: "an object", list: "a list"}
 
 _MADE_FROM: Form = {"*": {"path": Path, "hash": str}}
-ORIGINS: Form = {"parents?": _MADE_FROM, "inputs?": _MADE_FROM}
+PROVENANCE: Form = {"parents?": _MADE_FROM, "inputs?": _MADE_FROM}
 STAGE: Form = {
     "kind": str,
     "stage?": str,
     "complete?": bool,
-    **ORIGINS,
+    **PROVENANCE,
     "files?": {"*": {"size": COUNT, "sha256": str}},
     "eos_ids?": [COUNT],
     "template?": str,

@@ -59,7 +59,7 @@ class Monitor:
         """Starts the logs, so `out` must be this run's own.
 
         Args:
-            held_out: from `prompts_to_watch`.
+            held_out: from `prompts_to_monitor`.
             state, tensors: what the methods of those names returned at the resume point.
         """
         self._cfg, self._roles, self._held_out = cfg, roles, held_out
@@ -132,7 +132,6 @@ class Monitor:
             policy.engine.update(policy.model)
             rollouts = policy.engine.sample(self._held_out, sampling, seed=seed)
             experience = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
-        policy.engine.update(policy.model)
         lengths = [len(rollout.tokens.response) for rollout in rollouts]
         metrics = {
             "eval/reward": experience.rewards.total.nanmean().item(),

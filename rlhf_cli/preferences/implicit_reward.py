@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import DpoAlgo
-from rlhf_cli.config.stages import WITHOUT_REFERENCE
+from rlhf_cli.config.stages import PER_TOKEN, WITHOUT_REFERENCE
 from rlhf_cli.preferences.items import PreferenceItem
 from rlhf_cli.preferences.reference import seen_from
-
-PER_TOKEN = ("length_normalised", "ipo_mean", "orpo", "simpo")  # losses of means over tokens
 
 
 def reward_scale(algo: DpoAlgo) -> float:
     """beta of the implicit reward beta rho; IPO calls it tau, and some losses have none."""
     return algo.beta or algo.tau or 1.0
+
+
+def per_response(rho: Tensor, lengths: Tensor, algo: DpoAlgo) -> Tensor:
+    """(S,) what a loss reads of log-ratios that are sums over tokens: these, or their means."""
+    return rho / lengths if algo.loss in PER_TOKEN else rho
 
 
 def implicit_rewards(
@@ -30,9 +33,8 @@ def implicit_rewards(
     rewards = []
     for item, ours in zip(items, logprobs, strict=True):
         rho = ours if item.reference is None else ours - item.reference
-        if algo.loss in PER_TOKEN:
-            rho = rho / torch.tensor([len(response) for response in item.answers.responses])
-        rewards.append(reward_scale(algo) * rho)
+        lengths = torch.tensor([len(response) for response in item.answers.responses])
+        rewards.append(reward_scale(algo) * per_response(rho, lengths, algo))
     return rewards
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_cli.config.hints import RENAMED, renamed
+from rlhf_cli.config.hints import RENAMED
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.switches import written
 
@@ -34,18 +34,13 @@ def differing_keys(
 ) -> list[str]:
     """`key: before -> now` of each value that differs, but for IGNORED_KEYS and free ones.
 
-    A key that has been renamed since the run before is a difference, too.
+    Keys and values that have been renamed since the run before are read under their new names.
 
     Args:
         free: from `free_keys`.
     """
-    flat_saved, flat_given = flatten(saved), flatten(given)
-    differing = [
-        line
-        for name in sorted(flat_saved)
-        if name.split(".")[0] not in IGNORED_KEYS and (line := renamed(name))
-    ]
-    flat_saved = {RENAMED.get(name, name): value for name, value in flat_saved.items()}
+    flat_saved, flat_given = as_named_now(flatten(saved)), flatten(given)
+    differing = []
     for name in sorted(flat_saved.keys() | flat_given.keys()):
         before, now = flat_saved.get(name), flat_given.get(name)
         if name.split(".")[0] in IGNORED_KEYS or before == now:
@@ -55,6 +50,21 @@ def differing_keys(
             continue
         differing.append(f"{name}: {written(before)} -> {written(now)}")
     return differing
+
+
+def as_named_now(flat: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values by their names of now."""
+
+    def now(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [now(key, each) for each in value]
+        return RENAMED.get(f"{key}={value}", f"{key}={value}").removeprefix(f"{key}=")
+
+    named = {RENAMED.get(key, key): (key, value) for key, value in flat.items()}
+    return {
+        name: now(key, value) if isinstance(value, str | list) else value
+        for name, (key, value) in named.items()
+    }
 
 
 def is_more(now: int | None, before: int | None) -> bool:

@@ -17,7 +17,7 @@ from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files
-from rlhf_cli.folders.json_forms import ORIGINS
+from rlhf_cli.folders.json_forms import PROVENANCE
 from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, lock, running, unlock
@@ -78,14 +78,14 @@ def state_of(cfg: Run) -> str:
         return to_be_emptied(out)
     if not complete and not cfg.trains:
         return to_be_emptied(out)  # they write at their end: there is nothing to go on from
-    origins, before = provenance_of(cfg), begun_with(out)
+    provenance, before = provenance_of(cfg), begun_with(out)
     if complete:
         before = read_manifest(out) or {}
         check_files(out)
-        differ = parent_paths(origins) != parent_paths(before)
+        differ = parent_paths(provenance) != parent_paths(before)
         if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
             return to_be_emptied(out)
-    if changed := changed_since(origins, before):
+    if changed := changed_since(provenance, before):
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
@@ -139,7 +139,7 @@ def config_of(out: Path) -> dict[str, Any]:
 def begun_with(out: Path) -> dict[str, Any]:
     """What an unfinished run said of its parents and inputs as it began."""
     file = out / INPUTS
-    return read_object(file, ORIGINS) if file.is_file() else {}
+    return read_object(file, PROVENANCE) if file.is_file() else {}
 
 
 def is_claimed(out: Path) -> bool:
@@ -159,11 +159,11 @@ def check_writable(out: Path) -> None:
         raise UserError(f"out={out}: no permission to write in {place}")
 
 
-def claim(cfg: Run, origins: Provenance) -> None:
+def claim(cfg: Run, provenance: Provenance) -> None:
     """Make the folder this run's own: locked, emptied if free, config.yaml written.
 
     Args:
-        origins: what the run is made from, as it was before anything was read.
+        provenance: what the run is made from, as it was before anything was read.
 
     Raises:
         UserError: another process writes it or has finished it meanwhile, or what was read has
@@ -173,7 +173,7 @@ def claim(cfg: Run, origins: Provenance) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     state = state_of(cfg)
-    changed = changed_since(provenance_of(cfg), origins)
+    changed = changed_since(provenance_of(cfg), provenance)
     if state == FINISHED or changed:
         unlock(out)
         fault = f"was to be made from a {changed}" if changed else "was finished by another run"
@@ -189,7 +189,7 @@ def claim(cfg: Run, origins: Provenance) -> None:
     write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
     (out / CHECKPOINTS).mkdir(exist_ok=True)
     if not (out / INPUTS).is_file():
-        write_json(out / INPUTS, origins)
+        write_json(out / INPUTS, provenance)
     flush(out.parent)
 
 

@@ -27,7 +27,7 @@ class Plan:
 
     state: of `out`: FREE, RESUMABLE or FINISHED, and then the rest is empty.
     rows: has read all local rows that the run needs.
-    provenance: what the run is made from, as it was before anything was read; None of a check.
+    provenance: what the run is made from, as it was before rows were read; None of a check.
     doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
         on each part of the memory.
     sums: lines on rewards and batches.
@@ -59,7 +59,8 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
     Args:
-        check_only: nothing will run, so nothing that may be large is hashed.
+        check_only: nothing will run, so that what it is made from need not be hashed, but to tell
+            the state of `out`.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
@@ -73,11 +74,11 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     ]
     if state == FINISHED:
         return Plan(state, rows, None, doing)
-    provenance = None if check_only else provenance_of(cfg)
     check_data(cfg)
     check_models(cfg)
     check_context(cfg)
     check_frozen_layers(cfg)
+    provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
     if state == RESUMABLE and (step := newest_step(out)) is not None:
         doing.append(f"newest resume point: step {step}")

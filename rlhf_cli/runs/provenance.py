@@ -85,9 +85,9 @@ def places_read(cfg: Run) -> Iterator[tuple[str, Path]]:
 def inputs_read(cfg: Run) -> dict[str, str]:
     """The local files and folders of files that a stage reads beside models, by key."""
     inputs = {f"data.{key}": getattr(cfg.data, key) for key in ("path", "eval_path", "text_path")}
-    for key in ("reward", "gold", "judge"):
-        for file in files_of(getattr(cfg, key, None) or ""):
-            inputs[f"{key} {file}"] = str(file)
+    for key, role, value in named_models(cfg):
+        if role == "reward":
+            inputs |= {f"{key} {file}": str(file) for file in files_of(value)}
     return {key: place for key, place in inputs.items() if place and Path(place).exists()}
 
 
@@ -116,9 +116,9 @@ def provenance_of(cfg: Run) -> Provenance:
     }
 
 
-def parent_paths(origins: dict[str, Any]) -> set[str]:
+def parent_paths(provenance: dict[str, Any]) -> set[str]:
     """The folders that a stage was made from."""
-    return {parent["path"] for parent in (origins.get("parents") or {}).values()}
+    return {parent["path"] for parent in (provenance.get("parents") or {}).values()}
 
 
 def changed_since(now: dict[str, Any], before: dict[str, Any]) -> str | None:

@@ -110,11 +110,14 @@ class Session:
         return self.logs[-1]
 
     def steps(self, bar: Bar) -> Iterator[int]:
-        """The steps that are left to do, counted from 1 to the bar's total."""
+        """The steps that are left to do, counted from 1 to the bar's total.
+
+        The bar counts a step as it begins, so that what a stage says at its end stands beside it.
+        """
         bar.skip(self.start)
         for step in range(self.start + 1, bar.total + 1):
-            yield step
             bar.advance()
+            yield step
 
     def seconds(self) -> float:
         """Working time, of earlier parts of a resumed run too."""
@@ -282,10 +285,12 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     """Set torch up for a run that is checked; None where `out` is finished already.
 
     Args:
-        plan: from `preflight`, where that was asked before.
+        plan: from `preflight` of this config, where that was asked before; one of a check is made
+            anew.
     """
     began = time.monotonic()
-    plan = plan or preflight(cfg)
+    if plan is None or (plan.provenance is None and plan.state != FINISHED):
+        plan = preflight(cfg)
     if plan.state == FINISHED:
         tidy(Path(cfg.out))
         say(f"{cfg.out}: already finished; nothing to do")

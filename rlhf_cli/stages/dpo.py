@@ -36,9 +36,9 @@ from rlhf_cli.evaluation import judging, report
 from rlhf_cli.models.forward import answer_batch, on_grid, token_logprobs
 from rlhf_cli.objectives import preference, reward_model
 from rlhf_cli.preferences.implicit_reward import (
-    PER_TOKEN,
     implicit_rewards,
     manifest_entries,
+    per_response,
     reward_scale,
 )
 from rlhf_cli.preferences.items import (
@@ -199,9 +199,7 @@ def preference_losses(
         whole: of the optimizer step.
         weights: kto's lambda_D and lambda_U.
     """
-    rho = logprobs - reference
-    if algo.loss in PER_TOKEN:
-        rho = rho / lengths
+    rho = per_response(logprobs - reference, lengths, algo)
     best, worst = best_and_worst(items)
     good = torch.tensor([item.is_good for item in items], device=rho.device)
     nll = -logprobs[best] * good * whole.nll_scale  # (N,); its mean is the NLL per token

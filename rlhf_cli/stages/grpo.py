@@ -101,6 +101,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     with Bar("grpo", algo.steps) as bar:
         for step in session.steps(bar):
             clock = Clock()
+            policy.engine.update(policy.model)
             kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
             sample = partial(sampled_groups, cfg, roles, prompts, running, clock, step, temperature)
@@ -122,7 +123,6 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
             parts = minibatches(groups, algo, cfg.seed, step)
             terms = (objective.terms(sum(part, []), coefs) for _, part in parts if any(part))
             updated = take_steps(optimizer, terms, monitor.written)
-            policy.engine.update(policy.model)
             metrics |= update_metrics(updated, experience)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             if algo.refresh_reference and step % algo.refresh_reference == 0 and not stop:
@@ -245,7 +245,7 @@ def sampled_groups(
         again: how many rounds of dynamic sampling there were before.
     """
     algo = cfg.algo
-    stream = f"refill {again}" if again else "prompts"
+    stream = f"refill {again}" if again else "prompts"  # seeds: a run must go on with its draws
     rollouts = roles.policy.engine.sample(
         draw(prompts, algo.batch_size, cfg.seed, stream, step - 1)[:count],
         Sampling(algo.max_tokens, temperature),

@@ -93,6 +93,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     with Bar("ppo", algo.steps) as bar:
         for step in session.steps(bar):
             clock = Clock()
+            policy.engine.update(policy.model)
             temperature = linear(algo.temperature, algo.temperature_end, step, algo.steps)
             if algo.kl_controller == "fixed":
                 kl_coef = linear(algo.kl_coef, algo.kl_coef_end, step, algo.steps)
@@ -117,7 +118,6 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
             parts = minibatches(items, algo, cfg.seed, step)
             terms = (objective.terms(part, update, coefs) for update, part in parts)
             updated = take_steps(optimizer, terms, monitor.written)
-            policy.engine.update(policy.model)
             metrics |= update_metrics(updated, experience)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)

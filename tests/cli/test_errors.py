@@ -31,6 +31,8 @@ NAMES = [
     ("reward data.convert=feedback_to_stepwise", ["data.convert must be a list, in brackets"]),
     # names of before
     ("ppo hardware.keep=1", ["hardware.keep is called hardware.keep_checkpoints now"]),
+    ("ppo algo.refills=2", ["dynamic_sampling now, and belongs to `rlhf-cli grpo`"]),
+    ("sft algo=steps", ["algo=steps is called algo=process now, and belongs to `rlhf-cli reward`"]),
     ("grpo algo.refills=2", ["algo.refills is called algo.dynamic_sampling now"]),
     ("grpo +algo.refills=2", ["algo.refills is called algo.dynamic_sampling now"]),
     ("grpo -m algo.refills=0,2", ["algo.refills is called algo.dynamic_sampling now"]),

@@ -135,10 +135,10 @@ def test_own_options_inherit_shipped_ones(tmp_path: Path) -> None:
         ("defaults: [dpo, _self_]\nbeta: 0.3\n", "algo=mine belongs to `rlhf-cli dpo`"),
         ("kl_coef: 0.3\n", "ppo needs algo.loss=VALUE"),
         ("loss: hinge\n", "algo=mine belongs to `rlhf-cli dpo`"),
-        ("defaults: [ppo, _self_]\nrefills: 1\n", "algo.dynamic_sampling now (in algo/mine.yaml)"),
+        ("defaults: [ppo, _self_]\nrefills: 1\n", "belongs to `rlhf-cli grpo` (in algo/mine.yaml)"),
         (
             "defaults: [steps, _self_]\n",
-            "algo=steps is called algo=process now (in algo/mine.yaml)",
+            "algo=steps is called algo=process now, and belongs to `rlhf-cli reward`",
         ),
         ("kl_coef: [0.3\n", "mine.yaml line 2: not YAML"),
         ("0.3\n", "mine.yaml must hold KEY: VALUE lines"),

@@ -122,10 +122,17 @@ def test_hardware_and_overwrite_are_no_difference() -> None:
     ]
 
 
-def test_a_renamed_key_is_a_difference_that_names_the_new_one() -> None:
-    saved = {"hardware": {"keep": 2}, "algo": {"refills": 0, "lr": 1}}
-    given = {"hardware": {"keep_checkpoints": 2}, "algo": {"dynamic_sampling": 0, "lr": 1}}
-    line = "algo.refills is called algo.dynamic_sampling now"
-    assert differing_keys(saved, given, {}) == [line]
+def test_a_key_or_value_of_before_is_no_difference_by_its_new_name() -> None:
+    saved: dict[str, Any] = {
+        "hardware": {"keep": 2},
+        "algo": {"refills": 0, "lr": 1, "loss": "steps"},
+        "data": {"convert": ["feedback_to_steps"], "step_end": "steps"},
+    }
+    given: dict[str, Any] = {
+        "hardware": {"keep_checkpoints": 2},
+        "algo": {"dynamic_sampling": 0, "lr": 1, "loss": "process"},
+        "data": {"convert": ["feedback_to_stepwise"], "step_end": "steps"},
+    }
+    assert differing_keys(saved, given, {}) == []
     given["algo"] |= {"dynamic_sampling": 3}
-    assert differing_keys(saved, given, {}) == [line, "algo.dynamic_sampling: 0 -> 3"]
+    assert differing_keys(saved, given, {}) == ["algo.dynamic_sampling: 0 -> 3"]

@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_cli.commands import stage as command
 from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.data import rows
+from rlhf_cli.data.kinds import Preference
+from rlhf_cli.reporting import console
 from rlhf_cli.runs import out_folder, preflight
+from rlhf_cli.runs.session import Session
+from rlhf_cli.stages import dpo
 from tests.tiny import words_of
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -68,6 +74,58 @@ def test_evaluate_reads_rows_once_for_all_policies(tmp_path: Path, calls: Counte
         "parse_rows rows.jsonl": 1,
         "parse_rows text.jsonl": 1,
     }
+
+
+def test_generate_reads_its_prompts_once(tmp_path: Path, calls: Counter[str]) -> None:
+    data = [word for word in words_of("dpo") if word.startswith("data.") or word == "data=jsonl"]
+    run("generate", *data, "algo.prompts=2", "policy=runs/demo/sft", f"out={tmp_path / 'out'}")
+    files = {"parse_rows rows.jsonl": 1, "parse_rows text.jsonl": 1}
+    assert calls == {"checks": 1, "looks": 2, **files}
+
+
+def test_what_is_wrong_at_a_glance_is_told_before_weights_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashing(*args: Any) -> None:
+        raise AssertionError("weights are hashed")
+
+    monkeypatch.setattr(preflight, "provenance_of", hashing)
+    for wrong in ("data.path=gone.jsonl", "policy=gone"):
+        with pytest.raises(UserError, match="gone"):
+            run("dpo", *words_of("dpo"), wrong, f"out={tmp_path / 'out'}")
+
+
+def test_a_plan_of_a_check_is_made_anew(tmp_path: Path) -> None:
+    cfg = compose("dpo", [*words_of("dpo"), "algo.epochs=1", f"out={tmp_path / 'out'}"])
+    plan = preflight.preflight(cfg, check_only=True)
+    assert plan.provenance is None and plan.lines()
+    assert dpo.run(cfg, plan) == tmp_path / "out"
+
+
+def test_rows_over_the_limit_are_not_kept() -> None:
+    cfg = compose("dpo", [*words_of("dpo"), "data.max_rows=20", "data.eval_rows=4"])
+    read = rows.Rows(cfg.data)
+    assert len(read.split(Preference).train) == 16
+    assert [len(kept) for kept, _ in read._parsed.values()] == [20]
+
+
+def test_a_step_is_counted_as_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal a line is said of each step, beside what the stage says at its end."""
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    cfg = compose("dpo", [*words_of("dpo"), f"out={tmp_path / 'out'}"])
+    session = Session(cfg, tmp_path, torch.device("cpu"), 0.0, preflight.preflight(cfg), start=1)
+    with console.Bar("dpo", 3) as bar:
+        for step in session.steps(bar):
+            bar.advance(0, f"loss of step {step}")
+    said = [line.split(",")[0] + line[line.index("left") + 4 :] for line in said_in(capsys)]
+    assert said[1::2] == ["dpo: 2/3  loss of step 2", "dpo: 3/3  loss of step 3"]
+
+
+def said_in(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The progress lines on stderr."""
+    return [line for line in capsys.readouterr().err.splitlines() if " left" in line][1:]
 
 
 def test_a_finished_run_is_looked_at_once(tmp_path: Path, calls: Counter[str]) -> None:
