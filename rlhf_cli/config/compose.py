@@ -41,6 +41,8 @@ def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> 
     Raises:
         UserError: a name or value is wrong; the message is one line.
     """
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage}; choices: {', '.join(STAGES)}")
     dirs = catalog.config_dirs(config_dir)
     check_overrides(stage, overrides, dirs)
     return typed(_compose(stage, open_maps(stage, overrides), dirs), stage)

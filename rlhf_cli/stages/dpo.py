@@ -172,8 +172,9 @@ class DpoObjective:
         logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
         known = [item.reference for item in items if item.reference is not None]
         ref = torch.cat(known).to(logprobs) if known else torch.zeros_like(logprobs)
-        algo, weights = self._algo, self._weights
-        losses, metrics = preference_losses(logprobs, ref, lengths, items, algo, whole, weights)
+        both = comparison_of(logprobs, ref, lengths, items, self._algo, whole)
+        losses = preference_losses(both, items, self._algo, whole, self._weights)
+        metrics = metrics_of(both, self._algo, whole)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
     def logprobs(self, items: list[PreferenceItem]) -> list[Tensor]:
@@ -181,29 +182,66 @@ class DpoObjective:
         return sequence_logprobs(self._policy, items, self._hardware, self._share)
 
 
-def preference_losses(
+@dataclass
+class Comparison:
+    """A micro-batch of N items with S responses as the losses read it, item by item.
+
+    logprobs, rho: (S,) log pi, and log pi - log ref as the loss reads it (sums or means).
+    best, worst: (N,) the places of the best and the worst response of each item.
+    good: (N,) bool, whether the best is a response to imitate: kto's bad ones are not.
+    nll: (N,) of the best, where it is good; its mean is the NLL per token.
+    """
+
+    logprobs: Tensor
+    rho: Tensor
+    best: list[int]
+    worst: list[int]
+    good: Tensor
+    nll: Tensor
+
+    @property
+    def h(self) -> Tensor:
+        """(N,) rho_w - rho_l."""
+        return self.rho[self.best] - self.rho[self.worst]
+
+
+def comparison_of(
     logprobs: Tensor,
     reference: Tensor,
     lengths: Tensor,
     items: list[PreferenceItem],
     algo: DpoAlgo,
     whole: Batchwise,
-    weights: tuple[float, float],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of a micro-batch, (N,) for N items, and metrics of the same shape.
+) -> Comparison:
+    """What the losses read of a micro-batch.
 
     Args:
-        logprobs, reference: (S,) summed log-probs of all responses, item by item; reference is 0
-            for a loss that has none.
+        logprobs, reference: (S,) summed log-probs of all responses; reference is 0 for a loss that
+            has none.
         lengths: (S,) tokens of the responses.
-        whole: of the optimizer step.
+    """
+    starts = [0, *accumulate(map(sequences_in, items))]
+    best = [start + item.best for start, item in zip(starts, items, strict=False)]
+    worst = [start + item.worst for start, item in zip(starts, items, strict=False)]
+    good = torch.tensor([item.is_good for item in items], device=logprobs.device)
+    rho = per_response(logprobs - reference, lengths, algo)
+    nll = -logprobs[best] * good * whole.nll_scale
+    return Comparison(logprobs, rho, best, worst, good, nll)
+
+
+def preference_losses(
+    batch: Comparison,
+    items: list[PreferenceItem],
+    algo: DpoAlgo,
+    whole: Batchwise,
+    weights: tuple[float, float],
+) -> Tensor:
+    """(N,) the losses of a micro-batch.
+
+    Args:
         weights: kto's lambda_D and lambda_U.
     """
-    rho = per_response(logprobs - reference, lengths, algo)
-    best, worst = best_and_worst(items)
-    good = torch.tensor([item.is_good for item in items], device=rho.device)
-    nll = -logprobs[best] * good * whole.nll_scale  # (N,); its mean is the NLL per token
-    h = rho[best] - rho[worst]
+    rho, logprobs, best, worst, h = batch.rho, batch.logprobs, batch.best, batch.worst, batch.h
     beta, smoothing = reward_scale(algo), algo.label_smoothing or 0.0
     match algo.loss:
         case "dpo" | "length_normalised":
@@ -218,53 +256,46 @@ def preference_losses(
             ranks, mask = rankings_of([item.answers for item in items], rho.device)  # (N, K)
             losses = reward_model.plackett_luce_loss(on_grid(mask, beta * rho), ranks, mask)
         case "kto":
-            losses = preference.kto_loss(rho, good, whole.z0, beta, *weights)
+            losses = preference.kto_loss(rho, batch.good, whole.z0, beta, *weights)
         case "orpo":
             assert algo.lam is not None
-            losses = nll + algo.lam * preference.odds_ratio_loss(rho[best], rho[worst])
+            losses = batch.nll + algo.lam * preference.odds_ratio_loss(rho[best], rho[worst])
         case "simpo":
             assert algo.gamma is not None
             losses = preference.simpo_loss(rho[best], rho[worst], beta, algo.gamma)
         case "unlikelihood":
             assert algo.alpha is not None
             losses = preference.unlikelihood_loss(logprobs[best], logprobs[worst], algo.alpha)
-        case _:  # preferred_ft
-            losses = nll
-    if algo.sft_coef:
-        losses = losses + algo.sft_coef * nll
-    rewards = (beta * rho).detach()  # (S,)
-    if algo.loss == "kto":
-        return losses, thumbs_metrics(rewards, logprobs, good, beta * whole.z0)
-    metrics = pair_metrics(rewards, logprobs, best, worst)
-    if algo.loss in ("dpo", "length_normalised"):
-        metrics["gradient_weight"] = preference.dpo_gradient_weight(h, beta)
-    return losses, metrics
-
-
-def best_and_worst(items: list[PreferenceItem]) -> tuple[list[int], list[int]]:
-    """The places of the best and the worst response of each item among the responses of all."""
-    starts = [0, *accumulate(map(sequences_in, items))]
-    best = [start + item.best for start, item in zip(starts, items, strict=False)]
-    worst = [start + item.worst for start, item in zip(starts, items, strict=False)]
-    return best, worst
+        case "preferred_ft":
+            losses = batch.nll
+        case _:
+            raise ValueError(
+                f"conf/algo has an option with loss={algo.loss}, which is no case here"
+            )
+    return losses + algo.sft_coef * batch.nll if algo.sft_coef else losses
 
 
 # --------------------------------------------------------------------------- metrics
 
 
-def pair_metrics(
-    rewards: Tensor, logprobs: Tensor, best: list[int], worst: list[int]
-) -> dict[str, Tensor]:
-    """Of the best and the worst response of each item: (N,) each."""
-    chosen, rejected = rewards[best], rewards[worst]
-    return {
+def metrics_of(batch: Comparison, algo: DpoAlgo, whole: Batchwise) -> dict[str, Tensor]:
+    """Of each item: (N,) each."""
+    beta = reward_scale(algo)
+    rewards = (beta * batch.rho).detach()  # (S,)
+    if algo.loss == "kto":
+        return thumbs_metrics(rewards, batch.logprobs, batch.good, beta * whole.z0)
+    chosen, rejected = rewards[batch.best], rewards[batch.worst]
+    metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": chosen - rejected,
         "rewards/accuracy": judging.accuracy(at_first_equal(chosen), at_first_equal(rejected)),
-        "logprobs/chosen": logprobs[best],
-        "logprobs/rejected": logprobs[worst],
+        "logprobs/chosen": batch.logprobs[batch.best],
+        "logprobs/rejected": batch.logprobs[batch.worst],
     }
+    if algo.loss in ("dpo", "length_normalised"):
+        metrics["gradient_weight"] = preference.dpo_gradient_weight(batch.h, beta)
+    return metrics
 
 
 def thumbs_metrics(

@@ -184,6 +184,8 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
         loss = reward_model.kwise_loss if kwise else reward_model.plackett_luce_loss
         hits = reward_model.ranking_accuracy(grid, ranks, mask)
         return loss(grid, ranks, mask), {"accuracy": hits}
+    if algo.loss not in ("pointwise", "process"):
+        raise ValueError(f"an option of conf/algo has loss={algo.loss}, which is no case here")
     if algo.target == "score":
         targets = scores.new_tensor([row.score for row in rows])
         return reward_model.regression_loss(scores, targets), {}

@@ -65,7 +65,9 @@ def _choices(stage: str, key: str) -> tuple[str, ...]:
 def test_the_losses_that_read_a_key(stage: str, key: str, losses: str) -> None:
     switch = used_by(stage, key)
     assert switch is not None and switch.key == "algo.loss"
-    assert switch.values == tuple(losses.split())
+    assert switch.values is not None and set(losses.split()) <= set(switch.values)
+    unread = {"ipo", "orpo", "preferred_ft", "kwise", "klpen"} - set(losses.split())
+    assert not unread & set(switch.values)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,8 @@ def test_the_losses_that_read_a_key(stage: str, key: str, losses: str) -> None:
     ],
 )
 def test_the_shipped_options_tell_the_losses(stage: str, losses: str) -> None:
-    assert catalog.choices(stage, "algo.loss") == tuple(losses.split())
+    """And a loss more needs no line here."""
+    assert set(losses.split()) <= set(catalog.choices(stage, "algo.loss"))
 
 
 @pytest.fixture
