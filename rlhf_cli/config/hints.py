@@ -23,6 +23,8 @@ RENAMED = {
     "algo.refills": "algo.dynamic_sampling",
     "algo=steps": "algo=process",
     "algo.loss=steps": "algo.loss=process",
+    "algo.whiten_rewards=True": "algo.whiten_rewards=scale",
+    "algo.whiten_rewards=False": "algo.whiten_rewards=none",
     "data.convert=feedback_to_steps": "data.convert=feedback_to_stepwise",
 }
 

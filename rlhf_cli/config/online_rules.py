@@ -163,7 +163,8 @@ def responses(cfg: OnlineConfig) -> Iterator[str]:
         )
     if algo.overlong_tokens is not None and algo.overlong_tokens > algo.max_tokens:
         yield (
-            f"algo.overlong_tokens={algo.overlong_tokens} exceeds algo.max_tokens={algo.max_tokens}"
+            f"algo.overlong_tokens={algo.overlong_tokens:g} exceeds "
+            f"algo.max_tokens={algo.max_tokens}"
         )
 
 

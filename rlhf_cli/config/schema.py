@@ -272,7 +272,8 @@ class RewardAlgo(OptimizerConfig):
     )
     eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
     keep: str = key(
-        "Weights that are written: the last, or those with the lowest held-out loss.",
+        "Weights that are written: the last, or those with the lowest loss, as it is trained, on "
+        "held-out rows.",
         choices=("best", "last"),
     )
 
@@ -342,10 +343,10 @@ class OnlineAlgo(OptimizerConfig):
         "Subtracted from the reward of a response that never ended.", ge=0
     )
     length_penalty: float = key("Subtracted from the reward per response token.", ge=0)
-    overlong_tokens: int | None = key(
-        "The last this many tokens before max_tokens cost up to 1, linearly (DAPO's soft overlong "
-        "punishment); null: nothing.",
-        ge=1,
+    overlong_tokens: float | None = key(
+        "The last this many tokens before max_tokens, or below 1 this share of them, cost up to 1, "
+        "linearly (DAPO's soft overlong punishment); null: nothing.",
+        gt=0,
     )
     mask_truncated: bool = key("Learn nothing from responses that never ended.")
     ema_decay: float | None = key(
@@ -447,9 +448,11 @@ class PpoAlgo(OnlineAlgo):
         used_by="algo.kl_controller=ziegler",
         needed=True,
     )
-    whiten_rewards: bool = key(
-        "Divide per-token rewards, KL included, by their standard deviation over the batch of "
-        "tokens."
+    whiten_rewards: str = key(
+        "Per-token rewards, KL included, over the batch of tokens: as they are; divided by their "
+        "standard deviation (scale); or so divided around their mean (whiten, as OpenAI's code "
+        "does), which pays or charges each token what the mean was scaled by.",
+        choices=("none", "scale", "whiten"),
     )
     normalise_advantages: str = key(
         "batch: mean 0, variance 1 over the tokens of a batch of rollouts.",
@@ -511,7 +514,8 @@ class DpoAlgo(OptimizerConfig):
     )
     eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
     keep: str = key(
-        "Weights that are written: the last, or those with the lowest held-out loss.",
+        "Weights that are written: the last, or those with the lowest loss, as it is trained, on "
+        "held-out rows.",
         choices=("best", "last"),
     )
 

@@ -177,8 +177,17 @@ def hold_out(rows: list[Any], count: int, path: object) -> tuple[list[Any], list
 
 
 def identity(row: Row) -> str:
-    """What makes two rows share a side of the split: their prompt, or the text itself."""
-    return row.text if isinstance(row, Text) else str(row.prompt)
+    """What makes two rows share a side of the split: their prompt, or the text itself.
+
+    White space makes no other prompt of it: a copy with a line break more must not be held out.
+    """
+    if isinstance(row, Text):
+        return " ".join(row.text.split())
+    if isinstance(row.prompt, str):
+        return " ".join(row.prompt.split())
+    return str(
+        [{name: " ".join(each.split()) for name, each in turn.items()} for turn in row.prompt]
+    )
 
 
 def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:

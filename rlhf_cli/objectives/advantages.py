@@ -7,6 +7,8 @@ prompt. Nothing here carries a gradient into a policy.
 import torch
 from torch import Tensor
 
+from rlhf_cli.objectives.rounding import differ
+
 # --------------------------------------------------------------------------- rewards
 
 
@@ -105,8 +107,8 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def group_centred(rewards: Tensor) -> Tensor:
     """r - mean of the group (Dr. GRPO 2503.20783).
 
-    Exactly 0 where a group's rewards are equal, whatever the rounding of their mean, and where a
-    group has fewer than two. Its expected gradient is (G - 1) / G times that of `leave_one_out`.
+    Exactly 0 where a group's rewards are EQUAL, and where a group has fewer than two. Its expected
+    gradient is (G - 1) / G times that of `leave_one_out`.
 
     Args:
         rewards: (P, G), a row per prompt; NaN where there is none.
@@ -116,11 +118,8 @@ def group_centred(rewards: Tensor) -> Tensor:
     """
     if not rewards.numel():
         return rewards
-    counted = ~rewards.isnan()
-    highest = torch.where(counted, rewards, -torch.inf).amax(-1, keepdim=True)
-    lowest = torch.where(counted, rewards, torch.inf).amin(-1, keepdim=True)
     centred = rewards - rewards.nanmean(-1, keepdim=True)
-    return torch.where(counted & (highest > lowest), centred, 0.0)
+    return torch.where(~rewards.isnan() & differ(rewards)[..., None], centred, 0.0)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

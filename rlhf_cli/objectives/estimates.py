@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_cli.objectives.rounding import EQUAL
+
 
 @dataclass
 class Estimate:
@@ -92,25 +94,41 @@ class WinRate:
         return self.win + self.tie / 2
 
 
-def win_rate(ours: Tensor, theirs: Tensor, tie: float, seed: int, resamples: int = 2000) -> WinRate:
+def win_rate(ours: Tensor, theirs: Tensor, tie: float) -> WinRate:
     """Head-to-head comparison of responses to the same prompts.
 
     Every response of one side meets every response of the other to the same prompt, so the order
-    of samples plays no part. The interval is a percentile bootstrap over prompts.
+    of samples plays no part.
 
     Args:
         ours, theirs: (N, K) and (N, L) scores.
-        tie: differences up to this are ties.
+        tie: differences up to this are ties, and such as rounding makes (objectives/rounding.py).
     """
+    size = torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(min=1).item()
+    even = tie + EQUAL * size
     difference = (ours[:, :, None] - theirs[:, None, :]).double().flatten(1)  # (N, K * L)
-    wins = (difference > tie).double().mean(-1)  # (N,)
-    ties = (difference.abs() <= tie).double().mean(-1)
-    points = wins + ties / 2
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(points), (resamples, len(points)), generator=generator)
-    low, high = points[picks].mean(-1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    win, even = wins.mean().item(), ties.mean().item()
-    return WinRate(win, even, (difference < -tie).double().mean().item(), low, high)
+    wins = (difference > even).double().mean(-1)  # (N,)
+    ties = (difference.abs() <= even).double().mean(-1)
+    losses = (difference < -even).double().mean(-1)
+    interval = points_interval(wins + ties / 2, difference.shape[1])
+    return WinRate(wins.mean().item(), ties.mean().item(), losses.mean().item(), *interval)
+
+
+def points_interval(points: Tensor, comparisons: int) -> tuple[float, float]:
+    """95% interval of the mean of (N,) points of prompts, each from 0 to 1.
+
+    Wilson's, at the number of independent wins and losses that would vary as the points do. How
+    they vary is estimated with one prompt more that is won throughout and one that is lost: where
+    nearly all are won, the few that are seen say too little of the others. Covers 91 to 100% of
+    truths from 0.5 to 1 with 20 to 200 prompts (tests/objectives/test_estimates.py).
+
+    Args:
+        comparisons: for each prompt; so many count at most.
+    """
+    more = torch.cat([points, points.new_tensor([0.0, 1.0])])
+    mean, variance = more.mean(), more.var()
+    count = float((mean * (1 - mean) / variance).clamp(1, comparisons) * len(points))
+    return wilson_interval(points.mean().item() * count, count)
 
 
 @dataclass

@@ -92,6 +92,9 @@ def kl_loss(
 def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, horizon: int) -> float:
     """Proportional controller: kl_coef *= 1 + clip(kl/target - 1, -.2, .2) * rollouts/horizon.
 
+    Where a batch has more than horizon rollouts it counts as horizon of them: the factor stays
+    between 0.8 and 1.2, and from 5 horizons on it would be negative.
+
     Args:
         kl: measured KL to the reference per response, in nats.
         rollouts: responses since the last update.
@@ -103,7 +106,7 @@ def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, hor
     if not math.isfinite(kl):
         return kl_coef
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * rollouts / horizon)
+    return kl_coef * (1 + error * min(rollouts / horizon, 1.0))
 
 
 def schulman_kl_coef(kl_coef: float, kl: float, target: float) -> float:

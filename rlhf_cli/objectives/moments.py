@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rlhf_cli.objectives.rounding import EQUAL
+
 
 @dataclass
 class RunningMoments:
@@ -28,6 +30,11 @@ class RunningMoments:
         self.var = (within + delta**2 * self.count * len(values) / total) / total
         self.mean += delta * len(values) / total
         self.count = total
+
+    @property
+    def varies(self) -> bool:
+        """Whether the values differ by more than rounding."""
+        return self.std > EQUAL * max(1.0, abs(self.mean))
 
     @property
     def std(self) -> float:

@@ -1,5 +1,6 @@
 """What is seen of a run that learns from its own samples."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Metrics
+
+WRITTEN = ("reward", "kl", "entropy", "length", "ended")  # what stage.json says of the weights
 
 
 def prompts_to_monitor(
@@ -146,12 +149,25 @@ class Monitor:
         """What stage.json says of a run that an alarm ended: its step, and which."""
         return {"stopped": self._stopped} if self._stopped else {}
 
-    def finish(self, names: tuple[str, ...]) -> Metrics:
-        """Put the weights that are written into the policy; returns metrics of their step."""
+    def finish(self, prompts: Sequence[EncodedPrompt], names: tuple[str, ...] = ()) -> Metrics:
+        """Put the weights that are written into the policy, and measure them.
+
+        Args:
+            prompts: of training, one response to each.
+            names: metrics of the step that the weights are of, which are returned too.
+
+        Returns:
+            reward (of training, unscaled), kl, entropy, length and ended of the written weights.
+        """
         self.written.put()
+        cfg, policy = self._cfg, self._roles.policy
+        sampling, seed = Sampling(cfg.algo.max_tokens, cfg.algo.temperature), cfg.seed
+        policy.engine.update(policy.model)
+        rollouts = policy.engine.sample(prompts, sampling, seed=derived_seed(seed, "written"))
+        measured = measure(rollouts, self._roles, cfg, cfg.algo.temperature).metrics(0.0)
         metrics = self.written.kept or self.metrics
+        kept = ("kept_step", *names, *(name for name in metrics if name.startswith("eval/")))
         return {
-            name: metrics[name]
-            for name in (*names, "kept_step", *(n for n in metrics if n.startswith("eval/")))
-            if name in metrics
+            **{name: measured[name] for name in WRITTEN},
+            **{name: metrics[name] for name in kept if name in metrics},
         }

@@ -35,6 +35,7 @@ from rlhf_cli.models.save import save_model
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
+from rlhf_cli.objectives.rounding import EQUAL, differ
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.rewards.models import CheckpointReward
@@ -245,16 +246,20 @@ class RewardRefresh:
 
 
 def best_and_worst(scores: Tensor, size: int) -> Iterator[tuple[int, int]]:
-    """Places of the best and the worst of each group of `size` whose scores are not all equal.
+    """Places of the best and the worst of each group of `size` whose scores are not all EQUAL.
+
+    Of several that are equally good or bad, the first.
 
     Args:
         scores: (B,), NaN where a response has none and takes no part.
     """
-    values = scores.tolist()
-    for start in range(0, len(values), size):
-        known = [i for i in range(start, start + size) if not math.isnan(values[i])]
-        if len({values[i] for i in known}) > 1:
-            yield max(known, key=values.__getitem__), min(known, key=values.__getitem__)
+    for start in range(0, len(scores), size):
+        group = scores[start : start + size]
+        if differ(group):
+            best, worst = group.nan_to_num(-math.inf).max(), group.nan_to_num(math.inf).min()
+            as_good = group >= best - EQUAL * best.abs().clamp(min=1)
+            as_bad = group <= worst + EQUAL * worst.abs().clamp(min=1)
+            yield start + int(as_good.nonzero()[0]), start + int(as_bad.nonzero()[0])
 
 
 def own_weights(model: nn.Module, policy: nn.Module) -> dict[str, nn.Parameter]:

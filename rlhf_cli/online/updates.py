@@ -80,12 +80,12 @@ def minibatches(
 
 
 def take_steps(
-    optimizer: Optimizer, updates: Iterable[list[LossTerm]], written: WrittenWeights
+    optimizer: Optimizer, updates: Iterable[tuple[int, list[LossTerm]]], written: WrittenWeights
 ) -> list[Metrics]:
-    """An optimizer step for the terms of each update; returns their metrics."""
+    """An optimizer step for each update, by its number and terms; returns their metrics."""
     metrics = []
-    for terms in updates:
-        metrics.append(optimizer.step(terms))
+    for number, terms in updates:
+        metrics.append(optimizer.step(terms, number))
         if optimizer.stepped:
             written.after_update()
     return metrics

@@ -44,7 +44,8 @@ def shape(
     std = 1.0
     if algo.scale_rewards and running is not None:
         running.update(scores.total)
-        std = running.std or 1.0  # all equal so far: nothing to scale by
+        if running.varies:  # else all are equal so far: there is nothing to scale by
+            std = running.std
     limit = torch.inf
     if algo.reward_clip is not None and not (algo.scale_rewards and running is None):
         limit = algo.reward_clip  # of scaled scores, where they are scaled
@@ -70,11 +71,19 @@ def shape(
     return Shaped(total - costs, total - costs, total)
 
 
+def overlong_tokens(algo: OnlineAlgo) -> int:
+    """The tokens before max_tokens over which the soft overlong punishment grows."""
+    assert algo.overlong_tokens is not None
+    if algo.overlong_tokens < 1:
+        return max(1, round(algo.overlong_tokens * algo.max_tokens))
+    return int(algo.overlong_tokens)
+
+
 def penalties(rollouts: Sequence[Rollout], algo: OnlineAlgo) -> Tensor:
     """(B,) what is subtracted for a missing EOS, per token, and close to max_tokens."""
     lengths = torch.tensor([len(rollout.tokens.response) for rollout in rollouts])
     ended = torch.tensor([rollout.ended for rollout in rollouts])
     costs = algo.missing_eos_penalty * ~ended + algo.length_penalty * lengths
     if algo.overlong_tokens is not None:
-        costs = costs - soft_overlong(lengths, algo.max_tokens, algo.overlong_tokens)
+        costs = costs - soft_overlong(lengths, algo.max_tokens, overlong_tokens(algo))
     return costs

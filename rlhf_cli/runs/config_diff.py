@@ -58,13 +58,10 @@ def as_named_now(flat: dict[str, Any]) -> dict[str, Any]:
     def now(key: str, value: Any) -> Any:
         if isinstance(value, list):
             return [now(key, each) for each in value]
-        return RENAMED.get(f"{key}={value}", f"{key}={value}").removeprefix(f"{key}=")
+        new = RENAMED.get(f"{key}={value}")
+        return value if new is None else new.removeprefix(f"{key}=")
 
-    named = {RENAMED.get(key, key): (key, value) for key, value in flat.items()}
-    return {
-        name: now(key, value) if isinstance(value, str | list) else value
-        for name, (key, value) in named.items()
-    }
+    return {RENAMED.get(key, key): now(key, value) for key, value in flat.items()}
 
 
 def is_more(now: int | None, before: int | None) -> bool:

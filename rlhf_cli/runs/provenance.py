@@ -16,6 +16,7 @@ from rlhf_cli.folders.manifest import (
     file_hash,
     implicit_reward_of,
     kind_of,
+    tokenizer_hash,
 )
 from rlhf_cli.rewards.specs import files_of, models_of
 
@@ -57,17 +58,21 @@ def parents_of(cfg: Run) -> dict[str, str]:
 
 
 def baselines_of(cfg: Any) -> list[str]:
-    """The baselines given, or else the finished policies beside the one that is judged.
-
-    None where a stage compares with none.
+    """The baselines given, or else the finished policies beside the one that is judged that read
+    the same tokens. None where a stage compares with none.
     """
     given: list[str] | None = getattr(cfg, "baselines", [])
-    if given is not None:
-        return given
-    if not Path(cfg.policy).is_dir():
+    return siblings_of(cfg.policy) if given is None else given
+
+
+def siblings_of(policy: str, alike: bool = True) -> list[str]:
+    """The finished policies beside a local one: those with its tokenizer, or those with another."""
+    if not Path(policy).is_dir():
         return []
-    folders = sorted(file.parent for file in Path(cfg.policy).parent.glob(f"*/{MANIFEST}"))
-    return [str(folder) for folder in folders if kind_of(folder) == "policy"]
+    ours = tokenizer_hash(Path(policy))
+    folders = sorted(file.parent for file in Path(policy).parent.glob(f"*/{MANIFEST}"))
+    policies = [folder for folder in folders if kind_of(folder) == "policy"]
+    return [str(folder) for folder in policies if (tokenizer_hash(folder) == ours) == alike]
 
 
 def places_read(cfg: Run) -> Iterator[tuple[str, Path]]:

@@ -27,10 +27,11 @@ from rlhf_cli.evaluation.report import show_judgement, show_report
 from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
+from rlhf_cli.models.load import check_vocabulary, load_tokenizer
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
-from rlhf_cli.reporting.console import Bar
+from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.reward import Reward, Scores, load_reward
@@ -39,7 +40,7 @@ from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.provenance import baselines_of
+from rlhf_cli.runs.provenance import baselines_of, siblings_of
 from rlhf_cli.runs.session import Session, begin
 
 Samples = list[dict[str, object]]
@@ -52,8 +53,9 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     rows = session.rows.split(Prompt)
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
-    reference = policy_of(session, cfg.reference) if cfg.reference else None
     paths = policies(cfg)
+    check_tokens(cfg, paths)
+    reference = policy_of(session, cfg.reference) if cfg.reference else None
 
     judges: dict[str, Reward] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -149,7 +151,7 @@ def compared(
     for path in paths[1:]:
         ours, theirs = scored_alike(scores[paths[0]], scores[path])
         if len(ours):
-            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie, cfg.seed))
+            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie))
     return wins
 
 
@@ -176,6 +178,22 @@ def write(folder: Path, report: dict[str, Any], samples: Samples) -> None:
 def policies(cfg: EvaluateConfig) -> list[str]:
     """The policy, then its baselines: those given, or the finished policies beside it."""
     return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)]))
+
+
+def check_tokens(cfg: EvaluateConfig, paths: list[str]) -> None:
+    """All policies, and the reference, read the same tokens: ids are compared and scored as such.
+
+    Raises:
+        UserError: naming the one that does not.
+    """
+    tokenizer = load_tokenizer(cfg.policy, cfg.model)
+    for path in paths[1:]:
+        check_vocabulary("baseline", path, cfg.model, tokenizer)
+    if cfg.reference:
+        check_vocabulary("reference", cfg.reference, cfg.model, tokenizer)
+    if cfg.baselines is None:
+        for path in siblings_of(cfg.policy, alike=False):
+            say(f"note: {path} has another tokenizer than policy={cfg.policy} and is left out")
 
 
 def unique_prompts(rows: list[Prompt]) -> list[Prompt]:

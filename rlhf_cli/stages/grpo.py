@@ -18,7 +18,7 @@ sampled anew (2503.14476). gspo: the ratio of whole responses (2507.18071). cisp
     rlhf-cli grpo policy=runs/demo/sft data=gsm8k data.path=train.jsonl reward=exact_answer
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from rlhf_cli.objectives.advantages import (
 from rlhf_cli.objectives.kl import k3, kl_loss, linear
 from rlhf_cli.objectives.likelihood import masked_whiten
 from rlhf_cli.objectives.moments import RunningMoments
+from rlhf_cli.objectives.rounding import differ
 from rlhf_cli.online.experience import Experience, measure
 from rlhf_cli.online.monitor import Monitor, prompts_to_monitor
 from rlhf_cli.online.refresh import RewardRefresh
@@ -88,8 +89,8 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
         refresh = RewardRefresh(cfg, session, policy, roles.reward, rows.train)
 
     networks = {"policy": policy.model}
-    updates = algo.batch_size // algo.minibatch_size * algo.epochs
-    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, algo.steps * updates)
+    planned = algo.steps * (algo.batch_size // algo.minibatch_size) * algo.epochs
+    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, planned)
     state, tensors = session.resume(networks, optimizer)
     running = RunningMoments(**state.get("running", {}))
     roles.reference.load(tensors_of(tensors, "reference"))
@@ -121,8 +122,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
 
             coefs = Coefficients(kl_coef, temperature)
             parts = minibatches(groups, algo, cfg.seed, step)
-            terms = (objective.terms(sum(part, []), coefs) for _, part in parts if any(part))
-            updated = take_steps(optimizer, terms, monitor.written)
+            updated = take_steps(optimizer, objective.updates(parts, coefs), monitor.written)
             metrics |= update_metrics(updated, experience)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             if algo.refresh_reference and step % algo.refresh_reference == 0 and not stop:
@@ -145,7 +145,8 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     check_reference(session, roles.reference)
     if refresh:
         refresh.write()
-    final = monitor.finish(("reward", "kl", "entropy", "length", "equal_groups"))
+    drawn = draw(prompts, algo.batch_size, cfg.seed, "prompts", algo.steps)
+    final = monitor.finish(drawn, ("equal_groups",))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final, **monitor.ending())
@@ -160,6 +161,14 @@ class GrpoObjective:
     def __init__(self, cfg: GrpoConfig, roles: Roles, device: torch.device) -> None:
         self._algo, self._hardware, self._device = cfg.algo, cfg.hardware, device
         self._policy, self._reference = roles.policy.model, roles.reference
+
+    def updates(
+        self, parts: Iterable[tuple[int, list[list[Trajectory]]]], coefs: Coefficients
+    ) -> Iterator[tuple[int, list[LossTerm]]]:
+        """The terms of each minibatch of groups that has something to learn from."""
+        for number, groups in parts:
+            if items := [item for group in groups for item in group]:
+                yield number, self.terms(items, coefs)
 
     def terms(self, minibatch: list[Trajectory], coefs: Coefficients) -> list[LossTerm]:
         """The one term of an optimizer step."""
@@ -290,7 +299,7 @@ def equal_groups(experience: Experience, algo: GrpoAlgo) -> Metrics:
 
 
 def unequal_groups(experience: Experience, algo: GrpoAlgo) -> list[int]:
-    """The groups that teach something: rewards, of responses or steps, that are not all the same.
+    """The groups that teach something: rewards, of responses or steps, that are not all EQUAL.
 
     What responses are charged for their length or end makes no group unequal. Of a group whose
     responses are all left out nothing is learnt either.
@@ -303,8 +312,7 @@ def unequal_groups(experience: Experience, algo: GrpoAlgo) -> list[int]:
         each = [rewards.uncharged[places]]
         if rewards.steps is not None:
             each.append(torch.cat(rewards.steps[places]))
-        known = [values[~values.isnan()] for values in each]
-        if any(usable[places]) and any(bool((values != values[:1]).any()) for values in known):
+        if any(usable[places]) and any(bool(differ(values)) for values in each):
             unequal.append(start // size)
     return unequal
 

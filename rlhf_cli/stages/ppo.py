@@ -81,8 +81,8 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     networks = {"policy": policy.model} | ({"critic": critic.model} if critic else {})
     rates = {"policy": algo.lr, "critic": algo.value_lr or 0.0}
     trained = {name: (network, rates[name]) for name, network in networks.items()}
-    updates = algo.batch_size // algo.minibatch_size * algo.epochs
-    optimizer = Optimizer(trained, algo, algo.steps * updates)
+    planned = algo.steps * (algo.batch_size // algo.minibatch_size) * algo.epochs
+    optimizer = Optimizer(trained, algo, planned)
     state, tensors = session.resume(networks, optimizer)
     kl_coef = state.get("kl_coef", algo.kl_coef)
     old_kl_coef = state.get("old_kl_coef", algo.old_kl_coef or 0.0)
@@ -116,8 +116,8 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
             clock.lap("scores")
 
             parts = minibatches(items, algo, cfg.seed, step)
-            terms = (objective.terms(part, update, coefs) for update, part in parts)
-            updated = take_steps(optimizer, terms, monitor.written)
+            updates = ((number, objective.terms(part, number, coefs)) for number, part in parts)
+            updated = take_steps(optimizer, updates, monitor.written)
             metrics |= update_metrics(updated, experience)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
@@ -136,7 +136,8 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
             session.save(step, networks, optimizer, kept, monitor.tensors())
 
     check_reference(session, roles.reference)
-    final = monitor.finish(("reward", "kl", "entropy", "length", "kl_coef"))
+    drawn = draw(prompts, algo.batch_size, cfg.seed, "prompts", algo.steps)
+    final = monitor.finish(drawn, ("kl_coef",))
     if unseen:
         final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final, **monitor.ending())
@@ -292,8 +293,10 @@ def trajectories_of(
     charged = kl_coef if algo.kl_in == "reward" else 0.0
     grid = reward_grid(experience, places, mask)
     rewards = kl_shaped_rewards(grid, old, ref, mask, charged)
-    if algo.whiten_rewards:
+    if algo.whiten_rewards == "scale":
         rewards = masked_scale(rewards, mask)
+    if algo.whiten_rewards == "whiten":
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
     metrics: Metrics = {}
     if critic:
         advantages, returns = gae(rewards, value, mask, algo.gamma, algo.lam or 0.0)

@@ -91,7 +91,8 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
                 metrics |= figures(judge(held_out, objective.scores(held_out), algo.target))
                 bar.advance(0, held_out_line(metrics))
                 if algo.keep == "best":
-                    best.offer(-metrics.get("eval/loss", metrics.get("eval/mse", math.inf)))
+                    metrics["eval/objective"] = objective.term(held_out).evaluated()["loss"]
+                    best.offer(-metrics["eval/objective"])
             log.write(step, metrics)
             session.save(step, {"reward": scorer}, optimizer, best.state(), best.weights)
 

@@ -70,14 +70,20 @@ class Optimizer:
         self._halvings = 0  # of micro-batches, since memory ran out
         self.stepped = False  # whether the last step changed the weights
 
-    def step(self, parts: list[LossTerm]) -> Metrics:
+    def step(self, parts: list[LossTerm], number: int | None = None) -> Metrics:
         """One update. Returns every metric's mean, grad_norm of each network, and lr.
 
         A step whose loss or gradient is not finite is skipped, told and counted.
 
+        Args:
+            number: of the update among all that are planned, counted from 0, where some may drop
+                out: the schedule of the rates goes by it. None is the one after the last.
+
         Raises:
             RunError: several steps in a row were not finite, or memory is too small for one item.
         """
+        if number is not None:
+            self._move_schedule(number)
         report = self._gradient(parts)
         report["lr"] = self._adamw.param_groups[0]["lr"]
         norms = {name: self._norm(weights) for name, weights in self._parameters.items()}
@@ -123,6 +129,14 @@ class Optimizer:
                 for name, value in metrics.items():
                     sums[name] += float(value) / part.count
         return {"loss": total, **sums}
+
+    def _move_schedule(self, number: int) -> None:
+        """Set the rates to those of a planned step, counted from 0."""
+        schedule = self._schedule
+        schedule.last_epoch = number
+        bases = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, (base, factor) in zip(self._adamw.param_groups, bases, strict=True):
+            group["lr"] = base * factor(number)
 
     def _norm(self, weights: list[nn.Parameter]) -> Tensor:
         return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
@@ -192,13 +206,7 @@ class Optimizer:
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._halvings = state["halvings"]
-        self._schedule.last_epoch = state["schedule"]
-        rates = [
-            base * factor(state["schedule"])
-            for base, factor in zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(self._adamw.param_groups, rates, strict=True):
-            group["lr"] = rate
+        self._move_schedule(state["schedule"])
 
 
 def mean_metrics(updates: list[Metrics]) -> Metrics:

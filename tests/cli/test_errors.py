@@ -89,7 +89,7 @@ VALUES = [
     (f"ppo algo={'x' * 300}", ["unknown algo option xxx"]),
     ("ppo algo.kl_coef=abc", ["algo.kl_coef must be a number >= 0", "abc"]),
     ("ppo algo.epochs=2.5", ["algo.epochs must be an integer >= 1", "2.5"]),
-    ("ppo algo.whiten_rewards=maybe", ["algo.whiten_rewards must be true|false", "maybe"]),
+    ("ppo algo.whiten_rewards=maybe", ["algo.whiten_rewards must be none|scale|whiten", "maybe"]),
     ("ppo algo.gamma=null", ["algo.gamma must be a number > 0", "null"]),
     ("ppo data.columns=3", ["data.columns must be a map"]),
     ("ppo algo.lam=1.5", ["algo.lam must be a number >= 0, <= 1", "1.5"]),

@@ -1,6 +1,7 @@
 """Every shipped option composes with every stage that it belongs to, and every key is explained."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import PpoConfig
 from rlhf_cli.config.stages import STAGES
+from rlhf_cli.rewards.shaping import overlong_tokens
 
 CONF = catalog.shipped("conf")
 DIRS = catalog.config_dirs()
@@ -156,3 +158,17 @@ def test_a_slip_in_an_own_option_is_named(text: str, part: str, tmp_path: Path) 
 def test_a_template_may_break_lines_on_the_command_line() -> None:
     cfg = compose("dpo", [r'data.template="User: {prompt}\nAssistant: "'])
     assert cfg.data.template == "User: {prompt}\nAssistant: "
+
+
+def test_ziegler_is_the_published_code() -> None:
+    """lm-human-preferences: Adam as it comes, no cut gradient, whitened rewards keep their mean."""
+    algo = compose("ppo", ["algo=ziegler"]).algo
+    assert (algo.adam_beta1, algo.adam_beta2, algo.max_grad_norm) == (0.9, 0.999, None)
+    assert (algo.temperature, algo.whiten_rewards, algo.critic) == (0.7, "whiten", "shared")
+
+
+def test_the_overlong_punishment_of_dapo_follows_the_limit() -> None:
+    for tokens, soft in ((20_480, 4096), (32, 6), (3, 1)):
+        algo = compose("grpo", ["algo=dapo", f"algo.max_tokens={tokens}"]).algo
+        assert overlong_tokens(algo) == soft
+    assert overlong_tokens(replace(algo, overlong_tokens=8)) == 8

@@ -22,7 +22,7 @@ from rlhf_cli.data.kinds import (
     Stepwise,
     Text,
 )
-from rlhf_cli.data.rows import Rows, hold_out, read_split
+from rlhf_cli.data.rows import Rows, hold_out, identity, read_split
 from tests.toys import composed, data_of
 
 USER = {"role": "user", "content": "hi"}
@@ -469,6 +469,20 @@ def test_the_hold_out_shares_no_prompt(tmp_path: Path) -> None:
     assert read_split(data, Preference) == split
     prompts = read_split(data, Prompt)
     assert {row.prompt for row in prompts.held_out} == held  # the same for every stage
+
+
+def test_white_space_makes_no_other_prompt() -> None:
+    """A copy with a line break more is on the side of its twin; so are dialogues and texts."""
+    words = [f"Mia asks: {i}?" for i in range(12)]
+    spaced = [f"  {word} ".replace(" ", " \n ") for word in words]
+    for rows in (
+        [Prompt(text) for text in words + spaced],
+        [Prompt([{"role": "user", "content": text}]) for text in words + spaced],
+        [Text(text) for text in words + spaced],
+    ):
+        train, held = hold_out(rows, 4, "rows.jsonl")
+        assert (len(train), len(held)) == (16, 8)
+        assert not {identity(row) for row in train} & {identity(row) for row in held}
 
 
 RANKINGS = [

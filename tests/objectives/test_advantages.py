@@ -21,6 +21,7 @@ from rlhf_cli.objectives.advantages import (
     returns_to_go,
     soft_overlong,
 )
+from rlhf_cli.objectives.rounding import differ
 
 LENGTHS = torch.tensor([6, 1, 4, 3])
 MASK = torch.arange(6) < LENGTHS[:, None]
@@ -203,6 +204,19 @@ def test_a_group_of_equal_rewards_is_worth_exactly_nothing(
     assert (advantages(equal) == 0).all()
     assert (advantages(torch.tensor([[reward]])) == 0).all()
     assert (group_advantages(equal, eps=0.0) == 0).all()
+
+
+@pytest.mark.parametrize("advantages", EVERY_GROUP)
+@pytest.mark.parametrize("reward", [0.0, 0.37, -41.5])
+def test_what_rounding_tells_apart_is_equal(
+    advantages: Callable[[Tensor], Tensor], reward: float
+) -> None:
+    """A float32 score moves by a few 1e-6 of its size with the padding of its micro-batch."""
+    noise = torch.tensor([[0.0, 3e-6, -4e-6, 1e-6]])
+    moved = reward + noise * max(1.0, abs(reward))
+    assert not differ(moved).any() and (advantages(moved) == 0).all()
+    apart = torch.tensor([[reward, reward, reward + 1e-3, reward]])
+    assert differ(apart).all() and (advantages(apart) != 0).all()
 
 
 @pytest.mark.parametrize("advantages", EVERY_GROUP)

@@ -51,25 +51,55 @@ def test_the_error_is_honest_when_responses_to_a_prompt_agree() -> None:
 def test_a_worked_win_rate() -> None:
     # prompt 1: 2 > 1, 2 = 2, 0 < 1, 0 < 2; prompt 2: four wins
     ours, theirs = torch.tensor([[2.0, 0.0], [5.0, 5.0]]), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
-    found = win_rate(ours, theirs, tie=0.0, seed=0)
+    found = win_rate(ours, theirs, tie=0.0)
     assert (found.win, found.tie, found.loss) == pytest.approx((0.625, 0.125, 0.25))
     assert found.score == pytest.approx(0.6875)
-    back = win_rate(theirs, ours, tie=0.0, seed=0)
+    back = win_rate(theirs, ours, tie=0.0)
     assert (back.win, back.tie, back.loss) == pytest.approx((0.25, 0.125, 0.625))
     assert (back.low, back.high) == pytest.approx((1 - found.high, 1 - found.low))
-    assert win_rate(ours, theirs, tie=9.0, seed=0).tie == 1
+    assert win_rate(ours, theirs, tie=9.0).tie == 1
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(1)
     truth = 0.5 * (1 + math.erf(0.5 / math.sqrt(2) / math.sqrt(2)))  # P(N(.5, 1) > N(0, 1))
     covered = 0
-    for seed in range(200):
+    for _ in range(200):
         ours = torch.randn(60, 2, generator=generator) + 0.5
         theirs = torch.randn(60, 2, generator=generator)
-        found = win_rate(ours, theirs, tie=0.0, seed=seed, resamples=300)
+        found = win_rate(ours, theirs, tie=0.0)
         covered += found.low <= truth <= found.high
     assert 180 <= covered <= 199
+
+
+@pytest.mark.parametrize("prompts", [20, 60, 200])
+@pytest.mark.parametrize("truth", [0.03, 0.97, 0.99])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_interval_of_wins_covers_a_truth_near_its_ends(
+    prompts: int, truth: float, samples: int
+) -> None:
+    """A bootstrap covers 0.97 of 20 prompts in half of the cases."""
+    generator = torch.Generator().manual_seed(3)
+    covered = 0
+    for _ in range(200):
+        wins = (torch.rand(prompts, samples, generator=generator) < truth).float()
+        found = win_rate(wins, torch.full((prompts, 1), 0.5), tie=0.0)
+        covered += found.low <= truth <= found.high
+    assert covered >= 176
+
+
+def test_all_won_is_no_certainty() -> None:
+    found = win_rate(torch.ones(20, 4), torch.zeros(20, 4), tie=0.0)
+    assert (found.win, found.high) == (1, 1)
+    assert found.low == pytest.approx(wilson_interval(20, 20)[0])
+    lost = win_rate(torch.zeros(20, 4), torch.ones(20, 4), tie=0.0)
+    assert (lost.low, lost.high) == pytest.approx((0, 1 - found.low))
+
+
+def test_scores_that_rounding_tells_apart_are_ties() -> None:
+    ours = torch.tensor([[1.0], [-30.0]])
+    assert win_rate(ours, ours * (1 + 3e-6), tie=0.0).tie == 1
+    assert win_rate(ours, ours + 1e-3, tie=0.0).loss == 1
 
 
 def test_worked_wilson_intervals() -> None:

@@ -141,6 +141,13 @@ def test_the_proportional_controller() -> None:
     assert ziegler_kl_coef(0.2, -3.0, 6.0, rollouts, horizon) == pytest.approx(0.2 * 0.98)
 
 
+@pytest.mark.parametrize("rollouts", [1000, 5000, 50_000])
+def test_a_batch_of_several_horizons_counts_as_one(rollouts: int) -> None:
+    """Else a KL far below its target would make the coefficient negative."""
+    assert ziegler_kl_coef(0.2, 0.0, 6.0, rollouts, 1000) == pytest.approx(0.16)
+    assert ziegler_kl_coef(0.2, 60.0, 6.0, rollouts, 1000) == pytest.approx(0.24)
+
+
 def test_the_doubling_controller() -> None:
     coef, trace = 1.0, []
     for kl in (3.0, 3.9, 4.1, 8.9, 9.1, 100.0, 0.0, 6.0):  # the band is 4 to 9

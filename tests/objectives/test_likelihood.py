@@ -56,3 +56,13 @@ def test_scaling_divides_by_the_std_and_adds_nothing() -> None:
     mask = torch.tensor([[True, True, False], [True, True, False]])
     expected = torch.tensor([[1.0, 3.0, 0.0], [5.0, 7.0, 0.0]]) / 5**0.5  # of 1 3 5 7
     torch.testing.assert_close(masked_scale(values, mask), expected)
+
+
+@pytest.mark.parametrize("value", [0.1, -0.3, 7e3])
+def test_values_that_do_not_vary_are_not_blown_up(value: float) -> None:
+    """Their deviation is rounding; divided by its own size it would be noise of order 1."""
+    values, mask = torch.full((7, 9), value), torch.ones(7, 9, dtype=torch.bool)
+    torch.testing.assert_close(masked_scale(values, mask), values)
+    assert masked_whiten(values, mask).abs().max() == 0
+    kept = masked_whiten(values, mask, shift_mean=False)
+    torch.testing.assert_close(kept, values)

@@ -40,3 +40,11 @@ def test_batches_add_up_to_the_whole(batches: list[list[float]]) -> None:
     if len(whole):
         assert moments.mean - 1e6 == pytest.approx(whole.mean().item(), abs=1e-7)
         assert moments.var == pytest.approx(whole.var(correction=0).item(), abs=1e-5)
+
+
+def test_rounding_is_no_spread() -> None:
+    moments = RunningMoments()
+    moments.update(torch.tensor([0.3, 0.3 + 2e-7, 0.3 - 2e-7]))
+    assert moments.std > 0 and not moments.varies
+    moments.update(torch.tensor([0.4]))
+    assert moments.varies

@@ -148,6 +148,17 @@ def test_responses_without_a_reward_are_left_out(tmp_path: Path) -> None:
             run(stage, tmp_path / f"{stage} never", *words, "reward=some.py:none")
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_the_manifest_is_of_the_weights_that_are_written(stage: str, tmp_path: Path) -> None:
+    """The log's last line is of the samples that its updates learnt from: their KL is still 0."""
+    (line,) = run(
+        stage, tmp_path / "out", *ONCE, "algo.steps=1", "algo.lr=2e-2", "algo.warmup_steps=0"
+    )
+    said = json.loads((tmp_path / "out" / "stage.json").read_text())["metrics"]
+    assert abs(line["kl"]) < 1e-5 < 1e-2 < said["kl"]
+    assert {"reward", "kl", "entropy", "length", "ended"} <= set(said)
+
+
 def test_a_shared_critic_learns_on_the_trunk_of_the_policy(tmp_path: Path) -> None:
     words = ["algo.critic=shared", "algo.value_clip=null", *FIXED]
     found = run("ppo", tmp_path / "out", *words, "algo.steps=12", "reward=length:1")

@@ -26,7 +26,7 @@ from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import reward
-from tests.tiny import words_of
+from tests.tiny import run_stage, words_of
 from tests.toys import FROZEN, run_of
 
 CPU = torch.device("cpu")
@@ -204,3 +204,13 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     rollouts = [Rollout(Prompt("p"), each, [], "eos", "") for each in demonstrations]
     normalised = (raw - raw.mean()) / raw.std()
     assert source.score(rollouts).tolist() == pytest.approx(normalised.tolist(), abs=1e-4)
+
+
+def test_the_best_weights_are_those_of_the_trained_objective(tmp_path: Path) -> None:
+    """Strong centring rules the objective, whatever the plain loss of the pairs does."""
+    words = ["algo.keep=best", "algo.centring=50", "algo.epochs=6", "algo.eval_every=1"]
+    log = run_stage("reward", tmp_path / "out", *words, "algo.lr=2e-2")
+    best = min(log, key=lambda line: line["eval/objective"])
+    said = json.loads((tmp_path / "out" / "stage.json").read_text())["metrics"]
+    assert said["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-4)
+    assert best is not min(log, key=lambda line: line["eval/loss"])

@@ -148,6 +148,19 @@ def test_a_schedule_with_warmup() -> None:
     assert rates[-1] == pytest.approx(0.2, abs=1e-12)
 
 
+def test_the_schedule_goes_by_the_planned_step() -> None:
+    """Updates that drop out do not hold it up, and a resumed run takes it up where it stood."""
+    terms = [LossTerm([SEQUENCES], Language().loss, TOKENS)]
+    every = optimizer_of(Language().model, 8, lr_schedule="linear", warmup_steps=2)
+    rates = [every.step(terms)["lr"] for _ in range(8)]
+    some = optimizer_of(Language().model, 8, lr_schedule="linear", warmup_steps=2)
+    numbers = [0, 3, 4, 7]
+    assert [some.step(terms, number)["lr"] for number in numbers] == [rates[i] for i in numbers]
+    again = optimizer_of(Language().model, 8, lr_schedule="linear", warmup_steps=2)
+    again.load(some.tensors(), {**some.state(), "schedule": 5})
+    assert again.step(terms)["lr"] == rates[5]
+
+
 def test_frozen_weights_do_not_move() -> None:
     language = Language()
     table = language.model.model.embed_tokens.weight.requires_grad_(False)

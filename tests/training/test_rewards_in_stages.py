@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.stages.evaluate import mean_of_known, scored_alike
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.stages.evaluate import check_tokens, mean_of_known, scored_alike
 from tests.tiny import DATA, words_of
 
 SOURCE = """
@@ -101,6 +103,43 @@ def test_evaluate_goes_on_without_any_reward(tmp_path: Path) -> None:
     assert report["win_rates"] == {}
     for found in report["policies"].values():
         assert found["reward"] is None and found["reward_none"] == 1
+
+
+def with_other_ids(source: str, copy: Path) -> Path:
+    """A policy folder whose tokenizer gives two tokens each other's ids."""
+    shutil.copytree(source, copy)
+    for name in ("stage.json", "config.yaml"):
+        shutil.copy(Path(source) / name, copy)
+    file = copy / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(tokenizer))
+    stage = json.loads((copy / "stage.json").read_text())
+    stage["files"] = {}
+    (copy / "stage.json").write_text(json.dumps(stage))
+    return copy
+
+
+def test_evaluate_compares_no_ids_of_another_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named, it is refused; beside the policy it is left out aloud."""
+    chain = tmp_path / "runs"
+    shutil.copytree("runs/demo/sft", chain / "sft")
+    shutil.copytree("runs/demo/adapter", chain / "adapter")
+    other = with_other_ids("runs/demo/sft", chain / "other")
+    words = [f"policy={chain}/sft", "algo.max_tokens=6", "reward=regex:a", "gold=null"]
+    for key in (f"baselines=[{other}]", f"reference={other}"):
+        with pytest.raises(UserError, match="another tokenizer"):
+            run("evaluate", tmp_path / "out", *words, key)
+    out = run("evaluate", tmp_path / "out", *words, f"reference={chain}/sft")
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["policies"]) == {f"{chain}/sft", f"{chain}/adapter"}
+    assert f"{other} has another tokenizer than policy={chain}/sft" in capsys.readouterr().err
+    cfg = compose("evaluate", [*DATA, *words, f"baselines=[{other}]", f"out={tmp_path / 'new'}"])
+    with pytest.raises(UserError, match="another tokenizer"):  # as of a hub id, once it is loaded
+        check_tokens(cfg, [f"{chain}/sft", str(other)])
 
 
 def test_means_of_what_is_known() -> None:
