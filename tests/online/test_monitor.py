@@ -11,6 +11,7 @@ from torch import nn
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.online.alarms import Alarms
+from rlhf_cli.online.monitor import WRITTEN
 from rlhf_cli.online.written import WrittenWeights
 from tests.tiny import run_stage, words_of
 
@@ -130,7 +131,12 @@ def test_a_stopped_run_and_the_best_of_a_whole_one_write_what_was_measured(
     assert found[-1]["step"] == best["step"] and found[-1]["reward"] == best["reward"]
     assert found[-1]["alarm/reward"] == 1 and "loss" not in found[-1]
     assert weights(out) == weights(tmp_path / "whole")
-    assert json.loads((out / "stage.json").read_text())["metrics"]["reward"] == best["reward"]
+    written, again = (
+        json.loads((tmp_path / name / "stage.json").read_text())["metrics"]
+        for name in ("whole", "stopped")
+    )
+    assert written["kept_step"] == best["step"]
+    assert all(written[name] == again[name] for name in WRITTEN)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
