@@ -27,10 +27,13 @@ from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of, shapes_of
 from rlhf_cli.models.adapters import (
     CRITIC,
+    POLICY,
+    PREFIX,
     REWARD,
     adapter_config,
     adapter_weights,
     is_adapted,
+    put_weights,
 )
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.forward import check_unembedding, unwrap
@@ -146,7 +149,8 @@ def load_scorer(
         if scorer is not None:
             return scorer
     auto, task = _classifier(level_of(path))
-    model = _load_base(path, config, auto, allowed_missing=set())
+    held = set() if named is None else {name.removeprefix(PREFIX) for name in _own_names(path)}
+    model = _load_base(path, config, auto, allowed_missing=HEADS & held)
     if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -250,10 +254,7 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
             f"{path}: {base or path} is an adapter, and no base is known that it belongs to; "
             "download it, or merge it into its base"
         )
-    scorer = auto is not AutoModelForCausalLM
-    if base is not None and scorer:
-        allowed_missing = HEADS  # the adapter folder holds the head
-    labels = {"num_labels": 1} if scorer else {}
+    labels = {} if auto is AutoModelForCausalLM else {"num_labels": 1}
     for folder in (base, path):
         check_weights_hash(folder or path)
     with _told(f"{path}: cannot load the model"):
@@ -280,6 +281,12 @@ def _check_finite(path: str, weights: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"{path}: weight {name} holds a NaN or an infinity; make or download the folder again"
         )
+
+
+def _own_names(path: str) -> set[str]:
+    """The names of an adapter folder's own weights."""
+    with _told(f"{path}: cannot load the adapter"):
+        return set(adapter_weights(path))
 
 
 def _check_adapter(path: str) -> None:
@@ -310,8 +317,9 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
 
     if rank == 0:
         own = adapter_config(path)
+        policys = task not in ("CAUSAL_LM", own.task_type)
         own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
-        merged = peft.PeftModel.from_pretrained(model, path, config=own).merge_and_unload()
+        merged = _loaded_adapter(model, path, config=own, head_left=policys).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
     head = None if task == "CAUSAL_LM" else head_name(model)
@@ -330,7 +338,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
                 f"model.lora_rank={lora.r} model.lora_alpha={lora.lora_alpha}"
             )
         if lora.task_type == task:
-            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+            return _loaded_adapter(model, path, is_trainable=True)
         lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
     if head:
         lora.modules_to_save = [head]
@@ -339,8 +347,21 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         weights = adapter_weights(path)
         fresh: Any = getattr(unwrap(adapted), head or "score")
         for name, value in fresh.original_module.named_parameters():
-            weights[f"base_model.model.{head}.{name}"] = value.detach()
-        peft.set_peft_model_state_dict(adapted, weights)
+            weights[f"{PREFIX}{head}.{name}"] = value.detach()
+        put_weights(adapted, POLICY, weights, path, head_left=True)
+    return adapted
+
+
+def _loaded_adapter(model: Any, path: str, head_left: bool = False, **settings: Any) -> Any:
+    """The model with a folder's adapter as peft puts it there, every tensor accounted for."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+        adapted = peft.PeftModel.from_pretrained(model, path, **settings)
+    renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+    weights = peft.load_peft_weights(path, device="cpu", key_mapping=renamed)
+    put_weights(adapted, POLICY, weights, path, head_left)
     return adapted
 
 
@@ -387,9 +408,7 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
     """Put the weights of a folder that `save_model` wrote unmerged back into the same model."""
     if is_adapted(model):
-        import peft
-
-        peft.set_peft_model_state_dict(model, adapter_weights(folder))
+        put_weights(model, POLICY, adapter_weights(folder), folder)
     else:
         model.load_state_dict(
             _load_base(folder, config, AutoModelForCausalLM, allowed_missing=set()).state_dict()

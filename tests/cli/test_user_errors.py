@@ -116,6 +116,15 @@ def unrecorded(name: str) -> Change:
     return value(f"{name}/stage.json", files={})
 
 
+def other_names(folder: Path) -> None:
+    """The adapter's tensors as a model with a tower of vision calls them."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / ADAPTED / "adapter_model.safetensors"
+    weights = {name.replace(".layers.", ".lm.layers."): w for name, w in load_file(file).items()}
+    save_file(weights, file)
+
+
 def folder_for(name: str) -> Change:
     """A folder where a file was."""
 
@@ -1055,6 +1064,14 @@ LATE: dict[str, Case] = {
         flipped(f"{ADAPTED}/adapter_model.safetensors", -1),
         f"dpo {ROWS} out=new policy={ADAPTED}",
         [f"{ADAPTED}/adapter_model.safetensors is damaged"],
+    ),
+    "an adapter whose tensors have other names": (
+        both(unrecorded(ADAPTED), other_names),
+        f"generate {ROWS} out=new policy={ADAPTED}",
+        [
+            f"{ADAPTED}: the adapter does not fit its base: 14 tensors missing, such as",
+            "14 tensors of layers that are not there, such as base_model.model.model.lm.layers.0",
+        ],
     ),
     "narrower weights": (
         both(unrecorded(POLICY), value(f"{POLICY}/config.json", intermediate_size=40)),
