@@ -3,7 +3,9 @@
 A disk that lies, a copy that stopped, an edited file: each is told before anything is made of it.
 """
 
+import errno
 import hashlib
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +29,13 @@ Files = dict[str, dict[str, int | str]]
 # Recorded, but people may edit or remove them: no later stage reads them.
 UNVERIFIED = (".jsonl", ".png", "config.yaml", "report.json")
 WEIGHTS = ".safetensors"
+FILES = (".json", ".jsonl", ".yaml", ".jinja", WEIGHTS)  # what is read, or written, as a file
+SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 # --------------------------------------------------------------------------- as described
@@ -117,12 +126,36 @@ def _require(folder: Path, files: Files, hashes: bool = True) -> None:
 # --------------------------------------------------------------------------- sound in itself
 
 
+def check_plain(folder: Path) -> None:
+    """Stop at what no run can read or replace: a pipe, whose other end may never come, or a folder
+    or a circle of links in the place of a file.
+
+    Raises:
+        UserError: naming the entry.
+    """
+    for entry in sorted(folder.iterdir()):
+        if (kind := oddity(entry)) is not None:
+            raise UserError(f"{entry} is {kind}, not a file; remove it, or put the file back")
+
+
+def oddity(entry: Path) -> str | None:
+    """What lies there instead of a file or an ordinary folder; None where nothing does."""
+    try:
+        mode = entry.stat().st_mode
+    except OSError as error:
+        return "a circle of links" if error.errno == errno.ELOOP else None
+    if stat.S_ISDIR(mode):
+        return "a folder" if entry.suffix in FILES else None
+    return next((kind for is_one, kind in SPECIAL if is_one(mode)), None)
+
+
 def check_whole(folder: Path) -> None:
     """Stop at a model folder that is damaged, or whose base is, as far as torch is not needed.
 
     Raises:
         UserError: naming the file.
     """
+    check_plain(folder)
     check_files(folder)
     check_weights(folder)
     if (tokenizer := folder / "tokenizer.json").is_file():

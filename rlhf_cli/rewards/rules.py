@@ -111,6 +111,8 @@ def read_lexicon(file: Path) -> dict[str, float]:
         UserError: naming the line that is no word, holds no weight, or comes again.
     """
     try:
+        if not file.is_file():  # of a pipe, reading would not end
+            raise FileNotFoundError
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         raise UserError(

@@ -765,7 +765,7 @@ FOLDERS: dict[str, Case] = {
     "weights that are a folder": (
         both(unrecorded(POLICY), folder_for(f"{POLICY}/model.safetensors")),
         PPO,
-        [f"{POLICY}/model.safetensors: cannot be read: Is a directory"],
+        [f"{POLICY}/model.safetensors is a folder, not a file; remove it, or put the file back"],
     ),
     "weights with entries that are none": (
         both(unrecorded(POLICY), write(f"{POLICY}/model.safetensors", HEADER)),
