@@ -6,11 +6,12 @@ A disk that lies, a copy that stopped, an edited file: each is told before anyth
 import errno
 import hashlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.json_forms import ADAPTER, INDEX, LAYERS, SIZES, TOKENIZER
+from rlhf_cli.folders.json_forms import ADAPTER, INDEX, LAYERS, RANKS, SIZES, TOKENIZER
 from rlhf_cli.folders.manifest import (
     ADAPTER_CONFIG,
     MANIFEST,
@@ -29,6 +30,7 @@ Files = dict[str, dict[str, int | str]]
 # Recorded, but people may edit or remove them: no later stage reads them.
 UNVERIFIED = (".jsonl", ".png", "config.yaml", "report.json")
 WEIGHTS = ".safetensors"
+LABELS = "num_labels"
 FILES = (".json", ".jsonl", ".yaml", ".jinja", WEIGHTS)  # what is read, or written, as a file
 SPECIAL = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -203,15 +205,27 @@ def check_sizes(folder: Path) -> None:
     shapes = shapes_of(folder)
     widest = max((size for shape in shapes.values() for size in shape), default=0)
     limits = dict.fromkeys(SIZES, widest) | dict.fromkeys(LAYERS, len(shapes))
+    limits[LABELS] = max(widest, 2)  # a name is made for each
     if adapter_base(folder) is not None:
-        file, limits = folder / ADAPTER_CONFIG, {"r": widest}
+        file, limits = folder / ADAPTER_CONFIG, dict.fromkeys(RANKS, widest)
         config = read_object(file, ADAPTER)
+        ranks = config.get("rank_pattern") or {}
+        config |= {"r": max([config.get("r") or 0, *ranks.values()])}
     else:
         file, config = folder / "config.json", read_config(folder)
-    for said in (config, config.get("text_config") or {}):
+    for said in (config, config.get("text_config") or {}, *labels_in(config)):
         for name, limit in limits.items():
-            if (value := said.get(name)) is not None and value > limit:
+            value = said.get(name)
+            if isinstance(value, int) and value > limit:
                 raise UserError(
                     f"{file}: {name}={value} is more than the weights in {folder} are for; make "
                     "the folder again, or put its own file back"
                 )
+
+
+def labels_in(config: Any) -> Iterator[dict[str, Any]]:
+    """`num_labels` of the config of a model, and of those of its parts inside."""
+    if isinstance(config, dict):
+        yield {LABELS: config.get(LABELS)}
+        for part in config.values():
+            yield from labels_in(part)

@@ -5,6 +5,7 @@ The policy's adapter is called default. Others are lent the base: reference, cri
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.time_limit import time_limit
 from rlhf_cli.folders.manifest import ADAPTER_CONFIG
 from rlhf_cli.models.nonfinite import is_finite
 
 WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
 PREFIX = "base_model.model."  # before the name that a layer has in the base
 OUTPUT = re.compile(r"\w+\.(lora_|base_layer\.|modules_to_save\.|weight$|bias$)")
+PATTERNS = (  # the fields of an adapter's config that peft searches names of layers by
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "feedforward_modules", "target_parameters"),
+)
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
 
 
@@ -107,6 +113,28 @@ def adapter_config(path: str) -> Any:
 
     _weights_file(path)
     return peft.PeftConfig.from_pretrained(path)
+
+
+def check_patterns(model: nn.Module, config: Any) -> None:
+    """Stop at a pattern of layers' names that never ends, as peft would search for it.
+
+    Raises:
+        ValueError: naming the pattern.
+    """
+    names = [name for name, _ in model.named_modules()]
+    names += [name.rpartition(".")[2] for name in names]
+    said = [getattr(config, key, None) for key in PATTERNS]
+    patterns = {
+        each for value in said for each in ([value] if isinstance(value, str) else value or ())
+    }
+    forms = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(\d+)\.")
+    for pattern in (form.replace("{}", str(each)) for each in patterns for form in forms):
+        try:
+            with suppress(re.error), time_limit():  # peft says where it is none
+                for name in names:
+                    re.match(pattern, name), re.fullmatch(pattern, name)
+        except TimeoutError as error:
+            raise ValueError(f"the pattern {pattern!r} of layers' names: {error}") from None
 
 
 def adapter_weights(path: str) -> dict[str, Tensor]:

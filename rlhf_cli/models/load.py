@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +33,7 @@ from rlhf_cli.models.adapters import (
     REWARD,
     adapter_config,
     adapter_weights,
+    check_patterns,
     is_adapted,
     put_weights,
 )
@@ -47,6 +49,7 @@ transformers_logging.disable_progress_bar()
 # what these libraries will rename is no news to our users
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
+PROBES = ("the cat and the dog", "thecat", "12", "A")  # a tokenizer of text keeps most
 GENERATION = "generation_config.json"
 HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
@@ -56,6 +59,7 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     with _told(f"{path}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         tokenizer.decode(tokenizer("a").input_ids)  # what it was read with is used only now
+        _check_class(path, tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         unknown = tokenizer.unk_token_id
         spare = unknown is not None and unknown != tokenizer.eos_token_id
@@ -64,6 +68,34 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_class(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stop where tokenizer_config.json names a class that reads tokenizer.json otherwise.
+
+    Transformers builds some classes anew around the vocabulary: of a file of another kind, all text
+    may then become unknown tokens. What the class itself may differ in, such as a leading space,
+    passes: each of the file's tokens has its id, and text that the file keeps is kept.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    plain = Tokenizer.from_file(str(file))
+    ours, theirs = tokenizer.get_vocab(), plain.get_vocab()
+    moved = next((token for token, id in theirs.items() if ours.get(token) != id), None)
+    lost = None
+    for text in PROBES:
+        kept = plain.decode(plain.encode(text, add_special_tokens=False).ids).strip() == text
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        again = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if kept and again.strip() != text:
+            lost = text
+    if moved is not None or lost is not None:
+        fault = f"{lost!r} is lost" if moved is None else f"token {moved!r} has another id"
+        raise UserError(
+            f"{path}: tokenizer_config.json names the class {type(tokenizer).__name__}, which does "
+            f"not fit tokenizer.json ({fault}); put its own class there, or TokenizersBackend"
+        )
 
 
 Rest = ParamSpec("Rest")
@@ -317,6 +349,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
 
     if rank == 0:
         own = adapter_config(path)
+        check_patterns(model, own)
         policys = task not in ("CAUSAL_LM", own.task_type)
         own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
         merged = _loaded_adapter(model, path, config=own, head_left=policys).merge_and_unload()
@@ -332,6 +365,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
     )
     if is_adapter:
         lora = adapter_config(path)
+        check_patterns(model, lora)
         if (rank, config.lora_alpha) != (lora.r, lora.lora_alpha):
             raise UserError(
                 f"{path}: its adapter has rank {lora.r} and alpha {lora.lora_alpha}; set "

@@ -18,6 +18,7 @@ from rlhf_cli.models.adapters import (
     adapter_config,
     adapter_weights,
     add_adapter,
+    check_patterns,
     copy_adapter,
     is_adapted,
     put_weights,
@@ -89,6 +90,7 @@ def scorer_on_base(
     import peft
 
     config = adapter_config(path)
+    check_patterns(adapted, config)
     if not same_model(base, str(unwrap(adapted).config._name_or_path)):
         return None
     if config.peft_type != peft.PeftType.LORA or config.bias != "none":

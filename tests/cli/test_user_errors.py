@@ -762,6 +762,11 @@ FOLDERS: dict[str, Case] = {
         PPO,
         [f"{POLICY}/model.safetensors"],
     ),
+    "a model of a thousand million labels": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", num_labels=10**9)),
+        f"generate {ROWS} out=new policy={POLICY}",
+        [f"{POLICY}/config.json: num_labels=1000000000 is more than the weights in"],
+    ),
     "weights that are a folder": (
         both(unrecorded(POLICY), folder_for(f"{POLICY}/model.safetensors")),
         PPO,
@@ -1072,6 +1077,34 @@ LATE: dict[str, Case] = {
             f"{ADAPTED}: the adapter does not fit its base: 14 tensors missing, such as",
             "14 tensors of layers that are not there, such as base_model.model.model.lm.layers.0",
         ],
+    ),
+    "a tokenizer class that is not the file's": (
+        both(
+            unrecorded(POLICY),
+            value(f"{POLICY}/tokenizer_config.json", tokenizer_class="ByT5Tokenizer"),
+        ),
+        f"generate {ROWS} out=new policy={POLICY}",
+        [f"{POLICY}: tokenizer_config.json names the class ByT5Tokenizer, which does not fit"],
+    ),
+    "a pattern of layers that never ends": (
+        both(
+            unrecorded(ADAPTED),
+            value(f"{ADAPTED}/adapter_config.json", target_modules=r"([a-z_.]+)*\d+([a-z_.]+)*!"),
+        ),
+        f"generate {ROWS} out=new policy={ADAPTED}",
+        [f"{ADAPTED}: cannot load the adapter: the pattern", "does not end within 10 s"],
+    ),
+    "a chat template that never ends": (
+        both(
+            unrecorded(POLICY),
+            value(
+                f"{POLICY}/tokenizer_config.json",
+                chat_template="{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}"
+                "{% endfor %}",
+            ),
+        ),
+        f"generate {ROWS} out=new policy={POLICY} data.template=chat",
+        ["the chat template of", "fails: it does not end within 10 s of processor time"],
     ),
     "narrower weights": (
         both(unrecorded(POLICY), value(f"{POLICY}/config.json", intermediate_size=40)),
