@@ -28,6 +28,7 @@ from rlhf_cli.data.kinds import (
     cut_steps,
 )
 from rlhf_cli.data.step_cutter import StepCutter
+from rlhf_cli.data.time_limit import time_limit
 
 
 @dataclass
@@ -284,9 +285,10 @@ class Encoder:
                 f"the rows are messages, but the tokenizer of {self.name} has no chat template"
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with time_limit():
+                text = self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
         except Exception as error:  # a program of the folder's, which runs in jinja's sandbox
             said = str(error).strip() or type(error).__name__
             raise UserError(f"the chat template of {self.name} fails: {said}") from None

@@ -34,6 +34,7 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust pass one o
 def write_text(file: Path, text: str) -> None:
     """Write aside, flush to disk, then rename: readers see the old file or the whole new one."""
     part = file.with_name(f".{file.name}{PART}")
+    remove([part])  # whatever it is: a pipe would be waited for
     with part.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -54,7 +55,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     After an error nothing is left of it, and `folder` is as it was.
     """
     part = folder.with_name(f".{folder.name}{PART}")
-    shutil.rmtree(part, ignore_errors=True)
+    remove([part])
     part.mkdir(parents=True)
     try:
         with library_errors(part):
@@ -63,9 +64,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    remove([folder])
     part.rename(folder)
     flush(folder.parent)
+
+
+def remove(entries: Iterable[Path]) -> None:
+    """Files, links and folders with all below; what is not there is gone already."""
+    for entry in list(entries):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 A disk that lies, a copy that stopped, an edited file: each is told before anything is made of it.
 """
 
+import errno
 import hashlib
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.json_forms import ADAPTER, INDEX, LAYERS, SIZES, TOKENIZER
+from rlhf_cli.folders.json_forms import ADAPTER, INDEX, LAYERS, RANKS, SIZES, TOKENIZER
 from rlhf_cli.folders.manifest import (
     ADAPTER_CONFIG,
     MANIFEST,
@@ -27,6 +30,14 @@ Files = dict[str, dict[str, int | str]]
 # Recorded, but people may edit or remove them: no later stage reads them.
 UNVERIFIED = (".jsonl", ".png", "config.yaml", "report.json")
 WEIGHTS = ".safetensors"
+LABELS = "num_labels"
+FILES = (".json", ".jsonl", ".yaml", ".jinja", WEIGHTS)  # what is read, or written, as a file
+SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 # --------------------------------------------------------------------------- as described
@@ -117,12 +128,36 @@ def _require(folder: Path, files: Files, hashes: bool = True) -> None:
 # --------------------------------------------------------------------------- sound in itself
 
 
+def check_plain(folder: Path) -> None:
+    """Stop at what no run can read or replace: a pipe, whose other end may never come, or a folder
+    or a circle of links in the place of a file.
+
+    Raises:
+        UserError: naming the entry.
+    """
+    for entry in sorted(folder.iterdir()):
+        if (kind := oddity(entry)) is not None:
+            raise UserError(f"{entry} is {kind}, not a file; remove it, or put the file back")
+
+
+def oddity(entry: Path) -> str | None:
+    """What lies there instead of a file or an ordinary folder; None where nothing does."""
+    try:
+        mode = entry.stat().st_mode
+    except OSError as error:
+        return "a circle of links" if error.errno == errno.ELOOP else None
+    if stat.S_ISDIR(mode):
+        return "a folder" if entry.suffix in FILES else None
+    return next((kind for is_one, kind in SPECIAL if is_one(mode)), None)
+
+
 def check_whole(folder: Path) -> None:
     """Stop at a model folder that is damaged, or whose base is, as far as torch is not needed.
 
     Raises:
         UserError: naming the file.
     """
+    check_plain(folder)
     check_files(folder)
     check_weights(folder)
     if (tokenizer := folder / "tokenizer.json").is_file():
@@ -170,15 +205,27 @@ def check_sizes(folder: Path) -> None:
     shapes = shapes_of(folder)
     widest = max((size for shape in shapes.values() for size in shape), default=0)
     limits = dict.fromkeys(SIZES, widest) | dict.fromkeys(LAYERS, len(shapes))
+    limits[LABELS] = max(widest, 2)  # a name is made for each
     if adapter_base(folder) is not None:
-        file, limits = folder / ADAPTER_CONFIG, {"r": widest}
+        file, limits = folder / ADAPTER_CONFIG, dict.fromkeys(RANKS, widest)
         config = read_object(file, ADAPTER)
+        ranks = config.get("rank_pattern") or {}
+        config |= {"r": max([config.get("r") or 0, *ranks.values()])}
     else:
         file, config = folder / "config.json", read_config(folder)
-    for said in (config, config.get("text_config") or {}):
+    for said in (config, config.get("text_config") or {}, *labels_in(config)):
         for name, limit in limits.items():
-            if (value := said.get(name)) is not None and value > limit:
+            value = said.get(name)
+            if isinstance(value, int) and value > limit:
                 raise UserError(
                     f"{file}: {name}={value} is more than the weights in {folder} are for; make "
                     "the folder again, or put its own file back"
                 )
+
+
+def labels_in(config: Any) -> Iterator[dict[str, Any]]:
+    """`num_labels` of the config of a model, and of those of its parts inside."""
+    if isinstance(config, dict):
+        yield {LABELS: config.get(LABELS)}
+        for part in config.values():
+            yield from labels_in(part)

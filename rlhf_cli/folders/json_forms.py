@@ -71,7 +71,13 @@ LAYERS = ("num_hidden_layers", "n_layer")
 # null stands for a size that follows from others
 _WIDTHS: Form = {f"{name}?": (SIZE, None) for name in (*SIZES, *LAYERS, "max_position_embeddings")}
 CONFIG: Form = {"architectures?": ([str], None), "text_config?": (_WIDTHS, None), **_WIDTHS}
-ADAPTER: Form = {"base_model_name_or_path": Path, "task_type?": (str, None), "r?": (SIZE, None)}
+RANKS = ("r", "init_r", "target_r", "num_virtual_tokens")
+ADAPTER: Form = {
+    "base_model_name_or_path": Path,
+    "task_type?": (str, None),
+    "rank_pattern?": ({"*": SIZE}, None),
+    **{f"{name}?": (SIZE, None) for name in RANKS},
+}
 INDEX: Form = {"weight_map": {"*": str}}
 TOKENIZER: Form = {"model": dict}
 HEADER: Form = {"*": {"dtype": str, "shape": [COUNT], "data_offsets": [COUNT, COUNT]}}

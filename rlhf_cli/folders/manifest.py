@@ -110,6 +110,8 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
     Raises:
         UserError: it cannot be read, or is none.
     """
+    if file.exists() and not file.is_file():  # of a pipe, reading would not begin
+        raise UserError(f"{file}: not a file, so no weights")
     try:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))

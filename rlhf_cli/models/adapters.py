@@ -3,6 +3,9 @@
 The policy's adapter is called default. Others are lent the base: reference, critic, reward.
 """
 
+import math
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.time_limit import time_limit
+from rlhf_cli.folders.manifest import ADAPTER_CONFIG
+from rlhf_cli.models.nonfinite import is_finite
 
 WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
+PREFIX = "base_model.model."  # before the name that a layer has in the base
+OUTPUT = re.compile(r"\w+\.(lora_|base_layer\.|modules_to_save\.|weight$|bias$)")
+PATTERNS = (  # the fields of an adapter's config that peft searches names of layers by
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "feedforward_modules", "target_parameters"),
+)
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
 
 
@@ -59,9 +71,9 @@ def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
 def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The weights of one adapter, by their names without its own."""
     return {
-        name.replace(f".{adapter}.", "."): weight
+        ".".join(part for part in name.split(".") if part != adapter): weight
         for name, weight in adapted.named_parameters()
-        if f".{adapter}." in name
+        if adapter in name.split(".")  # those of an embedding end with it
     }
 
 
@@ -103,6 +115,28 @@ def adapter_config(path: str) -> Any:
     return peft.PeftConfig.from_pretrained(path)
 
 
+def check_patterns(model: nn.Module, config: Any) -> None:
+    """Stop at a pattern of layers' names that never ends, as peft would search for it.
+
+    Raises:
+        ValueError: naming the pattern.
+    """
+    names = [name for name, _ in model.named_modules()]
+    names += [name.rpartition(".")[2] for name in names]
+    said = [getattr(config, key, None) for key in PATTERNS]
+    patterns = {
+        each for value in said for each in ([value] if isinstance(value, str) else value or ())
+    }
+    forms = ("{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(\d+)\.")
+    for pattern in (form.replace("{}", str(each)) for each in patterns for form in forms):
+        try:
+            with suppress(re.error), time_limit():  # peft says where it is none
+                for name in names:
+                    re.match(pattern, name), re.fullmatch(pattern, name)
+        except TimeoutError as error:
+            raise ValueError(f"the pattern {pattern!r} of layers' names: {error}") from None
+
+
 def adapter_weights(path: str) -> dict[str, Tensor]:
     """The weights of an adapter folder on the CPU, by peft's names.
 
@@ -110,6 +144,63 @@ def adapter_weights(path: str) -> dict[str, Tensor]:
         UserError: there are none that are safetensors.
     """
     return load_file(_weights_file(path))
+
+
+@torch.no_grad()
+def put_weights(
+    adapted: Any, adapter: str, weights: dict[str, Tensor], path: str, head_left: bool = False
+) -> None:
+    """Give an adapter the weights of a folder: each of its tensors gets one, and none is left over.
+
+    Args:
+        weights: by peft's names, all finite.
+        head_left: the two may have other output layers: a policy's adapter under a scorer's head.
+
+    Raises:
+        UserError: naming a tensor that the folder lacks, or that is none of this adapter's.
+    """
+    import peft
+
+    own = saved_weights(adapted, adapter)
+    if head_left:
+        own = {name: weight for name, weight in own.items() if not _is_of_output(name)}
+    for weight in own.values():
+        if weight.is_floating_point():
+            weight.fill_(math.nan)  # what is not overwritten by a finite one shows
+    try:
+        result: Any = peft.set_peft_model_state_dict(adapted, weights, adapter)
+        unknown = set(result.unexpected_keys)
+    except KeyError:  # of a head: peft looks for that by its name
+        unknown = set()
+    missing = sorted(name for name, weight in own.items() if not is_finite(weight))
+    if head_left:
+        unknown = {name for name in unknown if not _is_of_output(name)}
+    if not missing and not unknown:
+        return
+    found = [
+        f"{len(names)} tensors {what}, such as {names[0].replace(f'.{adapter}.', '.')}"
+        for names, what in ((missing, "missing"), (sorted(unknown), "of layers that are not there"))
+        if names
+    ]
+    raise UserError(
+        f"{path}: the adapter does not fit its base: {'; '.join(found)}; make or download the "
+        f"folder again, or name its own base in {ADAPTER_CONFIG}"
+    )
+
+
+def saved_weights(adapted: Any, adapter: str) -> dict[str, Tensor]:
+    """The tensors of one adapter as they are, heads included, by the names that peft saves."""
+    import peft
+
+    own: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        adapted, adapter_name=adapter, save_embedding_layers=False
+    )
+    return own
+
+
+def _is_of_output(name: str) -> bool:
+    """Whether a tensor belongs to a layer beside the decoder, as an unembedding is."""
+    return OUTPUT.match(name.removeprefix(PREFIX)) is not None
 
 
 def _weights_file(path: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,10 +28,14 @@ from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of, shapes_of
 from rlhf_cli.models.adapters import (
     CRITIC,
+    POLICY,
+    PREFIX,
     REWARD,
     adapter_config,
     adapter_weights,
+    check_patterns,
     is_adapted,
+    put_weights,
 )
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.forward import check_unembedding, unwrap
@@ -44,6 +49,7 @@ transformers_logging.disable_progress_bar()
 # what these libraries will rename is no news to our users
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
+PROBES = ("the cat and the dog", "thecat", "12", "A")  # a tokenizer of text keeps most
 GENERATION = "generation_config.json"
 HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
@@ -53,6 +59,7 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     with _told(f"{path}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         tokenizer.decode(tokenizer("a").input_ids)  # what it was read with is used only now
+        _check_class(path, tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         unknown = tokenizer.unk_token_id
         spare = unknown is not None and unknown != tokenizer.eos_token_id
@@ -61,6 +68,34 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_class(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stop where tokenizer_config.json names a class that reads tokenizer.json otherwise.
+
+    Transformers builds some classes anew around the vocabulary: of a file of another kind, all text
+    may then become unknown tokens. What the class itself may differ in, such as a leading space,
+    passes: each of the file's tokens has its id, and text that the file keeps is kept.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    plain = Tokenizer.from_file(str(file))
+    ours, theirs = tokenizer.get_vocab(), plain.get_vocab()
+    moved = next((token for token, id in theirs.items() if ours.get(token) != id), None)
+    lost = None
+    for text in PROBES:
+        kept = plain.decode(plain.encode(text, add_special_tokens=False).ids).strip() == text
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        again = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if kept and again.strip() != text:
+            lost = text
+    if moved is not None or lost is not None:
+        fault = f"{lost!r} is lost" if moved is None else f"token {moved!r} has another id"
+        raise UserError(
+            f"{path}: tokenizer_config.json names the class {type(tokenizer).__name__}, which does "
+            f"not fit tokenizer.json ({fault}); put its own class there, or TokenizersBackend"
+        )
 
 
 Rest = ParamSpec("Rest")
@@ -146,7 +181,8 @@ def load_scorer(
         if scorer is not None:
             return scorer
     auto, task = _classifier(level_of(path))
-    model = _load_base(path, config, auto, allowed_missing=set())
+    held = set() if named is None else {name.removeprefix(PREFIX) for name in _own_names(path)}
+    model = _load_base(path, config, auto, allowed_missing=HEADS & held)
     if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -250,10 +286,7 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
             f"{path}: {base or path} is an adapter, and no base is known that it belongs to; "
             "download it, or merge it into its base"
         )
-    scorer = auto is not AutoModelForCausalLM
-    if base is not None and scorer:
-        allowed_missing = HEADS  # the adapter folder holds the head
-    labels = {"num_labels": 1} if scorer else {}
+    labels = {} if auto is AutoModelForCausalLM else {"num_labels": 1}
     for folder in (base, path):
         check_weights_hash(folder or path)
     with _told(f"{path}: cannot load the model"):
@@ -280,6 +313,12 @@ def _check_finite(path: str, weights: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"{path}: weight {name} holds a NaN or an infinity; make or download the folder again"
         )
+
+
+def _own_names(path: str) -> set[str]:
+    """The names of an adapter folder's own weights."""
+    with _told(f"{path}: cannot load the adapter"):
+        return set(adapter_weights(path))
 
 
 def _check_adapter(path: str) -> None:
@@ -310,8 +349,10 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
 
     if rank == 0:
         own = adapter_config(path)
+        check_patterns(model, own)
+        policys = task not in ("CAUSAL_LM", own.task_type)
         own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
-        merged = peft.PeftModel.from_pretrained(model, path, config=own).merge_and_unload()
+        merged = _loaded_adapter(model, path, config=own, head_left=policys).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
     head = None if task == "CAUSAL_LM" else head_name(model)
@@ -324,13 +365,14 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
     )
     if is_adapter:
         lora = adapter_config(path)
+        check_patterns(model, lora)
         if (rank, config.lora_alpha) != (lora.r, lora.lora_alpha):
             raise UserError(
                 f"{path}: its adapter has rank {lora.r} and alpha {lora.lora_alpha}; set "
                 f"model.lora_rank={lora.r} model.lora_alpha={lora.lora_alpha}"
             )
         if lora.task_type == task:
-            return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+            return _loaded_adapter(model, path, is_trainable=True)
         lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
     if head:
         lora.modules_to_save = [head]
@@ -339,8 +381,21 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         weights = adapter_weights(path)
         fresh: Any = getattr(unwrap(adapted), head or "score")
         for name, value in fresh.original_module.named_parameters():
-            weights[f"base_model.model.{head}.{name}"] = value.detach()
-        peft.set_peft_model_state_dict(adapted, weights)
+            weights[f"{PREFIX}{head}.{name}"] = value.detach()
+        put_weights(adapted, POLICY, weights, path, head_left=True)
+    return adapted
+
+
+def _loaded_adapter(model: Any, path: str, head_left: bool = False, **settings: Any) -> Any:
+    """The model with a folder's adapter as peft puts it there, every tensor accounted for."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
+        adapted = peft.PeftModel.from_pretrained(model, path, **settings)
+    renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+    weights = peft.load_peft_weights(path, device="cpu", key_mapping=renamed)
+    put_weights(adapted, POLICY, weights, path, head_left)
     return adapted
 
 
@@ -387,9 +442,7 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
     """Put the weights of a folder that `save_model` wrote unmerged back into the same model."""
     if is_adapted(model):
-        import peft
-
-        peft.set_peft_model_state_dict(model, adapter_weights(folder))
+        put_weights(model, POLICY, adapter_weights(folder), folder)
     else:
         model.load_state_dict(
             _load_base(folder, config, AutoModelForCausalLM, allowed_missing=set()).state_dict()

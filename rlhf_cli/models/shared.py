@@ -9,16 +9,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.folders.manifest import RESPONSE, content_hash, level_of
 from rlhf_cli.models.adapters import (
     POLICY,
+    PREFIX,
     WEIGHTS,
     Acting,
     adapter_config,
     adapter_weights,
     add_adapter,
+    check_patterns,
     copy_adapter,
     is_adapted,
+    put_weights,
+    saved_weights,
     unite,
     weights_of,
 )
@@ -43,26 +47,30 @@ class SharedScorer(nn.Module):
         self.weights = nn.ParameterDict({name.replace(".", "/"): own[name] for name in own})
         self.score = head
 
+    @property
+    def lender(self) -> nn.Module:
+        """The policy, whose base it is on."""
+        return self._lender[0]
+
     def trunk(self, **inputs: Tensor) -> Any:
         """The decoder's output under this scorer's adapter."""
-        (adapted,) = self._lender
-        with Acting(adapted, self.adapter):
-            return trunk(adapted)(**inputs)
+        with Acting(self.lender, self.adapter):
+            return trunk(self.lender)(**inputs)
 
     @property
     def config(self) -> Any:
         """That of the base."""
-        return unwrap(self._lender[0]).config
+        return unwrap(self.lender).config
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type of matrix products, which is the policy's."""
-        dtype: torch.dtype = unwrap(self._lender[0]).compute_dtype
+        dtype: torch.dtype = unwrap(self.lender).compute_dtype
         return dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """Those of the base."""
-        embeddings: nn.Module = unwrap(self._lender[0]).get_input_embeddings()
+        embeddings: nn.Module = unwrap(self.lender).get_input_embeddings()
         return embeddings
 
 
@@ -82,19 +90,21 @@ def scorer_on_base(
     import peft
 
     config = adapter_config(path)
+    check_patterns(adapted, config)
     if not same_model(base, str(unwrap(adapted).config._name_or_path)):
         return None
     if config.peft_type != peft.PeftType.LORA or config.bias != "none":
         return None
     weights = adapter_weights(path)
     lora = {name: value for name, value in weights.items() if ".lora_" in name}
-    heads = {name.split(".")[-2:][0] for name in weights.keys() - lora.keys()}
+    heads = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights.keys() - lora.keys()}
     layers = {name.split(".lora_")[0] for name in lora}
     known = {name for name, _ in adapted.named_modules()}
     if len(heads) != 1 or not heads <= set(HEAD_NAMES) or not layers <= known:
         return None
     score = {name.split(".")[-1]: weights[name] for name in weights.keys() - lora.keys()}
-    if len(score["weight"]) != 1:
+    parts = {"weight"} if level_of(path) == RESPONSE else {"weight", "bias"}
+    if score.keys() != parts or len(score["weight"]) != 1:
         return None
 
     config.modules_to_save, config.lora_dropout, config.task_type = None, 0.0, "CAUSAL_LM"
@@ -103,10 +113,7 @@ def scorer_on_base(
     add_adapter(adapted, adapter, config, trainable)
     head = nn.Linear(score["weight"].shape[1], 1, bias="bias" in score)
     head.load_state_dict(score)
-    with torch.no_grad():
-        for name, weight in weights_of(adapted, adapter).items():
-            if name in lora:  # another layer that only the policy has is not on the trunk
-                weight.copy_(lora[name])
+    put_weights(adapted, adapter, lora, path, head_left=True)
     return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
 
 
@@ -119,7 +126,7 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
 
 def save_scorer(scorer: SharedScorer, origin: str, folder: Path) -> None:
     """The adapter folder that a scorer came from, with the weights that it has now."""
-    own = {name.replace("/", "."): weight for name, weight in scorer.weights.items()}
+    own = saved_weights(scorer.lender, scorer.adapter)
     head = scorer.score.state_dict()
     now = {
         name: own[name].detach() if name in own else head[name.split(".")[-1]]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Demonstration, Prompt
+from rlhf_cli.data.time_limit import time_limit
 from rlhf_cli.demo.gold import gold_score
 from rlhf_cli.rewards.answers import close_answer, exact_answer, math_answer, quantity_of
 
@@ -60,7 +61,15 @@ def _regex(argument: str) -> Score:
         pattern = re.compile(argument)
     except re.error as error:
         raise UserError(f"reward=regex:{argument}: not a regular expression: {error}") from None
-    return lambda row, response: float(pattern.search(response) is not None)
+
+    def score(row: Prompt, response: str) -> float:
+        try:
+            with time_limit():
+                return float(pattern.search(response) is not None)
+        except TimeoutError as error:
+            raise RunError(f"reward=regex:{argument}: on {response[:40]!r} {error}") from None
+
+    return score
 
 
 def _length(argument: str) -> Score:
@@ -111,6 +120,8 @@ def read_lexicon(file: Path) -> dict[str, float]:
         UserError: naming the line that is no word, holds no weight, or comes again.
     """
     try:
+        if not file.is_file():  # of a pipe, reading would not end
+            raise FileNotFoundError
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         raise UserError(

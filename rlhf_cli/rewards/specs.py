@@ -178,6 +178,8 @@ def signature_of(file: Path, name: str) -> Signature:
         UserError: there is no such file or function, or it cannot be called with two lists.
     """
     spec = f"reward={file}:{name}"
+    if not file.is_file():  # of a pipe, reading would not end
+        raise UserError(f"{spec}: no such file: {file}")
     try:
         body = ast.parse(file.read_bytes(), str(file)).body
     except OSError:

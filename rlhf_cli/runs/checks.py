@@ -1,5 +1,6 @@
 """Checks of a config against what is on disk: data files, rows, model folders, arithmetic."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,7 +155,7 @@ def rewards_of(cfg: Run) -> list[tuple[str, str]]:
 def check_judge(cfg: Any, judge: str) -> None:
     """What labels pairs for a reward model to learn from is not that model."""
     learner = Path(refreshed_model(cfg.reward))
-    if learner.resolve() in [Path(path).resolve() for path in models_of(judge)]:
+    if os.path.realpath(learner) in map(os.path.realpath, models_of(judge)):
         raise UserError(f"judge={judge} would teach {learner} what it says already")
 
 

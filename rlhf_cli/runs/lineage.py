@@ -90,7 +90,7 @@ def trees(folders: Sequence[Path]) -> list[Node]:
     above: dict[Path, Path] = {}
     for place, node in nodes.items():
         inside = place.parent in nodes and not is_claimed(place)
-        main = node.main.place.resolve() if node.main else None
+        main = Path(os.path.realpath(node.main.place)) if node.main else None
         parent = place.parent if inside else main
         if parent in nodes and place not in _ancestry(parent, above):
             above[place] = parent

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import yaml
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import facts_of, stage_name
-from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, write_text
-from rlhf_cli.folders.integrity import check_files
+from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_json, write_text
+from rlhf_cli.folders.integrity import check_files, check_plain, oddity
 from rlhf_cli.folders.json_forms import PROVENANCE
 from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
@@ -49,8 +48,10 @@ def state_of(cfg: Run) -> str:
     out = Path(cfg.out)
     if cfg.overwrite or not (out / MANIFEST).is_file():  # what is finished may be read-only
         check_writable(out)
+    whole = os.path.realpath(out)
     for role, path in places_read(cfg):
-        if out.resolve() in (path.resolve(), *path.resolve().parents):
+        place = Path(os.path.realpath(path))  # unlike resolve(), no error in a circle of links
+        if Path(whole) in (place, *place.parents):
             raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
     if (other := running(out)) is not None:
         raise UserError(f"out={out} is being written by {other}")
@@ -85,6 +86,8 @@ def state_of(cfg: Run) -> str:
         differ = parent_paths(provenance) != parent_paths(before)
         if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
             return to_be_emptied(out)
+    if not complete:
+        _check_entries(out)
     if changed := changed_since(provenance, before):
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
@@ -92,6 +95,18 @@ def state_of(cfg: Run) -> str:
     if not complete and resume_points(out) and not (out / INPUTS).is_file():
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
+
+
+def _check_entries(out: Path) -> None:
+    """Stop where something odd lies in the place of what a run goes on from.
+
+    Resume points may be: a damaged one is given up for the one before.
+    """
+    check_plain(out)
+    if os.path.lexists(out / CHECKPOINTS) and not (out / CHECKPOINTS).is_dir():
+        raise UserError(f"{out / CHECKPOINTS} is no folder; set overwrite=true to start afresh")
+    if (kind := oddity(out / INPUTS)) is not None:
+        raise UserError(f"{out / INPUTS} is {kind}, not a file; set overwrite=true to start afresh")
 
 
 def to_be_emptied(out: Path) -> str:
@@ -151,7 +166,7 @@ def is_claimed(out: Path) -> bool:
 def check_writable(out: Path) -> None:
     """Stop before any work where `out` cannot be written."""
     place = out
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
         raise UserError(f"out={out}: {place} is not a folder")
@@ -193,15 +208,6 @@ def claim(cfg: Run, provenance: Provenance) -> None:
     flush(out.parent)
 
 
-def remove(entries: Iterable[Path]) -> None:
-    """Files, links and folders with all below; what is not there is gone already."""
-    for entry in list(entries):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
-
-
 def command_line() -> str | None:
     """The command as it was typed (Hydra rewrites sys.argv); None where Python called a stage."""
     script, *words = sys.orig_argv[1:] or [""]
@@ -231,7 +237,7 @@ def newest_step(out: Path) -> int | None:
 def staging(out: Path) -> Path:
     """An empty folder inside `out` for files that are not to be seen yet."""
     folder = out / STAGING
-    shutil.rmtree(folder, ignore_errors=True)
+    remove([folder])
     folder.mkdir(parents=True)
     return folder
 
@@ -245,7 +251,7 @@ def publish(out: Path, manifest: Manifest) -> None:
         for entry in sorted(folder.iterdir()):
             names.add(entry.name)
             if (out / entry.name).is_dir():  # of a run that was killed here
-                shutil.rmtree(out / entry.name)
+                remove([out / entry.name])
             entry.replace(out / entry.name)
         folder.rmdir()
     names |= {file.parent.name for file in out.glob(f"*/{MANIFEST}")}  # whole folders of their own

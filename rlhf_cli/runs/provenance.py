@@ -101,7 +101,8 @@ def input_hash(place: str) -> str | None:
     path = Path(place)
     files = [path] if path.is_file() else []
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        entries = path.iterdir()  # a pipe among them is no data, and would not end
+        files = sorted(file for file in entries if file.suffix in SUFFIXES and not file.is_fifo())
     return file_hash(*files) if files else None
 
 

@@ -5,7 +5,6 @@ Randomness needs no state: every draw is a function of the seed, a name and the 
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.files import whole_folder, write_json
+from rlhf_cli.folders.files import remove, whole_folder, write_json
 from rlhf_cli.folders.integrity import begins_as, described, fault_in
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.out_folder import resume_point, resume_points
@@ -31,8 +30,7 @@ def save_checkpoint(
         save_file(here, part / TENSORS)  # written from where they lie, without a copy
         write_json(part / STATE, {**state, "step": step})
         write_json(part / FILES, described(part, (TENSORS, STATE)))
-    for old in list(resume_points(out).values())[:-keep]:
-        shutil.rmtree(old)
+    remove(list(resume_points(out).values())[:-keep])
 
 
 def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -57,7 +55,7 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
             return load_file(folder / TENSORS), state
         say(f"{fault}; this resume point is given up for the one before")
         damaged = folder.with_name(f".damaged-{folder.name}")
-        shutil.rmtree(damaged, ignore_errors=True)
+        remove([damaged])
         folder.rename(damaged)
         if not resume_points(out):
             say("there is none before: the run starts from its first step")
@@ -66,11 +64,11 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
 
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a resume point; None if it is whole."""
+    if not (folder / FILES).is_file():  # of a pipe, reading would not end
+        return f"{folder / FILES} is missing"
     try:
         files = json.loads((folder / FILES).read_text(encoding="utf-8"))
         named = {TENSORS, STATE} == set(files)
         return fault_in(folder, files) if named else f"{folder / FILES} is damaged"
-    except FileNotFoundError:
-        return f"{folder / FILES} is missing"
     except (ValueError, TypeError, KeyError):
         return f"{folder / FILES} is damaged"

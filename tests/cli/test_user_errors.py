@@ -116,6 +116,15 @@ def unrecorded(name: str) -> Change:
     return value(f"{name}/stage.json", files={})
 
 
+def other_names(folder: Path) -> None:
+    """The adapter's tensors as a model with a tower of vision calls them."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / ADAPTED / "adapter_model.safetensors"
+    weights = {name.replace(".layers.", ".lm.layers."): w for name, w in load_file(file).items()}
+    save_file(weights, file)
+
+
 def folder_for(name: str) -> Change:
     """A folder where a file was."""
 
@@ -753,10 +762,15 @@ FOLDERS: dict[str, Case] = {
         PPO,
         [f"{POLICY}/model.safetensors"],
     ),
+    "a model of a thousand million labels": (
+        both(unrecorded(POLICY), value(f"{POLICY}/config.json", num_labels=10**9)),
+        f"generate {ROWS} out=new policy={POLICY}",
+        [f"{POLICY}/config.json: num_labels=1000000000 is more than the weights in"],
+    ),
     "weights that are a folder": (
         both(unrecorded(POLICY), folder_for(f"{POLICY}/model.safetensors")),
         PPO,
-        [f"{POLICY}/model.safetensors: cannot be read: Is a directory"],
+        [f"{POLICY}/model.safetensors is a folder, not a file; remove it, or put the file back"],
     ),
     "weights with entries that are none": (
         both(unrecorded(POLICY), write(f"{POLICY}/model.safetensors", HEADER)),
@@ -1055,6 +1069,42 @@ LATE: dict[str, Case] = {
         flipped(f"{ADAPTED}/adapter_model.safetensors", -1),
         f"dpo {ROWS} out=new policy={ADAPTED}",
         [f"{ADAPTED}/adapter_model.safetensors is damaged"],
+    ),
+    "an adapter whose tensors have other names": (
+        both(unrecorded(ADAPTED), other_names),
+        f"generate {ROWS} out=new policy={ADAPTED}",
+        [
+            f"{ADAPTED}: the adapter does not fit its base: 14 tensors missing, such as",
+            "14 tensors of layers that are not there, such as base_model.model.model.lm.layers.0",
+        ],
+    ),
+    "a tokenizer class that is not the file's": (
+        both(
+            unrecorded(POLICY),
+            value(f"{POLICY}/tokenizer_config.json", tokenizer_class="ByT5Tokenizer"),
+        ),
+        f"generate {ROWS} out=new policy={POLICY}",
+        [f"{POLICY}: tokenizer_config.json names the class ByT5Tokenizer, which does not fit"],
+    ),
+    "a pattern of layers that never ends": (
+        both(
+            unrecorded(ADAPTED),
+            value(f"{ADAPTED}/adapter_config.json", target_modules=r"([a-z_.]+)*\d+([a-z_.]+)*!"),
+        ),
+        f"generate {ROWS} out=new policy={ADAPTED}",
+        [f"{ADAPTED}: cannot load the adapter: the pattern", "does not end within 10 s"],
+    ),
+    "a chat template that never ends": (
+        both(
+            unrecorded(POLICY),
+            value(
+                f"{POLICY}/tokenizer_config.json",
+                chat_template="{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}"
+                "{% endfor %}",
+            ),
+        ),
+        f"generate {ROWS} out=new policy={POLICY} data.template=chat",
+        ["the chat template of", "fails: it does not end within 10 s of processor time"],
     ),
     "narrower weights": (
         both(unrecorded(POLICY), value(f"{POLICY}/config.json", intermediate_size=40)),

@@ -1,8 +1,11 @@
 """Folders in and out: what is loaded is what was saved, and adapters add up."""
 
+import copy
+import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,14 @@ from rlhf_cli.models.load import (
     load_policy,
     load_scorer,
     load_tokenizer,
+    load_weights,
     scorer_from_policy,
     stop_ids_of,
 )
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
+from rlhf_cli.models.shared import SharedScorer, save_scorer
 from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
@@ -395,6 +400,175 @@ def test_an_adapter_is_saved_merged_and_continued(folder: Path, tmp_path: Path) 
         torch.testing.assert_close(outputs(frozen), expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="its adapter has rank 4"):
         policy_of(tmp_path / "adapter", model_of(lora_rank=8))
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("model.layers", "model.lm.layers"): weights[name] for name in weights}
+
+
+def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the matrices of the upper block."""
+    return {name: weights[name] for name in weights if "layers.1." not in name}
+
+
+def with_another(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One more than the config targets: of a norm."""
+    name = "base_model.model.model.layers.0.input_layernorm.lora_A.weight"
+    return {**weights, name: torch.ones(4, 16)}
+
+
+def headless(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weights[name] for name in weights if ".lora_" in name}
+
+
+CHANGES = {
+    renamed: r"28 tensors missing, such as .*layers\.0.*28 tensors of layers that are.* \S*\.lm\.",
+    halved: r"14 tensors missing, such as base_model\.model\.model\.layers\.1",
+    with_another: r": 1 tensors of layers that are not there, .*input_layernorm\.lora_A\.weight",
+}
+WAYS: dict[str, Callable[[Path, Path], object]] = {  # of loading it; the other is the base's
+    "merged": lambda place, _: policy_of(place, FULL),
+    "continued": lambda place, _: policy_of(place, LORA),
+    "as reference": lambda place, _: policy_of(place, FROZEN),
+    "as trunk, merged": lambda place, _: scorer_from_policy(str(place), FULL, bpe(), 7, CPU),
+    "as trunk, continued": lambda place, _: scorer_from_policy(str(place), LORA, bpe(), 7, CPU),
+    "bootstrap": lambda place, base: load_weights(policy_of(base, LORA), str(place), LORA),
+}
+SCORING: dict[str, Callable[[Path, Path], object]] = {
+    "reward": lambda place, _: load_scorer(str(place), FROZEN, bpe(), CPU),
+    "critic": lambda place, _: load_scorer(str(place), LORA, bpe(), CPU),
+    "on the policy's base": lambda place, base: load_scorer(
+        str(place), FROZEN, bpe(), CPU, policy_of(base, LORA)
+    ),
+}
+
+
+def change_weights(place: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = place / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", [*WAYS, *SCORING])
+def test_every_tensor_of_an_adapter_is_accounted_for(
+    way: str, change: Any, folder: Path, tmp_path: Path
+) -> None:
+    """None that is missing is left as it was drawn, and none that is there is left aside."""
+    use = {**WAYS, **SCORING}[way]
+    model = (
+        policy_of(folder, LORA)
+        if way in WAYS
+        else scorer_from_policy(str(folder), LORA, bpe(), 7, CPU)
+    )
+    save_model(model, bpe(), tmp_path, merge=False)
+    use(tmp_path, folder)
+    change_weights(tmp_path, change)
+    with pytest.raises(UserError, match=CHANGES[change]):
+        use(tmp_path, folder)
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["said", "not said"])
+@pytest.mark.parametrize("way", SCORING)
+def test_a_reward_adapter_without_its_head_gets_no_random_one(
+    way: str, saved: bool, folder: Path, tmp_path: Path
+) -> None:
+    """Whether or not its config says that the head was saved with it."""
+    save_model(scorer_from_policy(str(folder), LORA, bpe(), 7, CPU), bpe(), tmp_path, merge=False)
+    change_weights(tmp_path, headless)
+    if not saved:
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": None}))
+    with pytest.raises(UserError, match=r"1 weights missing.* score\.weight"):
+        SCORING[way](tmp_path, folder)
+
+
+FOREIGN: dict[str, Any] = {
+    "some layers": peft.LoraConfig(target_modules=["q_proj", "v_proj"]),
+    "embeddings": peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+    "unembedding": peft.LoraConfig(target_modules=["q_proj", "lm_head"]),
+    "whole layers": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "magnitudes": peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+    "ranks by layer": peft.LoraConfig(target_modules="all-linear", rank_pattern={"q_proj": 2}),
+    "some tokens": peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    "vera": peft.VeraConfig(target_modules=["q_proj"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    "loha": peft.LoHaConfig(target_modules=["q_proj"]),
+}
+
+
+def foreign_adapter(folder: Path, place: Path, kind: str) -> Any:
+    """An adapter as peft alone makes one, all its weights moved."""
+    config = copy.deepcopy(FOREIGN[kind])
+    config.task_type = "CAUSAL_LM"
+    torch.manual_seed(0)
+    adapted: Any = peft.get_peft_model(policy_of(folder, FULL), config).eval()
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    save_model(adapted, bpe(), place, merge=False)
+    return adapted
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_adapters_of_any_kind_are_loaded_whole(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    theirs = foreign_adapter(folder, tmp_path, kind)
+    assert (outputs(theirs) - outputs(policy_of(folder, FULL))).abs().max() > 1e-3
+    ways = [FULL]
+    if isinstance(FOREIGN[kind], peft.LoraConfig):
+        ways.append(model_of(lora_rank=8, lora_alpha=8.0))
+    for config in ways:
+        torch.testing.assert_close(
+            outputs(policy_of(tmp_path, config)), outputs(theirs), rtol=1e-4, atol=1e-4
+        )
+        mask = collate(SEQUENCES).attention
+        scorer = scorer_from_policy(str(tmp_path), config, bpe(), 7, CPU)
+        found, expected = (
+            hidden_states(each, collate(SEQUENCES))[mask] for each in (scorer, theirs)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "magnitudes"])
+def test_the_reference_of_a_foreign_adapter_is_all_of_it(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    theirs = foreign_adapter(folder, tmp_path, kind)
+    policy = policy_of(tmp_path, model_of(lora_rank=8, lora_alpha=8.0))
+    with Reference(policy).active() as frozen:
+        torch.testing.assert_close(outputs(frozen), outputs(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["some layers", "embeddings", "magnitudes"])
+def test_a_foreign_reward_adapter_on_the_policys_base_is_all_of_it(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(FOREIGN[kind])
+    config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    base = scorer_from_policy(str(folder), FULL, bpe(), 7, CPU)
+    adapted: Any = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    save_model(adapted, bpe(), tmp_path / "reward", merge=False)
+    shared = load_scorer(str(tmp_path / "reward"), FROZEN, bpe(), CPU, policy_of(folder, LORA))
+    expected = scores_of(adapted, SEQUENCES, hardware_of())
+    torch.testing.assert_close(
+        scores_of(shared, SEQUENCES, hardware_of()), expected, rtol=1e-4, atol=1e-4
+    )
+    assert isinstance(shared, SharedScorer) == (kind != "embeddings")  # peft saves these whole
+    if not isinstance(shared, SharedScorer):
+        return
+    (tmp_path / "again").mkdir()
+    save_scorer(shared, str(tmp_path / "reward"), tmp_path / "again")
+    before, after = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("reward", "again")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_plain_peft_loads_our_adapter(folder: Path, tmp_path: Path) -> None:

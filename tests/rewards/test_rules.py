@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.rewards.rules import RULE_NAMES, check_columns, is_rule, read_lexicon, rule_of
 
@@ -173,3 +173,10 @@ def test_a_lexicon_that_is_none(text: str, said: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=said):
         read_lexicon(file)
+
+
+def test_a_pattern_that_never_ends_ends_the_run() -> None:
+    rule = rule_of("regex:(a+)+$")
+    assert rule.score(Prompt("p"), "aaa") == 1.0
+    with pytest.raises(RunError, match=r"on 'aaaa.* does not end within 10 s of processor time"):
+        rule.score(Prompt("p"), "a" * 60 + "!")
