@@ -156,3 +156,20 @@ def test_a_slip_in_an_own_option_is_named(text: str, part: str, tmp_path: Path) 
 def test_a_template_may_break_lines_on_the_command_line() -> None:
     cfg = compose("dpo", [r'data.template="User: {prompt}\nAssistant: "'])
     assert cfg.data.template == "User: {prompt}\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "name"),
+    [
+        ("evaluate", "baselines=[[]]", "baselines[0]"),
+        ("evaluate", "baselines=[a,{}]", "baselines[1]"),
+        ("evaluate", "baselines=[[a]]", "baselines[0]"),
+        ("ppo", "algo.stop_on=[[]]", "algo.stop_on[0]"),
+        ("sft", "data.columns={prompt:[]}", "data.columns.prompt"),
+        ("sft", "data.columns={prompt:{a:b}}", "data.columns.prompt"),
+    ],
+)
+def test_lists_and_maps_hold_plain_values(stage: str, word: str, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(stage, [word])
+    assert str(caught.value).startswith(f"{name} must be one value, got ")
