@@ -19,6 +19,7 @@ from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, wri
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.json_forms import PROVENANCE
 from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
+from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, lock, running, unlock
 from rlhf_cli.runs.provenance import (
@@ -185,7 +186,8 @@ def claim(cfg: Run, provenance: Provenance) -> None:
         if (out / CHECKPOINTS).exists():
             (out / CHECKPOINTS).rename(out / TRASH)
         remove(entry for entry in out.iterdir() if entry.name not in (LOCK, CONFIG))
-    header = f"# {command_line() or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
+    command = command_line() or f"rlhf_cli.stages.{stage_name(cfg)}.run"
+    header = f"# {on_one_line(command)}\n"  # a line break in a word would end the comment
     write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
     (out / CHECKPOINTS).mkdir(exist_ok=True)
     if not (out / INPUTS).is_file():
