@@ -4,6 +4,8 @@
 also gives sweeps and `--cfg`, and then takes the same second step: `typed`.
 """
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import check_overrides, explain
 from rlhf_cli.config.own_files import check_place, read_own
 from rlhf_cli.config.schema import Run
+from rlhf_cli.config.secrets import keep_reference, take
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.config.validate import validate
 
@@ -47,7 +51,26 @@ def register_schemas() -> None:
     """
     for name, stage in STAGES.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=stage.config)
+    OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+
+
+def _keep_references(given: Any, values: dict[str, Any], prefix: str = "") -> None:
+    """Remember the texts that values were made from."""
+    for name, value in values.items():
+        text = given.get(name) if isinstance(given, dict) else None
+        if isinstance(value, dict):
+            _keep_references(text, value, f"{prefix}{name}.")
+        elif text is not None:
+            keep_reference(f"{prefix}{name}", value, text)
+
+
+def _from_environment(name: str, *default: str | None) -> str | None:
+    """${oc.env:NAME}, told to those who write files and messages."""
+    value = oc.env(name, *default)
+    if os.environ.get(name):
+        take(name, os.environ[name])
+    return value
 
 
 def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> Any:
@@ -112,5 +135,6 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     assert isinstance(config, Run)
     # Hydra's grammar has no escape for a line break, and prompts are full of them.
     config.data.template = config.data.template.replace("\\n", "\n")
+    _keep_references(OmegaConf.to_container(cfg, resolve=False), dataclasses.asdict(config))
     validate(stage, config)
     return config
