@@ -63,8 +63,9 @@ def _places(content: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, 
                 change(role): {**entry, "path": change(entry["path"])}
                 for role, entry in entries.items()
             }
-    if "template" in content:
-        changed["template"] = change(content["template"])
+    for key in ("template", "metrics"):  # an evaluation's figures stand under the paths of policies
+        if key in content:
+            changed[key] = change(content[key])
     return changed
 
 

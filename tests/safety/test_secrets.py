@@ -156,3 +156,12 @@ def test_paths_and_numbers_that_a_config_takes(cli: Cli, place: Path) -> None:
     changed = cli(*words, **{**env, "SEED_OF_CI": "8"})
     assert changed.returncode == 2
     assert "made with another value of the variable SEED_OF_CI" in changed.stderr
+
+
+def test_figures_of_policies_that_a_config_takes(cli: Cli, place: Path) -> None:
+    words = [*("evaluate", *DATA, "policy=${oc.env:POLICY}", "baselines=[]", "out=new")]
+    words += ["reward=length:5", "gold=null", "algo.prompts=4", "algo.max_tokens=4"]
+    done = cli(*words, POLICY="runs/demo/sft")
+    assert done.returncode == 0, done.stderr
+    assert b"runs/demo/sft" not in written(place / "new")
+    assert "already finished" in cli(*words, POLICY="runs/demo/sft").stderr
