@@ -16,12 +16,14 @@ from rlhf_cli import __version__
 from rlhf_cli.commands import COMMANDS
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
 from rlhf_cli.config.secrets import redacted
+from rlhf_cli.reporting.terminal import show_controls
 
 LONGEST_LINE = 1000  # characters of an error
 
 
 def main() -> int:
     """Run the command in sys.argv and return its exit status."""
+    show_controls()
     show_traceback = os.environ.get("RLHF_TRACEBACK") == "1"
     if show_traceback:
         sys.excepthook = _print_traceback

@@ -12,6 +12,7 @@ from rlhf_cli.commands.ls import NAMES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
+from rlhf_cli.reporting.terminal import on_one_line
 
 _BASH = """\
 # eval "$(rlhf-cli completion bash)"
@@ -75,7 +76,8 @@ def candidates(line: str) -> list[str]:
         names = _stage_words(words, word)
     else:
         names = _command_words(words)
-    return sorted(name for name in names if name.startswith(word))
+    # a shell shows them; a file whose name holds controls is no option to offer
+    return sorted(name for name in names if name.startswith(word) and on_one_line(name) == name)
 
 
 def _stage_words(words: list[str], word: str) -> list[str]:

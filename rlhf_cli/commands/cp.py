@@ -6,6 +6,7 @@ from pathlib import Path
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
+from rlhf_cli.reporting.terminal import print_path
 
 
 def run(words: list[str]) -> None:
@@ -28,7 +29,7 @@ def run(words: list[str]) -> None:
         shutil.copy(source, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
-    print(target)
+    print_path(target)
 
 
 def _source(name: str) -> Path:

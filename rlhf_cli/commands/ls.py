@@ -12,6 +12,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.config.stages import STAGES
+from rlhf_cli.reporting.terminal import obeyed, on_one_line
 
 if TYPE_CHECKING:
     from rlhf_cli.runs.lineage import Node
@@ -88,7 +89,7 @@ def _print_trees(nodes: Sequence["Node"]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(file=obeyed(sys.stdout), highlight=False)
     if not console.is_terminal:
         console.width = UNBOUNDED
     grid = Table(box=None, padding=(0, 2, 0, 0))
@@ -97,17 +98,18 @@ def _print_trees(nodes: Sequence["Node"]) -> None:
     grid.add_column("notes", min_width=MIN_NOTES)
     rows = list(_branches(nodes))
     for guide, _, node in rows:
-        run = Text.assemble((guide, "dim"), str(node.folder))
+        run = Text.assemble((guide, "dim"), on_one_line(str(node.folder)))
         cells = [Text(cell or "-") for cell in _cells(node)]
         grid.add_row(run, *cells, Text("; ".join(_notes(node))))
     unbounded = console.options.update(max_width=UNBOUNDED)
     if console.measure(grid, options=unbounded).minimum <= console.width:
         with console.capture() as capture:
             console.print(grid)
-        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+        lines = (line.rstrip() for line in capture.get().splitlines())
+        print("\n".join(lines), file=obeyed(sys.stdout))
         return
     for guide, below, node in rows:
-        print(guide + str(node.folder))
+        print(guide + on_one_line(str(node.folder)))
         *said, seed = _cells(node)
         line = ", ".join(cell for cell in [*said, seed and f"seed {seed}"] if cell)
         text = "; ".join([line, *_notes(node)])
@@ -117,19 +119,30 @@ def _print_trees(nodes: Sequence["Node"]) -> None:
 
 def _branches(nodes: Sequence["Node"], guide: str | None = None) -> Iterator[Branch]:
     """Every node under those that it was made from, with the lines that lead to it."""
+    fork, end, line = _guides()
     for node in nodes:
         last = node is nodes[-1]
-        ours, below = ("", "") if guide is None else (guide + "├─ ", guide + "│  ")
+        ours, below = ("", "") if guide is None else (guide + fork, guide + line)
         if guide is not None and last:
-            ours, below = guide + "└─ ", guide + "   "
-        yield ours, below + ("│  " if node.children else "   "), node
+            ours, below = guide + end, guide + "   "
+        yield ours, below + (line if node.children else "   "), node
         yield from _branches(node.children, below)
+
+
+def _guides() -> tuple[str, str, str]:
+    """What leads to a run with others after it, to the last one, and past a run."""
+    drawn = ("├─ ", "└─ ", "│  ")
+    try:
+        "".join(drawn).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "|- ", "`- ", "|  "
+    return drawn
 
 
 def _cells(node: "Node") -> tuple[str, ...]:
     """What is said of a run in columns, beside its folder; nothing where it is not known."""
     ended = datetime.fromtimestamp(node.ended) if node.ended is not None else None
-    return (
+    cells = (
         node.stage or "",
         node.made_with or "",
         node.state,
@@ -138,6 +151,7 @@ def _cells(node: "Node") -> tuple[str, ...]:
         ", ".join(f"{name} {value:.4g}" for name, value in node.figures.items()),
         "" if node.seed is None else str(node.seed),
     )
+    return tuple(map(on_one_line, cells))  # what stage.json and config.yaml say
 
 
 def _notes(node: "Node") -> list[str]:
@@ -149,7 +163,8 @@ def _notes(node: "Node") -> list[str]:
     others = [source for source in models if source is not node.main]
     if node.main is not None:  # a policy among its own baselines says nothing
         others = [source for source in others if source.place != node.main.place]
-    return [*faults, *(f"{each.role}: {each.path}" for each in others)]
+    notes = [*faults, *(f"{each.role}: {each.path}" for each in others)]
+    return [on_one_line(note) for note in notes]
 
 
 def _duration(seconds: float) -> str:

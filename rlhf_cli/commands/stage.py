@@ -18,6 +18,7 @@ from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.config.hints import check_overrides, explain, nearest
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.secrets import redacted
+from rlhf_cli.reporting.terminal import print_path, printable, show_controls
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -153,8 +154,7 @@ def _sweep(stage: str, flags: Flags) -> None:
         cfg.out = f"{cfg.out}/{number}"
         plan = preflight(cfg, check_only=True)
         if flags.check:
-            told = [f"job {number}: {' '.join(overrides)}", *plan.lines()]
-            print(*told, sep="\n", file=sys.stderr)
+            _tell([f"job {number}: {' '.join(overrides)}", *plan.lines()])
     if not flags.check:
         _hydra_main(stage, flags, _SWEEP, sweep_job)
 
@@ -186,16 +186,16 @@ def sweep_job(cfg: "DictConfig") -> None:
     from rlhf_cli.config.compose import typed
     from rlhf_cli.runs import interrupts
 
+    show_controls()  # a launcher may run this in a process of its own
     job = HydraConfig.get().job
     stage = str(job.config_name)
     config = typed(cfg, stage)
     config.out = f"{config.out}/{job.num}"
-    with interrupts.handled():  # a launcher may run this in a process of its own
+    with interrupts.handled():
         try:
             _execute(stage, config, check=False)
         except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
-            told = redacted(f"job {job.num}, out={config.out}: error: {error}")
-            print(told, file=sys.stderr)
+            _tell([f"job {job.num}, out={config.out}: error: {error}"])
             raise
         if (name := interrupts.asked()) is not None:  # too late for this job, not for the others
             raise Interrupted(f"{name}: {config.out} is finished; the same command goes on")
@@ -232,11 +232,16 @@ def _one_line(stage: str) -> Iterator[None]:
         raise UserError(line) from error
 
 
+def _tell(lines: list[str]) -> None:
+    """Lines on stderr, fit to be seen."""
+    print(*(printable(redacted(line)) for line in lines), sep="\n", file=sys.stderr)
+
+
 def _execute(stage: str, cfg: Any, check: bool) -> None:
     with _disk_faults(cfg):
         out = _checked_run(stage, cfg, check)
     if out is not None:
-        print(out, flush=True)
+        print_path(out)
 
 
 @contextmanager
@@ -270,11 +275,11 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
 
     plan = preflight(cfg, check_only=check)
     if check:
-        print(*plan.lines(), sep="\n", file=sys.stderr)
+        _tell(plan.lines())
         return None
     if plan.state == FINISHED:  # known without torch, so a chain that runs again flies by
         tidy(Path(cfg.out))
-        print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr)
+        _tell([f"{cfg.out}: already finished; nothing to do"])
         return Path(cfg.out)
     # Importing torch and transformers makes millions of objects that never die. Without the
     # collector walking through them again and again it takes a third less time.

@@ -12,18 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-import yaml
-
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_files import read_own, read_yaml
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import OPTIONS
 from rlhf_cli.config.stages import STAGES
 
 GROUPS = ("algo", "model", "data", "hardware")
 NULL = "null"  # as it is written
-
-# Every scalar stays the text that the file has: `2e-4` is shown as 2e-4, not as 0.0002.
-_AsWritten: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 @cache
@@ -98,18 +94,11 @@ def read(file: Path) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _read(file: Path) -> tuple[list[Any], dict[str, Any]]:
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_AsWritten) or {}
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{file} line {line}: not YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, or without end
-        raise UserError(f"{file}: not YAML: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold KEY: VALUE lines")
-    return content.pop("defaults", []), content
+    content = read_yaml(file) if file.is_relative_to(shipped("conf")) else read_own(file)
+    defaults = content.pop("defaults", None) or []
+    if not isinstance(defaults, list):
+        raise UserError(f"{file}: defaults must be a list, as in defaults: [ppo, _self_]")
+    return defaults, content
 
 
 _read_once = cache(_read)

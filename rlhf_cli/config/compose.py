@@ -4,30 +4,73 @@
 also gives sweeps and `--cfg`, and then takes the same second step: `typed`.
 """
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import check_overrides, explain
+from rlhf_cli.config.own_files import check_place, read_own
 from rlhf_cli.config.schema import Run
+from rlhf_cli.config.secrets import keep_reference, take
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.config.validate import validate
 
 
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Where Hydra reads files: those of users are looked through before, however it came to them.
+
+    It has the name of the class that it stands in for, which Hydra then does not put back.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path)).resolve()
+        if not file.is_relative_to(catalog.shipped("conf")) and file.is_file():
+            check_place(config_path)
+            read_own(file)
+        return super().load_config(config_path)
+
+
 def register_schemas() -> None:
-    """Make `<stage>_schema`, the first entry of every primary file, known to Hydra.
+    """Make `<stage>_schema`, the first entry of every primary file, known to Hydra, and how files
+    are read.
 
     Only root schemas are stored: a schema per group would show up as one more option of it.
     """
     for name, stage in STAGES.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=stage.config)
+    OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+
+
+def _keep_references(given: Any, values: dict[str, Any], prefix: str = "") -> None:
+    """Remember the texts that values were made from."""
+    for name, value in values.items():
+        text = given.get(name) if isinstance(given, dict) else None
+        if isinstance(value, dict):
+            _keep_references(text, value, f"{prefix}{name}.")
+        elif text is not None:
+            keep_reference(f"{prefix}{name}", value, text)
+
+
+def _from_environment(name: str, *default: str | None) -> str | None:
+    """${oc.env:NAME}, told to those who write files and messages."""
+    value = oc.env(name, *default)
+    if os.environ.get(name):
+        take(name, os.environ[name])
+    return value
 
 
 def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> Any:
@@ -94,5 +137,6 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     assert isinstance(config, Run)
     # Hydra's grammar has no escape for a line break, and prompts are full of them.
     config.data.template = config.data.template.replace("\\n", "\n")
+    _keep_references(OmegaConf.to_container(cfg, resolve=False), dataclasses.asdict(config))
     validate(stage, config)
     return config

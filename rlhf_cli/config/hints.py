@@ -17,6 +17,13 @@ from rlhf_cli.config.stages import STAGES
 
 _PLAIN_NAMES = re.compile(r"[\w./,-]*")
 
+# What a sweep needs of Hydra's own: who runs its jobs, who chooses them, where they are noted down.
+_SWEEP_CHOICES = re.compile(r"hydra/(?:launcher|sweeper|sweeper/sampler)")
+_SWEEP_KEYS = re.compile(r"hydra\.(?:launcher|sweeper|sweep)(?:\.[a-zA-Z][\w-]*)+")
+_CALLED = re.compile(r"_(?:target|args|recursive|convert|partial)_")  # Hydra calls what these name
+# What may be filled in there: texts, as a map could name something to call.
+_FILLED_IN = re.compile(r"\$\{(?:oc\.env:[^{}]*|name|out|seed|hydra[.:](?:job|sweep)\.[\w.]+)\}")
+
 # Names of before: a key, or an option or a value as KEY=VALUE, and what it is called now.
 RENAMED = {
     "hardware.keep": "hardware.keep_checkpoints",
@@ -70,7 +77,9 @@ def check_overrides(stage: str, overrides: list[str], dirs: list[Path]) -> None:
             if _PLAIN_NAMES.fullmatch(value.strip()):
                 for option in value.split(","):
                     _check_option(stage, key, option.strip(), dirs)
-        elif not key.startswith(("hydra.", "hydra/")):
+        elif key.startswith(("hydra.", "hydra/")):
+            _check_hydra(key, value)
+        else:
             _check_key(stage, key)
 
 
@@ -87,6 +96,21 @@ def _check_option(stage: str, group: str, option: str, dirs: list[Path]) -> None
     if owners and stage not in owners:
         commands = ", ".join(f"`rlhf-cli {owner}`" for owner in owners)
         raise UserError(f"{group}={option} belongs to {commands}; {choices}")
+
+
+def _check_hydra(key: str, value: str) -> None:
+    """Refuse settings of Hydra's that sweeps do not need, and any that would call something."""
+    if _SWEEP_CHOICES.fullmatch(key) and re.fullmatch(r"[\w-]+", value):
+        return
+    if not _SWEEP_KEYS.fullmatch(key):
+        raise UserError(
+            f"{key}={value}: of Hydra's settings a command may give those of sweeps: "
+            "hydra/launcher, hydra/sweeper and what is in hydra.launcher, hydra.sweeper and "
+            "hydra.sweep"
+        )
+    within_params = key.startswith("hydra.sweeper.params") and "hydra" in key[6:] + value
+    if _CALLED.search(value) or "${" in _FILLED_IN.sub("", value) or within_params:
+        raise UserError(f"{key}={value}: a value cannot name what Hydra would call or look up")
 
 
 def _check_key(stage: str, key: str) -> None:

@@ -42,6 +42,7 @@ def validate(stage: str, cfg: Run) -> None:
     values = {key: _value(cfg, key) for key in catalog.keys(stage)}
     refuse_secrets(values)
     for key, value in values.items():
+        _check_entries(stage, key, value)
         _check_bounds(stage, key, value)
         if key in _PATHS:
             _check_path(key, value)
@@ -63,6 +64,18 @@ def _value(cfg: Run, key: str) -> Any:
     for name in key.split("."):
         node = getattr(node, name)
     return node
+
+
+def _check_entries(stage: str, key: str, value: Any) -> None:
+    """Lists and maps hold plain values: OmegaConf lets further lists and maps pass for texts."""
+    entries = {}
+    if isinstance(value, list):
+        entries = {f"{key}[{i}]": each for i, each in enumerate(value)}
+    elif isinstance(value, dict):
+        entries = {f"{key}.{name}": each for name, each in value.items()}
+    for name, each in entries.items():
+        if isinstance(each, list | dict):
+            raise UserError(f"{name} must be one value, got {each}")
 
 
 def _check_bounds(stage: str, key: str, value: Any) -> None:

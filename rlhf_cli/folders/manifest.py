@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.secrets import filled_in, referenced
 from rlhf_cli.folders.json_forms import ADAPTER, CONFIG, HEADER, STAGE, TOKENIZER, Form, misfit
 
 MANIFEST = "stage.json"
@@ -40,7 +41,32 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     folder).
     """
     file = Path(folder) / MANIFEST
-    return {"parents": {}} | read_object(file, STAGE) if file.is_file() else None
+    return {"parents": {}} | places_filled_in(read_object(file, STAGE)) if file.is_file() else None
+
+
+def places_referenced(content: dict[str, Any]) -> dict[str, Any]:
+    """What a stage was made from, and its template, without what the environment said."""
+    return _places(content, referenced)
+
+
+def places_filled_in(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with it."""
+    return _places(content, filled_in)
+
+
+def _places(content: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Hashes stay: digits of theirs may be a value of the environment by chance."""
+    changed = dict(content)
+    for group in ("parents", "inputs"):
+        if isinstance(entries := content.get(group), dict):
+            changed[group] = {
+                change(role): {**entry, "path": change(entry["path"])}
+                for role, entry in entries.items()
+            }
+    for key in ("template", "metrics"):  # an evaluation's figures stand under the paths of policies
+        if key in content:
+            changed[key] = change(content[key])
+    return changed
 
 
 def read_object(file: Path, form: Form) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from rlhf_cli.config.secrets import redacted
+from rlhf_cli.reporting.terminal import obeyed, printable
 
 MAX_UNBROKEN = 24  # characters of a table cell that stay on one line
 PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
@@ -36,7 +37,7 @@ class _Listeners:
 
     def write(self, text: str) -> int:
         with outliving_stderr():
-            sys.stderr.write(text)
+            obeyed(sys.stderr).write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -60,14 +61,19 @@ console = Console(file=cast(IO[str], _Listeners()), highlight=False, soft_wrap=T
 
 
 def say(line: str) -> None:
-    """One line on stderr, without secrets: it may be what a user's function raised."""
-    console.print(escape(redacted(line)))
+    """One line on stderr, fit to be seen: it may be what a user's function raised."""
+    console.print(seen(line))
+
+
+def seen(text: str) -> str:
+    """A text as rich may show it: without secrets, controls and markup."""
+    return escape(printable(redacted(text)))
 
 
 def say_at_once(line: str) -> None:
     """A line on stderr from within a signal handler, past whatever rich has begun to write."""
     with outliving_stderr():
-        os.write(2, f"\n{redacted(line)}\n".encode())
+        os.write(2, f"\n{printable(redacted(line))}\n".encode())
 
 
 class Bar:
@@ -99,7 +105,9 @@ class Bar:
                 TextColumn("{task.fields[note]}"),
                 console=console,
             )
-            self._task = self._progress.add_task(self.activity, total=self.total, rate="", note="")
+            self._task = self._progress.add_task(
+                seen(self.activity), total=self.total, rate="", note=""
+            )
             self._progress.start()
         return self
 
@@ -116,7 +124,7 @@ class Bar:
         self._note = note or self._note
         if self._progress is not None:
             self._progress.update(
-                self._task, completed=self._done, rate=self._rate(), note=escape(self._note)
+                self._task, completed=self._done, rate=self._rate(), note=seen(self._note)
             )
         elif time.monotonic() - self._shown > PLAIN_SECONDS:
             self._shown = time.monotonic()
@@ -144,8 +152,8 @@ MIN_TEXT = 12  # a column of text is never narrower, if it has that much
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; numbers stand on the right, floats with four digits, None as a dash."""
-    grid = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    cells = [[show(value) for value in row] for row in rows]
+    grid = Table(title=seen(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [[printable(redacted(show(value))) for value in row] for row in rows]
     numeric = [
         all(row[i].lstrip("-")[:1].isdigit() or row[i] == "-" for row in cells)
         for i in range(len(columns))
@@ -157,7 +165,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         widest = max((len(row[i]) for row in cells), default=0)
         least = widest if numeric[i] else min(widest, MIN_TEXT)
         grid.add_column(
-            escape(name), justify=justify, overflow="fold", no_wrap=short, min_width=least
+            seen(name), justify=justify, overflow="fold", no_wrap=short, min_width=least
         )
     for row in cells:
         grid.add_row(*map(escape, row))

@@ -14,6 +14,7 @@ import yaml
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.secrets import filled_in
 from rlhf_cli.config.stages import STAGES, place_in_chain
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
@@ -172,7 +173,7 @@ def _config_of(folder: Path) -> tuple[str, dict[str, Any]]:
         text = (folder / CONFIG).read_text(encoding="utf-8")
         config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if isinstance(config, dict):
-            return text.partition("\n")[0], config
+            return text.partition("\n")[0], filled_in(config)
     return "", {}
 
 

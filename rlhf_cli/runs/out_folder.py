@@ -13,11 +13,20 @@ import yaml
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
+from rlhf_cli.config.secrets import as_given, marks
 from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files, check_plain, oddity
 from rlhf_cli.folders.json_forms import PROVENANCE
-from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
+from rlhf_cli.folders.manifest import (
+    MANIFEST,
+    Manifest,
+    places_filled_in,
+    places_referenced,
+    read_manifest,
+    read_object,
+)
+from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, lock, running, unlock
 from rlhf_cli.runs.provenance import (
@@ -30,6 +39,7 @@ from rlhf_cli.runs.provenance import (
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
 CONFIG = "config.yaml"
+VARIABLE = ["#", "variable"]  # begins the line of a variable that the config takes, and its mark
 HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
@@ -67,13 +77,19 @@ def state_of(cfg: Run) -> str:
     if cfg.overwrite:
         again = not complete and begun_by_the_same_order(cfg)
         return RESUMABLE if again else to_be_emptied(out)
-    made_by, given = config_of(out), asdict(cfg)
+    made_by, given = config_of(out), config_as_written(cfg)
     if made_by.keys() != given.keys():
         raise UserError(f"out={out} is the folder of another stage; name another out")
-    if differing := differing_keys(made_by, given, free_keys(cfg, complete)):
+    differing = differing_keys(made_by, given, free_keys(cfg, complete))
+    if differing and differing_keys(made_by, asdict(cfg), free_keys(cfg, complete)):
         raise UserError(
             f"out={out} was made by another config ({', '.join(differing)}); "
             "name another out, or set overwrite=true"
+        )
+    if name := changed_variable(out):
+        raise UserError(
+            f"out={out} was made with another value of the variable {name}; name another out, or "
+            "set overwrite=true"
         )
     if cfg.data.path == "-":  # standard input is new each time
         return to_be_emptied(out)
@@ -133,7 +149,8 @@ def begun_by_the_same_order(cfg: Run) -> bool:
         return False
     return (
         bool(made_by.get("overwrite"))
-        and not differing_keys(made_by, asdict(cfg), free_keys(cfg, complete=False))
+        and not differing_keys(made_by, config_as_written(cfg), free_keys(cfg, complete=False))
+        and not changed_variable(out)
         and not changed_since(provenance_of(cfg), before)
     )
 
@@ -151,10 +168,22 @@ def config_of(out: Path) -> dict[str, Any]:
         raise UserError(f"{file}: damaged; set overwrite=true to start afresh") from None
 
 
+def config_as_written(cfg: Run) -> dict[str, Any]:
+    """A config as config.yaml has it: what the environment said stays a reference."""
+    return as_given(asdict(cfg))
+
+
+def changed_variable(out: Path) -> str | None:
+    """A variable that the config takes, and whose value was another when the folder was begun."""
+    lines = (out / CONFIG).read_text(encoding="utf-8").splitlines()
+    before = {words[2]: words[3] for line in lines if (words := line.split())[:2] == VARIABLE}
+    return next((name for name, mark in marks().items() if before.get(name, mark) != mark), None)
+
+
 def begun_with(out: Path) -> dict[str, Any]:
     """What an unfinished run said of its parents and inputs as it began."""
     file = out / INPUTS
-    return read_object(file, PROVENANCE) if file.is_file() else {}
+    return places_filled_in(read_object(file, PROVENANCE)) if file.is_file() else {}
 
 
 def is_claimed(out: Path) -> bool:
@@ -200,11 +229,14 @@ def claim(cfg: Run, provenance: Provenance) -> None:
         if (out / CHECKPOINTS).exists():
             (out / CHECKPOINTS).rename(out / TRASH)
         remove(entry for entry in out.iterdir() if entry.name not in (LOCK, CONFIG))
-    header = f"# {command_line() or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
-    write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
+    command = command_line() or f"rlhf_cli.stages.{stage_name(cfg)}.run"
+    header = f"# {on_one_line(command)}\n"  # a line break in a word would end the comment
+    content = yaml.safe_dump(config_as_written(cfg), sort_keys=False)
+    variables = (f"{' '.join(VARIABLE)} {name} {mark}\n" for name, mark in marks().items())
+    write_text(out / CONFIG, header + "".join(variables) + content)
     (out / CHECKPOINTS).mkdir(exist_ok=True)
     if not (out / INPUTS).is_file():
-        write_json(out / INPUTS, provenance)
+        write_json(out / INPUTS, places_referenced(provenance))
     flush(out.parent)
 
 
@@ -255,7 +287,7 @@ def publish(out: Path, manifest: Manifest) -> None:
             entry.replace(out / entry.name)
         folder.rmdir()
     names |= {file.parent.name for file in out.glob(f"*/{MANIFEST}")}  # whole folders of their own
-    seal(out, manifest, names)
+    seal(out, places_referenced(manifest), names)
     tidy(out)
 
 

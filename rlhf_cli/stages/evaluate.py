@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import KindError, identity
@@ -163,13 +164,17 @@ def samples_of(path: str, rollouts: list[Rollout], said: dict[str, Scores]) -> S
     for i, rollout in enumerate(rollouts):
         reward = columns["reward"][i] if "reward" in columns else None
         gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
-        lines.append({"policy": path, **sample_row(rollout, reward, parts_at(parts, i), **gold)})
+        lines.append(
+            {"policy": referenced(path), **sample_row(rollout, reward, parts_at(parts, i), **gold)}
+        )
     return lines
 
 
 def write(folder: Path, report: dict[str, Any], samples: Samples) -> None:
     """report.json and samples.jsonl."""
-    write_text(folder / "report.json", json.dumps(round_figures(report), indent=2) + "\n")
+    write_text(
+        folder / "report.json", json.dumps(round_figures(referenced(report)), indent=2) + "\n"
+    )
     file = JsonLines(folder / "samples.jsonl")
     for line in samples:
         file.append(line)

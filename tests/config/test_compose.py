@@ -172,3 +172,20 @@ def test_the_overlong_punishment_of_dapo_follows_the_limit() -> None:
         algo = compose("grpo", ["algo=dapo", f"algo.max_tokens={tokens}"]).algo
         assert overlong_tokens(algo) == soft
     assert overlong_tokens(replace(algo, overlong_tokens=8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "name"),
+    [
+        ("evaluate", "baselines=[[]]", "baselines[0]"),
+        ("evaluate", "baselines=[a,{}]", "baselines[1]"),
+        ("evaluate", "baselines=[[a]]", "baselines[0]"),
+        ("ppo", "algo.stop_on=[[]]", "algo.stop_on[0]"),
+        ("sft", "data.columns={prompt:[]}", "data.columns.prompt"),
+        ("sft", "data.columns={prompt:{a:b}}", "data.columns.prompt"),
+    ],
+)
+def test_lists_and_maps_hold_plain_values(stage: str, word: str, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(stage, [word])
+    assert str(caught.value).startswith(f"{name} must be one value, got ")

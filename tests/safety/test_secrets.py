@@ -26,14 +26,19 @@ def test_names_that_are_secret() -> None:
     named = [
         *("HF_TOKEN", "GITHUBTOKEN", "my_secret", "DB_PASSWORD", "PGPASSWORD", "ROOT_PASSWD"),
         *("OPENAI_API_KEY", "API_KEY_2", "APIKEY", "AWS_SECRET_ACCESS_KEY", "X_KEY", "TOKENS"),
-        *("AZURE_CREDENTIAL", "CREDENTIALS", "TOKEN_OF_CI"),
+        *("AZURE_CREDENTIAL", "CREDENTIALS", "TOKEN_OF_CI", "DB_PASS", "PGPASS", "MYSQL_PWD"),
+        *("GH_PAT", "AZURE_DEVOPS_EXT_PAT", "DATABASE_URL", "REDIS_URI", "SENTRY_DSN", "PASS"),
+        *("SLACK_WEBHOOK", "SLACK_WEBHOOK_URL", "WEBHOOKS", "PROXY_AUTH", "SSH_PASSPHRASE"),
+        *("AZURE_STORAGE_CONNECTION_STRING", "SESSION_COOKIE", "DB_PASSWD", "DISCORD_WEBHOOK_2"),
     ]
     plain = [
         *("TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "GOOGLE_CREDENTIALS_FILE", "KEYBOARD"),
-        *("HOME", "SECRETARY", "KEY", "MONKEY", "LC_KEYS"),
+        *("PWD", "OLDPWD", "PATH", "PATTERN", "BYPASS", "COMPASS", "SSH_AUTH_SOCK", "AUTHOR"),
+        *("HF_ENDPOINT_URL", "DB_PASS_FILE", "HOME", "SECRETARY", "KEY", "MONKEY", "LC_KEYS"),
     ]
     found = secrets(dict.fromkeys((*named, *plain), "12345678"))
     assert set(found) == set(named)
+    assert set(secrets({"X": "http://me:pass@host", "Y": "http://host/a:b@c"})) == {"X"}
     assert secrets({"HF_TOKEN": "1234567", "API_KEY": ""}) == {}  # too short to be told from text
 
 
@@ -117,3 +122,46 @@ def test_a_function_that_fails_as_it_is_loaded(traceback: str, cli: Cli, place: 
     assert done.returncode == (1 if traceback == "1" else 2)
     assert "ValueError: [HF_TOKEN]" in done.stderr
     assert KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("value", ["hunter2", "a/deeper/place", "12345"])
+def test_what_a_config_takes_stays_a_reference(value: str, cli: Cli, place: Path) -> None:
+    """Whatever its variable's name, in every file and message; the path on stdout is the path."""
+    words = [*ANSWERS, "name=${oc.env:PLAIN}", "out=${oc.env:PLAIN}-new"]
+    done = cli("generate", *words, PLAIN=value)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{value}-new\n"
+    assert value not in done.stderr and "[PLAIN]-new" in done.stderr
+    out = place / f"{value}-new"
+    assert value.encode() not in written(out)
+    assert "name: ${oc.env:PLAIN}\n" in (out / "config.yaml").read_text()
+    again = cli("generate", *words, PLAIN=value)
+    assert again.returncode == 0 and "already finished" in again.stderr
+    assert value not in cli("generate", *words, "seed=1", PLAIN=value).stderr
+
+
+def test_paths_and_numbers_that_a_config_takes(cli: Cli, place: Path) -> None:
+    (place / "elsewhere").mkdir()
+    (place / "rows.jsonl").rename(place / "elsewhere/rows.jsonl")
+    words = [*("sft", *DATA, "algo.max_steps=1", "out=new", "seed=${oc.env:SEED_OF_CI}")]
+    words += ["data.path=${oc.env:ROWS}", "model.path=${oc.env:MODELS}/sft", "model=pretrained"]
+    env = {"SEED_OF_CI": "7", "ROWS": "elsewhere/rows.jsonl", "MODELS": "runs/demo"}
+    done = cli(*words, **env)
+    assert done.returncode == 0, done.stderr
+    files = written(place / "new")
+    assert b"elsewhere" not in files and b"runs/demo" not in files
+    assert b"\nseed: ${oc.env:SEED_OF_CI}\n" in files
+    assert "already finished" in cli(*words, **env).stderr
+    assert "runs/demo/sft" in cli("ls", "runs", "new", "runs", **env).stdout
+    changed = cli(*words, **{**env, "SEED_OF_CI": "8"})
+    assert changed.returncode == 2
+    assert "made with another value of the variable SEED_OF_CI" in changed.stderr
+
+
+def test_figures_of_policies_that_a_config_takes(cli: Cli, place: Path) -> None:
+    words = [*("evaluate", *DATA, "policy=${oc.env:POLICY}", "baselines=[]", "out=new")]
+    words += ["reward=length:5", "gold=null", "algo.prompts=4", "algo.max_tokens=4"]
+    done = cli(*words, POLICY="runs/demo/sft")
+    assert done.returncode == 0, done.stderr
+    assert b"runs/demo/sft" not in written(place / "new")
+    assert "already finished" in cli(*words, POLICY="runs/demo/sft").stderr
