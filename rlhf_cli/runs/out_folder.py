@@ -20,7 +20,7 @@ from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.json_forms import PROVENANCE
 from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest, read_object
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
-from rlhf_cli.runs.lock import LOCK, lock, running, unlock
+from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
 from rlhf_cli.runs.provenance import (
     Provenance,
     changed_since,
@@ -230,6 +230,7 @@ def newest_step(out: Path) -> int | None:
 
 def staging(out: Path) -> Path:
     """An empty folder inside `out` for files that are not to be seen yet."""
+    check_lock(out)
     folder = out / STAGING
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -238,6 +239,7 @@ def staging(out: Path) -> Path:
 
 def publish(out: Path, manifest: Manifest) -> None:
     """Move staged files into `out`, then write stage.json: only that makes the folder complete."""
+    check_lock(out)
     folder = out / STAGING
     names = {CONFIG, *(log.name for log in out.glob("*.jsonl"))}
     if folder.is_dir():

@@ -16,6 +16,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.folders.files import whole_folder, write_json
 from rlhf_cli.folders.integrity import begins_as, described, fault_in
 from rlhf_cli.reporting.console import say
+from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import resume_point, resume_points
 
 TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"
@@ -26,11 +27,13 @@ def save_checkpoint(
 ) -> None:
     """Keep the resume point after `step`, and of those before it the newest, `keep` in all."""
     folder = resume_point(out, step)
+    check_lock(out)
     with whole_folder(folder) as part:
         here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(here, part / TENSORS)  # written from where they lie, without a copy
         write_json(part / STATE, {**state, "step": step})
         write_json(part / FILES, described(part, (TENSORS, STATE)))
+        check_lock(out)  # large tensors take their time
     for old in list(resume_points(out).values())[:-keep]:
         shutil.rmtree(old)
 
