@@ -243,7 +243,7 @@ def _execute(stage: str, cfg: Any, check: bool) -> None:
 def _disk_faults(cfg: Any) -> Iterator[None]:
     """A full, read-only or forbidden disk ends a run in one line."""
     from rlhf_cli.folders.files import disk_fault
-    from rlhf_cli.runs.out_folder import newest_step
+    from rlhf_cli.runs.out_folder import what_is_kept
 
     try:
         yield
@@ -251,12 +251,13 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
         fault = disk_fault(error)
         if fault is None:
             raise
-        step = newest_step(Path(cfg.out))
-        kept = (
-            "nothing was saved yet"
-            if step is None
-            else f"what was saved after step {step} is whole"
-        )
+        kept = what_is_kept(Path(cfg.out))
+        if kept is None:
+            kept = "nothing was saved yet"
+        elif cfg.trains:
+            kept = f"what was saved after {kept} is whole"
+        else:
+            kept = f"{kept} are kept"
         place = "" if error.filename else f"out={cfg.out}: "
         raise RunError(
             f"{place}{fault}; {kept}; once that is mended the same command goes on"

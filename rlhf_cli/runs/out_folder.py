@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import facts_of, stage_name
+from rlhf_cli.data.files import STDIN
 from rlhf_cli.folders.files import PART, flush, flush_all, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.json_forms import PROVENANCE
@@ -27,6 +29,7 @@ from rlhf_cli.runs.provenance import (
     parent_paths,
     places_read,
     provenance_of,
+    stdin_differs,
 )
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
@@ -35,12 +38,18 @@ HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
+# responses and what judges say of them, as an unfinished stage that does not train has made them
+SAMPLES = "samples.jsonl"
+KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"
 
 
-def state_of(cfg: Run) -> str:
+def state_of(cfg: Run, check_only: bool = False) -> str:
     """Whether `out` is free, finished by this very config, or left unfinished by it.
+
+    Args:
+        check_only: nothing will run, so that standard input is left alone.
 
     Raises:
         UserError: another config made it, what it is made from has changed since, it holds what
@@ -74,22 +83,25 @@ def state_of(cfg: Run) -> str:
             f"out={out} was made by another config ({', '.join(differing)}); "
             "name another out, or set overwrite=true"
         )
-    if cfg.data.path == "-":  # standard input is new each time
-        return to_be_emptied(out)
-    if not complete and not cfg.trains:
-        return to_be_emptied(out)  # they write at their end: there is nothing to go on from
+    if cfg.data.path == STDIN:
+        if complete:  # standard input is new each time
+            return to_be_emptied(out)
+        if check_only:  # it is not read, and so not known
+            return RESUMABLE
     provenance, before = provenance_of(cfg), begun_with(out)
     if complete:
         before = read_manifest(out) or {}
         check_files(out)
-        differ = parent_paths(provenance) != parent_paths(before)
-        if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
-            return to_be_emptied(out)
+    differ = parent_paths(provenance) != parent_paths(before)
+    if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
+        return to_be_emptied(out)
+    if cfg.data.path == STDIN and stdin_differs(provenance, before):
+        return to_be_emptied(out)
     if changed := changed_since(provenance, before):
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
-    if not complete and resume_points(out) and not (out / INPUTS).is_file():
+    if not complete and what_is_kept(out) and not (out / INPUTS).is_file():
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
@@ -221,6 +233,16 @@ def resume_points(out: Path) -> dict[int, Path]:
         if (match := STEP.fullmatch(folder.name))
     }
     return dict(sorted(points.items()))
+
+
+def what_is_kept(out: Path) -> str | None:
+    """In words what an unfinished run goes on from; None where there is nothing."""
+    if (step := newest_step(out)) is not None:
+        return f"step {step}"
+    with suppress(OSError), (out / KEPT).open("rb") as stream:
+        if count := sum(1 for _ in stream):
+            return f"{count} samples"
+    return None
 
 
 def newest_step(out: Path) -> int | None:
