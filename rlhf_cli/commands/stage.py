@@ -236,7 +236,24 @@ def _execute(stage: str, cfg: Any, check: bool) -> None:
     with _disk_faults(cfg):
         out = _checked_run(stage, cfg, check)
     if out is not None:
-        print(out, flush=True)
+        _tell(out)
+
+
+def _tell(out: Path) -> None:
+    """The path on stdout. Where that is closed, full or read by nobody the work is done all the
+    same, and a line says where it lies.
+    """
+    fault = "it is closed"
+    try:
+        if sys.stdout is not None:
+            print(out, flush=True)
+            return
+    except (OSError, ValueError) as error:
+        fault = getattr(error, "strerror", None) or str(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes to it again at exit
+    from rlhf_cli.reporting.console import say
+
+    say(f"{out} is written; stdout did not take its path: {fault}")
 
 
 @contextmanager
@@ -275,7 +292,10 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
         return None
     if plan.state == FINISHED:  # known without torch, so a chain that runs again flies by
         tidy(Path(cfg.out))
-        print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr)
+        try:
+            print(f"{cfg.out}: already finished; nothing to do", file=sys.stderr, flush=True)
+        except OSError:  # nobody hears it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         return Path(cfg.out)
     # Importing torch and transformers makes millions of objects that never die. Without the
     # collector walking through them again and again it takes a third less time.
