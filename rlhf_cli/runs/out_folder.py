@@ -1,5 +1,7 @@
 """The `out` folder of a stage: free, finished, resumable or somebody else's."""
 
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -38,6 +40,7 @@ HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
+RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
@@ -101,7 +104,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
-    if not complete and what_is_kept(out) and not (out / INPUTS).is_file():
+    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in RECORDS):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
@@ -149,9 +152,35 @@ def config_of(out: Path) -> dict[str, Any]:
 
 
 def begun_with(out: Path) -> dict[str, Any]:
-    """What an unfinished run said of its parents and inputs as it began."""
-    file = out / INPUTS
-    return read_object(file, PROVENANCE) if file.is_file() else {}
+    """What an unfinished run said of its parents and inputs as it began; empty where it did not.
+
+    Raises:
+        UserError: neither record of it is whole.
+    """
+    faults = []
+    for file in (out / name for name in RECORDS):
+        try:
+            said = read_object(file, PROVENANCE) if file.is_file() else None
+        except UserError as error:
+            faults.append(error)
+            continue
+        if said is None:
+            continue
+        digest = said.pop("sha256", None)
+        if digest in (None, record_of(said)["sha256"]):
+            return said
+        faults.append(
+            UserError(f"{file}: damaged: other bytes than were written; set overwrite=true")
+        )
+    if faults:
+        raise faults[0]
+    return {}
+
+
+def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What a run is made from, with a hash by which damage shows."""
+    text = json.dumps(provenance, sort_keys=True)
+    return {**provenance, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def is_claimed(out: Path) -> bool:
@@ -200,9 +229,19 @@ def claim(cfg: Run, provenance: Provenance) -> None:
     header = f"# {command_line() or f'rlhf_cli.stages.{stage_name(cfg)}.run'}\n"
     write_text(out / CONFIG, header + yaml.safe_dump(asdict(cfg), sort_keys=False))
     (out / CHECKPOINTS).mkdir(exist_ok=True)
-    if not (out / INPUTS).is_file():
-        write_json(out / INPUTS, provenance)
+    record = record_of(begun_with(out) or dict(provenance))
+    for name in RECORDS:
+        if not holds(out / name, record):
+            write_json(out / name, record)
     flush(out.parent)
+
+
+def holds(file: Path, record: dict[str, Any]) -> bool:
+    """Whether a file is there and holds this very object."""
+    try:
+        return file.is_file() and bool(read_object(file, PROVENANCE) == record)
+    except UserError:
+        return False
 
 
 def remove(entries: Iterable[Path]) -> None:
