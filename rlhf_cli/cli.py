@@ -23,17 +23,21 @@ LONGEST_LINE = 1000  # characters of an error
 
 def main() -> int:
     """Run the command in sys.argv and return its exit status."""
+    open_closed_streams()
     show_controls()
+    words = sys.argv[1:]  # Hydra writes its own there
     show_traceback = os.environ.get("RLHF_TRACEBACK") == "1"
     if show_traceback:
         sys.excepthook = _print_traceback
     try:
-        status = _dispatch(sys.argv[1:])
-        sys.stdout.flush()
+        status = _dispatch(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        elif not _is_stage(words):  # a stage says itself what it could not say there
+            return _fail("standard output is closed, so nothing is shown", 1)
         return status
     except BrokenPipeError:
-        # The reader of our stdout left, as `head` does. Python must not flush to it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()  # its reader left, as `head` does
         return 1
     except Interrupted as error:
         with suppress(OSError):  # a terminal or `tee` that the same signal ended
@@ -46,12 +50,50 @@ def main() -> int:
     except Exception as error:
         if show_traceback:
             raise
+        _flush_or_drop()
         if isinstance(error, UserError):
             return _fail(str(error), 2)
         if isinstance(error, RunError):
             return _fail(str(error), 1)
         hint = "set RLHF_TRACEBACK=1 for the traceback"
         return _fail(f"{type(error).__name__}: {error} ({hint})", 1)
+
+
+def open_closed_streams() -> None:
+    """Put nothing in the place of standard streams that are closed.
+
+    Else the first files that are opened get their numbers, and what a library writes to standard
+    output or error lands in them. Python's own names for input and output stay None: whoever needs
+    them says so.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    if sys.stderr is None:  # print(file=None) would write to standard output
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def drop_stdout() -> None:
+    """Let what is still to be written there vanish: Python flushes it at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush_or_drop() -> None:
+    """Write what waits for standard output, which may itself be what failed."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        drop_stdout()
+
+
+def _is_stage(words: list[str]) -> bool:
+    from rlhf_cli.config.stages import STAGES
+
+    return bool(words) and words[0] in STAGES
 
 
 def _fail(message: str, status: int) -> int:

@@ -233,22 +233,43 @@ def _one_line(stage: str) -> Iterator[None]:
 
 
 def _tell(lines: list[str]) -> None:
-    """Lines on stderr, fit to be seen."""
-    print(*(printable(redacted(line)) for line in lines), sep="\n", file=sys.stderr)
+    """Lines on stderr, fit to be seen; nobody need hear them."""
+    try:
+        shown = (printable(redacted(line)) for line in lines)
+        print(*shown, sep="\n", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _execute(stage: str, cfg: Any, check: bool) -> None:
     with _disk_faults(cfg):
         out = _checked_run(stage, cfg, check)
     if out is not None:
-        print_path(out)
+        _tell_path(out)
+
+
+def _tell_path(out: Path) -> None:
+    """The path on stdout. Where that is closed, full or read by nobody the work is done all the
+    same, and a line says where it lies.
+    """
+    fault = "it is closed"
+    try:
+        if sys.stdout is not None:
+            print_path(out)
+            return
+    except (OSError, ValueError) as error:
+        fault = getattr(error, "strerror", None) or str(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes to it again at exit
+    from rlhf_cli.reporting.console import say
+
+    say(f"{out} is written; stdout did not take its path: {fault}")
 
 
 @contextmanager
 def _disk_faults(cfg: Any) -> Iterator[None]:
     """A full, read-only or forbidden disk ends a run in one line."""
     from rlhf_cli.folders.files import disk_fault
-    from rlhf_cli.runs.out_folder import newest_step
+    from rlhf_cli.runs.out_folder import what_is_kept
 
     try:
         yield
@@ -256,12 +277,13 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
         fault = disk_fault(error)
         if fault is None:
             raise
-        step = newest_step(Path(cfg.out))
-        kept = (
-            "nothing was saved yet"
-            if step is None
-            else f"what was saved after step {step} is whole"
-        )
+        kept = what_is_kept(Path(cfg.out))
+        if kept is None:
+            kept = "nothing was saved yet"
+        elif cfg.trains:
+            kept = f"what was saved after {kept} is whole"
+        else:
+            kept = f"{kept} are kept"
         place = "" if error.filename else f"out={cfg.out}: "
         raise RunError(
             f"{place}{fault}; {kept}; once that is mended the same command goes on"

@@ -4,6 +4,7 @@ A budget changes speed and memory only: losses are summed per item and divided o
 the whole optimizer step (training/optimize.py).
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -242,8 +243,24 @@ class EpochBatches(Generic[Item]):
         return (self[step] for step in range(len(self)))
 
 
+STREAMS = 64  # whose orders are kept between draws: those of a run, and of the run before it
+_orders: "dict[tuple[int, int, str], dict[int, array[int]]]" = {}
+
+
 def draw(items: Sequence[Item], count: int, seed: int, name: str, step: int) -> list[Item]:
-    """The `step`-th run of `count` items of an endless, epoch-wise shuffled stream."""
+    """The `step`-th run of `count` items of an endless, epoch-wise shuffled stream.
+
+    The order of an epoch is made once: to shuffle a million items takes seconds.
+    """
     places = [divmod(place, len(items)) for place in range(step * count, (step + 1) * count)]
-    orders = {epoch: order_of(len(items), seed, name, epoch) for epoch, _ in places}
-    return [items[orders[epoch][offset]] for epoch, offset in places]
+    stream = (len(items), seed, name)
+    known = _orders.pop(stream, {})
+    orders = {epoch: known.get(epoch) for epoch, _ in places}
+    made = {
+        epoch: array("q", order_of(*stream, epoch)) if order is None else order
+        for epoch, order in orders.items()
+    }
+    _orders[stream] = made  # the latest at the end
+    while len(_orders) > STREAMS:
+        del _orders[next(iter(_orders))]
+    return [items[made[epoch][offset]] for epoch, offset in places]

@@ -13,13 +13,17 @@ from rlhf_cli.config.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors put first
 
+STDIN = "-"  # as a path
+
 Raw = dict[str, Any]
+
+_stdin: dict[str, Any] = {}  # the stream that was read, and its lines
 
 
 def read_raw(path: str | Path) -> Iterator[tuple[Raw, str]]:
     """Each row as a dict, with `file:line`, from a file, a folder of files, or a hub dataset."""
-    if str(path) == "-":
-        for number, line in enumerate(sys.stdin, 1):
+    if str(path) == STDIN:
+        for number, line in enumerate(stdin_lines(), 1):
             yield {"prompt": line.rstrip("\n")}, f"stdin:{number}"
         return
     place = Path(path)
@@ -45,6 +49,29 @@ def read_raw(path: str | Path) -> Iterator[tuple[Raw, str]]:
         raise UserError(f"{place}: cannot be read: {error.strerror or error}") from None
     if not count:
         raise UserError(f"{place}: the file has no rows")
+
+
+def stdin_lines() -> list[str]:
+    """The lines of standard input, which is read once.
+
+    Raises:
+        UserError: it is closed, is not to be read, or is no text.
+    """
+    stream = sys.stdin
+    if stream is None:
+        raise UserError(f"data.path={STDIN}: standard input is closed; pipe the prompts in")
+    if _stdin.get("stream") is not stream:
+        try:
+            lines = list(stream)
+        except UnicodeDecodeError:
+            raise UserError(f"data.path={STDIN}: standard input is no text in UTF-8") from None
+        except (OSError, ValueError) as error:  # a folder, a file that is only written, closed
+            fault = error.strerror if isinstance(error, OSError) else None
+            raise UserError(
+                f"data.path={STDIN}: standard input cannot be read: {fault or error}"
+            ) from None
+        _stdin.update(stream=stream, lines=lines)
+    return list(_stdin["lines"])
 
 
 def parse_jsonl(file: Path) -> Iterator[tuple[Any, int]]:

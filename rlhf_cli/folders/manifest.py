@@ -188,6 +188,11 @@ def file_hash(*files: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def text_hash(text: str) -> str:
+    """SHA-256 of a text, shortened to 16 digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def sha256(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; a large one is read once while it seems the same.
 

@@ -42,6 +42,7 @@ from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.rollout.rollouts import Rollout
+from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import begun_with
 from rlhf_cli.runs.policy import Policy
 from rlhf_cli.runs.session import Session, tensors_of
@@ -235,6 +236,7 @@ class RewardRefresh:
             "reward": {"mean": source.mean, "std": source.std},
             "metrics": round_figures(self._metrics),
         }
+        check_lock(self._session.out)
         with whole_folder(folder) as part:
             if isinstance(source.model, SharedScorer):
                 save_scorer(source.model, source.path, part)
@@ -242,6 +244,7 @@ class RewardRefresh:
             else:
                 save_model(source.model, self._encoder.tokenizer, part, merge=True)
             seal_whole(part, manifest)
+            check_lock(self._session.out)
         say(f"the refreshed reward model: {folder}")
 
 

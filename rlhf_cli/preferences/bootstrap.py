@@ -13,6 +13,7 @@ from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_weights
 from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.policy import Policy
 from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Loss, LossTerm
@@ -54,6 +55,8 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
             metrics = optimizer.step([term])
             bar.advance(1, f"loss {metrics['loss']:.3f}")
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
+    check_lock(session.out)
     with whole_folder(folder) as part:
         save_model(policy.model, policy.tokenizer, part, merge=False)
         seal_whole(part, {"stage": stage_name(cfg), "kind": "policy"})
+        check_lock(session.out)

@@ -135,8 +135,8 @@ class Bar:
             )
 
     def skip(self, count: int) -> None:
-        """`count` were done before this run began, and took none of its time."""
-        self._before = count
+        """`count` more were done before this run began, and took none of its time."""
+        self._before += count
         self.advance(count)
 
     def _seconds(self) -> float:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from typing import Any
 class JsonLines:
     """An append-only file of objects, each with its `step`."""
 
-    def __init__(self, file: Path, size: int = 0) -> None:
-        """The first `size` bytes stay, of the steps that a resumed run does not do again."""
+    def __init__(
+        self, file: Path, size: int = 0, before_write: Callable[[], None] = lambda: None
+    ) -> None:
+        """The first `size` bytes stay, of the steps that a resumed run does not do again.
+
+        Args:
+            before_write: raises where the file is no longer this run's to write.
+        """
+        before_write()
         self.file = file
+        self._before_write = before_write
         if size:
             os.truncate(file, size)
         else:
@@ -33,6 +42,7 @@ class JsonLines:
     def append(self, row: dict[str, Any]) -> None:
         """Append a row; floats keep six digits."""
         line = (json.dumps(round_figures(row)) + "\n").encode()
+        self._before_write()
         with self.file.open("ab") as stream:
             stream.write(line)
         self._size += len(line)

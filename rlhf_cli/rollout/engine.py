@@ -1,13 +1,26 @@
 """The only way to a response: weights in, rollouts out. An engine knows nothing of any stage."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from torch import nn
 
 from rlhf_cli.data.tokens import EncodedPrompt
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
+
+
+class Kept(Protocol):
+    """Where responses are kept as they are made, so that a run that was ended goes on from there.
+
+    done: the prompts, by place, that all responses are there for.
+    """
+
+    done: Mapping[int, list[Rollout]]
+
+    def keep(self, made: Mapping[int, list[Rollout]]) -> None:
+        """Keep all responses to some more prompts, by place."""
 
 
 class Engine(ABC):
@@ -31,13 +44,15 @@ class Engine(ABC):
         samples: int = 1,
         seed: int,
         advance: Callable[[int], None] = lambda count: None,
+        kept: Kept | None = None,
     ) -> list[Rollout]:
         """`samples` responses to each prompt, prompt by prompt.
 
         Args:
             prompts: from Encoder.prompts.
             seed: fixes every draw, whatever else is sampled beside it.
-            advance: told how many responses are done.
+            advance: told how many more responses are done.
+            kept: what it has is not sampled again, and what is sampled goes there.
 
         Raises:
             RunError: memory is too small for one response, or the model's logits are not finite.

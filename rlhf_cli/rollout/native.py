@@ -1,6 +1,6 @@
 """The engine of this process: the policy's own weights, the batched decoder and beam search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from rlhf_cli.models.forward import matmul_in_float32
 from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
-from rlhf_cli.rollout.engine import Engine
+from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
 
@@ -61,28 +61,42 @@ class NativeEngine(Engine):
         samples: int = 1,
         seed: int,
         advance: Callable[[int], None] = lambda count: None,
+        kept: Kept | None = None,
     ) -> list[Rollout]:
         """Responses drawn one by one, or with sampling.beams > 1 the best of a search."""
+        rollouts = dict(kept.done) if kept is not None else {}
+        left = [place for place in range(len(prompts)) if place not in rollouts]
         if sampling.beams == 1:
-            completions = self._drawn(prompts, sampling, samples, seed, advance)
+            parts = self._drawn(prompts, left, sampling, samples, seed)
         else:
-            completions = self._searched(prompts, sampling, samples, advance)
-        return [
-            as_rollout(row, ids, completion, self._encoder, sampling)
-            for (row, ids), responses in zip(prompts, completions, strict=True)
-            for completion in responses
-        ]
+            parts = self._searched(prompts, left, sampling, samples)
+        for part in parts:
+            made = {
+                place: [
+                    as_rollout(*prompts[place], completion, self._encoder, sampling)
+                    for completion in completions
+                ]
+                for place, completions in part.items()
+            }
+            rollouts |= made
+            if kept is not None:
+                kept.keep(made)
+            advance(len(made) * samples)
+        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
 
     def _drawn(
         self,
         prompts: Sequence[EncodedPrompt],
+        left: Collection[int],
         sampling: Sampling,
         samples: int,
         seed: int,
-        advance: Callable[[int], None],
-    ) -> list[list[Completion]]:
-        """Per prompt its sampled responses."""
-        completions: list[list[Completion]] = [[] for _ in prompts]
+    ) -> Iterator[dict[int, list[Completion]]]:
+        """Sampled responses to the prompts that are left, by place, as they are done.
+
+        Groups are those of all prompts, whatever is left of them: a sum of floats is rounded as its
+        batch has it, and a run that goes on is to end with the same digits.
+        """
         groups = cut(
             range(len(prompts)),
             self._hardware.rollout_tokens,
@@ -102,22 +116,25 @@ class NativeEngine(Engine):
             longest = len(prompts[group[0].place][1]) + sampling.max_tokens
             return oom_error("sampling", 1, longest)
 
-        whole = [[Draws(i, range(samples)) for i in group] for group in groups]
-        for group, decoded in in_groups(whole, draw, failure, fewer_draws):
+        wanted = set(left)
+        whole = [[Draws(i, range(samples)) for i in group if i in wanted] for group in groups]
+        completions: dict[int, list[Completion]] = {}
+        for group, decoded in in_groups(filter(None, whole), draw, failure, fewer_draws):
             in_turn = iter(decoded)
             for each in group:
-                completions[each.place] += [next(in_turn) for _ in each.samples]
-            advance(len(decoded))
-        return completions
+                own = completions.setdefault(each.place, [])
+                own += [next(in_turn) for _ in each.samples]
+            done = [place for place, own in completions.items() if len(own) == samples]
+            yield {place: completions.pop(place) for place in done}
 
     def _searched(
         self,
         prompts: Sequence[EncodedPrompt],
+        left: Sequence[int],
         sampling: Sampling,
         samples: int,
-        advance: Callable[[int], None],
-    ) -> list[list[Completion]]:
-        """Per prompt the best hypotheses of a beam search."""
+    ) -> Iterator[dict[int, list[Completion]]]:
+        """The best hypotheses of a beam search for each prompt that is left, by place."""
         chunk = self._hardware.logprob_chunk
 
         def search(one: list[list[int]]) -> list[Completion]:
@@ -127,11 +144,9 @@ class NativeEngine(Engine):
             longest = len(one[0]) + sampling.max_tokens
             return oom_error("beam search", sampling.beams, longest, ["fewer algo.beams"])
 
-        completions = []
-        for _, hypotheses in in_groups([[ids] for _, ids in prompts], search, failure):
-            completions.append(hypotheses)
-            advance(samples)
-        return completions
+        found = in_groups([[prompts[place][1]] for place in left], search, failure)
+        for place, (_, hypotheses) in zip(left, found, strict=True):
+            yield {place: hypotheses}
 
 
 def fewer_draws(group: list[Draws]) -> list[list[Draws]]:

@@ -16,6 +16,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.secrets import filled_in
 from rlhf_cli.config.stages import STAGES, place_in_chain
+from rlhf_cli.data.files import STDIN
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
 from rlhf_cli.runs.lock import running
@@ -24,7 +25,7 @@ from rlhf_cli.runs.out_folder import (
     CONFIG,
     begun_with,
     is_claimed,
-    newest_step,
+    what_is_kept,
 )
 from rlhf_cli.runs.provenance import input_hash
 
@@ -206,6 +207,8 @@ def _recorded(manifest: dict[str, Any], base: Path) -> Iterator[tuple[RunInput, 
     for kind in KINDS:
         for role, entry in (manifest.get(kind) or {}).items():
             path = entry["path"]
+            if path == STDIN:  # nobody can look there again
+                continue
             yield RunInput(kind, role.split()[0], path, base / path), entry["hash"]
 
 
@@ -227,8 +230,8 @@ def _state(folder: Path, manifest: dict[str, Any]) -> str:
         if not isinstance(stopped, dict):
             return "finished"
         return f"stopped at step {stopped.get('step')} by {_listed(stopped.get('alarms'))}"
-    step = newest_step(folder)
-    return "unfinished" if step is None else f"unfinished at step {step}"
+    kept = what_is_kept(folder)
+    return "unfinished" if kept is None else f"unfinished at {kept}"
 
 
 def _figures(stage: str | None, manifest: dict[str, Any]) -> Figures:

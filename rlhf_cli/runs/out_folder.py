@@ -1,10 +1,13 @@
 """The `out` folder of a stage: free, finished, resumable or somebody else's."""
 
+import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import as_given, marks
 from rlhf_cli.config.stages import facts_of, stage_name
+from rlhf_cli.data.files import STDIN
 from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files, check_plain, oddity
 from rlhf_cli.folders.json_forms import PROVENANCE
@@ -28,13 +32,14 @@ from rlhf_cli.folders.manifest import (
 )
 from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
-from rlhf_cli.runs.lock import LOCK, lock, running, unlock
+from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
 from rlhf_cli.runs.provenance import (
     Provenance,
     changed_since,
     parent_paths,
     places_read,
     provenance_of,
+    stdin_differs,
 )
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
@@ -44,12 +49,19 @@ HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
+RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
+# responses and what judges say of them, as an unfinished stage that does not train has made them
+SAMPLES = "samples.jsonl"
+KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"
 
 
-def state_of(cfg: Run) -> str:
+def state_of(cfg: Run, check_only: bool = False) -> str:
     """Whether `out` is free, finished by this very config, or left unfinished by it.
+
+    Args:
+        check_only: nothing will run, so that standard input is left alone.
 
     Raises:
         UserError: another config made it, what it is made from has changed since, it holds what
@@ -91,24 +103,27 @@ def state_of(cfg: Run) -> str:
             f"out={out} was made with another value of the variable {name}; name another out, or "
             "set overwrite=true"
         )
-    if cfg.data.path == "-":  # standard input is new each time
-        return to_be_emptied(out)
-    if not complete and not cfg.trains:
-        return to_be_emptied(out)  # they write at their end: there is nothing to go on from
+    if cfg.data.path == STDIN:
+        if complete:  # standard input is new each time
+            return to_be_emptied(out)
+        if check_only:  # it is not read, and so not known
+            return RESUMABLE
     provenance, before = provenance_of(cfg), begun_with(out)
     if complete:
         before = read_manifest(out) or {}
         check_files(out)
-        differ = parent_paths(provenance) != parent_paths(before)
-        if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
-            return to_be_emptied(out)
     if not complete:
         _check_entries(out)
+    differ = parent_paths(provenance) != parent_paths(before)
+    if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
+        return to_be_emptied(out)
+    if cfg.data.path == STDIN and stdin_differs(provenance, before):
+        return to_be_emptied(out)
     if changed := changed_since(provenance, before):
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
-    if not complete and resume_points(out) and not (out / INPUTS).is_file():
+    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in RECORDS):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
@@ -121,8 +136,9 @@ def _check_entries(out: Path) -> None:
     check_plain(out)
     if os.path.lexists(out / CHECKPOINTS) and not (out / CHECKPOINTS).is_dir():
         raise UserError(f"{out / CHECKPOINTS} is no folder; set overwrite=true to start afresh")
-    if (kind := oddity(out / INPUTS)) is not None:
-        raise UserError(f"{out / INPUTS} is {kind}, not a file; set overwrite=true to start afresh")
+    for file in (out / name for name in (*RECORDS, KEPT, KEPT_SCORES)):
+        if (kind := oddity(file)) is not None:
+            raise UserError(f"{file} is {kind}, not a file; set overwrite=true to start afresh")
 
 
 def to_be_emptied(out: Path) -> str:
@@ -181,9 +197,35 @@ def changed_variable(out: Path) -> str | None:
 
 
 def begun_with(out: Path) -> dict[str, Any]:
-    """What an unfinished run said of its parents and inputs as it began."""
-    file = out / INPUTS
-    return places_filled_in(read_object(file, PROVENANCE)) if file.is_file() else {}
+    """What an unfinished run said of its parents and inputs as it began; empty where it did not.
+
+    Raises:
+        UserError: neither record of it is whole.
+    """
+    faults = []
+    for file in (out / name for name in RECORDS):
+        try:
+            said = read_object(file, PROVENANCE) if file.is_file() else None
+        except UserError as error:
+            faults.append(error)
+            continue
+        if said is None:
+            continue
+        digest = said.pop("sha256", None)
+        if digest in (None, record_of(said)["sha256"]):
+            return places_filled_in(said)
+        faults.append(
+            UserError(f"{file}: damaged: other bytes than were written; set overwrite=true")
+        )
+    if faults:
+        raise faults[0]
+    return {}
+
+
+def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What a run is made from, with a hash by which damage shows."""
+    text = json.dumps(provenance, sort_keys=True)
+    return {**provenance, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def is_claimed(out: Path) -> bool:
@@ -235,9 +277,19 @@ def claim(cfg: Run, provenance: Provenance) -> None:
     variables = (f"{' '.join(VARIABLE)} {name} {mark}\n" for name, mark in marks().items())
     write_text(out / CONFIG, header + "".join(variables) + content)
     (out / CHECKPOINTS).mkdir(exist_ok=True)
-    if not (out / INPUTS).is_file():
-        write_json(out / INPUTS, places_referenced(provenance))
+    record = record_of(places_referenced(begun_with(out) or dict(provenance)))
+    for name in RECORDS:
+        if not holds(out / name, record):
+            write_json(out / name, record)
     flush(out.parent)
+
+
+def holds(file: Path, record: dict[str, Any]) -> bool:
+    """Whether a file is there and holds this very object."""
+    try:
+        return file.is_file() and bool(read_object(file, PROVENANCE) == record)
+    except UserError:
+        return False
 
 
 def command_line() -> str | None:
@@ -261,6 +313,16 @@ def resume_points(out: Path) -> dict[int, Path]:
     return dict(sorted(points.items()))
 
 
+def what_is_kept(out: Path) -> str | None:
+    """In words what an unfinished run goes on from; None where there is nothing."""
+    if (step := newest_step(out)) is not None:
+        return f"step {step}"
+    with suppress(OSError), (out / KEPT).open("rb") as stream:
+        if count := sum(1 for _ in stream):
+            return f"{count} samples"
+    return None
+
+
 def newest_step(out: Path) -> int | None:
     """The step of the newest resume point; None where there is none."""
     return max(resume_points(out), default=None)
@@ -268,6 +330,7 @@ def newest_step(out: Path) -> int | None:
 
 def staging(out: Path) -> Path:
     """An empty folder inside `out` for files that are not to be seen yet."""
+    check_lock(out)
     folder = out / STAGING
     remove([folder])
     folder.mkdir(parents=True)
@@ -276,6 +339,7 @@ def staging(out: Path) -> Path:
 
 def publish(out: Path, manifest: Manifest) -> None:
     """Move staged files into `out`, then write stage.json: only that makes the folder complete."""
+    check_lock(out)
     folder = out / STAGING
     names = {CONFIG, *(log.name for log in out.glob("*.jsonl"))}
     if folder.is_dir():

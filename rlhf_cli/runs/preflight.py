@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, stage_name
+from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.runs.checks import (
     arithmetic,
@@ -16,7 +17,7 @@ from rlhf_cli.runs.checks import (
     reward_lines,
 )
 from rlhf_cli.runs.memory_estimate import predicted_memory
-from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, newest_step, state_of
+from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
 from rlhf_cli.runs.remote_code import code_lines
 
@@ -66,7 +67,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
-    state, rows = state_of(cfg), Rows(cfg.data)
+    state, rows = state_of(cfg, check_only), Rows(cfg.data)
     emptied = state == FREE and is_claimed(out)
     doing = [
         f"{stage}: {STAGES[stage].sentence}",
@@ -80,9 +81,17 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_frozen_layers(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
-    if state == RESUMABLE and (step := newest_step(out)) is not None:
-        doing.append(f"newest resume point: step {step}")
+    if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
+        doing.append(resumed_line(cfg, kept))
     sums = [*reward_lines(cfg), *arithmetic(cfg)]
     return Plan(
         state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
     )
+
+
+def resumed_line(cfg: Run, kept: str) -> str:
+    """What a run goes on from, in a line."""
+    if cfg.trains:
+        return f"newest resume point: {kept}"
+    condition = ", if standard input is as it was" if cfg.data.path == STDIN else ""
+    return f"goes on from {kept}{condition}"

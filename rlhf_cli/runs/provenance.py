@@ -7,8 +7,8 @@ from typing import Any
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.schema import Run
-from rlhf_cli.config.stages import stage_name
-from rlhf_cli.data.files import SUFFIXES
+from rlhf_cli.config.stages import facts_of, stage_name
+from rlhf_cli.data.files import STDIN, SUFFIXES, stdin_lines
 from rlhf_cli.folders.manifest import (
     MANIFEST,
     adapter_base,
@@ -16,6 +16,7 @@ from rlhf_cli.folders.manifest import (
     file_hash,
     implicit_reward_of,
     kind_of,
+    text_hash,
     tokenizer_hash,
 )
 from rlhf_cli.rewards.specs import files_of, models_of
@@ -93,7 +94,11 @@ def inputs_read(cfg: Run) -> dict[str, str]:
     for key, role, value in named_models(cfg):
         if role == "reward":
             inputs |= {f"{key} {file}": str(file) for file in files_of(value)}
-    return {key: place for key, place in inputs.items() if place and Path(place).exists()}
+    return {
+        key: place
+        for key, place in inputs.items()
+        if place and place != STDIN and Path(place).exists()
+    }
 
 
 def input_hash(place: str) -> str | None:
@@ -109,6 +114,8 @@ def input_hash(place: str) -> str | None:
 def provenance_of(cfg: Run) -> Provenance:
     """What a stage is made from, as stage.json has it: parents by role, and other inputs."""
     hashes = {key: (place, input_hash(place)) for key, place in inputs_read(cfg).items()}
+    if cfg.data.path == STDIN and not facts_of(cfg).holds_out:
+        hashes["data.path"] = (STDIN, text_hash("".join(stdin_lines())))
     return {
         "parents": {
             role: {"path": path, "hash": content_hash(path)}
@@ -125,6 +132,12 @@ def provenance_of(cfg: Run) -> Provenance:
 def parent_paths(provenance: dict[str, Any]) -> set[str]:
     """The folders that a stage was made from."""
     return {parent["path"] for parent in (provenance.get("parents") or {}).values()}
+
+
+def stdin_differs(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether other lines came through standard input than when a run began."""
+    current, begun = ((each.get("inputs") or {}).get("data.path") for each in (now, before))
+    return bool(current != begun)
 
 
 def changed_since(now: dict[str, Any], before: dict[str, Any]) -> str | None:

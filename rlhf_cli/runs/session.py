@@ -29,6 +29,7 @@ from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.checks import check_judgements, row_kind
+from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
 from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
@@ -106,7 +107,8 @@ class Session:
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
-        self.logs.append(JsonLines(self.out / file, self.log_sizes.get(file, 0)))
+        size = self.log_sizes.get(file, 0)
+        self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out)))
         return self.logs[-1]
 
     def steps(self, bar: Bar) -> Iterator[int]:

@@ -24,6 +24,7 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import KindError, identity
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.evaluation.judging import Report, judge
+from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.report import show_judgement, show_report
 from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
 from rlhf_cli.folders.files import write_text
@@ -38,7 +39,7 @@ from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.reward import Reward, Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.out_folder import staging
+from rlhf_cli.runs.out_folder import SAMPLES, staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import baselines_of, siblings_of
@@ -74,14 +75,18 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                 scorer = model_in(judges.get("reward"))
                 judgement = None if scorer is None else judged(session, scorer, policy)
                 session.note(policy.encoder, rows.notes)
+                kept = KeptSamples(session)
+            own = kept.of(path, prompts, cfg.algo.samples)
+            bar.skip(len(own.done) * cfg.algo.samples)
             rollouts = policy.engine.sample(
                 prompts,
                 Sampling.of(cfg.algo),
                 samples=cfg.algo.samples,
                 seed=derived_seed(cfg.seed, "evaluate", number),  # independent responses
                 advance=bar.advance,
+                kept=own,
             )
-            said = {name: each.score(rollouts) for name, each in judges.items()}
+            said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
             decisive = said.get("gold") or said["reward"]  # gold decides wins where there is one
             scores[path] = decisive.total.view(-1, cfg.algo.samples)  # (N, K)
             results[path] = result_of(cfg, path, policy, reference, rollouts, said, unseen)
@@ -95,7 +100,6 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
         **settings(cfg),
         "reward_model": judgement,
     }
-    session.claim()
     write(staging(session.out), report, samples)
     show_report(paths[0], cfg.reference, results, wins)
     if judgement is not None and scorer is not None:
@@ -175,7 +179,7 @@ def write(folder: Path, report: dict[str, Any], samples: Samples) -> None:
     write_text(
         folder / "report.json", json.dumps(round_figures(referenced(report)), indent=2) + "\n"
     )
-    file = JsonLines(folder / "samples.jsonl")
+    file = JsonLines(folder / SAMPLES)
     for line in samples:
         file.append(line)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf_cli.config.schema import GenerateConfig
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.samples import (
     SHOWN,
     clip,
@@ -25,7 +26,7 @@ from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rewards.reward import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.out_folder import staging
+from rlhf_cli.runs.out_folder import SAMPLES, staging
 from rlhf_cli.runs.policy import policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
@@ -39,27 +40,29 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     policy = policy_of(session, cfg.policy)
     rows = session.rows.to_answer()
     prompts = policy.encoder.prompts(rows.held_out[: cfg.algo.prompts])
+    reward = None
+    if cfg.reward is not None:
+        reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
+        reward.check([row for row, _ in prompts], session.require)
     session.note(policy.encoder, rows.notes)
+    kept = KeptSamples(session).of(cfg.policy, prompts, cfg.algo.samples)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
+        bar.skip(len(kept.done) * cfg.algo.samples)
         rollouts = policy.engine.sample(
             prompts,
             Sampling.of(cfg.algo),
             samples=cfg.algo.samples,
             seed=derived_seed(cfg.seed, "generate"),
             advance=bar.advance,
+            kept=kept,
         )
-    scores = None
-    if cfg.reward is not None:
-        reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
-        reward.check([row for row, _ in prompts], session.require)
-        scores = reward.score(rollouts)
+    scores = None if reward is None else kept.scored("reward", reward, rollouts)
     return finish(session, rollouts, scores)
 
 
 def finish(session: Session, rollouts: list[Rollout], scores: Scores | None) -> Path:
     """Write the samples and show the first few."""
-    session.claim()
-    file = JsonLines(staging(session.out) / "samples.jsonl")
+    file = JsonLines(staging(session.out) / SAMPLES)
     rewards: list[float | None] = [None] * len(rollouts)
     parts: dict[str, list[float | None]] = {}
     if scores is not None:

@@ -95,6 +95,24 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("ls >&-", "standard output is closed"),
+        ("ls >/dev/full", "No space left on device"),
+        ("--help >/dev/full", "No space left on device"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(words: str, message: str, tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "rlhf-cli"
+    done = subprocess.run(
+        f"'{script}' {words}", shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("rlhf-cli: error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 # --------------------------------------------------------------------------- ls, cp, env
 
 

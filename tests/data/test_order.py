@@ -1,5 +1,6 @@
 """Orders, draws and batches, fixed by the seed."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -78,6 +79,35 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
     for step in range(4, 9):
         batches[step]
     assert made == [1, 2]
+
+
+def test_draws_shuffle_an_epoch_once_however_streams_alternate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def counted(count: int, seed: int, name: str, epoch: int) -> list[int]:
+        made.append((name, epoch))
+        return order_of(count, seed, name, epoch)
+
+    monkeypatch.setattr("rlhf_cli.data.batches.order_of", counted)
+    names = ["prompts", "refill 1", "refill 2", "ptx"]
+    for step in range(7):  # 21 of 10 items: two epochs, and the first of the third
+        for name in names:
+            epoch, start = divmod(3 * step, 10)
+            order = order_of(10, 9, name, epoch) + order_of(10, 9, name, epoch + 1)
+            expected = order[start : start + 3]
+            assert draw(range(10), 3, 9, name, step) == expected
+    assert sorted(made) == sorted((name, epoch) for name in names for epoch in (0, 1, 2))
+    assert draw(range(11), 3, 9, "ptx", 0) != draw(range(10), 3, 9, "ptx", 0)
+
+
+def test_a_step_of_a_million_prompts_takes_no_second() -> None:
+    prompts = range(1_000_000)
+    draw(prompts, 16, 5, "prompts", 0)
+    began = time.process_time()
+    draw(prompts, 16, 5, "prompts", 1)
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize(

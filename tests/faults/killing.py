@@ -22,17 +22,33 @@ from typing import Any
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import stage_name
-from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
+from rlhf_cli.stages import dpo, evaluate, generate, grpo, ppo, reward, sft
 from tests.contents import contents_of, faults_of
-from tests.tiny import words_of
+from tests.tiny import DATA, words_of
 
 FORKED = multiprocessing.get_context("forkserver")
 # what stages import where they need it would be imported anew by every process
 LATE = ["peft", "transformers.models.llama.modeling_llama", "matplotlib.figure"]
 FORKED.set_forkserver_preload(["__main__", __name__, *LATE])
-STAGES: dict[str, Any] = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo}
+STAGES: dict[str, Any] = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "ppo": ppo,
+    "grpo": grpo,
+    "generate": generate,
+    "evaluate": evaluate,
+}
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+GROUPS = ["policy=runs/demo/sft", "hardware.rollout_tokens=64", "reward=runs/demo/reward"]
+SAMPLING = {
+    "generate": [*GROUPS, "algo.prompts=9"],
+    "evaluate": [
+        *(*GROUPS, "algo.prompts=4", "algo.samples=2", "gold=length:5"),
+        "baselines=[runs/demo/adapter]",
+    ],
+}
 TIME, FILE, BYTES = "at a time", "before a file operation", "inside a write"
 IN_A_ROW = 6  # kills of one run, at most, before it may end
 SECONDS = 60.0  # of a run that hangs
@@ -123,8 +139,10 @@ def kill_often(words: list[str], chain: Path, place: Path, count: int, seed: str
 
 
 def config(words: list[str]) -> Run:
-    """Of a stage that saves after every step."""
+    """Of a stage that saves after every step, or keeps what it samples group by group."""
     stage, *more = words
+    if stage in SAMPLING:
+        return compose(stage, [*DATA, *SAMPLING[stage], *more, "out=out"])
     return compose(stage, [*words_of(stage), *more, "out=out", "hardware.save_every=1"])
 
 

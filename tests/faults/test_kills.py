@@ -14,6 +14,7 @@ from tests.contents import contents_of
 from tests.faults.killing import (
     BYTES,
     FILE,
+    SAMPLING,
     TIME,
     Death,
     Found,
@@ -34,6 +35,7 @@ NAMES = [
 ]
 CONFIGS = {
     **{name: RUNS[name] for name in NAMES},
+    **{name: [name] for name in SAMPLING},
     "grpo_iterative": ["grpo", "algo=grpo_iterative", *REFRESH, "algo.refresh_reference=2"],
 }
 KILLS = 20  # of each config
@@ -52,7 +54,7 @@ def kill_before_each(words: list[str], chain: Path, place: Path, last: int | Non
         assert not differences(killed, expected), f"killed before file operation {touch}"
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo", *SAMPLING])
 def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(
     name: str, chain: Path, tmp_path: Path
 ) -> None:
@@ -67,9 +69,12 @@ def test_a_stage_killed_at_its_last_file_operation_leaves_nothing_behind(
 
 
 @pytest.mark.slow
-def test_no_file_operation_is_a_bad_moment(chain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [[*CONFIGS["sft"], "algo.max_steps=2"], *map(CONFIGS.get, SAMPLING)]
+)
+def test_no_file_operation_is_a_bad_moment(words: list[str], chain: Path, tmp_path: Path) -> None:
     """Every one of a short run, from the first folder to the end."""
-    kill_before_each([*CONFIGS["sft"], "algo.max_steps=2"], chain, tmp_path)
+    kill_before_each(words, chain, tmp_path)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.folders.integrity import described
 from rlhf_cli.runs import interrupts, lock
 from rlhf_cli.runs.out_folder import newest_step, resume_point, resume_points
 from rlhf_cli.runs.session import Session
@@ -122,6 +123,65 @@ def test_a_log_that_has_lost_lines_is_not_gone_on_with(name: str, killed: Path) 
         run("ppo", killed)
     (killed / name).write_bytes(kept)
     run("ppo", killed)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl"])
+def test_a_damaged_last_line_of_a_log_costs_the_newest_resume_point_alone(
+    name: str, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run("ppo", tmp_path / "whole")
+    state = json.loads((resume_point(killed, 4) / "state.json").read_text())
+    content = bytearray((killed / name).read_bytes())
+    content[state["logs"][name]["size"] - 9] ^= 1  # within the last line of step 4
+    (killed / name).write_bytes(content)
+    capsys.readouterr()
+    run("ppo", killed, "hardware.keep_checkpoints=1")
+    shown = capsys.readouterr().err
+    assert f"{name} has lost or changed lines of the first 4 steps; this resume point" in shown
+    assert "resuming after step 3" in shown
+    same(whole, killed)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_text("{}")])
+@pytest.mark.parametrize("name", ["inputs.json", "inputs.copy.json"])
+def test_damage_to_what_a_run_is_made_from_is_healed(
+    name: str, damage: Callable[[Path], object], killed: Path, tmp_path: Path
+) -> None:
+    damage(killed / "checkpoints" / name)
+    run("ppo", killed)
+    same(run("ppo", tmp_path / "whole"), killed)
+
+
+def forged(point: Path, **values: Any) -> None:
+    """Other numbers, which files.json describes."""
+    state = json.loads((point / "state.json").read_text())
+    (point / "state.json").write_text(json.dumps({**state, **values}))
+    files = json.loads((point / "files.json").read_text())
+    files |= described(point, ["state.json"])
+    (point / "files.json").write_text(json.dumps(files))
+
+
+@pytest.mark.parametrize(
+    "values", [{"kl_coef": 9.0}, {"step": "x"}, {"step": 2}, {"logs": 3}, {"schedule": None}]
+)
+def test_forged_numbers_are_given_up(
+    values: dict[str, Any], killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged(resume_point(killed, 4), **values)
+    capsys.readouterr()
+    run("ppo", killed)
+    assert "resuming after step 3" in capsys.readouterr().err
+    same(run("ppo", tmp_path / "whole"), killed)
+
+
+def test_a_resume_point_of_another_step_is_none(
+    killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(resume_point(killed, 3), resume_point(killed, 5))
+    capsys.readouterr()
+    run("ppo", killed)
+    assert "resuming after step 4" in capsys.readouterr().err
+    same(run("ppo", tmp_path / "whole"), killed)
 
 
 # --------------------------------------------------------------------------- when to save

@@ -1,0 +1,202 @@
+"""What an unfinished generate or evaluate has made: it goes on from there, prompt by prompt.
+
+Responses are kept as they are sampled, with all that is needed to go on as if they had just been;
+what judges say of them, by blocks of prompts. Both lie where resume points do, and go with them.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from rlhf_cli.config.errors import Interrupted, UserError
+from rlhf_cli.data.tokens import EncodedPrompt, Tokens
+from rlhf_cli.folders.journal import Journal, Record
+from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
+from rlhf_cli.folders.manifest import content_hash, file_hash
+from rlhf_cli.rewards.reward import Reward, Scores
+from rlhf_cli.rewards.specs import files_of, models_of
+from rlhf_cli.rollout.rollouts import Rollout
+from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.lock import check_lock
+from rlhf_cli.runs.out_folder import CHECKPOINTS, KEPT, KEPT_SCORES, SAMPLES
+from rlhf_cli.runs.session import Session
+
+SCORED_AT_ONCE = 256  # prompts whose responses a judge gets in one call
+
+_RESPONSE: Form = {
+    "policy": str,
+    "place": COUNT,
+    "response": str,
+    "finish_reason": str,
+    "ids": [COUNT],
+    "logprobs": [REAL],
+}
+_SCORES: Form = {
+    "policy": str,
+    "judge": str,
+    "first": COUNT,
+    "total": list,
+    "parts": {"*": list},
+    "seconds": {"*": REAL},
+}
+
+
+class KeptSamples:
+    """The responses and scores of a run, on disk; `out` is the run's own from here on."""
+
+    def __init__(self, session: Session) -> None:
+        session.claim()
+        interrupts.wait_for_steps()
+        out = session.out
+
+        def guard() -> None:
+            check_lock(out)
+
+        self.out = out
+        self.responses, self.scores = Journal(out / KEPT, guard), Journal(out / KEPT_SCORES, guard)
+        self._made = [block for block in self.responses.blocks() if not _fault(block, _RESPONSE)]
+        self._said = [block for block in self.scores.blocks() if not _fault(block, _SCORES)]
+        with suppress(OSError):  # it is to be seen as it grows, and is replaced at the end
+            (out / SAMPLES).symlink_to(f"{CHECKPOINTS}/{SAMPLES}")
+
+    def of(self, policy: str, prompts: Sequence[EncodedPrompt], samples: int) -> "SamplesOfPolicy":
+        """What one policy responds to prompts.
+
+        Raises:
+            UserError: what is kept answers other prompts.
+        """
+        records: dict[int, list[Record]] = {}
+        for block in self._made:
+            whole: dict[int, list[Record]] = {}
+            for record in block:
+                if record["policy"] == policy:
+                    whole.setdefault(record["place"], []).append(record)
+            records |= whole
+        done = {}
+        for place, own in sorted(records.items()):
+            if place >= len(prompts) or own[0].get("prompt") != prompts[place][0].prompt:
+                raise UserError(
+                    f"out={self.out} was begun with other prompts than these; set overwrite=true "
+                    "to start afresh"
+                )
+            if len(own) == samples:
+                done[place] = [_rollout(*prompts[place], record) for record in own]
+        said = {
+            (record["judge"], record["first"]): record
+            for block in self._said
+            for record in block
+            if record["policy"] == policy
+        }
+        return SamplesOfPolicy(self, policy, samples, done, said)
+
+
+class SamplesOfPolicy:
+    """The responses of one policy, and what judges say of them."""
+
+    def __init__(
+        self,
+        kept: KeptSamples,
+        policy: str,
+        samples: int,
+        done: dict[int, list[Rollout]],
+        said: dict[tuple[str, int], Record],
+    ) -> None:
+        """Args:
+        done: all responses to prompts, by place.
+        said: what a judge says of a block of responses, by the first one's place.
+        """
+        self._kept, self._policy, self._samples = kept, policy, samples
+        self.done: Mapping[int, list[Rollout]] = done
+        self._said = said
+
+    def keep(self, made: Mapping[int, list[Rollout]]) -> None:
+        """Write all responses to some more prompts down.
+
+        Raises:
+            Interrupted: a signal asked for the end.
+        """
+        block = [
+            {
+                "policy": self._policy,
+                "place": place,
+                "prompt": rollout.row.prompt,
+                "response": rollout.text,
+                "finish_reason": rollout.finish_reason,
+                "ids": rollout.tokens.response,
+                "logprobs": rollout.logprobs,
+            }
+            for place, rollouts in made.items()
+            for rollout in rollouts
+        ]
+        if block:
+            self._kept.responses.append(block)
+        self._stop_if_asked()
+
+    def scored(self, name: str, judge: Reward, rollouts: Sequence[Rollout]) -> Scores:
+        """What a judge says of all responses, block by block.
+
+        Raises:
+            Interrupted: a signal asked for the end.
+        """
+        judge_id = f"{name} {identity_of(judge)}"
+        size = SCORED_AT_ONCE * self._samples
+        parts = []
+        for first in range(0, len(rollouts), size):
+            block = rollouts[first : first + size]
+            record = self._said.get((judge_id, first))
+            if record is not None and len(record["total"]) == len(block):
+                parts.append(_scores(record))
+                continue
+            scores = judge.score(block)
+            record = {
+                "policy": self._policy,
+                "judge": judge_id,
+                "first": first,
+                "total": scores.total.tolist(),
+                "parts": {spec: part.tolist() for spec, part in scores.parts.items()},
+                "seconds": scores.seconds,
+            }
+            self._kept.scores.append([record])
+            parts.append(scores)
+            self._stop_if_asked()
+        return _joined(parts)
+
+    def _stop_if_asked(self) -> None:
+        if (name := interrupts.asked()) is not None:
+            raise Interrupted(f"{name}: what was sampled is kept; the same command goes on")
+
+
+def identity_of(judge: Reward) -> str:
+    """What a judge is made of, by hash: of gold nothing else says whether it has changed."""
+    specs = [term.source.spec for term in judge.terms]
+    weights = [term.weight for term in judge.terms]
+    models = [content_hash(path) for spec in specs for path in models_of(spec)]
+    files = sorted({file for spec in specs for file in files_of(spec)})
+    return f"{list(zip(weights, specs, strict=True))} {models} {file_hash(*files)}"
+
+
+def _fault(block: list[Record], form: Form) -> bool:
+    """Whether a block is none that a run has written, whatever its checksums say."""
+    return any(misfit(record, form) is not None for record in block)
+
+
+def _rollout(row: Any, prompt: list[int], record: Record) -> Rollout:
+    tokens = Tokens(prompt, record["ids"], row.source)
+    return Rollout(row, tokens, record["logprobs"], record["finish_reason"], record["response"])
+
+
+def _scores(record: Record) -> Scores:
+    parts = {spec: torch.tensor(values) for spec, values in record["parts"].items()}
+    return Scores(torch.tensor(record["total"]), parts, record["seconds"])
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of blocks as those of all."""
+    specs = parts[0].parts
+    return Scores(
+        torch.cat([each.total for each in parts]),
+        {spec: torch.cat([each.parts[spec] for each in parts]) for spec in specs},
+        {spec: sum(each.seconds[spec] for each in parts) for spec in specs},
+    )
