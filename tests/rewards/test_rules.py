@@ -177,6 +177,7 @@ def test_a_lexicon_that_is_none(text: str, said: str, tmp_path: Path) -> None:
 
 def test_a_pattern_that_never_ends_ends_the_run() -> None:
     rule = rule_of("regex:(a+)+$")
+    assert rule is not None
     assert rule.score(Prompt("p"), "aaa") == 1.0
     with pytest.raises(RunError, match=r"on 'aaaa.* does not end within 10 s of processor time"):
         rule.score(Prompt("p"), "a" * 60 + "!")
