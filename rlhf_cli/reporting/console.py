@@ -64,12 +64,6 @@ def say(line: str) -> None:
     console.print(escape(redacted(line)))
 
 
-def say_at_once(line: str) -> None:
-    """A line on stderr from within a signal handler, past whatever rich has begun to write."""
-    with outliving_stderr():
-        os.write(2, f"\n{redacted(line)}\n".encode())
-
-
 class Bar:
     """Progress of one activity: count, rate and time left.
 

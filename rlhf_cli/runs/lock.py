@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.reporting.console import say
+from rlhf_cli.runs.interrupts import before_the_end
 
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -80,6 +81,7 @@ def unlock(out: Path) -> None:
         os.close(handle)
 
 
+@before_the_end
 @atexit.register
 def _unlock_all() -> None:
     for folder in list(_held):
