@@ -9,18 +9,32 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow lint format type wheel
+.PHONY: help install lock demo check test test-slow lint format type wheel
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## .venv with the pinned versions and rlhf-cli, editable
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# All that is installed has a hash in requirements/, what building takes too. PyTorch is the build for
+# CPUs where pip is offered the file of that hash. uv is needed for `make lock` alone.
+LOCKS := $(wildcard requirements/*.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCKED := $(PIP) install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517
+TORCH_ON_CPU := sed -n '/^torch==/,$$p' requirements/cpu.txt
+
+$(VENV)/installed: pyproject.toml $(LOCKS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; name one: make PYTHON=..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(LOCKED) -r requirements/build.txt
+	$(TORCH_ON_CPU) | $(LOCKED) --dry-run -r /dev/stdin >/dev/null 2>&1 && lock=cpu || lock=default; \
+		$(LOCKED) -r requirements/$$lock.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(PIP) check
 	@touch $@
+
+lock: ## requirements/ again, after pyproject.toml changed; UPGRADE=1 for newer versions
+	$(PYTHON) requirements/lock.py $(if $(UPGRADE),--upgrade)
 
 demo: install ## the whole chain on the shipped rows, in a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/demo.sh
@@ -45,4 +59,4 @@ type: install ## static types
 	$(BIN)/mypy
 
 wheel: install ## dist/*.whl
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --no-isolation

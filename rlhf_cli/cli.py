@@ -1,29 +1,33 @@
 """argv -> stage. The first word picks a stage or a command; Hydra composes what follows.
 
 Every user error becomes one line on stderr: status 2 for a wrong command, config or input, 1 for a
-run that failed, 75 for a stage that a signal ended and the same command takes up again, 130 for any
-other interrupt. stdout carries the path of what a stage wrote, nothing else.
-Hydra and torch are imported only by commands that need them, so help answers at once.
+run that failed, 75 where a signal ended it and the same command takes it up again, 130 where a
+second Ctrl-C did. stdout carries the path of what a stage wrote, nothing else.
+Hydra and torch are imported only by commands that need them, so help answers at once. What is
+imported before `main` takes the signals is as little as can be.
 """
 
-import importlib
 import os
 import sys
-from contextlib import suppress
-from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.commands import COMMANDS
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
-from rlhf_cli.config.secrets import redacted
-from rlhf_cli.reporting.terminal import show_controls
+from rlhf_cli.runs import interrupts
+
+TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than all of this
+if TYPE_CHECKING:
+    from types import TracebackType
 
 LONGEST_LINE = 1000  # characters of an error
 
 
 def main() -> int:
-    """Run the command in sys.argv and return its exit status."""
+    """Run the command in sys.argv and return its exit status. Signals are taken for good."""
+    interrupts.take()
     open_closed_streams()
+    from rlhf_cli.reporting.terminal import show_controls
+
     show_controls()
     words = sys.argv[1:]  # Hydra writes its own there
     show_traceback = os.environ.get("RLHF_TRACEBACK") == "1"
@@ -40,6 +44,8 @@ def main() -> int:
         drop_stdout()  # its reader left, as `head` does
         return 1
     except Interrupted as error:
+        from contextlib import suppress
+
         with suppress(OSError):  # a terminal or `tee` that the same signal ended
             print(f"rlhf-cli: {error}", file=sys.stderr, flush=True)
         return EXIT_TRY_AGAIN
@@ -77,6 +83,8 @@ def open_closed_streams() -> None:
 
 def drop_stdout() -> None:
     """Let what is still to be written there vanish: Python flushes it at exit."""
+    from contextlib import suppress
+
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -97,6 +105,8 @@ def _is_stage(words: list[str]) -> bool:
 
 
 def _fail(message: str, status: int) -> int:
+    from rlhf_cli.config.secrets import redacted
+
     line = redacted(" ".join(message.split()))
     if len(line) > LONGEST_LINE:  # some value in it is no more readable in full
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
@@ -104,8 +114,12 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: "TracebackType | None"
+) -> None:
     import traceback
+
+    from rlhf_cli.config.secrets import redacted
 
     text = "".join(traceback.format_exception(kind, error, trace))
     print(redacted(text), end="", file=sys.stderr)
@@ -129,6 +143,8 @@ def _dispatch(words: list[str]) -> int:
         stage.run(first, rest)
         return 0
     if first in COMMANDS:
+        import importlib
+
         command = importlib.import_module(f"rlhf_cli.commands.{first}")
         command.run(rest)
         return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_cli.config import catalog
-from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.hints import check_overrides, explain, nearest
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.secrets import redacted
@@ -122,10 +122,7 @@ def run(stage: str, words: list[str]) -> None:
         finally:  # Hydra leaves by SystemExit after its own help
             print(redacted(shown.getvalue()), end="")
     else:
-        from rlhf_cli.runs.interrupts import handled
-
-        with handled():
-            (_sweep if flags.multirun else _single)(stage, flags)
+        (_sweep if flags.multirun else _single)(stage, flags)
 
 
 def _single(stage: str, flags: Flags) -> None:
@@ -191,14 +188,15 @@ def sweep_job(cfg: "DictConfig") -> None:
     stage = str(job.config_name)
     config = typed(cfg, stage)
     config.out = f"{config.out}/{job.num}"
-    with interrupts.handled():
-        try:
-            _execute(stage, config, check=False)
-        except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
-            _tell([f"job {job.num}, out={config.out}: error: {error}"])
-            raise
-        if (name := interrupts.asked()) is not None:  # too late for this job, not for the others
-            raise Interrupted(f"{name}: {config.out} is finished; the same command goes on")
+    interrupts.take()  # a launcher may run this in a process of its own
+    try:
+        _execute(stage, config, check=False)
+    except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
+        _tell([f"job {job.num}, out={config.out}: error: {error}"])
+        interrupts.wait_no_more(f"{config.out} failed")
+        raise
+    # too late for this job, not for the others
+    interrupts.wait_no_more(f"{config.out} is finished")
 
 
 def _hydra_main(

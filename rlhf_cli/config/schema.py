@@ -160,7 +160,7 @@ class Data:
         choices=("error", "drop", "cut"),
     )
     bad_rows: str = key(
-        "Rows that are empty or misshapen: stop at the first, or drop and count them.",
+        "Rows that are unreadable, empty or misshapen: stop at the first, or drop and count them.",
         choices=("error", "drop"),
     )
     convert: list[str] = key(

@@ -10,7 +10,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import check_pairs
 from rlhf_cli.data.conversions import CONVERSIONS, convert, route
-from rlhf_cli.data.files import Raw, read_raw
+from rlhf_cli.data.files import Raw, RowError, read_raw
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
     Demonstration,
@@ -25,7 +25,9 @@ from rlhf_cli.data.kinds import (
     derive,
     name_of,
 )
-from rlhf_cli.data.shapes import EXPECTED, FORMATS, PARTS, RowError, column, shown
+from rlhf_cli.data.shapes import EXPECTED, FORMATS, PARTS, column, shown
+
+MOST_PLACES = 5  # that a line names
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 DEMO_FILES = {
@@ -195,19 +197,30 @@ def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:
     reader = FORMATS[data.format]
     parts = PARTS.get(data.format, lambda raw: [raw])
     rows: list[Row] = []
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[str]] = {}  # why -> where
     for raw, source in read_raw(path):
-        for part in parts(raw):
+        for part in [raw] if isinstance(raw, RowError) else parts(raw):
             try:
+                if isinstance(part, RowError):
+                    raise part
                 rows.append(reader(renamed(part, data.columns, source), source))
             except RowError as error:
                 if data.bad_rows == "error":
                     raise
-                dropped[str(error).removeprefix(f"{source}: ")] += 1
+                why = str(error).removeprefix(f"{source}: ")
+                if isinstance(raw, RowError):  # what a parser adds differs from line to line
+                    why = why.partition(": ")[0]
+                dropped.setdefault(why, []).append(Path(source).name)
     kinds = Counter(name_of(type(row)) for row in rows)
     counts = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items()) or "no rows"
-    reasons = "".join(f", {count} dropped: {reason}" for reason, count in dropped.items())
+    reasons = "".join(f", {len(at)} dropped: {why} ({few_of(at)})" for why, at in dropped.items())
     return rows, f"{path.name if isinstance(path, Path) else path}: {counts}{reasons}"
+
+
+def few_of(places: list[str]) -> str:
+    """A few places, and how many more there are."""
+    more = len(places) - MOST_PLACES
+    return ", ".join(places[:MOST_PLACES]) + (f" and {more} more" if more > 0 else "")
 
 
 def conversions_to(data: Data, kind: type) -> list[str]:

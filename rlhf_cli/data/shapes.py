@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.files import Raw
+from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
@@ -19,11 +18,6 @@ from rlhf_cli.data.kinds import (
     Text,
     Turns,
 )
-
-
-class RowError(UserError):
-    """One row is empty or misshapen; data.bad_rows says what to do about it."""
-
 
 EXPECTED = {
     Demonstration: "{prompt, completion} or {text}",

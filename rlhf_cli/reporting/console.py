@@ -70,12 +70,6 @@ def seen(text: str) -> str:
     return escape(printable(redacted(text)))
 
 
-def say_at_once(line: str) -> None:
-    """A line on stderr from within a signal handler, past whatever rich has begun to write."""
-    with outliving_stderr():
-        os.write(2, f"\n{printable(redacted(line))}\n".encode())
-
-
 class Bar:
     """Progress of one activity: count, rate and time left.
 

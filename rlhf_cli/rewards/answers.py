@@ -5,6 +5,7 @@ import json
 import math
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ QUANTITY = re.compile(
 
 MATH_SECONDS = 5.0  # for one answer; what takes longer is not shown to be equal
 START_SECONDS = 120.0
+FOR_THE_RUN = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def exact_answer(row: Prompt, response: str) -> float:
@@ -134,15 +136,21 @@ class MathJudge:
 
     def _start(self) -> None:
         worker = Path(__file__).with_name("math_worker.py")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(worker)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            process_group=0,  # Ctrl-C is for the run, which finishes its step
-        )
+        # Signals to all processes of a run are for the run, which finishes its step: the worker has
+        # them blocked from its first instruction on, and SIGKILL ends it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(worker)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                process_group=0,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._lines = queue.Queue()
         threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
         try:

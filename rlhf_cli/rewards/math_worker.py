@@ -7,7 +7,6 @@ answers.MathJudge, which ends it where it takes too long.
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -49,8 +48,6 @@ def end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):  # are for the run, whose end closes our input
-        signal.signal(number, signal.SIG_IGN)
     logging.disable()
     print("ready", flush=True)
     for line in sys.stdin:

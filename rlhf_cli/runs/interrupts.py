@@ -3,45 +3,57 @@
 Schedulers and CI send SIGTERM some time before they kill, a terminal that closes SIGHUP, people
 press Ctrl-C. All end the run with status 75, upon which a queue runs the same command again. A
 second Ctrl-C ends it at once.
+
+Before the first step there is nothing to finish, and the process ends where it is. An exception
+would not do: within an import, a destructor or a library's callback it becomes another one, is
+printed and forgotten, or aborts. What is on disk is whole at any moment, as after a SIGKILL.
+
+The command line takes the signals before it imports anything, so this module imports next to
+nothing itself.
 """
 
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from __future__ import annotations
 
-from rlhf_cli.config.errors import Interrupted
-from rlhf_cli.reporting.console import console, say_at_once
+import atexit
+import os
+import select
+import signal
+
+from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted
+
+TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
 
 EXIT_AT_ONCE = 130
+SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class _Stop:
-    """waits: a step is under way, whose end is waited for. asked: the signal that came."""
+    """waits: a step is under way, whose end is waited for. asked: the signal that came.
+
+    taken: the signals that are ours; one that is ignored, as SIGHUP under nohup, stays so.
+    process: whose they are. acts: what is done before the process ends where it is.
+    """
 
     waits = False
     asked: str | None = None
+    taken: tuple[signal.Signals, ...] = ()
+    process = 0
+    acts: list[Callable[[], object]] = []
 
 
-@contextmanager
-def handled() -> Iterator[None]:
-    """Within this block signals stop a stage between steps; before the first step, at once.
-
-    A signal that is ignored, as SIGHUP under nohup, stays so.
-    """
-    _Stop.waits, _Stop.asked = False, None
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    taken = [number for number in _SIGNALS if before[number] != signal.SIG_IGN]
-    for number in taken:
+def take() -> None:
+    """From now on until the process is gone, signals end it with 75."""
+    if _Stop.process == os.getpid():
+        return
+    _Stop.process = os.getpid()
+    _Stop.taken = tuple(each for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN)
+    for number in _Stop.taken:
         signal.signal(number, _on_signal)
-    try:
-        yield
-    finally:
-        _Stop.waits, _Stop.asked = False, None
-        for number in taken:
-            signal.signal(number, before[number])
+    atexit.register(_ignore)  # called last, as the first that was registered
 
 
 def wait_for_steps() -> None:
@@ -49,21 +61,77 @@ def wait_for_steps() -> None:
     _Stop.waits = True
 
 
+def wait_no_more(done: str) -> None:
+    """From now on a signal ends the process where it is again, as before the first step.
+
+    Raises:
+        Interrupted: a signal asked for the end meanwhile; `done` says what is.
+    """
+    _Stop.waits = False
+    if _Stop.asked is not None:
+        raise Interrupted(f"{_Stop.asked}: {done}; the same command goes on")
+
+
 def asked() -> str | None:
     """The name of the signal that asked for an end; None if none did."""
     return _Stop.asked
 
 
+def before_the_end(act: Callable[[], object]) -> Callable[[], object]:
+    """Call this, too, where a signal ends the process at once."""
+    _Stop.acts.append(act)
+    return act
+
+
+def _ignore() -> None:
+    """While the interpreter is taken down Python handles no signal; the status stands by then."""
+    if _Stop.process == os.getpid():
+        for number in _Stop.taken:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _Stop.process != os.getpid():
+        _in_a_fork(number)
+        return
     name = signal.Signals(number).name
     if _Stop.asked is not None:
         if number == signal.SIGINT:
-            console.show_cursor(True)
-            say_at_once("ended at once; what was saved before is whole")
-            os._exit(EXIT_AT_ONCE)
+            _end("ended at once; what was saved before is whole", EXIT_AT_ONCE)
         return
     _Stop.asked = name
     if not _Stop.waits:
-        raise Interrupted(f"interrupted by {name}; run the same command again")
+        _end(f"rlhf-cli: interrupted by {name}; run the same command again", EXIT_TRY_AGAIN)
     again = "another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
-    say_at_once(f"{name}: this step is finished and saved first; {again} ends at once")
+    _tell(f"{name}: this step is finished and saved first; {again} ends at once")
+
+
+def _in_a_fork(number: int) -> None:
+    """In a worker that a user's function or a library forked off.
+
+    A terminal sends what it sends to all alike, and the step that is finished needs its workers;
+    SIGTERM is how a pool ends them.
+    """
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _end(line: str, status: int) -> None:
+    for act in _Stop.acts:
+        try:
+            act()
+        except OSError:  # a disk that is read-only now
+            continue
+    _tell(line)
+    os._exit(status)
+
+
+def _tell(line: str) -> None:
+    """A line on stderr, past whatever was begun there, if somebody takes it: none is waited for."""
+    begun = f"{SHOW_CURSOR}\n" if os.isatty(2) else ""
+    try:
+        if select.select((), (2,), (), 0)[1]:
+            os.write(2, f"{begun}{line}\n".encode())
+    except OSError:  # nobody is there any more
+        return

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.reporting.console import say
+from rlhf_cli.runs.interrupts import before_the_end
 
 LOCK = ".lock"
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
@@ -216,6 +217,7 @@ def unlock(out: Path) -> None:
     held.close()
 
 
+@before_the_end
 @atexit.register
 def _unlock_all() -> None:
     for folder in list(_held):

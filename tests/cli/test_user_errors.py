@@ -190,7 +190,7 @@ FILES: dict[str, Case] = {
     "not UTF-8": (
         write("own.jsonl", b'{"text": "\xff"}'),
         OWN_SFT,
-        ["not a text file in UTF"],
+        ["own.jsonl:1: not text in UTF-8"],
     ),
     "malformed JSON line": (rows(GIVEN, '{"prompt": '), OWN_SFT, ["own.jsonl:2: not JSON"]),
     "a line that is no object": (

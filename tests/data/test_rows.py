@@ -310,8 +310,66 @@ def test_a_file_of_bad_rows_only(tmp_path: Path) -> None:
         read_split(data_of(path=str(file), bad_rows="drop"), Prompt)
     assert str(caught.value) == (
         f"{file}: no usable prompt row ({{prompt}}); {file}: no rows, "
-        "2 dropped: column 'prompt' is empty"
+        "2 dropped: column 'prompt' is empty (rows.jsonl:1, rows.jsonl:2)"
     )
+
+
+UNREADABLE = {
+    "a cut last line": (b'{"prompt": "a"}\n{"prompt": "b"}\n{"prom', "not JSON", [3]),
+    "a line in another encoding": (
+        b'{"prompt": "a"}\n{"prompt": "\xe4"}\n{"prompt": "b"}\n',
+        "not text in UTF-8",
+        [2],
+    ),
+    "half of a character": (b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "\xc3', "not text", [3]),
+    "no object": (b'{"prompt": "a"}\n[1]\n"x"\n{"prompt": "b"}\n', "expected an object", [2, 3]),
+    "zero bytes": (b'{"prompt": "a"}\n\n\0\0\0\n{"prompt": "b"}\n', "not JSON", [3]),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_lines_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    """Named by number, or dropped by number; those after them are read."""
+    content, why, numbers = UNREADABLE[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"rows\.jsonl:{numbers[0]}: {why}"):
+        read(file, Prompt)
+    notes: list[str] = []
+    rows = Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    assert [row.prompt for row in rows] == ["a", "b"]
+    assert "2 prompt rows" in notes[0] and why in notes[0]
+    assert all(f"rows.jsonl:{number}" in notes[0] for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("rest", "why", "number"),
+    [
+        (b'"c', "the file ends within a quoted cell", 4),
+        (b"\xe4\r\n", "not text in UTF-8", 4),
+        (b"c,\xe4\r\n", "not text in UTF-8", 4),
+    ],
+)
+def test_rows_of_csv_that_cannot_be_read(
+    rest: bytes, why: str, number: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b'prompt\r\n"a\r\n"\r\n' + rest)
+    with pytest.raises(UserError, match=rf"rows\.csv:{number}: {why}"):
+        read(file, Prompt)
+    file.write_bytes(file.read_bytes().replace(rest, b"b\r\n" + rest))
+    notes: list[str] = []
+    rows = Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    assert [row.prompt for row in rows] == ["a\r\n", "b"]
+    assert f"1 dropped: {why} (rows.csv:{number + 1})" in notes[0]
+
+
+def test_a_few_of_many_dropped_rows_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", {"prompt": "a"}, *[{"prompt": ""}] * 7)
+    notes: list[str] = []
+    Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    places = ", ".join(f"rows.jsonl:{number}" for number in range(2, 7))
+    assert f"7 dropped: column 'prompt' is empty ({places} and 2 more)" in notes[0]
 
 
 def test_hh_is_split_before_the_last_reply(tmp_path: Path) -> None:
@@ -350,7 +408,8 @@ def test_gsm8k_solutions_are_a_row_each(tmp_path: Path) -> None:
         Feedback("q", "2 + 2 = 4\nA: 4", True, None, f"{file}:1", "large"),
     ]
     assert [row.prompt for row in rows] == ["q", "q", "q2", "q2"]
-    assert notes == [f"{file}: 4 feedback rows, 2 dropped: column 'empty.solution' is empty"]
+    dropped = "2 dropped: column 'empty.solution' is empty (s.jsonl:1, s.jsonl:2)"
+    assert notes == [f"{file}: 4 feedback rows, {dropped}"]
     held = read_split(
         data_of(format="gsm8k_solutions", bad_rows="drop", path=str(file), eval_rows=1), Feedback
     )

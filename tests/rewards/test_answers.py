@@ -1,6 +1,7 @@
 """Final answers: as text, as numbers, as mathematics."""
 
 import signal
+import subprocess
 import threading
 import time
 from typing import Any
@@ -168,6 +169,24 @@ def test_a_judge_that_died_is_replaced() -> None:
     process.kill()
     process.wait()
     assert judge.equal("3", "3") and judge._process is not process
+
+
+def test_a_signal_to_the_judges_process_as_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of its imports, or before Python itself is up."""
+    start = subprocess.Popen
+
+    def signalled(*words: Any, **more: Any) -> "subprocess.Popen[str]":
+        process = start(*words, **more)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            process.send_signal(number)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    judge = MathJudge()
+    assert judge.equal("1/2", "0.5") is True
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    judge._end()
 
 
 def test_what_ends_the_judges_process_changes_no_answer() -> None:

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.folders.integrity import described
-from rlhf_cli.runs import interrupts, lock
+from rlhf_cli.runs import lock
 from rlhf_cli.runs.out_folder import newest_step, resume_point, resume_points
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft
@@ -529,12 +529,18 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
-def test_a_signal_before_the_first_step_is_no_failure(tmp_path: Path) -> None:
-    again = "SIGTERM; run the same command again"
-    with interrupts.handled(), pytest.raises(Interrupted, match=again):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+def test_signals_without_end_change_nothing(tmp_path: Path) -> None:
+    """After the first one, while a step is finished and saved and while Python ends."""
+    out = tmp_path / "out"
+    words = command("ppo", out, "hardware.save_every=null", "algo.steps=40")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for(out / "samples.jsonl")
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"SIGTERM: saved after step {newest_step(out)}; the same command goes on" in shown
 
 
 # --------------------------------------------------------------------------- what is not finite
