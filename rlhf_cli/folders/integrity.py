@@ -183,13 +183,16 @@ def check_weights(folder: Path) -> None:
     files = weight_files(folder)
     if not files:
         raise UserError(f"{folder}: no weights (*.safetensors) in this folder")
+    index = folder / "model.safetensors.index.json"
+    read = "adapter_model.safetensors" if adapter_base(folder) else "model.safetensors"
+    if not (folder / read).exists() and not index.is_file():  # others are not what is loaded
+        raise UserError(f"{folder}: no file named {read} in this folder")
     for file in files:
         header_size, entries = read_header(file)
         ends = [entry["data_offsets"][1] for entry in entries.values()]
         size, whole = file.stat().st_size, 8 + header_size + max(ends, default=0)
         if whole != size:
             raise UserError(f"{file}: truncated weights: {size} bytes of {whole}")
-    index = folder / "model.safetensors.index.json"
     if index.is_file():
         needed = set(read_object(index, INDEX)["weight_map"].values())
         if absent := needed - {file.name for file in files}:

@@ -68,15 +68,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
             this stage reads, another process writes it, or it cannot be written.
     """
     out = Path(cfg.out)
-    if cfg.overwrite or not (out / MANIFEST).is_file():  # what is finished may be read-only
-        check_writable(out)
-    whole = os.path.realpath(out)
-    for role, path in places_read(cfg):
-        place = Path(os.path.realpath(path))  # unlike resolve(), no error in a circle of links
-        if Path(whole) in (place, *place.parents):
-            raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
-    if (other := running(out)) is not None:
-        raise UserError(f"out={out} is being written by {other}")
+    _check_place(cfg, out)
     if not is_claimed(out):
         ours = (LOCK, f".{CONFIG}{PART}")  # of a run that was killed as it claimed the folder
         if out.is_dir() and any(entry.name not in ours for entry in out.iterdir()):
@@ -112,7 +104,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
     if complete:
         before = read_manifest(out) or {}
         check_files(out)
-    if not complete:
+    else:
         _check_entries(out)
     differ = parent_paths(provenance) != parent_paths(before)
     if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
@@ -126,6 +118,19 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
     if not complete and what_is_kept(out) and not any((out / name).is_file() for name in RECORDS):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
+
+
+def _check_place(cfg: Run, out: Path) -> None:
+    """Stop where `out` cannot be written, holds what this stage reads, or is being written."""
+    if cfg.overwrite or not (out / MANIFEST).is_file():  # what is finished may be read-only
+        check_writable(out)
+    whole = os.path.realpath(out)
+    for role, path in places_read(cfg):
+        place = Path(os.path.realpath(path))  # unlike resolve(), no error in a circle of links
+        if Path(whole) in (place, *place.parents):
+            raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
+    if (other := running(out)) is not None:
+        raise UserError(f"out={out} is being written by {other}")
 
 
 def _check_entries(out: Path) -> None:

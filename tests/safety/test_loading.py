@@ -135,7 +135,7 @@ def an_adapter_as_base() -> None:
 
 
 NO_SAFETENSORS = "no file named model.safetensors"
-ADAPTER = "no adapter_model.safetensors"
+ADAPTER = "no file named adapter_model.safetensors"
 CONTINUED = ["dpo", *words_of("dpo"), *WORDS["lora"], "policy=runs/demo/adapter", "out=new"]
 PPO = ["ppo", *words_of("ppo"), "algo.steps=1", "out=new"]
 LORA_PPO = [*PPO, *WORDS["lora"], "reward=runs/demo/reward_adapter"]
