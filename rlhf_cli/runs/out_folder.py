@@ -67,8 +67,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         UserError: another config made it, what it is made from has changed since, it holds what
             this stage reads, another process writes it, or it cannot be written.
     """
-    out = Path(cfg.out)
-    _check_place(cfg, out)
+    _check_place(cfg, out := Path(cfg.out))
     if not is_claimed(out):
         ours = (LOCK, f".{CONFIG}{PART}")  # of a run that was killed as it claimed the folder
         if out.is_dir() and any(entry.name not in ours for entry in out.iterdir()):
@@ -101,11 +100,11 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         if check_only:  # it is not read, and so not known
             return RESUMABLE
     provenance, before = provenance_of(cfg), begun_with(out)
-    if complete:
+    if not complete:
+        _check_entries(out)
+    else:
         before = read_manifest(out) or {}
         check_files(out)
-    else:
-        _check_entries(out)
     differ = parent_paths(provenance) != parent_paths(before)
     if differ and facts_of(cfg).writes == "report":  # it has other policies to compare with now
         return to_be_emptied(out)

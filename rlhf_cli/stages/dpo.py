@@ -306,7 +306,8 @@ def thumbs_metrics(
     Args:
         baseline: the reward above which kto calls a response good.
     """
-    hits = judging.accuracy(at_first_equal(rewards), torch.full_like(rewards, baseline))
+    bar = torch.full_like(rewards, baseline)
+    hits = judging.accuracy(at_first_equal(rewards), at_first_equal(bar))
     return {
         "rewards/chosen": rewards * good,
         "rewards/rejected": rewards * ~good,

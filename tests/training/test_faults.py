@@ -62,13 +62,15 @@ def planted(monkeypatch: pytest.MonkeyPatch, first: int, last: int, plant: Plant
     number = 0
     real = Optimizer.step
 
-    def step(self: Optimizer, parts: list[LossTerm]) -> dict[str, float]:
+    def step(
+        self: Optimizer, parts: list[LossTerm], planned: int | None = None
+    ) -> dict[str, float]:
         nonlocal number
         number += 1
         if not first <= number <= last:
-            return real(self, parts)
+            return real(self, parts, planned)
         with plant(self, parts):
-            return real(self, parts)
+            return real(self, parts, planned)
 
     monkeypatch.setattr(Optimizer, "step", step)
 

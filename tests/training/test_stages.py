@@ -281,7 +281,9 @@ CUT_MORE = ["reward plackett_luce", "reward score", "length_normalised", "placke
 def test_hardware_changes_no_metric(name: str, tmp_path: Path) -> None:
     """Small micro-batches and rollouts, small chunks, recomputed activations, prompts repeated."""
     stage = RUNS[name][0]
-    plain = ["model.dropout=0"] if name == "sft" else []  # dropout's draws follow the batch
+    # dropout's draws follow the batch; what raises good responses alone raises kto's baseline
+    raising = ["algo.desirable_weight=1.5", "algo.undesirable_weight=0"]
+    plain = {"sft": ["model.dropout=0"], "kto": raising}.get(name, [])
     one = run(name, tmp_path / "one", *plain)
     other = run(
         name,
@@ -459,7 +461,14 @@ def test_a_reward_may_choose_other_weights_than_the_held_out_loss(
 ) -> None:
     """The policy greets, and unlearns it: each evaluation has a lower loss and a lower reward."""
     unlearn = ["data.columns.chosen=rejected", "data.columns.rejected=chosen", "algo.text_mix=0"]
-    words = [*unlearn, "model.dropout=0", "algo.lr=1e-2", "algo.eval_every=2", "algo.max_steps=6"]
+    words = [
+        *unlearn,
+        "seed=1",
+        "model.dropout=0",
+        "algo.lr=1e-2",
+        "algo.eval_every=2",
+        "algo.max_steps=6",
+    ]
     seen: dict[int, Any] = {}
 
     def spy(session: Session, number: int, networks: Any, *args: Any) -> None:
