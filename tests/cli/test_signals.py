@@ -4,11 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+
+
+@pytest.fixture(autouse=True)
+def hung_up() -> Iterator[None]:
+    """What is ignored stays ignored, and under nohup commands inherit that of SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 # Sends itself a signal as a module is first asked for, in the midst of whoever imports it.
 WHILE_IMPORTING = """

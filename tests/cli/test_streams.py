@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import DATA
 
-pytestmark = pytest.mark.usefixtures("inside")
+pytestmark = [pytest.mark.usefixtures("inside"), pytest.mark.slow]
 GENERATE = ["generate", *DATA, "policy=runs/demo/sft", "algo.prompts=2", "reward=length:5"]
 
 

@@ -1179,7 +1179,7 @@ def test_a_bad_input_is_one_line_and_changes_nothing(name: str, cli: Cli, place:
 
 @pytest.mark.parametrize(
     "name",
-    list(LATE),
+    [pytest.param(name, marks=pytest.mark.slow) if "never ends" in name else name for name in LATE],
 )
 def test_what_only_loading_shows_changes_nothing_either(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

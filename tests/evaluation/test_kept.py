@@ -212,6 +212,7 @@ def test_standard_input_goes_on_with_the_same_lines_alone(
     same(tmp_path / "other", whole)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_with_75_and_the_command_goes_on(tmp_path: Path) -> None:
     """As users meet it: the line that says so, --check, ls runs, and the same bytes."""
     prompts = tmp_path / "prompts.jsonl"

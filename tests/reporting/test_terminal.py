@@ -53,6 +53,7 @@ def rows(file: Path, prompts: list[str]) -> None:
     file.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 class TestCommands:
     """Rows, templates, functions, paths and config values with controls in them."""

@@ -175,6 +175,7 @@ def test_a_lexicon_that_is_none(text: str, said: str, tmp_path: Path) -> None:
         read_lexicon(file)
 
 
+@pytest.mark.slow
 def test_a_pattern_that_never_ends_ends_the_run() -> None:
     rule = rule_of("regex:(a+)+$")
     assert rule is not None
