@@ -246,10 +246,10 @@ def test_a_reward_model_that_is_wrong_is_put_right(tmp_path: Path) -> None:
     folder = reward.run(compose("reward", [*words, f"out={tmp_path / 'wrong'}"]))
     more = ["algo.steps=16", "algo.max_tokens=1", "algo.group_size=6", "algo.kl_coef=0"]
     more += [f"reward={folder}", "algo.refresh_lr=2e-2", "algo.refresh_replay=0"]
-    more += ["algo.lr=5e-3", "hardware.save_every=null"]
+    more += ["algo.lr=5e-3", "hardware.save_every=null", "seed=1"]
     refreshed = untimed(run(tmp_path / "refreshed", *more))
     never = untimed(run(tmp_path / "never", *more, "algo.refresh_reward=100"))
-    assert refreshed[1]["refresh/accuracy_before"] <= 0.5 < refreshed[1]["refresh/accuracy"]
+    assert refreshed[1]["refresh/accuracy_before"] < 0.5 < refreshed[1]["refresh/accuracy"]
     assert refreshed[0]["judge"] == never[0]["judge"]  # 0.4
     assert never[-1]["judge"] < 0.2 and refreshed[-1]["judge"] > 0.8
 
@@ -362,7 +362,7 @@ def test_a_run_killed_while_it_writes_its_model_goes_on(
 
 
 def test_hardware_changes_no_metric(tmp_path: Path) -> None:
-    seed = "seed=2"  # of which no sampled token lies within rounding of its bound
+    seed = "seed=2"  # of seed 0 one of 24 responses of step 6 differs from a token on
     one = untimed(run(tmp_path / "one", seed))
     small = ["hardware.tokens_per_microbatch=48", "hardware.gradient_checkpointing=true"]
     more = [*small, "hardware.share_prompts=false", "hardware.save_every=null"]
