@@ -3,19 +3,45 @@
 A derivation is silent, so it decides nothing about feedback: that is data/conversions.py.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, get_args
 
-Turns = list[dict[str, str]]
-"""A dialogue: messages with `role` and `content`."""
+Message = dict[str, Any]
+"""`role`, `content` and whatever else a chat template reads (tool_calls, name, ...).
+
+The role is system, developer, user, assistant or tool. The content is text, or None beside
+tool_calls. A reply with `weight` 0 carries no loss.
+"""
+
+Turns = list[Message]
+"""A dialogue, whose last message the response answers, or continues where it is the assistant's."""
+
+Reply = str | Message
+"""A response: its text, or the assistant's message where that has more than role and content."""
+
+
+def reply_text(reply: Reply) -> str:
+    """What a response says, beside its tool calls."""
+    return reply if isinstance(reply, str) else reply["content"] or ""
+
+
+def reply_key(reply: Reply) -> str:
+    """A text that two responses share if they are the same."""
+    return reply if isinstance(reply, str) else json.dumps(reply, sort_keys=True, default=str)
 
 
 @dataclass
 class Prompt:
-    """Something to respond to; `columns` keeps the row's other fields for rules (answer, ...)."""
+    """Something to respond to.
+
+    columns: the row's other fields, for rules and templates (answer, ...). Of any kind of row,
+        `tools` is the list that a chat template gets, and `system` the system message of a prompt
+        that is plain text; that of a dialogue is in the dialogue.
+    """
 
     prompt: str | Turns
     columns: dict[str, Any] = field(default_factory=dict)
@@ -24,12 +50,17 @@ class Prompt:
 
 @dataclass
 class Demonstration:
-    """A prompt with a response to imitate, and the row's other fields."""
+    """A prompt with a response to imitate, and the row's other fields.
+
+    learn_from: the first message of the prompt that may carry loss if it is a reply: 0 of a whole
+        dialogue, their number where the row gives prompt and completion apart.
+    """
 
     prompt: str | Turns
-    completion: str
+    completion: Reply
     source: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    learn_from: int = 0
 
 
 @dataclass
@@ -38,6 +69,7 @@ class Text:
 
     text: str
     source: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -48,8 +80,8 @@ class Preference:
     """
 
     prompt: str | Turns
-    chosen: str
-    rejected: str
+    chosen: Reply
+    rejected: Reply
     source: str = ""
     margin: float | None = None
     group: str = ""
@@ -61,7 +93,7 @@ class Ranking:
     """K >= 2 responses to one prompt; rank 1 is best and ties are allowed."""
 
     prompt: str | Turns
-    responses: list[str]
+    responses: list[Reply]
     ranks: list[float]
     source: str = ""
     group: str = ""
@@ -70,15 +102,19 @@ class Ranking:
 
 @dataclass
 class Feedback:
-    """A judgement of one response: thumbs, a number (higher is better), or both."""
+    """A judgement of one response: thumbs, a number (higher is better), or both.
+
+    spelling: how the row writes its thumbs, as data/labels.py counts it; empty without thumbs.
+    """
 
     prompt: str | Turns
-    completion: str
+    completion: Reply
     label: bool | None = None
     score: float | None = None
     source: str = ""
     group: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    spelling: str = field(default="", compare=False)
 
 
 @dataclass
@@ -116,32 +152,32 @@ Derive = Callable[[Any, str], list[Any]]
 """Rows made from one row; steps are joined by the text given."""
 
 
+def imitating(row: Any, completion: Reply) -> list[Demonstration]:
+    """A response of a row that judges it: it is learnt, the replies before it are not."""
+    before = 0 if isinstance(row.prompt, str) else len(row.prompt)
+    return [Demonstration(row.prompt, completion, row.source, row.columns, before)]
+
+
 def best_of(row: Ranking, join: str) -> list[Demonstration]:
     """The best response of a ranking; the first of several."""
     best = min(range(len(row.ranks)), key=row.ranks.__getitem__)
-    return [Demonstration(row.prompt, row.responses[best], row.source, row.columns)]
+    return imitating(row, row.responses[best])
 
 
 def if_liked(row: Feedback, join: str) -> list[Demonstration]:
     """A response that has no thumbs down; a score alone forbids no one to imitate it."""
-    if row.label is False:
-        return []
-    return [Demonstration(row.prompt, row.completion, row.source, row.columns)]
+    return [] if row.label is False else imitating(row, row.completion)
 
 
 def if_right(row: Stepwise, join: str) -> list[Demonstration]:
     """A response without a step that is wrong."""
-    if min(row.labels) < 0.5:
-        return []
-    return [Demonstration(row.prompt, join.join(row.steps), row.source, row.columns)]
+    return [] if min(row.labels) < 0.5 else imitating(row, join.join(row.steps))
 
 
 DERIVATIONS: dict[type, dict[type, Derive]] = {
     Demonstration: {
         Text: lambda row, join: [row],  # sft trains on all tokens of plain text
-        Preference: lambda row, join: [
-            Demonstration(row.prompt, row.chosen, row.source, row.columns)
-        ],
+        Preference: lambda row, join: imitating(row, row.chosen),
         Ranking: best_of,
         Feedback: if_liked,
         Stepwise: if_right,
@@ -161,6 +197,14 @@ def derivable(have: type, kind: type) -> bool:
     return have is kind or have in DERIVATIONS.get(kind, {})
 
 
+def prompt_key(row: Any) -> str:
+    """A text that two rows share if they ask the same: prompt, system message and tools."""
+    beside = {name: row.columns[name] for name in ("system", "tools") if name in row.columns}
+    if isinstance(row.prompt, str) and not beside:
+        return row.prompt
+    return json.dumps([row.prompt, beside], sort_keys=True, default=str)
+
+
 def derive(rows: list[Row], kind: type, join: str) -> list[Any]:
     """Rows of `kind` made from rows that are all derivable; a prompt that is judged often, once."""
     ways = DERIVATIONS.get(kind, {})
@@ -168,9 +212,9 @@ def derive(rows: list[Row], kind: type, join: str) -> list[Any]:
     asked: set[str] = set()
     for row in rows:
         if kind is Prompt and isinstance(row, JUDGEMENTS):
-            if str(row.prompt) in asked:
+            if (key := prompt_key(row)) in asked:
                 continue
-            asked.add(str(row.prompt))
+            asked.add(key)
         made += [row] if isinstance(row, kind) else ways[type(row)](row, join)
     return made
 
