@@ -142,9 +142,19 @@ class Data:
         choices=("demo", "rows", "hh", "gsm8k", "gsm8k_solutions"),
     )
     path: str | None = key("File, folder of files or hub dataset; generate also takes - (stdin).")
-    eval_path: str | None = key("Held-out rows; null holds out eval_rows of path.")
-    eval_rows: int = key(
-        "Prompts held out of path, with all their rows, when there is no eval_path.", ge=1
+    sources: list[Any] = key(
+        "Several sources in place of path: {path, and any of shape, columns, cap (rows), repeat "
+        "(times in an epoch), weight (share of an epoch), name}."
+    )
+    eval_path: str | None = key("Held-out rows; null holds out prompts of path.")
+    eval_share: float = key(
+        "Share of prompts that are held out, with all their rows, by the hash of the prompt: rows "
+        "that come later move none of them.",
+        gt=0,
+        lt=1,
+    )
+    eval_rows: int | None = key(
+        "Number of prompts to hold out in place of a share: those whose hash is lowest.", ge=1
     )
     max_rows: int | None = key("Use the first rows only; null uses all.", ge=1)
     text_path: str | None = key("Plain text rows for the pretraining mix (ptx_coef, text_mix).")
@@ -180,6 +190,10 @@ class Data:
     )
     step_join: str = key("Text between the steps of a row when they become one response.")
     step_end: str = key("Regular expression whose matches end a step of a response.")
+    cache: str | None = key(
+        "Folder of tokenised rows, read again by runs with the same files, tokenizer and template; "
+        "null is that of RLHF_CLI_CACHE, or the user's own."
+    )
     gold: str | None = key("Scorer that training never sees; evaluate reports it.")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.data.order import order_of
+from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
 from rlhf_cli.data.tokens import Answers, Tokens
 
 Item = TypeVar("Item")
@@ -221,9 +221,10 @@ class EpochBatches(Generic[Item]):
         """Seed and name fix the orders, as in `order_of`."""
         self._items, self._size, self._epochs = items, batch_size, epochs
         self._seed, self._name = seed, name
-        self._per_epoch = -(-len(items) // batch_size)
+        self._quotas = quotas(items)
+        self._per_epoch = -(-epoch_size(items) // batch_size)
         self._epoch = -1  # the one whose order is known
-        self._order: list[int] = []
+        self._order: array[int] = array("q")
 
     def __len__(self) -> int:
         """Steps of all epochs."""
@@ -233,7 +234,7 @@ class EpochBatches(Generic[Item]):
         """The batch of a step, counted from 0."""
         epoch, place = divmod(range(len(self))[step], self._per_epoch)
         if epoch != self._epoch:
-            self._order = order_of(len(self._items), self._seed, self._name, epoch)
+            self._order = epoch_order(self._quotas, self._seed, self._name, epoch)
             self._epoch = epoch
         start = place * self._size
         return [self._items[i] for i in self._order[start : start + self._size]]
@@ -244,7 +245,7 @@ class EpochBatches(Generic[Item]):
 
 
 STREAMS = 64  # whose orders are kept between draws: those of a run, and of the run before it
-_orders: "dict[tuple[int, int, str], dict[int, array[int]]]" = {}
+_orders: "dict[tuple[Quotas, int, str], dict[int, array[int]]]" = {}
 
 
 def draw(items: Sequence[Item], count: int, seed: int, name: str, step: int) -> list[Item]:
@@ -252,12 +253,13 @@ def draw(items: Sequence[Item], count: int, seed: int, name: str, step: int) -> 
 
     The order of an epoch is made once: to shuffle a million items takes seconds.
     """
-    places = [divmod(place, len(items)) for place in range(step * count, (step + 1) * count)]
-    stream = (len(items), seed, name)
+    size = epoch_size(items)
+    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]
+    stream = (quotas(items), seed, name)
     known = _orders.pop(stream, {})
     orders = {epoch: known.get(epoch) for epoch, _ in places}
     made = {
-        epoch: array("q", order_of(*stream, epoch)) if order is None else order
+        epoch: epoch_order(*stream, epoch) if order is None else order
         for epoch, order in orders.items()
     }
     _orders[stream] = made  # the latest at the end

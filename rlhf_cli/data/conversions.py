@@ -14,7 +14,6 @@ from rlhf_cli.data.kinds import (
     Row,
     Stepwise,
     cut_steps,
-    name_of,
     pairs_of,
 )
 
@@ -24,11 +23,15 @@ Made = tuple[list[Any], Counter[str]]
 
 @dataclass(frozen=True)
 class Conversion:
-    """From all rows of one kind to rows of another."""
+    """From rows of one kind to rows of another.
+
+    whole: whether it puts rows together, and so needs all of them at once.
+    """
 
     start: type
     end: type
     make: Callable[[list[Any], Data], Made]
+    whole: bool = False
 
 
 def ranking_to_preference(rows: list[Ranking], data: Data) -> Made:
@@ -121,7 +124,7 @@ def feedback_to_stepwise(rows: list[Feedback], data: Data) -> Made:
 
 
 CONVERSIONS = {
-    "feedback_to_ranking": Conversion(Feedback, Ranking, feedback_to_ranking),
+    "feedback_to_ranking": Conversion(Feedback, Ranking, feedback_to_ranking, whole=True),
     "feedback_to_stepwise": Conversion(Feedback, Stepwise, feedback_to_stepwise),
     "preference_to_feedback": Conversion(Preference, Feedback, preference_to_feedback),
     "preference_to_ranking": Conversion(Preference, Ranking, preference_to_ranking),
@@ -129,17 +132,17 @@ CONVERSIONS = {
 }
 
 
-def convert(rows: list[Row], name: str, data: Data, notes: list[str]) -> list[Row]:
-    """Rows after one conversion: kinds that it does not start from stay as they are."""
+def convert(rows: list[Row], name: str, data: Data) -> tuple[list[Row], Counter[str]]:
+    """Rows after one conversion: kinds that it does not start from stay as they are.
+
+    Returns:
+        The rows, and what was counted on the way, with `from` and `made`.
+    """
     way = CONVERSIONS[name]
     mine = [row for row in rows if isinstance(row, way.start)]
     made, counts = way.make(mine, data)
-    told = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    notes.append(
-        f"{name}: {len(made)} {name_of(way.end)} rows from {len(mine)} {name_of(way.start)} rows"
-        + told
-    )
-    return [row for row in rows if not isinstance(row, way.start)] + made
+    counts.update({"from": len(mine), "made": len(made)})
+    return [row for row in rows if not isinstance(row, way.start)] + made, counts
 
 
 def route(start: type, end: type) -> list[str] | None:

@@ -214,3 +214,18 @@ def read_hub(name: str) -> Iterator[tuple[Raw, str]]:
         raise UserError(f"no file {name}, and no hub dataset of that name: {first}") from None
     for number, row in enumerate(dataset, 1):
         yield dict(row), f"{name}:{number}"
+
+
+def files_of(path: Any) -> list[Path]:
+    place = Path(path)
+    if place.is_dir():
+        return sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
+    return [place]
+
+
+def is_local(path: Any) -> bool:
+    return Path(path).exists()
+
+
+def held_out_files_of(path: Any) -> list[Path]:
+    return []

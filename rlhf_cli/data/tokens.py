@@ -4,6 +4,7 @@ Prompt and response are tokenised apart, so a prompt has the same ids in trainin
 and no token straddles the boundary.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ class Tokens:
     prompt: list[int]
     response: list[int]
     source: str = field(default="", compare=False)
+    loss: list[bool] | None = None
 
     @property
     def responses(self) -> list[list[int]]:
@@ -123,9 +125,7 @@ class Encoder:
             UserError: a prompt is longer than the limit and data.long_prompts is error.
         """
         limited = [self._limit_prompt(ids, row) for ids, row in self._prompt_ids(rows)]
-        kept = [(row, ids) for row, ids in zip(rows, limited, strict=True) if ids is not None]
-        self._check_left(kept, rows)
-        return kept
+        return [(row, ids) for row, ids in zip(rows, limited, strict=True) if ids is not None]
 
     def demonstrations(self, rows: Sequence[Demonstration | Text]) -> list[Tokens]:
         """Sequences to imitate; of plain text all tokens, of demonstrations the response."""
@@ -138,7 +138,6 @@ class Encoder:
             for (ids, row), response in pairs
             if (prompt := self._limit_prompt(ids, row)) is not None
         ]
-        self._check_left(sequences, demonstrations)
         return sequences + self.texts(texts)
 
     def texts(self, rows: Sequence[Text]) -> list[Tokens]:
@@ -172,7 +171,6 @@ class Encoder:
         items = [
             self._with_ends(item) if isinstance(item.row, Stepwise) else item for item in items
         ]
-        self._check_left(items, rows)
         kept = [item for item in items if item.ends or not isinstance(item.row, Stepwise)]
         if len(kept) < len(items):
             what = "responses whose first step exceeds max_response_tokens: drop"
@@ -350,10 +348,9 @@ class Encoder:
             return None
         return self.bos + ids[len(ids) - limit + len(self.bos) :]  # the end holds the question
 
-    def _check_left(self, kept: Sequence[Any], rows: Sequence[Any]) -> None:
-        """Stop where dropping long prompts leaves nothing."""
-        if rows and not kept:
-            raise UserError(
-                f"{rows[0].source}: every prompt, of {len(rows)} rows in all, is longer than "
-                f"data.max_prompt_tokens={self.data.max_prompt_tokens}"
-            )
+    def check_lengths(self) -> None:
+        pass
+
+    def identity(self) -> str:
+        said = [self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.chat_template)]
+        return hashlib.sha256("\0".join(said).encode()).hexdigest()

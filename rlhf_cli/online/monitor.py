@@ -5,9 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import OnlineConfig
-from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import EncodedPrompt
 from rlhf_cli.evaluation.samples import show_samples
@@ -25,22 +23,20 @@ WRITTEN = ("reward", "kl", "entropy", "length", "ended")  # what stage.json says
 
 
 def prompts_to_monitor(
-    cfg: OnlineConfig, session: Session, roles: Roles, held_out: list[Prompt]
+    cfg: OnlineConfig, session: Session, roles: Roles, held_out: Sequence[EncodedPrompt]
 ) -> list[EncodedPrompt]:
-    """The held-out prompts that evaluations sample from, and their ids; none without evaluations.
+    """The held-out prompts that evaluations sample from; none without evaluations.
 
     Raises:
-        UserError: a row lacks what the reward or gold reads, or is too long.
+        UserError: a row lacks what the reward or gold reads.
     """
     if cfg.algo.eval_every is None:
         return []
-    chosen = held_out[: cfg.algo.eval_prompts]
-    roles.reward.check(chosen, session.require)
+    prompts = list(held_out[: cfg.algo.eval_prompts])
+    rows = [row for row, _ in prompts]
+    roles.reward.check(rows, session.require)
     if roles.gold is not None:
-        roles.gold.check(chosen, session.require, "gold")
-    prompts = roles.policy.encoder.prompts(chosen)
-    if not prompts:
-        raise UserError("every held-out prompt was dropped, so algo.eval_every has none to sample")
+        roles.gold.check(rows, session.require, "gold")
     return prompts
 
 

@@ -25,7 +25,7 @@ from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.kinds import Preference, Prompt
 from rlhf_cli.data.order import order_of
-from rlhf_cli.data.rows import KindError
+from rlhf_cli.data.reading import KindError
 from rlhf_cli.data.tokens import Answers, responses_in
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
@@ -94,13 +94,12 @@ class RewardRefresh:
     def _preferences(self) -> list[Answers]:
         """The preference rows of `data`, as the reward model reads them; none of other data."""
         try:
-            split = self._session.rows.split(Preference)
+            data = self._session.dataset(self._encoder, Preference)
         except KindError:
             return []
-        pairs = self._encoder.answers(split.train)
         context = self.source.reader.context
-        fitting = [pair for pair in pairs if context is None or len(pair) <= context]
-        for line in [*split.notes, *self._encoder.notes()]:
+        fitting = [pair for pair in data.train if context is None or len(pair) <= context]
+        for line in data.notes:
             say(line)
         say(f"the first refresh replays from {len(fitting)} preference rows")
         return fitting

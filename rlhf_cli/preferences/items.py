@@ -1,7 +1,9 @@
 """Judged responses as a preference loss sees them."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig
 from rlhf_cli.data.kinds import Feedback, Ranking
 from rlhf_cli.data.order import order_of
+from rlhf_cli.data.store import prompts_of
 from rlhf_cli.data.tokens import Answers, Tokens, responses_in
 from rlhf_cli.objectives.preference import kto_weights
 
@@ -67,30 +70,66 @@ class PreferenceItem(Compared):
         return not isinstance(row, Feedback) or bool(row.label)
 
 
-def items_of(answers: list[Answers], cfg: DpoConfig, side: str) -> list[PreferenceItem]:
-    """An item per row; kto's with a partner: the response of the next row in a shuffled order.
+class PreferenceItems(Sequence[PreferenceItem]):
+    """An item per row, made anew whenever it is asked for; what the reference says is kept.
 
-    The paper pairs within a batch. A partner that stays lets the reference score it once, and z0
-    has the same expectation.
+    kto's have a partner: the response of the next row in a shuffled order. The paper pairs within a
+    batch. A partner that stays lets the reference score it once, and z0 has the same expectation.
+    """
+
+    def __init__(self, answers: Sequence[Answers], cfg: DpoConfig, side: str) -> None:
+        """Raises UserError where all rows have one prompt, so that kto has no partners."""
+        self.answers = answers
+        self._partner = partners(answers, cfg.seed, side) if cfg.algo.loss == "kto" else None
+        self._known: dict[int, Tensor] = {}
+        self._known_of_partner: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @overload
+    def __getitem__(self, place: int) -> PreferenceItem: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PreferenceItem]: ...
+    def __getitem__(self, place: int | slice) -> PreferenceItem | list[PreferenceItem]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        i = range(len(self))[place]
+        answers = self.answers[i]
+        item = PreferenceItem(answers, self._known.get(i))
+        if self._partner is not None:
+            responses = self.answers[self._partner[i]].responses
+            others = Answers(answers.prompt, responses, answers.row)
+            item.mismatched = Compared(others, self._known_of_partner.get(i))
+        return item
+
+    def remember(self, place: int, item: PreferenceItem) -> None:
+        """Keep what the reference says of an item, and of its partner."""
+        if item.reference is not None:
+            self._known[place] = item.reference
+        if item.mismatched is not None and item.mismatched.reference is not None:
+            self._known_of_partner[place] = item.mismatched.reference
+
+
+def partners(answers: Sequence[Answers], seed: int, side: str) -> "array[int]":
+    """(N,) the row whose response each is compared with: one of another prompt.
 
     Raises:
-        UserError: all rows have one prompt, so there is no response to another one.
+        UserError: there is none.
     """
-    items = [PreferenceItem(each) for each in answers]
-    if cfg.algo.loss != "kto":
-        return items
     count = len(answers)
-    order = order_of(count, cfg.seed, "kto partners", 0)
+    prompts = prompts_of(answers)
+    order = order_of(count, seed, "kto partners", 0)
+    found = array("q", [0]) * count
     for place, i in enumerate(order):
-        after = (answers[order[(place + step) % count]] for step in range(1, count))
-        partner = next((other for other in after if other.prompt != answers[i].prompt), None)
+        after = (order[(place + step) % count] for step in range(1, count))
+        partner = next((other for other in after if prompts[other] != prompts[i]), None)
         if partner is None:
             raise UserError(
                 f"all {side} rows have one prompt; kto compares with responses to other prompts"
             )
-        row = answers[i].row
-        items[i].mismatched = Compared(Answers(answers[i].prompt, partner.responses, row))
-    return items
+        found[i] = partner
+    return found
 
 
 def sequences_in(item: Compared) -> int:
@@ -108,7 +147,7 @@ def good_sequences(items: Sequence[PreferenceItem]) -> list[Tokens]:
     return [item.answers.sequences[item.best] for item in items if item.is_good]
 
 
-def class_weights(items: Sequence[PreferenceItem], algo: DpoAlgo) -> tuple[float, float]:
+def class_weights(items: PreferenceItems, algo: DpoAlgo) -> tuple[float, float]:
     """kto's lambda_D and lambda_U: those given, or else what balances the classes.
 
     Raises:

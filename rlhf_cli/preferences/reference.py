@@ -12,7 +12,6 @@ from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
 from rlhf_cli.data.kinds import Judgement, Prompt
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.forward import matmul_in_float32, shares_prompts
 from rlhf_cli.models.load import check_vocabulary, load_policy
@@ -21,7 +20,14 @@ from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.preferences.bootstrap import BOOTSTRAP, bootstrap
 from rlhf_cli.preferences.cache import ReferenceCache
-from rlhf_cli.preferences.items import Compared, PreferenceItem, sequences_in, with_partners
+from rlhf_cli.preferences.items import (
+    Compared,
+    PreferenceItem,
+    PreferenceItems,
+    good_sequences,
+    sequences_in,
+    with_partners,
+)
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.policy import Policy, check_reference
@@ -71,12 +77,12 @@ class FrozenReference:
     """
 
     def __init__(
-        self, session: Session, policy: Policy, cfg: DpoConfig, chosen: list[Tokens]
+        self, session: Session, policy: Policy, cfg: DpoConfig, train: PreferenceItems
     ) -> None:
-        """`chosen`: what reference=bootstrap imitates first, policy and reference alike."""
+        """`train`: whose chosen side reference=bootstrap imitates first, before it is copied."""
         self._cfg = cfg
         if cfg.reference == BOOTSTRAP:
-            bootstrap(session, policy, chosen)
+            bootstrap(session, policy, good_sequences(train))
         compares = cfg.algo.loss not in WITHOUT_REFERENCE
         made = cfg.reference == BOOTSTRAP
         self.origin = reference_origin(session, cfg) if compares or made else {}
@@ -91,9 +97,7 @@ class FrozenReference:
         compares = self._cfg.algo.loss not in WITHOUT_REFERENCE
         return compares and self._cfg.reference in (None, BOOTSTRAP)
 
-    def precompute(
-        self, train: Sequence[PreferenceItem], held_out: Sequence[PreferenceItem]
-    ) -> None:
+    def precompute(self, train: PreferenceItems, held_out: PreferenceItems) -> None:
         """Score held-out items, and training items where that is worth it, before training.
 
         With algo.precompute_reference the model is freed then, unless it is the policy's own base.
@@ -103,15 +107,16 @@ class FrozenReference:
         algo = self._cfg.algo
         # Later epochs batch rows otherwise, which changes the rounding: a resumed run would differ.
         ahead = algo.precompute_reference or algo.epochs > 1
-        for side in (with_partners(held_out), with_partners(train) if ahead else []):
+        for side in (held_out, train) if ahead else (held_out,):
             self._score_ahead(side)
         if algo.precompute_reference and not self.model.switched_off:
             self.model = None  # its memory is free again; eval/kl needs it and is left out
 
-    def _score_ahead(self, items: Sequence[Compared]) -> None:
+    def _score_ahead(self, side: PreferenceItems) -> None:
         """Score items under a bar; those that are all precomputed are kept on disk."""
-        cfg, unknown = self._cfg, [item for item in items if item.reference is None]
-        with Bar("reference log-probs", len(items)) as bar:
+        cfg, items = self._cfg, list(side)
+        unknown = [item for item in with_partners(items) if item.reference is None]
+        with Bar("reference log-probs", len(unknown)) as bar:
             if not unknown:
                 return
             cache = None
@@ -125,6 +130,8 @@ class FrozenReference:
                     cache.write(known)
         for item, values in zip(unknown, known, strict=True):
             item.reference = values
+        for place, item in enumerate(items):
+            side.remember(place, item)
 
     def score(self, items: Sequence[PreferenceItem]) -> None:
         """Fill in the reference's log-probs of items and partners where they are not known yet."""

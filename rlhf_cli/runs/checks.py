@@ -2,16 +2,17 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name
-from rlhf_cli.data.files import SUFFIXES
-from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, kind_named
-from rlhf_cli.data.rows import Rows
+from rlhf_cli.data.files import SUFFIXES, is_local
+from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, Text, kind_named
+from rlhf_cli.data.look import check_split, looked_at
+from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
     implicit_reward_of,
@@ -76,42 +77,65 @@ def is_hub_id(value: str) -> bool:
 
 
 def check_rows(cfg: Run, rows: Rows) -> list[str]:
-    """Rows of local files are sound, of a kind that the stage can use, and have what it reads.
+    """The first rows of local files are sound, of a kind that the stage can use, and have what it
+    reads; all of them where they are few.
 
     The shipped demo is sound; what the hub or standard input holds is known once the stage reads.
 
     Returns:
-        How many rows there are of each file.
+        How many rows there are of each source, and what was not read.
     """
-    data, notes = cfg.data, []
-    if data.text_path is not None and Path(data.text_path).exists():
-        notes += rows.texts().notes
-    paths = [path for path in (data.path, data.eval_path) if path is not None]
-    if not paths or not all(Path(path).exists() for path in paths):
+    notes = []
+    texts = rows.text_places()
+    if cfg.data.text_path is not None and texts is not None:
+        notes += looked_at(texts.train[0], Text, text_data(cfg.data)).notes
+    if cfg.data.format == "demo":
         return notes
-    split = rows.split(row_kind(cfg)) if facts_of(cfg).holds_out else rows.to_answer()
-    every = split.train + split.held_out
-    answered = [row for row in every if isinstance(row, Prompt | Demonstration)]
-    for _, reward in rewards_of(cfg):
-        for term in terms_of(reward):
-            check_rows_of(term.spec, answered)
-    check_judgements(cfg, every)
-    return notes + split.notes
+    kind = row_kind(cfg)
+    places = rows.places(kind)
+    looks = [
+        looked_at(source, kind, cfg.data)
+        for source in [*places.train, *([places.held_out] if places.held_out else [])]
+        if is_local(source.path)
+    ]
+    for look in looks:
+        notes += look.notes
+        answered = [row for row in look.rows if isinstance(row, Prompt | Demonstration)]
+        for _, reward in rewards_of(cfg):
+            for term in terms_of(reward):
+                check_rows_of(term.spec, answered)
+        check_judgements(cfg, look.rows)
+    if (
+        facts_of(cfg).holds_out
+        and places.held_out is None
+        and looks
+        and all(look.whole for look in looks)
+    ):
+        check_split(places, looks, cfg.data)
+    return notes
 
 
-def check_judgements(cfg: Run, rows: list[Any]) -> None:
+def what_is_read(cfg: Run) -> tuple[str, str] | None:
+    """What a loss reads of each row beside its responses, and the setting by which it does."""
+    target = getattr(cfg.algo, "target", None)
+    if getattr(cfg.algo, "row_margin", None):
+        return "margin", "algo.row_margin=true"
+    if getattr(cfg.algo, "loss", None) == "kto":
+        return "label", "algo.loss=kto"
+    return None if target is None else (target, f"algo.target={target}")
+
+
+def check_judgements(cfg: Run, rows: Iterable[Any]) -> None:
     """Every row has what the loss reads: its margin, its label or its score.
 
     Raises:
         UserError: naming the first row that has not.
     """
-    loss, target = getattr(cfg.algo, "loss", None), getattr(cfg.algo, "target", None)
-    needed, setting = target, f"algo.target={target}"
-    if getattr(cfg.algo, "row_margin", None):
-        needed, setting = "margin", "algo.row_margin=true"
-    elif loss == "kto":
-        needed, setting = "label", "algo.loss=kto"
-    bad = next((row for row in rows if needed and getattr(row, needed) is None), None)
+    read = what_is_read(cfg)
+    if read is None:
+        return
+    needed, setting = read
+    bad = next((row for row in rows if getattr(row, needed) is None), None)
     if bad is not None:
         raise UserError(f"{bad.source}: the row says no {needed}, which {setting} reads")
 

@@ -17,8 +17,12 @@ import rlhf_cli
 from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import stage_name
+from rlhf_cli.data.dataset import Dataset, dataset_of
+from rlhf_cli.data.kinds import Text
+from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.rows import Rows, Split
+from rlhf_cli.data.rows import Rows, text_data
+from rlhf_cli.data.store import Items
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
@@ -28,7 +32,7 @@ from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.checks import check_judgements, row_kind
+from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
 from rlhf_cli.runs.preflight import Plan, preflight
@@ -68,15 +72,31 @@ class Session:
         """The rows of cfg.data, each file read once."""
         return self.plan.rows
 
-    def judged_rows(self) -> Split:
+    def dataset(self, encoder: Encoder, kind: type) -> Dataset:
+        """The rows of a kind, tokenised, under a bar where that takes a while."""
+        places = self.rows.places(kind)
+        with Bar("rows", expected_rows(places)) as bar:
+            return dataset_of(places, kind, self.cfg.data, encoder, bar.advance)
+
+    def judged(self, encoder: Encoder) -> Dataset:
         """Rows of the kind that the loss reads, each with what it reads of them.
 
         Raises:
             UserError: a row does not say it.
         """
-        rows = self.rows.split(row_kind(self.cfg))
-        check_judgements(self.cfg, rows.train + rows.held_out)
-        return rows
+        data = self.dataset(encoder, row_kind(self.cfg))
+        if what_is_read(self.cfg) is not None:
+            for side in (data.train, data.held_out):
+                check_judgements(self.cfg, (item.row for item in side))
+        return data
+
+    def texts(self, encoder: Encoder) -> Dataset:
+        """Plain text for the pretraining mix, tokenised; empty where none is named."""
+        places = self.rows.text_places()
+        if places is None:
+            return Dataset(Items.none(), Items.none(), [])
+        with Bar("plain text", expected_rows(places)) as bar:
+            return dataset_of(places, Text, text_data(self.cfg.data), encoder, bar.advance)
 
     def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
         """Record a hand-off check; stop the run where it does not hold."""
@@ -84,9 +104,7 @@ class Session:
         if not holds:
             raise RunError(f"hand-off check {name} failed ({value:.6g}): {diagnosis}")
 
-    def note(
-        self, encoder: Encoder, notes: list[str], sides: tuple[Sized, Sized] | None = None
-    ) -> None:
+    def note(self, notes: list[str], sides: tuple[Sized, Sized] | None = None) -> None:
         """Say what will happen, and how many rows were read, cut and dropped, and why.
 
         Args:
@@ -95,7 +113,7 @@ class Session:
         left = []
         if sides is not None:
             left = [f"{len(sides[0])} rows to learn from, {len(sides[1])} held out"]
-        for line in [*self.plan.at_start(), *notes, *left, *encoder.notes()]:
+        for line in [*self.plan.at_start(), *notes, *left]:
             say(line)
 
     def claim(self) -> None:

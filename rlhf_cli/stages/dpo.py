@@ -43,12 +43,17 @@ from rlhf_cli.preferences.implicit_reward import (
 )
 from rlhf_cli.preferences.items import (
     PreferenceItem,
+    PreferenceItems,
     class_weights,
     good_sequences,
-    items_of,
     sequences_in,
 )
-from rlhf_cli.preferences.reference import FrozenReference, log_ratios, sequence_logprobs
+from rlhf_cli.preferences.reference import (
+    KL_PROMPTS,
+    FrozenReference,
+    log_ratios,
+    sequence_logprobs,
+)
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.runs.policy import policy_of
 from rlhf_cli.runs.preflight import Plan
@@ -65,19 +70,22 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
     policy = policy_of(session, cfg.policy)
-    rows = session.judged_rows()
-    train = items_of(policy.encoder.answers(rows.train), cfg, "training")
-    held_out = items_of(policy.encoder.answers(rows.held_out), cfg, "held-out")
+    data = session.judged(policy.encoder)
+    train = PreferenceItems(data.train, cfg, "training")
+    unseen = PreferenceItems(data.held_out, cfg, "held-out")
     weights = class_weights(train, algo)
-    session.note(policy.encoder, rows.notes, (train, held_out))
-    reference = FrozenReference(session, policy, cfg, good_sequences(train))
-    reference.precompute(train, held_out)
+    session.note(data.notes, (train, unseen))
+    reference = FrozenReference(session, policy, cfg, train)
+    reference.precompute(train, unseen)
+    held_out = list(unseen)
 
     batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, len(batches))
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, reference.share, weights)
-    sampled_kl = partial(reference.sampled_kl, policy, rows.held_out)
+    sampled_kl = partial(
+        reference.sampled_kl, policy, [item.row for item in data.held_out[:KL_PROMPTS]]
+    )
     evaluate = partial(evaluated, objective, held_out, sampled_kl)
     log = session.log()
     if session.start == 0 and reference.is_start:

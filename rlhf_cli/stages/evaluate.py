@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
+from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.rows import KindError, identity
+from rlhf_cli.data.reading import KindError
 from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.kept import KeptSamples
@@ -53,7 +54,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
-    rows = session.rows.split(Prompt)
+    rows = session.rows.held_out(Prompt)
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
     paths = policies(cfg)
     check_tokens(cfg, paths)
@@ -74,7 +75,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                     each.check([row for row, _ in prompts], session.require)
                 scorer = model_in(judges.get("reward"))
                 judgement = None if scorer is None else judged(session, scorer, policy)
-                session.note(policy.encoder, rows.notes)
+                session.note([*rows.notes, *policy.encoder.notes()])
                 kept = KeptSamples(session)
             own = kept.of(path, prompts, cfg.algo.samples)
             bar.skip(len(own.done) * cfg.algo.samples)
@@ -249,7 +250,7 @@ def judged(session: Session, source: ModelReward, policy: Policy) -> Report | No
     """How a reward model orders held-out pairs, or rankings; None without either."""
     for kind in (Preference, Ranking):
         with suppress(KindError):
-            items = policy.encoder.answers(session.rows.split(kind).held_out)
+            items = policy.encoder.answers(session.rows.held_out(kind).held_out)
             written = [rollout for item in items for rollout in as_rollouts(item, policy)]
             scores = source.raw_of(written).split([len(item.responses) for item in items])
             scored = [pair for pair in zip(items, scores, strict=True) if pair[1].isfinite().all()]
@@ -291,12 +292,11 @@ def estimated_kl(
 
 def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Tokens]]:
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
-    rows, texts = session.rows, session.rows.texts().held_out
     demonstrations = []
     if session.cfg.data.format != "rows":
-        demonstrations = rows.split(Demonstration).held_out
+        demonstrations = session.rows.held_out(Demonstration).held_out
     return {
-        "text_loss": policy.encoder.texts(texts),
+        "text_loss": list(session.texts(policy.encoder).held_out),
         "demonstration_loss": policy.encoder.demonstrations(demonstrations),
     }
 

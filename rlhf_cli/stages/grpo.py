@@ -18,9 +18,10 @@ sampled anew (2503.14476). gspo: the ratio of whole responses (2507.18071). cisp
     rlhf-cli grpo policy=runs/demo/sft data=gsm8k data.path=train.jsonl reward=exact_answer
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from rlhf_cli.config.schema import GrpoAlgo, GrpoConfig
 from rlhf_cli.data.batches import collate, draw
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.store import Mapped
 from rlhf_cli.data.tokens import EncodedPrompt, response_tokens
 from rlhf_cli.models.forward import on_grid, token_logprobs
 from rlhf_cli.models.score import mean_nll
@@ -78,15 +80,15 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     algo = cfg.algo
     roles = load_roles(session)
     policy = roles.policy
-    rows = session.rows.split(Prompt)
-    roles.reward.check(rows.train, session.require)
-    held_out = prompts_to_monitor(cfg, session, roles, rows.held_out)
-    prompts = policy.encoder.prompts(rows.train)
-    unseen = policy.encoder.texts(session.rows.texts().held_out)
-    session.note(policy.encoder, rows.notes)
+    data = session.dataset(policy.encoder, Prompt)
+    prompts, rows = data.train, Mapped(data.train, itemgetter(0))
+    roles.reward.check(rows, session.require)
+    held_out = prompts_to_monitor(cfg, session, roles, data.held_out)
+    unseen = list(session.texts(policy.encoder).held_out)
+    session.note(data.notes)
     refresh = None
     if algo.refresh_reward:
-        refresh = RewardRefresh(cfg, session, policy, roles.reward, rows.train)
+        refresh = RewardRefresh(cfg, session, policy, roles.reward, rows)
 
     networks = {"policy": policy.model}
     planned = algo.steps * (algo.batch_size // algo.minibatch_size) * algo.epochs
@@ -240,7 +242,7 @@ def policy_loss(
 def sampled_groups(
     cfg: GrpoConfig,
     roles: Roles,
-    prompts: list[EncodedPrompt],
+    prompts: Sequence[EncodedPrompt],
     running: RunningMoments,
     clock: Clock,
     step: int,

@@ -14,8 +14,10 @@ returns less the mean return of the other responses, without a critic.
     rlhf-cli ppo algo=ppo_ptx policy=runs/demo/sft reward=runs/demo/reward
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from rlhf_cli.config.schema import PpoAlgo, PpoConfig
 from rlhf_cli.data.batches import collate, draw
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.store import Mapped
 from rlhf_cli.data.tokens import Tokens, response_tokens
 from rlhf_cli.models.forward import response_nll, token_logprobs
 from rlhf_cli.models.score import logprobs_of, mean_nll
@@ -71,12 +74,11 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     roles = load_roles(session)
     policy = roles.policy
     critic = Critic(cfg, roles.reward, policy, session) if algo.baseline == "critic" else None
-    rows, plain = session.rows.split(Prompt), session.rows.texts()
-    prompts = policy.encoder.prompts(rows.train)
-    roles.reward.check(rows.train, session.require)
-    held_out = prompts_to_monitor(cfg, session, roles, rows.held_out)
-    texts, unseen = policy.encoder.texts(plain.train), policy.encoder.texts(plain.held_out)
-    session.note(policy.encoder, rows.notes + plain.notes)
+    data, texts = session.dataset(policy.encoder, Prompt), session.texts(policy.encoder)
+    prompts, unseen = data.train, list(texts.held_out)
+    roles.reward.check(Mapped(prompts, itemgetter(0)), session.require)
+    held_out = prompts_to_monitor(cfg, session, roles, data.held_out)
+    session.note(data.notes + texts.notes)
 
     networks = {"policy": policy.model} | ({"critic": critic.model} if critic else {})
     rates = {"policy": algo.lr, "critic": algo.value_lr or 0.0}
@@ -88,7 +90,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     old_kl_coef = state.get("old_kl_coef", algo.old_kl_coef or 0.0)
     running = RunningMoments(**state.get("running", {}))
     monitor = Monitor(cfg, session, roles, held_out, state, tensors)
-    objective = PpoObjective(cfg, roles, critic, texts, session.device)
+    objective = PpoObjective(cfg, roles, critic, texts.train, session.device)
 
     with Bar("ppo", algo.steps) as bar:
         for step in session.steps(bar):
@@ -172,7 +174,7 @@ class PpoObjective:
         cfg: PpoConfig,
         roles: Roles,
         critic: Critic | None,
-        texts: list[Tokens],
+        texts: Sequence[Tokens],
         device: torch.device,
     ) -> None:
         """`texts`: plain text for the pretraining mix."""

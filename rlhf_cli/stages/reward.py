@@ -15,6 +15,7 @@ demonstrations go into stage.json, and every consumer normalises by them.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,8 @@ from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
+IMITATED = 10_000  # demonstrations, at most, by whose scores all are normalised
+
 
 def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     """Train and write the reward model; returns `out`."""
@@ -67,12 +70,12 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     tokenizer = load_tokenizer(cfg.policy, cfg.model)
     encoder = Encoder(tokenizer, cfg.data)
-    rows = session.judged_rows()
-    train, held_out = encoder.answers(rows.train), encoder.answers(rows.held_out)
+    data = session.judged(encoder)
+    train, held_out = data.train, list(data.held_out)
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
-    session.note(encoder, rows.notes, (train, held_out))
+    session.note(data.notes, (train, held_out))
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing:
         recompute_activations(scorer)
@@ -204,16 +207,19 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
 # --------------------------------------------------------------------------- items
 
 
-def to_imitate(encoder: Encoder, session: Session, train: list[Answers]) -> list[Tokens]:
-    """The demonstrations by whose scores all are normalised; without two, all responses judged."""
+def to_imitate(encoder: Encoder, session: Session, train: Sequence[Answers]) -> list[Tokens]:
+    """The demonstrations by whose scores all are normalised; without two, all responses judged.
+
+    Of many the first ones will do: their mean and deviation are known to a hundredth.
+    """
     try:
-        demonstrations = encoder.demonstrations(session.rows.split(Demonstration).train)
+        demonstrations: list[Tokens] = session.dataset(encoder, Demonstration).train[:IMITATED]
     except UserError:  # none is good enough to imitate
         demonstrations = []
     if len(demonstrations) >= 2:
         return demonstrations
     say("no two demonstrations: scores are normalised by those of all training responses")
-    return [sequence for item in train for sequence in item.sequences]
+    return [sequence for item in train[:IMITATED] for sequence in item.sequences]
 
 
 # --------------------------------------------------------------------------- evaluation

@@ -12,6 +12,7 @@ best, as InstructGPT chose its SFT model, instead of those of the lowest held-ou
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from torch import nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
 from rlhf_cli.data.batches import EpochBatches
-from rlhf_cli.data.kinds import Demonstration, Prompt, Text
+from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.kinds import Demonstration, Prompt, Text, reply_text
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.rows import Split
+from rlhf_cli.data.store import Items, Joined
 from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
@@ -40,6 +42,7 @@ from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
+LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
 
@@ -49,15 +52,15 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     if session is None:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
-    rows = session.rows.split(Demonstration)
-    texts = session.rows.texts() if algo.text_mix != 0 else Split([], [], [])
-    policy = initial_policy(cfg, rows.train + texts.train, session.device)
+    policy = initial_policy(cfg, session)
     encoder = policy.encoder
-    train, held_out = encoder.demonstrations(rows.train), encoder.demonstrations(rows.held_out)
-    mixed = mixed_in(texts.train, len(train), algo)
-    judge = Judge(cfg, policy, rows.held_out, session) if cfg.select_by == "reward" else None
-    train = train + encoder.texts(mixed)
-    session.note(encoder, rows.notes + texts.notes)
+    data, texts = session.dataset(encoder, Demonstration), session.texts(encoder)
+    if algo.text_mix == 0:
+        texts = Dataset(Items.none(), Items.none(), [])
+    train = Joined(data.train, mixed_in(texts.train, len(data.train), algo))
+    held_out = list(data.held_out)
+    judge = Judge(cfg, policy, session) if cfg.select_by == "reward" else None
+    session.note(data.notes + texts.notes)
 
     batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     steps = min(len(batches), algo.max_steps or len(batches))
@@ -84,7 +87,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     policy.model.eval()
     final = evaluate(policy, held_out, judge, hardware)
     if texts.held_out:
-        final["text/loss"] = mean_nll(policy.model, encoder.texts(texts.held_out), hardware)
+        final["text/loss"] = mean_nll(policy.model, list(texts.held_out), hardware)
     return session.finish_model(policy.model, "policy", encoder, final)
 
 
@@ -106,15 +109,17 @@ class SftObjective:
 # --------------------------------------------------------------------------- items
 
 
-def initial_policy(
-    cfg: SftConfig, rows: list[Demonstration | Text], device: torch.device
-) -> Policy:
+def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     """The pretrained model of model.path, or a decoder and a tokenizer from scratch."""
+    device = session.device
     if cfg.model.path is not None:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model)
         model = load_policy(cfg.model.path, cfg.model, tokenizer, device)
     else:
         assert cfg.model.vocab_size is not None
+        rows = session.rows.split(Demonstration, LEARNT_FROM).train
+        if cfg.algo.text_mix != 0:
+            rows += session.rows.texts(LEARNT_FROM).train
         tokenizer = learn_tokenizer([written(row, cfg) for row in rows], cfg.model.vocab_size)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
     if cfg.model.dropout:
@@ -131,10 +136,10 @@ def written(row: Demonstration | Text, cfg: SftConfig) -> str:
         return row.text
     turns = row.prompt if isinstance(row.prompt, list) else [{"content": row.prompt}]
     prompt = "\n".join(turn["content"] for turn in turns)
-    return cfg.data.template.replace("{prompt}", prompt) + row.completion
+    return cfg.data.template.replace("{prompt}", prompt) + reply_text(row.completion)
 
 
-def mixed_in(texts: list[Text], demonstrations: int, algo: SftAlgo) -> list[Text]:
+def mixed_in(texts: Items[Tokens], demonstrations: int, algo: SftAlgo) -> Sequence[Tokens]:
     """The plain text that algo.text_mix asks for beside so many demonstrations.
 
     Raises:
@@ -157,11 +162,10 @@ def mixed_in(texts: list[Text], demonstrations: int, algo: SftAlgo) -> list[Text
 class Judge:
     """The reward that chooses the weights, and the held-out prompts whose responses it judges."""
 
-    def __init__(
-        self, cfg: SftConfig, policy: Policy, rows: list[Demonstration | Text], session: Session
-    ) -> None:
+    def __init__(self, cfg: SftConfig, policy: Policy, session: Session) -> None:
         """Raises UserError where the rows are plain text, which answers nothing."""
         assert cfg.reward is not None  # validate() refuses a missing reward
+        rows = session.rows.held_out(Demonstration).held_out
         demonstrations = [row for row in rows if isinstance(row, Demonstration)]
         questions = [Prompt(row.prompt, row.columns, row.source) for row in demonstrations]
         if not questions:

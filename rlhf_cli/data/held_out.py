@@ -1,0 +1,60 @@
+"""Which prompts are held out: those whose hash is low, so that other rows move none of them."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.kinds import Row, Text
+
+SPACE = 2**64  # of the hashes
+
+
+def identity(row: Row) -> str:
+    """What makes two rows share a side of the split: their prompt, or the text itself.
+
+    White space makes no other prompt of it: a copy with a line break more must not be held out.
+    """
+    if isinstance(row, Text):
+        return " ".join(row.text.split())
+    if isinstance(row.prompt, str):
+        return " ".join(row.prompt.split())
+    return str([(turn["role"], " ".join((turn["content"] or "").split())) for turn in row.prompt])
+
+
+def hash_of(text: str) -> int:
+    """64 bits that stand for a text."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def hold_out(prompts: Any, of: Any, share: float, count: int | None, place: object) -> Any:
+    """(N,) bool, whether each item is held out.
+
+    A prompt is on one side, and on the same side at every seed and in every stage that reads this
+    source with this share or count. By share no prompt changes sides when rows are added.
+
+    Args:
+        prompts: (M,) uint64 hashes of the prompts of all rows that were read.
+        of: (N,) uint64 hashes of the prompts of the items to be split.
+        share: of prompts; one is held out at least.
+        count: of prompts, in place of a share: those whose hash is lowest.
+        place: of the rows, for messages.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    known = np.unique(prompts)
+    if count is None:
+        limit = max(int(share * SPACE), int(known[0]) + 1)
+        held = int((known < np.uint64(min(limit, SPACE - 1))).sum())
+    else:
+        held = min(count, len(known))
+    if held == len(known):
+        key = "data.eval_share" if count is None else "data.eval_rows"
+        raise UserError(
+            f"{place}: holding out {count or held} of {len(known)} prompts leaves none to train "
+            f"on; set {key} lower or give data.eval_path"
+        )
+    return of < known[held]

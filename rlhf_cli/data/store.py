@@ -1,0 +1,270 @@
+"""Tokenised rows in Arrow: written as they come, read one at a time, on disk where they are many.
+
+A file is mapped into memory, so that millions of rows take the memory of the few that are in use.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_cli.data.kinds import Prompt, Row
+from rlhf_cli.data.sources import Source
+from rlhf_cli.data.tokens import Answers, EncodedPrompt, Tokens
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Encoded = Tokens | Answers | EncodedPrompt
+
+BATCH = 1024  # items that are written at once
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.list_(pa.int32()),
+        "responses": pa.list_(pa.list_(pa.int32())),
+        "loss": pa.list_(pa.bool_()),  # empty where all response tokens carry loss
+        "ends": pa.list_(pa.int32()),
+        "row": pa.string(),  # JSON; of sequences their source alone
+    }
+)
+
+
+class TokenWriter:
+    """Takes encoded items in turn; `table` has them all once the writer is left."""
+
+    def __init__(self, file: Path | None, kind: type) -> None:
+        """`file`: where to write; None keeps everything in memory."""
+        self._file, self._kind = file, kind
+        self._sink = pa.BufferOutputStream() if file is None else pa.OSFile(str(file), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, SCHEMA)
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def extend(self, items: Sequence[Encoded]) -> None:
+        """Add items of the writer's kind."""
+        prompt, responses, loss, ends, row = self._columns.values()
+        for item in items:
+            if isinstance(item, Tokens):
+                prompt.append(item.prompt)
+                responses.append([item.response])
+                loss.append(item.loss or [])
+                ends.append([])
+                row.append(item.source)
+            elif isinstance(item, Answers):
+                prompt.append(item.prompt)
+                responses.append(item.responses)
+                loss.append([])
+                ends.append(item.ends)
+                row.append(written(item.row))
+            else:
+                prompt.append(item[1])
+                responses.append([])
+                loss.append([])
+                ends.append([])
+                row.append(written(item[0]))
+            if len(prompt) == BATCH:
+                self._flush()
+                prompt, responses, loss, ends, row = self._columns.values()
+
+    def _flush(self) -> None:
+        if self._columns["prompt"]:
+            self._writer.write_batch(pa.record_batch(self._columns, SCHEMA))
+            self._columns = {name: [] for name in SCHEMA.names}
+
+    def table(self) -> "TokenTable":
+        """What was written."""
+        if self._file is not None:
+            return TokenTable.of(self._file, self._kind)
+        return TokenTable(pa.ipc.open_stream(self._sink.getvalue()).read_all(), self._kind)
+
+
+@dataclass
+class _Batch:
+    """The columns of a record batch as flat values with offsets."""
+
+    prompt: tuple[Any, Any]
+    groups: Any  # offsets of the responses of each item
+    responses: tuple[Any, Any]
+    loss: tuple[Any, Any]
+    ends: tuple[Any, Any]
+    rows: pa.StringArray
+
+
+class TokenTable(Sequence[Encoded]):
+    """The items of a TokenWriter, each made anew whenever it is asked for."""
+
+    def __init__(self, table: pa.Table, kind: type) -> None:
+        self._kind, self._length = kind, len(table)
+        self._batches = []
+        for batch in table.to_batches():
+            prompt, responses, loss, ends, rows = batch.columns
+            inner = responses.values
+            self._batches.append(
+                _Batch(
+                    flat(prompt),
+                    responses.offsets.to_numpy(),
+                    flat(inner),
+                    (loss.offsets.to_numpy(), loss.values),
+                    flat(ends),
+                    rows,
+                )
+            )
+        self._size = len(table.to_batches()[0]) if self._batches else 1  # of all but the last
+
+    @classmethod
+    def of(cls, file: Path, kind: type) -> "TokenTable":
+        """Of a file that a writer has finished.
+
+        Raises:
+            pyarrow.ArrowException: it is damaged.
+        """
+        return cls(pa.ipc.open_stream(pa.memory_map(str(file))).read_all(), kind)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Encoded]: ...
+    def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        number, i = divmod(range(self._length)[place], self._size)
+        batch = self._batches[number]
+        prompt, text = part(batch.prompt, i), batch.rows[i].as_py()
+        if self._kind is Prompt:
+            return read(text, Prompt), prompt
+        responses = [
+            part(batch.responses, j) for j in range(int(batch.groups[i]), int(batch.groups[i + 1]))
+        ]
+        if self._kind is Tokens:
+            offsets, values = batch.loss
+            loss = values[int(offsets[i]) : int(offsets[i + 1])].to_pylist()
+            return Tokens(prompt, responses[0], text, loss or None)
+        return Answers(prompt, responses, read(text, self._kind), part(batch.ends, i))
+
+
+def flat(column: pa.ListArray) -> tuple[Any, Any]:
+    """Offsets and values of lists of numbers."""
+    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+
+
+def part(column: tuple[Any, Any], i: int) -> list[int]:
+    """The i-th list of a flat column."""
+    offsets, values = column
+    ids: list[int] = values[offsets[i] : offsets[i + 1]].tolist()
+    return ids
+
+
+def written(row: Row) -> str:
+    """A row as JSON; what JSON does not know stands there as its text."""
+    return json.dumps(vars(row), default=str, ensure_ascii=False)
+
+
+def read(text: str, kind: type) -> Any:
+    """The row that `written` wrote."""
+    return kind(**json.loads(text))
+
+
+@dataclass
+class Items(Sequence[Item], Generic[Item]):
+    """Some items of a table, in an order of their own.
+
+    places: (N,) int64, where they stand in the table.
+    prompts: (N,) uint64, equal where two items have one prompt.
+    parts: (N,) uint16, which of `sources` each is of.
+    sources: the sources in the order of data.
+    """
+
+    table: Sequence[Any]
+    places: Any
+    prompts: Any
+    parts: Any
+    sources: list[Source]
+
+    @classmethod
+    def none(cls) -> "Items[Any]":
+        """No items of no source."""
+        nothing = np.empty(0, np.int64)
+        return cls([], nothing, nothing, nothing, [])
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        if isinstance(place, slice):
+            return [self.table[int(i)] for i in self.places[place]]
+        item: Item = self.table[int(self.places[place])]
+        return item
+
+
+@dataclass
+class Mapped(Sequence[Made], Generic[Item, Made]):
+    """What a function makes of each item, made anew whenever it is asked for."""
+
+    items: Sequence[Item]
+    make: Callable[[Item], Made]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, place: int) -> Made: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Made]: ...
+    def __getitem__(self, place: int | slice) -> Made | list[Made]:
+        if isinstance(place, slice):
+            return [self.make(item) for item in self.items[place]]
+        return self.make(self.items[place])
+
+
+@dataclass
+class Joined(Sequence[Item], Generic[Item]):
+    """The items of two sequences, one after the other."""
+
+    first: Sequence[Item]
+    second: Sequence[Item]
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        i = range(len(self))[place]
+        count = len(self.first)
+        return self.first[i] if i < count else self.second[i - count]
+
+
+def prompts_of(items: Sequence[Answers]) -> Sequence[int]:
+    """(N,) numbers that are equal where two items have one prompt."""
+    if isinstance(items, Items):
+        prompts: Sequence[int] = items.prompts
+        return prompts
+    return [hash(tuple(item.prompt)) for item in items]
