@@ -190,6 +190,10 @@ class Data:
     )
     step_join: str = key("Text between the steps of a row when they become one response.")
     step_end: str = key("Regular expression whose matches end a step of a response.")
+    streaming: bool = key(
+        "Read rows while the run goes on and keep no tokens on disk; needs algo.max_steps (sft, "
+        "reward, dpo)."
+    )
     cache: str | None = key(
         "Folder of tokenised rows, read again by runs with the same files, tokenizer and template; "
         "null is that of RLHF_CLI_CACHE, or the user's own."
@@ -281,6 +285,7 @@ class RewardAlgo(OptimizerConfig):
         needed=True,
     )
     epochs: int = key("Passes over the rows; more than one overfits (InstructGPT).", ge=1)
+    max_steps: int | None = key("Stop after this many optimizer steps; null runs all epochs.", ge=1)
     batch_size: int = key(
         "Rows per optimizer step: pairs, prompts with a ranking, or responses.", ge=1
     )
@@ -516,6 +521,7 @@ class DpoAlgo(OptimizerConfig):
     )
     sft_coef: float = key("Weight of the mean NLL of chosen responses, added to any loss.", ge=0)
     epochs: int = key("Passes over the rows.", ge=1)
+    max_steps: int | None = key("Stop after this many optimizer steps; null runs all epochs.", ge=1)
     batch_size: int = key("Rows per optimizer step: pairs, rankings or responses.", ge=1)
     precompute_reference: bool = key(
         "Score all rows before training, keep that on disk, and free the reference model."

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlhf_cli.config import catalog
+from rlhf_cli.config.data_rules import data_rules
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
@@ -220,19 +221,6 @@ def _selection(cfg: Run) -> Iterator[str]:
         yield f"select_by=reward chooses the best weights, but algo.keep={cfg.algo.keep}"
 
 
-def _steps(cfg: Run) -> Iterator[str]:
-    try:
-        re.compile(cfg.data.step_end)
-    except re.error as error:
-        yield f"data.step_end={cfg.data.step_end!r} is not a regular expression: {error}"
-
-
-def _template(cfg: Run) -> Iterator[str]:
-    template = cfg.data.template
-    if template != "chat" and "{prompt}" not in template:
-        yield f"data.template must be chat or contain {{prompt}}, got {template!r}"
-
-
 _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     online,
     _scratch_model,
@@ -241,9 +229,8 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _no_training,
     _resume_points,
     _decoding,
-    _template,
     _reward_model,
     _preferences,
     _selection,
-    _steps,
+    data_rules,
 )

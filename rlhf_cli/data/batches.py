@@ -216,11 +216,17 @@ class EpochBatches(Generic[Item]):
     """
 
     def __init__(
-        self, items: Sequence[Item], batch_size: int, epochs: int, seed: int, name: str
+        self,
+        items: Sequence[Item],
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        name: str,
+        max_steps: int | None = None,
     ) -> None:
-        """Seed and name fix the orders, as in `order_of`."""
+        """Seed and name fix the orders, as in `epoch_order`; `max_steps` ends the last epoch."""
         self._items, self._size, self._epochs = items, batch_size, epochs
-        self._seed, self._name = seed, name
+        self._seed, self._name, self._most = seed, name, max_steps
         self._quotas = quotas(items)
         self._per_epoch = -(-epoch_size(items) // batch_size)
         self._epoch = -1  # the one whose order is known
@@ -228,7 +234,8 @@ class EpochBatches(Generic[Item]):
 
     def __len__(self) -> int:
         """Steps of all epochs."""
-        return self._per_epoch * self._epochs
+        steps = self._per_epoch * self._epochs
+        return steps if self._most is None else min(steps, self._most)
 
     def __getitem__(self, step: int) -> list[Item]:
         """The batch of a step, counted from 0."""

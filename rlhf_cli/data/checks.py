@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.held_out import hash_of
 from rlhf_cli.data.kinds import Preference, Ranking, Reply, reply_key, reply_text
 
 Judged = Preference | Ranking
@@ -27,8 +26,8 @@ class Doubts:
     def __init__(self) -> None:
         self._rows = 0
         self._of: array[int] = array("Q")  # the row of each pair
-        self._as_judged: array[int] = array("Q")  # hash of prompt, better and worse side
-        self._reversed: array[int] = array("Q")  # the same with the sides exchanged
+        self._as_judged: array[int] = array("q")  # hash of prompt, better and worse side
+        self._reversed: array[int] = array("q")  # the same with the sides exchanged
         self._length: array[int] = array("b")  # 1 where the better side is longer, -1 shorter
         self._alike: array[int] = array("b")  # whether the sides are equal
 
@@ -39,8 +38,8 @@ class Doubts:
             ours, theirs = reply_key(better), reply_key(worse)
             longer = len(reply_text(better)) - len(reply_text(worse))
             self._of.append(self._rows)
-            self._as_judged.append(hash_of(f"{prompt}\0{ours}\0{theirs}"))
-            self._reversed.append(hash_of(f"{prompt}\0{theirs}\0{ours}"))
+            self._as_judged.append(hash((prompt, ours, theirs)))
+            self._reversed.append(hash((prompt, theirs, ours)))
             self._length.append((longer > 0) - (longer < 0))
             self._alike.append(ours == theirs or cut_alike)
         self._rows += 1
@@ -58,7 +57,7 @@ class Doubts:
         of = np.frombuffer(self._of, np.uint64).astype(np.int64)
         alike = self._rows_where(of, np.frombuffer(self._alike, np.int8) != 0)
         judged, reversed_ = (
-            np.frombuffer(each, np.uint64) for each in (self._as_judged, self._reversed)
+            np.frombuffer(each, np.int64) for each in (self._as_judged, self._reversed)
         )
         others = ~alike[of]
         both_ways = self._rows_where(of, others & np.isin(reversed_, judged[others]))

@@ -42,7 +42,7 @@ PART = ".part"
 class Dataset:
     """Items to train on, items held out, and what a reader should know of how they came about."""
 
-    train: Items[Any]
+    train: Any  # Items, or the Stream of data/streaming.py
     held_out: Items[Any]
     notes: list[str]
 
@@ -144,8 +144,10 @@ class _Made:
         every = np.arange(len(of))
         if self._held_out_notes is None:
             kept = self._kept(False, table, 0, notes)
-            held = held_out_by(self._data, self._prompts, self._of, self._place)
-            train, held_out = every[kept & ~held], every[kept & held]
+            held, seen = held_out_by(self._data, self._prompts, self._of, self._place)
+            train, held_out = every[kept & ~held], every[kept & seen]
+            if aside := int((held & ~seen).sum()):
+                notes = [*notes, f"{aside} more rows are held out, and not looked at"]
         else:
             apart = self._apart
             about = list(self._held_out_notes) + overlap(of[:apart], of[apart:])

@@ -9,6 +9,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Row, Text
 
 SPACE = 2**64  # of the hashes
+MOST = 200  # prompts of a share that evaluations look at; the others wait for it to be raised
 
 
 def identity(row: Row) -> str:
@@ -29,8 +30,10 @@ def hash_of(text: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def hold_out(prompts: Any, of: Any, share: float, count: int | None, place: object) -> Any:
-    """(N,) bool, whether each item is held out.
+def hold_out(
+    prompts: Any, of: Any, share: float, count: int | None, place: object
+) -> tuple[Any, Any]:
+    """Which items are held out, and which of them are looked at: two (N,) of bool.
 
     A prompt is on one side, and on the same side at every seed and in every stage that reads this
     source with this share or count. By share no prompt changes sides when rows are added.
@@ -38,7 +41,7 @@ def hold_out(prompts: Any, of: Any, share: float, count: int | None, place: obje
     Args:
         prompts: (M,) uint64 hashes of the prompts of all rows that were read.
         of: (N,) uint64 hashes of the prompts of the items to be split.
-        share: of prompts; one is held out at least.
+        share: of prompts; one is held out at least, and of many MOST are looked at.
         count: of prompts, in place of a share: those whose hash is lowest.
         place: of the rows, for messages.
 
@@ -47,8 +50,8 @@ def hold_out(prompts: Any, of: Any, share: float, count: int | None, place: obje
     """
     known = np.unique(prompts)
     if count is None:
-        limit = max(int(share * SPACE), int(known[0]) + 1)
-        held = int((known < np.uint64(min(limit, SPACE - 1))).sum())
+        limit = np.uint64(min(int(share * SPACE), SPACE - 1))
+        held = max(int((known < limit).sum()), 1)
     else:
         held = min(count, len(known))
     if held == len(known):
@@ -57,4 +60,5 @@ def hold_out(prompts: Any, of: Any, share: float, count: int | None, place: obje
             f"{place}: holding out {count or held} of {len(known)} prompts leaves none to train "
             f"on; set {key} lower or give data.eval_path"
         )
-    return of < known[held]
+    looked_at = held if count is not None else min(held, MOST)
+    return of < known[held], of < known[looked_at]

@@ -115,10 +115,10 @@ class Rows:
             train, held_out = (DEMO_FOLDER / f"{name}.{side}.jsonl" for side in ("train", "eval"))
             return Places([Source(train, "demo", cap=data.max_rows)], Source(held_out, "demo"))
         sources = sources_of(data)
-        apart = data.eval_path
+        apart: Any = data.eval_path
         if apart is None and not data.sources:
-            apart = held_out_files_of(data.path) or None
-        return Places(sources, apart and Source(apart, data.format, data.columns))
+            apart = held_out_files_of(data.path)
+        return Places(sources, Source(apart, data.format, data.columns) if apart else None)
 
     def text_places(self) -> Places | None:
         """Where plain text for the pretraining mix is; None where none is named."""
@@ -153,9 +153,9 @@ def split_of(places: Places, kind: type, data: Data, limit: int | None = None) -
         prompts += walk.prompts
     name = places.name
     if places.held_out is None:
-        held = held_out_by(data, prompts, of, name)
-        ours = [row for row, apart in zip(train, held, strict=True) if not apart]
-        theirs = [row for row, apart in zip(train, held, strict=True) if apart]
+        apart, seen = held_out_by(data, prompts, of, name)
+        ours = [row for row, held in zip(train, apart, strict=True) if not held]
+        theirs = [row for row, held in zip(train, seen, strict=True) if held]
         return Split(checked(ours, data, notes), checked(theirs, data, notes), notes)
     about: list[str] = []
     held_out, hashes, told = walked(Walk(places.held_out, kind, data, limit=limit))
@@ -173,7 +173,7 @@ def held_out_of(places: Places, kind: type, data: Data) -> Split:
     walks = [Walk(source, kind, data) for source in places.train]
     of = [prompt for walk in walks for _, prompts in walk for prompt in prompts]
     known = [prompt for walk in walks for prompt in walk.prompts]
-    held = iter(held_out_by(data, known, of, places.name))
+    held = iter(held_out_by(data, known, of, places.name)[1])
     again = (Walk(source, kind, data) for source in places.train)
     rows = [row for walk in again for chunk, _ in walk for row in chunk if next(held)]
     notes = [note for walk in walks for note in walk.notes()]
@@ -190,7 +190,9 @@ def walked(walk: Walk) -> tuple[list[Any], list[int], list[str]]:
     return rows, prompts, walk.notes()
 
 
-def held_out_by(data: Data, prompts: Sequence[int], of: Sequence[int], place: str) -> Any:
+def held_out_by(
+    data: Data, prompts: Sequence[int], of: Sequence[int], place: str
+) -> tuple[Any, Any]:
     """`hold_out` as a data config says it."""
     hashes = np.array(prompts, np.uint64), np.array(of, np.uint64)
     return hold_out(*hashes, data.eval_share, data.eval_rows, place)

@@ -22,6 +22,7 @@ Made = TypeVar("Made")
 Encoded = Tokens | Answers | EncodedPrompt
 
 BATCH = 1024  # items that are written at once
+_JSON = json.JSONEncoder(default=str, ensure_ascii=False, check_circular=False)
 SCHEMA = pa.schema(
     {
         "prompt": pa.list_(pa.int32()),
@@ -176,7 +177,7 @@ def part(column: tuple[Any, Any], i: int) -> list[int]:
 
 def written(row: Row) -> str:
     """A row as JSON; what JSON does not know stands there as its text."""
-    return json.dumps(vars(row), default=str, ensure_ascii=False)
+    return _JSON.encode(vars(row))
 
 
 def read(text: str, kind: type) -> Any:

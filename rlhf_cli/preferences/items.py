@@ -12,6 +12,7 @@ from rlhf_cli.config.schema import DpoAlgo, DpoConfig
 from rlhf_cli.data.kinds import Feedback, Ranking
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.store import prompts_of
+from rlhf_cli.data.streaming import Stream
 from rlhf_cli.data.tokens import Answers, Tokens, responses_in
 from rlhf_cli.objectives.preference import kto_weights
 
@@ -111,6 +112,19 @@ class PreferenceItems(Sequence[PreferenceItem]):
             self._known_of_partner[place] = item.mismatched.reference
 
 
+def items_of(
+    answers: Sequence[Answers] | Stream[Answers], cfg: DpoConfig, side: str
+) -> PreferenceItems | Stream[PreferenceItem]:
+    """Items of rows that are all known, or that come while the run goes on.
+
+    Raises:
+        UserError: kto has no partners.
+    """
+    if isinstance(answers, Stream):
+        return answers.mapped(PreferenceItem)
+    return PreferenceItems(answers, cfg, side)
+
+
 def partners(answers: Sequence[Answers], seed: int, side: str) -> "array[int]":
     """(N,) the row whose response each is compared with: one of another prompt.
 
@@ -147,13 +161,15 @@ def good_sequences(items: Sequence[PreferenceItem]) -> list[Tokens]:
     return [item.answers.sequences[item.best] for item in items if item.is_good]
 
 
-def class_weights(items: PreferenceItems, algo: DpoAlgo) -> tuple[float, float]:
+def class_weights(
+    items: PreferenceItems | Stream[PreferenceItem], algo: DpoAlgo
+) -> tuple[float, float]:
     """kto's lambda_D and lambda_U: those given, or else what balances the classes.
 
     Raises:
         UserError: all rows have one label.
     """
-    if algo.loss != "kto":
+    if algo.loss != "kto" or isinstance(items, Stream):
         return 1.0, 1.0
     if algo.desirable_weight is not None and algo.undesirable_weight is not None:
         return algo.desirable_weight, algo.undesirable_weight

@@ -12,6 +12,7 @@ from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
 from rlhf_cli.data.kinds import Judgement, Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.streaming import Stream
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.forward import matmul_in_float32, shares_prompts
 from rlhf_cli.models.load import check_vocabulary, load_policy
@@ -77,11 +78,15 @@ class FrozenReference:
     """
 
     def __init__(
-        self, session: Session, policy: Policy, cfg: DpoConfig, train: PreferenceItems
+        self,
+        session: Session,
+        policy: Policy,
+        cfg: DpoConfig,
+        train: PreferenceItems | Stream[PreferenceItem],
     ) -> None:
         """`train`: whose chosen side reference=bootstrap imitates first, before it is copied."""
         self._cfg = cfg
-        if cfg.reference == BOOTSTRAP:
+        if cfg.reference == BOOTSTRAP and not isinstance(train, Stream):
             bootstrap(session, policy, good_sequences(train))
         compares = cfg.algo.loss not in WITHOUT_REFERENCE
         made = cfg.reference == BOOTSTRAP
@@ -97,7 +102,9 @@ class FrozenReference:
         compares = self._cfg.algo.loss not in WITHOUT_REFERENCE
         return compares and self._cfg.reference in (None, BOOTSTRAP)
 
-    def precompute(self, train: PreferenceItems, held_out: PreferenceItems) -> None:
+    def precompute(
+        self, train: PreferenceItems | Stream[PreferenceItem], held_out: PreferenceItems
+    ) -> None:
         """Score held-out items, and training items where that is worth it, before training.
 
         With algo.precompute_reference the model is freed then, unless it is the policy's own base.
@@ -107,8 +114,9 @@ class FrozenReference:
         algo = self._cfg.algo
         # Later epochs batch rows otherwise, which changes the rounding: a resumed run would differ.
         ahead = algo.precompute_reference or algo.epochs > 1
-        for side in (held_out, train) if ahead else (held_out,):
-            self._score_ahead(side)
+        self._score_ahead(held_out)
+        if ahead and not isinstance(train, Stream):
+            self._score_ahead(train)
         if algo.precompute_reference and not self.model.switched_off:
             self.model = None  # its memory is free again; eval/kl needs it and is left out
 

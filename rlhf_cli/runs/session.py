@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import rlhf_cli
 from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import stage_name
+from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.dataset import Dataset, dataset_of
 from rlhf_cli.data.kinds import Text
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.store import Items
+from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
@@ -51,6 +53,7 @@ class Session:
     spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
     saved: seconds on the clock at the last resume point, or where training began.
     checks: measured values of the hand-off checks, for stage.json.
+    stream: the batches of rows that are read while the run goes on.
     """
 
     cfg: Run
@@ -66,6 +69,7 @@ class Session:
     logs: list[JsonLines] = field(default_factory=list)
     log_sizes: dict[str, int] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
+    stream: StreamBatches[Any] | None = None
 
     @property
     def rows(self) -> Rows:
@@ -75,6 +79,8 @@ class Session:
     def dataset(self, encoder: Encoder, kind: type) -> Dataset:
         """The rows of a kind, tokenised, under a bar where that takes a while."""
         places = self.rows.places(kind)
+        if self.cfg.data.streaming:
+            return streamed(places, kind, self.cfg.data, encoder, self._check_row)
         with Bar("rows", expected_rows(places)) as bar:
             return dataset_of(places, kind, self.cfg.data, encoder, bar.advance)
 
@@ -90,6 +96,25 @@ class Session:
                 check_judgements(self.cfg, (item.row for item in side))
         return data
 
+    def _check_row(self, row: Any) -> None:
+        check_judgements(self.cfg, [row])
+
+    def batches(
+        self,
+        items: Sequence[Any] | Stream[Any],
+        batch_size: int,
+        epochs: int,
+        name: str,
+        max_steps: int | None = None,
+    ) -> EpochBatches[Any] | StreamBatches[Any]:
+        """The batch of each step; resume points keep where they stand."""
+        seed = self.cfg.seed
+        if isinstance(items, Stream):
+            assert max_steps is not None  # validate() asks for it
+            self.stream = StreamBatches(items, batch_size, max_steps, seed, name)
+            return self.stream
+        return EpochBatches(items, batch_size, epochs, seed, name, max_steps)
+
     def texts(self, encoder: Encoder) -> Dataset:
         """Plain text for the pretraining mix, tokenised; empty where none is named."""
         places = self.rows.text_places()
@@ -104,15 +129,15 @@ class Session:
         if not holds:
             raise RunError(f"hand-off check {name} failed ({value:.6g}): {diagnosis}")
 
-    def note(self, notes: list[str], sides: tuple[Sized, Sized] | None = None) -> None:
+    def note(self, notes: list[str], data: Dataset | None = None) -> None:
         """Say what will happen, and how many rows were read, cut and dropped, and why.
 
         Args:
-            sides: what is left to learn from and held out, where that is worth a line.
+            data: what is left to learn from and held out, where that is worth a line.
         """
         left = []
-        if sides is not None:
-            left = [f"{len(sides[0])} rows to learn from, {len(sides[1])} held out"]
+        if data is not None and isinstance(data.train, Sized):
+            left = [f"{len(data.train)} rows to learn from, {len(data.held_out)} held out"]
         for line in [*self.plan.at_start(), *notes, *left]:
             say(line)
 
@@ -179,6 +204,8 @@ class Session:
         }
         keep = self.cfg.hardware.keep_checkpoints
         assert keep is not None  # validate() asks for it where a stage trains
+        if self.stream is not None:
+            own["stream"] = self.stream.state()
         save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **own}, keep)
         self.saved = time.monotonic()
         self.saving += self.saved - began
@@ -223,6 +250,8 @@ class Session:
         self.start = state["step"]
         self.spent, self.saving = state["seconds"], state["saving"]
         self.checks = state["checks"]
+        if self.stream is not None:
+            self.stream.load(state["stream"])
         self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
         say(f"resuming after step {self.start}")
         return state, tensors_of(tensors, "extra")

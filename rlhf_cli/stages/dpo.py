@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig, Hardware
-from rlhf_cli.data.batches import EpochBatches, rankings_of
+from rlhf_cli.data.batches import rankings_of
 from rlhf_cli.evaluation import judging, report
 from rlhf_cli.models.forward import answer_batch, on_grid, token_logprobs
 from rlhf_cli.objectives import preference, reward_model
@@ -46,6 +46,7 @@ from rlhf_cli.preferences.items import (
     PreferenceItems,
     class_weights,
     good_sequences,
+    items_of,
     sequences_in,
 )
 from rlhf_cli.preferences.reference import (
@@ -71,15 +72,15 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     policy = policy_of(session, cfg.policy)
     data = session.judged(policy.encoder)
-    train = PreferenceItems(data.train, cfg, "training")
+    train = items_of(data.train, cfg, "training")
     unseen = PreferenceItems(data.held_out, cfg, "held-out")
     weights = class_weights(train, algo)
-    session.note(data.notes, (train, unseen))
+    session.note(data.notes, data)
     reference = FrozenReference(session, policy, cfg, train)
     reference.precompute(train, unseen)
     held_out = list(unseen)
 
-    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
+    batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, len(batches))
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, reference.share, weights)

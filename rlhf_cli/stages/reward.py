@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import Hardware, RewardAlgo, RewardConfig
-from rlhf_cli.data.batches import Batch, EpochBatches, rankings_of
+from rlhf_cli.data.batches import Batch, rankings_of
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens, responses_in
@@ -75,13 +75,13 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
-    session.note(data.notes, (train, held_out))
+    session.note(data.notes, data)
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing:
         recompute_activations(scorer)
     reading = Reading(level, algo.aggregate, encoder.step_cutter)
 
-    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
+    batches = session.batches(train, algo.batch_size, algo.epochs, "reward", algo.max_steps)
     optimizer = Optimizer({"reward": (scorer, algo.lr)}, algo, len(batches))
     best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
     objective = RewardObjective(scorer, reading, algo, hardware)

@@ -20,7 +20,6 @@ from torch import nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
-from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text, reply_text
 from rlhf_cli.data.order import derived_seed
@@ -57,13 +56,15 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     data, texts = session.dataset(encoder, Demonstration), session.texts(encoder)
     if algo.text_mix == 0:
         texts = Dataset(Items.none(), Items.none(), [])
-    train = Joined(data.train, mixed_in(texts.train, len(data.train), algo))
+    train = data.train
+    if len(texts.train):
+        train = Joined(data.train, mixed_in(texts.train, len(data.train), algo))
     held_out = list(data.held_out)
     judge = Judge(cfg, policy, session) if cfg.select_by == "reward" else None
     session.note(data.notes + texts.notes)
 
-    batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
-    steps = min(len(batches), algo.max_steps or len(batches))
+    batches = session.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
+    steps = len(batches)
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = SftObjective(policy.model, hardware)

@@ -1,0 +1,166 @@
+"""Rows that are read while the run goes on, for what fits no disk: a window at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import Data
+from rlhf_cli.data.dataset import Dataset, encoded
+from rlhf_cli.data.held_out import MOST, SPACE
+from rlhf_cli.data.order import order_of
+from rlhf_cli.data.reading import Walk
+from rlhf_cli.data.rows import Places
+from rlhf_cli.data.store import Items, TokenWriter
+from rlhf_cli.data.tokens import Encoder
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+WINDOW = 8192  # rows that are shuffled together
+SEARCHED = 20 * WINDOW  # rows among which held-out ones are looked for
+
+
+@dataclass
+class Stream(Generic[Item]):
+    """Training items in windows, epoch after epoch; those of held-out prompts are left out.
+
+    make: what is made of each item.
+    """
+
+    places: Places
+    kind: type
+    data: Data
+    encoder: Encoder
+    check: Callable[[Any], None]
+    make: Callable[[Any], Item]
+
+    def mapped(self, make: Callable[[Item], Made]) -> "Stream[Made]":
+        """The same rows, made into something else."""
+        before = self.make
+        return Stream(
+            self.places,
+            self.kind,
+            self.data,
+            self.encoder,
+            self.check,
+            lambda item: make(before(item)),
+        )
+
+    def windows(self, first: int) -> Iterator[list[Item]]:
+        """The windows from one on, endlessly; rows before are read and not tokenised.
+
+        Raises:
+            UserError: a pass over all rows leaves nothing to learn from.
+        """
+        number = 0
+        while True:
+            began, rows = number, self._rows()
+            while window := list(islice(rows, WINDOW)):
+                number += 1
+                if number > first:
+                    items = [self.make(item) for item in encoded(self.encoder, window, self.kind)]
+                    self.encoder.notes()  # counted once, of the rows that were looked at
+                    yield items
+            if number == began:
+                raise UserError(f"{self.places.name}: no row to learn from")
+
+    def _rows(self) -> Iterator[Any]:
+        """Training rows of all sources, one source after the other."""
+        apart = self.places.held_out is not None
+        limit = int(self.data.eval_share * SPACE)
+        for source in self.places.train:
+            for rows, prompts in Walk(source, self.kind, self.data):
+                for row, prompt in zip(rows, prompts, strict=True):
+                    if apart or prompt >= limit:
+                        self.check(row)
+                        yield row
+
+    def held_out(self) -> Items[Any]:
+        """Rows held out: all of those that are apart, or the first whose prompts say so.
+
+        Raises:
+            UserError: there are none among the first rows.
+        """
+        limit = int(self.data.eval_share * SPACE)
+        found: list[Any] = []
+        of: list[int] = []
+        sources = [self.places.held_out] if self.places.held_out else self.places.train
+        for source in sources:
+            most = None if self.places.held_out else SEARCHED
+            for rows, prompts in Walk(source, self.kind, self.data, limit=most):
+                for row, prompt in zip(rows, prompts, strict=True):
+                    if self.places.held_out or (prompt < limit and len(set(of)) < MOST):
+                        self.check(row)
+                        found.append(row)
+                        of.append(prompt)
+        writer = TokenWriter(None, self.kind)
+        with writer:
+            items = encoded(self.encoder, found, self.kind)
+            writer.extend(items)
+        if not items:
+            raise UserError(
+                f"{self.places.name}: data.eval_share={self.data.eval_share:g} holds out none of "
+                f"the first {SEARCHED} rows; raise it, or give data.eval_path"
+            )
+        places = np.arange(len(items))
+        return Items(writer.table(), places, np.zeros(len(items)), np.zeros(len(items)), [])
+
+
+def streamed(
+    places: Places, kind: type, data: Data, encoder: Encoder, check: Callable[[Any], None]
+) -> Dataset:
+    """A dataset whose training rows are read while the run goes on."""
+    stream: Stream[Any] = Stream(places, kind, data, encoder, check, lambda item: item)
+    held_out = stream.held_out()
+    notes = [
+        f"{places.name}: read while the run goes on, shuffled {WINDOW} rows at a time; doubtful "
+        "pairs among them are not looked for",
+        *encoder.notes(),
+    ]
+    return Dataset(stream, held_out, notes)
+
+
+class StreamBatches(Generic[Item]):
+    """Batches of a stream, one per step, in turn; `state` is where it stands."""
+
+    def __init__(
+        self, stream: Stream[Item], batch_size: int, steps: int, seed: int, name: str
+    ) -> None:
+        self._stream, self._size, self._steps = stream, batch_size, steps
+        self._seed, self._name = seed, name
+        self._number, self._taken = 0, 0  # the window, and the items that were taken of it
+        self._windows: Iterator[list[Item]] | None = None
+        self._window: list[Item] = []
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> list[Item]:
+        """The batch of a step, counted from 0: the next one."""
+        batch: list[Item] = []
+        while len(batch) < self._size:
+            if self._windows is None:
+                self._windows = self._stream.windows(self._number)
+                self._window = self._shuffled(next(self._windows))
+            elif self._taken >= len(self._window):
+                self._number, self._taken = self._number + 1, 0
+                self._window = self._shuffled(next(self._windows))
+            more = self._window[self._taken : self._taken + self._size - len(batch)]
+            self._taken += len(more)
+            batch += more
+        return batch
+
+    def _shuffled(self, items: list[Item]) -> list[Item]:
+        return [items[i] for i in order_of(len(items), self._seed, self._name, self._number)]
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins."""
+        return {"window": self._number, "taken": self._taken}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._number, self._taken = state.get("window", 0), state.get("taken", 0)
