@@ -10,7 +10,16 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import check_pairs
 from rlhf_cli.data.conversions import CONVERSIONS, convert, route
-from rlhf_cli.data.files import Raw, RowError, read_raw
+from rlhf_cli.data.files import (
+    Paths,
+    Raw,
+    RowError,
+    about_files,
+    held_out_of,
+    is_local,
+    read_raw,
+    shown_path,
+)
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
     Demonstration,
@@ -59,7 +68,7 @@ class Rows:
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self._parsed: dict[tuple[str | Path, int | None], tuple[list[Row], list[str]]] = {}
+        self._parsed: dict[tuple[str, int | None], tuple[list[Row], list[str]]] = {}
         self._splits: dict[type, Split] = {}
 
     def split(self, kind: type) -> Split:
@@ -91,8 +100,9 @@ class Rows:
         notes: list[str] = []
         return Split([], self.all_of(self._data.path, Prompt, notes), notes)
 
-    def all_of(self, path: str | Path, kind: type, notes: list[str]) -> list[Any]:
+    def all_of(self, path: Paths, kind: type, notes: list[str]) -> list[Any]:
         """`kind` rows of the first data.max_rows rows of one source; `notes` gets the counts."""
+        notes += about_files(path, False) if is_local(path) else []
         rows = self._source(path, kind, notes, self._data.max_rows)
         return as_kind(rows, kind, self._data, path, notes)
 
@@ -100,6 +110,7 @@ class Rows:
         data = self._data
         notes: list[str] = []
         path, eval_path = paths_of(data, kind)
+        notes += about_files(path, data.eval_path is None) if is_local(path) else []
         train = self._source(path, kind, notes, data.max_rows)
         place: object = path
         if eval_path is None:
@@ -124,15 +135,16 @@ class Rows:
         return split
 
     def _source(
-        self, path: str | Path, kind: type, notes: list[str], limit: int | None = None
+        self, path: Paths, kind: type, notes: list[str], limit: int | None = None
     ) -> list[Row]:
         """The first rows of one source, of the kinds that they are; all can become `kind`."""
-        if (path, limit) not in self._parsed:
+        known = shown_path(path), limit
+        if known not in self._parsed:
             rows, counted = parse_rows(self._data, path)
             cut = limit is not None and limit < len(rows)
             told = [counted, *([f"the first {limit} are used"] if cut else [])]
-            self._parsed[path, limit] = rows[:limit], told
-        rows, told = self._parsed[path, limit]
+            self._parsed[known] = rows[:limit], told
+        rows, told = self._parsed[known]
         notes += told
         if not rows:
             raise nothing_left(path, kind, notes[-1:])
@@ -145,7 +157,7 @@ def read_split(data: Data, kind: type) -> Split:
     return Rows(data).split(kind)
 
 
-def paths_of(data: Data, kind: type) -> tuple[str | Path, str | Path | None]:
+def paths_of(data: Data, kind: type) -> tuple[Paths, Paths | None]:
     """Where the rows are, and the held-out rows if those are apart.
 
     The demo has rows of every kind: the kind that is needed, or that conversions start from.
@@ -155,7 +167,7 @@ def paths_of(data: Data, kind: type) -> tuple[str | Path, str | Path | None]:
         name = DEMO_FILES[CONVERSIONS[names[0]].start if names else kind]
         return DEMO_FOLDER / f"{name}.train.jsonl", DEMO_FOLDER / f"{name}.eval.jsonl"
     assert data.path is not None  # validate() refuses a missing path
-    return data.path, data.eval_path
+    return data.path, held_out_of(data.path, data.eval_path)
 
 
 def hold_out(rows: list[Any], count: int, path: object) -> tuple[list[Any], list[Any]]:
@@ -192,7 +204,7 @@ def identity(row: Row) -> str:
     )
 
 
-def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:
+def parse_rows(data: Data, path: Paths) -> tuple[list[Row], str]:
     """All rows of one source, of the kinds that they are, and a line that counts them."""
     reader = FORMATS[data.format]
     parts = PARTS.get(data.format, lambda raw: [raw])
@@ -214,7 +226,8 @@ def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:
     kinds = Counter(name_of(type(row)) for row in rows)
     counts = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items()) or "no rows"
     reasons = "".join(f", {len(at)} dropped: {why} ({few_of(at)})" for why, at in dropped.items())
-    return rows, f"{path.name if isinstance(path, Path) else path}: {counts}{reasons}"
+    name = path.name if isinstance(path, Path) else shown_path(path)
+    return rows, f"{name}: {counts}{reasons}"
 
 
 def few_of(places: list[str]) -> str:

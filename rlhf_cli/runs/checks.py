@@ -9,8 +9,10 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name
-from rlhf_cli.data.files import SUFFIXES
+from rlhf_cli.data.files import STDIN, find, is_local
+from rlhf_cli.data.hub import NAME as HUB_ID
 from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, kind_named
+from rlhf_cli.data.parse import SUFFIXES, check_content
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
@@ -35,7 +37,6 @@ from rlhf_cli.rewards.specs import (
 from rlhf_cli.runs.out_folder import is_claimed
 from rlhf_cli.runs.provenance import named_models
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
 
 
@@ -51,21 +52,20 @@ def check_data(cfg: Run) -> None:
         value = getattr(data, key)
         if data.format == "demo" and key != "text_path" and value is not None:
             raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
-        if value == "-" and key == "path" and not facts_of(cfg).holds_out:
+        if value == STDIN and key == "path" and not facts_of(cfg).holds_out:
             continue
         if value is None:
             if key == "path" and data.format != "demo":
                 raise UserError(f"data={data.format} needs data.path=FILE")
             continue
-        place = Path(value)
-        if place.is_file():
-            if place.stat().st_size == 0:
-                raise UserError(f"data.{key}: the file {value} is empty")
-            if place.suffix not in SUFFIXES:
-                kinds = ", ".join(SUFFIXES)
-                raise UserError(f"data.{key}: {value} is none of {kinds}")
-        elif not place.is_dir() and not is_hub_id(value):
-            raise UserError(f"data.{key}: no such file: {value}")
+        if value != STDIN and not is_local(value):  # the hub tells what it has once it is asked
+            continue
+        try:
+            found = find(value)
+            for file in found.train + found.held_out:
+                check_content(file)
+        except UserError as error:
+            raise UserError(f"data.{key}: {error}") from None
 
 
 def is_hub_id(value: str) -> bool:
@@ -84,10 +84,10 @@ def check_rows(cfg: Run, rows: Rows) -> list[str]:
         How many rows there are of each file.
     """
     data, notes = cfg.data, []
-    if data.text_path is not None and Path(data.text_path).exists():
+    if data.text_path is not None and is_local(data.text_path):
         notes += rows.texts().notes
     paths = [path for path in (data.path, data.eval_path) if path is not None]
-    if not paths or not all(Path(path).exists() for path in paths):
+    if not paths or not all(map(is_local, paths)):
         return notes
     split = rows.split(row_kind(cfg)) if facts_of(cfg).holds_out else rows.to_answer()
     every = split.train + split.held_out
