@@ -223,6 +223,8 @@ _TYPES = {int: "integer", float: "number", str: "text", bool: "true|false"}
 def describe(stage: str, key: str) -> str:
     """What a key takes, in words: `number >= 0`, `cosine|linear|constant`, `text or null`."""
     field = keys(stage)[key]
+    if field.metadata["texts"]:
+        return "text, a list of texts, or null"
     kinds = get_args(field.type) if _is_union(field.type) else (field.type,)
     kind = next(each for each in kinds if each is not type(None))
     if known := choices(stage, key):

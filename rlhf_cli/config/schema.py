@@ -28,6 +28,7 @@ def key(
     used_by: str | None = None,
     needed: bool | str = False,
     unused: float | None = None,
+    texts: bool = False,
 ) -> Any:
     """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices.
 
@@ -40,11 +41,12 @@ def key(
             OPTIONS.
         needed: whether null is refused where the key is used, or the switch under which it is.
         unused: the value that the key has where nothing reads it.
+        texts: the key takes a text or a list of texts, for which OmegaConf has no type but Any.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     told = {"meaning": meaning, **bounds, "role": role, "used_by": used_by}
     given = {name: each for name, each in told.items() if each is not None}
-    return field(metadata={**given, "needed": needed, "unused": unused})
+    return field(metadata={**given, "needed": needed, "unused": unused, "texts": texts})
 
 
 # --------------------------------------------------------------------------- hardware
@@ -141,12 +143,20 @@ class Data:
         "GSM8K model solutions with their correctness.",
         choices=("demo", "rows", "hh", "gsm8k", "gsm8k_solutions"),
     )
-    path: str | None = key("File, folder of files or hub dataset; generate also takes - (stdin).")
+    path: Any = key(
+        "File, folder, pattern as 'data/*.jsonl', a list of those, or a hub dataset as "
+        "owner/name@revision:config:split; generate also takes - (stdin).",
+        texts=True,
+    )
     sources: list[Any] = key(
         "Several sources in place of path: {path, and any of shape, columns, cap (rows), repeat "
         "(times in an epoch), weight (share of an epoch), name}."
     )
-    eval_path: str | None = key("Held-out rows; null holds out prompts of path.")
+    eval_path: Any = key(
+        "Held-out rows, as path; null takes the validation or test split in the folder that path "
+        "is, or else holds out prompts of path.",
+        texts=True,
+    )
     eval_share: float = key(
         "Share of prompts that are held out, with all their rows, by the hash of the prompt: rows "
         "that come later move none of them.",
@@ -157,7 +167,9 @@ class Data:
         "Number of prompts to hold out in place of a share: those whose hash is lowest.", ge=1
     )
     max_rows: int | None = key("Use the first rows only; null uses all.", ge=1)
-    text_path: str | None = key("Plain text rows for the pretraining mix (ptx_coef, text_mix).")
+    text_path: Any = key(
+        "Plain text rows for the pretraining mix (ptx_coef, text_mix), as path.", texts=True
+    )
     columns: dict[str, str] = key("Your column names for ours, as {ours: yours}.")
     template: str = key(
         "How a prompt is written: text with {prompt} in it (\\n breaks a line), or chat (the "

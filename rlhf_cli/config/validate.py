@@ -44,6 +44,8 @@ def validate(stage: str, cfg: Run) -> None:
     refuse_secrets(values)
     for key, value in values.items():
         _check_entries(stage, key, value)
+        if catalog.keys(stage)[key].metadata["texts"]:
+            _check_texts(stage, key, value)
         _check_bounds(stage, key, value)
         if key in _PATHS:
             _check_path(key, value)
@@ -77,6 +79,17 @@ def _check_entries(stage: str, key: str, value: Any) -> None:
     for name, each in entries.items():
         if isinstance(each, list | dict):
             raise UserError(f"{name} must be one value, got {each}")
+
+
+def _check_texts(stage: str, key: str, value: Any) -> None:
+    """A text or a list of texts, none of them empty; null says that there is none."""
+    if value is None:
+        return
+    texts = value if isinstance(value, list) else [value]
+    if not texts or "" in texts:
+        raise UserError(f"{key} is empty; name a file, or leave it out")
+    if wrong := [each for each in texts if not isinstance(each, str)]:
+        raise UserError(wrong_value(stage, key, wrong[0]))
 
 
 def _check_bounds(stage: str, key: str, value: Any) -> None:

@@ -100,7 +100,7 @@ class _Made:
 
     def read(self, places: Places, advance: Callable[[int], None]) -> None:
         """Walk over all sources."""
-        self._place = places.name
+        self._place, self._notes = places.name, places.about()
         with self._writer:
             for number, source in enumerate(places.train):
                 self._notes += self._walk(source, number, advance, held_out=False)
@@ -194,7 +194,7 @@ def source_of(item: Encoded) -> str:
 
 def folder_of(places: Places, kind: type, data: Data, encoder: Encoder) -> Path | None:
     """Where the tokens of these rows are kept; None where they are few, or are not local files."""
-    sources = [*places.train, *([places.held_out] if places.held_out else [])]
+    sources = places.all
     if not all(is_local(source.path) for source in sources):
         return None
     files = [file for source in sources for file in files_of(source.path)]

@@ -1,231 +1,317 @@
-"""Files and hub datasets as plain objects, one at a time, each with its place."""
+"""Which files a path stands for, and their rows as plain objects, one at a time.
 
-import codecs
-import csv
+A path is a file, a folder, a pattern as `data/*.jsonl`, a list of those, a dataset of the hub, or
+standard input. A folder is read with the folders in it; one that has a train split and a validation
+or test split has held-out rows of its own.
+"""
+
+import glob
 import json
+import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.hub import HubName, hub_held_out, hub_name, read_hub
+from rlhf_cli.data.parse import PACKED, SUFFIXES, rows_of_file, suffix_of
+from rlhf_cli.data.raw import Raw as Raw
+from rlhf_cli.data.raw import RowError as RowError
+from rlhf_cli.data.stdin import STDIN as STDIN
+from rlhf_cli.data.stdin import read_stdin
+from rlhf_cli.data.stdin import stdin_lines as stdin_lines
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors put first
+Paths = str | Path | list[str]
 
-STDIN = "-"  # as a path
-ESCAPED = "surrogateescape"  # bytes that are not UTF-8 become half characters, which no UTF-8 has
-OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+TRAIN, HELD_OUT = "train", "held out"
+# What names a split in the name of a file or folder; held-out rows are those of the first there is.
+SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+# Beside data, and never rows.
+ABOUT = re.compile(
+    r"(readme|license|licence|notice|citation|changelog)\b.*|_success|.*\.(crc|md5|sha256)"
+    r"|(dataset_infos?|dataset_dict|state)\.json",
+    re.IGNORECASE,
+)
+SAVED = ("state.json", "dataset_info.json")  # what `datasets` writes beside a dataset on disk
+MAPPED = "cache-"  # how it calls what it computed from that dataset
+RUN = ("config.yaml", b"# rlhf")  # what a run begins with writing, and how that begins
+MOST_NAMES = 5  # in a line
 
-Raw = dict[str, Any]
 
-_stdin: dict[str, Any] = {}  # the stream that was read, and its lines
+@dataclass
+class Found:
+    """The files that a path stands for: those to train on, to hold out, and what is not read."""
+
+    train: list[Path] = field(default_factory=list)
+    held_out: list[Path] = field(default_factory=list)
+    unused: list[Path] = field(default_factory=list)
+
+    def add(self, other: "Found") -> None:
+        """Those of another path too, after these."""
+        self.train += other.train
+        self.held_out += other.held_out
+        self.unused += other.unused
 
 
-class RowError(UserError):
-    """One row is unreadable, empty or misshapen; data.bad_rows says what to do about it."""
-
-
-def read_raw(path: str | Path) -> Iterator[tuple[Raw | RowError, str]]:
-    """Each row as a dict, with `file:line`, from a file, a folder of files, or a hub dataset.
+def read_raw(path: Paths, limit: int | None = None) -> Iterator[tuple[Raw | RowError, str]]:
+    """Each row as a dict, with `file:line`, up to a number of them; of a split folder those to
+    train on.
 
     A row that cannot be read comes as its error, and those after it are read.
+
+    Raises:
+        UserError: there is no such file or dataset, or it is not one of rows.
     """
+    return islice(_read(path), limit)
+
+
+def _read(path: Paths) -> Iterator[tuple[Raw | RowError, str]]:
     if str(path) == STDIN:
-        for number, line in enumerate(stdin_lines(), 1):
-            yield {"prompt": line.rstrip("\n")}, f"stdin:{number}"
-        return
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
-        files = [file for file in files if file.is_file() or file.is_dir()]  # a pipe never ends
-        if not files:
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-        for file in files:
-            yield from read_raw(file)
-        return
-    if not place.exists():
-        yield from read_hub(str(path))
-        return
-    count = 0
-    try:
-        for raw, number in PARSERS.get(place.suffix, parse_jsonl)(place):
-            if not isinstance(raw, dict | RowError):
-                what = f"expected an object, got {type(raw).__name__}"
-                raw = RowError(f"{place}:{number}: {what}")
-            count += 1
-            yield raw, f"{place}:{number}"
-    except OSError as error:
-        raise UserError(f"{place}: cannot be read: {error.strerror or error}") from None
-    if not count:
-        raise UserError(f"{place}: the file has no rows")
+        yield from read_stdin()
+    elif (name := hub_of(path)) is not None:
+        yield from read_hub(name)
+    else:
+        for file in files_of(path):
+            yield from rows_of_file(file)
 
 
-def stdin_lines() -> list[str]:
-    """The lines of standard input, which is read once.
+def hub_of(path: Paths) -> HubName | None:
+    """The dataset of the hub that a path names, if nothing says that a local one is meant."""
+    if not isinstance(path, str) or (name := hub_name(path)) is None:
+        return None
+    meant = path.startswith("runs/") or suffix_of(Path(name.repo)) in SUFFIXES
+    return None if meant or Path(name.repo).parent.exists() or is_there(path) else name
+
+
+def is_local(path: Paths) -> bool:
+    """Whether a path stands for files of this machine: neither the hub nor standard input."""
+    return str(path) != STDIN and hub_of(path) is None
+
+
+def is_there(place: str) -> bool:
+    """Whether there is a file or folder of this name, or one that fits the pattern."""
+    whole = os.path.expanduser(place)
+    return os.path.exists(whole) or (glob.has_magic(whole) and bool(_matches(whole)))
+
+
+def shown_path(path: Paths) -> str:
+    """A path as messages name it."""
+    return ", ".join(path) if isinstance(path, list) else str(path)
+
+
+def files_of(path: Paths, split: str = TRAIN) -> list[Path]:
+    """The local files that a path stands for, in the order in which they are read.
+
+    Args:
+        split: TRAIN, or HELD_OUT for the held-out ones of folders that have both.
 
     Raises:
-        UserError: it is closed, is not to be read, or is no text.
+        UserError: there is no such file, no data in a folder, or one file twice.
     """
-    stream = sys.stdin
-    if stream is None:
-        raise UserError(f"data.path={STDIN}: standard input is closed; pipe the prompts in")
-    if _stdin.get("stream") is not stream:
+    found = find(path)
+    return found.train if split == TRAIN else found.held_out
+
+
+def held_out_files_of(path: Paths) -> list[Path]:
+    """The files of the validation or else the test split; none but of folders that have splits."""
+    return files_of(path, HELD_OUT)
+
+
+def held_out_of(path: Paths, eval_path: Paths | None) -> Paths | None:
+    """Where the held-out rows of a source are: as it is said, or in a split of its own.
+
+    None where rows are to be held out of the path itself.
+    """
+    asked = path if eval_path is None else eval_path
+    if (name := hub_of(asked)) is not None and eval_path is None:
+        held_out = hub_held_out(name)
+        return None if held_out is None else str(held_out)
+    if not is_local(asked):
+        return eval_path
+    return [str(file) for file in held_out_files_of(asked)] or eval_path
+
+
+def unused_files(path: Paths) -> list[Path]:
+    """What is in the folders of a path and not read, and not known to be no data."""
+    return find(path).unused
+
+
+def about_files(path: Paths, held_out: bool) -> list[str]:
+    """Lines on what is read of a path and what is not, where that is not plain from the path.
+
+    Args:
+        held_out: whether its held-out files are read too.
+    """
+    found, name, lines = find(path), shown_path(path), []
+    unused = found.unused
+    if found.held_out and held_out:
+        lines.append(f"{name}: {_few(found.train)} to train on, {_few(found.held_out)} held out")
+    else:
+        unused = found.held_out + unused
+    if unused:
+        lines.append(f"{name}: not read: {_few(unused)}")
+    return lines
+
+
+def _few(files: list[Path]) -> str:
+    more = len(files) - MOST_NAMES
+    names = ", ".join(file.name for file in files[:MOST_NAMES])
+    return names + (f" and {more} more" if more > 0 else "")
+
+
+def find(path: Paths) -> Found:
+    """The files that a path stands for, of both splits, and what is beside them.
+
+    Raises:
+        UserError: there is no such file, no data in a folder, or one file twice.
+    """
+    if not path:
+        raise UserError("a path to rows is empty")
+    found = Found()
+    for place in path if isinstance(path, list) else [path]:
         try:
-            lines = list(stream)
-        except UnicodeDecodeError:
-            raise UserError(f"data.path={STDIN}: standard input is no text in UTF-8") from None
-        except (OSError, ValueError) as error:  # a folder, a file that is only written, closed
-            fault = error.strerror if isinstance(error, OSError) else None
-            raise UserError(
-                f"data.path={STDIN}: standard input cannot be read: {fault or error}"
-            ) from None
-        _stdin.update(stream=stream, lines=lines)
-    return list(_stdin["lines"])
+            found.add(_found(str(place)))
+        except OSError as error:
+            raise UserError(f"{place}: cannot be read: {error.strerror}") from None
+    _refuse_twins(found.train + found.held_out)
+    return found
 
 
-def parse_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
-    """Objects, one a line; blank lines are passed over."""
-    with text_of(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not is_unicode(line):
-                yield RowError(f"{file}:{number}: not text in UTF-8"), number
-            elif line.strip():
-                try:
-                    yield json.loads(line), number
-                except (ValueError, RecursionError) as error:
-                    yield RowError(f"{file}:{number}: not JSON: {error}"), number
+def _found(place: str) -> Found:
+    whole = os.path.expanduser(place)
+    if os.path.isdir(whole):
+        return _found_in(Path(whole))
+    if os.path.exists(whole):
+        return Found([Path(whole)])
+    if not glob.has_magic(whole):
+        raise UserError(f"no such file: {place}")
+    found = Found()
+    for each in _matches(whole):
+        if each.is_dir():
+            found.add(_found_in(each))
+        elif each.is_file() and not ABOUT.fullmatch(each.name):
+            found.train.append(each)
+    if not found.train:
+        raise UserError(f"no file fits {place}")
+    return found
 
 
-def text_of(file: Path, newline: str | None = None) -> TextIO:
-    """A file to read line by line, whatever is in one of them.
+def _matches(pattern: str) -> list[Path]:
+    return sorted(map(Path, glob.glob(pattern, recursive=True)))
 
-    Raises:
-        UserError: it says itself that it is text in another encoding.
+
+def _found_in(folder: Path) -> Found:
+    """The data of a folder, split as the names say."""
+    data, others = _walk(folder, set())
+    if not data:
+        ends = ", ".join(SUFFIXES)
+        there = f"; it has {_few(others)}" if others else ""
+        raise UserError(f"{folder}: no {ends} file in this folder{there}")
+    splits: dict[str | None, list[Path]] = {}
+    for file in data:
+        splits.setdefault(split_of(file.relative_to(folder)), []).append(file)
+    train = splits.get("train") or splits.get(None)
+    held_out = splits.get("validation") or splits.get("test")
+    if not train or not held_out:
+        return Found(data, [], others)
+    used = {*train, *held_out}
+    return Found(train, held_out, [*(file for file in data if file not in used), *others])
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file belongs to by its name, or that of the innermost folder around it."""
+    for part in reversed(file.parts):
+        words = set(re.findall("[a-z]+", part.lower()))
+        named = [split for split, names in SPLITS.items() if names & words]
+        if named:
+            return named[0] if len(named) == 1 else None
+    return None
+
+
+def _walk(folder: Path, seen: set[str]) -> tuple[list[Path], list[Path]]:
+    """The data files in a folder and the folders in it, and the others that are there.
+
+    Args:
+        seen: folders that were looked through, since links may lead back to them.
     """
-    with file.open("rb") as start:
-        if start.read(2) in OTHER_MARKS:
-            raise UserError(f"{file}: not a text file in UTF-8")
-    return file.open(encoding=ENCODING, errors=ESCAPED, newline=newline)
+    seen.add(os.path.realpath(folder))
+    data: list[Path] = []
+    others: list[Path] = []
+    saved = _saved_in(folder)
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if os.path.realpath(entry) in seen:
+                continue
+            if _is_run(entry):
+                others.append(entry)
+                continue
+            inside = _walk(entry, seen)
+            data += inside[0]
+            others += inside[1]
+        elif entry.is_file() and not ABOUT.fullmatch(entry.name):  # a pipe never ends
+            is_data = suffix_of(entry) in SUFFIXES and not entry.name.startswith(MAPPED)
+            if entry in saved if saved is not None else is_data:
+                data.append(entry)
+            else:
+                others.append(entry)
+    return data, others
 
 
-def is_unicode(text: str) -> bool:
-    """Whether text is what UTF-8 can say, as what was escaped is not."""
+def _is_run(folder: Path) -> bool:
+    """Whether a stage has written a folder: its logs and samples are nobody's rows unasked."""
+    name, start = RUN
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        with (folder / name).open("rb") as stream:
+            return stream.read(len(start)) == start
+    except OSError:
         return False
-    return True
 
 
-def parse_json(file: Path) -> Iterator[tuple[Any, int]]:
-    """A list of objects; the number is the place in the list."""
+def _saved_in(folder: Path) -> list[Path] | None:
+    """The files of a dataset that `datasets` saved to a folder; None where that is none.
+
+    Raises:
+        UserError: one is missing, or the rows are not those of the files.
+    """
+    if not all((folder / name).is_file() for name in SAVED):
+        return None
     try:
-        rows = json.loads(file.read_text(encoding=ENCODING))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of objects")
-    yield from ((row, number) for number, row in enumerate(rows, 1))
+        state: Any = json.loads((folder / SAVED[0]).read_text(encoding="utf-8"))
+        files = [folder / each["filename"] for each in state["_data_files"]]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{folder / SAVED[0]}: names no files of a dataset") from None
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise UserError(
+            f"{folder}: a choice of the rows of its files; save it again with "
+            "dataset.flatten_indices().save_to_disk"
+        )
+    if gone := next((file for file in files if not file.is_file()), None):
+        raise UserError(f"{gone} is missing, which {folder / SAVED[0]} names")
+    return files
 
 
-class _Lines:
-    """The lines of a file; `over` once somebody has asked for one after the last."""
+def _refuse_twins(files: list[Path]) -> None:
+    """No file is reached twice, or there both packed and unpacked.
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.over = stream, False
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        for line in self.stream:
-            return line
-        self.over = True
-        raise StopIteration
-
-
-def parse_csv(file: Path) -> Iterator[tuple[Any, int]]:
-    """Rows under a header line; the number is that of the line where a row ends."""
-    with text_of(file, newline="") as stream:
-        lines = _Lines(stream)
-        reader = csv.DictReader(lines)
-        try:
-            names = reader.fieldnames or ()
-        except csv.Error as error:
-            raise UserError(f"{file}: not CSV: {error}") from None
-        if not all(map(is_unicode, names)):
-            raise UserError(f"{file}: not CSV in UTF-8: the header is not")
-        while True:
-            row: Any
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                row = RowError(f"{file}:{reader.line_num}: not CSV: {error}")
-            if row is None:
-                return
-            if isinstance(row, dict):
-                fault = "the file ends within a quoted cell" if lines.over else fault_of_cells(row)
-                row = row if fault is None else RowError(f"{file}:{reader.line_num}: {fault}")
-            yield row, reader.line_num
-
-
-def fault_of_cells(row: Raw) -> str | None:
-    """What keeps a row of text cells from being read; those beyond the header come as a list."""
-    cells = [
-        cell for value in row.values() for cell in (value if isinstance(value, list) else [value])
-    ]
-    return None if all(cell is None or is_unicode(cell) for cell in cells) else "not text in UTF-8"
-
-
-def parse_parquet(file: Path) -> Iterator[tuple[Any, int]]:
-    """Rows of a Parquet file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{file}: not Parquet: {error}") from None
-    yield from ((row, number) for number, row in enumerate(rows, 1))
-
-
-PARSERS: dict[str, Callable[[Path], Iterator[tuple[Any, int]]]] = {
-    ".jsonl": parse_jsonl,
-    ".json": parse_json,
-    ".csv": parse_csv,
-    ".parquet": parse_parquet,
-}
-
-
-def read_hub(name: str) -> Iterator[tuple[Raw, str]]:
-    """Rows of a hub dataset's train split; `owner/name:config:split` says more."""
-    repo, _, rest = name.partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(repo).suffix in SUFFIXES:
-        raise UserError(f"no such file: {name}")
-    from datasets import load_dataset
-
-    config, _, split = rest.partition(":")
-    try:
-        dataset = load_dataset(repo, config or None, split=split or "train")
-    except Exception as error:  # the library raises many kinds; each means that we have no rows
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"no file {name}, and no hub dataset of that name: {first}") from None
-    for number, row in enumerate(dataset, 1):
-        yield dict(row), f"{name}:{number}"
-
-
-def files_of(path: Any) -> list[Path]:
-    place = Path(path)
-    if place.is_dir():
-        return sorted(file for file in place.iterdir() if file.suffix in SUFFIXES)
-    return [place]
-
-
-def is_local(path: Any) -> bool:
-    return Path(path).exists()
-
-
-def held_out_files_of(path: Any) -> list[Path]:
-    return []
+    Raises:
+        UserError: naming both.
+    """
+    known: dict[str, Path] = {}
+    for file in files:
+        real = os.path.realpath(file)
+        for packing in PACKED:
+            real = real.removesuffix(packing)
+        if (other := known.setdefault(real, file)) is file:
+            continue
+        if other == file:
+            raise UserError(f"{file} is named twice, and its rows would be read twice")
+        raise UserError(f"{other} and {file} hold the same rows; keep one of them")

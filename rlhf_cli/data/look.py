@@ -63,8 +63,7 @@ def unread_of(source: Source) -> str:
 
 def expected_rows(places: Places) -> int:
     """How many rows there may be in all sources; 0 where that cannot be told."""
-    sources = [*places.train, *([places.held_out] if places.held_out else [])]
-    return sum(map(estimated_rows, sources))
+    return sum(map(estimated_rows, places.all))
 
 
 def estimated_rows(source: Source) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.conversions import CONVERSIONS, convert, route
-from rlhf_cli.data.files import Raw, RowError, read_raw
+from rlhf_cli.data.files import Raw, RowError, read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
@@ -89,7 +89,7 @@ class Walk:
     def name(self) -> str:
         """The source, as lines name it."""
         path = self._source.path
-        return self._source.name or (path.name if isinstance(path, Path) else str(path))
+        return self._source.name or (path.name if isinstance(path, Path) else shown_path(path))
 
     # ------------------------------------------------------------------ rows as they are
 

@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import check_pairs
 from rlhf_cli.data.conversions import CONVERSIONS
-from rlhf_cli.data.files import held_out_files_of
+from rlhf_cli.data.files import about_files, held_out_of, is_local, shown_path
 from rlhf_cli.data.held_out import hold_out
 from rlhf_cli.data.kinds import (
     Demonstration,
@@ -50,15 +50,27 @@ class Places:
     """The sources of rows of one kind.
 
     train: what is learnt from, and held out of where `held_out` is None.
+    own_split: whether the held-out files are those that lie beside those to train on.
     """
 
     train: list[Source]
     held_out: Source | None
+    own_split: bool = False
 
     @property
     def name(self) -> str:
         """The places of training rows, for messages."""
-        return ", ".join(str(source.path) for source in self.train)
+        return ", ".join(shown_path(source.path) for source in self.train)
+
+    @property
+    def all(self) -> list[Source]:
+        """Every source, held-out rows last."""
+        return [*self.train, *([self.held_out] if self.held_out else [])]
+
+    def about(self) -> list[str]:
+        """Lines on files that are there and not read, and on which are held out."""
+        paths = [source.path for source in self.train if is_local(source.path)]
+        return [line for path in paths for line in about_files(path, self.own_split)]
 
 
 @dataclass
@@ -82,7 +94,7 @@ class Rows:
     def held_out(self, kind: type) -> Split:
         """The held-out rows of `kind` alone, as `split` has them."""
         if kind not in self._held_out:
-            self._held_out[kind] = held_out_of(self.places(kind), kind, self.data)
+            self._held_out[kind] = held_out_rows(self.places(kind), kind, self.data)
         return self._held_out[kind]
 
     def texts(self, limit: int | None = None) -> Split:
@@ -97,8 +109,9 @@ class Rows:
         if self.data.format == "demo":
             return self.held_out(Prompt)
         rows: list[Any] = []
-        notes: list[str] = []
-        for source in self.places(Prompt).train:
+        places = self.places(Prompt)
+        notes = places.about()
+        for source in places.train:
             more, _, told = walked(Walk(source, Prompt, self.data))
             rows, notes = rows + more, notes + told
         return Split([], rows, notes)
@@ -115,10 +128,10 @@ class Rows:
             train, held_out = (DEMO_FOLDER / f"{name}.{side}.jsonl" for side in ("train", "eval"))
             return Places([Source(train, "demo", cap=data.max_rows)], Source(held_out, "demo"))
         sources = sources_of(data)
-        apart: Any = data.eval_path
-        if apart is None and not data.sources:
-            apart = held_out_files_of(data.path)
-        return Places(sources, Source(apart, data.format, data.columns) if apart else None)
+        path = None if data.sources else data.path
+        apart = data.eval_path if path is None else held_out_of(path, data.eval_path)
+        held_out = None if apart is None else Source(apart, data.format, data.columns)
+        return Places(sources, held_out, own_split=data.eval_path is None)
 
     def text_places(self) -> Places | None:
         """Where plain text for the pretraining mix is; None where none is named."""
@@ -145,7 +158,7 @@ def split_of(places: Places, kind: type, data: Data, limit: int | None = None) -
     train: list[Any] = []
     of: list[int] = []
     prompts: list[int] = []
-    notes: list[str] = []
+    notes = places.about()
     for source in places.train:
         walk = Walk(source, kind, data, limit=limit)
         rows, hashes, told = walked(walk)
@@ -165,7 +178,7 @@ def split_of(places: Places, kind: type, data: Data, limit: int | None = None) -
     return split
 
 
-def held_out_of(places: Places, kind: type, data: Data) -> Split:
+def held_out_rows(places: Places, kind: type, data: Data) -> Split:
     """The held-out rows of `split_of`, without the others in memory."""
     if places.held_out is not None:
         rows, _, notes = walked(Walk(places.held_out, kind, data))
@@ -176,7 +189,7 @@ def held_out_of(places: Places, kind: type, data: Data) -> Split:
     held = iter(held_out_by(data, known, of, places.name)[1])
     again = (Walk(source, kind, data) for source in places.train)
     rows = [row for walk in again for chunk, _ in walk for row in chunk if next(held)]
-    notes = [note for walk in walks for note in walk.notes()]
+    notes = places.about() + [note for walk in walks for note in walk.notes()]
     return Split([], checked(rows, data, notes), notes)
 
 

@@ -9,10 +9,13 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name
-from rlhf_cli.data.files import SUFFIXES, is_local
+from rlhf_cli.data.files import STDIN, find, is_local
+from rlhf_cli.data.hub import NAME as HUB_ID
 from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, Text, kind_named
 from rlhf_cli.data.look import check_split, looked_at
+from rlhf_cli.data.parse import SUFFIXES, check_content
 from rlhf_cli.data.rows import Rows, text_data
+from rlhf_cli.data.sources import sources_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
     implicit_reward_of,
@@ -36,7 +39,6 @@ from rlhf_cli.rewards.specs import (
 from rlhf_cli.runs.out_folder import is_claimed
 from rlhf_cli.runs.provenance import named_models
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
 
 
@@ -48,25 +50,25 @@ def row_kind(cfg: Run) -> type:
 def check_data(cfg: Run) -> None:
     """Data files exist and say something."""
     data = cfg.data
-    for key in ("path", "eval_path", "text_path"):
-        value = getattr(data, key)
+    named = {key: getattr(data, key) for key in ("path", "eval_path", "text_path")}
+    named |= {f"sources[{i}].path": each.path for i, each in enumerate(sources_of(data)) if data.sources}
+    for key, value in named.items():
         if data.format == "demo" and key != "text_path" and value is not None:
             raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
-        if value == "-" and key == "path" and not facts_of(cfg).holds_out:
+        if value == STDIN and key == "path" and not facts_of(cfg).holds_out:
             continue
         if value is None:
-            if key == "path" and data.format != "demo":
+            if key == "path" and data.format != "demo" and not data.sources:
                 raise UserError(f"data={data.format} needs data.path=FILE")
             continue
-        place = Path(value)
-        if place.is_file():
-            if place.stat().st_size == 0:
-                raise UserError(f"data.{key}: the file {value} is empty")
-            if place.suffix not in SUFFIXES:
-                kinds = ", ".join(SUFFIXES)
-                raise UserError(f"data.{key}: {value} is none of {kinds}")
-        elif not place.is_dir() and not is_hub_id(value):
-            raise UserError(f"data.{key}: no such file: {value}")
+        if value != STDIN and not is_local(value):  # the hub tells what it has once it is asked
+            continue
+        try:
+            found = find(value)
+            for file in found.train + found.held_out:
+                check_content(file)
+        except UserError as error:
+            raise UserError(f"data.{key}: {error}") from None
 
 
 def is_hub_id(value: str) -> bool:
@@ -93,10 +95,9 @@ def check_rows(cfg: Run, rows: Rows) -> list[str]:
         return notes
     kind = row_kind(cfg)
     places = rows.places(kind)
+    notes += places.about()
     looks = [
-        looked_at(source, kind, cfg.data)
-        for source in [*places.train, *([places.held_out] if places.held_out else [])]
-        if is_local(source.path)
+        looked_at(source, kind, cfg.data) for source in places.all if is_local(source.path)
     ]
     for look in looks:
         notes += look.notes

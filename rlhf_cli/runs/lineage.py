@@ -16,7 +16,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.secrets import filled_in
 from rlhf_cli.config.stages import STAGES, place_in_chain
-from rlhf_cli.data.files import STDIN
+from rlhf_cli.data.files import STDIN, is_there
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
 from rlhf_cli.runs.lock import running
@@ -209,11 +209,12 @@ def _recorded(manifest: dict[str, Any], base: Path) -> Iterator[tuple[RunInput, 
             path = entry["path"]
             if path == STDIN:  # nobody can look there again
                 continue
-            yield RunInput(kind, role.split()[0], path, base / path), entry["hash"]
+            place = base / os.path.expanduser(path)
+            yield RunInput(kind, role.split()[0], path, place), entry["hash"]
 
 
 def _fault(source: RunInput, recorded: str, hash_of: HashOf) -> str | None:
-    if not source.place.exists():
+    if not is_there(str(source.place)):
         return "is gone"
     try:
         now = hash_of(source.kind, str(source.place))

@@ -1,14 +1,16 @@
 """What a stage is made from: the folders and files that it reads, and whether they have changed."""
 
+import os
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import facts_of, stage_name
-from rlhf_cli.data.files import STDIN, SUFFIXES, stdin_lines
+from rlhf_cli.data.files import STDIN, find, is_there, stdin_lines
 from rlhf_cli.folders.manifest import (
     MANIFEST,
     adapter_base,
@@ -85,30 +87,46 @@ def places_read(cfg: Run) -> Iterator[tuple[str, Path]]:
         if (implicit := implicit_reward_of(path)) is not None:
             yield f"reference of the {role}", Path(path, implicit["reference"])
     for key, place in inputs_read(cfg).items():
-        yield key.split()[0], Path(place)
+        here = Path(os.path.expanduser(place))
+        for file in [here] if here.exists() else data_files(place):
+            yield key.split()[0], file
 
 
 def inputs_read(cfg: Run) -> dict[str, str]:
-    """The local files and folders of files that a stage reads beside models, by key."""
-    inputs = {f"data.{key}": getattr(cfg.data, key) for key in ("path", "eval_path", "text_path")}
+    """The local files, folders and patterns of files that a stage reads beside models, by key.
+
+    Each entry of a list has a key of its own: `data.path[0]`.
+    """
+    inputs: dict[str, str | None] = {}
+    for name in ("path", "eval_path", "text_path"):
+        key, value = f"data.{name}", getattr(cfg.data, name)
+        if isinstance(value, list):
+            inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
+        else:
+            inputs[key] = value
     for key, role, value in named_models(cfg):
         if role == "reward":
             inputs |= {f"{key} {file}": str(file) for file in files_of(value)}
     return {
-        key: place
-        for key, place in inputs.items()
-        if place and place != STDIN and Path(place).exists()
+        key: place for key, place in inputs.items() if place and place != STDIN and is_there(place)
     }
 
 
 def input_hash(place: str) -> str | None:
-    """Identity of a file, or of the data files in a folder; None where there is neither."""
-    path = Path(place)
-    files = [path] if path.is_file() else []
-    if path.is_dir():
-        entries = path.iterdir()  # a pipe among them is no data, and would not end
-        files = sorted(file for file in entries if file.suffix in SUFFIXES and not file.is_fifo())
+    """Identity of a file, or of the data files that a folder or a pattern stands for; None where
+    there are none.
+    """
+    files = data_files(place)
     return file_hash(*files) if files else None
+
+
+def data_files(place: str) -> list[Path]:
+    """The files of a folder, pattern or name, held-out ones last; none where none can be read."""
+    try:
+        found = find(place)
+    except UserError:
+        return []
+    return [*found.train, *found.held_out]
 
 
 def provenance_of(cfg: Run) -> Provenance:

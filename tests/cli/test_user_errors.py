@@ -178,14 +178,14 @@ FILES: dict[str, Case] = {
     "empty file": (write("own.jsonl", ""), OWN_SFT, ["own.jsonl is empty"]),
     "blank file": (rows("", " "), OWN_SFT, ["own.jsonl: the file has no rows"]),
     "unknown suffix": (
-        rows(GIVEN, name="own.txt"),
+        write("own.txt", "prompt: Hi\n"),
         f"{OWN_SFT} data.path=own.txt",
-        ["own.txt is none of .jsonl, .json, .csv, .parquet"],
+        ["data.path: own.txt is neither JSON, CSV, TSV, Parquet nor Arrow"],
     ),
     "empty folder": (
         lambda folder: (folder / "mine").mkdir(),
         f"{OWN_SFT} data.path=mine",
-        ["mine: no .jsonl, .json, .csv, .parquet file in this folder"],
+        ["mine: no .jsonl, .json, .ndjson, .csv, .tsv, .parquet, .arrow file in this folder"],
     ),
     "not UTF-8": (
         write("own.jsonl", b'{"text": "\xff"}'),
@@ -201,12 +201,44 @@ FILES: dict[str, Case] = {
     "malformed JSON file": (
         write("own.json", "[{]"),
         f"{OWN_SFT} data.path=own.json",
-        ["own.json: not JSON"],
+        ["own.json:1: not JSON"],
     ),
-    "JSON file without a list": (
-        write("own.json", "{}"),
+    "JSON of several lists": (
+        write("own.json", '{"a": [{"b": 1}], "c": [{"d": 1}]}'),
         f"{OWN_SFT} data.path=own.json",
-        ["own.json: expected a list of objects"],
+        ["own.json: one object with several lists of objects (a, c)"],
+    ),
+    "an empty path": (as_it_is, f"{OWN_SFT} data.path=''", ["data.path is empty"]),
+    "an empty list of paths": (as_it_is, f"{OWN_SFT} data.path=[]", ["data.path is empty"]),
+    "an empty path in a list": (
+        rows(GIVEN),
+        f"{OWN_SFT} data.path=[own.jsonl,'']",
+        ["data.path is empty"],
+    ),
+    "a path that is no text": (
+        as_it_is,
+        f"{OWN_SFT} data.path=[[own.jsonl]]",
+        ["data.path[0] must be one value"],
+    ),
+    "a file named twice": (
+        rows(GIVEN),
+        f"{OWN_SFT} data.path=[own.jsonl,./own.jsonl]",
+        ["data.path: own.jsonl is named twice"],
+    ),
+    "a pattern that nothing fits": (
+        as_it_is,
+        f"{OWN_SFT} data.path=new/*.jsonl",
+        ["data.path: no file fits new/*.jsonl"],
+    ),
+    "text in UTF-16": (
+        write("own.csv", "prompt,completion\na,b\n".encode("utf-16")),
+        f"{OWN_SFT} data.path=own.csv",
+        ["data.path: own.csv: not a text file in UTF-8 but in UTF-16"],
+    ),
+    "a spreadsheet": (
+        write("own.csv", b"PK\x03\x04 and so on"),
+        f"{OWN_SFT} data.path=own.csv",
+        ["data.path: own.csv is a zip archive or a spreadsheet"],
     ),
     "CSV without the column": (
         write("own.csv", "question,completion\nHi,Ho\n"),

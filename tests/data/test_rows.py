@@ -167,7 +167,7 @@ FAULTS: list[tuple[str, type, str, str]] = [
     ),
     ('{"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]}', Ranking, "rows", "is empty"),
     (
-        '{"prompt": "p", "responses": ["a", "b"], "ranks": [1, NaN]}',
+        '{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1e999]}',
         Ranking,
         "rows",
         "column 'ranks' must hold numbers",
@@ -197,10 +197,10 @@ FAULTS: list[tuple[str, type, str, str]] = [
         "column 'source' holds list, expected text",
     ),
     (
-        '{"prompt": "p", "completion": "c", "label": true, "score": NaN}',
+        '{"prompt": "p", "completion": "c", "label": true, "score": 1e999}',
         Feedback,
         "rows",
-        "column 'score' holds nan, expected a number",
+        "column 'score' holds inf, expected a number",
     ),
     (
         '{"prompt": "p", "steps": ["a", "b"], "labels": [1]}',
@@ -491,8 +491,7 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("rows.json", b'{"prompt": "p"}', "expected a list of objects"),
-        ("rows.json", b"[1", "not JSON"),
+        ("rows.json", b'[{"prompt": "p"}', "not JSON: the list ends within"),
         ("rows.jsonl", b"\xff\xfe\x00", "not a text file in UTF-8"),
         ("rows.jsonl", b"\n\n", "the file has no rows"),
         ("rows.parquet", b"PAR1", "not Parquet"),
