@@ -3,7 +3,7 @@
 from itertools import combinations
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.kinds import Preference, Ranking
+from rlhf_cli.data.kinds import Preference, Ranking, prompt_key, reply_key
 
 Judged = Preference | Ranking
 Sides = list[tuple[str, str]]
@@ -26,7 +26,7 @@ def check_pairs(rows: list[Judged], doubtful: str, notes: list[str]) -> list[Jud
     pairs = [(row, sides_of(row)) for row in rows]
     identical = [row for row, sides in pairs if any(better == worse for better, worse in sides)]
     useless = {id(row) for row in identical}
-    others = [(row, str(row.prompt), sides) for row, sides in pairs if id(row) not in useless]
+    others = [(row, prompt_key(row), sides) for row, sides in pairs if id(row) not in useless]
     known = {(prompt, *side) for _, prompt, sides in others for side in sides}
     both_ways = [
         row
@@ -82,10 +82,10 @@ def in_doubt(row: Judged, what: str, instead: str) -> UserError:
 
 
 def sides_of(row: Judged) -> Sides:
-    """The better and the worse text of each pair in a row; ties are no pair."""
+    """The better and the worse response of each pair in a row, as text; ties are no pair."""
     if isinstance(row, Preference):
-        return [(row.chosen, row.rejected)]
-    answers = sorted(zip(row.ranks, row.responses, strict=True))
+        return [(reply_key(row.chosen), reply_key(row.rejected))]
+    answers = sorted(zip(row.ranks, map(reply_key, row.responses), strict=True))
     return [
         (better, worse)
         for (first, better), (second, worse) in combinations(answers, 2)

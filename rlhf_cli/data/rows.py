@@ -1,6 +1,7 @@
 """Rows from files: found, parsed and checked, each fault named by file, line and column."""
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import check_pairs
 from rlhf_cli.data.conversions import CONVERSIONS, convert, route
-from rlhf_cli.data.files import Raw, RowError, read_raw
+from rlhf_cli.data.files import RowError, read_raw
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
     Demonstration,
@@ -25,7 +26,8 @@ from rlhf_cli.data.kinds import (
     derive,
     name_of,
 )
-from rlhf_cli.data.shapes import EXPECTED, FORMATS, PARTS, column, shown
+from rlhf_cli.data.readers import EXPECTED
+from rlhf_cli.data.shapes import PARTS, missed, reader_of
 
 MOST_PLACES = 5  # that a line names
 
@@ -187,14 +189,19 @@ def identity(row: Row) -> str:
         return " ".join(row.text.split())
     if isinstance(row.prompt, str):
         return " ".join(row.prompt.split())
-    return str(
-        [{name: " ".join(each.split()) for name, each in turn.items()} for turn in row.prompt]
-    )
+    turns = [
+        {
+            key: " ".join(part.split()) if isinstance(part, str) else part
+            for key, part in each.items()
+        }
+        for each in row.prompt
+    ]
+    return json.dumps(turns, sort_keys=True, default=str)
 
 
 def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:
     """All rows of one source, of the kinds that they are, and a line that counts them."""
-    reader = FORMATS[data.format]
+    read = reader_of(data)
     parts = PARTS.get(data.format, lambda raw: [raw])
     rows: list[Row] = []
     dropped: dict[str, list[str]] = {}  # why -> where
@@ -203,7 +210,7 @@ def parse_rows(data: Data, path: str | Path) -> tuple[list[Row], str]:
             try:
                 if isinstance(part, RowError):
                     raise part
-                rows.append(reader(renamed(part, data.columns, source), source))
+                rows.append(read(part, source))
             except RowError as error:
                 if data.bad_rows == "error":
                     raise
@@ -252,8 +259,7 @@ def check_kinds(rows: list[Row], kind: type, data: Data, path: object) -> None:
         if now is not have:
             what += f", and a {name_of(now)} row after data.convert=[{','.join(names)}]"
         line = f"{row.source}: {what}; needed: {name_of(kind)} rows ({EXPECTED[kind]})"
-        if isinstance(row, Demonstration) and "label" in row.columns:
-            line += f"; its column 'label' holds {shown(row.columns['label'])}, not true or false"
+        line += missed(row)
         if (way_there := route(have, kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"
@@ -301,8 +307,3 @@ def checked(rows: list[Any], data: Data, place: object, notes: list[str]) -> lis
     if not kept:
         raise UserError(f"{place}: data.doubtful_pairs=drop leaves none of {len(rows)} rows")
     return kept
-
-
-def renamed(raw: Raw, columns: dict[str, str], source: str) -> Raw:
-    """The row under our column names, by data.columns = {ours: yours}."""
-    return {**raw, **{ours: column(raw, yours, source) for ours, yours in columns.items()}}
