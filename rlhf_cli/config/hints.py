@@ -36,9 +36,9 @@ RENAMED = {
 }
 
 
-def nearest(word: str, names: Iterable[str], prefix: str = "") -> str:
+def nearest(word: str, names: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
     """`; did you mean NAME?` for the closest of the names, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 

@@ -139,9 +139,12 @@ class Data:
     """Where rows come from, how they become tokens, and what is held out."""
 
     format: str = key(
-        "How rows are stored: the shipped demo, JSONL rows, HH dialogues, GSM8K problems, or "
-        "GSM8K model solutions with their correctness.",
-        choices=("demo", "rows", "hh", "gsm8k", "gsm8k_solutions"),
+        "How rows are stored: the shipped demo, rows in our columns, or a published shape.",
+        choices=(
+            *("demo", "rows", "alpaca", "gsm8k", "gsm8k_solutions", "helpsteer", "hh", "kto"),
+            *("messages", "prm800k", "sharegpt", "stack_exchange", "text", "tldr"),
+            *("ultrafeedback", "verl"),
+        ),
     )
     path: Any = key(
         "File, folder, pattern as 'data/*.jsonl', a list of those, or a hub dataset as "
@@ -170,7 +173,7 @@ class Data:
     text_path: Any = key(
         "Plain text rows for the pretraining mix (ptx_coef, text_mix), as path.", texts=True
     )
-    columns: dict[str, str] = key("Your column names for ours, as {ours: yours}.")
+    columns: dict[str, str] = key("Your columns for ours, as {ours: yours}, or paths into them.")
     template: str = key(
         "How a prompt is written: text with {prompt} in it (\\n breaks a line), or chat (the "
         "tokenizer's template)."

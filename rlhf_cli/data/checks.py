@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.kinds import Preference, Ranking, Reply, reply_key, reply_text
+from rlhf_cli.data.kinds import Preference, Ranking, Reply, prompt_key, reply_key, reply_text
 
 Judged = Preference | Ranking
 Sides = list[tuple[Reply, Reply]]
@@ -33,7 +33,7 @@ class Doubts:
 
     def add(self, row: Judged, cut_alike: bool = False) -> None:
         """One more row; `cut_alike`: two of its responses are equal once they are cut."""
-        prompt = str(row.prompt)
+        prompt = prompt_key(row)
         for better, worse in sides_of(row):
             ours, theirs = reply_key(better), reply_key(worse)
             longer = len(reply_text(better)) - len(reply_text(worse))

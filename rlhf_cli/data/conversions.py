@@ -15,6 +15,9 @@ from rlhf_cli.data.kinds import (
     Stepwise,
     cut_steps,
     pairs_of,
+    prompt_key,
+    reply_key,
+    reply_text,
 )
 
 Made = tuple[list[Any], Counter[str]]
@@ -71,7 +74,7 @@ def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
     """All answers to one prompt in one ranking with ties: by score where all have one, or label."""
     prompts: dict[str, list[Feedback]] = defaultdict(list)
     for row in rows:
-        prompts[str(row.prompt)].append(row)
+        prompts[prompt_key(row)].append(row)
     made: list[Ranking] = []
     counts: Counter[str] = Counter()
     for answers in prompts.values():
@@ -79,7 +82,8 @@ def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
         judged = [row for row in answers if getattr(row, by) is not None]
         counts["answers without a label dropped"] += len(answers) - len(judged)
         # the same answer may stand at two places, but it has no tie with itself
-        values = list(dict.fromkeys((row.completion, float(getattr(row, by))) for row in judged))
+        distinct = {(reply_key(row.completion), float(getattr(row, by))): row for row in judged}
+        values = [(row.completion, value) for (_, value), row in distinct.items()]
         counts["repeated answers counted once"] += len(judged) - len(values)
         places = sorted({value for _, value in values}, reverse=True)
         if len(values) < 2:
@@ -91,7 +95,7 @@ def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
             made.append(
                 Ranking(
                     first.prompt,
-                    [text for text, _ in values],
+                    [reply for reply, _ in values],
                     [1.0 + places.index(value) for _, value in values],
                     first.source,
                     first.group if len(groups) == 1 else "",
@@ -110,9 +114,10 @@ def feedback_to_stepwise(rows: list[Feedback], data: Data) -> Made:
     made = []
     judged = [row for row in rows if row.label is not None]
     for row in judged:
-        *others, last = cut_steps(row.completion, data.step_end)
+        text = reply_text(row.completion)
+        *others, last = cut_steps(text, data.step_end)
         steps = [step.removesuffix(data.step_join) for step in others] + [last]
-        if data.step_join.join(steps) != row.completion:
+        if data.step_join.join(steps) != text:
             raise UserError(
                 f"{row.source}: the steps that data.step_end={data.step_end!r} ends, joined by "
                 f"data.step_join={data.step_join!r}, are not this response again; "

@@ -1,6 +1,7 @@
 """Which prompts are held out: those whose hash is low, so that other rows move none of them."""
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ def identity(row: Row) -> str:
         return " ".join(row.text.split())
     if isinstance(row.prompt, str):
         return " ".join(row.prompt.split())
-    return str([(turn["role"], " ".join((turn["content"] or "").split())) for turn in row.prompt])
+    turns = [
+        {
+            key: " ".join(each.split()) if isinstance(each, str) else each
+            for key, each in turn.items()
+        }
+        for turn in row.prompt
+    ]
+    return json.dumps(turns, sort_keys=True, default=str)
 
 
 def hash_of(text: str) -> int:

@@ -8,12 +8,13 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
+from rlhf_cli.data.columns import unused_columns, unused_note
 from rlhf_cli.data.conversions import CONVERSIONS, convert, route
-from rlhf_cli.data.files import Raw, RowError, read_raw, shown_path
+from rlhf_cli.data.files import RowError, read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
-    Demonstration,
+    Feedback,
     Prompt,
     Ranking,
     Row,
@@ -21,7 +22,9 @@ from rlhf_cli.data.kinds import (
     derive,
     name_of,
 )
-from rlhf_cli.data.shapes import EXPECTED, FORMATS, PARTS, column, shown
+from rlhf_cli.data.labels import note
+from rlhf_cli.data.readers import EXPECTED
+from rlhf_cli.data.shapes import PARTS, missed, reader_of
 from rlhf_cli.data.sources import Source
 
 CHUNK = 1024  # rows that are in memory at once
@@ -64,6 +67,8 @@ class Walk:
         self._asked: set[int] = set()  # prompts that were made of judgements already
         self._dropped: dict[str, tuple[int, list[str]]] = {}  # why -> how many, the first places
         self._converted: dict[str, Counter[str]] = {name: Counter() for name in self._conversions}
+        self._columns: Counter[str] = Counter()
+        self._spellings: Counter[str] = Counter()
         self._from = 0  # rows of which self.rows were made
         self._ties = 0
 
@@ -95,7 +100,8 @@ class Walk:
 
     def _read(self) -> Iterator[Row]:
         """The rows of the kinds that they are, each of which can become the one asked for."""
-        source, reader = self._source, FORMATS[self._source.shape]
+        source = self._source
+        read = reader_of(replace(self._data, format=source.shape, columns=source.columns))
         parts = PARTS.get(source.shape)
         fits: set[type] = set()
         count = 0
@@ -107,7 +113,7 @@ class Walk:
                 try:
                     if isinstance(each, RowError):
                         raise each
-                    row = reader(renamed(each, source.columns, place), place)
+                    row = read(each, place)
                 except RowError as error:
                     if self._data.bad_rows == "error":
                         raise
@@ -141,8 +147,7 @@ class Walk:
             what += f", and a {name_of(now)} row after data.convert=[{','.join(self._conversions)}]"
         expected = EXPECTED[self._kind]
         line = f"{row.source}: {what}; needed: {name_of(self._kind)} rows ({expected})"
-        if isinstance(row, Demonstration) and "label" in row.columns:
-            line += f"; its column 'label' holds {shown(row.columns['label'])}, not true or false"
+        line += missed(row)
         if (way_there := route(have, self._kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"
@@ -152,12 +157,20 @@ class Walk:
 
     def _chunk(self, rows: list[Row]) -> Chunk:
         self.kinds.update(map(type, rows))
+        self._count(rows)
         prompts = [hash_of(identity(row)) for row in rows]
         self.prompts.extend(prompts)
         made = self._derived(self._convert(rows))
         self._advance(len(rows))
         same = len(made) == len(rows) and all(map(same_prompt, made, rows))
         return made, prompts if same else [hash_of(identity(row)) for row in made]
+
+    def _count(self, rows: list[Row]) -> None:
+        """Columns that are kept for rules and templates, and how labels are written."""
+        for row in rows:
+            self._columns.update(row.columns)
+            if isinstance(row, Feedback):
+                self._spellings[row.spelling] += 1
 
     def _convert(self, rows: list[Row]) -> list[Row]:
         for name in self._conversions:
@@ -194,6 +207,10 @@ class Walk:
             for why, (count, at) in self._dropped.items()
         ]
         lines = [f"{self.name}: {', '.join([*(counts or ['no rows']), *reasons])}"]
+        if self._spellings:
+            lines.append(note(self._spellings))
+        if unread := unused_columns(self._columns):
+            lines.append(unused_note(unread, self.kinds.total()))
         if self.cut:
             lines.append(f"the first {self._source.cap} are used")
         for name, said in self._converted.items():
@@ -244,8 +261,3 @@ def conversions_to(data: Data, kind: type) -> list[str]:
 def same_prompt(made: Any, row: Any) -> bool:
     """Whether a row that was made of another keeps the very prompt."""
     return made is row or getattr(made, "prompt", None) is getattr(row, "prompt", row)
-
-
-def renamed(raw: Raw, columns: dict[str, str], source: str) -> Raw:
-    """The row under our column names, by data.columns = {ours: yours}."""
-    return {**raw, **{ours: column(raw, yours, source) for ours, yours in columns.items()}}

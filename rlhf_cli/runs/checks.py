@@ -51,7 +51,9 @@ def check_data(cfg: Run) -> None:
     """Data files exist and say something."""
     data = cfg.data
     named = {key: getattr(data, key) for key in ("path", "eval_path", "text_path")}
-    named |= {f"sources[{i}].path": each.path for i, each in enumerate(sources_of(data)) if data.sources}
+    named |= {
+        f"sources[{i}].path": each.path for i, each in enumerate(sources_of(data)) if data.sources
+    }
     for key, value in named.items():
         if data.format == "demo" and key != "text_path" and value is not None:
             raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
@@ -96,9 +98,7 @@ def check_rows(cfg: Run, rows: Rows) -> list[str]:
     kind = row_kind(cfg)
     places = rows.places(kind)
     notes += places.about()
-    looks = [
-        looked_at(source, kind, cfg.data) for source in places.all if is_local(source.path)
-    ]
+    looks = [looked_at(source, kind, cfg.data) for source in places.all if is_local(source.path)]
     for look in looks:
         notes += look.notes
         answered = [row for row in look.rows if isinstance(row, Prompt | Demonstration)]

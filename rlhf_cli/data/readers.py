@@ -1,0 +1,230 @@
+"""A plain object under our column names becomes a row, or says its fault."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from rlhf_cli.data.columns import column, filled, is_given, shown
+from rlhf_cli.data.files import Raw, RowError
+from rlhf_cli.data.kinds import (
+    Demonstration,
+    Feedback,
+    Preference,
+    Prompt,
+    Ranking,
+    Reply,
+    Row,
+    Stepwise,
+    Text,
+)
+from rlhf_cli.data.labels import as_number, check_weight, label_of, number_of
+from rlhf_cli.data.messages import (
+    Cell,
+    answered,
+    as_turns,
+    cell_of,
+    system_of,
+    text_of,
+    turns_of,
+    with_system,
+)
+
+EXPECTED = {
+    Demonstration: "{prompt, completion} or {text}",
+    Preference: "{prompt, chosen, rejected}",
+    Ranking: "{prompt, responses, ranks}",
+    Feedback: "{prompt, completion, label: true | false} or {prompt, completion, score}",
+    Stepwise: "{prompt, steps, labels}",
+    Prompt: "{prompt}",
+    Text: "{text}",
+}
+
+
+def as_row(raw: Raw, source: str) -> Row:
+    """A row by its columns, in the shapes of EXPECTED, as plain text or as messages.
+
+    The judgements come before what they judge, and a prompt before text beside it.
+    """
+    raw = filled(raw)
+    if "weight" in raw:
+        check_weight(raw, source)
+    if "chosen" in raw or "rejected" in raw:
+        return preference_of(raw, source)
+    if "messages" in raw:
+        return dialogue_of(raw, source)
+    if "text" in raw and "prompt" not in raw:
+        text = text_of(raw, "text", source)
+        return Text(text, source, {name: raw[name] for name in raw if name != "text"})
+    prompt = cell_of(raw, "prompt", source)
+    if "responses" in raw:
+        return ranking_of(raw, prompt, source)
+    if is_given(raw, "steps") and is_given(raw, "labels"):
+        return steps_of(raw, prompt, source)
+    if "completion" in raw:
+        return response_of(raw, prompt, source)
+    asked = under_system(prompt, raw, source)
+    return Prompt(asked, columns_of(raw, asked, source, ("prompt",)), source)
+
+
+def columns_of(raw: Raw, prompt: Cell, source: str, read: tuple[str, ...]) -> Raw:
+    """What a row says beside what is `read`: rules and templates read it (answer, ...).
+
+    Raises:
+        RowError: its system message is no text, or its tools are no list.
+    """
+    columns = {name: value for name, value in raw.items() if name not in read}
+    if "system" in columns:
+        system = system_of(raw, source)
+        del columns["system"]
+        if system is not None and isinstance(prompt, str):
+            columns["system"] = system
+    if "tools" in columns and not (tools := items_of(raw, "tools", source)):
+        del columns["tools"]
+    elif "tools" in columns:
+        columns["tools"] = tools
+    return columns
+
+
+def under_system(prompt: Cell, raw: Raw, source: str) -> Cell:
+    """A prompt; a dialogue is put under the row's system message."""
+    return prompt if isinstance(prompt, str) else with_system(prompt, raw, source)
+
+
+def shared(prompts: Sequence[Cell], differ: str, raw: Raw, source: str) -> Cell:
+    """The one prompt of responses; as a dialogue if one of them comes as a dialogue."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        prompts = [as_turns(prompt, raw, source) for prompt in prompts]
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise RowError(f"{source}: {differ} before their last message")
+    return prompts[0]
+
+
+def items_of(raw: Raw, name: str, source: str) -> list[Any]:
+    """A column that must hold a list; CSV has it as JSON."""
+    value = column(raw, name, source)
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if value == "" and name == "tools":
+        return []
+    if not isinstance(value, list):
+        raise RowError(f"{source}: column {name!r} holds {type(value).__name__}, expected a list")
+    return value
+
+
+def group_of(raw: Raw, source: str) -> str:
+    """Which part of the data a row is of, by its column `source`."""
+    value = raw.get("source")
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError(f"{source}: column 'source' holds {type(value).__name__}, expected text")
+    return str(value)
+
+
+# --------------------------------------------------------------------------- kinds
+
+
+def dialogue_of(raw: Raw, source: str) -> Demonstration | Feedback:
+    """A dialogue in `messages`, of which every reply may be learnt.
+
+    A column `prompt` beside it must be part of it; a column `completion` is the reply to it, where
+    it ends in the user's words.
+    """
+    turns = turns_of(raw["messages"], "messages", source)
+    prompt = cell_of(raw, "prompt", source) if "prompt" in raw else None
+    if turns[-1]["role"] == "user":
+        if "completion" not in raw:
+            raise RowError(
+                f"{source}: column 'messages' must end in a reply of the assistant; "
+                "data.columns.prompt=messages reads dialogues to respond to"
+            )
+        return response_of(raw, turns, source)
+    if len(turns) == 1:
+        raise RowError(
+            f"{source}: column 'messages' must end in a reply of the assistant to another message"
+        )
+    asked, reply, _ = answered(raw, prompt, "messages", turns, source, judged=False)
+    return judged_or_shown(raw, asked, reply, 0, source, ("prompt", "messages"))
+
+
+def response_of(raw: Raw, prompt: Cell, source: str) -> Demonstration | Feedback:
+    """A response in `completion`: it alone is learnt, with what it says before its last message."""
+    cell = cell_of(raw, "completion", source)
+    asked, reply, given = answered(raw, prompt, "completion", cell, source, judged=False)
+    read = ("prompt", "completion", "messages")
+    return judged_or_shown(raw, asked, reply, given, source, read)
+
+
+def judged_or_shown(
+    raw: Raw, prompt: Cell, reply: Reply, learn_from: int, source: str, read: tuple[str, ...]
+) -> Demonstration | Feedback:
+    """A response, and its judgement by thumbs (label) or a number (score) where there is one."""
+    label, spelling = label_of(raw, source)
+    score = number_of(raw, "score", source)
+    if label is None and score is None:
+        columns = columns_of(raw, prompt, source, (*read, "label", "score"))
+        return Demonstration(prompt, reply, source, columns, learn_from)
+    columns = columns_of(raw, prompt, source, (*read, "label", "score", "source"))
+    group = group_of(raw, source)
+    return Feedback(prompt, reply, label, score, source, group, columns, spelling)
+
+
+def preference_of(raw: Raw, source: str) -> Preference:
+    """A comparison, with its margin if given; full dialogues in messages share their prompt."""
+    margin, group = number_of(raw, "margin", source), group_of(raw, source)
+    if margin is not None and margin < 0:
+        raise RowError(f"{source}: column 'margin' holds {margin:g}, expected 0 or more")
+    chosen, rejected = cell_of(raw, "chosen", source), cell_of(raw, "rejected", source)
+    prompt = cell_of(raw, "prompt", source) if "prompt" in raw else None
+    asked, better, _ = answered(raw, prompt, "chosen", chosen, source)
+    other, worse, _ = answered(raw, prompt, "rejected", rejected, source)
+    asked = shared((asked, other), "chosen and rejected differ", raw, source)
+    read = ("prompt", "chosen", "rejected", "margin", "source")
+    columns = columns_of(raw, asked, source, read)
+    return Preference(asked, better, worse, source, margin, group, columns)
+
+
+def ranking_of(raw: Raw, prompt: Cell, source: str) -> Ranking:
+    """A ranking by ranks (1 is best) or by scores (higher is better)."""
+    cells = items_of(raw, "responses", source)
+    if len(cells) < 2:
+        raise RowError(f"{source}: a ranking needs 2 or more responses, got {len(cells)}")
+    asked: list[Cell] = []
+    replies: list[Reply] = []
+    for each in cells:
+        cell = cell_of({"responses": each}, "responses", source)
+        before, reply, _ = answered(raw, prompt, "responses", cell, source)
+        asked.append(before)
+        replies.append(reply)
+    by = "ranks" if is_given(raw, "ranks") else "scores"
+    places = items_of(raw, by, source)
+    if len(places) != len(replies):
+        raise RowError(f"{source}: column {by!r} needs one number for each of {len(replies)}")
+    sign = 1 if by == "ranks" else -1
+    ranks = [sign * place for place in map(as_number, places) if place is not None]
+    if len(ranks) < len(replies):
+        raise RowError(f"{source}: column {by!r} must hold numbers")
+    before = shared(asked, "the responses differ", raw, source)
+    columns = columns_of(raw, before, source, ("prompt", "responses", "ranks", "scores", "source"))
+    return Ranking(before, replies, ranks, source, group_of(raw, source), columns)
+
+
+def steps_of(raw: Raw, prompt: Cell, source: str) -> Stepwise:
+    """A response in steps, with a label for each."""
+    steps, labels = items_of(raw, "steps", source), items_of(raw, "labels", source)
+    texts = [text_of({"steps": step}, "steps", source) for step in steps]
+    if not texts:
+        raise RowError(f"{source}: column 'steps' is empty")
+    if len(labels) != len(texts):
+        raise RowError(f"{source}: column 'labels' holds {len(labels)} for {len(texts)} steps")
+    for label in labels:
+        if not isinstance(label, int | float) or not 0 <= label <= 1:
+            raise RowError(
+                f"{source}: column 'labels' holds {shown(label)}, expected true, false or a "
+                "number from 0 (wrong) to 1 (right)"
+            )
+    asked = under_system(prompt, raw, source)
+    columns = columns_of(raw, asked, source, ("prompt", "steps", "labels"))
+    return Stepwise(asked, texts, [float(label) for label in labels], source, columns)
