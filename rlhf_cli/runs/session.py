@@ -97,6 +97,7 @@ class Session:
             left = [f"{len(sides[0])} rows to learn from, {len(sides[1])} held out"]
         for line in [*self.plan.at_start(), *notes, *left, *encoder.notes()]:
             say(line)
+        encoder.check_lengths()
 
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""
@@ -242,7 +243,13 @@ class Session:
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,
             "pad_id": encoder.tokenizer.pad_token_id,
-            "template": self.cfg.data.template,
+            "template": encoder.template,
+            "chat_args": self.cfg.data.chat_args,
+            "limits": {
+                "max_prompt_tokens": self.cfg.data.max_prompt_tokens,
+                "max_response_tokens": self.cfg.data.max_response_tokens,
+                "longest_response": encoder.lengths.response,
+            },
         }
         scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
         times = {"seconds": self.seconds(), "seconds of saving": self.saving}

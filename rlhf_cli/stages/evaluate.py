@@ -260,7 +260,7 @@ def judged(session: Session, source: ModelReward, policy: Policy) -> Report | No
 
 def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
     """The responses of a row as if the policy had written them."""
-    row = Prompt(item.row.prompt, source=item.row.source)
+    row = Prompt(item.row.prompt, item.row.columns, item.row.source)
     return [
         Rollout(
             row,

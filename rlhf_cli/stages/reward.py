@@ -52,6 +52,7 @@ from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.models import Reading
+from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
@@ -66,7 +67,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
     tokenizer = load_tokenizer(cfg.policy, cfg.model)
-    encoder = Encoder(tokenizer, cfg.data)
+    encoder = Encoder(tokenizer, cfg.data, context_of(cfg))
     rows = session.judged_rows()
     train, held_out = encoder.answers(rows.train), encoder.answers(rows.held_out)
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
