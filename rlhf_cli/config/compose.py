@@ -136,7 +136,8 @@ def typed(cfg: DictConfig, stage: str) -> Any:
         raise UserError(explain(error, stage) or str(error)) from error
     assert isinstance(config, Run)
     # Hydra's grammar has no escape for a line break, and prompts are full of them.
-    config.data.template = config.data.template.replace("\\n", "\n")
+    if config.data.template is not None:
+        config.data.template = config.data.template.replace("\\n", "\n")
     _keep_references(OmegaConf.to_container(cfg, resolve=False), dataclasses.asdict(config))
     validate(stage, config)
     return config

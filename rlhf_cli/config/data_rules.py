@@ -66,5 +66,5 @@ def _steps(cfg: Run) -> Iterator[str]:
 
 def _template(cfg: Run) -> Iterator[str]:
     template = cfg.data.template
-    if template != "chat" and "{prompt}" not in template:
+    if template not in (None, "chat") and "{prompt}" not in template:
         yield f"data.template must be chat or contain {{prompt}}, got {template!r}"

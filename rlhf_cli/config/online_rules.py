@@ -161,7 +161,8 @@ def responses(cfg: OnlineConfig) -> Iterator[str]:
             "algo.mask_truncated=true learns nothing from responses that never ended; set "
             "algo.missing_eos_reward=null and algo.missing_eos_penalty=0"
         )
-    if algo.overlong_tokens is not None and algo.overlong_tokens > algo.max_tokens:
+    longest = algo.max_tokens or algo.overlong_tokens
+    if algo.overlong_tokens is not None and algo.overlong_tokens > longest:
         yield (
             f"algo.overlong_tokens={algo.overlong_tokens:g} exceeds "
             f"algo.max_tokens={algo.max_tokens}"

@@ -174,12 +174,40 @@ class Data:
         "Plain text rows for the pretraining mix (ptx_coef, text_mix), as path.", texts=True
     )
     columns: dict[str, str] = key("Your columns for ours, as {ours: yours}, or paths into them.")
-    template: str = key(
-        "How a prompt is written: text with {prompt} in it (\\n breaks a line), or chat (the "
-        "tokenizer's template)."
+    template: str | None = key(
+        "How a prompt is written: text with {prompt} and other {columns} in it (\\n breaks a "
+        "line), or chat (the chat template); null does as the policy's stage.json says, or else "
+        "writes text as it is and messages by the chat template."
     )
-    max_prompt_tokens: int = key("Longest prompt in tokens.", ge=1)
-    max_response_tokens: int = key("Longest response in tokens, trained on or sampled.", ge=1)
+    chat_template: str | None = key(
+        "A Jinja file, or chatml, gemma, llama3, mistral, qwen or zephyr; null is the tokenizer's."
+    )
+    chat_args: dict[str, Any] = key(
+        "What the chat template is told beside the messages, as {enable_thinking: false}; {} is "
+        "what the policy's stage.json says."
+    )
+    loss_on: str = key(
+        "Which replies of a dialogue sft learns from: all of the assistant's, or the last.",
+        choices=("all", "last"),
+    )
+    special_tokens: str = key(
+        "Special tokens that rows spell: read as the text that they are, or kept as tokens.",
+        choices=("text", "keep"),
+    )
+    max_prompt_tokens: int | None = key(
+        "Longest prompt in tokens; null is the policy's, else what the model's positions leave.",
+        ge=1,
+    )
+    max_response_tokens: int | None = key(
+        "Longest response in tokens, trained on or sampled; null is the policy's, else what the "
+        "model's positions leave.",
+        ge=1,
+    )
+    long_responses: str | None = key(
+        "Responses over the limit: cut them (their end is lost), drop the row, or stop; null cuts, "
+        "but stops where more than 5 % are cut.",
+        choices=("cut", "drop", "error"),
+    )
     long_prompts: str = key(
         "Prompts over the limit: stop, drop the row, or cut their start.",
         choices=("error", "drop", "cut"),
@@ -329,7 +357,11 @@ class OnlineAlgo(OptimizerConfig):
     temperature_end: float | None = key(
         "Temperature of the last iteration, reached linearly; null keeps the first.", gt=0
     )
-    max_tokens: int = key("Longest sampled response in tokens.", ge=1)
+    max_tokens: int | None = key(
+        "Longest sampled response in tokens; null is the longest that the policy learnt from, or "
+        "256, and at most half of its positions.",
+        ge=1,
+    )
     kl_coef: float = key("Weight of the KL to the reference, in the reward or in the loss.", ge=0)
     kl_coef_end: float | None = key(
         "kl_coef of the last iteration, reached linearly; null keeps the first.", ge=0
@@ -416,6 +448,12 @@ class OnlineAlgo(OptimizerConfig):
         choices=("kl", "reward", "entropy", "length", "repetition", "truncated", "overoptimised"),
     )
     show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """max_tokens, once runs/inherited.py has filled it in."""
+        assert self.max_tokens is not None
+        return self.max_tokens
 
 
 CRITIC = "algo.baseline=critic"
@@ -628,9 +666,19 @@ class Decoding(Algo):
         "Beam score is log-prob / length ** this.", used_by="algo.beams>1", unused=1
     )
     min_tokens: int = key("No response ends before this many tokens.", ge=0)
-    max_tokens: int = key("Longest response in tokens.", ge=1)
+    max_tokens: int | None = key(
+        "Longest response in tokens; null is the longest that the policy learnt from, or 256, and "
+        "at most half of its positions.",
+        ge=1,
+    )
     samples: int = key("Responses per prompt.", ge=1)
     stop: list[str] = key("Strings that end a response; they are not part of it.")
+
+    @property
+    def sampled_tokens(self) -> int:
+        """max_tokens, once runs/inherited.py has filled it in."""
+        assert self.max_tokens is not None
+        return self.max_tokens
 
 
 @dataclass

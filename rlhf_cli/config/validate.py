@@ -130,7 +130,7 @@ def _scratch_model(cfg: Run) -> Iterator[str]:
         yield "a model from scratch trains all layers: model.frozen_layers=0 is needed"
     if model.hidden_size % model.heads:
         yield f"model.heads={model.heads} must divide model.hidden_size={model.hidden_size}"
-    longest = cfg.data.max_prompt_tokens + cfg.data.max_response_tokens
+    longest = (cfg.data.max_prompt_tokens or 0) + (cfg.data.max_response_tokens or 0)
     if model.context < longest:
         yield (
             f"model.context={model.context} is shorter than data.max_prompt_tokens + "
@@ -184,7 +184,7 @@ def _decoding(cfg: Run) -> Iterator[str]:
     algo = getattr(cfg, "algo", None)
     if not isinstance(algo, Decoding):
         return
-    if algo.min_tokens > algo.max_tokens:
+    if algo.max_tokens is not None and algo.min_tokens > algo.max_tokens:
         yield f"algo.min_tokens={algo.min_tokens} exceeds algo.max_tokens={algo.max_tokens}"
     if algo.beams > 1:
         neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}

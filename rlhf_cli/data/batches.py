@@ -36,7 +36,8 @@ class Batch:
         the token at [2] may see the token at [3].
     at: (S, R) each token's place in the flat B x T; pads of the grid repeat the last token's.
     before: (S, R) the place of the token that predicts it; means nothing where none does.
-    response: (S, R) bool, True at response tokens, EOS included; never at a sequence's first token.
+    response: (S, R) bool, True at response tokens that carry loss, EOS included; never at a
+        sequence's first token.
     """
 
     ids: Tensor
@@ -98,6 +99,10 @@ def collate(sequences: Sequence[Tokens], device: torch.device | str = "cpu") -> 
     ids, owner = _lay_out(sequences)
     response = owner == 1
     response[:, 0] = False
+    for b, sequence in enumerate(sequences):
+        if sequence.loss is not None:
+            start = len(sequence.prompt)
+            response[b, start : start + len(sequence.loss)] &= torch.tensor(sequence.loss)
     return Batch.of_sequences(ids.to(device), (owner >= 0).to(device), response.to(device))
 
 

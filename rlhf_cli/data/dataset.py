@@ -68,13 +68,13 @@ def dataset_of(
         made = _Made(kind, encoder, data, None)
         made.read(places, advance)
         return made.dataset(places)
-    if (known := _read(folder, kind, places)) is not None:
+    if (known := _read(folder, kind, places, encoder)) is not None:
         return known
     with _part(folder) as part:
         made = _Made(kind, encoder, data, part)
         made.read(places, advance)
         dataset = made.dataset(places)
-        _write(part, dataset)
+        _write(part, dataset, encoder.seen())
     return dataset
 
 
@@ -245,14 +245,15 @@ def _part(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(folder: Path, dataset: Dataset) -> None:
+def _write(folder: Path, dataset: Dataset, seen: dict[str, Any]) -> None:
     for side, items in (("train", dataset.train), ("held_out", dataset.held_out)):
         for name in ARRAYS:
             np.save(folder / f"{side}.{name}.npy", getattr(items, name))
-    (folder / NOTES).write_text(json.dumps(dataset.notes), encoding="utf-8")
+    told = {"notes": dataset.notes, "seen": seen}
+    (folder / NOTES).write_text(json.dumps(told), encoding="utf-8")
 
 
-def _read(folder: Path, kind: type, places: Places) -> Dataset | None:
+def _read(folder: Path, kind: type, places: Places, encoder: Encoder) -> Dataset | None:
     """A dataset that was made before; None where there is none, or it is damaged."""
     if not (folder / NOTES).is_file():
         return None
@@ -267,8 +268,10 @@ def _read(folder: Path, kind: type, places: Places) -> Dataset | None:
             )
             for side in ("train", "held_out")
         )
-        notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, pa.ArrowException):
+        told = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+        encoder.remember(told["seen"])
+        notes = [*told["notes"], f"tokens: read from {folder}"]
+    except (OSError, ValueError, KeyError, pa.ArrowException):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Dataset(train, held_out, [*notes, f"tokens: read from {folder}"])
+    return Dataset(train, held_out, notes)

@@ -1,21 +1,23 @@
-"""Text becomes token ids here and nowhere else: template, one BOS, boundary, EOS, limits.
+"""Text becomes token ids here and nowhere else: template, boundary, loss, EOS, limits.
 
-Prompt and response are tokenised apart, so a prompt has the same ids in training and in sampling
-and no token straddles the boundary.
+A prompt is tokenised alone, so that it has the same ids in training and in sampling; a response is
+tokenised as it stands after it (data/text_ids.py).
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
+from rlhf_cli.data.chat import ChatTemplate
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
@@ -23,13 +25,27 @@ from rlhf_cli.data.kinds import (
     Preference,
     Prompt,
     Ranking,
+    Reply,
     Stepwise,
     Text,
-    Turns,
     cut_steps,
+    reply_key,
+    reply_text,
 )
+from rlhf_cli.data.limits import Lengths, Limits
 from rlhf_cli.data.step_cutter import StepCutter
-from rlhf_cli.data.time_limit import time_limit
+from rlhf_cli.data.templates import (
+    CHAT,
+    PLAIN,
+    TextTemplate,
+    chat_template_of,
+    continues,
+    replied,
+    turns_of,
+)
+from rlhf_cli.data.text_ids import Span, TextIds
+
+END = 2**62  # of a text, whatever its length
 
 
 @dataclass
@@ -37,6 +53,7 @@ class Tokens:
     """One sequence: the ids of its prompt, BOS included, and of its response, EOS included.
 
     source: where its row stands, for messages.
+    loss: which tokens of the response carry loss; None: all.
     """
 
     prompt: list[int]
@@ -54,8 +71,11 @@ class Tokens:
 
 
 def response_tokens(sequences: Sequence[Tokens]) -> int:
-    """Tokens that carry loss: those of all responses."""
-    return sum(len(sequence.response) for sequence in sequences)
+    """Tokens that carry loss."""
+    return sum(
+        len(sequence.response) if sequence.loss is None else sum(sequence.loss)
+        for sequence in sequences
+    )
 
 
 EncodedPrompt = tuple[Prompt, list[int]]
@@ -96,25 +116,79 @@ def responses_in(item: Answers) -> int:
     return len(item.responses)
 
 
-class Encoder:
-    """Tokenises rows for one tokenizer and one data config; `notes()` counts what was cut."""
+@dataclass
+class Written:
+    """A prompt and its responses as texts.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-        """Raises UserError where the tokenizer lacks an EOS, or a template that data asks for."""
+    spans: the replies within the prompt that carry loss, and where the template marks it, the part
+        of the one response that does, all by their characters in prompt + response; None: the
+        responses alone, as a whole.
+    chat: whether a chat template wrote it.
+    """
+
+    prompt: str
+    responses: list[str]
+    chat: bool
+    spans: list[Span] | None = None
+
+
+class Encoder:
+    """Tokenises rows for one tokenizer and one data config.
+
+    `notes()` counts what was cut, dropped and not learnt; counts add up over calls.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Data,
+        context: int | None = None,
+        room: int = 0,
+    ) -> None:
+        """Raises UserError where the tokenizer lacks an EOS, or a template that data asks for.
+
+        Args:
+            context: positions of the model; None where nobody knows.
+            room: of those, what prompts must leave for responses that are sampled.
+        """
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token")
-        if data.template == "chat" and not tokenizer.chat_template:
-            raise UserError(
-                f"data.template=chat, but the tokenizer of {tokenizer.name_or_path} has no chat "
-                'template; write one as data.template="...{prompt}..."'
-            )
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "the model that is built here"
         self.data = data
-        adds_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        self.bos = [tokenizer.bos_token_id] if adds_bos else []
         self._counts: Counter[str] = Counter()
-        self.end_of_turn = self._end_of_turn()
+        if data.chat_template is not None:
+            tokenizer.chat_template = chat_template_of(data.chat_template)  # it is saved with it
+        template = data.template or (CHAT if data.chat_template else PLAIN)
+        if template == CHAT and not tokenizer.chat_template:
+            raise UserError(
+                f"data.template=chat, but the tokenizer of {tokenizer.name_or_path} has no chat "
+                "template; set data.chat_template, or write one as "
+                'data.template="...{prompt}..."'
+            )
+        self._template = None if template == CHAT else TextTemplate(template)
+        self._kinds: set[bool] = set()  # of rows so far: whether they are dialogues
+        self._filled: set[str] = set()  # columns that a row has filled into the template
+        self.limits = Limits.of(data, context, room)
+        self.lengths = Lengths()
+        self.more_stop_ids: set[int] = set()
+        self.ids = TextIds(tokenizer)
+        if self._template is None:
+            self._chat.ending  # noqa: B018  a template that cannot work is told before any row
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"the rows are messages, but the tokenizer of {self.name} has no chat template; "
+                "set data.chat_template=chatml, or a file of your own"
+            )
+        return ChatTemplate(self.tokenizer, self.data.chat_args, self.ids, self.name)
 
     # ------------------------------------------------------------------ rows
 
@@ -124,33 +198,47 @@ class Encoder:
         Raises:
             UserError: a prompt is longer than the limit and data.long_prompts is error.
         """
-        limited = [self._limit_prompt(ids, row) for ids, row in self._prompt_ids(rows)]
-        return [(row, ids) for row, ids in zip(rows, limited, strict=True) if ids is not None]
+        self.lengths.rows += len(rows)
+        texts = [self._written(row, []) for row in rows]
+        limited = zip(rows, self._prompts(texts, rows), strict=True)
+        return [(row, ids) for row, ids in limited if ids is not None]
 
     def demonstrations(self, rows: Sequence[Demonstration | Text]) -> list[Tokens]:
-        """Sequences to imitate; of plain text all tokens, of demonstrations the response."""
+        """Sequences to imitate; of plain text all tokens, of demonstrations the replies."""
         texts = [row for row in rows if isinstance(row, Text)]
-        demonstrations = [row for row in rows if isinstance(row, Demonstration)]
-        replies = self._responses(demonstrations, [row.completion for row in demonstrations])
-        pairs = zip(self._prompt_ids(demonstrations), replies, strict=True)
-        sequences = [
-            Tokens(prompt, response, row.source)
-            for (ids, row), response in pairs
-            if (prompt := self._limit_prompt(ids, row)) is not None
+        self.lengths.rows += len(rows) - len(texts)
+        shown = [
+            row for each in rows if isinstance(each, Demonstration) if (row := self._learnt(each))
         ]
+        written = [self._written(row, [row.completion], learn=True) for row in shown]
+        prompts = self._prompts(written, shown)
+        responses = self._responses(written, prompts, shown)
+        sequences = []
+        for row, text, prompt, replies in zip(shown, written, prompts, responses, strict=True):
+            if prompt is not None and replies is not None:
+                sequences.append(self._with_loss(row, text, prompt, replies[0]))
         return sequences + self.texts(texts)
 
     def texts(self, rows: Sequence[Text]) -> list[Tokens]:
-        """Plain text: the BOS is the prompt, or the first token where there is none."""
-        if not rows:
-            return []
-        limit = self.data.max_prompt_tokens + self.data.max_response_tokens
+        """Plain text, in as many sequences as it takes.
+
+        The first begins with the BOS, or is predicted from its first token where there is none; a
+        further one is predicted from the last token of the one before, and no token is lost.
+        """
+        limit = self.limits.document
+        self.lengths.rows += len(rows)
         sequences = []
-        for row, text_ids in zip(rows, self._ids([row.text for row in rows]), strict=True):
-            ids = [*self.bos, *text_ids, self.tokenizer.eos_token_id]
-            if len(ids) > limit:
-                self._counts["texts cut to max_prompt_tokens + max_response_tokens"] += 1
-            sequences.append(Tokens(ids[:1], ids[1:limit], row.source))
+        found = self.ids.of_each([self._bare(row.text) for row in rows])
+        for row, own in zip(rows, found, strict=True):
+            start = self._start(row.text)
+            ids = [*start, *own, self.tokenizer.eos_token_id]
+            first = max(1, len(start))
+            step = len(ids) if limit is None else max(1, limit - first)
+            if len(ids) - first > step:
+                self._counts[f"texts of more than {limit} tokens cut into several sequences"] += 1
+            for place in range(first, len(ids), step):
+                prompt = ids[:first] if place == first else ids[place - 1 : place]
+                sequences.append(Tokens(prompt, ids[place : place + step], row.source))
         return sequences
 
     def answers(self, rows: Sequence[Judgement]) -> list[Answers]:
@@ -159,29 +247,26 @@ class Encoder:
         Raises:
             UserError: the steps of a row are not the steps into which data.step_end cuts it.
         """
-        texts = [self._judged(row) for row in rows]
-        counts = [len(responses) for responses in texts]
-        flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-        ids = iter(self._responses(flat, [text for responses in texts for text in responses]))
+        self.lengths.rows += len(rows)
+        replies = [self._judged(row) for row in rows]
+        written = [self._written(row, each) for row, each in zip(rows, replies, strict=True)]
+        prompts = self._prompts(written, rows)
+        responses = self._responses(written, prompts, rows)
         items = []
-        for (prompt, row), count in zip(self._prompt_ids(rows), counts, strict=True):
-            responses = [next(ids) for _ in range(count)]
-            if (prompt_ids := self._limit_prompt(prompt, row)) is not None:
-                items.append(Answers(prompt_ids, responses, row))
-        items = [
-            self._with_ends(item) if isinstance(item.row, Stepwise) else item for item in items
-        ]
-        kept = [item for item in items if item.ends or not isinstance(item.row, Stepwise)]
-        if len(kept) < len(items):
-            what = "responses whose first step exceeds max_response_tokens: drop"
-            self._counts[what] += len(items) - len(kept)
-        if items and not kept:
-            raise UserError(
-                f"{items[0].source}: the first step of every response, of {len(rows)} rows in all, "
-                "is longer than "
-                f"data.max_response_tokens={self.data.max_response_tokens}"
-            )
-        return kept
+        for row, prompt, ids in zip(rows, prompts, responses, strict=True):
+            if prompt is None or ids is None or self._made_equal(row, ids):
+                continue
+            item = Answers(prompt, ids, row)
+            if isinstance(row, Stepwise):
+                item = self._with_ends(item)
+                if not item.ends:
+                    what = "responses whose first step exceeds max_response_tokens: drop"
+                    self._counts[what] += 1
+                    limit = f"data.max_response_tokens={self.limits.given}"
+                    self.lengths.drop(row, f"the first step of a response is longer than {limit}")
+                    continue
+            items.append(item)
+        return items
 
     def written(
         self, rows: Sequence[Prompt], responses: list[str], ended: Sequence[bool]
@@ -190,16 +275,23 @@ class Encoder:
 
         An empty one keeps it, lest nothing be left.
         """
-        replies = zip(self._responses(rows, responses), ended, strict=True)
-        ids = [reply if done or len(reply) == 1 else reply[:-1] for reply, done in replies]
-        prompts = self._prompt_ids(rows)
-        return [
-            Tokens(prompt, response, row.source)
-            for (prompt, row), response in zip(prompts, ids, strict=True)
+        texts = [
+            self._written(row, [response]) for row, response in zip(rows, responses, strict=True)
         ]
+        prompts = self.ids.of_each([text.prompt for text in texts])
+        replies = self.ids.continued(
+            [text.prompt for text in texts], [text.responses[0] for text in texts], None
+        )
+        sequences = []
+        for row, text, prompt, ids, done in zip(rows, texts, prompts, replies, ended, strict=True):
+            ids = self._ended(ids, text.chat)
+            start = [] if text.chat else self.ids.before
+            response = ids if done or len(ids) == 1 else ids[:-1]
+            sequences.append(Tokens([*start, *prompt], response, row.source))
+        return sequences
 
-    def _judged(self, row: Judgement) -> list[str]:
-        """The texts of the responses that a row judges."""
+    def _judged(self, row: Judgement) -> list[Reply]:
+        """The responses that a row judges."""
         if isinstance(row, Preference):
             return [row.chosen, row.rejected]
         if isinstance(row, Ranking):
@@ -236,11 +328,79 @@ class Encoder:
         """Finds steps by data.step_end."""
         return StepCutter(self.tokenizer, self.data.step_end)
 
+    def _made_equal(self, row: Judgement, ids: list[list[int]]) -> bool:
+        """Whether a row is left out because the length limit made a better and a worse side equal.
+
+        Raises:
+            UserError: it did, and data.doubtful_pairs is error.
+        """
+        if not isinstance(row, Preference | Ranking):
+            return False
+        ranks = [1.0, 2.0] if isinstance(row, Preference) else row.ranks
+        texts = self._judged(row)
+        if not any(
+            ids[i] == ids[j] and ranks[i] != ranks[j] and reply_key(texts[i]) != reply_key(texts[j])
+            for i, j in combinations(range(len(ids)), 2)
+        ):
+            return False
+        doubtful = self.data.doubtful_pairs
+        if doubtful == "error":
+            raise UserError(
+                f"{row.source}: two sides have the same tokens once they are cut to "
+                "data.max_response_tokens; raise it, or data.doubtful_pairs=keep or drop goes on"
+            )
+        self._counts[f"rows whose sides are equal once they are cut: {doubtful}"] += 1
+        if doubtful == "drop":
+            self.lengths.drop(row, "the sides of a row are equal once they are cut")
+        return doubtful == "drop"
+
+    # ------------------------------------------------------------------ what a run says
+
     def notes(self) -> list[str]:
-        """What was cut or dropped since the last call, a line each."""
+        """What was cut, dropped or not learnt since the last call, a line each."""
         lines = [f"{count} {what}" for what, count in self._counts.items()]
         self._counts.clear()
         return lines
+
+    def seen(self) -> dict[str, Any]:
+        """What it knows of the rows so far, as JSON can say it, for `remember`."""
+        return {
+            "dialogues": sorted(self._kinds),
+            "longest": [self.lengths.prompt, self.lengths.response],
+        }
+
+    def remember(self, seen: dict[str, Any]) -> None:
+        """Take over what an encoder like this one has `seen` of rows that were kept."""
+        self._kinds |= set(seen["dialogues"])
+        prompt, response = seen["longest"]
+        self.lengths.prompt = max(self.lengths.prompt, prompt)
+        self.lengths.response = max(self.lengths.response, response)
+
+    def identity(self) -> str:
+        """A hash of all of it that decides tokens, beside data: tokenizer, template and limits."""
+        said = [
+            self.tokenizer.backend_tokenizer.to_str(),
+            json.dumps(self.tokenizer.special_tokens_map, default=str),
+            str(self.tokenizer.chat_template),
+            repr(self.limits),
+        ]
+        return hashlib.sha256("\0".join(said).encode()).hexdigest()
+
+    def check_lengths(self) -> None:
+        """Once all rows are read: they are not cut more than anybody wants, and the template shows
+        nothing that no row has.
+
+        Raises:
+            UserError: they are, or it does.
+        """
+        self.lengths.check(self.data, self.limits)
+        if self._template is not None and False in self._kinds:
+            for name in self._template.names:
+                if name not in self._filled and name != "prompt":
+                    raise UserError(
+                        f"data.template has {{{name}}}, but no row has {name}; take it out, or "
+                        f"write {{{{{name}}}}} for plain braces"
+                    )
 
     def text(self, ids: Sequence[int]) -> str:
         """Readable text of response ids."""
@@ -251,106 +411,289 @@ class Encoder:
         )
 
     @property
+    def template(self) -> str:
+        """How prompts are written, for those who read the model later."""
+        if self.data.template is None and self._kinds == {True}:
+            return CHAT  # nothing but dialogues was seen
+        return CHAT if self._template is None else self._template.text
+
+    @property
+    def end_of_turn(self) -> int:
+        """What ends a reply: EOS, or the chat template's own token once one is in use."""
+        eos: int = self.tokenizer.eos_token_id
+        if self._template is None or True in self._kinds:
+            return eos if self._chat.end_of_turn is None else self._chat.end_of_turn
+        return eos
+
+    @property
     def stop_ids(self) -> list[int]:
-        """Ids that end a response: EOS and the template's end of turn."""
-        return sorted({self.tokenizer.eos_token_id, self.end_of_turn})
+        """Ids that end a response: EOS, the template's end of turn, and what a policy ends with."""
+        return sorted({self.tokenizer.eos_token_id, self.end_of_turn, *self.more_stop_ids})
+
+    # ------------------------------------------------------------------ texts
+
+    def _plain(self, value: Any) -> Any:
+        """A row's text, in which special tokens that it spells are text, or tokens if data says so.
+
+        They are counted.
+        """
+        if not (count := self.ids.spelt(value)):
+            return value
+        kept = self.data.special_tokens == "keep"
+        said = "read as tokens" if kept else "read as text (data.special_tokens=keep: as tokens)"
+        self._counts[f"special tokens spelt in rows are {said}"] += count
+        return value if kept else self.ids.hide(value)
+
+    def _written(self, row: Any, replies: Sequence[Reply], learn: bool = False) -> Written:
+        """A row's prompt and replies as its template writes them.
+
+        Args:
+            learn: whether the earlier replies of a dialogue matter.
+        """
+        dialogue = not isinstance(row.prompt, str)
+        self._kinds.add(dialogue)
+        columns = row.columns
+        if not dialogue and self._template is not None:
+            return self._filled_in(self._template, row, replies)
+        turns = self._plain(turns_of(row.prompt, columns))
+        tools = self._plain(columns.get("tools"))
+        chat, source = self._chat, row.source
+        own = [self._plain(reply) for reply in replies]
+        if not own:
+            return Written(chat.asked(turns, tools, source), [], True)
+        asked, responses = chat.exchange(turns, own, tools, source)
+        written = Written(asked, responses, True)
+        if learn:
+            written.spans = self._spans(row, turns, own[0], tools, asked)
+        return written
+
+    def _filled_in(self, template: TextTemplate, row: Any, replies: Sequence[Reply]) -> Written:
+        """A row as text: no chat template is read."""
+        columns, source = row.columns, row.source
+        if columns.get("tools"):
+            self._counts["rows have tools, which data.template does not show"] += 1
+        self._filled |= {name for name in template.names if columns.get(name) is not None}
+        for reply in replies:
+            if not isinstance(reply, str) and (
+                more := reply.keys() - {"role", "content", "weight"}
+            ):
+                raise UserError(
+                    f"{source}: a reply has {', '.join(sorted(more))}, which only a chat template "
+                    "writes; set data.template=chat"
+                )
+        shown = {name: self._plain(columns[name]) for name in template.names if name in columns}
+        columns = {**columns, **shown}
+        bos = self.tokenizer.bos_token or ""
+        # a BOS that the row or the template spells is the one that the tokenizer puts there
+        prompt = row.prompt.removeprefix(bos) if self.ids.before else row.prompt
+        text = template.fill(self._plain(prompt), columns, source)
+        if self.ids.before:
+            text = text.removeprefix(bos)
+        texts = [self._plain(self._without_eos(reply_text(reply))) for reply in replies]
+        return Written(text, texts, False)
+
+    def _without_eos(self, text: str) -> str:
+        """A text without the EOS that it ends with, for one is added."""
+        bare = text.rstrip()
+        eos = self.tokenizer.eos_token
+        return bare.removesuffix(eos) if bare.endswith(eos) else text
+
+    def _bare(self, text: str) -> str:
+        """A document without the BOS and the EOS that it brings."""
+        bos = self.tokenizer.bos_token
+        if bos and text.lstrip().startswith(bos):
+            text = text.lstrip().removeprefix(bos)
+        return str(self._plain(self._without_eos(text)))
+
+    def _start(self, text: str) -> list[int]:
+        """The ids before a document: what the tokenizer adds, or the BOS that the text brings."""
+        bos = self.tokenizer.bos_token
+        brings = bos and text.lstrip().startswith(bos)
+        return self.ids.before or ([self.tokenizer.bos_token_id] if brings else [])
+
+    # ------------------------------------------------------------------ loss
+
+    def _learnt(self, row: Demonstration) -> Demonstration | None:
+        """The row up to its last reply that carries loss; None where none does."""
+        if isinstance(row.completion, str) or row.completion.get("weight", 1):
+            return row
+        self._counts["replies of weight 0 carry no loss"] += 1
+        turns = row.prompt if isinstance(row.prompt, list) else []
+        places = self._wanted(row, turns)
+        if not places or self.data.loss_on == "last":
+            self._counts["rows have no reply that carries loss: drop"] += 1
+            self.lengths.drop(row, "a row has no reply that carries loss")
+            return None
+        last = places[-1]
+        return replace(row, prompt=turns[:last], completion=turns[last])
+
+    def _wanted(self, row: Demonstration, turns: list[dict[str, Any]]) -> list[int]:
+        """The places of the replies in a prompt that are to carry loss."""
+        learnable = range(row.learn_from, len(turns) - continues(turns))
+        return [
+            i for i in learnable if turns[i]["role"] == "assistant" and turns[i].get("weight", 1)
+        ]
+
+    def _spans(
+        self, row: Demonstration, turns: Any, reply: Reply, tools: Any, asked: str
+    ) -> list[Span] | None:
+        """Where the replies of a dialogue that carry loss stand in its text, and are counted."""
+        earlier = [
+            i
+            for i in range(row.learn_from, len(turns) - continues(turns))
+            if turns[i]["role"] == "assistant"
+        ]
+        wanted = self._wanted(row, turns)
+        if self.data.loss_on == "last":
+            self._counts["earlier replies carry no loss (data.loss_on=last)"] += len(earlier)
+            wanted = []
+        else:
+            zero = len(earlier) - len(wanted)
+            if zero:
+                self._counts["replies of weight 0 carry no loss"] += zero
+        chat = self._chat
+        whole = replied(turns, reply)
+        marked = chat.marked_spans(whole, asked, tools, row.source) if chat.marks else None
+        if marked is not None:
+            order = [i for i, turn in enumerate(whole) if turn["role"] == "assistant"]
+            self._count_learnt(len(wanted))
+            start, end = marked[-1]
+            own = (max(start, len(asked)), end)
+            return [*(marked[order.index(i)] for i in wanted), own]
+        if not wanted:
+            return None
+        spans = chat.earlier_spans(turns, wanted, asked, tools, row.source)
+        if spans is None:
+            self._counts[
+                "earlier replies carry no loss: the chat template writes them otherwise once the "
+                "dialogue goes on, and only the last reply of such a row is learnt"
+            ] += len(wanted)
+            return None
+        self._count_learnt(len(wanted))
+        return [*spans, (len(asked), END)]
+
+    def _count_learnt(self, count: int) -> None:
+        if count:
+            what = (
+                "earlier replies carry loss as well as the last (data.loss_on=last: the last alone)"
+            )
+            self._counts[what] += count
+
+    def _with_loss(
+        self, row: Demonstration, text: Written, prompt: list[int], response: list[int]
+    ) -> Tokens:
+        """The sequence of a demonstration, in which the prompt ends before the first loss."""
+        if text.spans is None:
+            return Tokens(prompt, response, row.source)
+        _, inside = self.ids.with_mask(text.prompt, text.spans)
+        inside = inside[len(inside) - len(prompt) :]  # a long prompt has lost its start
+        own = [True] * len(response)
+        start, end = text.spans[-1]
+        if start > len(text.prompt) or end < len(text.prompt) + len(text.responses[0]):
+            own = self._own_loss(text, start, end, len(response))
+        loss = [*inside, *own]
+        first = max(1, loss.index(True)) if True in loss else len(prompt)
+        ids = [*prompt, *response]
+        mask = loss[first:]
+        return Tokens(ids[:first], ids[first:], row.source, None if all(mask) else mask)
+
+    def _own_loss(self, text: Written, start: int, end: int, count: int) -> list[bool]:
+        """Which of the `count` tokens of a response begin in its marked part; an EOS does."""
+        _, before = self.ids.with_mask(text.prompt, [])
+        _, whole = self.ids.with_mask(text.prompt + text.responses[0], [(start, end)])
+        own = whole[len(before) :][:count]
+        return own + [True] * (count - len(own))
 
     # ------------------------------------------------------------------ ids
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
-        return ids
+    def _prompts(self, texts: Sequence[Written], rows: Sequence[Any]) -> list[list[int] | None]:
+        """The ids of each prompt, within the limit; None drops its row."""
+        limit = self.limits.prompt
+        cut = self.data.long_prompts == "cut"
+        read = self.ids.ends if cut else self.ids.heads
+        found = read([text.prompt for text in texts], limit)
+        before = self.ids.before
+        return [
+            self._limited(ids if text.chat else [*before, *ids], text, row, limit)
+            for ids, text, row in zip(found, texts, rows, strict=True)
+        ]
 
-    def _prompt_ids(self, rows: Sequence[Any]) -> list[tuple[list[int], Any]]:
-        """Ids of each row's templated prompt, with exactly one BOS."""
-        if not rows:
-            return []
-        texts = [self._render(row.prompt) for row in rows]
-        bos = self.tokenizer.bos_token or ""
-        if bos and self.bos:  # a chat template may have written the BOS already
-            texts = [text.removeprefix(bos) for text in texts]
-        return [(self.bos + ids, row) for ids, row in zip(self._ids(texts), rows, strict=True)]
-
-    def _render(self, prompt: str | Turns) -> str:
-        if isinstance(prompt, str) and self.data.template != "chat":
-            return self.data.template.replace("{prompt}", prompt)
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self._chat(turns, add_generation_prompt=True)
-
-    def _chat(self, turns: Turns, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"the rows are messages, but the tokenizer of {self.name} has no chat template"
-            )
-        try:
-            with time_limit():
-                text = self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-        except Exception as error:  # a program of the folder's, which runs in jinja's sandbox
-            said = str(error).strip() or type(error).__name__
-            raise UserError(f"the chat template of {self.name} fails: {said}") from None
-        return str(text)
-
-    def _responses(self, rows: Sequence[Any], responses: list[str]) -> list[list[int]]:
-        """Ids of responses, ended by EOS or the template's end of turn, within the limit."""
-        if not rows:
-            return []
-        pairs = zip(rows, responses, strict=True)
-        texts = [self._ended(row.prompt, response) for row, response in pairs]
-        limited = []
-        for ids in self._ids(texts):
-            if ids[-1:] != [self.end_of_turn]:
-                ids = [*ids, self.tokenizer.eos_token_id]
-            if len(ids) > self.data.max_response_tokens:
-                self._counts["responses cut to max_response_tokens (their EOS is lost)"] += 1
-            limited.append(ids[: self.data.max_response_tokens])
-        return limited
-
-    def _ended(self, prompt: str | Turns, response: str) -> str:
-        """The response as the chat template writes it, up to its end of turn."""
-        if isinstance(prompt, str) and self.data.template != "chat":
-            return response
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        start = self._chat(turns, add_generation_prompt=True)
-        whole = self._chat([*turns, {"role": "assistant", "content": response}], False)
-        if not whole.startswith(start):
-            raise UserError(
-                f"the chat template of {self.name} rewrites the prompt when a "
-                "reply follows; give data.template as text with {prompt}"
-            )
-        return whole[len(start) :].rstrip()
-
-    def _end_of_turn(self) -> int:
-        """The special token with which the chat template ends a reply; EOS where there is none."""
-        eos = self.tokenizer.eos_token_id
-        if self.tokenizer.chat_template:
-            reply = self._ended([{"role": "user", "content": "a"}], "b")
-            if not reply:
-                raise UserError(f"the chat template of {self.name} leaves out what is replied")
-            last = self._ids([reply])[0][-1]
-            special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-            return last if last in special else eos
-        return eos
-
-    def _limit_prompt(self, ids: list[int], row: Any) -> list[int] | None:
+    def _limited(
+        self, ids: list[int], text: Written, row: Any, limit: int | None
+    ) -> list[int] | None:
         """The prompt within the limit; None drops the row."""
-        limit = self.data.max_prompt_tokens
-        if len(ids) <= limit:
+        if limit is None or len(ids) <= limit:
+            self.lengths.prompt = max(self.lengths.prompt, len(ids))
             return ids
         if self.data.long_prompts == "error":
+            count = len(self.ids.of(text.prompt)) + len([] if text.chat else self.ids.before)
             raise UserError(
-                f"{row.source}: the prompt has {len(ids)} tokens, the limit is {limit}; raise "
+                f"{row.source}: the prompt has {count} tokens, the limit is {limit}; raise "
                 "data.max_prompt_tokens or set data.long_prompts=cut or drop"
             )
         self._counts[f"prompts over max_prompt_tokens: {self.data.long_prompts}"] += 1
         if self.data.long_prompts == "drop":
+            self.lengths.drop(row, f"a prompt is longer than data.max_prompt_tokens={limit}")
             return None
-        return self.bos + ids[len(ids) - limit + len(self.bos) :]  # the end holds the question
+        start = self.ids.before
+        if text.chat:
+            bos = self.tokenizer.bos_token
+            start = [self.tokenizer.bos_token_id] if bos and text.prompt.startswith(bos) else []
+        start = start[: limit - 1]
+        return start + ids[len(ids) - limit + len(start) :]  # the end holds the question
 
-    def check_lengths(self) -> None:
-        pass
+    def _responses(
+        self,
+        texts: Sequence[Written],
+        prompts: Sequence[list[int] | None],
+        rows: Sequence[Any],
+    ) -> list[list[list[int]] | None]:
+        """The ids of each row's responses, ended and within the limit; None drops the row."""
+        kept = [text for text, prompt in zip(texts, prompts, strict=True) if prompt is not None]
+        befores = [text.prompt for text in kept for _ in text.responses]
+        flat = [response for text in kept for response in text.responses]
+        ids = iter(self.ids.continued(befores, flat, self.limits.longest_response))
+        limited: list[list[list[int]] | None] = []
+        for text, prompt, row in zip(texts, prompts, rows, strict=True):
+            if prompt is None:
+                limited.append(None)
+                continue
+            own = [self._ended(next(ids), text.chat) for _ in text.responses]
+            limited.append(self._cut(own, self.limits.response(len(prompt)), row))
+        return limited
 
-    def identity(self) -> str:
-        said = [self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.chat_template)]
-        return hashlib.sha256("\0".join(said).encode()).hexdigest()
+    def _ended(self, ids: list[int], chat: bool) -> list[int]:
+        """A response with its EOS, if it does not end with a token of its template that ends it."""
+        last = ids[-1] if ids else None
+        if last == self.end_of_turn or (chat and last in self.ids.special_ids):
+            return ids
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _cut(
+        self, responses: list[list[int]], limit: int | None, row: Any
+    ) -> list[list[int]] | None:
+        """The responses within the limit; None drops the row.
+
+        Raises:
+            UserError: one is longer, and data.long_responses is error.
+        """
+        self.lengths.responses += len(responses)
+        longest = max(map(len, responses))
+        if limit is None or longest <= limit:
+            self.lengths.response = max(self.lengths.response, longest)
+            return responses
+        how = self.data.long_responses
+        if how == "error":
+            raise UserError(
+                f"{row.source}: a response has {longest} tokens or more, the limit is {limit}; "
+                "raise data.max_response_tokens or set data.long_responses=cut or drop"
+            )
+        if how == "drop":
+            self._counts["rows with a response over max_response_tokens: drop"] += 1
+            self.lengths.drop(row, f"a response is longer than data.max_response_tokens={limit}")
+            return None
+        over = sum(len(each) > limit for each in responses)
+        self.lengths.cut += over
+        self.lengths.response = limit
+        self._counts["responses cut to max_response_tokens (their EOS is lost)"] += over
+        return [each[:limit] for each in responses]

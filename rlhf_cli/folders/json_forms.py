@@ -35,6 +35,7 @@ class Number:
 REAL = Number("a finite number")
 POSITIVE = Number("a number above 0", least=math.ulp(0.0))
 COUNT = Number("a whole number of 0 or more", least=0, most=2**63, whole=True)
+LENGTH = Number("a whole number of 1 or more", least=1, most=2**53, whole=True)
 SIZE = Number("a whole number from 1 to 2^31", least=1, most=2**31, whole=True)
 WORDS = {str: "text", Path: "a path", bool: "true or false", dict: "an object", list: "a list"}
 
@@ -48,6 +49,12 @@ STAGE: Form = {
     "files?": {"*": {"size": COUNT, "sha256": str}},
     "eos_ids?": [COUNT],
     "template?": str,
+    "chat_args?": dict,
+    "limits?": {
+        "max_prompt_tokens?": (LENGTH, None),
+        "max_response_tokens?": (LENGTH, None),
+        "longest_response?": COUNT,
+    },
     "level?": str,
     "head?": {"aggregate?": (str, None), "step_end?": (str, None)},
     "reward?": {"mean?": REAL, "std?": POSITIVE},

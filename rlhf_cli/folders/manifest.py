@@ -63,7 +63,11 @@ def _places(content: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, 
                 change(role): {**entry, "path": change(entry["path"])}
                 for role, entry in entries.items()
             }
-    for key in ("template", "metrics"):  # an evaluation's figures stand under the paths of policies
+    for key in (
+        "template",
+        "chat_args",
+        "metrics",
+    ):  # an evaluation's figures stand under the paths of policies
         if key in content:
             changed[key] = change(content[key])
     return changed

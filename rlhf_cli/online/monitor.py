@@ -125,7 +125,7 @@ class Monitor:
         sampling is the same in every evaluation, so that they differ by the weights.
         """
         cfg, policy = self._cfg, self._roles.policy
-        sampling = Sampling(cfg.algo.max_tokens, cfg.algo.temperature)
+        sampling = Sampling(cfg.algo.sampled_tokens, cfg.algo.temperature)
         seed = derived_seed(cfg.seed, "evaluation")
         with self.written.in_place():
             policy.engine.update(policy.model)
@@ -157,7 +157,7 @@ class Monitor:
         """
         self.written.put()
         cfg, policy = self._cfg, self._roles.policy
-        sampling, seed = Sampling(cfg.algo.max_tokens, cfg.algo.temperature), cfg.seed
+        sampling, seed = Sampling(cfg.algo.sampled_tokens, cfg.algo.temperature), cfg.seed
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, sampling, seed=derived_seed(seed, "written"))
         measured = measure(rollouts, self._roles, cfg, cfg.algo.temperature).metrics(0.0)

@@ -35,7 +35,7 @@ class ReferenceCache:
         self._key = {
             "reference": origin["hash"],
             "data": data.hexdigest(),
-            "template": cfg.data.template,
+            "template": str(cfg.data.template),
             "dtype": cfg.model.dtype,
         }
         place = str(Path(cfg.out) / BOOTSTRAP) if origin["kind"] == BOOTSTRAP else origin["path"]

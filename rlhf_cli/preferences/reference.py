@@ -31,6 +31,7 @@ from rlhf_cli.preferences.items import (
 )
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.inherited import longest_sample
 from rlhf_cli.runs.policy import Policy, check_reference
 from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Metrics
@@ -162,8 +163,8 @@ class FrozenReference:
         """
         if self.model is None:
             return None
-        cfg, sampling = self._cfg, Sampling(self._cfg.data.max_response_tokens)
-        questions = [Prompt(row.prompt, {}, row.source) for row in rows[:KL_PROMPTS]]
+        cfg, sampling = self._cfg, Sampling(longest_sample(self._cfg))
+        questions = [Prompt(row.prompt, row.columns, row.source) for row in rows[:KL_PROMPTS]]
         prompts, seed = policy.encoder.prompts(questions), derived_seed(cfg.seed, "kl")
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, sampling, seed=seed)

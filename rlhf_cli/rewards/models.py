@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rollout.rollouts import Rollout
-
-NO_LIMIT = 10**9  # tokens; the limits of data are of the policy's tokens
 
 
 @dataclass
@@ -320,13 +317,15 @@ def load_model_reward(
 
 def own_data(path: str, data: Data) -> Data:
     """How a model with another tokenizer is written to: by its own template, without limits."""
-    template = (read_manifest(path) or {}).get("template", data.template)
-    limits: dict[str, Any] = {
-        "max_prompt_tokens": NO_LIMIT,
-        "max_response_tokens": NO_LIMIT,
-        "long_prompts": "cut",
-    }
-    return replace(data, template=template, **limits)
+    said = read_manifest(path) or {}
+    return replace(
+        data,
+        template=said.get("template", data.template),
+        chat_template=None,
+        chat_args=said.get("chat_args", {}),
+        max_prompt_tokens=None,
+        max_response_tokens=None,
+    )
 
 
 def context_of(model: nn.Module) -> int | None:

@@ -75,7 +75,7 @@ def overlong_tokens(algo: OnlineAlgo) -> int:
     """The tokens before max_tokens over which the soft overlong punishment grows."""
     assert algo.overlong_tokens is not None
     if algo.overlong_tokens < 1:
-        return max(1, round(algo.overlong_tokens * algo.max_tokens))
+        return max(1, round(algo.overlong_tokens * algo.sampled_tokens))
     return int(algo.overlong_tokens)
 
 
@@ -85,5 +85,5 @@ def penalties(rollouts: Sequence[Rollout], algo: OnlineAlgo) -> Tensor:
     ended = torch.tensor([rollout.ended for rollout in rollouts])
     costs = algo.missing_eos_penalty * ~ended + algo.length_penalty * lengths
     if algo.overlong_tokens is not None:
-        costs = costs - soft_overlong(lengths, algo.max_tokens, overlong_tokens(algo))
+        costs = costs - soft_overlong(lengths, algo.sampled_tokens, overlong_tokens(algo))
     return costs

@@ -35,13 +35,10 @@ class NativeEngine(Engine):
     prompts are batched. Prompts of like length are decoded together.
     """
 
-    def __init__(
-        self, model: nn.Module, encoder: Encoder, stop_ids: list[int], hardware: Hardware
-    ) -> None:
-        """`stop_ids`: the ids that end a response."""
+    def __init__(self, model: nn.Module, encoder: Encoder, hardware: Hardware) -> None:
+        """The encoder says which ids end a response."""
         self._model = model
         self._encoder = encoder
-        self._stop_ids = stop_ids
         self._hardware = hardware
 
     @property
@@ -110,7 +107,9 @@ class NativeEngine(Engine):
                 for each in group
             ]
             text_of = self._encoder.text
-            return decode(self._model, ids, torch.cat(noise), sampling, self._stop_ids, text_of)
+            return decode(
+                self._model, ids, torch.cat(noise), sampling, self._encoder.stop_ids, text_of
+            )
 
         def failure(group: list[Draws]) -> RunError:
             longest = len(prompts[group[0].place][1]) + sampling.max_tokens
@@ -138,7 +137,9 @@ class NativeEngine(Engine):
         chunk = self._hardware.logprob_chunk
 
         def search(one: list[list[int]]) -> list[Completion]:
-            return beam_search(self._model, one[0], sampling, samples, self._stop_ids, chunk)
+            return beam_search(
+                self._model, one[0], sampling, samples, self._encoder.stop_ids, chunk
+            )
 
         def failure(one: list[list[int]]) -> RunError:
             longest = len(one[0]) + sampling.max_tokens

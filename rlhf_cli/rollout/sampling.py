@@ -35,7 +35,7 @@ class Sampling:
     def of(cls, algo: Decoding) -> "Sampling":
         """The sampling options of a decoding config."""
         return cls(
-            max_tokens=algo.max_tokens,
+            max_tokens=algo.sampled_tokens,
             temperature=algo.temperature,
             top_k=algo.top_k,
             top_p=algo.top_p,

@@ -16,6 +16,7 @@ from rlhf_cli.data.look import check_split, looked_at
 from rlhf_cli.data.parse import SUFFIXES, check_content
 from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.sources import sources_of
+from rlhf_cli.data.templates import chat_template_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
     implicit_reward_of,
@@ -50,6 +51,8 @@ def row_kind(cfg: Run) -> type:
 def check_data(cfg: Run) -> None:
     """Data files exist and say something."""
     data = cfg.data
+    if data.chat_template is not None:
+        chat_template_of(data.chat_template)
     named = {key: getattr(data, key) for key in ("path", "eval_path", "text_path")}
     named |= {
         f"sources[{i}].path": each.path for i, each in enumerate(sources_of(data)) if data.sources
@@ -258,9 +261,9 @@ def check_context(cfg: Run) -> None:
     if cfg.start is None or not Path(cfg.start).is_dir():
         return
     context = read_config(Path(cfg.start)).get("max_position_embeddings")
-    sampled = getattr(cfg.algo, "max_tokens", 0)
-    tokens = max(sampled, cfg.data.max_response_tokens)
-    if context is not None and cfg.data.max_prompt_tokens + tokens > context:
+    tokens = max(getattr(cfg.algo, "max_tokens", 0) or 0, cfg.data.max_response_tokens or 0)
+    prompt = cfg.data.max_prompt_tokens or 0
+    if context is not None and prompt + tokens > context:
         raise UserError(
             f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
             f"do not fit the {context} positions of {cfg.start}; lower one of them"

@@ -28,6 +28,7 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
 )
 from rlhf_cli.rewards.specs import models_of
+from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
@@ -118,8 +119,7 @@ def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
         always["best weights so far"] = BYTES * own
 
     hardware, algo = cfg.hardware, cfg.algo
-    answer = getattr(algo, "max_tokens", cfg.data.max_response_tokens)
-    longest = cfg.data.max_prompt_tokens + answer
+    longest = longest_sequence(cfg)
     rows = getattr(algo, "minibatch_size", algo.batch_size) * rows_per_item(cfg)
     tokens = min(hardware.tokens_per_microbatch, rows * longest)
     graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
@@ -140,6 +140,14 @@ def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
             2 * BYTES * cached * geometry.keys * (geometry.layers + 1)
         )
     return always, update, rollout
+
+
+def longest_sequence(cfg: Any) -> int:
+    """Tokens of prompt and response together; where nothing limits them, of a micro-batch."""
+    answer = getattr(cfg.algo, "max_tokens", None) or cfg.data.max_response_tokens
+    if answer is not None and cfg.data.max_prompt_tokens is not None:
+        return int(cfg.data.max_prompt_tokens + answer)
+    return context_of(cfg) or int(cfg.hardware.tokens_per_microbatch)
 
 
 def rows_per_item(cfg: Any) -> int:

@@ -9,12 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
+from rlhf_cli.models.forward import unwrap
 from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine
+from rlhf_cli.runs.inherited import KEYS, told
 from rlhf_cli.runs.session import Session
 
 
@@ -22,31 +24,33 @@ from rlhf_cli.runs.session import Session
 class Policy:
     """A language model with its tokenizer and encoder.
 
-    stop_ids: the ids that end its responses.
-    engine: the only way to them.
+    engine: the only way to its responses.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
-    stop_ids: list[int]
     engine: Engine
 
     @classmethod
-    def of(
-        cls, model: nn.Module, encoder: Encoder, stop_ids: list[int], hardware: Hardware
-    ) -> "Policy":
+    def of(cls, model: nn.Module, encoder: Encoder, hardware: Hardware) -> "Policy":
         """A policy that is sampled from in this process."""
-        engine = NativeEngine(model, encoder, stop_ids, hardware)
-        return cls(model, encoder.tokenizer, encoder, stop_ids, engine)
+        return cls(model, encoder.tokenizer, encoder, NativeEngine(model, encoder, hardware))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids that end its responses."""
+        return self.encoder.stop_ids
 
 
 def policy_of(session: Session, path: str) -> Policy:
     """The policy of a folder or hub id; its EOS ids are those that it was trained with."""
     cfg: Any = session.cfg
     tokenizer = load_tokenizer(path, cfg.model)
-    encoder = Encoder(tokenizer, cfg.data)
+    room = getattr(cfg.algo, "max_tokens", None) or 0
     model = load_policy(path, cfg.model, tokenizer, session.device)
+    config = unwrap(model).config.get_text_config()
+    encoder = Encoder(tokenizer, cfg.data, getattr(config, "max_position_embeddings", None), room)
     if cfg.hardware.gradient_checkpointing:
         recompute_activations(model)
     stop_ids = stop_ids_of(path, tokenizer)
@@ -59,12 +63,20 @@ def policy_of(session: Session, path: str) -> Policy:
             f"{path} was trained to end with ids {manifest['eos_ids']} but generates with "
             f"{stop_ids}; its generation_config.json was changed",
         )
-        if manifest.get("template") != cfg.data.template:
-            say(
-                f"note: {path} was trained with template {manifest.get('template')!r}, "
-                f"data.template is {cfg.data.template!r}"
-            )
-    return Policy.of(model, encoder, sorted({*stop_ids, *encoder.stop_ids}), cfg.hardware)
+    encoder.more_stop_ids |= set(stop_ids)
+    saying_how(path, encoder)
+    return Policy.of(model, encoder, cfg.hardware)
+
+
+def saying_how(path: str, encoder: Encoder) -> None:
+    """Say where prompts are written or cut otherwise than where the policy was trained."""
+    theirs = told(read_manifest(path) or {})
+    for key in KEYS:
+        ours = getattr(encoder.data, key)
+        if theirs.get(key) is not None and ours != theirs[key]:
+            say(f"note: {path} was trained with data.{key}={theirs[key]!r}, it is {ours!r} here")
+    if encoder.data.chat_template is not None:
+        say(f"note: data.chat_template={encoder.data.chat_template} in place of {path}'s own")
 
 
 def check_reference(session: Session, reference: Reference) -> None:

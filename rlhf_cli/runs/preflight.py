@@ -16,6 +16,7 @@ from rlhf_cli.runs.checks import (
     check_rows,
     reward_lines,
 )
+from rlhf_cli.runs.inherited import inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
@@ -67,6 +68,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
+    taken = inherit(cfg)
     state, rows = state_of(cfg, check_only), Rows(cfg.data)
     emptied = state == FREE and is_claimed(out)
     doing = [
@@ -83,7 +85,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     counted = check_rows(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
-    sums = [*reward_lines(cfg), *arithmetic(cfg)]
+    sums = [*taken, *reward_lines(cfg), *arithmetic(cfg)]
     return Plan(
         state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
     )

@@ -289,7 +289,13 @@ class Session:
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,
             "pad_id": encoder.tokenizer.pad_token_id,
-            "template": self.cfg.data.template,
+            "template": encoder.template,
+            "chat_args": self.cfg.data.chat_args,
+            "limits": {
+                "max_prompt_tokens": self.cfg.data.max_prompt_tokens,
+                "max_response_tokens": self.cfg.data.max_response_tokens,
+                "longest_response": encoder.lengths.response,
+            },
         }
         scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
         times = {"seconds": self.seconds(), "seconds of saving": self.saving}

@@ -75,6 +75,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                     each.check([row for row, _ in prompts], session.require)
                 scorer = model_in(judges.get("reward"))
                 judgement = None if scorer is None else judged(session, scorer, policy)
+                policy.encoder.check_lengths()
                 session.note([*rows.notes, *policy.encoder.notes()])
                 kept = KeptSamples(session)
             own = kept.of(path, prompts, cfg.algo.samples)
@@ -261,7 +262,7 @@ def judged(session: Session, source: ModelReward, policy: Policy) -> Report | No
 
 def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
     """The responses of a row as if the policy had written them."""
-    row = Prompt(item.row.prompt, source=item.row.source)
+    row = Prompt(item.row.prompt, item.row.columns, item.row.source)
     return [
         Rollout(
             row,

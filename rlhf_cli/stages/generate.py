@@ -44,6 +44,7 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     if cfg.reward is not None:
         reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
+    policy.encoder.check_lengths()
     session.note([*rows.notes, *policy.encoder.notes()])
     kept = KeptSamples(session).of(cfg.policy, prompts, cfg.algo.samples)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:

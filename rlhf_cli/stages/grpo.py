@@ -206,7 +206,7 @@ class GrpoObjective:
             losses["loss/entropy"] = scored.entropy
             total = total - algo.entropy_coef * scored.entropy
         weigh = partial(policy_gradient.token_weights, mask)
-        weights = weigh(algo.aggregate, algo.max_tokens).to(new)  # (B, T)
+        weights = weigh(algo.aggregate, algo.sampled_tokens).to(new)  # (B, T)
         sums = {name: (value.detach() * weights).sum() for name, value in losses.items()}
         per_token = algo.aggregate == "token_mean"
         shares = weigh("token_mean" if per_token else "response_mean", 1).to(new)
@@ -259,7 +259,7 @@ def sampled_groups(
     stream = f"refill {again}" if again else "prompts"  # seeds: a run must go on with its draws
     rollouts = roles.policy.engine.sample(
         draw(prompts, algo.batch_size, cfg.seed, stream, step - 1)[:count],
-        Sampling(algo.max_tokens, temperature),
+        Sampling(algo.sampled_tokens, temperature),
         samples=algo.group_size,
         seed=derived_seed(cfg.seed, stream if again else "rollout", step),
     )

@@ -102,7 +102,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
             coefs = Coefficients(kl_coef, temperature, old_kl_coef)
             rollouts = policy.engine.sample(
                 draw(prompts, algo.batch_size, cfg.seed, "prompts", step - 1),
-                Sampling(algo.max_tokens, temperature),
+                Sampling(algo.sampled_tokens, temperature),
                 seed=derived_seed(cfg.seed, "rollout", step),
             )
             clock.lap("rollouts")

@@ -53,6 +53,7 @@ from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.models import Reading
+from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
@@ -69,7 +70,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
     tokenizer = load_tokenizer(cfg.policy, cfg.model)
-    encoder = Encoder(tokenizer, cfg.data)
+    encoder = Encoder(tokenizer, cfg.data, context_of(cfg))
     data = session.judged(encoder)
     train, held_out = data.train, list(data.held_out)
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)

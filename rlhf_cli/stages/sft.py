@@ -24,6 +24,7 @@ from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text, reply_text
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined
+from rlhf_cli.data.templates import CHAT, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
@@ -34,7 +35,8 @@ from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.policy import Policy
+from rlhf_cli.runs.inherited import context_of, longest_sample
+from rlhf_cli.runs.policy import Policy, saying_how
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
@@ -127,17 +129,21 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
         residual_dropout(model, cfg.model.dropout)
     if cfg.hardware.gradient_checkpointing:
         recompute_activations(model)
-    encoder = Encoder(tokenizer, cfg.data)
-    return Policy.of(model, encoder, encoder.stop_ids, cfg.hardware)
+    encoder = Encoder(tokenizer, cfg.data, context_of(cfg))
+    if cfg.model.path is not None:
+        saying_how(cfg.model.path, encoder)
+    return Policy.of(model, encoder, cfg.hardware)
 
 
 def written(row: Demonstration | Text, cfg: SftConfig) -> str:
     """A row as the text that a new tokenizer learns from."""
     if isinstance(row, Text):
         return row.text
-    turns = row.prompt if isinstance(row.prompt, list) else [{"content": row.prompt}]
-    prompt = "\n".join(turn["content"] for turn in turns)
-    return cfg.data.template.replace("{prompt}", prompt) + reply_text(row.completion)
+    reply = reply_text(row.completion)
+    if isinstance(row.prompt, str) and cfg.data.template not in (None, CHAT):
+        return TextTemplate(cfg.data.template).fill(row.prompt, row.columns, row.source) + reply
+    turns = turns_of(row.prompt, row.columns)
+    return "\n".join([*(reply_text(turn) for turn in turns), reply])
 
 
 def mixed_in(texts: Items[Tokens], demonstrations: int, algo: SftAlgo) -> Sequence[Tokens]:
@@ -172,7 +178,7 @@ class Judge:
         if not questions:
             raise UserError("select_by=reward judges responses, but no held-out row has a prompt")
         self._questions = questions[:REWARD_PROMPTS]
-        self._greedy = Sampling(cfg.data.max_response_tokens, temperature=0.0)
+        self._greedy = Sampling(longest_sample(cfg), temperature=0.0)
         self._seed = cfg.seed
         self._reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         self._reward.check(self._questions, session.require)

@@ -42,7 +42,8 @@ def test_a_prompt_has_the_same_ids_in_every_role(name: str) -> None:
     encoder = encoder_of(make(), **data)
     reply, other = ("efg", "hi") if name == "no BOS" else ("sat on a mat", "ran")
     sampled = encoder.prompts([Prompt(prompt)])[0][1]
-    shown = encoder.demonstrations([Demonstration(prompt, reply)])[0]
+    learn_from = 0 if isinstance(prompt, str) else len(prompt)
+    shown = encoder.demonstrations([Demonstration(prompt, reply, learn_from=learn_from)])[0]
     (pair,) = encoder.answers([Preference(prompt, reply, other)])
     chosen, rejected = pair.sequences
     assert sampled == shown.prompt == pair.prompt
@@ -51,7 +52,8 @@ def test_a_prompt_has_the_same_ids_in_every_role(name: str) -> None:
     for tokens in (shown, chosen, rejected):
         ids = tokens.prompt + tokens.response
         bos = tokenizer.bos_token_id
-        assert ids.count(bos) == (bos is not None) and (bos is None or ids[0] == bos)
+        has_one = bos is not None and name not in ("chat", "dialogue")  # whose template has none
+        assert ids.count(bos) == has_one and (not has_one or ids[0] == bos)
         ends = [place for place, id in enumerate(tokens.response) if id in encoder.stop_ids]
         assert ends == [len(tokens.response) - 1]
         assert tokenizer.pad_token_id not in ids
@@ -82,7 +84,7 @@ def test_chat_follows_the_tokenizers_template() -> None:
     encoder = encoder_of(tokenizer, template="chat")
     (tokens,) = encoder.demonstrations([Demonstration("the cat", "sat")])
     whole = tokenizer.decode(tokens.prompt + tokens.response)
-    assert whole == "<s><|user|>the cat<|end|><|assistant|>sat<|end|>"
+    assert whole == "<|user|>the cat<|end|><|assistant|>sat<|end|>"
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert tokens.response[-1] == encoder.end_of_turn == end
     assert encoder.stop_ids == sorted([tokenizer.eos_token_id, end])
@@ -136,8 +138,11 @@ def test_long_prompts() -> None:
     stop = encoder_of(characters(), max_prompt_tokens=3, long_prompts="error")
     with pytest.raises(UserError, match="f:1: the prompt has 6 tokens, the limit is 3"):
         stop.prompts(rows)
-    with pytest.raises(UserError, match="every prompt"):
-        drop.prompts(rows[:1])
+    fresh = encoder_of(characters(), max_prompt_tokens=3, long_prompts="drop")
+    assert fresh.prompts(rows[:1]) == []
+    with pytest.raises(UserError, match="f:1: a prompt is longer .*=3, of 1 rows in all"):
+        fresh.check_lengths()
+    drop.check_lengths()
 
 
 def test_a_cut_prompt_keeps_its_bos() -> None:
@@ -154,9 +159,12 @@ def test_of_plain_text_every_token_is_trained() -> None:
     assert encoder.text(tokens.response) == "the cat"
     assert tokens.response[-1] == encoder.tokenizer.eos_token_id
     bare = encoder_of(characters(), max_prompt_tokens=1, max_response_tokens=2)
-    assert bare.texts([Text("abcdef")])[0].prompt == [7]  # nothing can predict the first token
-    assert bare.texts([Text("abcdef")])[0].response == [8, 9]
-    assert bare.notes() == ["2 texts cut to max_prompt_tokens + max_response_tokens"]
+    made = bare.texts([Text("abcdef")])
+    # nothing can predict the first token; each other one is predicted once
+    assert [each.prompt for each in made] == [[7], [9], [11]]
+    assert [each.response for each in made] == [[8, 9], [10, 11], [12, 1]]
+    assert bare.notes() == ["1 texts of more than 3 tokens cut into several sequences"]
+    assert len(bare.texts([Text("ab")])) == 1  # 3 tokens fit
 
 
 # --------------------------------------------------------------------------- steps
@@ -280,8 +288,9 @@ def test_a_step_that_is_cut_has_no_end(limit: int) -> None:
 
 def test_no_whole_step_at_all_is_no_matter_of_prompts() -> None:
     encoder = encoder_of(characters(), step_join="|", step_end=r"\|", max_response_tokens=2)
-    with pytest.raises(UserError, match="data.max_response_tokens=2"):
-        encoder.answers([Stepwise("a", ["ab", "cd"], [1, 1])])
+    assert encoder.answers([Stepwise("a", ["ab", "cd"], [1, 1])]) == []
+    with pytest.raises(UserError, match="first step .* data.max_response_tokens=2"):
+        encoder.check_lengths()
 
 
 @pytest.mark.parametrize("end", ["\u3002", "\U0001f600", "<step>"])
@@ -290,7 +299,7 @@ def test_steps_have_all_of_their_labels_or_none(name: str, end: str) -> None:
     """Bytes of one character are put together; a special token is no text, so it is refused."""
     tokenizer = TOKENIZERS[name]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<step>"]})
-    encoder = encoder_of(tokenizer, step_join=end, step_end=end)
+    encoder = encoder_of(tokenizer, step_join=end, step_end=end, special_tokens="keep")
     row = Stepwise("p", ["one", "two", "three"], [1, 0, 1], "f:1")
     if end == "<step>":
         with pytest.raises(UserError, match="f:1: .* loses what ends a step: 1 of 3 steps"):

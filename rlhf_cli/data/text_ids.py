@@ -1,0 +1,272 @@
+"""One tokenizer's ids of texts: special tokens that rows spell, long ones, and where two meet."""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.config.errors import UserError
+
+GUARD = "\U000f5e1f"  # of private use: it and one more stand for a special token that a row spells
+FIRST = 0xF6000
+PROBES = ("a", "the cat  sat.\nOn 12 mats", " a\u00e9\u4e2d")
+ANCHORS = ("\n", ":", ".", "a")  # texts after which a response is tokenised as if after a prompt
+WINDOW = 64  # characters before the boundary in which a place to start from is looked for
+CHARACTERS, MORE = 8, 256  # of a text to look at for a token, and for all; few texts need more
+LAST_WORD = re.compile(r"(?<=\S)\s+\S+\s*\Z")
+BREAK = re.compile(r"(?<=\S)\s")
+
+Span = tuple[int, int]
+"""From the first character of a part of a text to the one after its last."""
+
+
+class TextIds:
+    """Text to ids without what a tokenizer adds around a text.
+
+    control: the special tokens and the added ones, text -> id.
+    special_ids: of those that are special; none stands for what is unknown.
+    before: the ids that the tokenizer puts before a text of its own accord, such as one BOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        added = tokenizer.added_tokens_decoder
+        self.control = {token.content: id for id, token in added.items() if token.content.strip()}
+        special = {token.content for token in added.values() if token.special}
+        special |= {token for token in tokenizer.all_special_tokens if token.strip()}
+        self._special = sorted(special, key=len, reverse=True)
+        self.special_ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
+        self.special_ids -= {tokenizer.unk_token_id, None}
+        self._spelt = _any_of(self._special)
+        self._controls = _any_of(sorted({*self.control, *special}, key=len, reverse=True))
+        self._marks = {token: GUARD + chr(FIRST + i) for i, token in enumerate(self._special)}
+        swapped = {mark: token for token, mark in self._marks.items()} | self._marks
+        self._swapped = swapped
+        self._swaps = _any_of(sorted(swapped, key=len, reverse=True))
+        self._known: dict[str, list[int]] = {}
+        self._as_called = self._backend is None
+        self._as_called = any(
+            self._called([text]) != self._batch(self._backend, [text]) for text in PROBES
+        )
+        plain, whole = self.of("a"), list(tokenizer("a").input_ids)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        self.before = whole[: next(starts, 0)]
+        break_ids = self.of("\n")
+        self._prefixes = self.of("\na")[len(break_ids) :] != plain
+
+    # ------------------------------------------------------------------ ids
+
+    def of(self, text: str) -> list[int]:
+        """The ids of one text, remembered."""
+        if text not in self._known:
+            if len(self._known) > 10_000:
+                self._known.clear()
+            self._known[text] = self.of_each([text])[0]
+        return self._known[text]
+
+    def of_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text; what `hide` has hidden in it is plain text."""
+        hidden = [i for i, text in enumerate(texts) if GUARD in text]
+        ids = self._batch(self._backend, texts)
+        if not hidden:
+            return ids
+        swapped = [self._swap(texts[i]) for i in hidden]
+        for i, own in zip(hidden, self._batch(self._without_special, swapped), strict=True):
+            ids[i] = own
+        return ids
+
+    def with_mask(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """The ids of a text, and which of them begin within spans of its characters.
+
+        Raises:
+            UserError: the tokenizer cannot tell.
+        """
+        if self._backend is None:
+            raise UserError(
+                f"the tokenizer of {self._tokenizer.name_or_path} is no fast one, so that which "
+                "tokens are replies is not known; set data.loss_on=last"
+            )
+        backend = self._backend
+        if GUARD in text:
+            backend = self._without_special
+            spans = [(len(self._swap(text[:a])), len(self._swap(text[:b]))) for a, b in spans]
+            text = self._swap(text)
+        backend.no_truncation()
+        backend.no_padding()
+        found = backend.encode(text, add_special_tokens=False)
+        inside = [any(a <= start < b for a, b in spans) for start, _ in found.offsets]
+        return found.ids, inside
+
+    def heads(self, texts: Sequence[str], limit: int | None) -> list[list[int]]:
+        """The ids of each text; of one with more than `limit`, at least the first limit + 1.
+
+        A long text is cut at a blank, across which no tokenizer joins, before it is tokenised.
+        """
+        if limit is None:
+            return self.of_each(texts)
+        pieces = [_head(text, CHARACTERS * limit + MORE) for text in texts]
+        ids = self.of_each(pieces)
+        return self._longer(texts, pieces, ids, limit)
+
+    def ends(self, texts: Sequence[str], limit: int | None) -> list[list[int]]:
+        """The ids of each text; of one with more than `limit`, at least the last limit + 1."""
+        if limit is None:
+            return self.of_each(texts)
+        pieces = [_end(text, CHARACTERS * limit + MORE) for text in texts]
+        return self._longer(texts, pieces, self.of_each(pieces), limit)
+
+    def _longer(
+        self, texts: Sequence[str], pieces: list[str], ids: list[list[int]], limit: int
+    ) -> list[list[int]]:
+        """`ids` of the whole text where its piece has no more than `limit`."""
+        short = [
+            i for i, text in enumerate(texts) if len(pieces[i]) < len(text) and len(ids[i]) <= limit
+        ]
+        for i, own in zip(short, self.of_each([texts[i] for i in short]), strict=True):
+            ids[i] = own
+        return ids
+
+    def _batch(self, backend: Tokenizer | None, texts: Sequence[str]) -> list[list[int]]:
+        if backend is None or (self._as_called and backend is self._backend):
+            return self._called(texts)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _called(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False).input_ids
+        return ids
+
+    # ------------------------------------------------------------------ where texts meet
+
+    def continued(
+        self, prompts: Sequence[str], responses: Sequence[str], limit: int | None
+    ) -> list[list[int]]:
+        """The ids of each response after its prompt, which is tokenised alone.
+
+        They are those that the joined text has after the prompt's. Where joining would change the
+        last ids of the prompt, the response is tokenised apart, without the blank that
+        SentencePiece tokenizers put before a text. Of the prompt only its end is read: no
+        tokenizer looks further back than a special token or a word.
+
+        Args:
+            limit: as of `heads`.
+        """
+        ends = [self._end_of(prompt) for prompt in prompts]
+        before = [self.of(end) for end in ends]
+        longest = None if limit is None else limit + max(map(len, before), default=0)
+        joined = self.heads(
+            [end + response for end, response in zip(ends, responses, strict=True)], longest
+        )
+        apart = []
+        ids = []
+        for i, (own, whole) in enumerate(zip(before, joined, strict=True)):
+            if whole[: len(own)] == own:
+                ids.append(whole[len(own) :])
+            else:
+                apart.append(i)
+                ids.append([])
+        for i, own in zip(apart, self._apart([responses[i] for i in apart], limit), strict=True):
+            ids[i] = own
+        return ids
+
+    def _end_of(self, prompt: str) -> str:
+        """The end of a prompt that decides how a response after it is tokenised."""
+        window = prompt[-WINDOW:]
+        start = -1
+        for match in self._controls.finditer(window):
+            start = match.start()
+        if start >= 0:
+            return window[start:]
+        word = LAST_WORD.search(window)
+        return prompt if word is None else window[word.start() :]
+
+    def _apart(self, responses: list[str], limit: int | None) -> list[list[int]]:
+        ids = self.heads(responses, limit) if responses else []
+        if not self._prefixes:
+            return ids
+        for i, response in enumerate(responses):
+            for anchor in ANCHORS:
+                own = self.of(anchor)
+                longest = None if limit is None else limit + len(own)
+                (whole,) = self.heads([anchor + response], longest)
+                if whole[: len(own)] == own:
+                    ids[i] = whole[len(own) :]
+                    break
+        return ids
+
+    # ------------------------------------------------------------------ special tokens in rows
+
+    def spelt(self, value: Any) -> int:
+        """How many special tokens the texts in a value spell."""
+        if isinstance(value, str):
+            return len(self._spelt.findall(value))
+        if isinstance(value, dict):
+            return sum(map(self.spelt, value.values()))
+        return sum(map(self.spelt, value)) if isinstance(value, list) else 0
+
+    def hide(self, value: Any) -> Any:
+        """The value with special tokens in its texts hidden from a template, and from `of_each`."""
+        if isinstance(value, str):
+            return self._spelt.sub(lambda match: self._marks[match.group()], value)
+        if isinstance(value, dict):
+            return {name: self.hide(each) for name, each in value.items()}
+        return [self.hide(each) for each in value] if isinstance(value, list) else value
+
+    def first_control(self, text: str) -> int | None:
+        """Where the first special or added token in a text ends."""
+        match = self._controls.search(text)
+        return None if match is None else match.end()
+
+    def _swap(self, text: str) -> str:
+        """The template's special tokens under the names that only `_without_special` knows."""
+        return self._swaps.sub(lambda match: self._swapped[match.group()], text)
+
+    @cached_property
+    def _without_special(self) -> Tokenizer:
+        """The tokenizer with its special tokens under other names: their own are plain text."""
+        if self._backend is None:
+            raise UserError(
+                f"the tokenizer of {self._tokenizer.name_or_path} is no fast one, so that special "
+                "tokens in rows cannot be read as text; set data.special_tokens=keep"
+            )
+        state = json.loads(self._backend.to_str())
+        renamed = self._marks
+        for token in state["added_tokens"]:
+            token["content"] = renamed.get(token["content"], token["content"])
+        model = state["model"]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {renamed.get(name, name): id for name, id in vocabulary.items()}
+        else:  # of a unigram model: pairs of a piece and its score
+            model["vocab"] = [[renamed.get(name, name), score] for name, score in vocabulary]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+        state["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(state))
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _head(text: str, characters: int) -> str:
+    """The text up to the first blank after so many characters; a short one whole."""
+    if len(text) <= 2 * characters:
+        return text
+    match = BREAK.search(text, characters, 2 * characters)
+    return text if match is None else text[: match.start()]
+
+
+def _end(text: str, characters: int) -> str:
+    """The text from a blank on, so many characters before its end; a short one whole."""
+    if len(text) <= 2 * characters:
+        return text
+    match = BREAK.search(text, len(text) - 2 * characters, len(text) - characters)
+    return text if match is None else text[match.start() :]

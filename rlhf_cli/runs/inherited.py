@@ -1,0 +1,63 @@
+"""What a run takes over from the policy that it starts with: template and lengths."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.schema import Run
+from rlhf_cli.data.limits import sampled_tokens
+from rlhf_cli.folders.manifest import Manifest, read_config, read_manifest
+
+KEYS = ("template", "chat_args", "max_prompt_tokens", "max_response_tokens")
+
+
+def inherit(cfg: Run) -> list[str]:
+    """Fill in the keys of data that are null from stage.json of `cfg.start`, and algo.max_tokens.
+
+    It comes before anything else reads the config, so that the same command always means the same.
+
+    Returns:
+        What was taken over, a line.
+    """
+    data: Any = cfg.data
+    said = read_manifest(cfg.start) if cfg.start is not None else None
+    theirs = told(said or {})
+    taken = {
+        key: theirs[key]
+        for key in KEYS
+        if getattr(data, key) in (None, {}) and theirs.get(key) not in (None, {})
+    }
+    if data.chat_template is not None:
+        taken.pop("template", None)  # it was asked for, and is for chats
+    for key, value in taken.items():
+        setattr(data, key, value)
+    algo: Any = cfg.algo
+    lines = [f"data.{key}={value!r}, as {cfg.start} was trained" for key, value in taken.items()]
+    if hasattr(algo, "max_tokens") and algo.max_tokens is None:
+        algo.max_tokens = longest_sample(cfg)
+        lines.append(f"algo.max_tokens={algo.max_tokens}")
+    return lines
+
+
+def told(manifest: Manifest) -> dict[str, Any]:
+    """The keys of data that a stage.json tells."""
+    return {**manifest, **manifest.get("limits", {})}
+
+
+def longest_sample(cfg: Run) -> int:
+    """How long a response is sampled that no key limits, in tokens."""
+    learnt = None
+    if cfg.start is not None:
+        learnt = (read_manifest(cfg.start) or {}).get("limits", {}).get("longest_response")
+    return sampled_tokens(cfg.data.max_response_tokens, learnt or None, context_of(cfg))
+
+
+def context_of(cfg: Run) -> int | None:
+    """Positions of the model that a run starts from; None where this machine does not know."""
+    model: Any = getattr(cfg, "model", None)
+    if cfg.start is None:
+        return getattr(model, "context", None)
+    if not Path(cfg.start).is_dir():
+        return None
+    config = read_config(Path(cfg.start))
+    inner = config.get("text_config") or {}
+    return config.get("max_position_embeddings") or inner.get("max_position_embeddings")
