@@ -130,8 +130,8 @@ class Rows:
         sources = sources_of(data)
         path = None if data.sources else data.path
         apart = data.eval_path if path is None else held_out_of(path, data.eval_path)
-        held_out = None if apart is None else Source(apart, data.format, data.columns)
-        return Places(sources, held_out, own_split=data.eval_path is None)
+        theirs = None if apart is None else Source(apart, data.format, data.columns)
+        return Places(sources, theirs, own_split=data.eval_path is None)
 
     def text_places(self) -> Places | None:
         """Where plain text for the pretraining mix is; None where none is named."""

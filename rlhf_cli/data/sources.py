@@ -22,7 +22,7 @@ class Source:
 
     path: Any
     shape: str
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: Any = field(default_factory=dict)
     cap: int | None = None
     repeat: int = 1
     weight: float | None = None
