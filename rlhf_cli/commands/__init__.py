@@ -1,3 +1,3 @@
-"""What the command line offers besides stages: help, ls, cp, env and completion."""
+"""What the command line offers besides stages: help, data, ls, cp, env and completion."""
 
-COMMANDS = ("ls", "cp", "env", "completion")
+COMMANDS = ("data", "ls", "cp", "env", "completion")

@@ -122,7 +122,8 @@ class Bar:
             )
         elif time.monotonic() - self._shown > PLAIN_SECONDS:
             self._shown = time.monotonic()
-            left = self._seconds() / max(self._done - self._before, 1) * (self.total - self._done)
+            rest = max(self.total - self._done, 0)  # a total may be a guess
+            left = self._seconds() / max(self._done - self._before, 1) * rest
             say(
                 f"{self.activity}: {self._done}/{self.total}, {self._rate()}, "
                 f"{left:.0f} s left  {self._note}"

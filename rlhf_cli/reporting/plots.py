@@ -1,5 +1,6 @@
 """Pictures of reports; matplotlib is imported where one is drawn, for it is slow to import."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_cli.objectives.estimates import Calibration
@@ -34,3 +35,18 @@ def reliability_picture(file: Path, calibration: Calibration, title: str) -> Non
     for axes in (curve, counts):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, format="png", metadata={"Software": None})  # no version in the bytes
+
+
+def lengths_picture(file: Path, lengths: dict[str, Sequence[int]]) -> None:
+    """A PNG with a histogram of each list of lengths, in tokens, by name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    grid = figure.subplots(len(lengths), 1, squeeze=False)
+    for axes, (name, values) in zip(grid[:, 0], lengths.items(), strict=True):
+        axes.hist(values, bins=40, edgecolor="white")
+        axes.set(xlabel=name.replace("_", " "), ylabel="count")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, format="png", metadata={"Software": None})

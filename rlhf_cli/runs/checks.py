@@ -109,12 +109,8 @@ def check_rows(cfg: Run, rows: Rows) -> list[str]:
             for term in terms_of(reward):
                 check_rows_of(term.spec, answered)
         check_judgements(cfg, look.rows)
-    if (
-        facts_of(cfg).holds_out
-        and places.held_out is None
-        and looks
-        and all(look.whole for look in looks)
-    ):
+    splits = facts_of(cfg).holds_out and places.held_out is None
+    if splits and looks and all(look.whole for look in looks):
         check_split(places, looks, cfg.data)
     return notes
 

@@ -83,6 +83,10 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_frozen_layers(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
+    if check_only:
+        from rlhf_cli.runs.token_check import check_tokens  # a tokenizer takes long to import
+
+        counted += check_tokens(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
     sums = [*taken, *reward_lines(cfg), *arithmetic(cfg)]

@@ -47,13 +47,13 @@ from rlhf_cli.models.forward import (
     unwrap,
 )
 from rlhf_cli.models.heads import head_name
-from rlhf_cli.models.load import load_tokenizer, scorer_from_policy
+from rlhf_cli.models.load import scorer_from_policy
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.models import Reading
-from rlhf_cli.runs.inherited import context_of
+from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
@@ -69,8 +69,8 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     if session is None:
         return Path(cfg.out)
     algo, hardware = cfg.algo, cfg.hardware
-    tokenizer = load_tokenizer(cfg.policy, cfg.model)
-    encoder = Encoder(tokenizer, cfg.data, context_of(cfg))
+    encoder = encoder_of(cfg, session.rows)
+    tokenizer = encoder.tokenizer
     data = session.judged(encoder)
     train, held_out = data.train, list(data.held_out)
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)

@@ -21,20 +21,20 @@ from torch import nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
 from rlhf_cli.data.dataset import Dataset
-from rlhf_cli.data.kinds import Demonstration, Prompt, Text, reply_text
+from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined
-from rlhf_cli.data.templates import CHAT, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll
-from rlhf_cli.models.scratch import build_decoder, learn_tokenizer
+from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.encoders import new_tokenizer
 from rlhf_cli.runs.inherited import context_of, longest_sample
 from rlhf_cli.runs.policy import Policy, saying_how
 from rlhf_cli.runs.preflight import Plan
@@ -43,7 +43,6 @@ from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
-LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
 
 
@@ -119,11 +118,7 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model)
         model = load_policy(cfg.model.path, cfg.model, tokenizer, device)
     else:
-        assert cfg.model.vocab_size is not None
-        rows = session.rows.split(Demonstration, LEARNT_FROM).train
-        if cfg.algo.text_mix != 0:
-            rows += session.rows.texts(LEARNT_FROM).train
-        tokenizer = learn_tokenizer([written(row, cfg) for row in rows], cfg.model.vocab_size)
+        tokenizer = new_tokenizer(cfg, session.rows)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
     if cfg.model.dropout:
         residual_dropout(model, cfg.model.dropout)
@@ -133,17 +128,6 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     if cfg.model.path is not None:
         saying_how(cfg.model.path, encoder)
     return Policy.of(model, encoder, cfg.hardware)
-
-
-def written(row: Demonstration | Text, cfg: SftConfig) -> str:
-    """A row as the text that a new tokenizer learns from."""
-    if isinstance(row, Text):
-        return row.text
-    reply = reply_text(row.completion)
-    if isinstance(row.prompt, str) and cfg.data.template not in (None, CHAT):
-        return TextTemplate(cfg.data.template).fill(row.prompt, row.columns, row.source) + reply
-    turns = turns_of(row.prompt, row.columns)
-    return "\n".join([*(reply_text(turn) for turn in turns), reply])
 
 
 def mixed_in(texts: Items[Tokens], demonstrations: int, algo: SftAlgo) -> Sequence[Tokens]:

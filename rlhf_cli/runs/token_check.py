@@ -1,0 +1,47 @@
+"""The first rows as tokens, for --check: templates and lengths, without torch."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_cli.config.schema import Run
+from rlhf_cli.data.dataset import encoded
+from rlhf_cli.data.files import is_local
+from rlhf_cli.data.reading import Walk
+from rlhf_cli.data.rows import Rows, walked
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.runs.checks import row_kind
+from rlhf_cli.runs.inherited import context_of
+
+ROWS = 500  # of each source
+
+
+def check_tokens(cfg: Run, rows: Rows) -> list[str]:
+    """The template writes the first rows of local files, and they fit the limits.
+
+    Models that are not on this machine, or are made from scratch, have no tokenizer to ask yet.
+
+    Returns:
+        Lines on lengths, and on what is cut or dropped.
+
+    Raises:
+        UserError: as the stage would.
+    """
+    if cfg.start is None or not Path(cfg.start, "tokenizer.json").is_file():
+        return []
+    room = getattr(cfg.algo, "max_tokens", None) or 0
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(cfg.start)
+    encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room)
+    kind, count = row_kind(cfg), 0
+    for source in rows.places(kind).all:
+        if is_local(source.path):
+            first, _, _ = walked(Walk(source, kind, cfg.data, limit=ROWS))
+            count += len(encoded(encoder, first, kind))
+    encoder.check_lengths()
+    longest = encoder.lengths
+    responses = f", responses up to {longest.response}" if longest.response else ""
+    return [
+        f"tokens of the first {count} rows: prompts up to {longest.prompt}{responses}",
+        *(f"of these: {note}" for note in encoder.notes()),
+    ]
