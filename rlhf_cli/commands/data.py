@@ -129,7 +129,7 @@ def lengths_of(side: "Side") -> dict[str, list[int]]:
     return {name: lengths for name, lengths in found.items() if lengths}
 
 
-def quantiles(values: Sequence[int]) -> dict[str, float]:
+def quantiles(values: Sequence[int]) -> dict[str, int]:
     """Least, median, 95th of a hundred, greatest and sum."""
     ordered = sorted(values)
     at = [ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.0, 0.5, 0.95, 1.0)]

@@ -10,7 +10,7 @@ from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Places, checked, held_out_by, walked
 from rlhf_cli.data.sources import Source
 
-ROWS = 10_000  # that are looked at
+ROWS = 2_000  # that are looked at
 SAMPLE = 2**20  # bytes of a text file by which its rows are estimated
 
 

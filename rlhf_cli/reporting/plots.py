@@ -1,6 +1,6 @@
 """Pictures of reports; matplotlib is imported where one is drawn, for it is slow to import."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf_cli.objectives.estimates import Calibration
@@ -37,7 +37,7 @@ def reliability_picture(file: Path, calibration: Calibration, title: str) -> Non
     figure.savefig(file, format="png", metadata={"Software": None})  # no version in the bytes
 
 
-def lengths_picture(file: Path, lengths: dict[str, Sequence[int]]) -> None:
+def lengths_picture(file: Path, lengths: Mapping[str, Sequence[int]]) -> None:
     """A PNG with a histogram of each list of lengths, in tokens, by name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

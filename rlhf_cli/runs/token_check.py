@@ -14,7 +14,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.runs.checks import row_kind
 from rlhf_cli.runs.inherited import context_of
 
-ROWS = 500  # of each source
+ROWS = 200  # of each source
 
 
 def check_tokens(cfg: Run, rows: Rows) -> list[str]:
