@@ -208,17 +208,15 @@ class _Text:
         """
         number = self.line if number is None else number
         while True:
-            fault = None
             try:
                 value, end = self.scanner.scan(self.text, self.at)
                 if end < len(self.text) or self.over:  # else a number may go on
                     return self._past(value, end, f"{self.place}:{number}")
             except json.JSONDecodeError as error:
-                fault = error
+                if self.over or not self._is_cut(error):
+                    raise self.error(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self.error(str(error), self.at) from None
-            if fault is not None and (self.over or not self._is_cut(fault)):
-                raise self.error(fault.msg, fault.pos)
             self.scanner.fault()
             self._more()
 

@@ -481,9 +481,9 @@ def test_what_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "a/b/c",
         "rows",
         "runs/x",
-        [],
     ):
         assert is_local(local)
+    assert is_local(["owner/name"])
     assert not is_local("-")
 
 
