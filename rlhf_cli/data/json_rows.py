@@ -3,8 +3,10 @@
 All are read as they come, one row at a time; only an object that holds all rows is read whole.
 """
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any, TextIO
 
@@ -30,7 +32,7 @@ class _Scanner:
     def __init__(self) -> None:
         self.faults: list[str] = []
         decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
-        self.scan = decoder.scan_once
+        self.scan = decoder.raw_decode
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -56,10 +58,7 @@ class _Scanner:
             ValueError: it has none, or more.
         """
         text = text.strip(BLANK)
-        try:
-            value, end = self.scan(text, 0)
-        except StopIteration as error:
-            raise json.JSONDecodeError("Expecting value", text, error.value) from None
+        value, end = self.scan(text)
         if text[end:].strip(BLANK):
             raise json.JSONDecodeError("Extra data", text, end)
         return value
@@ -77,34 +76,57 @@ def parse_json(place: str, stream: TextIO, first: str) -> Numbered:
     """
     if first == "[":
         return _list(place, _Text(place, stream))
-    ahead = _first_lines(stream)
-    if ahead and _goes_on(*ahead[-2:]):
-        rows = _values(place, _Text(place, stream, "".join(ahead)))
-    else:
-        rows = _lines(place, chain(ahead, stream))
-    return _unpacked(place, rows)
+    return _unpacked(place, _lines(place, stream))
 
 
-def _first_lines(stream: TextIO) -> list[str]:
-    """Blank lines, the first that is not, and the one after it."""
-    ahead = []
+def _lines(place: str, stream: TextIO) -> Numbered:
+    """Values, one a line, until one goes on in the next; blank lines are passed over."""
+    scanner = _Scanner()
+    scan, faults = scanner.scan, scanner.faults
+    ahead: list[str] = []
+    for number, line in enumerate(_with(ahead, stream), 1):
+        if not (line.isascii() or is_unicode(line)):
+            yield RowError(f"{place}:{number}: {NOT_UTF_8}"), number
+            continue
+        try:
+            row, end = scan(line)  # the plain case, which is most of them
+            if line[end:] not in ("\n", ""):
+                row = scanner.line(line)
+            if faults:
+                row = RowError(f"{place}:{number}: the object {scanner.fault()}")
+            yield row, number
+        except (ValueError, RecursionError):
+            faults.clear()
+            if not line.strip(BLANK):
+                continue
+            after = next(stream, "")
+            if _goes_on(line, after):
+                yield from _values(place, _Text(place, stream, line + after, number))
+                return
+            ahead += [after] if after else []
+            yield from ((row, number) for row in _rows_of_line(line, f"{place}:{number}"))
+
+
+def _with(ahead: list[str], stream: TextIO) -> Iterator[str]:
+    """The lines of a stream, those that were read of it ahead of their turn included."""
     for line in stream:
-        ahead.append(line)
-        if line.strip(BLANK):
-            return [*ahead, stream.readline()]
-    return []
+        yield line
+        while ahead:
+            yield ahead.pop()
 
 
 def _goes_on(line: str, after: str) -> bool:
-    """Whether a value that begins on a line ends on another, or is followed by one on its own."""
-    text = line.strip(BLANK)
+    """Whether an object that begins on a line seems to end on another: the line is fine as far as
+    it goes, the next is no value of its own, and begins as the object would go on.
+    """
+    text, following = line.strip(BLANK), after.strip(BLANK)
     error = _fault(text)
-    if error is None or not text.startswith("{"):
+    if error is None or not text.startswith("{") or _fault(following) is None:
         return False
-    if error.msg == "Extra data":
-        return text[error.pos :].lstrip(BLANK).startswith("{")
-    cut = error.pos >= len(text) - 1 and not error.msg.startswith("Unterminated")
-    return cut and _fault(after) is not None
+    if error.pos < len(text) - 1 or error.msg.startswith(("Unterminated", "Extra")):
+        return False
+    joined = _fault(f"{text}\n{following}")
+    return joined is None or joined.pos > len(text) + 1
 
 
 def _fault(line: str) -> json.JSONDecodeError | None:
@@ -118,26 +140,15 @@ def _fault(line: str) -> json.JSONDecodeError | None:
     return None
 
 
-def _lines(place: str, lines: Iterator[str]) -> Numbered:
-    """Values, one a line; blank lines are passed over."""
-    scanner = _Scanner()
-    scan, faults = scanner.scan, scanner.faults
-    for number, line in enumerate(lines, 1):
-        if not (line.isascii() or is_unicode(line)):
-            yield RowError(f"{place}:{number}: {NOT_UTF_8}"), number
-            continue
-        try:
-            row, end = scan(line, 0)  # the plain case, which is most of them
-            if line[end:] not in ("\n", ""):
-                row = scanner.line(line)
-        except (StopIteration, ValueError, RecursionError):
-            faults.clear()
-            if not line.strip(BLANK):
-                continue
-            row = row_of_line(line, f"{place}:{number}")
-        if faults:
-            row = RowError(f"{place}:{number}: the object {scanner.fault()}")
-        yield row, number
+def _rows_of_line(line: str, where: str) -> list[Any]:
+    """The values of a line, of which there may be several if all are objects, or its RowError."""
+    if (error := _fault(line.strip(BLANK))) is not None and error.msg == "Extra data":
+        text = _Text(where, io.StringIO(line))
+        with suppress(UserError):
+            rows = [row for row, _ in _values(where, text)]
+            if all(isinstance(row, dict) for row in rows):
+                return rows
+    return [row_of_line(line, where)]
 
 
 def row_of_line(line: str, where: str) -> Any:
@@ -161,9 +172,9 @@ def _said(error: Exception) -> str:
 class _Text:
     """A stream of JSON text, read in chunks, from the place on that was come to."""
 
-    def __init__(self, place: str, stream: TextIO, ahead: str = "") -> None:
+    def __init__(self, place: str, stream: TextIO, ahead: str = "", line: int = 1) -> None:
         self.place, self.stream = place, stream
-        self.text, self.at, self.line, self.over = ahead, 0, 1, False
+        self.text, self.at, self.line, self.over = ahead, 0, line, False
         self.scanner = _Scanner()
 
     def peek(self) -> str:
@@ -197,19 +208,15 @@ class _Text:
         """
         number = self.line if number is None else number
         while True:
-            fault = None
             try:
                 value, end = self.scanner.scan(self.text, self.at)
                 if end < len(self.text) or self.over:  # else a number may go on
                     return self._past(value, end, f"{self.place}:{number}")
-            except StopIteration as error:
-                fault = json.JSONDecodeError("Expecting value", self.text, error.value)
             except json.JSONDecodeError as error:
-                fault = error
+                if self.over or not self._is_cut(error):
+                    raise self.error(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self.error(str(error), self.at) from None
-            if fault is not None and (self.over or not self._is_cut(fault)):
-                raise self.error(fault.msg, fault.pos)
             self.scanner.fault()
             self._more()
 

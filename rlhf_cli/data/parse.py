@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ OTHER_TEXT = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that some editors put first
+JSON_IN_TABLE = re.compile(r"\{|\[\s*\{")  # under the name of a table
 HEAD = 1 << 12  # bytes
 TAR = slice(257, 262)
 
@@ -134,11 +136,11 @@ def content_of(file: Path) -> Content:
         raise UserError(f"{file} is {foreign}")
     if (encoding := _other_encoding(head)) is not None:
         raise UserError(f"{file}: not a text file in UTF-8 but in {encoding}; save it as UTF-8")
-    start = head.decode(ENCODING, "replace").lstrip()
-    if suffix in TABLES and not start.startswith(("{", "[{")):
+    text = head.decode(ENCODING, "replace").lstrip()
+    if suffix in TABLES and not JSON_IN_TABLE.match(text):
         return Content("CSV", TABLES[suffix])
-    if suffix in (*JSON, *TABLES) or start.startswith(("{", "[")):
-        return Content("JSON", start[:1])
+    if suffix in (*JSON, *TABLES) or text.startswith(("{", "[")):
+        return Content("JSON", text[:1])
     raise UserError(f"{file} is neither {READ}")
 
 

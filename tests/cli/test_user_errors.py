@@ -331,19 +331,19 @@ BAD_ROWS: dict[str, Case] = {
         ["own.jsonl:1: column 'ranks' must hold numbers"],
     ),
     "a rank that is no number": (
-        rows('{"prompt": "a", "responses": ["b", "c"], "ranks": [1, NaN]}'),
+        rows('{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1e999]}'),
         f"reward {OWN} algo=kwise",
         ["own.jsonl:1: column 'ranks' must hold numbers"],
     ),
     "a score that is infinite": (
-        rows('{"prompt": "a", "completion": "b", "label": true, "score": Infinity}'),
+        rows('{"prompt": "a", "completion": "b", "label": true, "score": 1e999}'),
         f"reward {OWN} algo=pointwise",
         ["own.jsonl:1: column 'score' holds inf, expected a number"],
     ),
     "a step's label that is no number": (
-        rows('{"prompt": "a", "steps": ["b"], "labels": [NaN]}'),
+        rows('{"prompt": "a", "steps": ["b"], "labels": [1e999]}'),
         f"reward {OWN} algo=process",
-        ["own.jsonl:1: column 'labels' holds nan, expected"],
+        ["own.jsonl:1: column 'labels' holds inf, expected"],
     ),
     "no steps": (
         rows({"prompt": "a", "steps": [], "labels": []}),

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.runs.provenance import models_read, parents_of
+from rlhf_cli.runs.provenance import (
+    data_files,
+    input_hash,
+    inputs_read,
+    models_read,
+    parents_of,
+    places_read,
+)
 
 DATA = ["data=jsonl", "data.path=rows.jsonl"]
 
@@ -53,3 +60,27 @@ def test_a_pretrained_model_is_the_model_of_sft() -> None:
     cfg = compose("sft", [*DATA, "model=pretrained", "model.path=owner/name", "algo.text_mix=0"])
     assert models_read(cfg) == {"model": "owner/name"}
     assert models_read(compose("sft", ["model=tiny"])) == {}
+
+
+def test_data_are_hashed_over_all_files_of_a_path(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patterns and lists too: another byte, and one more file, make another hash."""
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("HOME", str(made))
+    for name in ("a.jsonl", "more/train.jsonl", "more/deep/test.jsonl"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text('{"prompt": "p"}\n')
+    words = ["data=jsonl", "data.path=['*.jsonl','~/more']", "policy=policy", "reward=json"]
+    cfg = compose("ppo", words)
+    assert inputs_read(cfg) == {"data.path[0]": "*.jsonl", "data.path[1]": "~/more"}
+    files = [made / "more/train.jsonl", made / "more/deep/test.jsonl"]
+    assert [place for role, place in places_read(cfg) if role == "data.path[0]"] == [
+        Path("a.jsonl")
+    ]
+    assert data_files("~/more") == files
+    first, second = input_hash("*.jsonl"), input_hash("~/more")
+    files[1].write_text('{"prompt": "q"}\n')
+    assert (input_hash("*.jsonl") == first, input_hash("~/more") == second) == (True, False)
+    (made / "b.jsonl").write_text('{"prompt": "q"}\n')
+    assert input_hash("*.jsonl") != first and input_hash("x*") is None
