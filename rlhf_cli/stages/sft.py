@@ -20,7 +20,7 @@ from torch import nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
 from rlhf_cli.data.batches import EpochBatches
-from rlhf_cli.data.kinds import Demonstration, Prompt, Text
+from rlhf_cli.data.kinds import Demonstration, Prompt, Text, reply_text
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split
 from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
@@ -130,8 +130,8 @@ def written(row: Demonstration | Text, cfg: SftConfig) -> str:
     if isinstance(row, Text):
         return row.text
     turns = row.prompt if isinstance(row.prompt, list) else [{"content": row.prompt}]
-    prompt = "\n".join(turn["content"] for turn in turns)
-    return cfg.data.template.replace("{prompt}", prompt) + row.completion
+    prompt = "\n".join(map(reply_text, turns))
+    return cfg.data.template.replace("{prompt}", prompt) + reply_text(row.completion)
 
 
 def mixed_in(texts: list[Text], demonstrations: int, algo: SftAlgo) -> list[Text]:
