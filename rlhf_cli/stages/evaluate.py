@@ -293,7 +293,7 @@ def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Token
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
     rows, texts = session.rows, session.rows.texts().held_out
     demonstrations = []
-    if session.cfg.data.format != "rows":
+    if session.cfg.data.format not in ("rows", "verl"):  # these may be prompts alone
         demonstrations = rows.split(Demonstration).held_out
     return {
         "text_loss": policy.encoder.texts(texts),

@@ -24,7 +24,7 @@ from rlhf_cli.data.rows import identity
 from tests.toys import data_of
 
 
-def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+def said(role: Any, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
@@ -41,7 +41,7 @@ THINKS = said("assistant", "A lark.", reasoning_content="It sings.")
 P = "Name a bird."
 
 
-def read(**columns: Any) -> Row:
+def read(**columns: Any) -> Any:
     return as_row(columns, "f:1")
 
 
@@ -207,7 +207,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "content holds a part of type 'image_url'; only text is read, no images",
     ),
     ({"messages": [said("user", [{"type": "text"}]), A]}, "a part without text"),
-    ({"messages": [U, A, U]}, "must end in a reply of the assistant; data.columns.prompt=messages"),
+    ({"messages": [U, A, U]}, "must end in a reply of the assistant; data=rows data.columns"),
     ({"messages": [A]}, "must end in a reply of the assistant to another message"),
     ({"messages": [U, said("assistant", " ")]}, "must end in a reply"),
     ({"messages": [U, A, B]}, "ends in two messages of the assistant; join them"),
@@ -296,7 +296,8 @@ def test_replies_that_call_tools_are_compared_and_converted() -> None:
     (ranking,) = convert(judged, "feedback_to_ranking", data_of(), [])
     assert isinstance(ranking, Ranking)
     assert (ranking.responses, ranking.ranks) == ([ASKS, "No."], [1.0, 2.0])
-    assert convert(judged[1:2], "feedback_to_stepwise", data_of(), [])[0].steps == ["No."]
+    (stepwise,) = convert(judged[1:2], "feedback_to_stepwise", data_of(), [])
+    assert isinstance(stepwise, Stepwise) and stepwise.steps == ["No."]
     assert reply_text(ASKS) == ""
 
 
