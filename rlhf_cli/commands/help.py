@@ -27,7 +27,7 @@ Commands
 
 Examples
   rlhf-cli sft && rlhf-cli reward && rlhf-cli ppo algo=ppo_ptx && rlhf-cli evaluate
-  rlhf-cli dpo data=jsonl data.path=pairs.jsonl policy=my-model algo.beta=0.2
+  rlhf-cli dpo data=rows data.path=pairs.jsonl policy=my-model algo.beta=0.2
   rlhf-cli ppo --check algo.kl_coef=0.1     what would run, without running it
   rlhf-cli ppo --cfg job                    the composed config
   rlhf-cli ppo -m algo.kl_coef=0.02,0.1     a sweep

@@ -18,7 +18,9 @@ class MissingColumn(RowError):
     """A row lacks a column, and may be of another shape."""
 
 
-KINDS = ("chosen", "rejected", "messages", "responses", "steps", "completion", "text")
+PAIR = ("chosen", "rejected")
+
+KINDS = (*PAIR, "messages", "responses", "steps", "completion", "text")
 """The columns that say of which kind a row is."""
 
 COMMON = ("system", "tools", "weight", "source")
@@ -66,9 +68,12 @@ def filled(raw: Raw) -> Raw:
     if None in values:
         raw = {name: value for name, value in raw.items() if value is not None}
     if "" in values:
-        said = [name for name in KINDS if raw.get(name)]
-        whole = "messages" in said or isinstance(raw.get("chosen"), list)
-        blank = {*(KINDS if said else ()), *(("prompt",) if whole else ())}
+        said = {name for name in KINDS if raw.get(name)} - (
+            {"text"} if raw.get("prompt") else set()
+        )
+        blank = {*KINDS} - ({*PAIR} if said & {*PAIR} else set()) if said else set()
+        if said & {"messages", "text"} or isinstance(raw.get("chosen"), list):
+            blank.add("prompt")
         raw = {name: value for name, value in raw.items() if value != "" or name not in blank}
     return raw
 
@@ -117,19 +122,23 @@ def renamed(raw: Raw, columns: dict[str, str], source: str) -> tuple[Raw, Raw]:
     """The row under our column names, by data.columns = {ours: yours}, and what it has beside them.
 
     What is named wins over a column of our name, and over what else would say of which kind the
-    row is. A column that stands for one of ours is not read under its old name as well.
+    row is; a column has no longer the name it had.
+
+    Returns:
+        The columns to read, and those that must not be read though they have one of our names.
     """
     found = {ours: value_at(raw, yours, source) for ours, yours in columns.items()}
-    freed = {yours if yours in raw else yours.partition(".")[0] for yours in columns.values()}
+    moved = {yours for yours in columns.values() if yours in raw}
+    within = {yours.partition(".")[0] for yours in columns.values() if yours not in raw}
     if not found.keys().isdisjoint(KINDS):
-        freed.update(KINDS)
+        within.update(KINDS)
     if "messages" in found:
-        freed.add("prompt")
+        within.add("prompt")
     elif "prompt" in found:
-        freed.update(("messages", "text"))
-    freed.intersection_update(OURS)
-    rest = {name: value for name, value in raw.items() if name not in found}
-    beside = {name: rest.pop(name) for name in freed if rest.get(name) is not None}
+        within.update(("messages", "text"))
+    rest = {n: each for n, each in raw.items() if n not in found and n not in moved}
+    freed = [name for name in within.intersection(OURS) if rest.get(name) is not None]
+    beside = {name: rest.pop(name) for name in freed}
     return rest | found, beside
 
 

@@ -254,10 +254,6 @@ def split_turns(turns: Turns, name: str, source: str) -> tuple[Turns, Message]:
     says = reply_text(last).strip() or not CALLS.isdisjoint(last)
     if last["role"] != "assistant" or not says:
         raise RowError(f"{source}: column {name!r} must end in a reply of the assistant")
-    if len(turns) > 1 and turns[-2]["role"] == "assistant":
-        raise RowError(
-            f"{source}: column {name!r} ends in two messages of the assistant; join them into one"
-        )
     return turns[:-1], last
 
 
@@ -293,6 +289,10 @@ def answered(
         reply = cell
     else:
         head, last = split_turns(cell, name, source)
+        if head and head[-1]["role"] == "assistant" and not judged:
+            raise RowError(
+                f"{source}: column {name!r} ends in two messages of the assistant; join them"
+            )
         reply = reply_of(last, name, source, judged)
     if prompt is None and not head:
         column(raw, "prompt", source)

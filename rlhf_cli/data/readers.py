@@ -138,7 +138,7 @@ def dialogue_of(raw: Raw, source: str) -> Demonstration | Feedback:
         if "completion" not in raw:
             raise RowError(
                 f"{source}: column 'messages' must end in a reply of the assistant; "
-                "data.columns.prompt=messages reads dialogues to respond to"
+                "data=rows data.columns.prompt=messages reads dialogues to respond to"
             )
         return response_of(raw, turns, source)
     if len(turns) == 1:

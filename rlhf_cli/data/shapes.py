@@ -12,6 +12,7 @@ from rlhf_cli.config.schema import Data
 from rlhf_cli.data.columns import (
     COMMON,
     OURS,
+    PAIR,
     MissingColumn,
     check_names,
     column,
@@ -348,7 +349,6 @@ def inner(value: Raw, key: str, name: str, source: str) -> Any:
 
 # --------------------------------------------------------------------------- which shape
 
-PAIR = ("chosen", "rejected")
 THUMBS_OF = ("label", "kto_tag")
 
 SHAPES = {

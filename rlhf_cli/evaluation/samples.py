@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from rlhf_cli.data.kinds import reply_text
 from rlhf_cli.reporting.console import table
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rewards.reward import Scores
@@ -95,7 +96,7 @@ def known_or_none(scores: Tensor) -> list[float | None]:
 
 def last_words(prompt: str | list[dict[str, str]]) -> str:
     """What the prompt ends with; of a dialogue its last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else reply_text(prompt[-1])
 
 
 def clip(text: str) -> str:

@@ -294,7 +294,7 @@ def estimated_kl(
 def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Tokens]]:
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
     demonstrations = []
-    if session.cfg.data.format != "rows":
+    if session.cfg.data.format not in ("rows", "verl"):  # these may be prompts alone
         demonstrations = session.rows.held_out(Demonstration).held_out
     return {
         "text_loss": list(session.texts(policy.encoder).held_out),

@@ -4,7 +4,7 @@ Every usual decoding option, in the order in which transformers applies them: re
 minimum length, temperature, top-k, top-p, min-p; or greedy, or beam search. With `reward=` each
 sample is scored. Prompts come from data, or from standard input with data.path=-.
 
-    echo "Once upon a time" | rlhf-cli generate policy=DIR data=jsonl data.path=- algo.samples=3
+    echo "Once upon a time" | rlhf-cli generate policy=DIR data=rows data.path=- algo.samples=3
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ Each response is forwarded once. Its score is read at its last token, the EOS; o
 token of each; of tokens everywhere. After training, mean and standard deviation of the scores of
 demonstrations go into stage.json, and every consumer normalises by them.
 
-    rlhf-cli reward algo=kwise policy=runs/demo/sft data=jsonl data.path=rankings.jsonl
+    rlhf-cli reward algo=kwise policy=runs/demo/sft data=rows data.path=rankings.jsonl
 """
 
 import math

@@ -8,7 +8,7 @@ model (`model.path`), or builds a small decoder and its tokenizer from the rows;
 With select_by=reward the weights kept are those whose responses to held-out prompts a reward likes
 best, as InstructGPT chose its SFT model, instead of those of the lowest held-out loss.
 
-    rlhf-cli sft model=pretrained model.path=HuggingFaceTB/SmolLM2-135M data=jsonl data.path=d.jsonl
+    rlhf-cli sft model=pretrained model.path=HuggingFaceTB/SmolLM2-135M data=rows data.path=d.jsonl
 """
 
 import math

@@ -25,7 +25,11 @@ OPTIONS = [
 ]
 
 # What a user has to say besides the option, because it has no sound default.
-NEEDED = {option: ["data.path=rows.jsonl"] for option in ("jsonl", "gsm8k_solutions")}
+NEEDED = {
+    option: ["data.path=rows.jsonl"]
+    for option in catalog.options("data", DIRS)
+    if option not in ("demo", "hh", "gsm8k")
+}
 NEEDED["grpo_iterative"] = ["judge=length:20"]
 # The demo brings plain text, and prompts that a tiny model has room for; other data does not.
 OTHER_DATA = {"sft": ["algo.text_mix=0", "model=pretrained"]}

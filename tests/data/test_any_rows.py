@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
-from rlhf_cli.data.rows import Rows, read_split
+from rlhf_cli.data.rows import Rows, identity, read_split
+from rlhf_cli.data.shapes import reader_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rewards.rules import rule_of
 from rlhf_cli.runs.checks import check_rows, row_kind
@@ -110,6 +111,54 @@ def changed(draw: st.DrawFn, rows: list[dict[str, Any]]) -> list[Any]:
     if draw(st.integers(0, 5)) == 0:
         made[1] = draw(VALUES)
     return made
+
+
+ANSWER = {"response": "a", "overall_score": 3, "fine-grained_score": 2.5}
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLS: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 0}
+STEP = {
+    "completions": [{"text": "s", "rating": -1}, {"text": "t", "rating": 1}],
+    "human_completion": None,
+    "chosen_completion": 1,
+}
+SAID = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+PUBLISHED: dict[str, list[dict[str, Any]]] = {
+    "rows": [
+        *(row for name in ROWS if name not in FORMATS for row in ROWS[name]),
+        {"messages": [USER, CALLS, {"role": "tool", "content": "x", "name": "f"}, REPLY]},
+        {"prompt": "hi", "completion": [USER, REPLY], "system": "s", "tools": [CALL], "weight": 1},
+        {"prompt": [USER], "chosen": REPLY, "rejected": [{**REPLY, "content": ["n", "o"]}]},
+    ],
+    "alpaca": [{"instruction": "i", "input": "j", "output": "o", "history": [["q", "a"]]}],
+    "sharegpt": [
+        {"conversations": SAID, "system": "s", "tools": "[]"},
+        {"conversations": SAID[:1], "chosen": SAID[1], "rejected": SAID[1]},
+    ],
+    "messages": [{"messages": [USER, REPLY], "label": 1}],
+    "ultrafeedback": [
+        {"instruction": "i", "completions": [ANSWER, ANSWER]},
+        {
+            "chosen": [USER, REPLY],
+            "rejected": [USER, REPLY],
+            "score_chosen": 2,
+            "score_rejected": 1,
+        },
+    ],
+    "helpsteer": [
+        {"prompt": "p", "response": "r", "helpfulness": 3},
+        {"context": [USER], "response1": "a", "response2": "b", "overall_preference": -2},
+    ],
+    "kto": [{"prompt": [USER], "completion": [REPLY], "label": False}],
+    "prm800k": [
+        {"question": {"problem": "q"}, "label": {"steps": [STEP, STEP], "finish_reason": "x"}},
+        {"prompt": "p", "completions": ["a"], "labels": [True]},
+        {"input": "q Step 1: a \u043a\u0438", "label": "q Step 1: a +", "task": "t"},
+    ],
+    "tldr": [{"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}],
+    "stack_exchange": [{"question": "q", "answers": [{"text": "a", "pm_score": 1}] * 2}],
+    "verl": [{"prompt": [USER], "reward_model": {"ground_truth": "7"}, "data_source": "s"}],
+    "text": [{"text": "t"}],
+}
 
 
 def as_jsonl(rows: list[Any]) -> str:
@@ -218,6 +267,27 @@ def test_flipped_parquet(flips: list[tuple[int, int]], tmp_path: Path) -> None:
 @given(data=st.data())
 def test_changed_rows(name: str, data: st.DataObject, tmp_path: Path) -> None:
     check_changed(name, data, tmp_path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@settings(ANY, max_examples=FEW)
+@given(data=st.data())
+def test_changed_rows_of_published_shapes(name: str, data: st.DataObject) -> None:
+    """Each alone, as JSON and as cells of a table, with and without a mapping."""
+    read = reader_of(data_of(format=name))
+    mapped = reader_of(data_of(format=name, columns={"answer": "prompt", "extra": "info.post"}))
+    for row in data.draw(changed(PUBLISHED[name])):
+        if not isinstance(row, dict):
+            continue
+        for cells in (
+            row,
+            {key: json.dumps(v) if isinstance(v, dict | list) else v for key, v in row.items()},
+        ):
+            for reader in (read, mapped):
+                try:
+                    identity(reader(cells, "f:1"))
+                except UserError as error:
+                    assert str(error).startswith("f:1: ")
 
 
 @pytest.mark.slow

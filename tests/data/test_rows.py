@@ -43,7 +43,11 @@ def read(file: Path, kind: type, **data: Any) -> list[Any]:
 SHAPES: list[tuple[Any, type, Any]] = [
     ({"prompt": "p", "completion": "c"}, Demonstration, Demonstration("p", "c")),
     ({"messages": [USER, REPLY]}, Demonstration, Demonstration([USER], "hello")),
-    ({"prompt": [USER], "completion": [REPLY]}, Demonstration, Demonstration([USER], "hello")),
+    (
+        {"prompt": [USER], "completion": [REPLY]},
+        Demonstration,
+        Demonstration([USER], "hello", learn_from=1),
+    ),
     ({"text": "t"}, Text, Text("t")),
     ({"text": "t"}, Demonstration, Text("t")),  # sft trains on all of it
     ({"prompt": "p", "chosen": "a", "rejected": "b"}, Preference, Preference("p", "a", "b")),
@@ -88,7 +92,7 @@ SHAPES: list[tuple[Any, type, Any]] = [
         Feedback("p", "c", True, -2.0),
     ),
     (
-        {"prompt": "p", "completion": "c", "score": 2.5, "label": "so-so", "answer": "7"},
+        {"prompt": "p", "completion": "c", "score": 2.5, "label": None, "answer": "7"},
         Feedback,
         Feedback("p", "c", None, 2.5, columns={"answer": "7"}),
     ),
@@ -99,9 +103,7 @@ SHAPES: list[tuple[Any, type, Any]] = [
         Prompt("p", {"answer": "7"}),
     ),
     ({"prompt": "p", "completion": "c", "label": True}, Demonstration, Demonstration("p", "c")),
-    # a label or score of another form is a column like any other
-    ({"prompt": "p", "completion": "c", "label": 3}, Demonstration, Demonstration("p", "c")),
-    ({"prompt": "p", "completion": "c", "score": "high"}, Prompt, Prompt("p", {"score": "high"})),
+    ({"prompt": "p", "completion": "c", "label": None}, Demonstration, Demonstration("p", "c")),
     (
         {"prompt": "p", "steps": ["a", "b", "c"], "labels": [True, 0, 0.25]},
         Stepwise,
@@ -197,10 +199,10 @@ FAULTS: list[tuple[str, type, str, str]] = [
         "column 'source' holds list, expected text",
     ),
     (
-        '{"prompt": "p", "completion": "c", "label": true, "score": 1e999}',
+        '{"prompt": "p", "completion": "c", "label": true, "score": "high"}',
         Feedback,
         "rows",
-        "column 'score' holds inf, expected a number",
+        "column 'score' holds 'high', expected a number",
     ),
     (
         '{"prompt": "p", "steps": ["a", "b"], "labels": [1]}',
@@ -226,7 +228,7 @@ FAULTS: list[tuple[str, type, str, str]] = [
         '{"prompt": "p", "completion": "c", "label": "maybe"}',
         Feedback,
         "rows",
-        "this is a demonstration row; needed: feedback rows ({prompt, completion, label: true |",
+        "column 'label' holds 'maybe', expected true or false, yes or no, good or bad, 1 or 0",
     ),
     (
         '{"question": "q", "a": {"solution": "s"}}',
@@ -403,9 +405,10 @@ def test_gsm8k_solutions_are_a_row_each(tmp_path: Path) -> None:
     notes: list[str] = []
     data = data_of(format="gsm8k_solutions", bad_rows="drop")
     rows = Rows(data).all_of(str(file), Feedback, notes)
+    truth = {"ground_truth": "A: 4"}
     assert rows[:2] == [
-        Feedback("q", "2 + 2 = 5\nA: 5", False, None, f"{file}:1", "small"),
-        Feedback("q", "2 + 2 = 4\nA: 4", True, None, f"{file}:1", "large"),
+        Feedback("q", "2 + 2 = 5\nA: 5", False, None, f"{file}:1", "small", truth),
+        Feedback("q", "2 + 2 = 4\nA: 4", True, None, f"{file}:1", "large", truth),
     ]
     assert [row.prompt for row in rows] == ["q", "q", "q2", "q2"]
     dropped = "2 dropped: column 'empty.solution' is empty (s.jsonl:1, s.jsonl:2)"

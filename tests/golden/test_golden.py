@@ -54,7 +54,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_cli.data.batches import Batch, collate
-from rlhf_cli.data.kinds import Preference, Ranking, pairs_of
+from rlhf_cli.data.kinds import Preference, Ranking, Reply, pairs_of, reply_text
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.forward import hidden_states, response_scores, token_logprobs, unembed
@@ -292,10 +292,10 @@ def reward_model_kwise(case: Case) -> Compared:
     if case.id == "rm/kwise_flat_pairs":
         pairs: list[Preference] = []
         for start, end in zip(bounds, bounds[1:], strict=False):
-            names = [str(i) for i in range(start, end)]
+            names: list[Reply] = [str(i) for i in range(start, end)]
             pairs += pairs_of(Ranking("", names, [float(i) for i in range(len(names))]))
-        better = values[[int(pair.chosen) for pair in pairs]]
-        worse = values[[int(pair.rejected) for pair in pairs]]
+        better = values[[int(reply_text(pair.chosen)) for pair in pairs]]
+        worse = values[[int(reply_text(pair.rejected)) for pair in pairs]]
         yield "loss", bradley_terry_loss(better, worse).mean(), case.out["loss"]
         return
     prompts = [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
