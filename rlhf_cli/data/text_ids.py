@@ -81,7 +81,7 @@ class TextIds:
         return ids
 
     def with_mask(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-        """The ids of a text, and which of them begin within spans of its characters.
+        """The ids of a text, and which of them write some of these characters.
 
         Raises:
             UserError: the tokenizer cannot tell.
@@ -99,7 +99,7 @@ class TextIds:
         backend.no_truncation()
         backend.no_padding()
         found = backend.encode(text, add_special_tokens=False)
-        inside = [any(a <= start < b for a, b in spans) for start, _ in found.offsets]
+        inside = [any(start < b and a < end for a, b in spans) for start, end in found.offsets]
         return found.ids, inside
 
     def heads(self, texts: Sequence[str], limit: int | None) -> list[list[int]]:
