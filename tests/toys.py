@@ -12,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, PpoConfig
+from rlhf_cli.data.reading import Walk
+from rlhf_cli.data.rows import walked
+from rlhf_cli.data.sources import Source
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.scratch import learn_tokenizer
 
@@ -151,3 +154,13 @@ def sequences_of(count: int, vocabulary: int = 23, seed: int = 0) -> list[Tokens
         return drawn
 
     return [Tokens([1, *ids(i % 4)], [*ids((i * 3) % 7), 2]) for i in range(1, count + 1)]
+
+
+def all_rows(file: object, kind: type, notes: list[str] | None = None, **data: Any) -> list[Any]:
+    """All rows of one file as rows of a kind; `notes` gets what is said of them."""
+    settings = data_of(**data)
+    source = Source(str(file), settings.format, settings.columns, settings.max_rows)
+    rows, _, said = walked(Walk(source, kind, settings))
+    if notes is not None:
+        notes += said
+    return rows

@@ -111,13 +111,12 @@ class Doubts:
         )
 
 
-def check_pairs(rows: Sequence[Judged], doubtful: str, notes: list[str]) -> list[Any]:
-    """The rows to use, by `Doubts.kept`."""
+def doubted(rows: Sequence[Judged], doubtful: str, notes: list[str]) -> Any:
+    """(N,) bool, the rows to use, by `Doubts.kept`."""
     doubts = Doubts()
     for row in rows:
         doubts.add(row)
-    kept = doubts.kept(doubtful, lambda i: rows[i].source, notes)
-    return [row for row, keep in zip(rows, kept, strict=True) if keep]
+    return doubts.kept(doubtful, lambda i: rows[i].source, notes)
 
 
 def in_doubt(source: str, what: str, instead: str) -> UserError:

@@ -14,6 +14,7 @@ from rlhf_cli.data.kinds import (
     Row,
     Stepwise,
     cut_steps,
+    name_of,
     pairs_of,
     prompt_key,
     reply_key,
@@ -148,6 +149,20 @@ def convert(rows: list[Row], name: str, data: Data) -> tuple[list[Row], Counter[
     made, counts = way.make(mine, data)
     counts.update({"from": len(mine), "made": len(made)})
     return [row for row in rows if not isinstance(row, way.start)] + made, counts
+
+
+def note_of(name: str, counts: Counter[str]) -> str:
+    """A line on what `convert` has counted, over all of its calls."""
+    way = CONVERSIONS[name]
+    told = "".join(
+        f", {count} {what}"
+        for what, count in counts.items()
+        if count and what not in ("from", "made")
+    )
+    return (
+        f"{name}: {counts['made']} {name_of(way.end)} rows from {counts['from']} "
+        f"{name_of(way.start)} rows{told}"
+    )
 
 
 def route(start: type, end: type) -> list[str] | None:

@@ -86,9 +86,8 @@ class _Made:
 
     def __init__(self, kind: type, encoder: Encoder, data: Data, folder: Path | None) -> None:
         self._kind, self._encoder, self._data = kind, encoder, data
-        item = Tokens if kind in (Demonstration, Text) else kind
         self._file = None if folder is None else folder / TABLE
-        self._writer = TokenWriter(self._file, item)
+        self._writer = TokenWriter(self._file, item_kind(kind))
         self._doubts = {side: Doubts() for side in (False, True)}
         self._prompts: array[int] = array("Q")  # of the rows that may be held out
         self._of: array[int] = array("Q")  # hash of the prompt of each item
@@ -184,6 +183,11 @@ def encoded(encoder: Encoder, rows: list[Any], kind: type) -> Sequence[Encoded]:
     return encoder.answers(rows)
 
 
+def item_kind(kind: type) -> type:
+    """What rows of a kind become: sequences, prompts, or the answers that the row judges."""
+    return Tokens if kind in (Demonstration, Text) else kind
+
+
 def source_of(item: Encoded) -> str:
     """Where the row of an item stands."""
     return item[0].source if isinstance(item, tuple) else item.source
@@ -257,9 +261,8 @@ def _read(folder: Path, kind: type, places: Places, encoder: Encoder) -> Dataset
     """A dataset that was made before; None where there is none, or it is damaged."""
     if not (folder / NOTES).is_file():
         return None
-    item = Tokens if kind in (Demonstration, Text) else kind
     try:
-        table = TokenTable.of(folder / TABLE, item)
+        table = TokenTable.of(folder / TABLE, item_kind(kind))
         train, held_out = (
             Items[Any](
                 table,

@@ -40,7 +40,7 @@ def looked_at(source: Source, kind: type, data: Data) -> Look:
     rows, of, notes = walked(walk)
     if walk.unread:
         notes.append(f"{unread_of(source)}; these are its first {ROWS}, the others are read later")
-    checked(rows, data, notes)
+    checked(list(zip(rows, of, strict=True)), data, walk.name, notes)
     return Look(rows, of, list(walk.prompts), not walk.unread, notes)
 
 

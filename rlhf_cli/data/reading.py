@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.columns import unused_columns, unused_note
-from rlhf_cli.data.conversions import CONVERSIONS, convert, route
+from rlhf_cli.data.conversions import CONVERSIONS, convert, note_of, route
 from rlhf_cli.data.files import RowError, read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
 from rlhf_cli.data.kinds import (
@@ -169,7 +169,7 @@ class Walk:
     def _count(self, rows: list[Row]) -> None:
         """Columns that are kept for rules and templates, and how labels are written."""
         for row in rows:
-            self._columns.update(row.columns)
+            self._columns.update(row.columns.keys())
             if isinstance(row, Feedback):
                 self._spellings[row.spelling] += 1
 
@@ -214,17 +214,7 @@ class Walk:
             lines.append(unused_note(unread, self.kinds.total()))
         if self.cut:
             lines.append(f"the first {self._source.cap} are used")
-        for name, said in self._converted.items():
-            way = CONVERSIONS[name]
-            told = "".join(
-                f", {count} {what}"
-                for what, count in said.items()
-                if count and what not in ("from", "made")
-            )
-            lines.append(
-                f"{name}: {said['made']} {name_of(way.end)} rows from {said['from']} "
-                f"{name_of(way.start)} rows{told}"
-            )
+        lines += [note_of(name, counts) for name, counts in self._converted.items()]
         made = self.rows + self._ties
         if made < self._from:
             why = "none with a thumbs-down or a wrong step"

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
-from rlhf_cli.data.checks import check_pairs
+from rlhf_cli.data.checks import doubted
 from rlhf_cli.data.conversions import CONVERSIONS
 from rlhf_cli.data.files import about_files, held_out_of, is_local, shown_path
 from rlhf_cli.data.held_out import hold_out
@@ -155,42 +156,42 @@ def split_of(places: Places, kind: type, data: Data, limit: int | None = None) -
 
     Held-out rows are checked as training rows are: a pair that teaches nothing judges nothing.
     """
-    train: list[Any] = []
-    of: list[int] = []
-    prompts: list[int] = []
-    notes = places.about()
-    for source in places.train:
-        walk = Walk(source, kind, data, limit=limit)
-        rows, hashes, told = walked(walk)
-        train, of, notes = train + rows, of + hashes, notes + told
-        prompts += walk.prompts
-    name = places.name
+    walks = [Walk(source, kind, data, limit=limit) for source in places.train]
+    made = [(row, of) for walk in walks for chunk in walk for row, of in zip(*chunk, strict=True)]
+    notes = places.about() + [note for walk in walks for note in walk.notes()]
+    made = checked(made, data, places.name, notes)
+    hashes = [of for _, of in made]
     if places.held_out is None:
-        apart, seen = held_out_by(data, prompts, of, name)
-        ours = [row for row, held in zip(train, apart, strict=True) if not held]
-        theirs = [row for row, held in zip(train, seen, strict=True) if held]
-        return Split(checked(ours, data, notes), checked(theirs, data, notes), notes)
+        prompts = [prompt for walk in walks for prompt in walk.prompts]
+        apart, seen = held_out_by(data, prompts, hashes, places.name)
+        train = [row for (row, _), held in zip(made, apart, strict=True) if not held]
+        return Split(train, [row for (row, _), held in zip(made, seen, strict=True) if held], notes)
+    walk = Walk(places.held_out, kind, data, limit=limit)
+    theirs = [(row, of) for chunk in walk for row, of in zip(*chunk, strict=True)]
+    notes += walk.notes() + overlap(hashes, [of for _, of in theirs])
     about: list[str] = []
-    held_out, hashes, told = walked(Walk(places.held_out, kind, data, limit=limit))
-    notes += told + overlap(of, hashes)
-    split = Split(checked(train, data, notes), checked(held_out, data, about), notes)
+    theirs = checked(theirs, data, walk.name, about)
     notes += [f"held-out rows: {note}" for note in about]
-    return split
+    return Split([row for row, _ in made], [row for row, _ in theirs], notes)
 
 
 def held_out_rows(places: Places, kind: type, data: Data) -> Split:
     """The held-out rows of `split_of`, without the others in memory."""
     if places.held_out is not None:
-        rows, _, notes = walked(Walk(places.held_out, kind, data))
-        return Split([], checked(rows, data, notes), notes)
+        walk = Walk(places.held_out, kind, data)
+        made = [(row, of) for chunk in walk for row, of in zip(*chunk, strict=True)]
+        notes = walk.notes()
+        return Split([], [row for row, _ in checked(made, data, walk.name, notes)], notes)
     walks = [Walk(source, kind, data) for source in places.train]
     of = [prompt for walk in walks for _, prompts in walk for prompt in prompts]
     known = [prompt for walk in walks for prompt in walk.prompts]
     held = iter(held_out_by(data, known, of, places.name)[1])
     again = (Walk(source, kind, data) for source in places.train)
-    rows = [row for walk in again for chunk, _ in walk for row in chunk if next(held)]
+    made = [
+        pair for walk in again for chunk in walk for pair in zip(*chunk, strict=True) if next(held)
+    ]
     notes = places.about() + [note for walk in walks for note in walk.notes()]
-    return Split([], checked(rows, data, notes), notes)
+    return Split([], [row for row, _ in checked(made, data, places.name, notes)], notes)
 
 
 def walked(walk: Walk) -> tuple[list[Any], list[int], list[str]]:
@@ -219,8 +220,19 @@ def overlap(train: Any, held_out: Any) -> list[str]:
     return [f"{known} of {len(held_out)} held-out rows have a prompt of training rows"]
 
 
-def checked(rows: list[Any], data: Data, notes: list[str]) -> list[Any]:
-    """Pairs and rankings without those that data.doubtful_pairs drops; other rows as they are."""
-    if not rows or not isinstance(rows[0], Preference | Ranking):
+Hashed = tuple[Any, int]
+"""A row, and the hash of its prompt."""
+
+
+def checked(rows: list[Hashed], data: Data, place: str, notes: list[str]) -> list[Hashed]:
+    """Pairs and rankings without those that data.doubtful_pairs drops; other rows as they are.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    if not rows or not isinstance(rows[0][0], Preference | Ranking):
         return rows
-    return check_pairs(rows, data.doubtful_pairs, notes)
+    kept = doubted([row for row, _ in rows], data.doubtful_pairs, notes)
+    if not kept.any():
+        raise UserError(f"{place}: data.doubtful_pairs=drop leaves none of {len(rows)} rows")
+    return [row for row, keep in zip(rows, kept, strict=True) if keep]

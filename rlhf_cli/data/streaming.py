@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
-from rlhf_cli.data.dataset import Dataset, encoded
+from rlhf_cli.data.dataset import Dataset, encoded, item_kind
 from rlhf_cli.data.held_out import MOST, SPACE
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.reading import Walk
@@ -85,21 +85,10 @@ class Stream(Generic[Item]):
         Raises:
             UserError: there are none among the first rows.
         """
-        limit = int(self.data.eval_share * SPACE)
-        found: list[Any] = []
-        of: list[int] = []
-        sources = [self.places.held_out] if self.places.held_out else self.places.train
-        for source in sources:
-            most = None if self.places.held_out else SEARCHED
-            for rows, prompts in Walk(source, self.kind, self.data, limit=most):
-                for row, prompt in zip(rows, prompts, strict=True):
-                    if self.places.held_out or (prompt < limit and len(set(of)) < MOST):
-                        self.check(row)
-                        found.append(row)
-                        of.append(prompt)
-        writer = TokenWriter(None, self.kind)
+        rows = list(self._held_out())
+        writer = TokenWriter(None, item_kind(self.kind))
         with writer:
-            items = encoded(self.encoder, found, self.kind)
+            items = encoded(self.encoder, rows, self.kind)
             writer.extend(items)
         if not items:
             raise UserError(
@@ -108,6 +97,21 @@ class Stream(Generic[Item]):
             )
         places = np.arange(len(items))
         return Items(writer.table(), places, np.zeros(len(items)), np.zeros(len(items)), [])
+
+    def _held_out(self) -> Iterator[Any]:
+        limit = int(self.data.eval_share * SPACE)
+        apart, known = self.places.held_out, set[int]()
+        for source in [apart] if apart else self.places.train:
+            for rows, prompts in Walk(
+                source, self.kind, self.data, limit=None if apart else SEARCHED
+            ):
+                for row, prompt in zip(rows, prompts, strict=True):
+                    if apart or prompt < limit:
+                        self.check(row)
+                        known.add(prompt)
+                        yield row
+                if not apart and len(known) >= MOST:
+                    return
 
 
 def streamed(

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
+from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text
-from rlhf_cli.data.rows import Rows, identity, read_split
+from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.shapes import reader_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rewards.rules import rule_of

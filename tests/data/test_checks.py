@@ -1,9 +1,11 @@
 """Doubtful pairs: counted and kept, dropped where a row is at fault, or an error by its place."""
 
+from typing import Any
+
 import pytest
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.checks import Judged, check_pairs
+from rlhf_cli.data.checks import Judged, doubted
 from rlhf_cli.data.kinds import Preference, Ranking
 
 ITSELF = "judge a text against itself"
@@ -77,6 +79,11 @@ def test_the_first_doubtful_row_is_named(rows: list[Judged], said: str) -> None:
     with pytest.raises(UserError) as caught:
         check_pairs(rows, "error", [])
     assert str(caught.value) == said
+
+
+def check_pairs(rows: Any, doubtful: str, notes: list[str]) -> Any:
+    """The rows that are kept."""
+    return [row for row, keep in zip(rows, doubted(rows, doubtful, notes), strict=True) if keep]
 
 
 def pairs_of_lengths(longer: int, shorter: int, equal: int = 0) -> list[Judged]:

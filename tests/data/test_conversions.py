@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.conversions import CONVERSIONS, convert, route
+from rlhf_cli.data.conversions import CONVERSIONS, convert, note_of, route
 from rlhf_cli.data.kinds import (
     Feedback,
     Preference,
@@ -25,10 +25,8 @@ SENTENCE = "(?<=[.!?]) "
 
 def converted(name: str, *rows: Row, **data: Any) -> tuple[list[Any], str]:
     """Rows after one conversion, and its note."""
-    notes: list[str] = []
-    made = convert(list(rows), name, data_of(**data), notes)
-    (note,) = notes
-    return made, note
+    made, counts = convert(list(rows), name, data_of(**data))
+    return made, note_of(name, counts)
 
 
 def test_pairs_of_a_ranking() -> None:

@@ -8,6 +8,7 @@ import pytest
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.checks import check_pairs
 from rlhf_cli.data.conversions import convert
+from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
@@ -20,7 +21,6 @@ from rlhf_cli.data.kinds import (
     reply_text,
 )
 from rlhf_cli.data.readers import as_row
-from rlhf_cli.data.rows import identity
 from tests.toys import data_of
 
 
@@ -292,11 +292,11 @@ def test_replies_that_call_tools_are_compared_and_converted() -> None:
     assert check_pairs(rows, "drop", notes) == [rows[3]]
     assert notes[0].startswith("1 of 4 rows judge a text against itself")
     assert notes[1].startswith("2 of 4 rows are judged both ways")
-    judged = convert(rows[3:] * 2, "preference_to_feedback", data_of(), [])
-    (ranking,) = convert(judged, "feedback_to_ranking", data_of(), [])
+    judged = convert(rows[3:] * 2, "preference_to_feedback", data_of())[0]
+    (ranking,) = convert(judged, "feedback_to_ranking", data_of())[0]
     assert isinstance(ranking, Ranking)
     assert (ranking.responses, ranking.ranks) == ([ASKS, "No."], [1.0, 2.0])
-    (stepwise,) = convert(judged[1:2], "feedback_to_stepwise", data_of(), [])
+    (stepwise,) = convert(judged[1:2], "feedback_to_stepwise", data_of())[0]
     assert isinstance(stepwise, Stepwise) and stepwise.steps == ["No."]
     assert reply_text(ASKS) == ""
 

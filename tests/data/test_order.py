@@ -73,7 +73,7 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> 
         made.append(epoch)
         return order_of(count, seed, name, epoch)
 
-    monkeypatch.setattr("rlhf_cli.data.batches.order_of", counted)
+    monkeypatch.setattr("rlhf_cli.data.mixing.order_of", counted)
     batches = EpochBatches(range(5), 2, 3, seed=0, name="x")
     assert len(batches) == 9 and not made
     for step in range(4, 9):
@@ -90,7 +90,7 @@ def test_draws_shuffle_an_epoch_once_however_streams_alternate(
         made.append((name, epoch))
         return order_of(count, seed, name, epoch)
 
-    monkeypatch.setattr("rlhf_cli.data.batches.order_of", counted)
+    monkeypatch.setattr("rlhf_cli.data.mixing.order_of", counted)
     names = ["prompts", "refill 1", "refill 2", "ptx"]
     for step in range(7):  # 21 of 10 items: two epochs, and the first of the third
         for name in names:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.held_out import hash_of, hold_out, identity
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
@@ -22,8 +24,8 @@ from rlhf_cli.data.kinds import (
     Stepwise,
     Text,
 )
-from rlhf_cli.data.rows import Rows, hold_out, identity, read_split
-from tests.toys import composed, data_of
+from rlhf_cli.data.rows import Rows, read_split
+from tests.toys import all_rows, composed, data_of
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "hello"}
@@ -36,8 +38,7 @@ def write(file: Path, *rows: Any) -> Path:
     return file
 
 
-def read(file: Path, kind: type, **data: Any) -> list[Any]:
-    return Rows(data_of(**data)).all_of(str(file), kind, [])
+read = all_rows
 
 
 SHAPES: list[tuple[Any, type, Any]] = [
@@ -298,7 +299,7 @@ def test_bad_rows_can_be_dropped_and_are_counted(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl", {"prompt": "a"}, {"prompt": ""}, {"prompt": " "}, {"x": 1}
     )
     notes: list[str] = []
-    rows = Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    rows = all_rows(file, Prompt, notes, bad_rows="drop")
     assert [row.prompt for row in rows] == ["a"]
     (note,) = notes
     assert "1 prompt rows" in note
@@ -338,7 +339,7 @@ def test_lines_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"rows\.jsonl:{numbers[0]}: {why}"):
         read(file, Prompt)
     notes: list[str] = []
-    rows = Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    rows = all_rows(file, Prompt, notes, bad_rows="drop")
     assert [row.prompt for row in rows] == ["a", "b"]
     assert "2 prompt rows" in notes[0] and why in notes[0]
     assert all(f"rows.jsonl:{number}" in notes[0] for number in numbers)
@@ -361,7 +362,7 @@ def test_rows_of_csv_that_cannot_be_read(
         read(file, Prompt)
     file.write_bytes(file.read_bytes().replace(rest, b"b\r\n" + rest))
     notes: list[str] = []
-    rows = Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    rows = all_rows(file, Prompt, notes, bad_rows="drop")
     assert [row.prompt for row in rows] == ["a\r\n", "b"]
     assert f"1 dropped: {why} (rows.csv:{number + 1})" in notes[0]
 
@@ -369,7 +370,7 @@ def test_rows_of_csv_that_cannot_be_read(
 def test_a_few_of_many_dropped_rows_are_named(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", {"prompt": "a"}, *[{"prompt": ""}] * 7)
     notes: list[str] = []
-    Rows(data_of(bad_rows="drop")).all_of(str(file), Prompt, notes)
+    all_rows(file, Prompt, notes, bad_rows="drop")
     places = ", ".join(f"rows.jsonl:{number}" for number in range(2, 7))
     assert f"7 dropped: column 'prompt' is empty ({places} and 2 more)" in notes[0]
 
@@ -403,8 +404,7 @@ def test_gsm8k_solutions_are_a_row_each(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"s\.jsonl:1: column 'empty\.solution' is empty"):
         read(file, Feedback, format="gsm8k_solutions")
     notes: list[str] = []
-    data = data_of(format="gsm8k_solutions", bad_rows="drop")
-    rows = Rows(data).all_of(str(file), Feedback, notes)
+    rows = all_rows(file, Feedback, notes, format="gsm8k_solutions", bad_rows="drop")
     truth = {"ground_truth": "A: 4"}
     assert rows[:2] == [
         Feedback("q", "2 + 2 = 5\nA: 5", False, None, f"{file}:1", "small", truth),
@@ -412,7 +412,8 @@ def test_gsm8k_solutions_are_a_row_each(tmp_path: Path) -> None:
     ]
     assert [row.prompt for row in rows] == ["q", "q", "q2", "q2"]
     dropped = "2 dropped: column 'empty.solution' is empty (s.jsonl:1, s.jsonl:2)"
-    assert notes == [f"{file}: 4 feedback rows, {dropped}"]
+    assert notes[0] == f"{file}: 4 feedback rows, {dropped}"
+    assert notes[1] == "labels: true (2) as good, false (2) as bad"
     held = read_split(
         data_of(format="gsm8k_solutions", bad_rows="drop", path=str(file), eval_rows=1), Feedback
     )
@@ -541,9 +542,10 @@ def test_white_space_makes_no_other_prompt() -> None:
         [Prompt([{"role": "user", "content": text}]) for text in words + spaced],
         [Text(text) for text in words + spaced],
     ):
-        train, held = hold_out(rows, 4, "rows.jsonl")
-        assert (len(train), len(held)) == (16, 8)
-        assert not {identity(row) for row in train} & {identity(row) for row in held}
+        of = np.array([hash_of(identity(row)) for row in rows], np.uint64)
+        held, seen = hold_out(of, of, 0.1, 4, "rows.jsonl")
+        assert held.sum() == 8 and (held == seen).all()
+        assert (held[:12] == held[12:]).all()
 
 
 RANKINGS = [
@@ -584,18 +586,17 @@ def test_conversions_are_told_for_both_sides(tmp_path: Path) -> None:
     path = str(write(tmp_path / "rows.jsonl", *RANKINGS))
     split = read_split(data_of(path=path, eval_rows=10, convert=PAIRED), Preference)
     assert len(split.train) + len(split.held_out) == 39 * 3
-    told = [note for note in split.notes if "ranking_to_preference" in note]
-    assert len(told) == 2 and told[1].startswith("held-out rows: ranking_to_preference: ")
-    assert sum("3 ties dropped" in note for note in told) == 1
+    (told,) = [note for note in split.notes if "ranking_to_preference" in note]
+    assert told.endswith(": 117 preference rows from 40 ranking rows, 3 ties dropped")
     unseen = write(tmp_path / "eval.jsonl", RANKINGS[0])
     data = data_of(path=path, eval_path=str(unseen), max_rows=2, convert=PAIRED)
     split = read_split(data, Preference)
     assert split.notes[:3] == [
-        f"{path}: 40 ranking rows",
+        f"{path}: 2 ranking rows",
         "the first 2 are used",
-        f"{unseen}: 1 ranking rows",
+        "ranking_to_preference: 6 preference rows from 2 ranking rows",
     ]
-    assert "ranking_to_preference: 6 preference rows from 2 ranking rows" in split.notes
+    assert f"{unseen}: 1 ranking rows" in split.notes
     assert len(split.held_out) == 3
 
 
@@ -641,15 +642,15 @@ def test_conversions_leave_prompts_and_demonstrations_alone(tmp_path: Path) -> N
             RANKINGS[7],
             Preference,
             PAIRED,
-            "FILE: no usable preference row ({prompt, chosen, rejected}); ranking_to_preference: "
-            "0 preference rows from 1 ranking rows, 3 ties dropped",
+            "FILE: no usable preference row ({prompt, chosen, rejected}); FILE: 1 ranking rows; "
+            "ranking_to_preference: 0 preference rows from 1 ranking rows, 3 ties dropped",
         ),
         (
             JUDGED[0],
             Demonstration,
             [],
-            "FILE: no usable demonstration row ({prompt, completion} or {text}); "
-            "0 demonstration rows from 1 rows: none with a thumbs-down",
+            "FILE: no usable demonstration row ({prompt, completion} or {text}); FILE: 1 feedback "
+            "rows; labels: false (1) as bad; 0 demonstration rows from 1 rows: none with a thumbs",
         ),
     ],
 )
@@ -674,8 +675,7 @@ def test_demonstrations_left_out_are_told(tmp_path: Path) -> None:
     split = read_split(data_of(path=path, eval_rows=10), Demonstration)
     assert 0 < len(split.train) < 50
     assert any(
-        note.startswith(f"{len(split.train)} demonstration rows from 50 rows: none with")
-        for note in split.notes
+        note.startswith("66 demonstration rows from 100 rows: none with") for note in split.notes
     )
 
 
@@ -712,23 +712,48 @@ def test_doubtful_pairs_are_dropped_on_both_sides(tmp_path: Path) -> None:
     data = data_of(path=path, eval_rows=3)
     kept = read_split(data, Preference)
     assert (len(kept.train), len(kept.held_out)) == (10, 6)
-    assert any(note.startswith("5 of 10 rows judge a text against itself") for note in kept.notes)
+    assert any(note.startswith("8 of 16 rows judge a text against itself") for note in kept.notes)
     dropped = read_split(replace(data, doubtful_pairs="drop"), Preference)
     assert (len(dropped.train), len(dropped.held_out)) == (5, 3)
-    assert "held-out rows: 3 of 6 rows judge a text against itself: dropped" in dropped.notes
-    with pytest.raises(
-        UserError, match=r"rows\.jsonl:\d+: one of 5 rows that judge a text against"
-    ):
+    assert "8 of 16 rows judge a text against itself: dropped" in dropped.notes
+    with pytest.raises(UserError, match=r"rows\.jsonl:9: one of 8 rows that judge a text against"):
         read_split(replace(data, doubtful_pairs="error"), Preference)
     same = str(write(tmp_path / "same.jsonl", *rows[8:]))
-    with pytest.raises(UserError, match=r"same\.jsonl: data.doubtful_pairs=drop leaves none of 5"):
+    with pytest.raises(UserError, match=r"same\.jsonl: data.doubtful_pairs=drop leaves none of 8"):
         read_split(replace(data, path=same, doubtful_pairs="drop"), Preference)
     assert read_split(replace(data, doubtful_pairs="error"), Prompt).train  # no pairs are asked for
 
 
 def test_too_few_rows_to_hold_out() -> None:
-    with pytest.raises(UserError, match="holding out 3 of 3 prompts leaves none to train on"):
-        hold_out([Prompt(str(i)) for i in range(3)], 3, "x.jsonl")
+    of = np.array([1, 2, 3], np.uint64)
+    with pytest.raises(UserError, match=r"holding out 3 of 3 .* set data\.eval_rows"):
+        hold_out(of, of, 0.1, 3, "x.jsonl")
+    with pytest.raises(UserError, match=r"holding out 1 of 1 .* set data\.eval_share"):
+        hold_out(of[:1], of[:1], 0.1, None, "x.jsonl")
+
+
+def test_rows_that_come_later_move_no_prompt_to_the_other_side(tmp_path: Path) -> None:
+    """By share: what was held out stays so, and what was learnt from too."""
+    rows = [{"prompt": f"question {i}"} for i in range(600)]
+    file = write(tmp_path / "rows.jsonl", *rows[:300])
+    data = data_of(path=str(file), eval_share=0.1)
+    before = read_split(data, Prompt)
+    write(file, *rows)
+    after = read_split(data, Prompt)
+    for side in ("train", "held_out"):
+        old, new = ({row.prompt for row in getattr(split, side)} for split in (before, after))
+        assert old <= new
+    assert 15 <= len(before.held_out) <= 45
+    assert {row.prompt for row in Rows(data).held_out(Prompt).held_out} == {
+        row.prompt for row in after.held_out
+    }
+
+
+def test_of_a_large_share_a_part_is_looked_at() -> None:
+    of = np.arange(10_000, dtype=np.uint64) * np.uint64(2**64 // 10_000)
+    held, seen = hold_out(of, of, 0.1, None, "x.jsonl")
+    assert (held.sum(), seen.sum()) == (1001, 200)
+    assert (seen <= held).all() and not seen[200:].any()
 
 
 def test_limits_and_an_own_evaluation_file(tmp_path: Path) -> None:
@@ -738,7 +763,7 @@ def test_limits_and_an_own_evaluation_file(tmp_path: Path) -> None:
     split = read_split(data, Prompt)
     assert [row.prompt for row in split.train] == ["0", "1", "2", "3"]
     assert [row.prompt for row in split.held_out] == ["e"]
-    assert "rows.jsonl: 9" in split.notes[0] and "eval.jsonl: 1" in split.notes[-1]
+    assert "rows.jsonl: 4" in split.notes[0] and "eval.jsonl: 1" in split.notes[-1]
 
 
 def test_plain_text_comes_from_its_own_file(tmp_path: Path) -> None:

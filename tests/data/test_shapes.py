@@ -18,9 +18,8 @@ from rlhf_cli.data.kinds import (
     Stepwise,
     Text,
 )
-from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.shapes import FORMATS, reader_of
-from tests.toys import data_of
+from tests.toys import all_rows, data_of
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -305,9 +304,8 @@ def test_an_option_of_data_for_each_shape(option: str, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row, _ in rows))
     data = compose("dpo", [f"data={option}", f"data.path={file}", "policy=x"]).data
     assert data.format == option
-    rows_of = Rows(data)
     kind = type(rows[0][1]) if len(rows) == 1 else Prompt
-    assert rows_of.all_of(str(file), kind, [])
+    assert all_rows(file, kind, format=option, columns=data.columns)
 
 
 def test_the_old_name_of_rows_reads_them_too() -> None:
@@ -399,7 +397,7 @@ def test_a_prompt_alone_is_told_what_it_may_be(row: Any, line: str, tmp_path: Pa
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as caught:
-        Rows(data_of()).all_of(str(file), Demonstration, [])
+        all_rows(file, Demonstration)
     assert "this is a prompt row" in str(caught.value)
     assert str(caught.value).endswith(line)
 
