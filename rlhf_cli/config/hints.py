@@ -221,7 +221,10 @@ def _explain_words(error: BaseException, text: str, stage: str) -> str:
         return f"cannot read {override}; quote the value: {_quoted(key, value)}"
     if ambiguous := re.search(r"Ambiguous value for argument '(.*?)=(.*)'", text):
         key, value = ambiguous.groups()
-        return f"{key}={value} has a comma; to sweep add -m, else quote it: {_quoted(key, value)}"
+        line = f"{key}={value} has a comma; to sweep add -m, "
+        if (field := catalog.keys(stage).get(key)) and field.metadata["texts"]:
+            return f"{line}for a list write {shlex.quote(f'{key}=[{value}]')}"
+        return f"{line}else quote it: {_quoted(key, value)}"
     if appended := re.search(r"already at '(.*?)'", text):
         return f"{appended[1]} exists already; write {appended[1]}=VALUE without +"
     base = re.search(r"Could not load '(\w+)/(\w+)'", text)  # in a defaults list

@@ -86,7 +86,7 @@ def _check_texts(stage: str, key: str, value: Any) -> None:
     if value is None:
         return
     texts = value if isinstance(value, list) else [value]
-    if not texts or "" in texts:
+    if not texts or any(not str(each).strip() for each in texts):
         raise UserError(f"{key} is empty; name a file, or leave it out")
     if wrong := [each for each in texts if not isinstance(each, str)]:
         raise UserError(wrong_value(stage, key, wrong[0]))

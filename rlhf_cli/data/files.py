@@ -150,19 +150,25 @@ def about_files(path: Paths, held_out: bool) -> list[str]:
         held_out: whether its held-out files are read too.
     """
     found, name, lines = find(path), shown_path(path), []
+    folder = os.path.expanduser(name)
     unused = found.unused
     if found.held_out and held_out:
-        lines.append(f"{name}: {_few(found.train)} to train on, {_few(found.held_out)} held out")
+        train, others = _few(found.train, folder), _few(found.held_out, folder)
+        lines.append(f"{name}: {train} to train on, {others} held out")
     else:
         unused = found.held_out + unused
     if unused:
-        lines.append(f"{name}: not read: {_few(unused)}")
+        lines.append(f"{name}: not read: {_few(unused, folder)}")
     return lines
 
 
-def _few(files: list[Path]) -> str:
+def _few(files: list[Path], folder: str | Path) -> str:
+    """The first of some files, as they are called in a folder, and how many more there are."""
     more = len(files) - MOST_NAMES
-    names = ", ".join(file.name for file in files[:MOST_NAMES])
+    names = ", ".join(
+        str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+        for file in files[:MOST_NAMES]
+    )
     return names + (f" and {more} more" if more > 0 else "")
 
 
@@ -212,7 +218,7 @@ def _found_in(folder: Path) -> Found:
     data, others = _walk(folder, set())
     if not data:
         ends = ", ".join(SUFFIXES)
-        there = f"; it has {_few(others)}" if others else ""
+        there = f"; it has {_few(others, folder)}" if others else ""
         raise UserError(f"{folder}: no {ends} file in this folder{there}")
     splits: dict[str | None, list[Path]] = {}
     for file in data:

@@ -127,6 +127,7 @@ def _batches(source: Any, stream: bool) -> Iterator[Any]:
         reader = pyarrow.ipc.open_file(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     for batch in batches:
+        batch.validate(full=True)  # one of a damaged file may lead out of the memory it has
         yield from (batch.slice(at, AT_A_TIME) for at in range(0, batch.num_rows, AT_A_TIME))
 
 

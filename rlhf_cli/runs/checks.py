@@ -66,7 +66,11 @@ def check_data(cfg: Run) -> None:
             if key == "path" and data.format != "demo" and not data.sources:
                 raise UserError(f"data={data.format} needs data.path=FILE")
             continue
-        if value != STDIN and not is_local(value):  # the hub tells what it has once it is asked
+        if value == STDIN:
+            raise UserError(
+                f"data.{key}={STDIN}: generate alone reads standard input, as data.path"
+            )
+        if not is_local(value):  # the hub tells what it has once it is asked
             continue
         try:
             found = find(value)

@@ -161,16 +161,18 @@ def test_what_has_happened_to_a_source_since(chain: None) -> None:
 
 def test_what_has_happened_to_data_since(chain: None) -> None:
     Path("rows").mkdir()
-    for name in ("rows/a.jsonl", "rows/b.csv", "mine.py"):
+    for name in ("rows/a.jsonl", "rows/b.csv", "more.jsonl", "mine.py"):
         Path(name).write_text(name)
-    places = {"data.path": "rows", "reward mine.py": "mine.py"}
+    places = {"data.path[0]": "rows", "data.path[1]": "m*.jsonl", "reward mine.py": "mine.py"}
     inputs = {role: {"path": path, "hash": input_hash(path)} for role, path in places.items()}
     write_run("runs/demo/grpo", "grpo", {"policy": "runs/demo/sft"}, inputs=inputs)
     assert notes("runs/demo/grpo") == []
     Path("rows/b.csv").write_text("other")
     Path("mine.py").unlink()
+    Path("more.jsonl").unlink()
     assert notes("runs/demo/grpo") == [
-        *("data.path rows has changed since", "reward mine.py is gone")
+        *("data.path[0] rows has changed since", "data.path[1] m*.jsonl is gone"),
+        "reward mine.py is gone",
     ]
 
 

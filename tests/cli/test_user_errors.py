@@ -210,6 +210,16 @@ FILES: dict[str, Case] = {
     ),
     "an empty path": (as_it_is, f"{OWN_SFT} data.path=''", ["data.path is empty"]),
     "an empty list of paths": (as_it_is, f"{OWN_SFT} data.path=[]", ["data.path is empty"]),
+    "paths without brackets": (
+        rows(GIVEN),
+        f"{OWN_SFT} data.path=own.jsonl,b.jsonl",
+        ["for a list write 'data.path=[own.jsonl,b.jsonl]'"],
+    ),
+    "standard input for a stage that learns": (
+        as_it_is,
+        f"{OWN_SFT} data.path=-",
+        ["data.path=-: generate alone reads standard input"],
+    ),
     "an empty path in a list": (
         rows(GIVEN),
         f"{OWN_SFT} data.path=[own.jsonl,'']",

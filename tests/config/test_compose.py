@@ -193,3 +193,26 @@ def test_lists_and_maps_hold_plain_values(stage: str, word: str, name: str) -> N
     with pytest.raises(UserError) as caught:
         compose(stage, [word])
     assert str(caught.value).startswith(f"{name} must be one value, got ")
+
+
+def test_a_path_to_rows_is_a_text_or_a_list_of_texts() -> None:
+    """Named in help as such, and kept as it was given."""
+    for given, path in {
+        "rows/*.jsonl": "rows/*.jsonl",
+        "[a.jsonl,'b, c.csv']": ["a.jsonl", "b, c.csv"],
+        '"~/rows"': "~/rows",
+        '"1.10"': "1.10",
+    }.items():
+        data = compose("dpo", ["data=jsonl", f"data.path={given}", f"data.eval_path={given}"]).data
+        assert (data.path, data.eval_path, data.text_path) == (path, path, None)
+    assert catalog.describe("dpo", "data.path") == "text, a list of texts, or null"
+    for wrong, why in {
+        "[]": "data.path is empty",
+        "' '": "data.path is empty",
+        "[a,'']": "data.path is empty",
+        "7": "data.path must be text, a list of texts, or null, got 7",
+        "[a,[b]]": r"data.path\[1\] must be one value",
+        "{a: b}": "data.path",
+    }.items():
+        with pytest.raises(UserError, match=why):
+            compose("dpo", ["data=jsonl", f"data.path={wrong}"])

@@ -340,7 +340,9 @@ def test_a_folder_is_read_with_the_folders_in_it(tmp_path: Path) -> None:
     assert prompts(str(tmp_path)) == ["a/deep/y.jsonl.gz", "a/z.jsonl", "b.jsonl", "c.json"]
     unused = [str(file.relative_to(tmp_path)) for file in unused_files(str(tmp_path))]
     assert unused == ["a/picture.png", "notes.md", "run"]
-    assert about_files(str(tmp_path), True) == [f"{tmp_path}: not read: picture.png, notes.md, run"]
+    assert about_files(str(tmp_path), True) == [
+        f"{tmp_path}: not read: a/picture.png, notes.md, run"
+    ]
 
 
 SPLITS = {
@@ -532,7 +534,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     rows=st.lists(st.dictionaries(st.just("prompt") | st.text(max_size=3), VALUES), min_size=2),
     indent=st.sampled_from([None, 0, 2]),
@@ -550,3 +552,22 @@ def test_any_rows_in_any_json(
         for text in ("\n".join(written), "[" + ",\n".join(written) + "]", "\n\n\t".join(written)):
             file.write_text(text, encoding="utf-8")
             assert read(str(file)) == rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(KINDS)),
+    flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), max_size=3),
+    kept=st.none() | st.integers(1, 400),
+)
+def test_any_damage_is_one_line(
+    name: str, flips: list[tuple[int, int]], kept: int | None, tmp_path_factory: Any
+) -> None:
+    content = bytearray(KINDS[name])
+    for place, bits in flips:
+        content[place % len(content)] ^= bits
+    file = put(tmp_path_factory.mktemp("any") / name, bytes(content[:kept]))
+    try:
+        assert all(isinstance(raw, dict | RowError) for raw in read(str(file)))
+    except UserError as error:
+        assert name in str(error) and "\n" not in str(error)
