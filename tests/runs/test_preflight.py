@@ -1,6 +1,7 @@
 """What a run checks and reads before it starts, it checks and reads once."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data import rows
 from rlhf_cli.data.kinds import Preference
+from rlhf_cli.data.reading import Chunk, Walk
 from rlhf_cli.reporting import console
 from rlhf_cli.runs import out_folder, preflight
 from rlhf_cli.runs.session import Session
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("inside")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a run is checked, its folder looked at, and each file of rows parsed."""
+    """How often a run is checked, its folder looked at, and each file of rows read as a whole."""
     counted: Counter[str] = Counter()
 
     def count(module: Any, name: str, label: str = "") -> None:
@@ -35,7 +37,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, counting)
 
-    count(rows, "parse_rows")
+    walk = Walk.__iter__
+
+    def walking(self: Walk) -> Iterator[Chunk]:
+        if self._limit is None:
+            counted[self.name] += 1
+        return walk(self)
+
+    monkeypatch.setattr(Walk, "__iter__", walking)
     count(preflight, "check_models", "checks")
     count(preflight, "state_of", "looks")
     count(out_folder, "state_of", "looks")  # once more, under the lock
@@ -49,38 +58,37 @@ def run(stage: str, *words: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "more", "files"),
     [
-        ("sft", ["algo.max_steps=1"], ["rows.jsonl", "text.jsonl"]),
-        ("reward", ["algo.epochs=1"], ["rows.jsonl", "text.jsonl"]),
-        ("dpo", ["algo.epochs=1"], ["rows.jsonl", "text.jsonl"]),
-        ("ppo", ["algo.steps=1"], ["rows.jsonl", "text.jsonl"]),
-        ("grpo", ["algo.steps=1"], ["rows.jsonl", "text.jsonl"]),
+        ("sft", ["algo.max_steps=1"], {"rows.jsonl": 1, "text.jsonl": 1}),
+        ("reward", ["algo.epochs=1"], {"rows.jsonl": 2}),  # pairs, and what is to be imitated
+        ("dpo", ["algo.epochs=1"], {"rows.jsonl": 1}),
+        ("ppo", ["algo.steps=1"], {"rows.jsonl": 1, "text.jsonl": 1}),
+        ("grpo", ["algo.steps=1"], {"rows.jsonl": 1, "text.jsonl": 1}),
     ],
 )
 def test_a_fresh_run_checks_and_reads_once(
-    stage: str, more: list[str], files: list[str], tmp_path: Path, calls: Counter[str]
+    stage: str, more: list[str], files: dict[str, int], tmp_path: Path, calls: Counter[str]
 ) -> None:
     run(stage, *words_of(stage), *more, f"out={tmp_path / 'out'}")
-    expected = {f"parse_rows {file}": 1 for file in files}
-    assert calls == {"checks": 1, "looks": 2, **expected}
+    assert calls == {"checks": 1, "looks": 2, **files}
 
 
 def test_evaluate_reads_rows_once_for_all_policies(tmp_path: Path, calls: Counter[str]) -> None:
+    """Of prompts and of pairs: which are held out, and those; plain text as each tokenises it."""
     data = [word for word in words_of("dpo") if word.startswith("data.") or word == "data=jsonl"]
     words = ["algo.prompts=4", "algo.samples=1", "baselines=[runs/demo/adapter]", "gold=regex:a"]
     run("evaluate", *data, *words, "policy=runs/demo/sft", f"out={tmp_path / 'out'}")
     assert calls == {
         "checks": 1,
         "looks": 2,
-        "parse_rows rows.jsonl": 1,
-        "parse_rows text.jsonl": 1,
+        "rows.jsonl": 4,
+        "text.jsonl": 2,
     }
 
 
 def test_generate_reads_its_prompts_once(tmp_path: Path, calls: Counter[str]) -> None:
     data = [word for word in words_of("dpo") if word.startswith("data.") or word == "data=jsonl"]
     run("generate", *data, "algo.prompts=2", "policy=runs/demo/sft", f"out={tmp_path / 'out'}")
-    files = {"parse_rows rows.jsonl": 1, "parse_rows text.jsonl": 1}
-    assert calls == {"checks": 1, "looks": 2, **files}
+    assert calls == {"checks": 1, "looks": 2, "rows.jsonl": 1}
 
 
 def test_what_is_wrong_at_a_glance_is_told_before_weights_are_hashed(
@@ -104,9 +112,8 @@ def test_a_plan_of_a_check_is_made_anew(tmp_path: Path) -> None:
 
 def test_rows_over_the_limit_are_not_kept() -> None:
     cfg = compose("dpo", [*words_of("dpo"), "data.max_rows=20", "data.eval_rows=4"])
-    read = rows.Rows(cfg.data)
-    assert len(read.split(Preference).train) == 16
-    assert [len(kept) for kept, _ in read._parsed.values()] == [20]
+    split = rows.Rows(cfg.data).split(Preference)
+    assert (len(split.train), len(split.held_out)) == (16, 4)
 
 
 def test_a_step_is_counted_as_it_begins(

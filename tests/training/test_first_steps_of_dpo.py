@@ -25,7 +25,7 @@ from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 from rlhf_cli.models.load import load_tokenizer
-from rlhf_cli.preferences.items import items_of
+from rlhf_cli.preferences.items import PreferenceItems
 from rlhf_cli.rewards.reward import load_reward
 from tests.tiny import words_of
 from tests.toys import FROZEN, run_of
@@ -231,7 +231,7 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     held_out = encoder.answers(rows.held_out)
     z0 = 0.0
     if algo.loss == "kto":
-        found = items_of(held_out, cfg, "held-out")
+        found = PreferenceItems(held_out, cfg, "held-out")
         partners = [each.mismatched.answers for each in found if each.mismatched is not None]
         assert len(partners) == len(held_out)
         rho = torch.cat(sums(after, partners)) - torch.cat(sums(start, partners))
@@ -276,7 +276,7 @@ def test_a_partner_of_kto_answers_another_prompt() -> None:
     orders = []
     for seed in range(10):
         seeded = replace(cfg, seed=seed)
-        items = items_of(answers, seeded, "training")
+        items = PreferenceItems(answers, seeded, "training")
         assert [item.answers for item in items] == answers
         partners = [item.mismatched.answers for item in items if item.mismatched is not None]
         for item, partner in zip(answers, partners, strict=True):
@@ -284,6 +284,6 @@ def test_a_partner_of_kto_answers_another_prompt() -> None:
             assert good.get(tuple(partner.responses[0])) != item.prompt
         orders.append([each.responses for each in partners])
         assert len(set(good) - {tuple(each.responses[0]) for each in partners}) <= 3
-        again = items_of(answers, seeded, "training")
+        again = PreferenceItems(answers, seeded, "training")
         assert [each.mismatched for each in again] == [each.mismatched for each in items]
     assert orders[0] != orders[1]
