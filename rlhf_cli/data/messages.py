@@ -20,6 +20,7 @@ ROLES = {
     "developer": "developer",
     "function_call": "assistant",  # what it says is the call
 }
+USUAL = ("user", "assistant", "system", "tool", "developer")
 SYSTEM = ("system", "developer")
 
 PLAIN = frozenset(("role", "content"))
@@ -120,6 +121,9 @@ def message_of(value: Any, name: str, source: str) -> Message:
     where = f"{source}: column {name!r}"
     if not isinstance(value, dict):
         raise RowError(f"{where} needs messages with role and content")
+    if len(value) == 2 and value.get("role") in USUAL and isinstance(value.get("content"), str):
+        check_characters(value["content"], name, source)
+        return value
     message = {key: part for key, part in value.items() if part is not None}
     if "role" not in message and "from" in message:
         message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
