@@ -29,6 +29,8 @@ COMMON = ("system", "tools", "weight", "source")
 OURS = ("prompt", *KINDS, "ranks", "scores", "labels", "label", "score", "margin", *COMMON)
 """The columns that data/readers.py reads."""
 
+RULE = "answer"  # the column that our rules read
+
 CLOSE = 0.8  # a name so like one of ours was meant to be it
 
 
@@ -148,8 +150,8 @@ def check_names(columns: dict[str, str], reads: Collection[str], option: str) ->
     Raises:
         UserError: a name is nearly one that the shape reads, and so a slip.
     """
-    for name in columns:
-        if name not in reads and (meant := nearest(name, reads, "data.columns.", CLOSE)):
+    for name in columns.keys() - {*reads, RULE}:
+        if meant := nearest(name, reads, "data.columns.", CLOSE):
             raise UserError(f"data.columns.{name}: data={option} reads no such column{meant}")
 
 

@@ -20,9 +20,11 @@ ROLES = {
     "developer": "developer",
     "function_call": "assistant",  # what it says is the call
 }
+USUAL = ("user", "assistant", "system", "tool", "developer")
 SYSTEM = ("system", "developer")
 
 PLAIN = frozenset(("role", "content"))
+MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 CALLS = frozenset(("tool_calls", "function_call"))
 WRITTEN_BY_PYTHON = re.compile(r"\[\s*\{\s*'(?:role|content|from|value)'\s*:")
 
@@ -119,6 +121,9 @@ def message_of(value: Any, name: str, source: str) -> Message:
     where = f"{source}: column {name!r}"
     if not isinstance(value, dict):
         raise RowError(f"{where} needs messages with role and content")
+    if len(value) == 2 and value.get("role") in USUAL and isinstance(value.get("content"), str):
+        check_characters(value["content"], name, source)
+        return value
     message = {key: part for key, part in value.items() if part is not None}
     if "role" not in message and "from" in message:
         message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
@@ -137,10 +142,15 @@ def message_of(value: Any, name: str, source: str) -> Message:
         message["tool_calls"], content = [call_in(content, where)], None
     calls = calls_of(message, where)
     if content is None and not calls:
-        raise RowError(f"{where} needs messages with role and content")
+        has = (
+            ": content holds NoneType, expected text" if {"content", "value"} & value.keys() else ""
+        )
+        raise RowError(f"{where}{has or ' needs messages with role and content'}")
     message["content"] = content if content is None else content_of(content, where)
     if isinstance(message["content"], str):
         check_characters(message["content"], name, source)
+    if media := next((key for key in MEDIA if message.get(key)), None):
+        raise RowError(f"{where}: a message holds {media!r}; only text is read")
     if "weight" in message:
         check_message_weight(message, where)
     return message

@@ -3,8 +3,10 @@
 What a shape does not read stays with the row, for rules and templates.
 """
 
+import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -323,8 +325,11 @@ def gsm8k_solution(raw: Raw, source: str) -> Row:
 
 
 def object_of(raw: Raw, name: str, source: str) -> Raw:
-    """A column that must hold an object."""
+    """A column that must hold an object; CSV has it as JSON."""
     value = column(raw, name, source)
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if not isinstance(value, dict):
         has = type(value).__name__
         raise RowError(f"{source}: column {name!r} holds {has}, expected an object")
@@ -407,7 +412,10 @@ KNOWN: list[tuple[str, str, tuple[tuple[str, ...], ...]]] = [
 
 
 def looks_like(raw: Raw, format: str) -> str:
-    """`; these look like ...: data=OPTION` for a row of a shape known by another name."""
+    """`; these look like ...: data=OPTION` for a row of a shape known by another name.
+
+    Or, of a row in no known shape, the column that may be its prompt.
+    """
     for option, what, signatures in KNOWN:
         if any(all(is_given(raw, name) for name in names) for names in signatures):
             return "" if option == format else f"; these look like {what}: data={option}"
@@ -423,10 +431,17 @@ def looks_like(raw: Raw, format: str) -> str:
         found = "gsm8k", "GSM8K problems"
     elif solutions_in(raw):
         found = "gsm8k_solutions", "model solutions of GSM8K"
-    if found is None or found[0] == format:
+    if found is None:
+        asks = [name for name in ASKS if isinstance(raw.get(name), str)]
+        hint = asks and format == "rows" and not is_given(raw, "prompt")
+        return f"; data.columns.prompt={asks[0]} reads its column {asks[0]!r}" if hint else ""
+    if found[0] == format:
         return ""
     return f"; these look like {found[1]}: data={found[0]}"
 
+
+ASKS = ("question", "instruction", "query", "problem", "input")
+"""Other names for a prompt."""
 
 REPLIES = ("response", "output", "reply", "answer")
 """Other names for a completion."""

@@ -506,7 +506,7 @@ BAD_ROWS: dict[str, Case] = {
     "thumbs that are neither up nor down": (
         rows({**GIVEN, "label": "maybe"}),
         f"dpo {OWN} algo=kto",
-        ["own.jsonl:1: this is a demonstration row; needed: feedback rows"],
+        ["own.jsonl:1: column 'label' holds 'maybe', expected true or false, yes or no"],
     ),
     "a margin below 0": (
         rows({**PAIR, "margin": -1}),

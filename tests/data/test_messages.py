@@ -196,7 +196,7 @@ def test_messages_and_text_in_any_mix(columns: dict[str, Any], expected: Row) ->
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"messages": [U, said("assistant", None)]}, "needs messages with role and content"),
+    ({"messages": [U, said("assistant", None)]}, "content holds NoneType, expected text"),
     ({"messages": [{"role": "user"}]}, "needs messages with role and content"),
     ({"messages": ["hi", A]}, "needs messages with role and content"),
     ({"messages": [said(3, "x"), A]}, "role holds int, expected text"),
@@ -206,6 +206,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"messages": [said("user", [{"type": "image_url", "image_url": "x"}]), A]},
         "content holds a part of type 'image_url'; only text is read, no images",
     ),
+    ({"messages": [{**U, "images": ["x.png"]}, A]}, "a message holds 'images'; only text is read"),
     ({"messages": [said("user", [{"type": "text"}]), A]}, "a part without text"),
     ({"messages": [U, A, U]}, "must end in a reply of the assistant; data=rows data.columns"),
     ({"messages": [A]}, "must end in a reply of the assistant to another message"),

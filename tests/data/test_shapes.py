@@ -282,6 +282,11 @@ SHAPES: list[tuple[str, Any, Row]] = [
             {"answer": "3", **{name: VERL[name] for name in VERL if name != "prompt"}},
         ),
     ),
+    (
+        "verl",
+        {"prompt": "p", "reward_model": '{"style": "rule", "ground_truth": "3"}'},
+        Prompt("p", {"answer": "3", "reward_model": '{"style": "rule", "ground_truth": "3"}'}),
+    ),
     ("text", {"text": "Once.", "prompt": "p", "id": 3}, Text("Once.")),
 ]
 
@@ -421,3 +426,12 @@ def test_every_format_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for name in FORMATS:
         assert f"`{name}`" in page
+
+
+def test_a_prompt_by_another_name_is_told_its_mapping() -> None:
+    with pytest.raises(UserError) as caught:
+        read({"id": 1, "question": "q", "answer": "a"}, "rows")
+    assert str(caught.value) == (
+        "f.jsonl:1: no column 'prompt'; found id, question, answer; "
+        "data.columns.prompt=question reads its column 'question'"
+    )
