@@ -41,7 +41,7 @@ WRAPPED = tuple(
     )
 )
 CLOSING_TAGS = re.compile(r"(?:\s*</[A-Za-z][^<>]*>)+\s*$")
-# Between words: the 5 of `answer:5`, `x=5` and `<b>5</b>` is one by itself, 12:30 is one as a whole.
+# Between words: the 5 of `answer:5`, `x=5` and `<b>5</b>` is one, and so is 12:30.
 BETWEEN = re.compile(r"</?[A-Za-z][^<>]*>|[\s=<>|\u2248\u2192\u21d2\u2014]+|(?<!\d):|:(?!\d)")
 AROUND = ",;:!?\"'`*_~\u201c\u201d\u2018\u2019"  # of a word in a sentence
 BRACKETS = ("()", "[]", "{}")
@@ -52,9 +52,9 @@ FOR_THE_RUN = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def exact_answer(row: Prompt, response: str) -> float:
-    """1 where the response's final answer (the line after the last ####, else the last \\boxed, else
-    the last word with a digit, or all of it) is the row's `answer` as text without case, or the
-    whole of both is the same number; 0 elsewhere.
+    """1 where the response's final answer (the line after the last ####; without one the last
+    \\boxed, the last word with a digit, or all of it) is the row's `answer` as text without case,
+    or the whole of both is the same number; 0 elsewhere.
     """
     expected = str(row.columns["answer"])
     said_no_more = MARK not in response and same_text(response, expected)

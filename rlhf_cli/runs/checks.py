@@ -175,8 +175,7 @@ def check_supervision(cfg: Any) -> None:
     ):
         raise UserError(
             f"algo.supervision=process rewards steps, but no term of reward={cfg.reward} judges "
-            "them: a reward model of steps does, and a function whose second parameter is "
-            "called steps"
+            "them: a reward model of steps does, and a function that names steps"
         )
 
 

@@ -62,6 +62,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     judges: dict[str, Reward] = {}
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, Tensor] = {}
+    totals: dict[str, list[Tensor]] = {}
     samples: Samples = []
     with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
         for number, path in enumerate(paths):
@@ -87,11 +88,15 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                 kept=own,
             )
             said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
+            for name, each in said.items():
+                totals.setdefault(name, []).append(each.total)
             decisive = said.get("gold") or said["reward"]  # gold decides wins where there is one
             scores[path] = decisive.total.view(-1, cfg.algo.samples)  # (N, K)
             results[path] = result_of(cfg, path, policy, reference, rollouts, said, unseen)
             samples += samples_of(path, rollouts, said)
 
+    for name, judge_of in judges.items():
+        judge_of.check_scored(name, torch.cat(totals[name]))
     wins = compared(cfg, paths, scores, results)
     report = {
         "policies": results,
