@@ -23,8 +23,8 @@ FUNCTION = re.compile(r"(.+\.py):([^\W\d]\w*)")
 LIBRARIES = tuple(
     Path(path).resolve()
     for path in (
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        Path(__file__).parents[1],
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+        str(Path(__file__).parents[1]),
     )
 )
 
@@ -101,7 +101,7 @@ def function_in(key: str, file: Path, name: str) -> Callable[..., Any]:
     function = getattr(_loaded(file.resolve()), name, None)
     if not callable(function):
         raise UserError(f"{key}={file}:{name}: {name} is no function once {file} has run")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 @cache

@@ -44,7 +44,7 @@ CLOSING_TAGS = re.compile(r"(?:\s*</[A-Za-z][^<>]*>)+\s*$")
 # Between words: the 5 of `answer:5`, `x=5` and `<b>5</b>` is one, and so is 12:30.
 BETWEEN = re.compile(r"</?[A-Za-z][^<>]*>|[\s=<>|\u2248\u2192\u21d2\u2014]+|(?<!\d):|:(?!\d)")
 AROUND = ",;:!?\"'`*_~\u201c\u201d\u2018\u2019"  # of a word in a sentence
-BRACKETS = ("()", "[]", "{}")
+BRACKETS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 MATH_SECONDS = 5.0  # for one answer; what takes longer is not shown to be equal
 START_SECONDS = 120.0
@@ -107,11 +107,13 @@ def same_answer(given: str, expected: str) -> bool:
 
 def same_text(given: str, expected: str) -> bool:
     """Equal but for case, blanks, marks around and a full stop at the end; nothing is no answer."""
-    ours, theirs = (
-        re.sub(r"\s*([^\w\s.])\s*", r"\1", " ".join(plain(text).split())).casefold()
-        for text in (given, expected)
-    )
-    return bool(ours) and ours == theirs
+    return bool(plain(given)) and squeezed(given) == squeezed(expected)
+
+
+def squeezed(text: str) -> str:
+    """An answer in lower case, with no blanks but single ones between words."""
+    words = " ".join(plain(text).split())
+    return re.sub(r"\s*([^\w\s.])\s*", r"\1", words).casefold()
 
 
 def plain(text: str) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_code import parameters_of
 from rlhf_cli.config.schema import Run
-from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name
+from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
+from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import SUFFIXES
 from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, kind_named
 from rlhf_cli.data.rows import Rows
@@ -33,7 +35,7 @@ from rlhf_cli.rewards.specs import (
     terms_of,
 )
 from rlhf_cli.runs.out_folder import is_claimed
-from rlhf_cli.runs.provenance import named_models
+from rlhf_cli.runs.provenance import named_models, own_loss
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
@@ -186,6 +188,14 @@ def reward_lines(cfg: Run) -> list[str]:
         for role, reward in rewards_of(cfg)
         for term in terms_of(reward)
     ]
+
+
+def own_loss_lines(cfg: Run) -> list[str]:
+    """That a loss is the user's own, and so whose code runs."""
+    if (own := own_loss(cfg)) is None:
+        return []
+    given = given_to(stage_name(cfg), "algo.loss", parameters_of("algo.loss", *own))
+    return [f"algo.loss: code of {own[0]} runs: {own[1]} gives the losses, of {', '.join(given)}"]
 
 
 def check_folder(role: str, path: str, kind: str, meant: str) -> None:
