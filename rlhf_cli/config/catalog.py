@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_code import function_named
 from rlhf_cli.config.own_files import read_own, read_yaml
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import OPTIONS
@@ -133,7 +134,7 @@ def _fits(
     if not set(values) <= names <= set(values) | set(own.get(group, {})):
         return False
     return all(
-        value in (*words, NULL)
+        value in (*words, NULL) or own_function(stage, f"{group}.{name}", value)
         for name, value in values.items()
         if (words := known(stage, f"{group}.{name}")) and not isinstance(value, list)
     )
@@ -168,6 +169,12 @@ def choices(stage: str, key: str) -> tuple[str, ...]:
         return _words_of_schema(stage, key)
     known = shipped_options(stage, group_of(key)).values()
     return tuple(sorted({values[key] for values in known}))
+
+
+def own_function(stage: str, key: str, value: Any) -> tuple[Path, str] | None:
+    """File and name of the function of a user that is the value of a key, where it may be one."""
+    may_be = isinstance(value, str) and "own" in keys(stage)[key].metadata
+    return function_named(value) if may_be else None
 
 
 def _words_of_schema(stage: str, key: str) -> tuple[str, ...]:
@@ -230,6 +237,7 @@ def describe(stage: str, key: str) -> str:
     if known := choices(stage, key):
         words = "|".join(known)
         words = f"list of {words}" if get_origin(kind) is list else words
+        words += "|path.py:function" if "own" in field.metadata else ""
     else:
         words = _TYPES.get(kind) or {list: "list", dict: "map"}[get_origin(kind)]
     limits = field.metadata

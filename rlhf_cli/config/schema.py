@@ -16,6 +16,16 @@ decides about is used by those whose option gives it a value other than null.
 """
 
 
+PAIR = (
+    *("chosen_logps", "rejected_logps", "reference_chosen_logps", "reference_rejected_logps"),
+    *("chosen_lengths", "rejected_lengths"),
+)
+"""What a user's preference loss may be given of N pairs: (N,) each."""
+
+TOKENS = ("logprobs", "old_logprobs", "reference_logprobs", "advantages", "mask")
+"""What a user's policy loss may be given of the tokens of B responses: (B, T) each."""
+
+
 def key(
     meaning: str,
     *,
@@ -25,6 +35,7 @@ def key(
     lt: float | None = None,
     choices: tuple[str, ...] | str | None = None,
     role: str | None = None,
+    own: tuple[str, ...] | None = None,
     used_by: str | None = None,
     needed: bool | str = False,
     unused: float | None = None,
@@ -36,6 +47,8 @@ def key(
         choices: the values that the key knows, or OPTIONS.
         role: of a key that names models, what they are there: `policy` for folders and hub ids of
             language models, `reward` for sums of terms, as rewards/specs.py reads them.
+        own: where the value may be a function of the user's, as path/to/file.py:function, what its
+            parameters may be: tensors, and names of keys of the same group.
         used_by: the switch without which nothing reads the key: `algo.loss=clip|cispo` has one of
             these values, `algo.beams>1` is above that, `algo.refresh_reward` is not null; or
             OPTIONS.
@@ -44,7 +57,7 @@ def key(
         texts: the key takes a text or a list of texts, for which OmegaConf has no type but Any.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
-    told = {"meaning": meaning, **bounds, "role": role, "used_by": used_by}
+    told = {"meaning": meaning, **bounds, "role": role, "own": own, "used_by": used_by}
     given = {name: each for name, each in told.items() if each is not None}
     return field(metadata={**given, "needed": needed, "unused": unused, "texts": texts})
 
@@ -465,8 +478,9 @@ class PpoAlgo(OnlineAlgo):
 
     loss: str = key(
         "Clipped ratio (clip), penalty on the KL to the old policy (klpen), or the plain "
-        "log-derivative (policy_gradient: A2C, REINFORCE).",
+        "log-derivative (policy_gradient: A2C, REINFORCE); or yours.",
         choices=("clip", "klpen", "policy_gradient"),
+        own=(*TOKENS, "clip", "clip_high", "dual_clip"),
     )
     old_kl_coef: float | None = key(
         "First weight of KL(old || new) per token.", gt=0, used_by="algo.loss=klpen", needed=True
@@ -538,7 +552,11 @@ class PpoAlgo(OnlineAlgo):
 class DpoAlgo(OptimizerConfig):
     """Preference objectives: DPO, its family, and the baselines of its paper."""
 
-    loss: str = key("The objective; docs/feedback.md has the formulas.", choices=OPTIONS)
+    loss: str = key(
+        "The objective, a shipped one or yours; docs/feedback.md has the formulas.",
+        choices=OPTIONS,
+        own=(*PAIR, "beta", "tau", "label_smoothing", "gamma", "lam", "alpha"),
+    )
     beta: float | None = key(
         "Scale of implicit rewards; larger stays closer to reference.",
         gt=0,
@@ -600,8 +618,9 @@ class GrpoAlgo(OnlineAlgo):
     group_size: int = key("Responses per prompt; GRPO's paper uses 64, RLOO's 2 or 4.", ge=1)
     loss: str = key(
         "Ratio clipped per token (clip) or per response (sequence_clip: GSPO), clipped as a "
-        "weight (cispo), or the plain log-derivative (policy_gradient: RLOO).",
+        "weight (cispo), or the plain log-derivative (policy_gradient: RLOO); or yours.",
         choices=("clip", "sequence_clip", "cispo", "policy_gradient"),
+        own=(*TOKENS, "clip", "clip_high", "dual_clip"),
     )
     aggregate: str = key(
         "How tokens are summed: mean of each response, sum over all tokens / their number, sum of "

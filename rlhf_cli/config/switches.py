@@ -5,10 +5,14 @@ A key has a value where something needs it, and none where nothing reads it.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.config import catalog
+from rlhf_cli.config.own_code import Parameters, parameters_of
 from rlhf_cli.config.schema import OPTIONS
+
+READ_ANYWAY = ("algo.beta",)  # by dpo, whatever its loss: the scale of the implicit rewards
 
 
 class Switch(NamedTuple):
@@ -79,18 +83,69 @@ def complaints(stage: str, config: Mapping[str, Any]) -> Iterator[str]:
         config: the value of every key of the stage.
     """
     values = {key: written(value) for key, value in config.items()}
+    own = {key: catalog.own_function(stage, key, value) for key, value in config.items()}
+    for key, function in own.items():
+        if function is not None:
+            yield from _own_complaints(stage, key, *function, config)
     for key in values:
         switch = needed_by(stage, key)
-        if switch and config[key] is None and switch.reads(values[switch.key]):
+        if switch is None or own[switch.key] or config[key] is not None:
+            continue
+        if switch.reads(values[switch.key]):
             chosen = f"{switch.key}={values[switch.key]}"
             yield f"{chosen} needs {key}{_where_it_has_one(stage, key, switch, values)}"
     for key, field in catalog.keys(stage).items():
         switch, unused = used_by(stage, key), field.metadata["unused"]
-        if switch and config[key] != unused and not switch.reads(values[switch.key]):
+        if switch is None or own[switch.key] or config[key] == unused:
+            continue
+        if not switch.reads(values[switch.key]):
             yield (
                 f"{key} is not used by {switch.key}={values[switch.key]}; set it to "
                 f"{written(unused)}, {_where_it_has_none(stage, switch, values)}"
             )
+
+
+def _own_complaints(
+    stage: str, key: str, file: Path, name: str, config: Mapping[str, Any]
+) -> Iterator[str]:
+    """What is wrong with a function of the user's as the value of a key, or with the keys it reads.
+
+    It reads the keys of its group that it names. One that it does not name keeps the value that the
+    stage starts with.
+    """
+    spec, found = f"{key}={file}:{name}", parameters_of(key, file, name)
+    given, group = given_to(stage, key, found), catalog.group_of(key)
+    offered = "parameters are given by name: " + ", ".join(catalog.keys(stage)[key].metadata["own"])
+    if found.is_async:
+        yield f"{spec} is async; a loss is called as it is: remove async"
+    if unknown := [each for each in found.required if each not in given]:
+        yield f"{spec} cannot be given {unknown[0]!r}; {offered}"
+    if not any(f"{group}.{each}" not in config for each in given):
+        yield f"{spec} names nothing to compute a loss from; {offered}"
+    for other, field in catalog.keys(stage).items():
+        switch, short = used_by(stage, other), other.rpartition(".")[2]
+        if switch is None or switch.key != key:
+            continue
+        if short in found.required and config[other] is None:
+            yield f"{spec} names {short}, so it needs {other}=VALUE: {field.metadata['meaning']}"
+        if (
+            short not in given
+            and other not in READ_ANYWAY
+            and not _as_at_start(stage, other, config)
+        ):
+            yield f"{other} is not used by {spec}, which does not name it; set it to null"
+
+
+def _as_at_start(stage: str, key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key is null or has the value that its stage starts with."""
+    start = catalog.stage_values(stage, {}, catalog.config_dirs())[key]
+    return config[key] is None or (start != catalog.NULL and config[key] == float(start))
+
+
+def given_to(stage: str, key: str, parameters: Parameters) -> tuple[str, ...]:
+    """What a function of the user's is given: what it names, or all that there is for **kwargs."""
+    offered: tuple[str, ...] = catalog.keys(stage)[key].metadata["own"]
+    return tuple(each for each in offered if parameters.takes_all or each in parameters.names)
 
 
 def _where_it_has_one(stage: str, key: str, switch: Switch, values: Mapping[str, str]) -> str:

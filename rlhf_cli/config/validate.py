@@ -1,4 +1,5 @@
-"""Bounds of single keys and rules between keys. One line per broken rule; no torch, no files."""
+"""Bounds of single keys and rules between keys. One line per broken rule; no torch, no files but
+those that functions of users stand in."""
 
 import math
 import re
@@ -97,7 +98,7 @@ def _check_bounds(stage: str, key: str, value: Any) -> None:
         return
     if known := catalog.choices(stage, key):
         for each in value if isinstance(value, list) else [value]:
-            if each not in known:
+            if each not in known and catalog.own_function(stage, key, each) is None:
                 raise UserError(unknown_value(stage, key, each))
         return
     limits = catalog.keys(stage)[key].metadata

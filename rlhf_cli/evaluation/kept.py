@@ -158,7 +158,8 @@ class SamplesOfPolicy:
                 "parts": {spec: part.tolist() for spec, part in scores.parts.items()},
                 "seconds": scores.seconds,
             }
-            self._kept.scores.append([record])
+            if not scores.total.isnan().all():  # else it is asked again: a service may be back
+                self._kept.scores.append([record])
             parts.append(scores)
             self._stop_if_asked()
         return _joined(parts)

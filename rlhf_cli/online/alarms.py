@@ -43,15 +43,12 @@ class Alarms:
         """Look at the metrics of a batch of rollouts, add alarm/...; returns what ends the run.
 
         Raises:
-            RunError: nothing got a reward for several iterations in a row.
+            RunError: nothing got a reward for several iterations in a row, or in the whole run.
         """
         algo = self._algo
         self._unscored = self._unscored + 1 if metrics["unscored"] == 1 else 0
-        if self._unscored >= MAX_UNSCORED:
-            raise RunError(
-                f"no response of the last {MAX_UNSCORED} iterations got a reward; see the messages "
-                "of reward functions above, or the columns and forms that rules need"
-            )
+        if self._unscored >= MAX_UNSCORED or self._unscored == step == algo.steps:
+            raise self._nothing_scored()
         if self._first_length is None:
             self._first_length = metrics["length"]
         drift = abs(metrics["length"] / self._first_length - 1)
@@ -71,7 +68,17 @@ class Alarms:
             broken = breaks(value, limit)
             if self._count(step, name, value, limit, broken, algo.alarm_steps, metrics):
                 stops.append(name)
+        if stops and self._unscored == step:  # since the run began
+            raise self._nothing_scored()
         return stops
+
+    def _nothing_scored(self) -> RunError:
+        count = self._unscored
+        last = "the first iteration" if count == 1 else f"the last {count} iterations"
+        return RunError(
+            f"no response of {last} got a reward; see the messages of reward functions above, or "
+            "the columns and forms that rules need"
+        )
 
     def on_evaluation(self, step: int, metrics: Metrics) -> bool:
         """Look at an evaluation: is the reward up while gold is down?"""

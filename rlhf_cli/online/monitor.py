@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import EncodedPrompt
@@ -154,9 +155,17 @@ class Monitor:
 
         Returns:
             reward (of training, unscaled), kl, entropy, length and ended of the written weights.
+
+        Raises:
+            RunError: the best evaluation is to be written, and none scored anything.
         """
-        self.written.put()
         cfg, policy = self._cfg, self._roles.policy
+        if cfg.algo.keep.startswith("eval/") and not self.written.kept:
+            raise RunError(
+                f"algo.keep={cfg.algo.keep}: no response of any evaluation got a score, so that "
+                "none is the best; see the messages above"
+            )
+        self.written.put()
         sampling, seed = Sampling(cfg.algo.sampled_tokens, cfg.algo.temperature), cfg.seed
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, sampling, seed=derived_seed(seed, "written"))

@@ -13,6 +13,7 @@ from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.session import Session
+from rlhf_cli.training.own_loss import OwnLoss, own_loss_of
 
 
 @dataclass
@@ -20,24 +21,27 @@ class Roles:
     """The models and judges of ppo and grpo.
 
     gold: a judge that is never learnt from, if there is one.
+    loss: of the policy, where algo.loss names one of the user's.
     """
 
     policy: Policy
     reference: Reference
     reward: Reward
     gold: Reward | None
+    loss: OwnLoss | None
 
 
 def load_roles(session: Session) -> Roles:
     """The roles that a config of ppo or grpo names; the reference is the policy as it starts."""
     cfg: Any = session.cfg
+    loss = own_loss_of(cfg)  # first of all: it may not load
     policy = policy_of(session, cfg.policy)
     reference = Reference(policy.model)
     reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device, policy.model)
     gold = None
     if cfg.gold is not None:
         gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device)
-    return Roles(policy, reference, reward, gold)
+    return Roles(policy, reference, reward, gold, loss)
 
 
 def check_first_ratio(

@@ -10,10 +10,12 @@ from torch import Tensor
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.data.order import evenly, order_of
 from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.objectives.policy_gradient import clipped
 from rlhf_cli.online.experience import Experience
 from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer, mean_metrics
+from rlhf_cli.training.own_loss import OwnLoss
 
 Item = TypeVar("Item")
 
@@ -53,6 +55,30 @@ class Coefficients:
     kl_coef: float
     temperature: float
     old_kl_coef: float = 0.0
+
+
+def own_policy_loss(
+    own: OwnLoss,
+    new: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    algo: OnlineAlgo,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B, T) the losses that a function of the user's gives each token, and where the ratio lies
+    outside the clip, if it names one.
+    """
+    losses = own.losses(
+        logprobs=new,
+        old_logprobs=old,
+        reference_logprobs=reference,
+        advantages=advantages,
+        mask=mask,
+    )
+    limits = [getattr(algo, each) if each in own.names else None for each in ("clip", "clip_high")]
+    clips = {"clip_fraction": clipped(new - old, *limits)} if any(limits) else {}
+    return losses, clips
 
 
 def flat(trajectories: Sequence[Trajectory], name: str, like: Tensor) -> Tensor:

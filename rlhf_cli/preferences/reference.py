@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
-from rlhf_cli.data.kinds import Judgement, Prompt
+from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.streaming import Stream
+from rlhf_cli.data.tokens import Answers
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.forward import matmul_in_float32, shares_prompts
 from rlhf_cli.models.load import check_vocabulary, load_policy
@@ -156,7 +157,7 @@ class FrozenReference:
         with self.model.active() as model:
             return sequence_logprobs(model, items, self._cfg.hardware, self.share, advance)
 
-    def sampled_kl(self, policy: Policy, rows: Sequence[Judgement]) -> float | None:
+    def sampled_kl(self, policy: Policy, held_out: Sequence[Answers]) -> float | None:
         """KL(policy || reference) per response in nats, on sampled responses to the first prompts.
 
         None without a reference model.
@@ -164,7 +165,8 @@ class FrozenReference:
         if self.model is None:
             return None
         cfg, sampling = self._cfg, Sampling(longest_sample(self._cfg))
-        questions = [Prompt(row.prompt, row.columns, row.source) for row in rows[:KL_PROMPTS]]
+        rows = [item.row for item in held_out[:KL_PROMPTS]]
+        questions = [Prompt(row.prompt, row.columns, row.source) for row in rows]
         prompts, seed = policy.encoder.prompts(questions), derived_seed(cfg.seed, "kl")
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, sampling, seed=seed)

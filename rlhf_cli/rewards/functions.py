@@ -2,37 +2,38 @@
 
 What it gets and gives is written in specs.Signature and in docs/rewards.md. An exception, a
 time-out, or an answer that is no reward costs that response its reward and is told with the row's
-source.
+source, and once with the lines that it came from.
 """
 
 import asyncio
-import importlib.util
 import math
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_code import function_in, said_by, trace_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.reporting.console import say
-from rlhf_cli.rewards.specs import function_of, signature_of
+from rlhf_cli.rewards.specs import OF_ALL, OF_ONE, function_of, signature_of, value_of
 
 CONCURRENT = 64  # calls of an async function that run at once
 TOLD = 3  # failures that are told one by one, per call
 
-Given = str | list[str]
-"""What is judged: a response, or its steps."""
+Ask = Callable[[], Any]
+"""A call with all that it is given; of an async function it gives what is to be awaited."""
 
 
 class NoReward(Exception):
     """Why a response gets no reward."""
 
+
+RAISED = (Exception, SystemExit)
+"""What a function may raise without ending the run; Ctrl-C does."""
 
 LARGEST = 3e38  # of a reward: float32 has no larger numbers
 FAILED = math.inf
@@ -40,11 +41,28 @@ FAILED = math.inf
 
 
 @dataclass
-class Call:
-    """One response to be judged: its row and its text, or its steps."""
+class Response:
+    """One response to be judged: row, text and token ids, and steps where they are judged."""
 
     row: Prompt
-    given: Given
+    text: str
+    ids: list[int]
+    steps: list[str] | None = None
+
+    def named(self, name: str) -> Any:
+        """What a parameter is given; a copy, for a function may change what it gets."""
+        match name:
+            case "prompt":
+                return deepcopy(self.row.prompt)
+            case "completion":  # of messages a message, as TRL has it
+                told = [{"role": "assistant", "content": self.text}]
+                return self.text if isinstance(self.row.prompt, str) else told
+            case "steps":
+                return list(self.steps or [])
+            case "completion_ids":
+                return list(self.ids)
+            case _:
+                return self.text
 
 
 class UserFunction:
@@ -58,94 +76,132 @@ class UserFunction:
         """
         named = function_of(spec)
         assert named is not None
-        file, name = named
+        self._file, name = named
         self.spec, self.timeout = spec, timeout
-        self.signature = signature_of(file, name)
-        self._function: Callable[..., Any] = getattr(loaded(file.resolve()), name)
+        self.signature = signature_of(self._file, name)
+        self._function = function_in("reward", self._file, name)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._shown: set[tuple[str, ...]] = set()  # what exceptions came from
 
-    def judge(self, rows: Sequence[Prompt], given: Sequence[Given]) -> list[Any]:
+    def judge(self, responses: Sequence[Response]) -> list[Any]:
         """What the function says of each response: a number, or a list of one per step, or None.
 
         FAILED where it raised, was late or gave something else.
-
-        Args:
-            rows: of each response.
-            given: responses, or the steps of each, as the function asks for.
         """
-        calls = [Call(row, each) for row, each in zip(rows, given, strict=True)]
-        names = self._columns(rows)
-        run = self._concurrently if self.signature.is_async else self._together
-        values: list[Any] = []
-        failures: list[str] = []
+        if not responses:
+            return []
+        columns = self._columns(responses)
         with redirect_stdout(sys.stderr):  # standard output is for the path of what was made
-            answers = run(calls, names)
-        for call, answer in zip(calls, answers, strict=True):
+            if self.signature.one_by_one:
+                answers = self._asked([self._of_one(each, columns) for each in responses])
+            else:
+                answers = self._together(responses, columns)
+        values: list[Any] = []
+        failures: list[tuple[str, BaseException]] = []
+        for response, answer in zip(responses, answers, strict=True):
             try:
-                values.append(read(answer, call.given))
-            except NoReward as failure:
+                values.append(self._read(answer, response))
+            except RAISED as error:  # a generator of steps may still fail
                 values.append(FAILED)
-                failures.append(f"{call.row.source or 'a row'}: {failure}")
-        for line in failures[:TOLD]:
-            say(f"reward={self.spec}: no reward: {line}")
-        if len(failures) > TOLD:
-            say(f"reward={self.spec}: no reward for {len(failures) - TOLD} more of {len(calls)}")
+                failures.append((response.row.source or "a row", error))
+        self._tell(failures, len(responses))
         return values
 
-    def _columns(self, rows: Sequence[Prompt]) -> list[str]:
-        """The columns to pass: those that it names, or all; its own default where no row has it."""
-        present = {name: None for row in rows for name in row.columns}
-        if self.signature.takes_all:
-            own = [name for name in self.signature.required if name not in present]
-            return [name for name in [*present, *own] if name not in self.signature.given]
-        named = self.signature.columns
-        return [name for name in named if name in present or name in self.signature.required]
+    def _read(self, answer: Any, response: Response) -> Any:
+        if isinstance(answer, RAISED):
+            raise answer
+        return read(answer, response.steps if self.signature.judges == "step" else None)
 
-    # ------------------------------------------------------------------ batches
+    def _tell(self, failures: Sequence[tuple[str, BaseException]], count: int) -> None:
+        """What went wrong, row by row, and each new place that it came from."""
+        for source, error in failures[:TOLD]:
+            if isinstance(error, NoReward):
+                say(f"reward={self.spec}: no reward: {source}: {error}")
+                continue
+            say(f"reward={self.spec}: no reward: {source}: {said_by(error, self._file)}")
+            trace = tuple(trace_of(error, self._file))
+            for line in trace if trace not in self._shown else ():
+                say(f"  {line}")
+            self._shown.add(trace)
+        if len(failures) > TOLD:
+            say(f"reward={self.spec}: no reward for {len(failures) - TOLD} more of {count}")
 
-    def _together(self, calls: list[Call], names: list[str]) -> list[Any]:
+    # ------------------------------------------------------------------ what it is given
+
+    def _columns(self, responses: Sequence[Response]) -> dict[str, str]:
+        """The column of each parameter that is given one; without, it has its own default.
+
+        What it needs is there, or refused before it runs; a batch may have none of it.
+        """
+        rows, signature = [response.row for response in responses], self.signature
+        own = {name: signature.column(name) for name in signature.columns}
+        chosen = {
+            name: column
+            for name, column in own.items()
+            if name in signature.required or any(value_of(row, column) is not None for row in rows)
+        }
+        if signature.takes_all:
+            every = {name: name for row in rows for name in row.columns}
+            taken = {*signature.given, *own, *own.values()}
+            chosen |= {name: column for name, column in every.items() if name not in taken}
+        return chosen
+
+    def _of_one(self, response: Response, columns: dict[str, str]) -> Ask:
+        given = {name: response.named(name) for name in self.signature.given}
+        values = {name: deepcopy(value_of(response.row, each)) for name, each in columns.items()}
+        return partial(self._function, **values, **given)
+
+    def _of_all(self, responses: Sequence[Response], columns: dict[str, str]) -> Ask:
+        singular = dict(zip(OF_ALL, OF_ONE, strict=True))
+        given = {
+            name: [each.named(singular.get(name, name)) for each in responses]
+            for name in self.signature.given
+        }
+        values = {
+            name: [deepcopy(value_of(response.row, column)) for response in responses]
+            for name, column in columns.items()
+        }
+        return partial(self._function, **values, **given)
+
+    # ------------------------------------------------------------------ asking
+
+    def _together(self, responses: Sequence[Response], columns: dict[str, str]) -> list[Any]:
         """One call for all; if that raises, one for each, to find the rows that are to blame."""
-        columns = {name: [call.row.columns.get(name) for call in calls] for name in names}
-        prompts, given = [call.row.prompt for call in calls], [call.given for call in calls]
-        count = len(calls)
-        try:
-            answer = self._function(prompts, given, **columns)
-            if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
-                return [NoReward(f"the function gave {kind_of(answer)} instead of a list")] * count
-            answers = list(answer)  # a generator may still fail
-        except (Exception, SystemExit) as error:
-            if count == 1:
-                return [error]
-            return [self._together([call], names)[0] for call in calls]
-        if len(answers) != count:
-            return [NoReward(f"{count} asked, {len(answers)} answered")] * count
+        (answer,) = self._asked([self._of_all(responses, columns)])
+        answers = each_of(answer, len(responses))
+        if len(responses) > 1 and all(
+            isinstance(each, RAISED) and not isinstance(each, NoReward) for each in answers
+        ):
+            asks = [self._of_all([response], columns) for response in responses]
+            return [each_of(answer, 1)[0] for answer in self._asked(asks)]
         return answers
 
-    # ------------------------------------------------------------------ one by one, at once
+    def _asked(self, asks: Sequence[Ask]) -> list[Any]:
+        """The answer to each, or the exception that there was instead."""
+        if self.signature.is_async:
+            return self._concurrently(asks)
+        return [answer_or_error(ask) for ask in asks]
 
-    def _concurrently(self, calls: list[Call], names: list[str]) -> list[Any]:
-        """A call for each, CONCURRENT at once, each with the time limit."""
+    def _concurrently(self, asks: Sequence[Ask]) -> list[Any]:
+        """Each of these, CONCURRENT at once, each with the time limit."""
         late = NoReward(f"no answer within {self.timeout:g} s (reward_timeout)")
         stuck = NoReward(
             "no answer, for a call blocks the event loop (it must await what it waits for)"
         )
-        answers: list[Any] = [stuck] * len(calls)
+        answers: list[Any] = [stuck] * len(asks)
 
         async def one(place: int, gate: asyncio.Semaphore) -> None:
-            call = calls[place]
-            columns = {name: call.row.columns.get(name) for name in names}
             async with gate:
-                ask = partial(self._function, call.row.prompt, call.given, **columns)
-                answers[place] = await within(ask, self.timeout, late)
+                answers[place] = await within(asks[place], self.timeout, late)
 
         async def every() -> None:
             gate = asyncio.Semaphore(CONCURRENT)
-            await asyncio.gather(*(one(place, gate) for place in range(len(calls))))
+            await asyncio.gather(*(one(place, gate) for place in range(len(asks))))
 
         if self._loop is None:  # one loop for good, for the sake of the clients that live in it
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        rounds = math.ceil(len(calls) / CONCURRENT)
+        rounds = math.ceil(len(asks) / CONCURRENT)
         try:
             asyncio.run_coroutine_threadsafe(every(), self._loop).result(
                 rounds * self.timeout + 1.0
@@ -155,7 +211,15 @@ class UserFunction:
         return list(answers)
 
 
-async def within(ask: Callable[[], Awaitable[Any]], seconds: float, late: NoReward) -> Any:
+def answer_or_error(ask: Ask) -> Any:
+    """What a call gives, or what it raised instead."""
+    try:
+        return ask()
+    except RAISED as error:
+        return error
+
+
+async def within(ask: Ask, seconds: float, late: NoReward) -> Any:
     """The answer, or what went wrong; a call that ignores being cancelled is left behind."""
     try:
         task = asyncio.ensure_future(ask())
@@ -166,38 +230,53 @@ async def within(ask: Callable[[], Awaitable[Any]], seconds: float, late: NoRewa
         return task.result()
     except asyncio.CancelledError as error:  # by the function itself
         return NoReward(f"cancelled {error}".strip())
-    except (Exception, SystemExit) as error:
+    except RAISED as error:
         return error
 
 
-def read(answer: Any, given: Given) -> Any:
+# --------------------------------------------------------------------------- what it gives
+
+
+def each_of(answer: Any, count: int) -> list[Any]:
+    """What a batch was answered, of each of `count` responses, or what went wrong, for each."""
+    if isinstance(answer, RAISED):
+        return [answer] * count
+    if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
+        return [NoReward(f"the function gave {kind_of(answer)} instead of a list")] * count
+    answers = answer_or_error(lambda: list(answer))  # a generator may still fail
+    if isinstance(answers, RAISED):
+        return [answers] * count
+    if len(answers) != count:
+        return [NoReward(f"{count} asked, {len(answers)} answered")] * count
+    return list(answers)
+
+
+def read(answer: Any, steps: Sequence[str] | None) -> Any:
     """A reward, or a list with one per step.
 
     Raises:
-        NoReward: the answer is an exception, or of another kind or number than was asked for.
+        NoReward: the answer is of another kind or number than was asked for.
     """
-    if isinstance(answer, NoReward):
-        raise answer
-    if isinstance(answer, Exception | SystemExit):
-        raise NoReward(f"{type(answer).__name__}: {first_line(answer)}")
     if answer is None:
         return None
-    if isinstance(given, str):
+    if steps is None:
         return number(answer)
     if not isinstance(answer, Iterable) or isinstance(answer, str | bytes | dict):
         raise NoReward(f"the function gave {kind_of(answer)} instead of a list with one per step")
-    try:
-        listed = list(answer)
-    except Exception as error:  # a generator may still fail
-        raise NoReward(f"{type(error).__name__}: {first_line(error)}") from None
-    values = [None if value is None else number(value) for value in listed]
-    if len(values) != len(given):
-        raise NoReward(f"{len(given)} steps asked, {len(values)} answered")
+    values = [None if value is None else number(value) for value in answer]
+    if len(values) != len(steps):
+        raise NoReward(f"{len(steps)} steps asked, {len(values)} answered")
     return values
 
 
-def number(value: Any) -> float:
-    """A finite float."""
+def number(value: Any) -> float | None:
+    """A finite float; of a dict its `score`, as verl's functions give it."""
+    if isinstance(value, dict):
+        if "score" not in value:
+            raise NoReward("the function gave a dict without a score")
+        value = value["score"]
+        if value is None:
+            return None
     try:
         reward = math.nan if isinstance(value, str | bytes) else float(value)
     except Exception:  # whatever a foreign type raises
@@ -210,29 +289,3 @@ def number(value: Any) -> float:
 def kind_of(value: Any) -> str:
     """The type of a value, for a message."""
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-@cache
-def loaded(file: Path) -> ModuleType:
-    """The module of a file, run once.
-
-    Raises:
-        UserError: it raises.
-    """
-    name = f"rlhf_reward_{file.stem}_{abs(hash(file))}"
-    made = importlib.util.spec_from_file_location(name, file)
-    assert made is not None and made.loader is not None
-    module = importlib.util.module_from_spec(made)
-    sys.modules[name] = module  # dataclasses and pickle look modules up
-    try:
-        with redirect_stdout(sys.stderr):
-            made.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UserError(f"{file}: {type(error).__name__}: {first_line(error)}") from None
-    return module

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
 from rlhf_cli.folders.manifest import RESPONSE
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
-from rlhf_cli.rewards.functions import UserFunction
+from rlhf_cli.rewards.functions import Response, UserFunction
 from rlhf_cli.rewards.models import CheckpointReward, load_model_reward
 from rlhf_cli.rewards.rules import Rule, rule_of
 from rlhf_cli.rewards.specs import check_rows_of, function_of, terms_of
@@ -39,7 +39,7 @@ class RuleReward(RewardSource):
 
 
 class FunctionReward(RewardSource):
-    """A user's function, of responses, or of steps where its second parameter is called so.
+    """A user's function, of responses, or of steps where it names them.
 
     Of steps, the reward of a response is the mean of those that are known.
     """
@@ -59,18 +59,23 @@ class FunctionReward(RewardSource):
         """(B,) the function's values."""
         if self.step_end is not None:
             return means(self.score_steps(rollouts, cuts_of(self.cutter, rollouts)))
-        rows = [rollout.row for rollout in rollouts]
-        return floats(self.function.judge(rows, [rollout.text for rollout in rollouts]))
+        return floats(self.function.judge([response_of(rollout) for rollout in rollouts]))
 
     def score_steps(self, rollouts: Sequence[Rollout], cuts: Sequence[Cut]) -> list[Tensor]:
         """(n_i,) the function's values of the steps."""
-        rows = [rollout.row for rollout in rollouts]
-        judged = self.function.judge(rows, [cut.texts for cut in cuts])
+        judged = self.function.judge(
+            [response_of(each, cut.texts) for each, cut in zip(rollouts, cuts, strict=True)]
+        )
         pairs = zip(judged, cuts, strict=True)
         return [
             floats(each if isinstance(each, list) else [each] * len(cut.ends))
             for each, cut in pairs
         ]
+
+
+def response_of(rollout: Rollout, steps: list[str] | None = None) -> Response:
+    """A rollout as a user's function sees it."""
+    return Response(rollout.row, rollout.text, rollout.tokens.response, steps)
 
 
 @dataclass
@@ -178,6 +183,23 @@ class Reward:
             return Scores(total, parts, seconds)
         ends = [cut.ends for cut in cuts]
         return Scores(total, parts, seconds, steps, ends, weighted_sum(whole, parts))
+
+    def check_scored(self, key: str, scores: Tensor) -> None:
+        """Some response of a run has a reward.
+
+        Args:
+            key: that names this reward.
+            scores: of all of them, NaN where there is none.
+
+        Raises:
+            RunError: none has.
+        """
+        if scores.numel() and bool(scores.isnan().all()):
+            spec = " + ".join(term.source.spec for term in self.terms)
+            raise RunError(
+                f"none of {scores.numel()} responses got a score from {key}={spec}; see the "
+                "messages of functions above, or the columns and forms that rules need"
+            )
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         """Of each term mean and std where any response has it, the share without, and seconds."""

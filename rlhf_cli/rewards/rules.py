@@ -195,8 +195,9 @@ def _tags(argument: str) -> Score:
 
 
 def _numeric_answer(argument: str) -> Score:
-    """1 where the response's final number (after the last ####, else its last) is within that share
-    of the row's `answer`, as in numeric_answer:0.01 for one percent; else 0.
+    """1 where the response's final answer (the line after the last ####, else the last
+    \\boxed or word with a digit) is a number within that share of the row's `answer`, as in
+    numeric_answer:0.01 for one percent; else 0.
     """
     tolerance = _float(argument)
     if tolerance is None or tolerance < 0:

@@ -6,14 +6,15 @@ Terms are joined by " + " and may begin with `WEIGHT*`; a weight of 0 logs a ter
 learned from. A pattern that holds " + " must write it otherwise, such as `\s\+\s`.
 """
 
-import ast
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_code import function_named, parameters_of
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.folders.manifest import RESPONSE, STEP, implicit_reward_of, level_of
@@ -21,7 +22,6 @@ from rlhf_cli.rewards.rules import check_columns, is_rule, rule_of
 
 PLUS = re.compile(r"(?:^| +)\+(?= |$)")
 WEIGHT = re.compile(r"([^:/*]*)\*(.*)", re.DOTALL)
-FUNCTION = re.compile(r"(.+\.py):([^\W\d]\w*)")
 
 
 @dataclass(frozen=True)
@@ -142,85 +142,111 @@ def check_rows_of(spec: str, rows: Sequence[Prompt | Demonstration]) -> None:
 
 # --------------------------------------------------------------------------- functions
 
+OF_ALL = ("prompts", "completions", "responses", "solution_strs")  # lists, of a whole batch
+OF_ONE = (
+    "prompt",
+    "completion",
+    "response",
+    "solution_str",
+)  # of the one response it is called for
+OF_EITHER = ("steps", "completion_ids")
+JUDGED = ("completions", "responses", "solution_strs", *OF_ONE[1:], *OF_EITHER)
+TRL = ("prompts", "completions", "completion_ids")  # what **kwargs hold there beside columns
+PLURALS = {  # of verl's, beside solution_strs
+    "data_sources": "data_source",
+    "ground_truths": "ground_truth",
+    "extra_infos": "extra_info",
+}
+NAMES = (
+    "completions or responses (lists), or completion, response or solution_str (called for each); "
+    "prompts or prompt, steps, completion_ids, columns of the rows by name, and **kwargs"
+)
+
 
 @dataclass(frozen=True)
 class Signature:
-    """How a user's function wants to be called.
+    """How a user's function wants to be called; everything is given by name.
 
-    given: the names of its first two parameters: prompts, and responses or steps.
-    columns: the row columns that it names; required: those of them without a default.
+    given: its parameters that are given what is judged, as OF_ALL, OF_ONE and OF_EITHER name it.
+    columns: the other ones, which are given the row column of that name; required: those of them
+        without a default.
     takes_all: whether it has **kwargs, and so gets every column.
-    is_async: whether it is called once per response, rather than once per batch.
+    one_by_one: whether it is called once per response, rather than once per batch.
     """
 
-    given: tuple[str, str]
+    given: tuple[str, ...]
     columns: tuple[str, ...]
     required: tuple[str, ...]
     takes_all: bool
+    one_by_one: bool
     is_async: bool
 
     @property
     def judges(self) -> str:
-        """`step` where the second parameter is called steps, else `response`."""
-        return "step" if self.given[1] == "steps" else "response"
+        """`step` where it names steps, else `response`."""
+        return "step" if "steps" in self.given else "response"
+
+    def column(self, parameter: str) -> str:
+        """The column that a parameter is given; verl names those of a batch in the plural."""
+        return PLURALS.get(parameter, parameter) if "solution_strs" in self.given else parameter
 
 
 def function_of(spec: str) -> tuple[Path, str] | None:
     """File and name of the function that a term names as path/to/file.py:function, if it does."""
-    match = None if is_rule(spec) else FUNCTION.fullmatch(spec)
-    return (Path(match[1]), match[2]) if match else None
+    return None if is_rule(spec) else function_named(spec)
 
 
 def signature_of(file: Path, name: str) -> Signature:
     """The signature of a function, read from its source; nothing is run.
 
     Raises:
-        UserError: there is no such file or function, or it cannot be called with two lists.
+        UserError: there is no such file or function, or it names nothing that could be judged, or
+            both lists of a batch and what is one response's.
     """
-    spec = f"reward={file}:{name}"
-    if not file.is_file():  # of a pipe, reading would not end
-        raise UserError(f"{spec}: no such file: {file}")
-    try:
-        body = ast.parse(file.read_bytes(), str(file)).body
-    except OSError:
-        raise UserError(f"{spec}: no such file: {file}") from None
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None) or 1
-        raise UserError(f"{spec}: {file} line {line} is not Python: {error.args[0]}") from None
-    defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    matching = [node for node in defined if node.name == name]
-    if not matching:
-        names = ", ".join(node.name for node in defined) or "none"
-        raise UserError(f"{spec}: {file} defines no function {name} (functions: {names})")
-    node = matching[-1]
-    positional = [*node.args.posonlyargs, *node.args.args]
-    if len(positional) < 2:
+    spec, found = f"reward={file}:{name}", parameters_of("reward", file, name)
+    given = tuple(each for each in found.names if each in (*OF_ALL, *OF_ONE, *OF_EITHER))
+    one = next((each for each in given if each in OF_ONE), None)
+    judges = any(each in JUDGED for each in given)
+    if found.takes_all and one is None and (not judges or "completions" in given):
+        given = tuple(dict.fromkeys((*given, *TRL)))
+    elif not judges:
         raise UserError(
-            f"{spec}: a reward function takes prompts and responses (or steps) first, then row "
-            "columns by name"
+            f"{spec}({', '.join(found.names)}) names nothing to judge; parameters are given by "
+            f"name: {NAMES}"
         )
-    without_default = positional[2 : max(2, len(positional) - len(node.args.defaults))]
-    named = list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
+    whole = next((each for each in given if each in OF_ALL), None)
+    if one and whole:
+        raise UserError(
+            f"{spec} names {whole}, a list of a batch, beside {one} of one response; it is called "
+            f"either for all or for each: {NAMES}"
+        )
     return Signature(
-        given=(positional[0].arg, positional[1].arg),
-        columns=tuple(arg.arg for arg in [*positional[2:], *node.args.kwonlyargs]),
-        required=tuple(
-            arg.arg
-            for arg in [*without_default, *(arg for arg, default in named if default is None)]
-        ),
-        takes_all=node.args.kwarg is not None,
-        is_async=isinstance(node, ast.AsyncFunctionDef),
+        given=given,
+        columns=tuple(each for each in found.names if each not in given),
+        required=tuple(each for each in found.required if each not in given),
+        takes_all=found.takes_all,
+        one_by_one=one is not None or (whole is None and found.is_async),
+        is_async=found.is_async,
     )
 
 
 def check_function_columns(
     spec: str, signature: Signature, rows: Sequence[Prompt | Demonstration]
 ) -> None:
-    """Stop where a function names a column that no row has."""
+    """Stop where a function cannot do without a parameter that is a column of no row."""
     columns = {name for row in rows for name in row.columns}
     for name in signature.required:
-        if rows and name not in columns:
+        if rows and all(value_of(row, signature.column(name)) is None for row in rows):
             raise UserError(
                 f"{rows[0].source}: reward={spec} needs a column {name!r}; found "
-                + ", ".join(["prompt", *sorted(columns)])
+                f"{', '.join(['prompt', *sorted(columns)])}; given by name are: {NAMES}"
             )
+
+
+def value_of(row: Prompt | Demonstration, column: str) -> Any:
+    """What a row has in a column, or None; verl keeps the ground truth within `reward_model`."""
+    value = row.columns.get(column)
+    within = row.columns.get("reward_model")
+    if value is None and column == "ground_truth" and isinstance(within, dict):
+        return within.get(column)
+    return value

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_code import parameters_of
 from rlhf_cli.config.schema import Run
-from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name
+from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
+from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import STDIN, find, is_local
 from rlhf_cli.data.hub import NAME as HUB_ID
 from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, Text, kind_named
@@ -38,7 +40,7 @@ from rlhf_cli.rewards.specs import (
     terms_of,
 )
 from rlhf_cli.runs.out_folder import is_claimed
-from rlhf_cli.runs.provenance import named_models
+from rlhf_cli.runs.provenance import named_models, own_loss
 
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
 
@@ -203,8 +205,7 @@ def check_supervision(cfg: Any) -> None:
     ):
         raise UserError(
             f"algo.supervision=process rewards steps, but no term of reward={cfg.reward} judges "
-            "them: a reward model of steps does, and a function whose second parameter is "
-            "called steps"
+            "them: a reward model of steps does, and a function that names steps"
         )
 
 
@@ -215,6 +216,14 @@ def reward_lines(cfg: Run) -> list[str]:
         for role, reward in rewards_of(cfg)
         for term in terms_of(reward)
     ]
+
+
+def own_loss_lines(cfg: Run) -> list[str]:
+    """That a loss is the user's own, and so whose code runs."""
+    if (own := own_loss(cfg)) is None:
+        return []
+    given = given_to(stage_name(cfg), "algo.loss", parameters_of("algo.loss", *own))
+    return [f"algo.loss: code of {own[0]} runs: {own[1]} gives the losses, of {', '.join(given)}"]
 
 
 def check_folder(role: str, path: str, kind: str, meant: str) -> None:

@@ -14,6 +14,7 @@ from rlhf_cli.runs.checks import (
     check_frozen_layers,
     check_models,
     check_rows,
+    own_loss_lines,
     reward_lines,
 )
 from rlhf_cli.runs.inherited import inherit
@@ -89,7 +90,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         counted += check_tokens(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
-    sums = [*taken, *reward_lines(cfg), *arithmetic(cfg)]
+    sums = [*taken, *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
     return Plan(
         state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
     )

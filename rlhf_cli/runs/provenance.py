@@ -107,9 +107,17 @@ def inputs_read(cfg: Run) -> dict[str, str]:
     for key, role, value in named_models(cfg):
         if role == "reward":
             inputs |= {f"{key} {file}": str(file) for file in files_of(value)}
+    if (own := own_loss(cfg)) is not None:
+        inputs |= {f"algo.loss {own[0]}": str(own[0])}
     return {
         key: place for key, place in inputs.items() if place and place != STDIN and is_there(place)
     }
+
+
+def own_loss(cfg: Run) -> tuple[Path, str] | None:
+    """File and name of the function that is the loss, where it is one of the user's."""
+    loss = getattr(cfg.algo, "loss", None)
+    return None if loss is None else catalog.own_function(stage_name(cfg), "algo.loss", loss)
 
 
 def input_hash(place: str) -> str | None:

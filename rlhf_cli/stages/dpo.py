@@ -50,7 +50,6 @@ from rlhf_cli.preferences.items import (
     sequences_in,
 )
 from rlhf_cli.preferences.reference import (
-    KL_PROMPTS,
     FrozenReference,
     log_ratios,
     sequence_logprobs,
@@ -62,6 +61,7 @@ from rlhf_cli.runs.session import begin
 from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.own_loss import OwnLoss, own_loss_of
 
 
 def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
@@ -69,7 +69,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
-    algo, hardware = cfg.algo, cfg.hardware
+    algo, hardware, own = cfg.algo, cfg.hardware, own_loss_of(cfg)
     policy = policy_of(session, cfg.policy)
     data = session.judged(policy.encoder)
     train = items_of(data.train, cfg, "training")
@@ -83,10 +83,8 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
     optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, len(batches))
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
-    objective = DpoObjective(policy.model, algo, hardware, reference.share, weights)
-    sampled_kl = partial(
-        reference.sampled_kl, policy, [item.row for item in data.held_out[:KL_PROMPTS]]
-    )
+    objective = DpoObjective(policy.model, algo, hardware, reference.share, weights, own)
+    sampled_kl = partial(reference.sampled_kl, policy, data.held_out)
     evaluate = partial(evaluated, objective, held_out, sampled_kl)
     log = session.log()
     if session.start == 0 and reference.is_start:
@@ -153,10 +151,13 @@ class DpoObjective:
         hardware: Hardware,
         share: bool,
         weights: tuple[float, float],
+        own: OwnLoss | None,
     ) -> None:
-        """`share`: whether prompts may be computed once. `weights`: kto's lambda_D, lambda_U."""
+        """`share`: whether prompts may be computed once. `weights`: kto's lambda_D, lambda_U.
+        `own`: the user's loss, if algo.loss names one.
+        """
         self._policy, self._algo, self._hardware = policy, algo, hardware
-        self._share, self._weights = share, weights
+        self._share, self._weights, self._own = share, weights, own
 
     def batchwise(self, items: list[PreferenceItem]) -> Batchwise:
         """Over all items of a step, so that no cut into micro-batches changes the loss."""
@@ -182,7 +183,10 @@ class DpoObjective:
         known = [item.reference for item in items if item.reference is not None]
         ref = torch.cat(known).to(logprobs) if known else torch.zeros_like(logprobs)
         both = comparison_of(logprobs, ref, lengths, items, self._algo, whole)
-        losses = preference_losses(both, items, self._algo, whole, self._weights)
+        if self._own is not None:
+            losses = own_losses(self._own, both, ref, lengths, self._algo)
+        else:
+            losses = preference_losses(both, items, self._algo, whole, self._weights)
         metrics = metrics_of(both, self._algo, whole)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
@@ -281,6 +285,26 @@ def preference_losses(
             raise ValueError(
                 f"conf/algo has an option with loss={algo.loss}, which is no case here"
             )
+    return losses + algo.sft_coef * batch.nll if algo.sft_coef else losses
+
+
+def own_losses(
+    own: OwnLoss, batch: Comparison, reference: Tensor, lengths: Tensor, algo: DpoAlgo
+) -> Tensor:
+    """(N,) the losses of a micro-batch by a function of the user's.
+
+    Args:
+        reference, lengths: (S,) as for `comparison_of`.
+    """
+    best, worst = batch.best, batch.worst
+    losses = own.losses(
+        chosen_logps=batch.logprobs[best],
+        rejected_logps=batch.logprobs[worst],
+        reference_chosen_logps=reference[best],
+        reference_rejected_logps=reference[worst],
+        chosen_lengths=lengths[best],
+        rejected_lengths=lengths[worst],
+    )
     return losses + algo.sft_coef * batch.nll if algo.sft_coef else losses
 
 

@@ -63,6 +63,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     judges: dict[str, Reward] = {}
     results: dict[str, dict[str, Any]] = {}
     scores: dict[str, Tensor] = {}
+    every: list[dict[str, Scores]] = []
     samples: Samples = []
     with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
         for number, path in enumerate(paths):
@@ -89,11 +90,13 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                 kept=own,
             )
             said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
+            every.append(said)
             decisive = said.get("gold") or said["reward"]  # gold decides wins where there is one
             scores[path] = decisive.total.view(-1, cfg.algo.samples)  # (N, K)
             results[path] = result_of(cfg, path, policy, reference, rollouts, said, unseen)
             samples += samples_of(path, rollouts, said)
 
+    check_scored(judges, every)
     wins = compared(cfg, paths, scores, results)
     report = {
         "policies": results,
@@ -107,6 +110,19 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     if judgement is not None and scorer is not None:
         show_judgement(f"{scorer.path} on held-out rows", judgement)
     return session.finish("report", {"policies": results, "win_rates": wins})
+
+
+def check_scored(judges: dict[str, Reward], said: list[dict[str, Scores]]) -> None:
+    """Each judge has scored something.
+
+    Args:
+        said: what each of them says of the rollouts of each policy.
+
+    Raises:
+        RunError: naming the one that has not.
+    """
+    for name, reward in judges.items():
+        reward.check_scored(name, torch.cat([scores[name].total for scores in said]))
 
 
 def result_of(

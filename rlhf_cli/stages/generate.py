@@ -57,7 +57,10 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
             advance=bar.advance,
             kept=kept,
         )
-    scores = None if reward is None else kept.scored("reward", reward, rollouts)
+    scores = None
+    if reward is not None:
+        scores = kept.scored("reward", reward, rollouts)
+        reward.check_scored("reward", scores.total)
     return finish(session, rollouts, scores)
 
 

@@ -59,6 +59,7 @@ from rlhf_cli.online.updates import (
     Trajectory,
     flat,
     minibatches,
+    own_policy_loss,
     take_steps,
     update_metrics,
 )
@@ -162,7 +163,7 @@ class GrpoObjective:
 
     def __init__(self, cfg: GrpoConfig, roles: Roles, device: torch.device) -> None:
         self._algo, self._hardware, self._device = cfg.algo, cfg.hardware, device
-        self._policy, self._reference = roles.policy.model, roles.reference
+        self._policy, self._reference, self._own = roles.policy.model, roles.reference, roles.loss
 
     def updates(
         self, parts: Iterable[tuple[int, list[list[Trajectory]]]], coefs: Coefficients
@@ -197,7 +198,10 @@ class GrpoObjective:
         old, ref, advantages = (
             on_grid(mask, flat(items, name, new)) for name in ("old", "reference", "advantages")
         )
-        total, metrics = policy_loss(new, old, advantages, mask, algo)
+        if self._own is not None:
+            total, metrics = own_policy_loss(self._own, new, old, ref, advantages, mask, algo)
+        else:
+            total, metrics = policy_loss(new, old, advantages, mask, algo)
         losses = {"loss/policy": total}
         if in_loss:
             losses["loss/kl"] = kl_loss(algo.kl_estimator, new, old, ref, scored.kl)

@@ -30,7 +30,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Mapped
 from rlhf_cli.data.tokens import Tokens, response_tokens
-from rlhf_cli.models.forward import response_nll, token_logprobs
+from rlhf_cli.models.forward import on_grid, response_nll, token_logprobs
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives import policy_gradient
 from rlhf_cli.objectives.advantages import (
@@ -52,6 +52,7 @@ from rlhf_cli.online.updates import (
     Trajectory,
     flat,
     minibatches,
+    own_policy_loss,
     take_steps,
     update_metrics,
 )
@@ -63,6 +64,7 @@ from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import begin
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
+from rlhf_cli.training.own_loss import OwnLoss
 
 
 def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
@@ -179,7 +181,7 @@ class PpoObjective:
     ) -> None:
         """`texts`: plain text for the pretraining mix."""
         self._algo, self._hardware, self._seed = cfg.algo, cfg.hardware, cfg.seed
-        self._policy, self._reference = roles.policy.model, roles.reference
+        self._policy, self._reference, self._own = roles.policy.model, roles.reference, roles.loss
         self._critic, self._texts, self._device = critic, texts, device
 
     def terms(
@@ -215,7 +217,10 @@ class PpoObjective:
         )
         new = scored.logprobs[batch.response]  # (N,)
         old = flat(items, "old", new)
-        total, clips = policy_loss(new, old, flat(items, "advantages", new), algo, coefs)
+        if self._own is not None:
+            total, clips = self._own_loss(self._own, items, scored.logprobs, batch.response)
+        else:
+            total, clips = policy_loss(new, old, flat(items, "advantages", new), algo, coefs)
         metrics = {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new), **clips}
         metrics["loss/policy"] = total
         if critic and algo.vf_coef is not None:
@@ -237,6 +242,16 @@ class PpoObjective:
             total = total - algo.entropy_coef * entropy
             metrics["loss/entropy"] = entropy
         return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
+
+    def _own_loss(
+        self, own: OwnLoss, items: list[Trajectory], new: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N,) the losses of all tokens by a function of the user's, from (B, T) log-probs."""
+        old, reference, advantages = (
+            on_grid(mask, flat(items, name, new)) for name in ("old", "reference", "advantages")
+        )
+        losses, clips = own_policy_loss(own, new, old, reference, advantages, mask, self._algo)
+        return losses[mask], {name: value[mask] for name, value in clips.items()}
 
     def ptx_loss(self, sequences: list[Tokens]) -> Loss:
         """Negative log-likelihood of plain text, summed over tokens."""

@@ -44,6 +44,7 @@ from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
 REWARD_PROMPTS = 64  # held-out prompts whose responses choose the weights
+MAX_UNSCORED = 3  # evaluations in a row without any reward before the run stops
 
 
 def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
@@ -87,7 +88,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
 
     best.put()
     policy.model.eval()
-    final = evaluate(policy, held_out, judge, hardware)
+    final = evaluate(policy, held_out, judge, hardware, last=True)
     if texts.held_out:
         final["text/loss"] = mean_nll(policy.model, list(texts.held_out), hardware)
     return session.finish_model(policy.model, "policy", encoder, final)
@@ -166,19 +167,26 @@ class Judge:
         self._seed = cfg.seed
         self._reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         self._reward.check(self._questions, session.require)
+        self._unscored = 0  # evaluations in a row in which no response got a reward
 
-    def metrics(self, policy: Policy) -> Metrics:
+    def metrics(self, policy: Policy, last: bool) -> Metrics:
         """Mean reward of the greedy response to each held-out prompt (2203.02155 sec. 3.5).
 
         Returns:
             eval/reward, the mean over responses that have a reward, left out where none has; and
             eval/reward_none, the share of those that have none, where there are any.
+
+        Raises:
+            RunError: none has, in the last evaluation or in several in a row.
         """
         prompts = policy.encoder.prompts(self._questions)
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, self._greedy, seed=self._seed)
         scores = self._reward.score(rollouts).total
         known = scores[~scores.isnan()]
+        self._unscored = 0 if len(known) else self._unscored + 1
+        if last or self._unscored == MAX_UNSCORED:
+            self._reward.check_scored("reward", scores)
         metrics = {"eval/reward": known.mean().item()} if len(known) else {}
         if len(known) < len(scores):
             metrics["eval/reward_none"] = 1 - len(known) / len(scores)
@@ -186,12 +194,20 @@ class Judge:
 
 
 def evaluate(
-    policy: Policy, held_out: list[Tokens], judge: Judge | None, hardware: Hardware
+    policy: Policy,
+    held_out: list[Tokens],
+    judge: Judge | None,
+    hardware: Hardware,
+    last: bool = False,
 ) -> Metrics:
-    """The held-out loss and, with a judge, the mean reward of responses."""
+    """The held-out loss and, with a judge, the mean reward of responses.
+
+    Args:
+        last: of the weights that are written.
+    """
     nll = mean_nll(policy.model, held_out, hardware)
     metrics = {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
-    return metrics if judge is None else metrics | judge.metrics(policy)
+    return metrics if judge is None else metrics | judge.metrics(policy, last)
 
 
 def merit_of(metrics: Metrics, select_by: str) -> float:

@@ -66,6 +66,8 @@ def try_command(words: list[str]) -> None:
 def test_every_command_parses_and_composes(page: Path, tmp_path: Path) -> None:
     (tmp_path / "bash").mkdir()
     found = commands(page, tmp_path / "bash")
+    examples = "\n".join(text for _, text in blocks(page, "python"))
+    (tmp_path / "my_losses.py").write_text(examples)  # what a command names as a function of yours
     wrong = []
     with contextlib.chdir(tmp_path):  # what `rlhf-cli cp` copies is there for the commands after it
         for command in found:

@@ -142,8 +142,10 @@ def test_responses_without_a_reward_are_left_out(tmp_path: Path) -> None:
         assert any(0 < each["unscored"] < 1 for each in found)
         assert all(each["reward/some.py:some/none"] == each["unscored"] for each in found)
         two = ["algo.steps=2", "reward=some.py:none"]
-        nothing = run(stage, tmp_path / f"{stage} none", *words, *two)
-        assert all(each["unscored"] == 1 and "loss" not in each for each in nothing)
+        with pytest.raises(RunError, match="no response of the last 2 iterations got a reward"):
+            run(stage, tmp_path / f"{stage} none", *words, *two)
+        (line,) = (tmp_path / f"{stage} none/metrics.jsonl").read_text().splitlines()
+        assert json.loads(line)["unscored"] == 1 and "loss" not in json.loads(line)
         with pytest.raises(RunError, match="no response of the last 3 iterations got a reward"):
             run(stage, tmp_path / f"{stage} never", *words, "reward=some.py:none")
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import threading
 import time
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.rewards.answers import (
     MathJudge,
+    boxed,
     close_answer,
     exact_answer,
     final_answer,
@@ -24,7 +26,7 @@ TRAPS = {
     "so 3+4=7 #### 7": "7",
     "#### 1,234": "1234",
     "no answer": None,
-    "#### -5.50 apples": "-5.50",
+    "#### -5.50": "-5.50",
     "#### 12 then #### 13": "13",
 }
 
@@ -79,8 +81,90 @@ def test_a_number_as_the_answer_column() -> None:
 
 def test_pieces_of_an_answer() -> None:
     assert final_answer("a 1 b 2 c") == "2"
-    assert number_of("$1,234.5.") == 1234.5
+    assert final_answer("a b c") == final_answer("####") == ""
+    assert boxed(r"\boxed{1} or \boxed{\frac{1}{2}} .") == r"\frac{1}{2}"
+    assert boxed(r"\boxed{1") is None and boxed("1") is None
+    assert number_of("$1,234.5.") == (Decimal("1234.5"), "$")
     assert number_of("two") is None and number_of("") is None and number_of("1e5x") is None
+
+
+# gold, final answer, whether they are the same
+SAME = [
+    *(("1/2", "1/2", 1), ("10%", "10 %", 1), ("12:30", "12:30", 1), ("x+1", "X + 1", 1)),
+    *(
+        ("2 hours", "2 Hours.", 1),
+        ("(1, 2)", "(1,2)", 1),
+        ("A", "**A**", 1),
+        ("Paris", "`paris`", 1),
+    ),
+    *(
+        ("1/2", r"\boxed{1/2}", 1),
+        (r"\frac{1}{2}", r"$\boxed{\frac{1}{2}}$", 1),
+        ("x", r"\(x\)", 1),
+    ),
+    *(
+        ("-4", "\u22124", 1),
+        ("\u22124", "- 4", 1),
+        ("5", "+5", 1),
+        ("5", "5.0", 1),
+        ("5", "$5$", 1),
+    ),
+    *(("1000", "1e3", 1), ("1e3", "1e3", 1), ("0.5", ".5", 1), ("1234", r"1{,}234", 1)),
+    *(("1234567", "1,234,567", 1), ("18", "$18.00", 1), ("18", "18 €", 1), ("$18", r"\$18", 1)),
+    *(("-3", "-$3", 1), ("Yes", "\u201cyes\u201d", 1), ("5", "**$5$**.", 1)),
+    *(("1", "1/2", 0), ("2", "1/2", 0), ("10", "10%", 0), ("0.1", "10%", 0), ("12", "12:30", 0)),
+    *(("1", "x+1", 0), ("2", "2 hours", 0), ("2 hours", "2 days", 0), ("5", ".5", 0)),
+    *(("12", "1,2", 0), ("2", "1,2", 0), ("1234", "12,34", 0), ("1000", "1,0000", 0)),
+    *(("$5", "€5", 0), ("5", "-5", 0), ("5", "5 or 6", 0), ("6", "5 or 6", 0), ("5", "5x", 0)),
+    *(
+        ("52", "5\u00b2", 0),
+        ("5", "5 million", 0),
+        ("3", "3-5", 0),
+        ("5", "3-5", 0),
+        ("5", "--5", 0),
+    ),
+    *(("1.2", "1.2.3", 0), ("12345678901234567890", "12345678901234567891", 0), ("12", "1 2", 0)),
+    *(("1e400", "1e401", 0), ("five", "5", 0), ("", "", 0), (".", "", 0)),
+]
+
+
+@pytest.mark.parametrize(("gold", "said", "same"), SAME)
+def test_the_whole_of_an_answer_is_compared(gold: str, said: str, same: float) -> None:
+    assert exact_answer(row(gold), f"so it is\n#### {said}\nor 99") == same
+    assert exact_answer(row(gold), f"#### {said}</answer>") == same
+    if same:
+        assert exact_answer(row(gold), said) == 1
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("the answer is 1/2.", "1/2"),
+        ("we meet at 12:30!", "12:30"),
+        ("answer:5", "5"),
+        ("<think>2+3</think><answer>5</answer>", "5"),
+        ('{"answer":5}', "5"),
+        ("so (5)", "5"),
+        ("x = 5, which is **5**", "5"),
+        (r"it is \boxed{2 hours}, I think, or 3", "2 hours"),
+        ("that makes 10%.", "10%"),
+        ("2+3=5", "5"),
+        ("f(5)", "f(5)"),
+    ],
+)
+def test_without_a_mark_the_last_word_with_a_digit_counts(response: str, answer: str) -> None:
+    assert exact_answer(row(answer), response) == 1
+    others = {"1", "2", "3", "5", "10", "12", "30"} - {answer}
+    assert [other for other in others if exact_answer(row(other), response)] == []
+
+
+def test_a_long_answer_takes_no_time() -> None:
+    began = time.monotonic()
+    for long in ("9" * 20_000, "1," * 20_000, "**" * 5_000 + "1", "$" * 20_000, "(" * 5_000 + "1"):
+        exact_answer(row("7"), f"#### {long}")
+        exact_answer(row("7"), long)
+        exact_answer(row(long), long)
+    assert time.monotonic() - began < 2
 
 
 # --------------------------------------------------------------------------- numbers
@@ -99,12 +183,16 @@ def test_pieces_of_an_answer() -> None:
         ("#### 6.02e23", "6.02e23", 0, 1),
         ("about 6.02E+23 of them", 6.02e23, 0, 1),
         ("#### $1,234.50", "1234.5", 0, 1),
-        ("a range of 3-5", 5, 0, 1),  # no minus sign
+        ("a range of 3-5", 5, 0, 0),  # it is neither 5 nor -5
+        ("a range of 3-5", -5, 0, 0),
+        ("#### 1/2", 1, 0, 0),
+        ("#### 12:30", 12, 0, 0),
         ("x=-5", -5, 0, 1),
-        ("the list 1,2,3", 3, 0, 1),  # no thousands
+        ("the list 1,2,3", 3, 0, 0),
+        ("the list 1, 2, 3", 3, 0, 1),
         ("it is .5", 0.5, 0, 1),
         ("it is -.5.", -0.5, 0, 1),
-        ("version 1.2.3", 1.2, 0, 1),
+        ("version 1.2.3", 1.2, 0, 0),
         ("#### 1e999", 1, 0, 0),
         ("none", 1, 0.5, 0),
         ("#### seven", 7, 0.5, 0),
@@ -133,6 +221,10 @@ def test_what_is_no_number(text: str) -> None:
         ("$(x+1)^2$", "$x^2 + x + 1$", 0),
         (r"$2\sqrt{2}$", r"\sqrt{8}", 1),
         (r"$\{2,1\}$", "{1,2}", 1),
+        ("#### 12:30", "12:30", 1),
+        ("#### 12:30", "12", 0),
+        ("#### x + 1", "1+x", 1),
+        ("#### .5", "5", 0),
         ("x = 3", "3", 1),
         ("x = 3", 3, 1),
         ("I do not know", "3", 0),

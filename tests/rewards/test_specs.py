@@ -101,6 +101,20 @@ def of_steps(prompts, steps, answer): ...
 
 def few(prompts): ...
 
+def other(a, b): ...
+
+def one(prompt, **columns): ...
+
+def both(prompts, response): ...
+
+def slash(prompts, /, responses): ...
+
+def trl(completions, ground_truth, *, trainer_state, log_extra=None, **kwargs): ...
+
+def verl(data_source, solution_str, ground_truth, extra_info=None): ...
+
+def anything(*args, **kwargs): ...
+
 value = 3
 """
 
@@ -126,6 +140,16 @@ def test_signatures_are_read_from_the_source(file: Path) -> None:
     assert named.required == ("answer", "topic")
     assert (every.columns, every.takes_all, every.is_async) == ((), True, True)
     assert (plain.judges, steps.judges) == ("response", "step")
+    assert (plain.one_by_one, every.one_by_one, steps.one_by_one) == (False, True, False)
+    trl, verl, anything = (signature_of(file, name) for name in ("trl", "verl", "anything"))
+    assert trl.given == ("completions", "prompts", "completion_ids")
+    assert trl.required == ("ground_truth", "trainer_state")
+    assert (verl.given, verl.one_by_one) == (("solution_str",), True)
+    assert (verl.columns, verl.required) == (
+        ("data_source", "ground_truth", "extra_info"),
+        ("data_source", "ground_truth"),
+    )
+    assert anything.given == ("prompts", "completions", "completion_ids")
 
 
 @pytest.mark.parametrize(
@@ -133,10 +157,17 @@ def test_signatures_are_read_from_the_source(file: Path) -> None:
     [
         (
             "nobody",
-            "defines no function nobody (functions: plain, named, all_of_it, of_steps, few)",
+            "defines no function nobody (functions: plain, named, all_of_it, of_steps, few, other",
         ),
         ("value", "defines no function value"),
-        ("few", "takes prompts and responses (or steps) first"),
+        (
+            "few",
+            "few(prompts) names nothing to judge; parameters are given by name: completions or",
+        ),
+        ("other", "other(a, b) names nothing to judge"),
+        ("one", "names nothing to judge"),
+        ("both", "names prompts, a list of a batch, beside response of one response"),
+        ("slash", "prompts stands before a / and cannot be given by name"),
     ],
 )
 def test_a_function_that_is_none(name: str, said: str, file: Path) -> None:
@@ -161,6 +192,14 @@ def test_a_column_that_no_row_has(file: Path) -> None:
     ):
         check_rows_of(f"{file}:named", rows[:1])
     check_rows_of(f"{file}:all_of_it", rows)
+    rows[0].columns["ground_truth"] = None  # null is absent
+    with pytest.raises(UserError, match="f:1: .*trl needs a column 'ground_truth'; found prompt"):
+        check_rows_of(f"{file}:trl", rows)
+    rows[1].columns["reward_model"] = {"ground_truth": "7"}
+    with pytest.raises(
+        UserError, match="needs a column 'trainer_state'; .* by name are: completions"
+    ):
+        check_rows_of(f"{file}:trl", rows)
 
 
 # --------------------------------------------------------------------------- preflight

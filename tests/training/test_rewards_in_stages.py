@@ -13,16 +13,24 @@ import pytest
 import torch
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.stages.evaluate import check_tokens, mean_of_known, scored_alike
 from tests.tiny import DATA, words_of
 
 SOURCE = """
+from pathlib import Path
+up = Path(__file__).with_name("up")
+
 def picky(prompts, responses):
     return [None if "A" in prompt else float(len(text)) for prompt, text in zip(prompts, responses)]
 
 def never(prompts, responses):
     raise ValueError("broken")
+
+def flaky(responses):
+    if not up.exists():
+        raise OSError("the service is down")
+    return [1.0] * len(responses)
 """
 
 
@@ -94,15 +102,36 @@ def test_evaluate_leaves_out_what_has_no_reward(tmp_path: Path) -> None:
     assert parents["reward"]["path"] == "runs/demo/reward"
 
 
-def test_evaluate_goes_on_without_any_reward(tmp_path: Path) -> None:
-    words = ["policy=runs/demo/sft", "baselines=[runs/demo/adapter]", "algo.max_tokens=6"]
-    judged = [f"reward={tmp_path}/own.py:never", "gold=null"]
-    report = json.loads(
-        (run("evaluate", tmp_path / "out", *words, *judged) / "report.json").read_text()
-    )
-    assert report["win_rates"] == {}
-    for found in report["policies"].values():
-        assert found["reward"] is None and found["reward_none"] == 1
+@pytest.mark.parametrize("stage", ["evaluate", "generate"])
+def test_nothing_scored_is_no_success(stage: str, tmp_path: Path) -> None:
+    """Once the function works the same command goes on from the samples that it has."""
+    words = ["policy=runs/demo/sft", "algo.max_tokens=6", "algo.prompts=4"]
+    if stage == "evaluate":
+        words += ["baselines=[runs/demo/adapter]", "gold=length:2"]
+    words += [f"reward={tmp_path}/own.py:flaky"]
+    with pytest.raises(
+        RunError, match=r"none of \d+ responses got a score from reward=.*:flaky; see"
+    ):
+        run(stage, tmp_path / "out", *words)
+    assert not (tmp_path / "out" / "stage.json").exists()
+    (tmp_path / "up").touch()
+    out = run(stage, tmp_path / "out", *words)
+    assert all(sample["reward"] == 1 for sample in lines(out / "samples.jsonl"))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_no_training_goes_by_no_reward(stage: str, steps: int, tmp_path: Path) -> None:
+    words = [f"reward={tmp_path}/own.py:never", f"algo.steps={steps}"]
+    last = "the first iteration" if steps == 1 else f"the last {min(steps, 3)} iterations"
+    with pytest.raises(RunError, match=f"no response of {last} got a reward; see the messages"):
+        run(stage, tmp_path / "out", *words)
+
+
+def test_no_weights_are_chosen_by_a_judge_that_says_nothing(tmp_path: Path) -> None:
+    words = ["reward=length:2", f"gold={tmp_path}/own.py:never", "algo.steps=1"]
+    with pytest.raises(RunError, match="algo.keep=eval/gold: no response of any evaluation got"):
+        run("grpo", tmp_path / "out", *words, "algo.eval_every=1", "algo.keep=eval/gold")
 
 
 def with_other_ids(source: str, copy: Path) -> Path:
@@ -172,7 +201,10 @@ def test_a_model_from_scratch_may_be_chosen_by_a_reward_of_other_tokens(tmp_path
     assert "eval/reward_none" not in manifest(out)["metrics"]
 
 
-def test_sft_goes_on_without_any_reward(tmp_path: Path) -> None:
-    out = run("sft", tmp_path / "out", "select_by=reward", f"reward={tmp_path}/own.py:never")
-    evaluated = [entry for entry in lines(out / "metrics.jsonl") if "eval/loss" in entry]
+@pytest.mark.parametrize("steps", [2, 6])
+def test_sft_chooses_nothing_without_any_reward(steps: int, tmp_path: Path) -> None:
+    words = ["select_by=reward", f"reward={tmp_path}/own.py:never", f"algo.max_steps={steps}"]
+    with pytest.raises(RunError, match="none of 8 responses got a score from reward="):
+        run("sft", tmp_path / "out", *words)
+    evaluated = [entry for entry in lines(tmp_path / "out/metrics.jsonl") if "eval/loss" in entry]
     assert all("eval/reward" not in entry and entry["eval/reward_none"] == 1 for entry in evaluated)
