@@ -49,6 +49,11 @@ class Flags:
     show: list[str]  # Hydra's own flags that print a config instead of running
     overrides: list[str]
 
+    @property
+    def show_yaml(self) -> bool:
+        """Whether that config is all that is printed."""
+        return any(flag.startswith("--cfg=") for flag in self.show)
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -120,7 +125,10 @@ def run(stage: str, words: list[str]) -> None:
             with redirect_stdout(shown):
                 _hydra_main(stage, flags, _SINGLE, lambda cfg: None)
         finally:  # Hydra leaves by SystemExit after its own help
-            print(redacted(shown.getvalue()), end="")
+            from rlhf_cli.config.texts import requoted
+
+            text = shown.getvalue()
+            print(redacted(requoted(text) if flags.show_yaml else text), end="")
     else:
         (_sweep if flags.multirun else _single)(stage, flags)
 
@@ -204,14 +212,14 @@ def _hydra_main(
 ) -> None:
     import hydra
 
-    from rlhf_cli.config.compose import open_maps, register_schemas
+    from rlhf_cli.config.compose import hydras_words, register_schemas
 
     register_schemas()
     # Without this Hydra prints its own errors, of many lines, and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     folder = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
     mode = ["--multirun"] if flags.multirun else []
-    words = [*settings, f"hydra.job.name={stage}", *open_maps(stage, flags.overrides)]
+    words = [*settings, f"hydra.job.name={stage}", *hydras_words(stage, flags.overrides, flags.multirun)]
     sys.argv[1:] = [*flags.show, *mode, *folder, *words]
     path = str(catalog.shipped("conf"))
     with _one_line(stage):

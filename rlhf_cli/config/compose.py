@@ -26,6 +26,7 @@ from rlhf_cli.config.own_files import check_place, read_own
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import keep_reference, take
 from rlhf_cli.config.stages import STAGES
+from rlhf_cli.config.texts import as_typed, load
 from rlhf_cli.config.validate import validate
 
 
@@ -40,6 +41,11 @@ class FileConfigSource(file_config_source.FileConfigSource):
         if not file.is_relative_to(catalog.shipped("conf")) and file.is_file():
             check_place(config_path)
             read_own(file)
+            found = super().load_config(config_path)
+            package = (found.header or {}).get("package") or str(Path(config_path).parent)
+            group = "" if package == "_global_" else package.replace("/", ".")
+            found.config = OmegaConf.create(load(file.read_text(encoding="utf-8"), group))
+            return found
         return super().load_config(config_path)
 
 
@@ -88,7 +94,7 @@ def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> 
         raise UserError(f"unknown stage {stage}; choices: {', '.join(STAGES)}")
     dirs = catalog.config_dirs(config_dir)
     check_overrides(stage, overrides, dirs)
-    return typed(_compose(stage, open_maps(stage, overrides), dirs), stage)
+    return typed(_compose(stage, hydras_words(stage, overrides), dirs), stage)
 
 
 def _compose(stage: str, overrides: list[str], dirs: list[Path]) -> DictConfig:
@@ -104,14 +110,21 @@ def _compose(stage: str, overrides: list[str], dirs: list[Path]) -> DictConfig:
         raise UserError(line) from error
 
 
-def open_maps(stage: str, overrides: list[str]) -> list[str]:
-    """Let `data.columns.prompt=question` add an entry, for which Hydra's grammar asks `++`."""
+def hydras_words(stage: str, overrides: list[str], sweep: bool = False) -> list[str]:
+    """The words of a command as Hydra is to read them.
+
+    Texts are quoted, and `data.columns.prompt=question` may add an entry, for which its grammar
+    asks `++`.
+
+    Args:
+        sweep: whether a comma between values separates jobs.
+    """
     maps = [key for key, field in catalog.keys(stage).items() if catalog.is_map(field)]
     return [
         f"++{word}"
         if word.startswith(tuple(f"{key}{end}" for key in maps for end in ".="))
         else word
-        for word in overrides
+        for word in as_typed(overrides, sweep)
     ]
 
 
@@ -135,8 +148,6 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error, stage) or str(error)) from error
     assert isinstance(config, Run)
-    # Hydra's grammar has no escape for a line break, and prompts are full of them.
-    config.data.template = config.data.template.replace("\\n", "\n")
     _keep_references(OmegaConf.to_container(cfg, resolve=False), dataclasses.asdict(config))
     validate(stage, config)
     return config

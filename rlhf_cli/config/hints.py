@@ -151,9 +151,10 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
 
 def unknown_value(stage: str, key: str, value: object) -> str:
     """The line for a value that is none of the choices of a key."""
-    known, word = catalog.choices(stage, key), f"{key}={value}"
-    if RENAMED.get(word, "").removeprefix(f"{key}=") in known:
-        return str(renamed(stage, word))
+    known = catalog.choices(stage, key)
+    for word in (f"{key}={value}", f"{key}={str(value).capitalize()}"):  # it was true or false
+        if RENAMED.get(word, "").removeprefix(f"{key}=") in known:
+            return str(renamed(stage, word))
     return wrong_value(stage, key, value) + nearest(str(value), known)
 
 

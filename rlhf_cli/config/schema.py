@@ -28,6 +28,7 @@ def key(
     used_by: str | None = None,
     needed: bool | str = False,
     unused: float | None = None,
+    regex: bool = False,
 ) -> Any:
     """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices.
 
@@ -40,11 +41,13 @@ def key(
             OPTIONS.
         needed: whether null is refused where the key is used, or the switch under which it is.
         unused: the value that the key has where nothing reads it.
+        regex: whether the text may hold a regular expression, whose backslashes stay as they are.
+            So they do where role is `reward`.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     told = {"meaning": meaning, **bounds, "role": role, "used_by": used_by}
     given = {name: each for name, each in told.items() if each is not None}
-    return field(metadata={**given, "needed": needed, "unused": unused})
+    return field(metadata={**given, "needed": needed, "unused": unused, "regex": regex})
 
 
 # --------------------------------------------------------------------------- hardware
@@ -150,8 +153,8 @@ class Data:
     text_path: str | None = key("Plain text rows for the pretraining mix (ptx_coef, text_mix).")
     columns: dict[str, str] = key("Your column names for ours, as {ours: yours}.")
     template: str = key(
-        "How a prompt is written: text with {prompt} in it (\\n breaks a line), or chat (the "
-        "tokenizer's template)."
+        "How a prompt is written: text with {prompt} in it (\\n breaks a line, as in every text), or "
+        "chat (the tokenizer's template)."
     )
     max_prompt_tokens: int = key("Longest prompt in tokens.", ge=1)
     max_response_tokens: int = key("Longest response in tokens, trained on or sampled.", ge=1)
@@ -179,8 +182,10 @@ class Data:
         choices=("keep", "drop", "error"),
     )
     step_join: str = key("Text between the steps of a row when they become one response.")
-    step_end: str = key("Regular expression whose matches end a step of a response.")
-    gold: str | None = key("Scorer that training never sees; evaluate reports it.")
+    step_end: str = key(
+        "Regular expression whose matches end a step of a response.", regex=True
+    )
+    gold: str | None = key("Scorer that training never sees; evaluate reports it.", regex=True)
 
 
 # --------------------------------------------------------------------------- algo

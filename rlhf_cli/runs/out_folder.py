@@ -18,6 +18,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import as_given, marks
 from rlhf_cli.config.stages import facts_of, stage_name
+from rlhf_cli.config.texts import dump
 from rlhf_cli.data.files import STDIN
 from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files, check_plain, oddity
@@ -277,7 +278,7 @@ def claim(cfg: Run, provenance: Provenance) -> None:
         remove(entry for entry in out.iterdir() if entry.name not in (LOCK, CONFIG))
     command = command_line() or f"rlhf_cli.stages.{stage_name(cfg)}.run"
     header = f"# {on_one_line(command)}\n"  # a line break in a word would end the comment
-    content = yaml.safe_dump(config_as_written(cfg), sort_keys=False)
+    content = dump(config_as_written(cfg))
     variables = (f"{' '.join(VARIABLE)} {name} {mark}\n" for name, mark in marks().items())
     write_text(out / CONFIG, header + "".join(variables) + content)
     (out / CHECKPOINTS).mkdir(exist_ok=True)
