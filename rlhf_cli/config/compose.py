@@ -92,22 +92,39 @@ def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> 
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage}; choices: {', '.join(STAGES)}")
-    dirs = catalog.config_dirs(config_dir)
-    check_overrides(stage, overrides, dirs)
-    return typed(_compose(stage, hydras_words(stage, overrides), dirs), stage)
+    check_overrides(stage, overrides, catalog.config_dirs(config_dir))
+    return typed_config(stage, hydras_words(stage, overrides), config_dir)
 
 
-def _compose(stage: str, overrides: list[str], dirs: list[Path]) -> DictConfig:
-    register_schemas()
-    own = [f"hydra.searchpath=[{','.join(f'file://{each.resolve()}' for each in dirs[1:])}]"]
+def typed_config(stage: str, words: list[str], config_dir: str | None = None) -> Any:
+    """`compose`, of words that are as Hydra is to read them.
+
+    Raises:
+        UserError: a name or value is wrong; the message is one line.
+    """
     try:
-        with initialize_config_dir(config_dir=str(dirs[0]), version_base="1.3"):
-            return hydra_compose(stage, [*own, *overrides] if dirs[1:] else overrides)
+        cfg = _composed(stage, words, config_dir)
     except Exception as error:
         line = explain(error, stage)
         if line is None:
             raise
         raise UserError(line) from error
+    return typed(cfg, stage)
+
+
+def params_of_sweep(stage: str, words: list[str], config_dir: str | None) -> list[str]:
+    """The words that option files, under `hydra.sweeper.params`, add to each command of a sweep."""
+    cfg = _composed(stage, words, config_dir, return_hydra_config=True)
+    params = cfg.hydra.sweeper.get("params") or {}
+    return [f"{key}={value}" for key, value in params.items()]
+
+
+def _composed(stage: str, words: list[str], config_dir: str | None, **more: bool) -> DictConfig:
+    register_schemas()
+    dirs = catalog.config_dirs(config_dir)
+    own = [f"hydra.searchpath=[{','.join(f'file://{each.resolve()}' for each in dirs[1:])}]"]
+    with initialize_config_dir(config_dir=str(dirs[0]), version_base="1.3"):
+        return hydra_compose(stage, [*own, *words] if dirs[1:] else words, **more)
 
 
 def hydras_words(stage: str, overrides: list[str], sweep: bool = False) -> list[str]:
