@@ -1,6 +1,7 @@
 """`rlhf-cli cp NAME DEST`: take a shipped recipe or option as the start of one's own."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_cli.config import catalog
@@ -8,10 +9,12 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.reporting.terminal import print_path
 
+RECIPES = "recipes"
+
 
 def run(words: list[str]) -> None:
-    """Copy a recipe (`demo`, `demo.sh`), a file that one reads (`positive.txt`) or an option
-    (`algo/ppo`), and print where it went.
+    """Copy what `ls` names and print where it went: a recipe (`demo.sh`), a file that one reads
+    (`positive.txt`) or an option (`ppo`, or `algo/ppo`).
 
     Raises:
         UserError: no such name, or DEST is taken or cannot be written.
@@ -33,11 +36,32 @@ def run(words: list[str]) -> None:
 
 
 def _source(name: str) -> Path:
-    shelf = {file.stem: file for file in sorted(catalog.shipped("recipes").glob("*.*"))}
-    conf = catalog.shipped("conf")
+    """The file of a name as `ls` prints it, with its group or ending or without."""
+    recipes = catalog.shipped("recipes")
+    shelf = {f"{RECIPES}/{file.name}": file for file in sorted(recipes.glob("*.*"))}
     for group in catalog.GROUPS:
-        shelf |= {f"{group}/{file.stem}": file for file in sorted((conf / group).glob("*.yaml"))}
-    stem = name.removesuffix(".sh").removesuffix(".yaml").removesuffix(".txt")
-    if stem not in shelf:
-        raise UserError(f"nothing is named {name}{nearest(stem, shelf) or '; see rlhf-cli ls'}")
-    return shelf[stem]
+        folder = catalog.shipped("conf") / group
+        shelf |= {f"{group}/{file.name}": file for file in sorted(folder.glob("*.yaml"))}
+    names: dict[str, set[str]] = {}
+    for place in shelf:
+        group, _, file = place.partition("/")
+        for each in (file, file.partition(".")[0]):
+            for known in (each, f"{group}/{each}"):
+                names.setdefault(known, set()).add(place)
+    found = sorted(names.get(name, ()))
+    if len(found) > 1:
+        raise UserError(f"{name} names more than one file: take {' or '.join(found)}")
+    if found:
+        return shelf[found[0]]
+    raise UserError(_unknown(name, names))
+
+
+def _unknown(name: str, names: Iterable[str]) -> str:
+    if name in (*catalog.GROUPS, RECIPES):
+        return f"{name} is a group; name one of `rlhf-cli ls {name}`, as in rlhf-cli cp NAME DEST"
+    if (config := Path(name) / "config.yaml").is_file():
+        return (
+            f"{name} is a run of yours: cp -r copies it; to start from its config give "
+            f"`--config {config}` to its stage"
+        )
+    return f"nothing is named {name}{nearest(name, names) or '; see rlhf-cli ls'}"

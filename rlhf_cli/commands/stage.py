@@ -47,6 +47,7 @@ class Flags:
     help: bool
     check: bool
     multirun: bool
+    config: str | None
     config_dir: str | None
     show: list[str]  # Hydra's own flags that print a config instead of running
     overrides: list[str]
@@ -71,6 +72,7 @@ def parse(stage: str, words: list[str]) -> Flags:
     parser = _Parser(add_help=False, allow_abbrev=False)
     for names in (("--help", "-h"), ("--check",), ("--multirun", "-m"), ("--resolve",)):
         parser.add_argument(*names, action="store_true")
+    parser.add_argument("--config")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--package", "-p")
@@ -97,7 +99,9 @@ def parse(stage: str, words: list[str]) -> Flags:
         )
     show += ["--resolve"] if flags.resolve else []
     show += [f"--package={flags.package}"] if flags.package else []
-    return Flags(flags.help, flags.check, flags.multirun, flags.config_dir, show, rest)
+    return Flags(
+        flags.help, flags.check, flags.multirun, flags.config, flags.config_dir, show, rest
+    )
 
 
 def _wrong_flag(stage: str, word: str, flags: list[str]) -> str:
@@ -117,11 +121,22 @@ def run(stage: str, words: list[str]) -> None:
     flags = parse(stage, words)
     dirs = catalog.config_dirs(flags.config_dir)
     check_overrides(stage, flags.overrides, dirs)
+    own = None
+    if flags.config is not None:
+        from rlhf_cli.config.own_config import read_config
+
+        own = read_config(stage, flags.config, flags.overrides, dirs)
     if flags.help:
         from rlhf_cli.commands.help import stage_help
 
-        print(stage_help(stage, flags.overrides, dirs))
-    elif flags.show:
+        print(stage_help(stage, flags.overrides, dirs, own))
+        return
+    if own is not None:
+        from rlhf_cli.config.compose import register_config
+
+        register_config(own)
+        flags.overrides[:0] = own.words
+    if flags.show:
         shown = io.StringIO()
         try:
             with redirect_stdout(shown):

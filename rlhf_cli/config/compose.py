@@ -21,7 +21,8 @@ from omegaconf.resolvers import oc
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.hints import check_overrides, explain
+from rlhf_cli.config.hints import OWN_CONFIG, check_overrides, explain
+from rlhf_cli.config.own_config import OwnConfig, nested, read_config
 from rlhf_cli.config.own_files import check_place, read_own
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import keep_reference, take
@@ -79,21 +80,38 @@ def _from_environment(name: str, *default: str | None) -> str | None:
     return value
 
 
-def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> Any:
+def compose(
+    stage: str,
+    overrides: list[str],
+    config_dir: str | None = None,
+    config_file: str | None = None,
+) -> Any:
     """The typed config of a stage, as the same words give it on the command line.
 
     Args:
         stage: a name in STAGES.
         overrides: `key=value` and `group=option` words.
         config_dir: a folder with options of your own, laid out like conf/.
+        config_file: a config of your own, whole or in part, over which the words win.
 
     Raises:
         UserError: a name or value is wrong; the message is one line.
     """
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage}; choices: {', '.join(STAGES)}")
-    check_overrides(stage, overrides, catalog.config_dirs(config_dir))
+    dirs = catalog.config_dirs(config_dir)
+    check_overrides(stage, overrides, dirs)
+    if config_file is not None:
+        own = read_config(stage, config_file, overrides, dirs)
+        register_config(own)
+        overrides = [*own.words, *overrides]
     return typed_config(stage, hydras_words(stage, overrides), config_dir)
+
+
+def register_config(own: OwnConfig) -> None:
+    """Make a config of one's own known to Hydra; its words put it under those of a command."""
+    content = nested(load(own.text), own.values)
+    ConfigStore.instance().store(own.name, content, group=OWN_CONFIG, package="_global_")
 
 
 def typed_config(stage: str, words: list[str], config_dir: str | None = None) -> Any:
