@@ -4,12 +4,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from rlhf_cli.commands.ls import NAMES, RECIPES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.reporting.terminal import print_path
-
-RECIPES = "recipes"
 
 
 def run(words: list[str]) -> None:
@@ -42,23 +41,25 @@ def _source(name: str) -> Path:
     for group in catalog.GROUPS:
         folder = catalog.shipped("conf") / group
         shelf |= {f"{group}/{file.name}": file for file in sorted(folder.glob("*.yaml"))}
-    names: dict[str, set[str]] = {}
-    for place in shelf:
-        group, _, file = place.partition("/")
-        for each in (file, file.partition(".")[0]):
-            for known in (each, f"{group}/{each}"):
-                names.setdefault(known, set()).add(place)
-    found = sorted(names.get(name, ()))
+    # as `ls` prints it comes before other ways to say it: demo is an option, demo.sh a recipe
+    printed: dict[str, list[str]] = {}
+    said: dict[str, list[str]] = {}
+    for place, file in shelf.items():
+        group = place.partition("/")[0]
+        printed.setdefault(file.name if group == RECIPES else file.stem, []).append(place)
+        for each in (file.stem, file.name, f"{group}/{file.stem}", place):
+            said.setdefault(each, []).append(place)
+    found = printed.get(name) or said.get(name) or []
+    if not found:
+        raise UserError(_unknown(name, said))
     if len(found) > 1:
         raise UserError(f"{name} names more than one file: take {' or '.join(found)}")
-    if found:
-        return shelf[found[0]]
-    raise UserError(_unknown(name, names))
+    return shelf[found[0]]
 
 
 def _unknown(name: str, names: Iterable[str]) -> str:
-    if name in (*catalog.GROUPS, RECIPES):
-        return f"{name} is a group; name one of `rlhf-cli ls {name}`, as in rlhf-cli cp NAME DEST"
+    if name in NAMES:
+        return f"{name} is a list; name one of what `rlhf-cli ls {name}` shows"
     if (config := Path(name) / "config.yaml").is_file():
         return (
             f"{name} is a run of yours: cp -r copies it; to start from its config give "

@@ -178,7 +178,9 @@ def _sweep(stage: str, flags: Flags) -> None:
             jobs = []
         else:
             # what option files sweep over becomes words as well, so that texts are quoted in it
-            given = params_of_sweep(stage, [*fixed.values(), *sweeps.settings(words)], flags.config_dir)
+            given = params_of_sweep(
+                stage, [*fixed.values(), *sweeps.settings(words)], flags.config_dir
+            )
             own = [word for word in flags.overrides if not word.lstrip("+").startswith(_PARAMS)]
             flags = replace(flags, overrides=[*given, *own])
             settings.append(f"{_PARAMS}=null")
@@ -236,7 +238,11 @@ def _hydra_main(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     folder = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
     mode = ["--multirun"] if flags.multirun else []
-    words = [*settings, f"hydra.job.name={stage}", *hydras_words(stage, flags.overrides, flags.multirun)]
+    words = [
+        *settings,
+        f"hydra.job.name={stage}",
+        *hydras_words(stage, flags.overrides, flags.multirun),
+    ]
     sys.argv[1:] = [*flags.show, *mode, *folder, *words]
     path = str(catalog.shipped("conf"))
     with _one_line(stage):

@@ -65,7 +65,9 @@ def unnamed_keys(jobs: Sequence[Sequence[str]], outs: Sequence[str]) -> list[str
     values = [_values(words) for words in jobs]
     told = []
     for key in values[0]:
-        alike: dict[tuple[str, ...], list[str]] = {}  # the outs of jobs that differ in this key only
+        alike: dict[
+            tuple[str, ...], list[str]
+        ] = {}  # the outs of jobs that differ in this key only
         for each, out in zip(values, outs, strict=True):
             others = tuple(value for name, value in each.items() if name != key)
             alike.setdefault(others, []).append(out)

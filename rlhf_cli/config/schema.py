@@ -182,9 +182,7 @@ class Data:
         choices=("keep", "drop", "error"),
     )
     step_join: str = key("Text between the steps of a row when they become one response.")
-    step_end: str = key(
-        "Regular expression whose matches end a step of a response.", regex=True
-    )
+    step_end: str = key("Regular expression whose matches end a step of a response.", regex=True)
     gold: str | None = key("Scorer that training never sees; evaluate reports it.", regex=True)
 
 

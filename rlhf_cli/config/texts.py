@@ -238,21 +238,6 @@ def _as_text(node: Any, breaks: bool, seen: set[int]) -> None:
             node.value = line_breaks(node.value)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Texts with a backslash get the quotes within which `load` reads it back."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(_STR, text, style='"' if "\\" in text else None),
-)
-
-
-def dump(content: dict[str, Any]) -> str:
-    """YAML that `load` reads as the same."""
-    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False))
-
-
 def requoted(text: str) -> str:
     """YAML of Hydra's, written so that `load` reads the same."""
     if "\\" not in text:

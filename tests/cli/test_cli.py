@@ -325,7 +325,9 @@ def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> Non
     body = "Path(cfg.out).mkdir(parents=True); return Path(cfg.out)"
     done = stand_in(body, "-m", "algo.kl_coef=0.1,0.2", "algo=ppo,ppo_ptx")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"runs/demo/ppo/{job}" for job in range(4)]
+    jobs = ("0.1_algo=ppo", "0.1_algo=ppo_ptx", "0.2_algo=ppo", "0.2_algo=ppo_ptx")
+    assert done.stdout.splitlines() == [f"runs/demo/ppo/kl_coef={job}" for job in jobs]
+    assert (tmp_path / "runs/demo/ppo/multirun.yaml").is_file()
     assert "Launching 4 jobs" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
@@ -334,7 +336,7 @@ def test_a_sweep_can_be_checked(stand_in: Run, tmp_path: Path) -> None:
     done = stand_in("raise RunError('it ran')", "-m", "--check", "algo.kl_coef=0.1,0.2")
     assert done.returncode == 0
     assert done.stdout == ""
-    assert "would write runs/demo/ppo/1" in done.stderr
+    assert "would write runs/demo/ppo/kl_coef=0.2" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,6 +353,6 @@ def test_a_failed_job_fails_the_sweep(error: str, status: int, stand_in: Run) ->
     body = f"if cfg.seed == 1: raise {error}('lost')\n    return Path(cfg.out)"
     done = stand_in(body, "-m", "seed=1,2")
     assert done.returncode == status
-    assert done.stdout == "runs/demo/ppo/1\n"
+    assert done.stdout == "runs/demo/ppo/seed=2\n"
     assert "lost" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
