@@ -87,8 +87,8 @@ def _options_and_values(
     """The options that a file names, and its keys by dotted name."""
     if "defaults" in content:
         raise UserError(
-            f"{file}: a config has no list of defaults; name an option as `algo: ppo`, and set keys "
-            "beside it as `algo.lr: 1e-5`"
+            f"{file}: a config has no list of defaults; name an option as `algo: ppo`, and set "
+            "keys beside it as `algo.lr: 1e-5`"
         )
     options, values = {}, {}
     for name, value in content.items():
@@ -111,9 +111,9 @@ def _decided_by(stage: str, group: str, options: list[str], dirs: list[Path]) ->
         decided |= {f"{group}.{key}" for key in catalog.option_values(group, option, dirs)}
         for key in catalog.keys(stage):
             switch = used_by(stage, key)
-            if switch and catalog.group_of(switch.key) == group and key in values:
-                if not switch.reads(str(values[switch.key])):
-                    decided.add(key)
+            ours = switch is not None and catalog.group_of(switch.key) == group
+            if switch and ours and not switch.reads(str(values[switch.key])):
+                decided.add(key)
     return decided
 
 

@@ -153,8 +153,8 @@ class Data:
     text_path: str | None = key("Plain text rows for the pretraining mix (ptx_coef, text_mix).")
     columns: dict[str, str] = key("Your column names for ours, as {ours: yours}.")
     template: str = key(
-        "How a prompt is written: text with {prompt} in it (\\n breaks a line, as in every text), or "
-        "chat (the tokenizer's template)."
+        "How a prompt is written: text with {prompt} in it (\\n breaks a line, as in every text), "
+        "or chat (the tokenizer's template)."
     )
     max_prompt_tokens: int = key("Longest prompt in tokens.", ge=1)
     max_response_tokens: int = key("Longest response in tokens, trained on or sampled.", ge=1)

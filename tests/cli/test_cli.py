@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.commands import cp
+from rlhf_cli.commands.ls import _options
 from rlhf_cli.config import catalog
 from rlhf_cli.config.stages import STAGES
 from tests.conftest import Cli
@@ -142,6 +144,33 @@ def test_cp_copies_every_recipe_and_what_it_reads(cli: Cli, tmp_path: Path) -> N
     for recipe in catalog.shipped("recipes").glob("*.*"):
         assert cli("cp", recipe.name, ".").stdout == f"{recipe.name}\n"
         assert os.access(tmp_path / recipe.name, os.X_OK) == os.access(recipe, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [(option, f"{group}/{option}.yaml") for group in catalog.GROUPS for option in _options(group)]
+    + [("algo/ppo", "algo/ppo.yaml"), ("ppo.yaml", "algo/ppo.yaml"), ("hh_ppo", "hh_ppo.sh")],
+)
+def test_cp_copies_whatever_ls_prints(name: str, file: str, tmp_path: Path) -> None:
+    cp.run([name, f"{tmp_path}/"])
+    shelf = catalog.shipped("conf" if "/" in file else "recipes")
+    assert (tmp_path / Path(file).name).read_bytes() == (shelf / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("ppp", "nothing is named ppp; did you mean ppo?"),
+        ("algo", "algo is a list; name one of what `rlhf-cli ls algo` shows"),
+        ("mine", "--config mine/config.yaml"),
+    ],
+)
+def test_cp_says_what_it_cannot_copy(name: str, part: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("seed: 1\n")
+    done = cli("cp", name, "there")
+    assert done.returncode == 2 and part in done.stderr
+    assert not (tmp_path / "there").exists()
 
 
 @pytest.mark.slow
