@@ -47,7 +47,7 @@ complete -c rlhf-cli -a '(__rlhf_cli)'
 """
 
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
-_FLAGS = ("--help", "--check", "--cfg", "--config-dir", "--multirun")
+_FLAGS = ("--help", "--check", "--cfg", "--config", "--config-dir", "--multirun")
 
 
 def run(words: list[str]) -> None:
@@ -83,6 +83,8 @@ def candidates(line: str) -> list[str]:
 def _stage_words(words: list[str], word: str) -> list[str]:
     stage = words[0]
     dirs = catalog.config_dirs(_config_dir(words))
+    if words[-1] in ("--config", "--config-dir", "-cd"):
+        return []  # a file or folder, which shells complete themselves
     if word.startswith("-"):
         return [f"{flag} " for flag in _FLAGS]
     key, equals, _ = word.partition("=")

@@ -1,8 +1,10 @@
 """`rlhf-cli cp NAME DEST`: take a shipped recipe or option as the start of one's own."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from rlhf_cli.commands.ls import NAMES, RECIPES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
@@ -10,8 +12,8 @@ from rlhf_cli.reporting.terminal import print_path
 
 
 def run(words: list[str]) -> None:
-    """Copy a recipe (`demo`, `demo.sh`), a file that one reads (`positive.txt`) or an option
-    (`algo/ppo`), and print where it went.
+    """Copy what `ls` names and print where it went: a recipe (`demo.sh`), a file that one reads
+    (`positive.txt`) or an option (`ppo`, or `algo/ppo`).
 
     Raises:
         UserError: no such name, or DEST is taken or cannot be written.
@@ -33,11 +35,34 @@ def run(words: list[str]) -> None:
 
 
 def _source(name: str) -> Path:
-    shelf = {file.stem: file for file in sorted(catalog.shipped("recipes").glob("*.*"))}
-    conf = catalog.shipped("conf")
+    """The file of a name as `ls` prints it, with its group or ending or without."""
+    recipes = catalog.shipped("recipes")
+    shelf = {f"{RECIPES}/{file.name}": file for file in sorted(recipes.glob("*.*"))}
     for group in catalog.GROUPS:
-        shelf |= {f"{group}/{file.stem}": file for file in sorted((conf / group).glob("*.yaml"))}
-    stem = name.removesuffix(".sh").removesuffix(".yaml").removesuffix(".txt")
-    if stem not in shelf:
-        raise UserError(f"nothing is named {name}{nearest(stem, shelf) or '; see rlhf-cli ls'}")
-    return shelf[stem]
+        folder = catalog.shipped("conf") / group
+        shelf |= {f"{group}/{file.name}": file for file in sorted(folder.glob("*.yaml"))}
+    # as `ls` prints it comes before other ways to say it: demo is an option, demo.sh a recipe
+    printed: dict[str, list[str]] = {}
+    said: dict[str, list[str]] = {}
+    for place, file in shelf.items():
+        group = place.partition("/")[0]
+        printed.setdefault(file.name if group == RECIPES else file.stem, []).append(place)
+        for each in (file.stem, file.name, f"{group}/{file.stem}", place):
+            said.setdefault(each, []).append(place)
+    found = printed.get(name) or said.get(name) or []
+    if not found:
+        raise UserError(_unknown(name, said))
+    if len(found) > 1:
+        raise UserError(f"{name} names more than one file: take {' or '.join(found)}")
+    return shelf[found[0]]
+
+
+def _unknown(name: str, names: Iterable[str]) -> str:
+    if name in NAMES:
+        return f"{name} is a list; name one of what `rlhf-cli ls {name}` shows"
+    if (config := Path(name) / "config.yaml").is_file():
+        return (
+            f"{name} is a run of yours: cp -r copies it; to start from its config give "
+            f"`--config {config}` to its stage"
+        )
+    return f"nothing is named {name}{nearest(name, names) or '; see rlhf-cli ls'}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config import catalog
+from rlhf_cli.config.own_config import OwnConfig
 from rlhf_cli.config.stages import STAGES, rows_with
 from rlhf_cli.config.switches import used_by
 
@@ -37,7 +38,8 @@ rlhf-cli STAGE --help lists every key of a stage."""
 _FLAGS = (
     ("--check", "check config, paths and inputs, print what would run, and stop"),
     ("--cfg job", "print the composed config; -p GROUP for a part, --resolve to fill in ${...}"),
-    ("-m", "sweep: KEY=A,B runs one job per value, in out/0, out/1, ..."),
+    ("-m", "sweep: KEY=A,B runs one job per value, in out/KEY=A, out/KEY=B"),
+    ("--config FILE", "a config of your own, whole or in part, as --cfg job prints it"),
     ("--config-dir DIR", "options of your own: DIR/algo/mine.yaml, then algo=mine"),
 )
 
@@ -51,15 +53,19 @@ def overview() -> str:
     )
 
 
-def stage_help(stage: str, overrides: list[str], dirs: list[Path]) -> str:
+def stage_help(
+    stage: str, overrides: list[str], dirs: list[Path], own: OwnConfig | None = None
+) -> str:
     """The help of a stage: groups with their options, then every key with value and meaning.
 
-    Options among the overrides are followed, so `ppo algo=ppo_ptx --help` shows its values.
+    Options among the overrides are followed, so `ppo algo=ppo_ptx --help` shows its values, and so
+    is a config of one's own.
     """
     words = dict(word.lstrip("+").split("=", 1) for word in overrides)
     chosen = catalog.default_options(stage)
+    chosen |= own.options if own else {}
     chosen |= {group: words[group].split(",")[0] for group in chosen if group in words}
-    values = catalog.stage_values(stage, chosen, dirs) | words
+    values = catalog.stage_values(stage, chosen, dirs) | (own.values if own else {}) | words
     groups = [
         (f"{group}={option}", ", ".join(_fitting(stage, group, dirs)))
         for group, option in chosen.items()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rlhf_cli.runs.lineage import Node
 
 RUNS = "runs"  # the folder that stages write to by default, and the word for what is in it
-NAMES = (*catalog.GROUPS, "recipes", RUNS)
+RECIPES = "recipes"
+NAMES = (*catalog.GROUPS, RECIPES, RUNS)
 COLUMNS = ("run", "stage", "algo", "state", "time", "ended", "metric", "seed")
 MIN_NOTES = 24  # characters
 UNBOUNDED = 100_000  # characters: elsewhere than in a terminal no line is cut
@@ -38,12 +39,12 @@ def run(words: list[str]) -> None:
     if len(words) > 1 or (words and words[0] not in NAMES):
         hint = nearest(words[0], NAMES)
         raise UserError(f"unknown group {' '.join(words)}{hint or ';'} ls takes {', '.join(NAMES)}")
-    recipes = sorted(file.name for file in catalog.shipped("recipes").glob("*.sh"))
+    recipes = sorted(file.name for file in catalog.shipped(RECIPES).glob("*.sh"))
     if not words:
         dirs = catalog.config_dirs()
         rows = [(group, " ".join(catalog.options(group, dirs))) for group in catalog.GROUPS]
-        print(columns([*rows, ("recipes", " ".join(recipes))]))
-    elif words[0] == "recipes":
+        print(columns([*rows, (RECIPES, " ".join(recipes))]))
+    elif words[0] == RECIPES:
         print("\n".join(f"  {name}" for name in recipes))
     else:
         print(columns([_row(words[0], option) for option in _options(words[0])]))

@@ -4,12 +4,11 @@ import argparse
 import gc
 import importlib
 import io
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,12 +29,15 @@ _SINGLE = (*_SETTINGS, "hydra/hydra_logging=none")
 # jobs on stdout, where only artifact paths belong; other libraries' chatter stays off.
 _SWEEP = (
     *_SETTINGS,
-    "hydra.sweep.dir=${out}",
     "hydra.sweep.subdir=.",
     "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr",
     "hydra.hydra_logging.root.level=WARNING",
     "+hydra.hydra_logging.loggers.hydra.level=INFO",
 )
+
+_PARAMS = "hydra.sweeper.params"
+# How the processes of a launcher are told which keys the folder of a job does not name.
+_UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
 
 
 @dataclass
@@ -45,9 +47,15 @@ class Flags:
     help: bool
     check: bool
     multirun: bool
+    config: str | None
     config_dir: str | None
     show: list[str]  # Hydra's own flags that print a config instead of running
     overrides: list[str]
+
+    @property
+    def show_yaml(self) -> bool:
+        """Whether that config is all that is printed."""
+        return any(flag.startswith("--cfg=") for flag in self.show)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +72,7 @@ def parse(stage: str, words: list[str]) -> Flags:
     parser = _Parser(add_help=False, allow_abbrev=False)
     for names in (("--help", "-h"), ("--check",), ("--multirun", "-m"), ("--resolve",)):
         parser.add_argument(*names, action="store_true")
+    parser.add_argument("--config")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--package", "-p")
@@ -90,7 +99,9 @@ def parse(stage: str, words: list[str]) -> Flags:
         )
     show += ["--resolve"] if flags.resolve else []
     show += [f"--package={flags.package}"] if flags.package else []
-    return Flags(flags.help, flags.check, flags.multirun, flags.config_dir, show, rest)
+    return Flags(
+        flags.help, flags.check, flags.multirun, flags.config, flags.config_dir, show, rest
+    )
 
 
 def _wrong_flag(stage: str, word: str, flags: list[str]) -> str:
@@ -110,17 +121,31 @@ def run(stage: str, words: list[str]) -> None:
     flags = parse(stage, words)
     dirs = catalog.config_dirs(flags.config_dir)
     check_overrides(stage, flags.overrides, dirs)
+    own = None
+    if flags.config is not None:
+        from rlhf_cli.config.own_config import read_config
+
+        own = read_config(stage, flags.config, flags.overrides, dirs)
     if flags.help:
         from rlhf_cli.commands.help import stage_help
 
-        print(stage_help(stage, flags.overrides, dirs))
-    elif flags.show:
+        print(stage_help(stage, flags.overrides, dirs, own))
+        return
+    if own is not None:
+        from rlhf_cli.config.compose import register_config
+
+        register_config(own)
+        flags.overrides[:0] = own.words
+    if flags.show:
         shown = io.StringIO()
         try:
             with redirect_stdout(shown):
                 _hydra_main(stage, flags, _SINGLE, lambda cfg: None)
         finally:  # Hydra leaves by SystemExit after its own help
-            print(redacted(shown.getvalue()), end="")
+            from rlhf_cli.config.texts import requoted
+
+            text = shown.getvalue()
+            print(redacted(requoted(text) if flags.show_yaml else text), end="")
     else:
         (_sweep if flags.multirun else _single)(stage, flags)
 
@@ -141,58 +166,60 @@ def _single(stage: str, flags: Flags) -> None:
 
 def _sweep(stage: str, flags: Flags) -> None:
     """Check every job before the first one starts, then let Hydra run them."""
-    from rlhf_cli.config.compose import compose
+    from rlhf_cli.commands import sweeps
+    from rlhf_cli.config.compose import hydras_words, params_of_sweep, typed_config
     from rlhf_cli.runs.preflight import preflight
 
+    words = hydras_words(stage, flags.overrides, sweep=True)
+    settings = list(_SWEEP)
     with _one_line(stage):
-        jobs = _jobs(flags.overrides)
-    configs = [compose(stage, overrides, flags.config_dir) for overrides in jobs]
-    for number, (overrides, cfg) in enumerate(zip(jobs, configs, strict=True)):
-        cfg.out = f"{cfg.out}/{number}"
+        fixed = sweeps.fixed(words)
+        if sweeps.chosen_elsewhere(words):
+            jobs = []
+        else:
+            # what option files sweep over becomes words as well, so that texts are quoted in it
+            given = params_of_sweep(
+                stage, [*fixed.values(), *sweeps.settings(words)], flags.config_dir
+            )
+            own = [word for word in flags.overrides if not word.lstrip("+").startswith(_PARAMS)]
+            flags = replace(flags, overrides=[*given, *own])
+            settings.append(f"{_PARAMS}=null")
+            jobs = sweeps.jobs(hydras_words(stage, flags.overrides, sweep=True))
+    configs = [typed_config(stage, job, flags.config_dir) for job in jobs]
+    outs = [cfg.out for cfg in configs]
+    unnamed = sweeps.unnamed_keys(jobs, outs) if jobs else [*fixed]
+    for number, (job, cfg) in enumerate(zip(jobs, configs, strict=True)):
+        cfg.out = sweeps.place(cfg.out, job, unnamed)
         plan = preflight(cfg, check_only=True)
         if flags.check:
-            _tell([f"job {number}: {' '.join(overrides)}", *plan.lines()])
+            swept = [word for word in job if word not in fixed.values()]
+            _tell([f"job {number}: {' '.join(swept) or 'nothing is swept'}", *plan.lines()])
     if not flags.check:
-        _hydra_main(stage, flags, _SWEEP, sweep_job)
-
-
-def _jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep, in Hydra's order and without `hydra.` settings."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob
-
-    if any(word.startswith("hydra/sweeper=") for word in overrides):
-        return []  # another sweeper chooses its jobs as it goes
-    words = [word for word in overrides if not word.startswith(("hydra.", "hydra/"))]
-    choices: list[list[str]] = []
-    for override in OverridesParser.create().parse_overrides(words):
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            if isinstance(override.value(), Glob):
-                raise UserError(f"{override.input_line}: name the options, as in {key}=A,B")
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([str(override.input_line)])
-    return [list(job) for job in itertools.product(*choices)]
+        home = sweeps.home([cfg.out for cfg in configs]) if jobs else "${out}"
+        keys = ",".join(f'"{key}"' for key in unnamed)
+        settings += [f'hydra.sweep.dir="{home}"', f"{_UNNAMED}=[{keys}]"]
+        _hydra_main(stage, flags, settings, sweep_job)
 
 
 def sweep_job(cfg: "DictConfig") -> None:
-    """One job of a sweep, in a folder of its own: `out`/NUMBER. Launchers import it by name."""
+    """One job of a sweep, in a folder of its own. Launchers import it by name."""
     from hydra.core.hydra_config import HydraConfig
 
+    from rlhf_cli.commands.sweeps import place
     from rlhf_cli.config.compose import typed
     from rlhf_cli.runs import interrupts
 
     show_controls()  # a launcher may run this in a process of its own
-    job = HydraConfig.get().job
-    stage = str(job.config_name)
+    hydra = HydraConfig.get()
+    stage = str(hydra.job.config_name)
     config = typed(cfg, stage)
-    config.out = f"{config.out}/{job.num}"
+    unnamed = hydra.job.config.override_dirname.exclude_keys
+    config.out = place(config.out, hydra.overrides.task, unnamed)
     interrupts.take()  # a launcher may run this in a process of its own
     try:
         _execute(stage, config, check=False)
     except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
-        _tell([f"job {job.num}, out={config.out}: error: {error}"])
+        _tell([f"job {hydra.job.num}, out={config.out}: error: {error}"])
         interrupts.wait_no_more(f"{config.out} failed")
         raise
     # too late for this job, not for the others
@@ -200,18 +227,22 @@ def sweep_job(cfg: "DictConfig") -> None:
 
 
 def _hydra_main(
-    stage: str, flags: Flags, settings: tuple[str, ...], task: "Callable[[DictConfig], None]"
+    stage: str, flags: Flags, settings: Sequence[str], task: "Callable[[DictConfig], None]"
 ) -> None:
     import hydra
 
-    from rlhf_cli.config.compose import open_maps, register_schemas
+    from rlhf_cli.config.compose import hydras_words, register_schemas
 
     register_schemas()
     # Without this Hydra prints its own errors, of many lines, and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     folder = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
     mode = ["--multirun"] if flags.multirun else []
-    words = [*settings, f"hydra.job.name={stage}", *open_maps(stage, flags.overrides)]
+    words = [
+        *settings,
+        f"hydra.job.name={stage}",
+        *hydras_words(stage, flags.overrides, flags.multirun),
+    ]
     sys.argv[1:] = [*flags.show, *mode, *folder, *words]
     path = str(catalog.shipped("conf"))
     with _one_line(stage):

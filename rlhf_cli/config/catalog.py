@@ -251,5 +251,22 @@ def is_map(field: "dataclasses.Field[Any]") -> bool:
     return get_origin(field.type) is dict
 
 
+def is_text(kind: Any) -> bool:
+    """Whether a type holds texts alone: str, or a list or map of them; null counts for nothing."""
+    parts = get_args(kind)
+    return kind in (str, type(None)) or (bool(parts) and all(map(is_text, parts)))
+
+
+def is_single(field: "dataclasses.Field[Any]") -> bool:
+    """Whether a key holds one value, not a list or a map."""
+    kinds = get_args(field.type) if _is_union(field.type) else (field.type,)
+    return all(get_origin(kind) is None for kind in kinds)
+
+
+def may_hold_regex(field: "dataclasses.Field[Any]") -> bool:
+    """Whether backslashes in a text belong to a regular expression, as in reward=regex:..."""
+    return bool(field.metadata.get("regex")) or field.metadata.get("role") == "reward"
+
+
 def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType)

@@ -21,11 +21,13 @@ from omegaconf.resolvers import oc
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.hints import check_overrides, explain
+from rlhf_cli.config.hints import OWN_CONFIG, check_overrides, explain
+from rlhf_cli.config.own_config import OwnConfig, nested, read_config
 from rlhf_cli.config.own_files import check_place, read_own
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import keep_reference, take
 from rlhf_cli.config.stages import STAGES
+from rlhf_cli.config.texts import as_typed, load
 from rlhf_cli.config.validate import validate
 
 
@@ -40,6 +42,11 @@ class FileConfigSource(file_config_source.FileConfigSource):
         if not file.is_relative_to(catalog.shipped("conf")) and file.is_file():
             check_place(config_path)
             read_own(file)
+            found = super().load_config(config_path)
+            package = (found.header or {}).get("package") or str(Path(config_path).parent)
+            group = "" if package == "_global_" else package.replace("/", ".")
+            found.config = OmegaConf.create(load(file.read_text(encoding="utf-8"), group))
+            return found
         return super().load_config(config_path)
 
 
@@ -73,13 +80,19 @@ def _from_environment(name: str, *default: str | None) -> str | None:
     return value
 
 
-def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> Any:
+def compose(
+    stage: str,
+    overrides: list[str],
+    config_dir: str | None = None,
+    config_file: str | None = None,
+) -> Any:
     """The typed config of a stage, as the same words give it on the command line.
 
     Args:
         stage: a name in STAGES.
         overrides: `key=value` and `group=option` words.
         config_dir: a folder with options of your own, laid out like conf/.
+        config_file: a config of your own, whole or in part, over which the words win.
 
     Raises:
         UserError: a name or value is wrong; the message is one line.
@@ -88,30 +101,65 @@ def compose(stage: str, overrides: list[str], config_dir: str | None = None) -> 
         raise UserError(f"unknown stage {stage}; choices: {', '.join(STAGES)}")
     dirs = catalog.config_dirs(config_dir)
     check_overrides(stage, overrides, dirs)
-    return typed(_compose(stage, open_maps(stage, overrides), dirs), stage)
+    if config_file is not None:
+        own = read_config(stage, config_file, overrides, dirs)
+        register_config(own)
+        overrides = [*own.words, *overrides]
+    return typed_config(stage, hydras_words(stage, overrides), config_dir)
 
 
-def _compose(stage: str, overrides: list[str], dirs: list[Path]) -> DictConfig:
-    register_schemas()
-    own = [f"hydra.searchpath=[{','.join(f'file://{each.resolve()}' for each in dirs[1:])}]"]
+def register_config(own: OwnConfig) -> None:
+    """Make a config of one's own known to Hydra; its words put it under those of a command."""
+    content = nested(load(own.text), own.values)
+    ConfigStore.instance().store(own.name, content, group=OWN_CONFIG, package="_global_")
+
+
+def typed_config(stage: str, words: list[str], config_dir: str | None = None) -> Any:
+    """`compose`, of words that are as Hydra is to read them.
+
+    Raises:
+        UserError: a name or value is wrong; the message is one line.
+    """
     try:
-        with initialize_config_dir(config_dir=str(dirs[0]), version_base="1.3"):
-            return hydra_compose(stage, [*own, *overrides] if dirs[1:] else overrides)
+        cfg = _composed(stage, words, config_dir)
     except Exception as error:
         line = explain(error, stage)
         if line is None:
             raise
         raise UserError(line) from error
+    return typed(cfg, stage)
 
 
-def open_maps(stage: str, overrides: list[str]) -> list[str]:
-    """Let `data.columns.prompt=question` add an entry, for which Hydra's grammar asks `++`."""
+def params_of_sweep(stage: str, words: list[str], config_dir: str | None) -> list[str]:
+    """The words that option files, under `hydra.sweeper.params`, add to each command of a sweep."""
+    cfg = _composed(stage, words, config_dir, return_hydra_config=True)
+    params = cfg.hydra.sweeper.get("params") or {}
+    return [f"{key}={value}" for key, value in params.items()]
+
+
+def _composed(stage: str, words: list[str], config_dir: str | None, **more: bool) -> DictConfig:
+    register_schemas()
+    dirs = catalog.config_dirs(config_dir)
+    own = [f"hydra.searchpath=[{','.join(f'file://{each.resolve()}' for each in dirs[1:])}]"]
+    with initialize_config_dir(config_dir=str(dirs[0]), version_base="1.3"):
+        return hydra_compose(stage, [*own, *words] if dirs[1:] else words, **more)
+
+
+def hydras_words(stage: str, overrides: list[str], sweep: bool = False) -> list[str]:
+    """The words of a command as Hydra is to read them.
+
+    Texts are quoted, and `data.columns.prompt=question` may add an entry, for which its grammar
+    asks `++`.
+
+    Args:
+        sweep: whether a comma between values separates jobs.
+    """
     maps = [key for key, field in catalog.keys(stage).items() if catalog.is_map(field)]
     return [
         f"++{word}"
         if word.startswith(tuple(f"{key}{end}" for key in maps for end in ".="))
         else word
-        for word in overrides
+        for word in as_typed(overrides, sweep)
     ]
 
 
@@ -135,9 +183,6 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error, stage) or str(error)) from error
     assert isinstance(config, Run)
-    # Hydra's grammar has no escape for a line break, and prompts are full of them.
-    if config.data.template is not None:
-        config.data.template = config.data.template.replace("\\n", "\n")
     _keep_references(OmegaConf.to_container(cfg, resolve=False), dataclasses.asdict(config))
     validate(stage, config)
     return config

@@ -24,6 +24,8 @@ _CALLED = re.compile(r"_(?:target|args|recursive|convert|partial)_")  # Hydra ca
 # What may be filled in there: texts, as a map could name something to call.
 _FILLED_IN = re.compile(r"\$\{(?:oc\.env:[^{}]*|name|out|seed|hydra[.:](?:job|sweep)\.[\w.]+)\}")
 
+OWN_CONFIG = "own_config"  # the group as which Hydra knows the file of --config
+
 # Names of before: a key, or an option or a value as KEY=VALUE, and what it is called now.
 RENAMED = {
     "hardware.keep": "hardware.keep_checkpoints",
@@ -151,9 +153,10 @@ def _nearest_key(key: str, known: Iterable[str]) -> str:
 
 def unknown_value(stage: str, key: str, value: object) -> str:
     """The line for a value that is none of the choices of a key."""
-    known, word = catalog.choices(stage, key), f"{key}={value}"
-    if RENAMED.get(word, "").removeprefix(f"{key}=") in known:
-        return str(renamed(stage, word))
+    known = catalog.choices(stage, key)
+    for word in (f"{key}={value}", f"{key}={str(value).capitalize()}"):  # it was true or false
+        if RENAMED.get(word, "").removeprefix(f"{key}=") in known:
+            return str(renamed(stage, word))
     return wrong_value(stage, key, value) + nearest(str(value), known)
 
 
@@ -176,7 +179,7 @@ def explain(error: BaseException, stage: str) -> str | None:
         link = link.__cause__
     text = "\n".join(str(each) for each in reversed(chain))  # the cause first, it is the exact one
     where = re.search(r"In '(\w+/[^']+)':", text)
-    file = f" (in {where[1]}.yaml)" if where else ""
+    file = f" (in {where[1].removeprefix(f'{OWN_CONFIG}/')}.yaml)" if where else ""
     return (_explain_key(text, stage) or _explain_words(error, text, stage)) + file
 
 

@@ -158,3 +158,23 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
     else:
         yield str(value)
+
+
+# --------------------------------------------------------------------------- written
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts with a backslash get the quotes within which config/texts.py reads them back."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if "\\" in text else None
+    ),
+)
+
+
+def dump(content: dict[str, Any]) -> str:
+    """YAML that `--config` reads as the same."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False))

@@ -40,6 +40,7 @@ def key(
     needed: bool | str = False,
     unused: float | None = None,
     texts: bool = False,
+    regex: bool = False,
 ) -> Any:
     """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices.
 
@@ -55,11 +56,14 @@ def key(
         needed: whether null is refused where the key is used, or the switch under which it is.
         unused: the value that the key has where nothing reads it.
         texts: the key takes a text or a list of texts, for which OmegaConf has no type but Any.
+        regex: whether the text may hold a regular expression, whose backslashes stay as they are.
+            So they do where role is `reward`.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     told = {"meaning": meaning, **bounds, "role": role, "own": own, "used_by": used_by}
     given = {name: each for name, each in told.items() if each is not None}
-    return field(metadata={**given, "needed": needed, "unused": unused, "texts": texts})
+    switches = {"needed": needed, "unused": unused, "texts": texts, "regex": regex}
+    return field(metadata={**given, **switches})
 
 
 # --------------------------------------------------------------------------- hardware
@@ -245,7 +249,7 @@ class Data:
         choices=("keep", "drop", "error"),
     )
     step_join: str = key("Text between the steps of a row when they become one response.")
-    step_end: str = key("Regular expression whose matches end a step of a response.")
+    step_end: str = key("Regular expression whose matches end a step of a response.", regex=True)
     streaming: bool = key(
         "Read rows while the run goes on and keep no tokens on disk; needs algo.max_steps (sft, "
         "reward, dpo)."
@@ -254,7 +258,7 @@ class Data:
         "Folder of tokenised rows, read again by runs with the same files, tokenizer and template; "
         "null is that of RLHF_CLI_CACHE, or the user's own."
     )
-    gold: str | None = key("Scorer that training never sees; evaluate reports it.")
+    gold: str | None = key("Scorer that training never sees; evaluate reports it.", regex=True)
 
 
 # --------------------------------------------------------------------------- algo

@@ -190,7 +190,9 @@ def _stage_and_option(header: str) -> tuple[str | None, str | None]:
     options = [word.partition("=")[2] for word in words if word.startswith("algo=")]
     if options:  # of a sweep over several, each job has its own
         return stage, None if "," in options[-1] else options[-1]
-    return stage, catalog.default_options(stage).get("algo") if stage in STAGES else None
+    if stage not in STAGES or any(word.split("=")[0] == "--config" for word in words):
+        return stage, None  # a file may name another
+    return stage, catalog.default_options(stage).get("algo")
 
 
 def _base(run: Path, config: dict[str, Any]) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.own_files import dump
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import as_given, marks
 from rlhf_cli.config.stages import facts_of, stage_name
@@ -277,7 +278,7 @@ def claim(cfg: Run, provenance: Provenance) -> None:
         remove(entry for entry in out.iterdir() if entry.name not in (LOCK, CONFIG))
     command = command_line() or f"rlhf_cli.stages.{stage_name(cfg)}.run"
     header = f"# {on_one_line(command)}\n"  # a line break in a word would end the comment
-    content = yaml.safe_dump(config_as_written(cfg), sort_keys=False)
+    content = dump(config_as_written(cfg))
     variables = (f"{' '.join(VARIABLE)} {name} {mark}\n" for name, mark in marks().items())
     write_text(out / CONFIG, header + "".join(variables) + content)
     (out / CHECKPOINTS).mkdir(exist_ok=True)

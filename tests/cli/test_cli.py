@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_cli.commands import cp
+from rlhf_cli.commands.ls import _options
 from rlhf_cli.config import catalog
 from rlhf_cli.config.stages import STAGES
 from tests.conftest import Cli
@@ -142,6 +144,33 @@ def test_cp_copies_every_recipe_and_what_it_reads(cli: Cli, tmp_path: Path) -> N
     for recipe in catalog.shipped("recipes").glob("*.*"):
         assert cli("cp", recipe.name, ".").stdout == f"{recipe.name}\n"
         assert os.access(tmp_path / recipe.name, os.X_OK) == os.access(recipe, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [(option, f"{group}/{option}.yaml") for group in catalog.GROUPS for option in _options(group)]
+    + [("algo/ppo", "algo/ppo.yaml"), ("ppo.yaml", "algo/ppo.yaml"), ("hh_ppo", "hh_ppo.sh")],
+)
+def test_cp_copies_whatever_ls_prints(name: str, file: str, tmp_path: Path) -> None:
+    cp.run([name, f"{tmp_path}/"])
+    shelf = catalog.shipped("conf" if "/" in file else "recipes")
+    assert (tmp_path / Path(file).name).read_bytes() == (shelf / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("ppp", "nothing is named ppp; did you mean ppo?"),
+        ("algo", "algo is a list; name one of what `rlhf-cli ls algo` shows"),
+        ("mine", "--config mine/config.yaml"),
+    ],
+)
+def test_cp_says_what_it_cannot_copy(name: str, part: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text("seed: 1\n")
+    done = cli("cp", name, "there")
+    assert done.returncode == 2 and part in done.stderr
+    assert not (tmp_path / "there").exists()
 
 
 @pytest.mark.slow
@@ -325,7 +354,9 @@ def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> Non
     body = "Path(cfg.out).mkdir(parents=True); return Path(cfg.out)"
     done = stand_in(body, "-m", "algo.kl_coef=0.1,0.2", "algo=ppo,ppo_ptx")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"runs/demo/ppo/{job}" for job in range(4)]
+    jobs = ("0.1_algo=ppo", "0.1_algo=ppo_ptx", "0.2_algo=ppo", "0.2_algo=ppo_ptx")
+    assert done.stdout.splitlines() == [f"runs/demo/ppo/kl_coef={job}" for job in jobs]
+    assert (tmp_path / "runs/demo/ppo/multirun.yaml").is_file()
     assert "Launching 4 jobs" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
@@ -334,7 +365,7 @@ def test_a_sweep_can_be_checked(stand_in: Run, tmp_path: Path) -> None:
     done = stand_in("raise RunError('it ran')", "-m", "--check", "algo.kl_coef=0.1,0.2")
     assert done.returncode == 0
     assert done.stdout == ""
-    assert "would write runs/demo/ppo/1" in done.stderr
+    assert "would write runs/demo/ppo/kl_coef=0.2" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,6 +382,6 @@ def test_a_failed_job_fails_the_sweep(error: str, status: int, stand_in: Run) ->
     body = f"if cfg.seed == 1: raise {error}('lost')\n    return Path(cfg.out)"
     done = stand_in(body, "-m", "seed=1,2")
     assert done.returncode == status
-    assert done.stdout == "runs/demo/ppo/1\n"
+    assert done.stdout == "runs/demo/ppo/seed=2\n"
     assert "lost" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

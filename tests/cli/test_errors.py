@@ -76,7 +76,8 @@ GRAMMAR = [
     ("ppo --resolve", ["--resolve", "--cfg job"]),
     ("ppo algo.kl_coef 0.1", ["algo.kl_coef has no value", "algo.kl_coef=VALUE"]),
     ("ppo =0.1", ["names no key"]),
-    ("ppo out=a=b", ["cannot read out=a=b", "'out=\"a=b\"'"]),
+    ("ppo algo.lr=a=b", ["cannot read algo.lr=a=b", "'algo.lr=\"a=b\"'"]),
+    ("ppo out=[a", ["cannot read out=[a", "'out=\"[a\"'"]),
     ("ppo name=a,b", ["name=a,b", "-m", "'name=\"a,b\"'"]),
     ("ppo name=${nam}", ["name", "${nam}"]),
 ]

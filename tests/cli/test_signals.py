@@ -140,8 +140,8 @@ def test_signals_while_the_interpreter_ends_change_no_status(tmp_path: Path) -> 
 def test_a_signal_that_comes_too_late_for_a_job_ends_the_sweep(tmp_path: Path) -> None:
     done = ppo(f"interrupts.wait_for_steps()\n{TERM}", "-m", "seed=1,2", cwd=tmp_path)
     assert done.returncode == 75
-    assert "SIGTERM: runs/demo/ppo/0 is finished; the same command goes on" in done.stderr
-    assert "job 1" not in done.stderr and "ppo/1" not in done.stdout
+    assert "SIGTERM: runs/demo/ppo/seed=1 is finished; the same command goes on" in done.stderr
+    assert "job 1" not in done.stderr and "seed=2" not in done.stdout
 
 
 def test_a_job_after_another_ends_at_once_before_its_first_step(tmp_path: Path) -> None:

@@ -970,9 +970,9 @@ OUT: dict[str, Case] = {
         [f"{POLICY}/config.yaml: damaged; set overwrite=true"],
     ),
     "in a sweep": (
-        write("sweep/1/chapter.tex", "By me."),
+        write("sweep/seed=2/chapter.tex", "By me."),
         f"{SFT} -m out=sweep seed=1,2",
-        ["out=sweep/1 is not empty and not a stage's folder"],
+        ["out=sweep/seed=2 is not empty and not a stage's folder"],
     ),
     "kept when it was to go on and the rows are bad": (
         both(gone(f"{POLICY}/stage.json"), cut("rows.jsonl", 20)),
@@ -1298,8 +1298,8 @@ def test_a_finished_out_is_printed_and_left_alone(cli: Cli, place: Path) -> None
 def test_a_sweep_writes_a_folder_for_each_job(cli: Cli, place: Path) -> None:
     done = cli(*f"generate -m {ROWS} policy={POLICY} out=out algo.prompts=2 seed=1,2".split())
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "out/0\nout/1\n"
-    for job in ("out/0", "out/1"):
+    assert done.stdout == "out/seed=1\nout/seed=2\n"
+    for job in ("out/seed=1", "out/seed=2"):
         assert json.loads((place / job / "stage.json").read_text())["complete"]
         assert len((place / job / "samples.jsonl").read_text().splitlines()) == 2
 

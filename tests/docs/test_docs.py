@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import completion, cp, ls, stage
-from rlhf_cli.config.compose import compose
+from rlhf_cli.commands import completion, cp, ls, stage, sweeps
+from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.rewards.rules import RULE_NAMES
@@ -34,9 +34,12 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @cache  # pages show some commands twice
-def composed(name: str, words: tuple[str, ...], config_dir: str | None) -> None:
+def composed(
+    name: str, words: tuple[str, ...], config_dir: str | None, config_file: str | None
+) -> None:
     """A stage's words compose."""
-    compose(name, list(words), config_dir)
+    if config_file is None or Path(config_file).is_file():  # what --cfg printed is not there
+        compose(name, list(words), config_dir, config_file)
 
 
 def try_command(words: list[str]) -> None:
@@ -48,10 +51,13 @@ def try_command(words: list[str]) -> None:
     first, rest = words[0], words[1:]
     if first in STAGES:
         flags = stage.parse(first, rest)
-        jobs = stage._jobs(flags.overrides) if flags.multirun else [flags.overrides]
-        assert len(jobs) > 1 or not flags.multirun, "a sweep of one job"
-        for overrides in jobs:
-            composed(first, tuple(overrides), flags.config_dir)
+        if not flags.multirun:
+            composed(first, tuple(flags.overrides), flags.config_dir, flags.config)
+            return
+        jobs = sweeps.jobs(hydras_words(first, flags.overrides, sweep=True))
+        assert len(jobs) > 1, "a sweep of one job"
+        for words in jobs:
+            typed_config(first, words, flags.config_dir)
     elif first == "cp":
         cp.run(rest)
     elif first == "completion":
