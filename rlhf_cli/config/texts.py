@@ -59,7 +59,7 @@ class TextKey(NamedTuple):
 
 @cache
 def text_keys() -> dict[str, TextKey]:
-    """The keys of all stages that hold texts alone: one, a list or a map of them, or one or more."""
+    """The keys of all stages that hold texts alone: one, a list or a map of them, one or more."""
     return {
         key: TextKey(catalog.is_single(field), not catalog.may_hold_regex(field))
         for stage in STAGES

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
+from rlhf_cli.config.schema import Data
 from rlhf_cli.data.files import Raw, RowError
 
 
@@ -155,11 +156,19 @@ def check_names(columns: dict[str, str], reads: Collection[str], option: str) ->
             raise UserError(f"data.columns.{name}: data={option} reads no such column{meant}")
 
 
-def unused_columns(columns: Counter[str]) -> Counter[str]:
-    """Of the columns that rows keep, and in how many rows, those that rules and templates alone
-    read: `system`, `tools` and `source` are read wherever they are.
+def unused_columns(columns: Counter[str], data: Data) -> Counter[str]:
+    """Of the columns that rows keep, and in how many rows, those that nothing of `data` reads.
+
+    `system`, `tools` and `source` are read wherever they are.
     """
-    return Counter({name: count for name, count in columns.items() if name not in COMMON})
+    mapped = {path.partition(".")[0] for path in data.columns.values()}
+    return Counter(
+        {
+            name: count
+            for name, count in columns.items()
+            if name not in (*COMMON, *mapped) and f"{{{name}}}" not in (data.template or "")
+        }
+    )
 
 
 def unused_note(counts: Counter[str], rows: int) -> str:

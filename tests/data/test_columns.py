@@ -209,7 +209,9 @@ def test_columns_that_nothing_reads_are_counted() -> None:
     rows.append(read({"prompt": "p", "chosen": "a", "rejected": "b", "id": 3, "label": "x"}))
     rows.append(read({"text": "t", "meta": {}}))
     columns = Counter(name for row in rows for name in row.columns)
-    counts = unused_columns(columns)
+    counts = unused_columns(columns, data_of())
+    named = data_of(template="{id} {prompt}", columns={"answer": "meta.truth"})
+    assert unused_columns(columns, named) == {"label": 1}
     assert counts == {"id": 4, "label": 1, "meta": 1}
     assert unused_note(counts, 4) == (
         "columns not read unless a reward or template names them: id, label (1 rows), meta (1 rows)"
