@@ -195,7 +195,9 @@ class Algo:
 class OptimizerConfig(Algo):
     """AdamW and its schedule, as every training stage uses it."""
 
-    lr: float = key("Peak learning rate.", gt=0)
+    lr: float | None = key(
+        "Peak learning rate; null: by the size of the model, as the start of a run shows.", gt=0
+    )
     lr_schedule: str = key(
         "Shape after warmup; cosine ends at min_lr_ratio of the peak, linear at zero.",
         choices=("cosine", "linear", "constant"),
@@ -214,6 +216,12 @@ class OptimizerConfig(Algo):
         "run with a diagnosis.",
         ge=1,
     )
+
+    @property
+    def rate(self) -> float:
+        """lr, which runs/rates.py has filled in before anything trains."""
+        assert self.lr is not None
+        return self.lr
 
 
 @dataclass
@@ -417,7 +425,9 @@ class PpoAlgo(OnlineAlgo):
         needed=True,
     )
     value_lr: float | None = key(
-        "Peak learning rate of the critic or its head.", gt=0, used_by=CRITIC, needed=True
+        "Peak learning rate of the critic or its head; null: by the size of the model.",
+        gt=0,
+        used_by=CRITIC,
     )
     vf_coef: float | None = key(
         "Weight of the value loss; a separate critic has its own AdamW, so value_lr matters more.",
@@ -558,10 +568,10 @@ class GrpoAlgo(OnlineAlgo):
         ge=1,
     )
     refresh_lr: float | None = key(
-        "Learning rate, constant over a refresh, which is one pass.",
+        "Learning rate, constant over a refresh, which is one pass; null: by the size of the "
+        "reward model.",
         gt=0,
         used_by="algo.refresh_reward",
-        needed=True,
     )
     refresh_batch_size: int | None = key(
         "Pairs per optimizer step of a refresh.",

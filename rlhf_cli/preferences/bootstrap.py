@@ -42,7 +42,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     algo, hardware = cfg.algo, cfg.hardware
     epochs = algo.bootstrap_epochs or 1
     batches = EpochBatches(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap")
-    rate = algo.bootstrap_lr or algo.lr
+    rate = algo.bootstrap_lr or algo.rate
     optimizer = Optimizer({"policy": (policy.model, rate)}, algo, len(batches))
 
     def loss(sequences: list[Tokens]) -> Loss:

@@ -19,6 +19,7 @@ from rlhf_cli.runs.checks import (
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
+from rlhf_cli.runs.rates import choose_rates
 from rlhf_cli.runs.remote_code import code_lines
 
 
@@ -31,7 +32,7 @@ class Plan:
     provenance: what the run is made from, as it was before rows were read; None of a check.
     doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
         on each part of the memory.
-    sums: lines on rewards and batches.
+    sums: lines on rewards, batches and learning rates.
     """
 
     state: str
@@ -59,6 +60,8 @@ class Plan:
 def preflight(cfg: Run, check_only: bool = False) -> Plan:
     """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
+    Learning rates that it leaves open are filled in, so that config.yaml has them.
+
     Args:
         check_only: nothing will run, so that what it is made from need not be hashed, but to tell
             the state of `out`.
@@ -67,6 +70,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
+    rates = choose_rates(cfg)
     state, rows = state_of(cfg, check_only), Rows(cfg.data)
     emptied = state == FREE and is_claimed(out)
     doing = [
@@ -83,7 +87,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     counted = check_rows(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
-    sums = [*reward_lines(cfg), *arithmetic(cfg)]
+    sums = [*reward_lines(cfg), *arithmetic(cfg), *rates]
     return Plan(
         state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
     )

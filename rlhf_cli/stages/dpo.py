@@ -74,7 +74,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     reference.precompute(train, held_out)
 
     batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "dpo")
-    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, len(batches))
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches))
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, reference.share, weights)
     sampled_kl = partial(reference.sampled_kl, policy, rows.held_out)

@@ -79,7 +79,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     reading = Reading(level, algo.aggregate, encoder.step_cutter)
 
     batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "reward")
-    optimizer = Optimizer({"reward": (scorer, algo.lr)}, algo, len(batches))
+    optimizer = Optimizer({"reward": (scorer, algo.rate)}, algo, len(batches))
     best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
     objective = RewardObjective(scorer, reading, algo, hardware)
     log = session.log()

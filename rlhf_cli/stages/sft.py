@@ -61,7 +61,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
 
     batches = EpochBatches(train, algo.batch_size, algo.epochs, cfg.seed, "sft")
     steps = min(len(batches), algo.max_steps or len(batches))
-    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, steps)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = SftObjective(policy.model, hardware)
     log = session.log()
