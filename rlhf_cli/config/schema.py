@@ -86,8 +86,9 @@ class FrozenModel:
     """How weights are held by a stage that does not train them."""
 
     dtype: str = key(
-        "Type of matrix products; weights stay float32. bfloat16 needs a GPU to be fast.",
-        choices=("float32", "bfloat16"),
+        "Type of matrix products; weights stay float32. auto: bfloat16 on a GPU that has it, but "
+        "for models as small as the demo's.",
+        choices=("auto", "float32", "bfloat16"),
     )
     trust_remote_code: bool = key("Run Python code that a model folder brings along.")
 
@@ -103,6 +104,10 @@ class Model(FrozenModel):
         "Embeddings and this many of the lowest decoder blocks are not trained, nor an unembedding "
         "that is tied to them; policy and reference share them. 0 trains all.",
         ge=0,
+    )
+    save_dtype: str = key(
+        "Type of the weights that are written; source: the one that they came in.",
+        choices=("source", "float32", "bfloat16", "float16"),
     )
 
 

@@ -1,5 +1,6 @@
 """All that can be known of a run before torch is imported, checked and read once."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from rlhf_cli.runs.checks import (
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
-from rlhf_cli.runs.rates import choose_rates
+from rlhf_cli.runs.rates import choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
 
 
@@ -32,6 +33,7 @@ class Plan:
     provenance: what the run is made from, as it was before rows were read; None of a check.
     doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
         on each part of the memory.
+    parameters: of the model that the stage starts from; infinite where that is not known.
     sums: lines on rewards, batches and learning rates.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     code: list[str] = field(default_factory=list)
     sums: list[str] = field(default_factory=list)
     memory: list[str] = field(default_factory=list)
+    parameters: float = 0.0
 
     def lines(self) -> list[str]:
         """Everything, for --check."""
@@ -88,8 +91,10 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
     sums = [*reward_lines(cfg), *arithmetic(cfg), *rates]
+    parameters = 0.0 if cfg.start is None else size_of(cfg.start)
     return Plan(
-        state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
+        *(state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)),
+        parameters=math.inf if parameters is None else parameters,
     )
 
 

@@ -12,13 +12,12 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
-from rlhf_cli.config.stages import stage_name
+from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.runs.memory_estimate import Unknown, count, known
 from rlhf_cli.runs.out_folder import config_of, is_claimed
 
-DEMO_SIZE = 2e6  # parameters, up to which a model is trained as the demo's is
 SIZES = (DEMO_SIZE, 5e8, 3e9, 15e9)
 RATES = {  # up to each of SIZES, and above the last
     "sft": (5e-3, 1e-4, 5e-5, 2e-5, 1e-5),

@@ -102,6 +102,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
             log.write(step, metrics)
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
     best.put()
+    session.settle(policy.model)
 
     rewards = implicit_rewards(objective.logprobs(held_out), held_out, algo)
     judgement = judging.judge([item.answers for item in held_out], rewards)

@@ -97,6 +97,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
             session.save(step, {"reward": scorer}, optimizer, best.state(), best.weights)
 
     best.put()
+    session.settle(scorer)
     scorer.eval()
     report = final_report(objective, held_out, algo)
     statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())

@@ -81,6 +81,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
 
     best.put()
+    session.settle(policy.model)
     policy.model.eval()
     final = evaluate(policy, held_out, judge, hardware)
     if texts.held_out:
