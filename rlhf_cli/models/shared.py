@@ -124,7 +124,9 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
     return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
 
 
-def save_scorer(scorer: SharedScorer, origin: str, folder: Path, dtype: torch.dtype | None) -> None:
+def save_scorer(
+    scorer: SharedScorer, origin: str, folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """The adapter folder that a scorer came from, with the weights that it has now.
 
     Args:

@@ -133,3 +133,15 @@ def test_a_finished_run_stays_so_without_its_parent(tmp_path: Path) -> None:
 def test_the_plan_has_the_line() -> None:
     cfg = compose("reward", [*DATA, "out=runs/new"])
     assert any(line.startswith("algo.lr: 0.002 (reward of") for line in preflight(cfg).at_start())
+
+
+def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+    page = Path(__file__).parents[2] / "docs/hardware.md"
+    lines = page.read_text().split("\n## Learning rates")[1].split("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    roles = [name for cell in cells[0][1:] for name in cell.split(", ")]
+    for place, row in enumerate(cells[2:]):
+        rates = [[float(rate) for rate in cell.split(", ")] for cell in row[1:]]
+        rates[3] = rates[3] if len(rates[3]) == 2 else rates[3] * 2
+        told = dict(zip(roles, [rate for each in rates for rate in each], strict=True))
+        assert told == {role: RATES[role][place] for role in roles}
