@@ -34,7 +34,7 @@ class Plan:
     doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
         on each part of the memory.
     parameters: of the model that the stage starts from; infinite where that is not known.
-    sums: lines on rewards, batches and learning rates.
+    sums: lines on rewards, batches, learning rates and products.
     """
 
     state: str

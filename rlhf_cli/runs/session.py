@@ -340,7 +340,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     device = device_of(cfg.hardware.device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
         dtype = name_of(product_type(AUTO, plan.parameters, device))
-        say(f"model.dtype: {dtype} (auto, on {device.type})")
+        plan.sums.append(f"model.dtype: {dtype} (auto, on {device.type})")
     return Session(cfg, Path(cfg.out), device, began, plan)
 
 

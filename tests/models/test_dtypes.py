@@ -194,7 +194,7 @@ def test_a_weight_that_does_not_fit_is_named_and_the_run_goes_on(
 
     def spoil(best: Best) -> None:
         with torch.no_grad():
-            best._model.model.norm.weight[0] = 1e6  # type: ignore[union-attr, operator, index]
+            best._model.model.norm.weight[0] = 1e6  # type: ignore[union-attr, operator]
 
     with monkeypatch.context() as patch, pytest.raises(RunError) as stop:
         patch.setattr(Best, "put", spoil)
