@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from rlhf_cli.data.rows import DEMO_FOLDER
 from rlhf_cli.reporting.console import table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.reward import Scores
@@ -92,8 +93,9 @@ def generated_row(
     }
     ours = {"sample": sample, **sample_row(rollout, reward, parts or {}, **sizes)}
     own = {name: value for name, value in columns.items() if name != "id" or value is None}
+    place = rollout.row.source.removeprefix(f"{DEMO_FOLDER}/")  # wherever that is installed
     return {
-        "id": rollout.row.source if said is None else said,
+        "id": place if said is None else said,
         **round_figures(ours),
         **round_figures(renamed(own, rollout.row.beside), digits=None),
     }
