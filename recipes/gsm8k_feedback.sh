@@ -4,7 +4,7 @@
 # Results: runs/NAME. A line that has run already does nothing.
 #
 #   recipes/gsm8k_feedback.sh                              hub model; wants a GPU
-#   COMMON="hardware=gpu model.dtype=bfloat16" recipes/gsm8k_feedback.sh
+#   COMMON="hardware=gpu" recipes/gsm8k_feedback.sh
 #   MODEL=path/to/tiny/model DATA=solutions.jsonl recipes/gsm8k_feedback.sh  minutes on two cores
 #
 # MODEL  hub id or folder of a pretrained model

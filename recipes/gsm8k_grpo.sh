@@ -5,7 +5,7 @@
 # place of those whose responses are all right or all wrong.
 #
 #   recipes/gsm8k_grpo.sh                                  hub model and dataset; wants a GPU
-#   COMMON="hardware=gpu model.dtype=bfloat16" recipes/gsm8k_grpo.sh
+#   COMMON="hardware=gpu" recipes/gsm8k_grpo.sh
 #   MODEL=path/to/tiny/model DATA=problems.jsonl recipes/gsm8k_grpo.sh     minutes on two cores
 #
 # MODEL     hub id or folder of a pretrained model

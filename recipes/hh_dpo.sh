@@ -5,7 +5,7 @@
 # and the report compares ppo with dpo.
 #
 #   recipes/hh_dpo.sh                                      hub model and dataset; wants a GPU
-#   COMMON="hardware=gpu model.dtype=bfloat16" recipes/hh_dpo.sh
+#   COMMON="hardware=gpu" recipes/hh_dpo.sh
 #   MODEL=path/to/tiny/model DATA=dialogues.jsonl recipes/hh_dpo.sh     minutes on two cores
 #
 # MODEL  hub id or folder of a pretrained model

@@ -3,7 +3,7 @@
 # PPO against that. Results: runs/NAME. A line that has run already does nothing.
 #
 #   recipes/hh_ppo.sh                                      hub model and dataset; wants a GPU
-#   COMMON="hardware=gpu model.dtype=bfloat16" recipes/hh_ppo.sh
+#   COMMON="hardware=gpu" recipes/hh_ppo.sh
 #   MODEL=path/to/tiny/model DATA=dialogues.jsonl recipes/hh_ppo.sh     minutes on two cores
 #
 # MODEL  hub id or folder of a pretrained model

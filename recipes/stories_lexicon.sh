@@ -4,7 +4,7 @@
 # rows of one's own. Results: runs/NAME. A line that has run already does nothing.
 #
 #   DATA=starts.jsonl recipes/stories_lexicon.sh           hub model; wants a GPU
-#   COMMON="hardware=gpu model.dtype=bfloat16" DATA=starts.jsonl recipes/stories_lexicon.sh
+#   COMMON="hardware=gpu" DATA=starts.jsonl recipes/stories_lexicon.sh
 #   MODEL=path/to/tiny/model DATA=starts.jsonl recipes/stories_lexicon.sh   minutes on two cores
 #
 # MODEL    hub id or folder of a pretrained model

@@ -105,8 +105,9 @@ class FrozenModel:
     """How weights are held by a stage that does not train them."""
 
     dtype: str = key(
-        "Type of matrix products; weights stay float32. bfloat16 needs a GPU to be fast.",
-        choices=("float32", "bfloat16"),
+        "Type of matrix products; weights stay float32. auto: bfloat16 on a GPU that has it, but "
+        "for models as small as the demo's.",
+        choices=("auto", "float32", "bfloat16"),
     )
     trust_remote_code: bool = key("Run Python code that a model folder brings along.")
 
@@ -122,6 +123,10 @@ class Model(FrozenModel):
         "Embeddings and this many of the lowest decoder blocks are not trained, nor an unembedding "
         "that is tied to them; policy and reference share them. 0 trains all.",
         ge=0,
+    )
+    save_dtype: str = key(
+        "Type of the weights that are written; source: the one that they came in.",
+        choices=("source", "float32", "bfloat16", "float16"),
     )
 
 
@@ -273,7 +278,9 @@ class Algo:
 class OptimizerConfig(Algo):
     """AdamW and its schedule, as every training stage uses it."""
 
-    lr: float = key("Peak learning rate.", gt=0)
+    lr: float | None = key(
+        "Peak learning rate; null: by the size of the model, as the start of a run shows.", gt=0
+    )
     lr_schedule: str = key(
         "Shape after warmup; cosine ends at min_lr_ratio of the peak, linear at zero.",
         choices=("cosine", "linear", "constant"),
@@ -292,6 +299,12 @@ class OptimizerConfig(Algo):
         "run with a diagnosis.",
         ge=1,
     )
+
+    @property
+    def rate(self) -> float:
+        """lr, which runs/rates.py has filled in before anything trains."""
+        assert self.lr is not None
+        return self.lr
 
 
 @dataclass
@@ -507,7 +520,9 @@ class PpoAlgo(OnlineAlgo):
         needed=True,
     )
     value_lr: float | None = key(
-        "Peak learning rate of the critic or its head.", gt=0, used_by=CRITIC, needed=True
+        "Peak learning rate of the critic or its head; null: by the size of the model.",
+        gt=0,
+        used_by=CRITIC,
     )
     vf_coef: float | None = key(
         "Weight of the value loss; a separate critic has its own AdamW, so value_lr matters more.",
@@ -654,10 +669,10 @@ class GrpoAlgo(OnlineAlgo):
         ge=1,
     )
     refresh_lr: float | None = key(
-        "Learning rate, constant over a refresh, which is one pass.",
+        "Learning rate, constant over a refresh, which is one pass; null: by the size of the "
+        "reward model.",
         gt=0,
         used_by="algo.refresh_reward",
-        needed=True,
     )
     refresh_batch_size: int | None = key(
         "Pairs per optimizer step of a refresh.",

@@ -66,6 +66,9 @@ ROWS_OF_LOSS = {
 }
 """The kind of rows that a loss reads where it is not that of its stage."""
 
+DEMO_SIZE = 2e6
+"""Parameters up to which a model is trained and computed as the demo's is."""
+
 WITHOUT_REFERENCE = ("orpo", "simpo", "preferred_ft", "unlikelihood")
 """Losses of dpo that compare with no reference."""
 

@@ -41,11 +41,13 @@ class Prompt:
     columns: the row's other fields, for rules and templates (answer, ...). Of any kind of row,
         `tools` is the list that a chat template gets, and `system` the system message of a prompt
         that is plain text; that of a dialogue is in the dialogue.
+    beside: what the row that it is derived from says of responses, for generate's samples.
     """
 
     prompt: str | Turns
     columns: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    beside: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -174,6 +176,22 @@ def if_right(row: Stepwise, join: str) -> list[Demonstration]:
     return [] if min(row.labels) < 0.5 else imitating(row, join.join(row.steps))
 
 
+SAID = (
+    *("completion", "chosen", "rejected", "margin", "responses", "ranks"),
+    *("steps", "labels", "label", "score"),
+)
+"""What rows say of responses, by the names of their fields."""
+
+
+def asked(row: Any, join: str) -> list[Prompt]:
+    """What a row of any kind with responses asks."""
+    said = {name: getattr(row, name, None) for name in SAID}
+    beside = {name: value for name, value in said.items() if value is not None}
+    if group := getattr(row, "group", ""):
+        beside |= {} if "source" in row.columns else {"source": group}
+    return [Prompt(row.prompt, row.columns, row.source, beside)]
+
+
 DERIVATIONS: dict[type, dict[type, Derive]] = {
     Demonstration: {
         Text: lambda row, join: [row],  # sft trains on all tokens of plain text
@@ -182,13 +200,7 @@ DERIVATIONS: dict[type, dict[type, Derive]] = {
         Feedback: if_liked,
         Stepwise: if_right,
     },
-    Prompt: {
-        Demonstration: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Preference: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Ranking: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Feedback: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-        Stepwise: lambda row, join: [Prompt(row.prompt, row.columns, row.source)],
-    },
+    Prompt: dict.fromkeys((Demonstration, Preference, Ranking, Feedback, Stepwise), asked),
 }
 
 

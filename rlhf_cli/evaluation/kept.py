@@ -2,6 +2,7 @@
 
 Responses are kept as they are sampled, with all that is needed to go on as if they had just been;
 what judges say of them, by blocks of prompts. Both lie where resume points do, and go with them.
+Of responses only the places of their lines are held, so that memory is that of a block of prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import torch
 
 from rlhf_cli.config.errors import Interrupted, UserError
 from rlhf_cli.data.tokens import EncodedPrompt, Tokens
-from rlhf_cli.folders.journal import Journal, Record
+from rlhf_cli.evaluation.samples import generated_row
+from rlhf_cli.folders.journal import Journal, Placed, Record
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
 from rlhf_cli.folders.manifest import content_hash, file_hash
 from rlhf_cli.rewards.reward import Reward, Scores
@@ -26,12 +28,9 @@ from rlhf_cli.runs.session import Session
 SCORED_AT_ONCE = 256  # prompts whose responses a judge gets in one call
 
 _RESPONSE: Form = {
-    "policy": str,
-    "place": COUNT,
     "response": str,
     "finish_reason": str,
-    "ids": [COUNT],
-    "logprobs": [REAL],
+    "kept": {"policy": str, "place": COUNT, "ids": [COUNT], "logprobs": [REAL]},
 }
 _SCORES: Form = {
     "policy": str,
@@ -56,58 +55,62 @@ class KeptSamples:
 
         self.out = out
         self.responses, self.scores = Journal(out / KEPT, guard), Journal(out / KEPT_SCORES, guard)
-        self._made = [block for block in self.responses.blocks() if not _fault(block, _RESPONSE)]
+        self._lines: dict[tuple[str, int], list[int]] = {}  # policy, place -> where lines begin
+        for block in self.responses.placed_blocks():
+            if not _fault([record for _, record in block], _RESPONSE):
+                self._lines |= _by_prompt(block)
         self._said = [block for block in self.scores.blocks() if not _fault(block, _SCORES)]
         with suppress(OSError):  # it is to be seen as it grows, and is replaced at the end
             (out / SAMPLES).symlink_to(f"{CHECKPOINTS}/{SAMPLES}")
 
-    def of(self, policy: str, prompts: Sequence[EncodedPrompt], samples: int) -> "SamplesOfPolicy":
+    def of(
+        self, policy: str, prompts: Sequence[EncodedPrompt], samples: int, first: int = 0
+    ) -> "SamplesOfPolicy":
         """What one policy responds to prompts.
+
+        Args:
+            first: the place of the first of them among all that the run answers.
 
         Raises:
             UserError: what is kept answers other prompts.
         """
-        records: dict[int, list[Record]] = {}
-        for block in self._made:
-            whole: dict[int, list[Record]] = {}
-            for record in block:
-                if record["policy"] == policy:
-                    whole.setdefault(record["place"], []).append(record)
-            records |= whole
         done = {}
-        for place, own in sorted(records.items()):
-            if place >= len(prompts) or own[0].get("prompt") != prompts[place][0].prompt:
+        for place, prompt in enumerate(prompts):
+            records = list(self.responses.at(self._lines.get((policy, first + place), [])))
+            if records and records[0].get("prompt") != prompt[0].prompt:
                 raise UserError(
                     f"out={self.out} was begun with other prompts than these; set overwrite=true "
                     "to start afresh"
                 )
-            if len(own) == samples:
-                done[place] = [_rollout(*prompts[place], record) for record in own]
+            if len(records) == samples:
+                done[place] = [_rollout(*prompt, record) for record in records]
         said = {
             (record["judge"], record["first"]): record
             for block in self._said
             for record in block
             if record["policy"] == policy
         }
-        return SamplesOfPolicy(self, policy, samples, done, said)
+        return SamplesOfPolicy(self, policy, samples, first, done, said)
 
 
 class SamplesOfPolicy:
-    """The responses of one policy, and what judges say of them."""
+    """The responses of one policy to some prompts in a row, and what judges say of them."""
 
     def __init__(
         self,
         kept: KeptSamples,
         policy: str,
         samples: int,
+        first: int,
         done: dict[int, list[Rollout]],
         said: dict[tuple[str, int], Record],
     ) -> None:
         """Args:
-        done: all responses to prompts, by place.
-        said: what a judge says of a block of responses, by the first one's place.
+        first: the place of the first prompt among all that the run answers.
+        done: all responses to prompts, by place among these.
+        said: what a judge says of a block of responses, by the place of the first one among all.
         """
-        self._kept, self._policy, self._samples = kept, policy, samples
+        self._kept, self._policy, self._samples, self._first = kept, policy, samples, first
         self.done: Mapping[int, list[Rollout]] = done
         self._said = said
 
@@ -119,16 +122,16 @@ class SamplesOfPolicy:
         """
         block = [
             {
-                "policy": self._policy,
-                "place": place,
-                "prompt": rollout.row.prompt,
-                "response": rollout.text,
-                "finish_reason": rollout.finish_reason,
-                "ids": rollout.tokens.response,
-                "logprobs": rollout.logprobs,
+                **generated_row(rollout, number),
+                "kept": {
+                    "policy": self._policy,
+                    "place": self._first + place,
+                    "ids": rollout.tokens.response,
+                    "logprobs": rollout.logprobs,
+                },
             }
             for place, rollouts in made.items()
-            for rollout in rollouts
+            for number, rollout in enumerate(rollouts)
         ]
         if block:
             self._kept.responses.append(block)
@@ -145,7 +148,8 @@ class SamplesOfPolicy:
         parts = []
         for first in range(0, len(rollouts), size):
             block = rollouts[first : first + size]
-            record = self._said.get((judge_id, first))
+            place = self._first * self._samples + first
+            record = self._said.get((judge_id, place))
             if record is not None and len(record["total"]) == len(block):
                 parts.append(_scores(record))
                 continue
@@ -153,7 +157,7 @@ class SamplesOfPolicy:
             record = {
                 "policy": self._policy,
                 "judge": judge_id,
-                "first": first,
+                "first": place,
                 "total": scores.total.tolist(),
                 "parts": {spec: part.tolist() for spec, part in scores.parts.items()},
                 "seconds": scores.seconds,
@@ -183,9 +187,19 @@ def _fault(block: list[Record], form: Form) -> bool:
     return any(misfit(record, form) is not None for record in block)
 
 
+def _by_prompt(block: list[Placed]) -> dict[tuple[str, int], list[int]]:
+    """Where the lines of all responses to a prompt of a policy begin."""
+    lines: dict[tuple[str, int], list[int]] = {}
+    for start, record in block:
+        kept = record["kept"]
+        lines.setdefault((kept["policy"], kept["place"]), []).append(start)
+    return lines
+
+
 def _rollout(row: Any, prompt: list[int], record: Record) -> Rollout:
-    tokens = Tokens(prompt, record["ids"], row.source)
-    return Rollout(row, tokens, record["logprobs"], record["finish_reason"], record["response"])
+    kept = record["kept"]
+    tokens = Tokens(prompt, kept["ids"], row.source)
+    return Rollout(row, tokens, kept["logprobs"], record["finish_reason"], record["response"])
 
 
 def _scores(record: Record) -> Scores:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from rlhf_cli.data.kinds import reply_text
+from rlhf_cli.data.rows import DEMO_FOLDER
 from rlhf_cli.reporting.console import table
-from rlhf_cli.reporting.metrics import JsonLines
+from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rollout.rollouts import Rollout
 
@@ -63,6 +64,58 @@ def sample_row(
         **more,
         **({"parts": parts} if parts else {}),
     }
+
+
+OURS = (
+    *("id", "prompt", "sample", "response", "finish_reason", "reward", "parts"),
+    *("prompt_tokens", "response_tokens", "logprob"),
+    *("kept", "part", "crc"),  # of the journal of an unfinished run
+)
+"""The names that generate's lines have; a column of a row that is called so becomes row_NAME."""
+
+
+def generated_row(
+    rollout: Rollout,
+    sample: int,
+    reward: float | None = None,
+    parts: Mapping[str, float | None] | None = None,
+) -> dict[str, object]:
+    """A line of generate's samples.jsonl: which row was answered, how, and all that the row says.
+
+    Args:
+        sample: the number of the response among those to its prompt, from 0.
+    """
+    columns = rollout.row.columns
+    said = columns.get("id")
+    sizes = {
+        "prompt_tokens": len(rollout.tokens.prompt),
+        "response_tokens": len(rollout.tokens.response),
+        "logprob": sum(rollout.logprobs),
+    }
+    ours = {"sample": sample, **sample_row(rollout, reward, parts or {}, **sizes)}
+    own = {name: value for name, value in columns.items() if name != "id" or value is None}
+    place = rollout.row.source.removeprefix(f"{DEMO_FOLDER}/")  # wherever that is installed
+    return {
+        "id": place if said is None else said,
+        **round_figures(ours),
+        **round_figures(renamed(own, rollout.row.beside), digits=None),
+    }
+
+
+def renamed(columns: Mapping[str, object], beside: Mapping[str, object]) -> dict[str, object]:
+    """What a row says, under names that a line of ours leaves free.
+
+    What it says `beside` its prompt of other responses is never taken for said of ours: its names
+    change, too.
+    """
+    named = {name: value for name, value in columns.items() if name not in OURS}
+    taken = {name: value for name, value in columns.items() if name in OURS}
+    for name, value in [*taken.items(), *beside.items()]:
+        name = f"row_{name}"
+        while name in named:
+            name = f"row_{name}"
+        named[name] = value
+    return named
 
 
 def term_columns(scores: Scores) -> dict[str, list[float | None]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 CHECK = ', "crc": '
 Record = dict[str, Any]
+Placed = tuple[int, Record]
 
 
 class Journal:
@@ -29,9 +30,15 @@ class Journal:
 
     def blocks(self) -> Iterator[list[Record]]:
         """Every block that is whole."""
-        block: list[Record] = []
+        for block in self.placed_blocks():
+            yield [record for _, record in block]
+
+    def placed_blocks(self) -> Iterator[list[Placed]]:
+        """The same, each record with the byte at which its line begins, for `at`."""
+        block: list[Placed] = []
         length = 0
-        for record in map(_read, self._lines()):
+        for start, line in self._lines():
+            record = _read(line)
             if record is None:
                 block = []
                 continue
@@ -41,18 +48,38 @@ class Journal:
             if (place, size) != (len(block) + 1, length):
                 block = []
                 continue
-            block.append(record)
+            block.append((start, record))
             if place == size:
                 yield block
                 block = []
 
-    def _lines(self) -> Iterator[bytes]:
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
         if self.file.is_file():
+            start = 0
             with self.file.open("rb") as stream:
-                yield from stream
+                for line in stream:
+                    yield start, line
+                    start += len(line)
+
+    def at(self, starts: Sequence[int]) -> Iterator[Record]:
+        """The records whose lines begin at these bytes.
+
+        Raises:
+            OSError: the file has changed since they were found.
+        """
+        if not starts:
+            return
+        with self.file.open("rb") as stream:
+            for start in starts:
+                stream.seek(start)
+                record = _read(stream.readline())
+                if record is None:
+                    raise OSError(f"{self.file}: other bytes than were read before")
+                del record["part"]
+                yield record
 
     def append(self, block: Sequence[Record]) -> None:
-        """Write a block at the end."""
+        """Write a block at the end; what JSON has no word for is written as its text."""
         lines = [
             _written({**record, "part": [place, len(block)]})
             for place, record in enumerate(block, 1)
@@ -71,7 +98,7 @@ def _last_byte(stream: Any) -> bytes:
 
 
 def _written(record: Record) -> str:
-    text = json.dumps(record)[:-1]
+    text = json.dumps(record, default=str)[:-1]
     return f"{text}{CHECK}{zlib.crc32(text.encode())}}}\n"
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
@@ -166,6 +168,15 @@ def shapes_of(folder: Path) -> Shapes:
         for file in weight_files(folder)
         for name, entry in read_header(file)[1].items()
     }
+
+
+def numbers_by_type(folder: Path) -> dict[str, int]:
+    """How many numbers of each type the weights of a folder have, by name: F32, BF16, ..."""
+    numbers: Counter[str] = Counter()
+    for file in weight_files(folder):
+        for entry in read_header(file)[1].values():
+            numbers[entry["dtype"]] += math.prod(entry["shape"])
+    return numbers
 
 
 def beginnings(folder: Path, names: Collection[str]) -> dict[str, bytes]:

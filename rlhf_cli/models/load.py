@@ -38,6 +38,7 @@ from rlhf_cli.models.adapters import (
     put_weights,
 )
 from rlhf_cli.models.dropout import disable_dropout
+from rlhf_cli.models.dtypes import product_type, source_type
 from rlhf_cli.models.forward import check_unembedding, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
 from rlhf_cli.models.nonfinite import first_nonfinite
@@ -148,7 +149,7 @@ def load_policy(
     model = _load_base(path, config, AutoModelForCausalLM, allowed_missing=set())
     fit_embeddings(model, tokenizer)
     check_unembedding(model)
-    return _adapt(model, path, config, "CAUSAL_LM").to(device)
+    return _adapt(model, path, config, "CAUSAL_LM", device).to(device)
 
 
 @_fits
@@ -186,7 +187,7 @@ def load_scorer(
     if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _beside(_adapt(model, path, config, task).to(device), base)
+    return _beside(_adapt(model, path, config, task, device).to(device), base)
 
 
 @_fits
@@ -218,7 +219,7 @@ def scorer_from_policy(
     init_head(scalar_head(model), seed)
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return _beside(_adapt(model, path, config, task).to(device), base)
+    return _beside(_adapt(model, path, config, task, device).to(device), base)
 
 
 def load_critic(
@@ -304,6 +305,9 @@ def _load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[s
         names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
     _check_finite(base or path, model.state_dict())
+    with _told(f"{path}: unreadable config"):
+        model.source_dtype = source_type(base or path)  # read where it is written
+    model.adapter_dtype = model.source_dtype if base is None else source_type(path)
     return model
 
 
@@ -327,9 +331,13 @@ def _check_adapter(path: str) -> None:
         _check_finite(path, adapter_weights(path))
 
 
-def _adapt(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
+def _adapt(
+    model: Any, path: str, config: FrozenModel, task: str, device: torch.device
+) -> nn.Module:
     """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout."""
-    model.compute_dtype = getattr(torch, config.dtype)  # read by models/forward.py
+    parameters = sum(weight.numel() for weight in model.parameters())
+    # read by models/forward.py
+    model.compute_dtype = product_type(config.dtype, parameters, device)
     if adapter_base(path) is not None:
         _check_adapter(path)
     with _told(f"{path}: cannot load the adapter"):

@@ -4,30 +4,42 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_cli.models.adapters import POLICY, is_adapted
+from rlhf_cli.models.adapters import POLICY, is_adapted, trained
+from rlhf_cli.models.dtypes import held_as
 from rlhf_cli.models.forward import unwrap
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    merge: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """A folder that transformers (peft for an unmerged adapter) loads as it is."""
+    """A folder that transformers (peft for an unmerged adapter) loads as it is.
+
+    Args:
+        dtype: of the weights on disk, to which those of the model are rounded.
+    """
     adapted: Any = model if is_adapted(model) else None
     if adapted is not None and not merge:
         base = Path(unwrap(model).config._name_or_path)
         if base.exists():
             adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
-        adapted.save_pretrained(folder, selected_adapters=[POLICY])
+        with held_as(dtype, trained(adapted).values()):
+            adapted.save_pretrained(folder, selected_adapters=[POLICY])
         if unwrap(model).can_generate():  # the base's own may name other EOS ids
             unwrap(model).generation_config.save_pretrained(folder)
-    elif adapted is not None:
-        merged = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
-        merged.save_pretrained(folder)
     else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        whole: Any = model
+        if adapted is not None:
+            whole = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+        with held_as(dtype, whole.parameters()):
+            whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

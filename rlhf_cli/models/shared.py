@@ -124,13 +124,21 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
     return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
 
 
-def save_scorer(scorer: SharedScorer, origin: str, folder: Path) -> None:
-    """The adapter folder that a scorer came from, with the weights that it has now."""
+def save_scorer(
+    scorer: SharedScorer, origin: str, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """The adapter folder that a scorer came from, with the weights that it has now.
+
+    Args:
+        dtype: of the weights on disk; None: each has that of the one in whose place it comes.
+    """
     own = saved_weights(scorer.lender, scorer.adapter)
     head = scorer.score.state_dict()
     now = {
-        name: own[name].detach() if name in own else head[name.split(".")[-1]]
-        for name in adapter_weights(origin)
+        name: (own[name].detach() if name in own else head[name.split(".")[-1]]).to(
+            dtype or before.dtype
+        )
+        for name, before in adapter_weights(origin).items()
     }
     adapter_config(origin).save_pretrained(str(folder))
     save_file({name: value.cpu().contiguous() for name, value in now.items()}, folder / WEIGHTS)

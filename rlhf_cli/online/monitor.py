@@ -62,7 +62,8 @@ class Monitor:
             held_out: from `prompts_to_monitor`.
             state, tensors: what the methods of those names returned at the resume point.
         """
-        self._cfg, self._roles, self._held_out = cfg, roles, held_out
+        self._cfg, self._session = cfg, session
+        self._roles, self._held_out = roles, held_out
         self.metrics: Metrics = state.get("metrics", {})
         self._alarms = Alarms(cfg.algo, state)
         self.written = WrittenWeights(roles.policy.model, cfg.algo, state, tensors)
@@ -166,6 +167,7 @@ class Monitor:
                 "none is the best; see the messages above"
             )
         self.written.put()
+        self._session.settle(policy.model)
         sampling, seed = Sampling(cfg.algo.sampled_tokens, cfg.algo.temperature), cfg.seed
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, sampling, seed=derived_seed(seed, "written"))

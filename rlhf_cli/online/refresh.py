@@ -30,6 +30,7 @@ from rlhf_cli.data.tokens import Answers, responses_in
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
+from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
 from rlhf_cli.models.save import save_model
 from rlhf_cli.models.score import scores_of
@@ -238,10 +239,13 @@ class RewardRefresh:
         check_lock(self._session.out)
         with whole_folder(folder) as part:
             if isinstance(source.model, SharedScorer):
-                save_scorer(source.model, source.path, part)
+                chosen = cfg.model.save_dtype
+                dtype = None if chosen == SOURCE else getattr(torch, chosen)
+                save_scorer(source.model, source.path, part, dtype)
                 self._encoder.tokenizer.save_pretrained(part)
             else:
-                save_model(source.model, self._encoder.tokenizer, part, merge=True)
+                dtype = type_to_write(source.model, cfg.model.save_dtype, merge=True)
+                save_model(source.model, self._encoder.tokenizer, part, True, dtype)
             seal_whole(part, manifest)
             check_lock(self._session.out)
         say(f"the refreshed reward model: {folder}")

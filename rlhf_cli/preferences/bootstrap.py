@@ -9,6 +9,7 @@ from rlhf_cli.data.tokens import Tokens, response_tokens
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.integrity import fault_in
 from rlhf_cli.folders.manifest import read_manifest
+from rlhf_cli.models.dtypes import type_to_write
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_weights
 from rlhf_cli.models.save import save_model, set_stop_ids
@@ -42,7 +43,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     algo, hardware = cfg.algo, cfg.hardware
     epochs = algo.bootstrap_epochs or 1
     batches = EpochBatches(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap")
-    rate = algo.bootstrap_lr or algo.lr
+    rate = algo.bootstrap_lr or algo.rate
     optimizer = Optimizer({"policy": (policy.model, rate)}, algo, len(batches))
 
     def loss(sequences: list[Tokens]) -> Loss:
@@ -56,7 +57,9 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
             bar.advance(1, f"loss {metrics['loss']:.3f}")
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
     check_lock(session.out)
+    # what is written is what the run goes on with, so that a resumed one is the same
+    dtype = type_to_write(policy.model, cfg.model.save_dtype, merge=False)
     with whole_folder(folder) as part:
-        save_model(policy.model, policy.tokenizer, part, merge=False)
+        save_model(policy.model, policy.tokenizer, part, False, dtype)
         seal_whole(part, {"stage": stage_name(cfg), "kind": "policy"})
         check_lock(session.out)

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import DpoConfig
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.folders.files import as_umask_says, disk_fault, library_errors
+from rlhf_cli.models.dtypes import name_of
 from rlhf_cli.preferences.bootstrap import BOOTSTRAP
 from rlhf_cli.reporting.console import say
 
@@ -26,8 +27,14 @@ class ReferenceCache:
     """
 
     def __init__(
-        self, folder: str, cfg: DpoConfig, origin: dict[str, str], answers: list[Answers]
+        self,
+        folder: str,
+        cfg: DpoConfig,
+        origin: dict[str, str],
+        answers: list[Answers],
+        dtype: torch.dtype,
     ) -> None:
+        """`dtype`: of the reference's products."""
         self._counts = [len(each.responses) for each in answers]
         data = hashlib.sha256()
         for each in answers:
@@ -36,7 +43,7 @@ class ReferenceCache:
             "reference": origin["hash"],
             "data": data.hexdigest(),
             "template": str(cfg.data.template),
-            "dtype": cfg.model.dtype,
+            "dtype": name_of(dtype),
         }
         place = str(Path(cfg.out) / BOOTSTRAP) if origin["kind"] == BOOTSTRAP else origin["path"]
         name = hashlib.sha256(json.dumps({**self._key, "reference": place}).encode()).hexdigest()

@@ -15,6 +15,7 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.streaming import Stream
 from rlhf_cli.data.tokens import Answers
 from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.models.dtypes import product_type_of
 from rlhf_cli.models.forward import matmul_in_float32, shares_prompts
 from rlhf_cli.models.load import check_vocabulary, load_policy
 from rlhf_cli.models.reference import Reference
@@ -131,8 +132,10 @@ class FrozenReference:
                 return
             cache = None
             if cfg.algo.precompute_reference and cfg.reference_cache and is_local(self.origin):
+                assert self.model is not None
                 answers = [item.answers for item in unknown]
-                cache = ReferenceCache(cfg.reference_cache, cfg, self.origin, answers)
+                dtype = product_type_of(self.model.model)
+                cache = ReferenceCache(cfg.reference_cache, cfg, self.origin, answers, dtype)
             known = cache.read() if cache is not None else None
             if known is None:
                 known = self._logprobs(unknown, bar.advance)

@@ -39,9 +39,9 @@ class JsonLines:
         """Append {"step": step, **values}."""
         self.append({"step": step, **values})
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Append a row; floats keep six digits."""
-        line = (json.dumps(round_figures(row)) + "\n").encode()
+    def append(self, row: dict[str, Any], digits: int | None = 6) -> None:
+        """Append a row, of whose floats so many digits are kept; None keeps them all."""
+        line = (json.dumps(round_figures(row, digits), default=str) + "\n").encode()
         self._before_write()
         with self.file.open("ab") as stream:
             stream.write(line)

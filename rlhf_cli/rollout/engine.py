@@ -42,6 +42,7 @@ class Engine(ABC):
         sampling: Sampling,
         *,
         samples: int = 1,
+        first: int = 0,
         seed: int,
         advance: Callable[[int], None] = lambda count: None,
         kept: Kept | None = None,
@@ -50,7 +51,8 @@ class Engine(ABC):
 
         Args:
             prompts: from Encoder.prompts.
-            seed: fixes every draw, whatever else is sampled beside it.
+            first: the place of the first prompt among all that are sampled in turn.
+            seed: fixes every draw with that place, whatever else is sampled beside it.
             advance: told how many more responses are done.
             kept: what it has is not sampled again, and what is sampled goes there.
 

@@ -56,6 +56,7 @@ class NativeEngine(Engine):
         sampling: Sampling,
         *,
         samples: int = 1,
+        first: int = 0,
         seed: int,
         advance: Callable[[int], None] = lambda count: None,
         kept: Kept | None = None,
@@ -64,7 +65,7 @@ class NativeEngine(Engine):
         rollouts = dict(kept.done) if kept is not None else {}
         left = [place for place in range(len(prompts)) if place not in rollouts]
         if sampling.beams == 1:
-            parts = self._drawn(prompts, left, sampling, samples, seed)
+            parts = self._drawn(prompts, left, sampling, samples, (seed, first))
         else:
             parts = self._searched(prompts, left, sampling, samples)
         for part in parts:
@@ -87,13 +88,17 @@ class NativeEngine(Engine):
         left: Collection[int],
         sampling: Sampling,
         samples: int,
-        seed: int,
+        origin: tuple[int, int],
     ) -> Iterator[dict[int, list[Completion]]]:
         """Sampled responses to the prompts that are left, by place, as they are done.
 
         Groups are those of all prompts, whatever is left of them: a sum of floats is rounded as its
         batch has it, and a run that goes on is to end with the same digits.
+
+        Args:
+            origin: the seed, and the place that the first prompt has among all that are sampled.
         """
+        seed, first = origin
         groups = cut(
             range(len(prompts)),
             self._hardware.rollout_tokens,
@@ -102,8 +107,9 @@ class NativeEngine(Engine):
 
         def draw(group: list[Draws]) -> list[Completion]:
             ids = [prompts[each.place][1] for each in group]
+            longest = sampling.max_tokens
             noise = [
-                uniform_noise(seed, each.place, samples, sampling.max_tokens)[list(each.samples)]
+                uniform_noise(seed, first + each.place, samples, longest)[list(each.samples)]
                 for each in group
             ]
             text_of = self._encoder.text

@@ -25,7 +25,7 @@ def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
         free |= dict.fromkeys(EVALUATIONS, False)
     if not complete:
         length = ("algo.steps",) if cfg.samples_online else ("algo.epochs", "algo.max_steps")
-        free |= dict.fromkeys(length, True)
+        free |= dict.fromkeys(length, True) | {"model.save_dtype": False}
     return free
 
 

@@ -1,5 +1,6 @@
 """All that can be known of a run before torch is imported, checked and read once."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rlhf_cli.runs.inherited import inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
+from rlhf_cli.runs.rates import choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
 
 
@@ -33,7 +35,8 @@ class Plan:
     provenance: what the run is made from, as it was before rows were read; None of a check.
     doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
         on each part of the memory.
-    sums: lines on rewards and batches.
+    parameters: of the model that the stage starts from; infinite where that is not known.
+    sums: lines on rewards, batches, learning rates and products.
     """
 
     state: str
@@ -44,6 +47,7 @@ class Plan:
     code: list[str] = field(default_factory=list)
     sums: list[str] = field(default_factory=list)
     memory: list[str] = field(default_factory=list)
+    parameters: float = 0.0
 
     def lines(self) -> list[str]:
         """Everything, for --check."""
@@ -61,6 +65,8 @@ class Plan:
 def preflight(cfg: Run, check_only: bool = False) -> Plan:
     """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
+    Learning rates that it leaves open are filled in, so that config.yaml has them.
+
     Args:
         check_only: nothing will run, so that what it is made from need not be hashed, but to tell
             the state of `out`.
@@ -69,7 +75,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
-    taken = inherit(cfg)
+    taken = [*inherit(cfg), *choose_rates(cfg)]
     state, rows = state_of(cfg, check_only), Rows(cfg.data)
     emptied = state == FREE and is_claimed(out)
     doing = [
@@ -91,8 +97,10 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
     sums = [*taken, *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
+    parameters = 0.0 if cfg.start is None else size_of(cfg.start)
     return Plan(
-        state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)
+        *(state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)),
+        parameters=math.inf if parameters is None else parameters,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rlhf_cli
 from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema import Run
-from rlhf_cli.config.stages import stage_name
+from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.dataset import Dataset, dataset_of
 from rlhf_cli.data.kinds import Text
@@ -28,7 +28,15 @@ from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
-from rlhf_cli.models.adapters import restore, trained
+from rlhf_cli.models.adapters import is_adapted, restore, trained
+from rlhf_cli.models.dtypes import (
+    AUTO,
+    name_of,
+    product_type,
+    products_of,
+    round_trained,
+    type_to_write,
+)
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.reporting.console import Bar, say, table
@@ -197,6 +205,7 @@ class Session:
         tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
         self._require_finite(tensors, f"after step {step}")
         own = {
+            "products": products_of(next(iter(networks.values()))),
             "seconds": self.seconds(),
             "saving": self.saving,
             "checks": self.checks,
@@ -254,9 +263,35 @@ class Session:
             self.stream.load(state["stream"])
         self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
         say(f"resuming after step {self.start}")
+        before, now = state.get("products"), products_of(next(iter(networks.values())))
+        if before not in (None, now):
+            say(f"note: matrix products were {before} up to there and are {now} from here on")
         return state, tensors_of(tensors, "extra")
 
     # ------------------------------------------------------------------ the end
+
+    def settle(self, model: nn.Module) -> None:
+        """Round what was trained to the type in which it is written: what is measured is written.
+
+        Of an adapter that is merged it is the sum with its base that is rounded, as it is written.
+
+        Raises:
+            RunError: a weight is not finite, or not in that type.
+        """
+        self._require_finite(trained(model), "at the end")
+        dtype = self._written_type(model)
+        if self.cfg.model.merge_lora and is_adapted(model):  # type: ignore[attr-defined]
+            return
+        round_trained(model, dtype)
+        if (name := first_nonfinite(trained(model))) is not None:
+            raise RunError(
+                f"{name} is too large for {name_of(dtype)}; the same command goes on with "
+                "model.save_dtype=float32 or bfloat16"
+            )
+
+    def _written_type(self, model: nn.Module) -> torch.dtype:
+        wanted: Any = self.cfg.model
+        return type_to_write(model, wanted.save_dtype, wanted.merge_lora)
 
     def finish_model(
         self,
@@ -280,7 +315,7 @@ class Session:
         folder = staging(self.out)
         try:
             with library_errors(folder):
-                save_model(model, encoder.tokenizer, folder, merge)
+                save_model(model, encoder.tokenizer, folder, merge, self._written_type(model))
             write_beside(folder)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
@@ -355,7 +390,11 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     if cfg.hardware.threads is not None:
         torch.set_num_threads(cfg.hardware.threads)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
-    return Session(cfg, Path(cfg.out), device_of(cfg.hardware.device), began, plan)
+    device = device_of(cfg.hardware.device)
+    if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
+        dtype = name_of(product_type(AUTO, plan.parameters, device))
+        plan.sums.append(f"model.dtype: {dtype} (auto, on {device.type})")
+    return Session(cfg, Path(cfg.out), device, began, plan)
 
 
 def device_of(name: str) -> torch.device:

@@ -81,7 +81,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     held_out = list(unseen)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
-    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, len(batches))
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches))
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, reference.share, weights, own)
     sampled_kl = partial(reference.sampled_kl, policy, data.held_out)
@@ -109,6 +109,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
             log.write(step, metrics)
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
     best.put()
+    session.settle(policy.model)
 
     rewards = implicit_rewards(objective.logprobs(held_out), held_out, algo)
     judgement = judging.judge([item.answers for item in held_out], rewards)

@@ -2,12 +2,17 @@
 
 Every usual decoding option, in the order in which transformers applies them: repetition penalty,
 minimum length, temperature, top-k, top-p, min-p; or greedy, or beam search. With `reward=` each
-sample is scored. Prompts come from data, or from standard input with data.path=-.
+sample is scored. Prompts come from data, or from standard input with data.path=-. A line of
+samples.jsonl has all that its row says, and comes as it is sampled.
 
     echo "Once upon a time" | rlhf-cli generate policy=DIR data=rows data.path=- algo.samples=3
 """
 
+import math
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from rlhf_cli.config.schema import GenerateConfig
 from rlhf_cli.data.order import derived_seed
@@ -15,10 +20,10 @@ from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.samples import (
     SHOWN,
     clip,
+    generated_row,
     known_or_none,
     last_words,
     parts_at,
-    sample_row,
     term_columns,
 )
 from rlhf_cli.reporting.console import Bar, say, table
@@ -30,6 +35,8 @@ from rlhf_cli.runs.out_folder import SAMPLES, staging
 from rlhf_cli.runs.policy import policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
+
+AT_ONCE = 2048  # prompts whose responses are in memory; of like length among them sampled together
 
 
 def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
@@ -46,49 +53,72 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
         reward.check([row for row, _ in prompts], session.require)
     policy.encoder.check_lengths()
     session.note([*rows.notes, *policy.encoder.notes()])
-    kept = KeptSamples(session).of(cfg.policy, prompts, cfg.algo.samples)
+    kept, written = KeptSamples(session), Written(session)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
-        bar.skip(len(kept.done) * cfg.algo.samples)
-        rollouts = policy.engine.sample(
-            prompts,
-            Sampling.of(cfg.algo),
-            samples=cfg.algo.samples,
-            seed=derived_seed(cfg.seed, "generate"),
-            advance=bar.advance,
-            kept=kept,
-        )
-    scores = None
+        for first in range(0, len(prompts), AT_ONCE):
+            block = prompts[first : first + AT_ONCE]
+            own = kept.of(cfg.policy, block, cfg.algo.samples, first)
+            bar.skip(len(own.done) * cfg.algo.samples)
+            rollouts = policy.engine.sample(
+                block,
+                Sampling.of(cfg.algo),
+                samples=cfg.algo.samples,
+                first=first,
+                seed=derived_seed(cfg.seed, "generate"),
+                advance=bar.advance,
+                kept=own,
+            )
+            scores = None if reward is None else own.scored("reward", reward, rollouts)
+            written.add(rollouts, cfg.algo.samples, scores)
     if reward is not None:
-        scores = kept.scored("reward", reward, rollouts)
-        reward.check_scored("reward", scores.total)
-    return finish(session, rollouts, scores)
+        reward.check_scored("reward", written.rewards())
+    return session.finish("samples", written.shown())
 
 
-def finish(session: Session, rollouts: list[Rollout], scores: Scores | None) -> Path:
-    """Write the samples and show the first few."""
-    file = JsonLines(staging(session.out) / SAMPLES)
-    rewards: list[float | None] = [None] * len(rollouts)
-    parts: dict[str, list[float | None]] = {}
-    if scores is not None:
-        rewards, parts = known_or_none(scores.total), term_columns(scores)
-    for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
-        sizes = {
-            "prompt_tokens": len(rollout.tokens.prompt),
-            "response_tokens": len(rollout.tokens.response),
-            "logprob": sum(rollout.logprobs),
-        }
-        file.append(sample_row(rollout, reward, parts_at(parts, i), **sizes))
-    shown = [
-        (clip(last_words(rollout.row.prompt)), clip(rollout.text), rollout.finish_reason, reward)
-        for rollout, reward in zip(rollouts[:SHOWN], rewards, strict=False)
-    ]
-    table("samples", ("prompt", "response", "finish", "reward"), shown)
-    metrics: dict[str, float] = {"samples": len(rollouts)}
-    if scores is not None:
-        known = scores.total[~scores.total.isnan()]
-        if len(known):
-            metrics["reward"] = known.mean().item()
-        if len(known) < len(rollouts):
-            metrics["reward_none"] = 1 - len(known) / len(rollouts)
-            say(f"{len(rollouts) - len(known)} of {len(rollouts)} samples have no reward")
-    return session.finish("samples", metrics)
+class Written:
+    """The samples in the order of their prompts, and their figures; held are the first few."""
+
+    def __init__(self, session: Session) -> None:
+        self._file = JsonLines(staging(session.out) / SAMPLES)
+        self._first: list[tuple[object, ...]] = []  # as a table shows them
+        self._count = 0
+        self._rewards: list[float] = []  # of those that have one
+        self._scored = False
+
+    def add(self, rollouts: list[Rollout], samples: int, scores: Scores | None) -> None:
+        """Write some more lines.
+
+        Args:
+            samples: responses to each prompt.
+            scores: what the reward says of them, where one was asked for.
+        """
+        rewards: list[float | None] = [None] * len(rollouts)
+        parts: dict[str, list[float | None]] = {}
+        if scores is not None:
+            rewards, parts = known_or_none(scores.total), term_columns(scores)
+            self._scored = True
+        for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
+            row = generated_row(rollout, i % samples, reward, parts_at(parts, i))
+            self._file.append(row, digits=None)  # of the row's own columns nothing is rounded
+            if self._count < SHOWN:
+                texts = clip(last_words(rollout.row.prompt)), clip(rollout.text)
+                self._first.append((*texts, rollout.finish_reason, reward))
+            self._count += 1
+        self._rewards += [reward for reward in rewards if reward is not None]
+
+    def rewards(self) -> Tensor:
+        """(N,) the rewards of all samples, in no order; NaN where there is none."""
+        missing = self._count - len(self._rewards)
+        return torch.tensor([*self._rewards, *[math.nan] * missing])
+
+    def shown(self) -> dict[str, float]:
+        """Show the first few; returns the figures of all."""
+        table("samples", ("prompt", "response", "finish", "reward"), self._first)
+        metrics: dict[str, float] = {"samples": self._count}
+        if self._scored:
+            if known := len(self._rewards):
+                metrics["reward"] = math.fsum(self._rewards) / known
+            if none := self._count - known:
+                metrics["reward_none"] = none / self._count
+                say(f"{none} of {self._count} samples have no reward")
+        return metrics

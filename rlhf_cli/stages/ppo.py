@@ -83,7 +83,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     session.note(data.notes + texts.notes)
 
     networks = {"policy": policy.model} | ({"critic": critic.model} if critic else {})
-    rates = {"policy": algo.lr, "critic": algo.value_lr or 0.0}
+    rates = {"policy": algo.rate, "critic": algo.value_lr or 0.0}
     trained = {name: (network, rates[name]) for name, network in networks.items()}
     planned = algo.steps * (algo.batch_size // algo.minibatch_size) * algo.epochs
     optimizer = Optimizer(trained, algo, planned)

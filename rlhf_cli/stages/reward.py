@@ -83,7 +83,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     reading = Reading(level, algo.aggregate, encoder.step_cutter)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "reward", algo.max_steps)
-    optimizer = Optimizer({"reward": (scorer, algo.lr)}, algo, len(batches))
+    optimizer = Optimizer({"reward": (scorer, algo.rate)}, algo, len(batches))
     best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
     objective = RewardObjective(scorer, reading, algo, hardware)
     log = session.log()
@@ -101,6 +101,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
             session.save(step, {"reward": scorer}, optimizer, best.state(), best.weights)
 
     best.put()
+    session.settle(scorer)
     scorer.eval()
     report = final_report(objective, held_out, algo)
     statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())

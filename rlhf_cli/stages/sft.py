@@ -67,7 +67,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
     steps = len(batches)
-    optimizer = Optimizer({"policy": (policy.model, algo.lr)}, algo, steps)
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, steps)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = SftObjective(policy.model, hardware)
     log = session.log()
@@ -87,6 +87,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
 
     best.put()
+    session.settle(policy.model)
     policy.model.eval()
     final = evaluate(policy, held_out, judge, hardware, last=True)
     if texts.held_out:

@@ -115,6 +115,26 @@ def test_evaluate_goes_on_within_each_policy(tmp_path: Path, decoded: list[int])
     same(out, whole)
 
 
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_blocks_of_prompts_are_gone_on_from(
+    after: int, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that holds few responses at a time, killed in any of its blocks."""
+    from rlhf_cli.stages import generate
+
+    monkeypatch.setattr(generate, "AT_ONCE", 4)
+    words = ["algo.samples=2", "reward=length:5"]
+    whole, out = run("generate", tmp_path / "whole", *words), tmp_path / "out"
+    once = list(decoded)
+    decoded.clear()
+    killed("generate", out, *words, after=after)
+    shown = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert all({"id", "prompt", "sample", "response", "row_chosen"} <= row.keys() for row in shown)
+    run("generate", out, *words)
+    assert decoded == once
+    same(out, whole)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "forged"])
 def test_damaged_samples_are_made_again(damage: str, tmp_path: Path) -> None:
     whole, out = run("generate", tmp_path / "whole"), tmp_path / "out"

@@ -378,7 +378,10 @@ def test_hardware_changes_no_metric(tmp_path: Path) -> None:
     ("words", "part"),
     [
         (["judge=null"], "algo.refresh_reward=2 needs judge=VALUE: What labels"),
-        (["algo.refresh_lr=null"], "algo.refresh_reward=2 needs algo.refresh_lr; algo=grpo_i"),
+        (
+            ["algo.refresh_batch_size=null"],
+            "algo.refresh_reward=2 needs algo.refresh_batch_size; algo=grpo_i",
+        ),
         (
             NEVER,
             "judge is not used by algo.refresh_reward=null; set it to null, or take algo=grpo_",

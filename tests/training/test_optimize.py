@@ -44,7 +44,7 @@ def config_of(**changes: Any) -> OptimizerConfig:
 
 def optimizer_of(model: nn.Module, steps: int = 9, **changes: Any) -> Optimizer:
     config = config_of(**changes)
-    return Optimizer({"policy": (model, config.lr)}, config, steps)
+    return Optimizer({"policy": (model, config.rate)}, config, steps)
 
 
 class Language:
@@ -122,7 +122,7 @@ def test_a_clipped_norm_is_that_of_each_network_and_reported_unclipped() -> None
         return 3 * models["policy"](batch).sum() + 0.01 * models["critic"](batch).sum(), {}
 
     config = config_of(max_grad_norm=1.0)
-    rates = {name: (model, config.lr) for name, model in models.items()}
+    rates = {name: (model, config.rate) for name, model in models.items()}
     report = Optimizer(rates, config, 9).step([LossTerm([torch.ones(1, 1)], loss, 1)])
     assert report["grad_norm/policy"] == pytest.approx(3.0)
     assert report["grad_norm/critic"] == pytest.approx(0.01)
@@ -240,7 +240,7 @@ class Terms:
     def __init__(self, rows: int = 6, **changes: Any) -> None:
         config = config_of(**changes)
         self.policy, self.critic = nn.Linear(1, 1), nn.Linear(1, 1)
-        networks = {"policy": (self.policy, config.lr), "critic": (self.critic, config.lr)}
+        networks = {"policy": (self.policy, config.rate), "critic": (self.critic, config.rate)}
         self.optimizer = Optimizer(networks, config, 9)  # type: ignore[arg-type]
         self.items = [
             Item(torch.full((1,), 1.0 + i), torch.ones(1), f"rows.jsonl:{i + 1}")
