@@ -95,7 +95,8 @@ class Session:
         left = []
         if sides is not None:
             left = [f"{len(sides[0])} rows to learn from, {len(sides[1])} held out"]
-        for line in [*self.plan.at_start(), *notes, *left, *encoder.notes()]:
+        lengths = encoder.lengths.lines(encoder.limits)
+        for line in [*self.plan.at_start(), *notes, *left, *encoder.notes(), *lengths]:
             say(line)
         encoder.check_lengths()
 
