@@ -47,7 +47,7 @@ class TextTemplate:
     @cached_property
     def names(self) -> list[str]:
         """The columns that it shows, the prompt beside them."""
-        return [name for _, name in self.parts if name not in (None, "prompt")]  # type: ignore[misc]
+        return [name for _, name in self.parts if name is not None and name != "prompt"]
 
     def fill(self, prompt: str, columns: dict[str, Any], source: str) -> str:
         """The text of a row.
