@@ -161,8 +161,8 @@ def responses(cfg: OnlineConfig) -> Iterator[str]:
             "algo.mask_truncated=true learns nothing from responses that never ended; set "
             "algo.missing_eos_reward=null and algo.missing_eos_penalty=0"
         )
-    longest = algo.max_tokens or algo.overlong_tokens
-    if algo.overlong_tokens is not None and algo.overlong_tokens > longest:
+    overlong, longest = algo.overlong_tokens, algo.max_tokens
+    if overlong is not None and longest is not None and overlong > longest:
         yield (
             f"algo.overlong_tokens={algo.overlong_tokens:g} exceeds "
             f"algo.max_tokens={algo.max_tokens}"

@@ -56,7 +56,8 @@ class ChatTemplate:
         ]
         try:
             with time_limit():
-                texts, spans = render_jinja_template(
+                render: Any = render_jinja_template  # which says that it gives a text alone
+                texts, spans = render(
                     conversations=[messages],
                     tools=tools or None,
                     chat_template=self._tokenizer.get_chat_template(None, tools or None),

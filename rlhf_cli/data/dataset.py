@@ -157,7 +157,7 @@ class _Made:
         if not len(train) or not len(held_out):
             side = "to train on" if not len(train) else "held out"
             raise UserError(f"{self._place}: data.doubtful_pairs=drop leaves no row {side}")
-        notes = notes + self._encoder.notes()
+        notes = notes + self._encoder.notes() + self._encoder.length_lines()
         ours, theirs = (
             Items[Any](table, side, of[side], number[side], places.train)
             for side in (train, held_out)

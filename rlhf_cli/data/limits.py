@@ -21,11 +21,13 @@ class Limits:
     prompt: of a prompt.
     context: positions of the model.
     given: data.max_response_tokens.
+    prompt_given: whether data.max_prompt_tokens says that of a prompt.
     """
 
     prompt: int | None
     given: int | None
     context: int | None
+    prompt_given: bool = False
 
     @classmethod
     def of(cls, data: Data, context: int | None, room: int) -> "Limits":
@@ -33,7 +35,7 @@ class Limits:
         prompt, given = data.max_prompt_tokens, data.max_response_tokens
         if prompt is None and context is not None:
             prompt = max(1, context - max(given or 1, room))
-        return cls(prompt, given, context)
+        return cls(prompt, given, context, data.max_prompt_tokens is not None)
 
     def response(self, prompt: int) -> int | None:
         """Of the response to a prompt of so many tokens."""
@@ -71,6 +73,17 @@ class Lengths:
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     first: str = ""
+
+    def lines(self, limits: Limits) -> list[str]:
+        """What stands in the place of limits that are not given, in a line."""
+        if not self.prompt or (limits.given is not None and limits.prompt_given):
+            return []
+        rest = "no limit is known" if limits.context is None else f"{limits.context} positions"
+        response = f", longest response {self.response}" if self.response else ""
+        return [
+            f"longest prompt {self.prompt} tokens{response}; limit: {rest} "
+            "(data.max_prompt_tokens, data.max_response_tokens)"
+        ]
 
     def drop(self, row: Any, why: str) -> None:
         """A row is left out."""

@@ -30,9 +30,24 @@ class TextTemplate:
     text: str
 
     @cached_property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """Pieces of text, each with the column that comes after it; the last has none."""
+        parts: list[tuple[str, str | None]] = []
+        plain, start = "", 0
+        for match in PIECE.finditer(self.text):
+            plain += self.text[start : match.start()]
+            start = match.end()
+            if match[1] is None:
+                plain += match[0][0]
+            else:
+                parts.append((plain, match[1]))
+                plain = ""
+        return [*parts, (plain + self.text[start:], None)]
+
+    @cached_property
     def names(self) -> list[str]:
-        """The columns that it shows."""
-        return [match[1] for match in PIECE.finditer(self.text) if match[1]]
+        """The columns that it shows, the prompt beside them."""
+        return [name for _, name in self.parts if name is not None and name != "prompt"]
 
     def fill(self, prompt: str, columns: dict[str, Any], source: str) -> str:
         """The text of a row.
@@ -45,25 +60,28 @@ class TextTemplate:
                 f"{source}: the row has a system message, but data.template={self.text!r} has no "
                 "{system} to show it; write one into it, or set data.template=chat"
             )
-
-        def piece(match: re.Match[str]) -> str:
-            name = match[1]
-            if name is None:
-                return match[0][0]
+        written = []
+        for plain, name in self.parts:
+            written.append(plain)
             if name == "prompt":
-                return prompt
-            value = columns.get(name)
-            if value is None and name not in MAY_BE_EMPTY:
-                known = ", ".join(["prompt", *columns])
-                raise UserError(
-                    f"{source}: data.template has {{{name}}}, but the row has no {name} (it has "
-                    f"{known}); write {{{{{name}}}}} for plain braces"
-                )
-            if value is None or isinstance(value, str):
-                return value or ""
-            return json.dumps(value, ensure_ascii=False)
+                written.append(prompt)
+            elif name is not None:
+                written.append(_column(name, columns, source))
+        return "".join(written)
 
-        return PIECE.sub(piece, self.text)
+
+def _column(name: str, columns: dict[str, Any], source: str) -> str:
+    """A column as text."""
+    value = columns.get(name)
+    if value is None and name not in MAY_BE_EMPTY:
+        known = ", ".join(["prompt", *columns])
+        raise UserError(
+            f"{source}: data.template has {{{name}}}, but the row has no {name} (it has {known}); "
+            f"write {{{{{name}}}}} for plain braces"
+        )
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
 
 
 # --------------------------------------------------------------------------- chat

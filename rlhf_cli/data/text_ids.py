@@ -15,10 +15,12 @@ GUARD = "\U000f5e1f"  # of private use: it and one more stand for a special toke
 FIRST = 0xF6000
 PROBES = ("a", "the cat  sat.\nOn 12 mats", " a\u00e9\u4e2d")
 ANCHORS = ("\n", ":", ".", "a")  # texts after which a response is tokenised as if after a prompt
-WINDOW = 64  # characters before the boundary in which a place to start from is looked for
+WINDOW = 64  # characters before and after a boundary that are looked at
 CHARACTERS, MORE = 8, 256  # of a text to look at for a token, and for all; few texts need more
 LAST_WORD = re.compile(r"(?<=\S)\s+\S+\s*\Z")
+FIRST_WORD = re.compile(r"\s*\S*")
 BREAK = re.compile(r"(?<=\S)\s")
+REMEMBERED = 10_000  # meetings of two texts
 
 Span = tuple[int, int]
 """From the first character of a part of a text to the one after its last."""
@@ -48,7 +50,7 @@ class TextIds:
         swapped = {mark: token for token, mark in self._marks.items()} | self._marks
         self._swapped = swapped
         self._swaps = _any_of(sorted(swapped, key=len, reverse=True))
-        self._known: dict[str, list[int]] = {}
+        self._starts: dict[tuple[str, str], tuple[str, int]] = {}
         self._as_called = self._backend is None
         self._as_called = any(
             self._called([text]) != self._batch(self._backend, [text]) for text in PROBES
@@ -62,12 +64,8 @@ class TextIds:
     # ------------------------------------------------------------------ ids
 
     def of(self, text: str) -> list[int]:
-        """The ids of one text, remembered."""
-        if text not in self._known:
-            if len(self._known) > 10_000:
-                self._known.clear()
-            self._known[text] = self.of_each([text])[0]
-        return self._known[text]
+        """The ids of one text."""
+        return self.of_each([text])[0]
 
     def of_each(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; what `hide` has hidden in it is plain text."""
@@ -152,29 +150,47 @@ class TextIds:
 
         They are those that the joined text has after the prompt's. Where joining would change the
         last ids of the prompt, the response is tokenised apart, without the blank that
-        SentencePiece tokenizers put before a text. Of the prompt only its end is read: no
-        tokenizer looks further back than a special token or a word.
+        SentencePiece tokenizers put before a text. Which it is, the end of the prompt and the
+        first word of the response decide: no tokenizer looks further than to a blank or a special
+        token.
 
         Args:
             limit: as of `heads`.
         """
-        ends = [self._end_of(prompt) for prompt in prompts]
-        before = [self.of(end) for end in ends]
-        longest = None if limit is None else limit + max(map(len, before), default=0)
-        joined = self.heads(
-            [end + response for end, response in zip(ends, responses, strict=True)], longest
-        )
-        apart = []
-        ids = []
-        for i, (own, whole) in enumerate(zip(before, joined, strict=True)):
-            if whole[: len(own)] == own:
-                ids.append(whole[len(own) :])
-            else:
-                apart.append(i)
-                ids.append([])
-        for i, own in zip(apart, self._apart([responses[i] for i in apart], limit), strict=True):
-            ids[i] = own
-        return ids
+        starts = [
+            self._start(self._end_of(prompt), FIRST_WORD.match(response)[0][:WINDOW])  # type: ignore[index]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        longest = limit and limit + max((skip for _, skip in starts), default=0)
+        texts = [start + text for (start, _), text in zip(starts, responses, strict=True)]
+        found = self.heads(texts, longest)
+        return [ids[skip:] for ids, (_, skip) in zip(found, starts, strict=True)]
+
+    def _start(self, end: str, word: str) -> tuple[str, int]:
+        """What to put before a response for its ids to be right, and how many ids that has itself.
+
+        Args:
+            end: the end of its prompt.
+            word: its first word.
+        """
+        known = self._starts.get((end, word))
+        if known is None:
+            if len(self._starts) > REMEMBERED:
+                self._starts.clear()
+            known = self._starts[end, word] = self._start_anew(end, word)
+        return known
+
+    def _start_anew(self, end: str, word: str) -> tuple[str, int]:
+        before, joined, alone = self.of_each([end, end + word, word])
+        if joined == before + alone:
+            return "", 0
+        if joined[: len(before)] == before:
+            return end, len(before)
+        for anchor in ANCHORS if self._prefixes else ():
+            own, after = self.of_each([anchor, anchor + word])
+            if after[: len(own)] == own:
+                return anchor, len(own)
+        return "", 0
 
     def _end_of(self, prompt: str) -> str:
         """The end of a prompt that decides how a response after it is tokenised."""
@@ -187,26 +203,12 @@ class TextIds:
         word = LAST_WORD.search(window)
         return prompt if word is None else window[word.start() :]
 
-    def _apart(self, responses: list[str], limit: int | None) -> list[list[int]]:
-        ids = self.heads(responses, limit) if responses else []
-        if not self._prefixes:
-            return ids
-        for i, response in enumerate(responses):
-            for anchor in ANCHORS:
-                own = self.of(anchor)
-                longest = None if limit is None else limit + len(own)
-                (whole,) = self.heads([anchor + response], longest)
-                if whole[: len(own)] == own:
-                    ids[i] = whole[len(own) :]
-                    break
-        return ids
-
     # ------------------------------------------------------------------ special tokens in rows
 
     def spelt(self, value: Any) -> int:
         """How many special tokens the texts in a value spell."""
         if isinstance(value, str):
-            return len(self._spelt.findall(value))
+            return len(self._spelt.findall(value)) if self._spelt.search(value) else 0
         if isinstance(value, dict):
             return sum(map(self.spelt, value.values()))
         return sum(map(self.spelt, value)) if isinstance(value, list) else 0

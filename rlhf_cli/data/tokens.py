@@ -6,6 +6,7 @@ tokenised as it stands after it (data/text_ids.py).
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ from rlhf_cli.data.templates import (
 from rlhf_cli.data.text_ids import Span, TextIds
 
 END = 2**62  # of a text, whatever its length
+CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 
 
 @dataclass
@@ -132,6 +134,14 @@ class Written:
     spans: list[Span] | None = None
 
 
+def unknown_controls(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What looks like a token of turns in the chat template and is none of the tokenizer's."""
+    template = str(tokenizer.chat_template)
+    vocabulary = tokenizer.get_vocab()
+    written = dict.fromkeys(CONTROL.findall(template))
+    return [token for token in written if token not in vocabulary]
+
+
 class Encoder:
     """Tokenises rows for one tokenizer and one data config.
 
@@ -159,6 +169,12 @@ class Encoder:
         self._counts: Counter[str] = Counter()
         if data.chat_template is not None:
             tokenizer.chat_template = chat_template_of(data.chat_template)  # it is saved with it
+            missing = unknown_controls(tokenizer)
+            if missing:
+                self._counts[
+                    f"tokens of data.chat_template={data.chat_template} are none of this "
+                    f"tokenizer's, and read as text: {', '.join(missing)}"
+                ] = len(missing)
         template = data.template or (CHAT if data.chat_template else PLAIN)
         if template == CHAT and not tokenizer.chat_template:
             raise UserError(
@@ -167,6 +183,8 @@ class Encoder:
                 'data.template="...{prompt}..."'
             )
         self._template = None if template == CHAT else TextTemplate(template)
+        self._eos, self._eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+        self._bos, self._bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
         self._kinds: set[bool] = set()  # of rows so far: whether they are dialogues
         self._filled: set[str] = set()  # columns that a row has filled into the template
         self.limits = Limits.of(data, context, room)
@@ -231,7 +249,7 @@ class Encoder:
         found = self.ids.of_each([self._bare(row.text) for row in rows])
         for row, own in zip(rows, found, strict=True):
             start = self._start(row.text)
-            ids = [*start, *own, self.tokenizer.eos_token_id]
+            ids = [*start, *own, self._eos_id]
             first = max(1, len(start))
             step = len(ids) if limit is None else max(1, limit - first)
             if len(ids) - first > step:
@@ -334,7 +352,7 @@ class Encoder:
         Raises:
             UserError: it did, and data.doubtful_pairs is error.
         """
-        if not isinstance(row, Preference | Ranking):
+        if not isinstance(row, Preference | Ranking) or len(set(map(tuple, ids))) == len(ids):
             return False
         ranks = [1.0, 2.0] if isinstance(row, Preference) else row.ranks
         texts = self._judged(row)
@@ -386,6 +404,10 @@ class Encoder:
         ]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()
 
+    def length_lines(self) -> list[str]:
+        """How long rows are, beside the limits."""
+        return self.lengths.lines(self.limits)
+
     def check_lengths(self) -> None:
         """Once all rows are read: they are not cut more than anybody wants, and the template shows
         nothing that no row has.
@@ -396,7 +418,7 @@ class Encoder:
         self.lengths.check(self.data, self.limits)
         if self._template is not None and False in self._kinds:
             for name in self._template.names:
-                if name not in self._filled and name != "prompt":
+                if name not in self._filled:
                     raise UserError(
                         f"data.template has {{{name}}}, but no row has {name}; take it out, or "
                         f"write {{{{{name}}}}} for plain braces"
@@ -420,15 +442,15 @@ class Encoder:
     @property
     def end_of_turn(self) -> int:
         """What ends a reply: EOS, or the chat template's own token once one is in use."""
-        eos: int = self.tokenizer.eos_token_id
+        end: int | None = None
         if self._template is None or True in self._kinds:
-            return eos if self._chat.end_of_turn is None else self._chat.end_of_turn
-        return eos
+            end = self._chat.end_of_turn
+        return self._eos_id if end is None else end
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end a response: EOS, the template's end of turn, and what a policy ends with."""
-        return sorted({self.tokenizer.eos_token_id, self.end_of_turn, *self.more_stop_ids})
+        return sorted({self._eos_id, self.end_of_turn, *self.more_stop_ids})
 
     # ------------------------------------------------------------------ texts
 
@@ -472,7 +494,6 @@ class Encoder:
         columns, source = row.columns, row.source
         if columns.get("tools"):
             self._counts["rows have tools, which data.template does not show"] += 1
-        self._filled |= {name for name in template.names if columns.get(name) is not None}
         for reply in replies:
             if not isinstance(reply, str) and (
                 more := reply.keys() - {"role", "content", "weight"}
@@ -481,35 +502,32 @@ class Encoder:
                     f"{source}: a reply has {', '.join(sorted(more))}, which only a chat template "
                     "writes; set data.template=chat"
                 )
-        shown = {name: self._plain(columns[name]) for name in template.names if name in columns}
-        columns = {**columns, **shown}
-        bos = self.tokenizer.bos_token or ""
+        if template.names:
+            shown = {name: self._plain(columns[name]) for name in template.names if name in columns}
+            self._filled |= {name for name, value in shown.items() if value is not None}
+            columns = {**columns, **shown}
         # a BOS that the row or the template spells is the one that the tokenizer puts there
-        prompt = row.prompt.removeprefix(bos) if self.ids.before else row.prompt
-        text = template.fill(self._plain(prompt), columns, source)
-        if self.ids.before:
-            text = text.removeprefix(bos)
+        bos = self._bos if self.ids.before else ""
+        text = template.fill(self._plain(row.prompt.removeprefix(bos)), columns, source)
+        text = text.removeprefix(bos)
         texts = [self._plain(self._without_eos(reply_text(reply))) for reply in replies]
         return Written(text, texts, False)
 
     def _without_eos(self, text: str) -> str:
         """A text without the EOS that it ends with, for one is added."""
         bare = text.rstrip()
-        eos = self.tokenizer.eos_token
-        return bare.removesuffix(eos) if bare.endswith(eos) else text
+        return bare.removesuffix(self._eos) if bare.endswith(self._eos) else text
 
     def _bare(self, text: str) -> str:
         """A document without the BOS and the EOS that it brings."""
-        bos = self.tokenizer.bos_token
-        if bos and text.lstrip().startswith(bos):
-            text = text.lstrip().removeprefix(bos)
+        if self._bos and text.lstrip().startswith(self._bos):
+            text = text.lstrip().removeprefix(self._bos)
         return str(self._plain(self._without_eos(text)))
 
     def _start(self, text: str) -> list[int]:
         """The ids before a document: what the tokenizer adds, or the BOS that the text brings."""
-        bos = self.tokenizer.bos_token
-        brings = bos and text.lstrip().startswith(bos)
-        return self.ids.before or ([self.tokenizer.bos_token_id] if brings else [])
+        brings = self._bos and text.lstrip().startswith(self._bos)
+        return self.ids.before or ([self._bos_id] if brings else [])
 
     # ------------------------------------------------------------------ loss
 
@@ -637,8 +655,8 @@ class Encoder:
             return None
         start = self.ids.before
         if text.chat:
-            bos = self.tokenizer.bos_token
-            start = [self.tokenizer.bos_token_id] if bos and text.prompt.startswith(bos) else []
+            has_bos = self._bos and text.prompt.startswith(self._bos)
+            start = [self._bos_id] if has_bos else []
         start = start[: limit - 1]
         return start + ids[len(ids) - limit + len(start) :]  # the end holds the question
 
@@ -667,7 +685,7 @@ class Encoder:
         last = ids[-1] if ids else None
         if last == self.end_of_turn or (chat and last in self.ids.special_ids):
             return ids
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*ids, self._eos_id]
 
     def _cut(
         self, responses: list[list[int]], limit: int | None, row: Any

@@ -39,9 +39,5 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
             first, _, _ = walked(Walk(source, kind, cfg.data, limit=ROWS))
             count += len(encoded(encoder, first, kind))
     encoder.check_lengths()
-    longest = encoder.lengths
-    responses = f", responses up to {longest.response}" if longest.response else ""
-    return [
-        f"tokens of the first {count} rows: prompts up to {longest.prompt}{responses}",
-        *(f"of these: {note}" for note in encoder.notes()),
-    ]
+    lines = [*encoder.notes(), *encoder.length_lines()]
+    return [f"of the first {count} rows: {line}" for line in lines]

@@ -77,7 +77,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                 scorer = model_in(judges.get("reward"))
                 judgement = None if scorer is None else judged(session, scorer, policy)
                 policy.encoder.check_lengths()
-                session.note([*rows.notes, *policy.encoder.notes()])
+                session.note([*rows.notes, *policy.encoder.notes(), *policy.encoder.length_lines()])
                 kept = KeptSamples(session)
             own = kept.of(path, prompts, cfg.algo.samples)
             bar.skip(len(own.done) * cfg.algo.samples)

@@ -52,7 +52,7 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
         reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
     policy.encoder.check_lengths()
-    session.note([*rows.notes, *policy.encoder.notes()])
+    session.note([*rows.notes, *policy.encoder.notes(), *policy.encoder.length_lines()])
     kept, written = KeptSamples(session), Written(session)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
         for first in range(0, len(prompts), AT_ONCE):

@@ -14,7 +14,7 @@ from tests.families import FAMILIES, family
 from tests.toys import data_of
 
 NAMES = sorted(file.stem for file in SHIPPED.glob("*.jinja"))
-TALK = [
+TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Greet Ann"},
     {"role": "assistant", "content": "Hello Ann!"},
@@ -40,8 +40,8 @@ def encoder_of(tokenizer: PreTrainedTokenizerFast, **data: Any) -> Encoder:
 
 def served(tokenizer: PreTrainedTokenizerFast, turns: Any, **how: Any) -> list[int]:
     """What transformers makes of a dialogue."""
-    ids = tokenizer.apply_chat_template(turns, return_dict=True, **how)["input_ids"]
-    return list(ids)
+    apply: Any = tokenizer.apply_chat_template
+    return list(apply(turns, return_dict=True, **how)["input_ids"])
 
 
 def learnt(tokenizer: PreTrainedTokenizerFast, sequence: Tokens) -> str:
@@ -117,8 +117,9 @@ def test_qwen_writes_reasoning_and_tools() -> None:
         "<|im_start|>user\n<tool_response>\nT\n</tool_response>\n<tool_response>\nW\n"
         "</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\nQ\n</think>\n\nA<|im_end|>\n"
     )
+    apply: Any = tokenizer.apply_chat_template
     short = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    text = tokenizer.apply_chat_template(turns[:1], tools=[{"name": "f"}], **short)
+    text = apply(turns[:1], tools=[{"name": "f"}], **short)
     assert (
         text.startswith("<|im_start|>system\n# Tools\n\n") and '\n{"name": "f"}\n</tools>' in text
     )
@@ -133,14 +134,14 @@ def test_marks_and_prefixes_give_one_mask(name: str) -> None:
     (ours,) = encoder_of(marked).demonstrations(rows)
     (theirs,) = encoder_of(plain).demonstrations(rows)
     assert (ours, ours.loss) == (theirs, theirs.loss)
-    how = {"return_dict": True, "return_assistant_tokens_mask": True}
-    mask = marked.apply_chat_template(TALK, **how)["assistant_masks"]
+    apply: Any = marked.apply_chat_template
+    mask = apply(TALK, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
     loss = [False] * len(ours.prompt) + (ours.loss or [])
     assert [bool(each) for each in mask[: len(loss)]] == loss
     said = learnt(plain, ours).replace(" ", "")
     if name != "bert":
         assert said == "HelloAnn!<|im_end|>Asong,12notes.<|im_end|>"
-    ends = ours.response.count(plain.convert_tokens_to_ids("<|im_end|>"))
+    ends = ours.response.count(encoder_of(plain).ids.control["<|im_end|>"])
     assert ends == 3  # of which the user's carries no loss
     assert collate([ours]).response.sum() == response_tokens([ours]) == sum(ours.loss or [])
 
@@ -160,7 +161,7 @@ def test_which_replies_are_learnt() -> None:
     apart = Demonstration(TALK[:-1], TALK[-1]["content"], learn_from=4)
     (shown,) = encoder_of(tokenizer).demonstrations([apart])
     assert learnt(tokenizer, shown) == "A song, 12 notes.<|im_end|>" and shown.loss is None
-    weighed = [*TALK[:2], {**TALK[2], "weight": 0}, TALK[3]]
+    weighed: list[dict[str, Any]] = [*TALK[:2], {**TALK[2], "weight": 0}, TALK[3]]
     encoder = encoder_of(tokenizer)
     (shown,) = encoder.demonstrations([Demonstration(weighed, "A song.")])
     assert learnt(tokenizer, shown) == "A song.<|im_end|>"
@@ -252,12 +253,12 @@ def test_arguments_and_templates_that_are_not_there() -> None:
         encoder_of(tokenizer, chat_template="nosuch")
     encoder = encoder_of(tokenizer, chat_template="qwen", chat_args={"enable_thinking": False})
     ((_, ids),) = encoder.prompts([Prompt(TALK[:2])])
-    assert tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert str(tokenizer.decode(ids)).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 def test_special_tokens_in_a_dialogue_end_no_turn() -> None:
     tokenizer = family("llama2", chat_template_of("chatml"))
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = encoder_of(tokenizer).ids.control["<|im_end|>"]
     turns = [{"role": "user", "content": "What is <|im_end|>?"}]
     row = Demonstration(turns, "It is </s> or <|im_end|>.")
     encoder = encoder_of(tokenizer)

@@ -136,7 +136,7 @@ def test_what_a_cache_is_read_for(passes: Callable[[], int]) -> None:
             *("data.eval_rows=9", "policy=elsewhere", "reference=runs/demo/adapter"),
         ]
     ):
-        run(f"other{i}", *AHEAD, word, "data.long_prompts=cut")
+        run(f"other{i}", *AHEAD, word, "data.long_prompts=cut", "data.long_responses=cut")
         assert passes() == 2, word
         assert len(cached()) == 4 + 2 * i
 

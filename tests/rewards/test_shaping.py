@@ -22,7 +22,7 @@ PLAIN = {
     "missing_eos_penalty": 0.0,
     "length_penalty": 0.0,
     "overlong_tokens": None,
-    "max_tokens": 10,
+    "sampled_tokens": 10,
 }
 
 

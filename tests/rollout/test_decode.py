@@ -139,7 +139,7 @@ def rollouts(
     model: Any, encoder: Encoder, prompts: Any, sampling: Sampling, samples: int = 1, **more: Any
 ) -> list[Rollout]:
     hardware = hardware_of(rollout_tokens=more.pop("budget", 10_000))
-    engine = NativeEngine(model, encoder, [EOS], hardware)
+    engine = NativeEngine(model, encoder, hardware)
     seed = more.pop("seed", 0)
     return engine.sample(prompts, sampling, samples=samples, seed=seed, **more)
 
