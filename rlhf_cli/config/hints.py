@@ -231,8 +231,8 @@ def _explain_words(error: BaseException, text: str, stage: str) -> str:
     if appended := re.search(r"already at '(.*?)'", text):
         return f"{appended[1]} exists already; write {appended[1]}=VALUE without +"
     base = re.search(r"Could not load '(\w+)/(\w+)'", text)  # in a defaults list
-    line = renamed(stage, f"{base[1]}={base[2]}") if base else None
-    return line or " ".join(text.split("\n\n")[0].split())
+    told = renamed(stage, f"{base[1]}={base[2]}") if base else None
+    return told or " ".join(text.split("\n\n")[0].split())
 
 
 def _quoted(key: str, value: str) -> str:

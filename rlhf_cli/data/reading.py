@@ -210,7 +210,7 @@ class Walk:
         lines = [f"{self.name}: {', '.join([*(counts or ['no rows']), *reasons])}"]
         if self._spellings:
             lines.append(note(self._spellings))
-        if unread := unused_columns(self._columns):
+        if unread := unused_columns(self._columns, self._data):
             lines.append(unused_note(unread, self.kinds.total()))
         if self.cut:
             lines.append(f"the first {self._source.cap} are used")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.checks import check_pairs
+from rlhf_cli.data.checks import doubted
 from rlhf_cli.data.conversions import convert
 from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.kinds import (
@@ -290,7 +290,7 @@ def test_replies_that_call_tools_are_compared_and_converted() -> None:
         read(prompt=P, chosen=ASKS, rejected="No."),
     ]
     notes: list[str] = []
-    assert check_pairs(rows, "drop", notes) == [rows[3]]
+    assert doubted(rows, "drop", notes).tolist() == [row is rows[3] for row in rows]
     assert notes[0].startswith("1 of 4 rows judge a text against itself")
     assert notes[1].startswith("2 of 4 rows are judged both ways")
     judged = convert(rows[3:] * 2, "preference_to_feedback", data_of())[0]

@@ -9,7 +9,7 @@ import pytest
 from rlhf_cli.config.compose import compose
 from rlhf_cli.data.files import Raw
 from rlhf_cli.data.kinds import Prompt, derive
-from rlhf_cli.data.shapes import as_row
+from rlhf_cli.data.readers import as_row
 from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.evaluation.samples import generated_row, renamed
 from rlhf_cli.rollout.rollouts import Rollout
@@ -59,7 +59,7 @@ def test_samples_are_rows_of_a_later_stage(tmp_path: Path) -> None:
     assert [line["row_label"] for line in lines] == [False] * 9
     line = {**lines[2], "completion": lines[2]["response"] or "-"}
     row = as_row(line, "samples.jsonl:3")
-    assert type(row).__name__ == "Demonstration" and row.columns["note"] == 2  # type: ignore[union-attr]
+    assert type(row).__name__ == "Demonstration" and row.columns["note"] == 2
 
 
 @pytest.mark.parametrize(
