@@ -31,8 +31,8 @@ class Doubts:
         self._length: array[int] = array("b")  # 1 where the better side is longer, -1 shorter
         self._alike: array[int] = array("b")  # whether the sides are equal
 
-    def add(self, row: Judged, cut_alike: bool = False) -> None:
-        """One more row; `cut_alike`: two of its responses are equal once they are cut."""
+    def add(self, row: Judged) -> None:
+        """One more row."""
         prompt = prompt_key(row)
         for better, worse in sides_of(row):
             ours, theirs = reply_key(better), reply_key(worse)
@@ -41,7 +41,7 @@ class Doubts:
             self._as_judged.append(hash((prompt, ours, theirs)))
             self._reversed.append(hash((prompt, theirs, ours)))
             self._length.append((longer > 0) - (longer < 0))
-            self._alike.append(ours == theirs or cut_alike)
+            self._alike.append(ours == theirs)
         self._rows += 1
 
     def kept(self, doubtful: str, place: Callable[[int], str], notes: list[str]) -> Any:

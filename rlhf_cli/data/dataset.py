@@ -120,8 +120,7 @@ class _Made:
             if self._kind in (Preference, Ranking):
                 for item in items:
                     assert isinstance(item, Answers)
-                    alike = len(set(map(tuple, item.responses))) < len(item.responses)
-                    self._doubts[held_out].add(item.row, alike)
+                    self._doubts[held_out].add(item.row)
         self._part.extend([number] * (len(self._of) - before))
         if not held_out:
             self._prompts.extend(walk.prompts)

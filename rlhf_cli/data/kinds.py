@@ -42,12 +42,14 @@ class Prompt:
         `tools` is the list that a chat template gets, and `system` the system message of a prompt
         that is plain text; that of a dialogue is in the dialogue.
     beside: what the row that it is derived from says of responses, for generate's samples.
+    group: the source that it is of, where there are several.
     """
 
     prompt: str | Turns
     columns: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     beside: dict[str, Any] = field(default_factory=dict, compare=False)
+    group: str = field(default="", compare=False)
 
 
 @dataclass
@@ -187,9 +189,10 @@ def asked(row: Any, join: str) -> list[Prompt]:
     """What a row of any kind with responses asks."""
     said = {name: getattr(row, name, None) for name in SAID}
     beside = {name: value for name, value in said.items() if value is not None}
-    if group := getattr(row, "group", ""):
+    group = getattr(row, "group", "")
+    if group:
         beside |= {} if "source" in row.columns else {"source": group}
-    return [Prompt(row.prompt, row.columns, row.source, beside)]
+    return [Prompt(row.prompt, row.columns, row.source, beside, group)]
 
 
 DERIVATIONS: dict[type, dict[type, Derive]] = {

@@ -121,6 +121,8 @@ class Walk:
                     self._drop(error, place, unreadable=isinstance(raw, RowError))
                     continue
                 count += 1
+                if source.name and getattr(row, "group", None) == "":
+                    row.group = source.name  # type: ignore[union-attr]
                 if type(row) not in fits:
                     self._check_kind(row)
                     fits.add(type(row))

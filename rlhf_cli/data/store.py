@@ -263,6 +263,16 @@ class Joined(Sequence[Item], Generic[Item]):
         return self.first[i] if i < count else self.second[i - count]
 
 
+def by_source(items: Items[Any], made: Sequence[Made]) -> dict[str, list[Made]]:
+    """What was made of each item, by the source of the item; nothing where there is one source."""
+    if len(items.sources) < 2:
+        return {}
+    parts: dict[str, list[Made]] = {}
+    for place, each in enumerate(made):
+        parts.setdefault(items.sources[int(items.parts[place])].name, []).append(each)
+    return parts
+
+
 def prompts_of(items: Sequence[Answers]) -> Sequence[int]:
     """(N,) numbers that are equal where two items have one prompt."""
     if isinstance(items, Items):

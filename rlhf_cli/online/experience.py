@@ -48,7 +48,9 @@ class Experience:
         repeated = [
             repeated_share(rollout.tokens.response, REPEATED_TOKENS) for rollout in self.rollouts
         ]
+        sources = by_group(self.rollouts, rewards)
         return {
+            **{f"source/{name}/reward": value for name, value in sources.items()},
             "reward": rewards[scored].mean().item(),
             "reward_std": rewards[scored].std(correction=0).item() if scored.any() else math.nan,
             "unscored": self.scores.total.isnan().float().mean().item(),
@@ -148,3 +150,16 @@ def old_logprobs(
         return [torch.tensor(rollout.logprobs) for rollout in rollouts]
     sequences = [rollout.tokens for rollout in rollouts]
     return logprobs_of(policy.model, sequences, hardware, temperature)
+
+
+def by_group(rollouts: Sequence[Rollout], rewards: Tensor) -> Metrics:
+    """The mean reward of the prompts of each source, over the responses that have one; nothing
+    where there is one source.
+
+    Args:
+        rewards: (B,), NaN where there is none.
+    """
+    of: dict[str, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        of.setdefault(rollout.row.group, []).append(place)
+    return {name: rewards[places].nanmean().item() for name, places in of.items() if name}

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig, Hardware
 from rlhf_cli.data.batches import rankings_of
+from rlhf_cli.data.store import by_source
 from rlhf_cli.evaluation import judging, report
 from rlhf_cli.models.forward import answer_batch, on_grid, token_logprobs
 from rlhf_cli.objectives import preference, reward_model
@@ -85,7 +86,8 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, reference.share, weights, own)
     sampled_kl = partial(reference.sampled_kl, policy, data.held_out)
-    evaluate = partial(evaluated, objective, held_out, sampled_kl)
+    parts = by_source(data.held_out, held_out)
+    evaluate = partial(evaluated, objective, held_out, parts, sampled_kl)
     log = session.log()
     if session.start == 0 and reference.is_start:
         reference.check_start(session, policy, held_out, evaluate())
@@ -375,12 +377,20 @@ def by_class(means: Metrics, items: list[PreferenceItem]) -> Metrics:
 
 
 def evaluated(
-    objective: DpoObjective, held_out: list[PreferenceItem], sampled_kl: Callable[[], float | None]
+    objective: DpoObjective,
+    held_out: list[PreferenceItem],
+    parts: dict[str, list[PreferenceItem]],
+    sampled_kl: Callable[[], float | None],
 ) -> Metrics:
-    """The objective on held-out items and, with a reference, the KL on sampled responses."""
+    """The objective on held-out items, and of each source, if there are several; with a reference,
+    the KL on sampled responses.
+    """
     term = objective.term(held_out, objective.batchwise(held_out))
     means = by_class(term.evaluated(), held_out)
     kl = sampled_kl()
     if kl is not None:
         means["kl"] = kl
+    for name, items in parts.items():
+        part = objective.term(items, objective.batchwise(items)).evaluated()
+        means[f"source/{name}/loss"] = part["loss"]
     return {f"eval/{name}": value for name, value in means.items()}

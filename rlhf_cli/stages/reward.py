@@ -27,6 +27,7 @@ from rlhf_cli.config.schema import Hardware, RewardAlgo, RewardConfig
 from rlhf_cli.data.batches import Batch, rankings_of
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.store import by_source
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens, responses_in
 from rlhf_cli.evaluation.judging import (
     Report,
@@ -73,6 +74,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     tokenizer = encoder.tokenizer
     data = session.judged(encoder)
     train, held_out = data.train, list(data.held_out)
+    parts = by_source(data.held_out, held_out)
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
@@ -93,6 +95,8 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
             metrics = optimizer.step([objective.term(batches[step - 1])])
             if step % algo.eval_every == 0 or step == len(batches):
                 metrics |= figures(judge(held_out, objective.scores(held_out), algo.target))
+                for name, items in parts.items():
+                    metrics[f"eval/source/{name}/loss"] = objective.term(items).evaluated()["loss"]
                 bar.advance(0, held_out_line(metrics))
                 if algo.keep == "best":
                     metrics["eval/objective"] = objective.term(held_out).evaluated()["loss"]

@@ -23,7 +23,7 @@ from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.store import Items, Joined
+from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
@@ -62,6 +62,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     if len(texts.train):
         train = Joined(data.train, mixed_in(texts.train, len(data.train), algo))
     held_out = list(data.held_out)
+    parts = by_source(data.held_out, held_out)
     judge = Judge(cfg, policy, session) if cfg.select_by == "reward" else None
     session.note(data.notes + texts.notes)
 
@@ -80,6 +81,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
             policy.model.eval()
             if step % algo.eval_every == 0 or step == steps:
                 metrics |= evaluate(policy, held_out, judge, hardware)
+                metrics |= by_part(policy, parts, hardware)
                 bar.advance(0, held_out_line(metrics))
                 if algo.keep == "best":
                     best.offer(merit_of(metrics, cfg.select_by))
@@ -90,6 +92,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     session.settle(policy.model)
     policy.model.eval()
     final = evaluate(policy, held_out, judge, hardware, last=True)
+    final |= by_part(policy, parts, hardware)
     if texts.held_out:
         final["text/loss"] = mean_nll(policy.model, list(texts.held_out), hardware)
     return session.finish_model(policy.model, "policy", encoder, final)
@@ -209,6 +212,14 @@ def evaluate(
     nll = mean_nll(policy.model, held_out, hardware)
     metrics = {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
     return metrics if judge is None else metrics | judge.metrics(policy, last)
+
+
+def by_part(policy: Policy, parts: dict[str, list[Tokens]], hardware: Hardware) -> Metrics:
+    """The held-out loss of each of several sources."""
+    return {
+        f"eval/source/{name}/loss": mean_nll(policy.model, part, hardware)
+        for name, part in parts.items()
+    }
 
 
 def merit_of(metrics: Metrics, select_by: str) -> float:
