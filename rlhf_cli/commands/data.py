@@ -108,7 +108,6 @@ def figures(seen: Seen) -> dict[str, Any]:
         "notes": seen.data.notes,
         "train": side_figures(survey.train),
         "held_out": side_figures(survey.held_out),
-        "held_out_prompts_near_training_prompts": survey.near,
     }
 
 
@@ -149,12 +148,10 @@ def show(seen: Seen, rows: int) -> None:
     out = Console(highlight=False, soft_wrap=True, emoji=False)
     for line in seen.data.notes:
         out.print(fit(line))
-    near = seen.survey.near
     for name, side in (("to learn from", seen.survey.train), ("held out", seen.survey.held_out)):
         out.print(f"{side.items} {name}, {side.repeated} of them as one before")
         for source, count in side.sources.items():
             out.print(fit(f"  {source}: {count}"))
-    out.print(f"{near} held-out prompts nearly like one to learn from")
     for name, lengths in lengths_of(seen.survey.train).items():
         told = ", ".join(f"{key} {value}" for key, value in quantiles(lengths).items())
         out.print(f"\n{name.replace('_', ' ')}: {told}")
@@ -203,7 +200,7 @@ Spans = list[tuple[str, str]]
 
 def spans_of(item: Any, encoder: "Encoder") -> Iterator[tuple[str, Spans]]:
     """What an item is made of: a label, and its text in pieces of one style."""
-    from rlhf_cli.data.survey import parts_of
+    from rlhf_cli.data.store import parts_of
     from rlhf_cli.data.tokens import Tokens
 
     prompt, responses = parts_of(item)

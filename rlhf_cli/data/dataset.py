@@ -23,12 +23,13 @@ from rlhf_cli import __version__
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import Doubts
+from rlhf_cli.data.duplicates import COMPARED, near_of
 from rlhf_cli.data.files import files_of, is_local
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text, name_of
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Places, held_out_by, overlap
 from rlhf_cli.data.sources import Source
-from rlhf_cli.data.store import Encoded, Items, TokenTable, TokenWriter
+from rlhf_cli.data.store import Encoded, Items, TokenTable, TokenWriter, parts_of
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens
 
 SMALL = 4 * 2**20  # bytes of rows that are tokenised again rather than kept
@@ -45,6 +46,16 @@ class Dataset:
     train: Any  # Items, or the Stream of data/streaming.py
     held_out: Items[Any]
     notes: list[str]
+
+
+def nearly_same(train: Sequence[Any], held_out: Sequence[Any]) -> list[str]:
+    """A line on held-out prompts that training prompts are nearly the same as, if there are any."""
+    asked = [parts_of(item)[0] for item in held_out]
+    near = len(near_of((parts_of(item)[0] for item in train), asked))
+    if not near:
+        return []
+    among = f" of the first {COMPARED:,}" if len(train) > COMPARED else ""
+    return [f"{near} of {len(asked)} held-out rows have nearly the prompt of training rows{among}"]
 
 
 def dataset_of(
@@ -153,15 +164,15 @@ class _Made:
             told: list[str] = []
             held_out = every[apart:][self._kept(True, table, apart, told)]
             notes = notes + about + [f"held-out rows: {note}" for note in told]
+        notes = notes + self._encoder.notes() + self._encoder.length_lines()
         if not len(train) or not len(held_out):
             side = "to train on" if not len(train) else "held out"
-            raise UserError(f"{self._place}: data.doubtful_pairs=drop leaves no row {side}")
-        notes = notes + self._encoder.notes() + self._encoder.length_lines()
+            raise UserError(f"{self._place}: no row is left {side}: {'; '.join(notes)}")
         ours, theirs = (
             Items[Any](table, side, of[side], number[side], places.train)
             for side in (train, held_out)
         )
-        return Dataset(ours, theirs, notes)
+        return Dataset(ours, theirs, notes + nearly_same(ours, theirs))
 
     def _kept(self, held_out: bool, table: Sequence[Any], first: int, notes: list[str]) -> Any:
         """(N,) bool, the items of one side that are not dropped as doubtful."""

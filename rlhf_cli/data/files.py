@@ -60,7 +60,9 @@ class Found:
         self.unused += other.unused
 
 
-def read_raw(path: Paths, limit: int | None = None) -> Iterator[tuple[Raw | RowError, str]]:
+def read_raw(
+    path: Paths, limit: int | None = None, streaming: bool = False
+) -> Iterator[tuple[Raw | RowError, str]]:
     """Each row as a dict, with `file:line`, up to a number of them; of a split folder those to
     train on.
 
@@ -69,14 +71,14 @@ def read_raw(path: Paths, limit: int | None = None) -> Iterator[tuple[Raw | RowE
     Raises:
         UserError: there is no such file or dataset, or it is not one of rows.
     """
-    return islice(_read(path), limit)
+    return islice(_read(path, streaming), limit)
 
 
-def _read(path: Paths) -> Iterator[tuple[Raw | RowError, str]]:
+def _read(path: Paths, streaming: bool) -> Iterator[tuple[Raw | RowError, str]]:
     if str(path) == STDIN:
         yield from read_stdin()
     elif (name := hub_of(path)) is not None:
-        yield from read_hub(name)
+        yield from read_hub(name, streaming)
     else:
         for file in files_of(path):
             yield from rows_of_file(file)

@@ -38,8 +38,11 @@ def hub_name(text: str) -> HubName | None:
     return HubName(repo, revision or None, config or None, split or None)
 
 
-def read_hub(name: HubName) -> Iterator[tuple[Raw | RowError, str]]:
+def read_hub(name: HubName, streaming: bool = False) -> Iterator[tuple[Raw | RowError, str]]:
     """Rows of a hub dataset, of its split `train` where none is named.
+
+    Args:
+        streaming: whether rows come as they are asked for, and nothing is kept on disk.
 
     Raises:
         UserError: it cannot be had.
@@ -48,7 +51,11 @@ def read_hub(name: HubName) -> Iterator[tuple[Raw | RowError, str]]:
 
     try:
         dataset = load_dataset(
-            name.repo, name.config, split=name.split or "train", revision=name.revision
+            name.repo,
+            name.config,
+            split=name.split or "train",
+            revision=name.revision,
+            streaming=streaming,
         )
     except Exception as error:  # the library raises many kinds; each means that we have no rows
         raise UserError(

@@ -106,7 +106,7 @@ class Walk:
         parts = PARTS.get(source.shape)
         fits: set[type] = set()
         count = 0
-        for raw, place in read_raw(source.path):
+        for raw, place in read_raw(source.path, streaming=self._data.streaming):
             for each in [raw] if parts is None or isinstance(raw, RowError) else parts(raw):
                 if count in (source.cap, self._limit):
                     self.cut, self.unread = count == source.cap, count != source.cap

@@ -273,6 +273,13 @@ def by_source(items: Items[Any], made: Sequence[Made]) -> dict[str, list[Made]]:
     return parts
 
 
+def parts_of(item: Any) -> tuple[list[int], list[list[int]]]:
+    """The prompt and the responses of an item of any kind; a prompt alone has none."""
+    if isinstance(item, Tokens | Answers):
+        return item.prompt, item.responses
+    return item[1], []
+
+
 def prompts_of(items: Sequence[Answers]) -> Sequence[int]:
     """(N,) numbers that are equal where two items have one prompt."""
     if isinstance(items, Items):

@@ -158,6 +158,8 @@ def _is_plain(kind: Any) -> bool:
 
     if types.is_dictionary(kind):
         return _is_plain(kind.value_type)
+    if types.is_struct(kind):
+        return False
     if types.is_nested(kind):
         return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
     text = types.is_string(kind) or types.is_large_string(kind)
@@ -178,7 +180,8 @@ def _plain_row(row: dict[str, Any], place: str, number: int) -> Any:
 def _plain(value: Any) -> Any:
     match value:
         case dict():
-            return {name: _plain(each) for name, each in value.items()}
+            # one type for all rows gives each the keys of the others, as null
+            return {name: _plain(each) for name, each in value.items() if each is not None}
         case list():
             return [_plain(each) for each in value]
         case bytes():

@@ -14,6 +14,7 @@ from rlhf_cli.config.schema import Data
 from rlhf_cli.data import dataset as datasets
 from rlhf_cli.data.batches import EpochBatches, draw
 from rlhf_cli.data.dataset import Dataset, dataset_of
+from rlhf_cli.data.duplicates import near_of
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Text
 from rlhf_cli.data.mixing import epoch_size
 from rlhf_cli.data.reading import Walk
@@ -21,7 +22,7 @@ from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.sources import sources_of
 from rlhf_cli.data.store import Items, Joined
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
-from rlhf_cli.data.survey import near_of, surveyed
+from rlhf_cli.data.survey import surveyed
 from rlhf_cli.data.tokens import Encoder
 from tests.toys import bpe, data_of
 
