@@ -103,7 +103,7 @@ def test_shipped_templates_write_the_published_text(name: str) -> None:
 def test_qwen_writes_reasoning_and_tools() -> None:
     tokenizer = family("gpt2", chat_template_of("qwen"))
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "U"},
         {"role": "assistant", "reasoning_content": "R", "tool_calls": [call]},
         {"role": "tool", "content": "T"},
