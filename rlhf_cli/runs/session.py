@@ -92,13 +92,13 @@ class Session:
         Args:
             sides: what is left to learn from and held out, where that is worth a line.
         """
+        encoder.check_lengths()
         left = []
         if sides is not None:
             left = [f"{len(sides[0])} rows to learn from, {len(sides[1])} held out"]
         lengths = encoder.lengths.lines(encoder.limits)
         for line in [*self.plan.at_start(), *notes, *left, *encoder.notes(), *lengths]:
             say(line)
-        encoder.check_lengths()
 
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""

@@ -23,7 +23,7 @@ from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text, reply_text
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split
-from rlhf_cli.data.templates import CHAT, TextTemplate, turns_of
+from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
@@ -133,11 +133,11 @@ def written(row: Demonstration | Text, cfg: SftConfig) -> str:
     """A row as the text that a new tokenizer learns from."""
     if isinstance(row, Text):
         return row.text
-    reply = reply_text(row.completion)
-    if isinstance(row.prompt, str) and cfg.data.template not in (None, CHAT):
-        return TextTemplate(cfg.data.template).fill(row.prompt, row.columns, row.source) + reply
+    reply, template = reply_text(row.completion), cfg.data.template or PLAIN
+    if isinstance(row.prompt, str) and template != CHAT:
+        return TextTemplate(template).fill(row.prompt, row.columns, row.source) + reply
     turns = turns_of(row.prompt, row.columns)
-    return "\n".join([*(reply_text(turn) for turn in turns), reply])
+    return "\n".join(map(reply_text, turns)) + reply
 
 
 def mixed_in(texts: list[Text], demonstrations: int, algo: SftAlgo) -> list[Text]:
