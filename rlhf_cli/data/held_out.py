@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,18 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Row, Text
 
 SPACE = 2**64  # of the hashes
+AROUND = re.compile(r"^(\s*<[^<>\s]+>)+|(<[^<>\s]+>\s*)+$")  # <s>, <|endoftext|>, ...
 MOST = 200  # prompts of a share that evaluations look at; the others wait for it to be raised
 
 
 def identity(row: Row) -> str:
     """What makes two rows share a side of the split: their prompt, or the text itself.
 
-    White space makes no other prompt of it: a copy with a line break more must not be held out.
+    White space makes no other prompt of it: a copy with a line break more must not be held out; nor
+    do the BOS and EOS that a template has written around a text.
     """
     if isinstance(row, Text):
-        return " ".join(row.text.split())
+        return " ".join(AROUND.sub("", row.text).split())
     if isinstance(row.prompt, str):
         return " ".join(row.prompt.split())
     turns = [

@@ -98,7 +98,7 @@ class Lengths:
         """
         if self.rows and self.dropped.total() >= self.rows:
             why = "; ".join(self.dropped)
-            raise UserError(f"{self.first}: {why}, of {self.rows} rows in all")
+            raise UserError(f"{self.first}: nothing is left of {self.rows} rows: {why}")
         if data.long_responses is not None or self.cut <= MOST_CUT * self.responses:
             return
         limit = limits.given

@@ -5,7 +5,7 @@ from typing import Any
 from rlhf_cli.config.schema import SftConfig
 from rlhf_cli.data.kinds import Demonstration, Text, reply_text
 from rlhf_cli.data.rows import Rows
-from rlhf_cli.data.templates import CHAT, TextTemplate, turns_of
+from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.scratch import learn_tokenizer
@@ -37,8 +37,8 @@ def written(row: Demonstration | Text, cfg: SftConfig) -> str:
     """A row as the text that a new tokenizer learns from."""
     if isinstance(row, Text):
         return row.text
-    reply = reply_text(row.completion)
-    if isinstance(row.prompt, str) and cfg.data.template not in (None, CHAT):
-        return TextTemplate(cfg.data.template).fill(row.prompt, row.columns, row.source) + reply
+    reply, template = reply_text(row.completion), cfg.data.template or PLAIN
+    if isinstance(row.prompt, str) and template != CHAT:
+        return TextTemplate(template).fill(row.prompt, row.columns, row.source) + reply
     turns = turns_of(row.prompt, row.columns)
-    return "\n".join([*(reply_text(turn) for turn in turns), reply])
+    return "\n".join(map(reply_text, turns)) + reply

@@ -1001,7 +1001,7 @@ LATE: dict[str, Case] = {
     "long prompts only": (
         rows(LONG, {**LONG, "prompt": LONG["prompt"] + "y"}),
         f"dpo {OWN} data.eval_rows=1 data.long_prompts=drop",
-        ["every prompt, of 1 rows in all, is longer than data.max_prompt_tokens=32"],
+        ["nothing is left of 2 rows: a prompt is longer than data.max_prompt_tokens=32"],
     ),
     "messages without a chat template": (
         rows(TALK, {"messages": [*TALK["messages"], *TALK["messages"]]}),

@@ -50,7 +50,9 @@ RUNS = {
     "reward plackett_luce": ["reward", "algo=plackett_luce", RANKINGS, ONCE],
     "reward label": ["reward", "algo=pointwise", FEEDBACK, ONCE],
     "reward score": ["reward", "algo=pointwise", "algo.target=score", FEEDBACK, ONCE],
-    "reward steps": ["reward", "algo=process", "data.path=steps.jsonl", ONCE],
+    "reward steps": [
+        *("reward", "algo=process", "data.path=steps.jsonl", "data.long_responses=cut", ONCE)
+    ],
     "reward token": ["reward", "algo=token", "algo.aggregate=sum", ONCE],
     "reward token lora": ["reward", "algo=token", *WORDS["lora"], ONCE],
     "dpo": ["dpo"],
