@@ -143,7 +143,6 @@ class Session:
         Args:
             data: what is left to learn from and held out, where that is worth a line.
         """
-        encoder.check_lengths()
         left = []
         if data is not None and isinstance(data.train, Sized):
             left = [f"{len(data.train)} rows to learn from, {len(data.held_out)} held out"]
