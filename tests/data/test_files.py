@@ -501,9 +501,30 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [(row, f"owner/name@v2:main:test:{i}") for i, row in enumerate(ROWS[:2], 1)]
     assert read("owner/name") == ROWS
     assert asked == [
-        ("owner/name", "main", {"split": "test", "revision": "v2"}),
-        ("owner/name", None, {"split": "train", "revision": None}),
+        ("owner/name", "main", {"split": "test", "revision": "v2", "streaming": False}),
+        ("owner/name", None, {"split": "train", "revision": None, "streaming": False}),
     ]
+
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come from what the library gives as an iterable, and are the same."""
+
+    def load(*names: Any, streaming: bool, **more: Any) -> Any:
+        assert streaming
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [row for row, _ in read_raw("owner/name", streaming=True)] == ROWS
+
+
+def test_keys_that_other_rows_have_are_not_there_as_null(tmp_path: Path) -> None:
+    """Parquet has one type for all rows: within a column what is null was not given."""
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    other = {"role": "assistant", "tool_calls": [{"name": "g", "arguments": {"y": "b"}}]}
+    rows = [{"messages": [call], "id": None}, {"messages": [other], "id": 2}]
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    assert read(str(file)) == rows
 
 
 @pytest.mark.parametrize(

@@ -548,6 +548,11 @@ def test_white_space_makes_no_other_prompt() -> None:
         assert (held[:12] == held[12:]).all()
 
 
+def test_what_a_template_wrote_around_a_text_makes_no_other_text() -> None:
+    bare, written = Text("Once. <b>Bold</b> words"), Text("<s> Once. <b>Bold</b> words</s>\n")
+    assert identity(bare) == identity(written) != identity(Text("Once. Bold words"))
+
+
 RANKINGS = [
     {"prompt": f"p{i}", "responses": ["a", "b", "c"], "ranks": [1, 1, 1] if i == 7 else [1, 2, 3]}
     for i in range(40)
