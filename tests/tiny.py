@@ -9,7 +9,8 @@ from rlhf_cli.config.compose import compose
 
 DATA = [
     *("data=jsonl", "data.path=rows.jsonl", "data.eval_rows=8", "data.text_path=text.jsonl"),
-    *("data.max_prompt_tokens=24", "data.max_response_tokens=8", "hardware.threads=1"),
+    *("data.max_prompt_tokens=24", "data.max_response_tokens=8", "data.long_responses=cut"),
+    "hardware.threads=1",
 ]
 ADAM = ["algo.lr=5e-3", "algo.warmup_steps=1", "algo.max_grad_norm=1.0", "algo.adam_eps=1e-5"]
 ROLLOUTS = [

@@ -37,6 +37,24 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: the command, config or a row is wrong.
     """
+    flags, overrides = parse(words)
+    seen = looked_at(flags.stage, overrides, flags.config_dir)
+    if flags.plot is not None:
+        from rlhf_cli.reporting.plots import lengths_picture
+
+        lengths_picture(flags.plot, lengths_of(seen.survey.train))
+    if flags.json:
+        print(json.dumps({**figures(seen), "rows": list(rows_as_json(seen, flags.rows))}))
+    else:
+        show(seen, flags.rows)
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of the command, and the overrides of the stage.
+
+    Raises:
+        UserError: there is no such stage or flag.
+    """
     parser = _Parser(prog="rlhf-cli data", description=__doc__, allow_abbrev=False)
     parser.add_argument("stage", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--json", action="store_true", help="print figures and rows as JSON")
@@ -49,15 +67,7 @@ def run(words: list[str]) -> None:
     if flags.stage not in STAGES:
         hint = nearest(flags.stage, list(STAGES)) or f"; stages are {', '.join(STAGES)}"
         raise UserError(f"data: unknown stage {flags.stage}{hint}")
-    seen = looked_at(flags.stage, overrides, flags.config_dir)
-    if flags.plot is not None:
-        from rlhf_cli.reporting.plots import lengths_picture
-
-        lengths_picture(flags.plot, lengths_of(seen.survey.train))
-    if flags.json:
-        print(json.dumps({**figures(seen), "rows": list(rows_as_json(seen, flags.rows))}))
-    else:
-        show(seen, flags.rows)
+    return flags, overrides
 
 
 @dataclass
@@ -178,7 +188,7 @@ def histogram(lengths: Sequence[int]) -> Iterator[str]:
     for i, count in enumerate(counts):
         start = low + i * width
         bar = "█" * round(WIDEST * count / max(counts)) or ("▏" if count else "")
-        yield f"{start:>{digits}} to {start + width - 1:>{digits}} {bar} {count}"
+        yield f"{start:>{digits}} to {min(start + width - 1, high):>{digits}} {bar} {count}"
 
 
 def texts_of(item: Any, encoder: "Encoder") -> "Iterator[Text]":

@@ -115,7 +115,9 @@ class _Made:
             for number, source in enumerate(places.train):
                 self._notes += self._walk(source, number, advance, held_out=False)
             self._apart = len(self._of)
-            if places.held_out is not None:
+            if places.held_out is not None and not places.watched:
+                self._held_out_notes = []
+            elif places.held_out is not None:
                 self._held_out_notes = self._walk(places.held_out, 0, advance, held_out=True)
 
     def _walk(
@@ -146,7 +148,7 @@ class _Made:
 
     def dataset(self, places: Places) -> Dataset:
         """Split, without what is doubted, and told."""
-        self._encoder.check_lengths()
+        told = self._encoder.report()
         table = self._writer.table()
         of, number = np.frombuffer(self._of, np.uint64), np.frombuffer(self._part, np.uint16)
         notes = self._notes
@@ -161,11 +163,11 @@ class _Made:
             apart = self._apart
             about = list(self._held_out_notes) + overlap(of[:apart], of[apart:])
             train = every[:apart][self._kept(False, table, 0, notes)]
-            told: list[str] = []
-            held_out = every[apart:][self._kept(True, table, apart, told)]
-            notes = notes + about + [f"held-out rows: {note}" for note in told]
-        notes = notes + self._encoder.notes() + self._encoder.length_lines()
-        if not len(train) or not len(held_out):
+            doubts: list[str] = []
+            held_out = every[apart:][self._kept(True, table, apart, doubts)]
+            notes = notes + about + [f"held-out rows: {note}" for note in doubts]
+        notes = notes + told
+        if not len(train) or (places.watched and not len(held_out)):
             side = "to train on" if not len(train) else "held out"
             raise UserError(f"{self._place}: no row is left {side}: {'; '.join(notes)}")
         ours, theirs = (
@@ -219,6 +221,7 @@ def folder_of(places: Places, kind: type, data: Data, encoder: Encoder) -> Path 
         "sources": [[str(file), identity_of(file)] for file in files],
         "shapes": [asdict(replace(source, path="")) for source in sources],
         "kind": kind.__name__,
+        "watched": places.watched,
         "data": asdict(replace(data, cache=None, path=None, eval_path=None, text_path=None)),
         "tokenizer": encoder.identity(),
     }

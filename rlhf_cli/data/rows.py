@@ -52,11 +52,13 @@ class Places:
 
     train: what is learnt from, and held out of where `held_out` is None.
     own_split: whether the held-out files are those that lie beside those to train on.
+    watched: whether held-out rows are needed; if not, those of files that are apart are not read.
     """
 
     train: list[Source]
     held_out: Source | None
     own_split: bool = False
+    watched: bool = True
 
     @property
     def name(self) -> str:
@@ -66,7 +68,7 @@ class Places:
     @property
     def all(self) -> list[Source]:
         """Every source, held-out rows last."""
-        return [*self.train, *([self.held_out] if self.held_out else [])]
+        return [*self.train, *([self.held_out] if self.held_out and self.watched else [])]
 
     def about(self) -> list[str]:
         """Lines on files that are there and not read, and on which are held out."""

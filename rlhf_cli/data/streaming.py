@@ -123,7 +123,7 @@ def streamed(
     notes = [
         f"{places.name}: read while the run goes on, shuffled {WINDOW} rows at a time; doubtful "
         "pairs among them are not looked for",
-        *encoder.notes(),
+        *encoder.report(),
     ]
     return Dataset(stream, held_out, notes)
 

@@ -404,9 +404,14 @@ class Encoder:
         ]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()
 
-    def length_lines(self) -> list[str]:
-        """How long rows are, beside the limits."""
-        return self.lengths.lines(self.limits)
+    def report(self) -> list[str]:
+        """Once all rows are read: what was cut, dropped or not learnt, and how long rows are.
+
+        Raises:
+            UserError: as `check_lengths`.
+        """
+        self.check_lengths()
+        return [*self.notes(), *self.lengths.lines(self.limits)]
 
     def check_lengths(self) -> None:
         """Once all rows are read: they are not cut more than anybody wants, and the template shows

@@ -107,14 +107,17 @@ class FrozenReference:
 
     def precompute(
         self, train: PreferenceItems | Stream[PreferenceItem], held_out: PreferenceItems
-    ) -> None:
+    ) -> list[PreferenceItem]:
         """Score held-out items, and training items where that is worth it, before training.
 
         With algo.precompute_reference the model is freed then, unless it is the policy's own base.
+
+        Returns:
+            The held-out items, with what the reference says of them.
         """
-        if self.model is None:
-            return
         algo = self._cfg.algo
+        if self.model is None:
+            return list(held_out)
         # Later epochs batch rows otherwise, which changes the rounding: a resumed run would differ.
         ahead = algo.precompute_reference or algo.epochs > 1
         self._score_ahead(held_out)
@@ -122,6 +125,7 @@ class FrozenReference:
             self._score_ahead(train)
         if algo.precompute_reference and not self.model.switched_off:
             self.model = None  # its memory is free again; eval/kl needs it and is left out
+        return list(held_out)
 
     def _score_ahead(self, side: PreferenceItems) -> None:
         """Score items under a bar; those that are all precomputed are kept on disk."""

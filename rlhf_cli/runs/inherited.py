@@ -1,11 +1,14 @@
 """What a run takes over from the policy that it starts with: template and lengths."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.limits import sampled_tokens
 from rlhf_cli.folders.manifest import Manifest, read_config, read_manifest
+from rlhf_cli.runs.out_folder import config_of, is_claimed
 
 KEYS = ("template", "chat_args", "max_prompt_tokens", "max_response_tokens")
 
@@ -19,8 +22,9 @@ def inherit(cfg: Run) -> list[str]:
         What was taken over, a line.
     """
     data: Any = cfg.data
-    said = read_manifest(cfg.start) if cfg.start is not None else None
-    theirs = told(said or {})
+    theirs = told((read_manifest(cfg.start) if cfg.start is not None else None) or {})
+    if cfg.start is not None and not Path(cfg.start).is_dir():
+        theirs = before(cfg)  # a finished run stays so without its parent
     taken = {
         key: theirs[key]
         for key in KEYS
@@ -36,6 +40,14 @@ def inherit(cfg: Run) -> list[str]:
         algo.max_tokens = longest_sample(cfg)
         lines.append(f"algo.max_tokens={algo.max_tokens}")
     return lines
+
+
+def before(cfg: Run) -> dict[str, Any]:
+    """The keys of data in the run that `out` is of, if it is one."""
+    out = Path(cfg.out)
+    with suppress(UserError, KeyError):
+        return dict(config_of(out)["data"]) if is_claimed(out) else {}
+    return {}
 
 
 def told(manifest: Manifest) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Session:
 
     def dataset(self, encoder: Encoder, kind: type) -> Dataset:
         """The rows of a kind, tokenised, under a bar where that takes a while."""
-        places = self.rows.places(kind)
+        places = replace(self.rows.places(kind), watched=watches(self.cfg))
         if self.cfg.data.streaming:
             return streamed(places, kind, self.cfg.data, encoder, self._check_row)
         with Bar("rows", expected_rows(places)) as bar:
@@ -395,6 +395,11 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         dtype = name_of(product_type(AUTO, plan.parameters, device))
         plan.sums.append(f"model.dtype: {dtype} (auto, on {device.type})")
     return Session(cfg, Path(cfg.out), device, began, plan)
+
+
+def watches(cfg: Run) -> bool:
+    """Whether a stage evaluates on held-out rows."""
+    return getattr(cfg.algo, "eval_every", 1) is not None
 
 
 def device_of(name: str) -> torch.device:

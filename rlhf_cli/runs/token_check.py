@@ -38,6 +38,4 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
         if is_local(source.path):
             first, _, _ = walked(Walk(source, kind, cfg.data, limit=ROWS))
             count += len(encoded(encoder, first, kind))
-    encoder.check_lengths()
-    lines = [*encoder.notes(), *encoder.length_lines()]
-    return [f"of the first {count} rows: {line}" for line in lines]
+    return [f"of the first {count} rows: {line}" for line in encoder.report()]

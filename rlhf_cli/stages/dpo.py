@@ -78,8 +78,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     weights = class_weights(train, algo)
     session.note(data.notes, data)
     reference = FrozenReference(session, policy, cfg, train)
-    reference.precompute(train, unseen)
-    held_out = list(unseen)
+    held_out = reference.precompute(train, unseen)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
     optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches))
@@ -100,8 +99,8 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
             metrics = by_class(optimizer.step([objective.term(batch, whole)]), batch)
             if algo.loss == "kto":
                 metrics["z0"] = whole.z0
-            tokens = sum(item.tokens for item in batch)
-            metrics["tokens_per_second"] = tokens / (time.monotonic() - began)
+            seconds = time.monotonic() - began
+            metrics["tokens_per_second"] = sum(item.tokens for item in batch) / seconds
             if step % algo.eval_every == 0 or step == len(batches):
                 metrics |= evaluate()
                 loss, hits = metrics["eval/loss"], metrics["eval/rewards/accuracy"]
@@ -112,7 +111,6 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
     best.put()
     session.settle(policy.model)
-
     rewards = implicit_rewards(objective.logprobs(held_out), held_out, algo)
     judgement = judging.judge([item.answers for item in held_out], rewards)
     report.show_judgement("implicit rewards of held-out rows", judgement)

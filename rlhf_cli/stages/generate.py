@@ -51,8 +51,7 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     if cfg.reward is not None:
         reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
-    policy.encoder.check_lengths()
-    session.note([*rows.notes, *policy.encoder.notes(), *policy.encoder.length_lines()])
+    session.note([*rows.notes, *policy.encoder.report()])
     kept, written = KeptSamples(session), Written(session)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
         for first in range(0, len(prompts), AT_ONCE):

@@ -94,12 +94,9 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
         for step in session.steps(bar):
             metrics = optimizer.step([objective.term(batches[step - 1])])
             if step % algo.eval_every == 0 or step == len(batches):
-                metrics |= figures(judge(held_out, objective.scores(held_out), algo.target))
-                for name, items in parts.items():
-                    metrics[f"eval/source/{name}/loss"] = objective.term(items).evaluated()["loss"]
+                metrics |= evaluated(objective, held_out, parts, algo)
                 bar.advance(0, held_out_line(metrics))
                 if algo.keep == "best":
-                    metrics["eval/objective"] = objective.term(held_out).evaluated()["loss"]
                     best.offer(-metrics["eval/objective"])
             log.write(step, metrics)
             session.save(step, {"reward": scorer}, optimizer, best.state(), best.weights)
@@ -229,6 +226,23 @@ def to_imitate(encoder: Encoder, session: Session, train: Sequence[Answers]) -> 
 
 
 # --------------------------------------------------------------------------- evaluation
+
+
+def evaluated(
+    objective: RewardObjective,
+    held_out: list[Answers],
+    parts: dict[str, list[Answers]],
+    algo: RewardAlgo,
+) -> Metrics:
+    """How held-out rows are judged; the loss of each source, if there are several, and of all where
+    it chooses the weights.
+    """
+    metrics = figures(judge(held_out, objective.scores(held_out), algo.target))
+    for name, items in parts.items():
+        metrics[f"eval/source/{name}/loss"] = objective.term(items).evaluated()["loss"]
+    if algo.keep == "best":
+        metrics["eval/objective"] = objective.term(held_out).evaluated()["loss"]
+    return metrics
 
 
 def final_report(objective: RewardObjective, held_out: list[Answers], algo: RewardAlgo) -> Report:

@@ -47,7 +47,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("stage", ["reward", "ppo", "grpo", "generate", "evaluate"])
 def test_every_stage(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    data.run([stage, *words(stage), "--json"])
+    data.run([stage, *words(stage), "policy=runs/demo/sft", "--json"])
     assert json.loads(capsys.readouterr().out)["train"]["items"] > 0
 
 
@@ -70,4 +70,5 @@ def test_bars_of_a_histogram() -> None:
     """Ten lengths in ranges of 1: as long as the greatest share of them."""
     lines = list(data.histogram([3, 3, 3, 3, 5]))
     assert lines == [f"3 to 3 {'█' * 40} 4", "4 to 4  0", f"5 to 5 {'█' * 10} 1"]
-    assert [line.split(" ")[2] for line in data.histogram(range(100))][:2] == ["8", "17"]
+    ranges = [line.split(" █")[0] for line in data.histogram(range(100))]
+    assert ranges[:2] == [" 0 to  8", " 9 to 17"] and ranges[-1] == "99 to 99"

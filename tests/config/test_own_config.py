@@ -61,7 +61,7 @@ def test_a_runs_order_to_overwrite_is_not_given_again(tmp_path: Path) -> None:
     [
         ("algo: {lrr: 1}\n", "my.yaml: unknown key algo.lrr; did you mean algo.lr?"),
         ("algo: {vf_coef: 1}\n", "it belongs to `rlhf-cli ppo`"),
-        ("algo: {lr: high}\n", "algo.lr must be a number > 0, got high (in my.yaml)"),
+        ("algo: {lr: high}\n", "algo.lr must be a number > 0 or null, got high (in my.yaml)"),
         ("algo: ppoo\n", "unknown algo option ppoo"),
         ("algo: [ppo]\n", "algo must be an option, or a map of keys"),
         ("defaults: [sft]\n", "has no list of defaults"),

@@ -128,4 +128,5 @@ def test_what_is_written_is_read_as_the_same() -> None:
 def test_a_key_is_text_in_all_stages_or_none() -> None:
     for stage in STAGES:
         for key, field in catalog.keys(stage).items():
-            assert catalog.is_text(field.type) == (key in text_keys()), f"{stage}: {key}"
+            is_text = catalog.is_text(field.type) or field.metadata["texts"]
+            assert is_text == (key in text_keys()), f"{stage}: {key}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import completion, cp, ls, stage, sweeps
+from rlhf_cli.commands import completion, cp, data, ls, stage, sweeps
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
@@ -58,6 +58,9 @@ def try_command(words: list[str]) -> None:
         assert len(jobs) > 1, "a sweep of one job"
         for words in jobs:
             typed_config(first, words, flags.config_dir)
+    elif first == "data":
+        said, overrides = data.parse(rest)
+        composed(said.stage, tuple(overrides), said.config_dir, None)
     elif first == "cp":
         cp.run(rest)
     elif first == "completion":
