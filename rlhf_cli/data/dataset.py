@@ -4,6 +4,7 @@ A dataset is a folder of the cache, named by all that decides its tokens: the fi
 options of `data`, the tokenizer with its template, and the kind of rows.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -111,7 +112,7 @@ class _Made:
     def read(self, places: Places, advance: Callable[[int], None]) -> None:
         """Walk over all sources."""
         self._place, self._notes = places.name, places.about()
-        with self._writer:
+        with self._writer, collector_off():
             for number, source in enumerate(places.train):
                 self._notes += self._walk(source, number, advance, held_out=False)
             self._apart = len(self._of)
@@ -138,6 +139,7 @@ class _Made:
         if not held_out:
             self._prompts.extend(walk.prompts)
         if len(self._of) == before:
+            self._encoder.check_lengths()  # says it better
             raise UserError(
                 f"{walk.name}: nothing is left of {walk.rows} {name_of(self._kind)} rows: "
                 + "; ".join(self._encoder.notes())
@@ -184,6 +186,18 @@ class _Made:
         return self._doubts[held_out].kept(
             self._data.doubtful_pairs, lambda i: table[first + i].source, notes
         )
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Rows are millions of lists, none of them in a cycle: to look through them takes a third."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def encoded(encoder: Encoder, rows: list[Any], kind: type) -> Sequence[Encoded]:

@@ -6,6 +6,7 @@ A file is mapped into memory, so that millions of rows take the memory of the fe
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
@@ -86,7 +87,9 @@ class TokenWriter:
 
     def _flush(self) -> None:
         if self._columns["prompt"]:
-            self._writer.write_batch(pa.record_batch(self._columns, SCHEMA))
+            prompt, responses, loss, ends, row = self._columns.values()
+            columns = [lists(prompt), nested(responses), masks(loss), lists(ends), strings(row)]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
             self._columns = {name: [] for name in SCHEMA.names}
 
     def table(self) -> "TokenTable":
@@ -94,6 +97,39 @@ class TokenWriter:
         if self._file is not None:
             return TokenTable.of(self._file, self._kind)
         return TokenTable(pa.ipc.open_stream(self._sink.getvalue()).read_all(), self._kind)
+
+
+# From numpy: what pyarrow makes of Python's lists takes several times as long.
+
+
+def lists(values: Sequence[list[int]]) -> pa.ListArray:
+    """Lists of ids."""
+    flat = np.fromiter(chain.from_iterable(values), np.int32)
+    return pa.ListArray.from_arrays(offsets_of(values), pa.array(flat))
+
+
+def nested(values: Sequence[list[list[int]]]) -> pa.ListArray:
+    """Lists of lists of ids."""
+    inner = list(chain.from_iterable(values))
+    return pa.ListArray.from_arrays(offsets_of(values), lists(inner))
+
+
+def masks(values: Sequence[list[bool]]) -> pa.ListArray:
+    """Lists of truth values."""
+    flat = np.fromiter(chain.from_iterable(values), np.bool_)
+    return pa.ListArray.from_arrays(offsets_of(values), pa.array(flat))
+
+
+def strings(values: Sequence[str]) -> pa.StringArray:
+    """Texts."""
+    texts = [value.encode() for value in values]
+    buffers = [pa.py_buffer(each) for each in (offsets_of(texts).to_numpy(), b"".join(texts))]
+    return pa.StringArray.from_buffers(len(texts), *buffers)
+
+
+def offsets_of(values: Sequence[Any]) -> pa.Array:
+    """Where each value begins among all, and where the last ends."""
+    return pa.array(np.cumsum([0, *map(len, values)], dtype=np.int32))
 
 
 @dataclass

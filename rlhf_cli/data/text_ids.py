@@ -20,7 +20,9 @@ CHARACTERS, MORE = 8, 256  # of a text to look at for a token, and for all; few 
 LAST_WORD = re.compile(r"(?<=\S)\s+\S+\s*\Z")
 FIRST_WORD = re.compile(r"\s*\S*")
 BREAK = re.compile(r"(?<=\S)\s")
-REMEMBERED = 10_000  # meetings of two texts
+REMEMBERED = 10_000  # meetings of two texts, and short texts
+SHORT = 100  # characters
+AT_ONCE = 256  # texts for the tokenizer; what it makes of more fits no processor's cache
 
 Span = tuple[int, int]
 """From the first character of a part of a text to the one after its last."""
@@ -51,6 +53,7 @@ class TextIds:
         self._swapped = swapped
         self._swaps = _any_of(sorted(swapped, key=len, reverse=True))
         self._starts: dict[tuple[str, str], tuple[str, int]] = {}
+        self._known: dict[str, list[int]] = {}
         self._as_called = self._backend is None
         self._as_called = any(
             self._called([text]) != self._batch(self._backend, [text]) for text in PROBES
@@ -70,13 +73,24 @@ class TextIds:
     def of_each(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text; what `hide` has hidden in it is plain text."""
         hidden = [i for i, text in enumerate(texts) if GUARD in text]
-        ids = self._batch(self._backend, texts)
+        ids = self._remembered(texts)
         if not hidden:
             return ids
         swapped = [self._swap(texts[i]) for i in hidden]
         for i, own in zip(hidden, self._batch(self._without_special, swapped), strict=True):
             ids[i] = own
         return ids
+
+    def _remembered(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text; of a text that comes again, as prompts and short replies do, they
+        are known.
+        """
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        found = dict(zip(new, self._batch(self._backend, new), strict=True))
+        self._known |= {text: ids for text, ids in found.items() if len(text) <= SHORT}
+        return [list(found[text] if text in found else self._known[text]) for text in texts]
 
     def with_mask(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         """The ids of a text, and which of them write some of these characters.
@@ -135,7 +149,13 @@ class TextIds:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
-        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            found.ids
+            for start in range(0, len(texts), AT_ONCE)
+            for found in backend.encode_batch_fast(
+                texts[start : start + AT_ONCE], add_special_tokens=False
+            )
+        ]
 
     def _called(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False).input_ids
@@ -157,8 +177,9 @@ class TextIds:
         Args:
             limit: as of `heads`.
         """
+        ends = {prompt: self._end_of(prompt) for prompt in prompts}  # few differ within a row
         starts = [
-            self._start(self._end_of(prompt), FIRST_WORD.match(response)[0][:WINDOW])  # type: ignore[index]
+            self._start(ends[prompt], FIRST_WORD.match(response)[0][:WINDOW])  # type: ignore[index]
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         longest = limit and limit + max((skip for _, skip in starts), default=0)

@@ -148,7 +148,11 @@ def test_cp_copies_every_recipe_and_what_it_reads(cli: Cli, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [(option, f"{group}/{option}.yaml") for group in catalog.GROUPS for option in _options(group)]
+    [
+        (f"{group}/{option}" if option == "kto" else option, f"{group}/{option}.yaml")
+        for group in catalog.GROUPS
+        for option in _options(group)
+    ]
     + [("algo/ppo", "algo/ppo.yaml"), ("ppo.yaml", "algo/ppo.yaml"), ("hh_ppo", "hh_ppo.sh")],
 )
 def test_cp_copies_whatever_ls_prints(name: str, file: str, tmp_path: Path) -> None:
@@ -161,6 +165,7 @@ def test_cp_copies_whatever_ls_prints(name: str, file: str, tmp_path: Path) -> N
     ("name", "part"),
     [
         ("ppp", "nothing is named ppp; did you mean ppo?"),
+        ("kto", "kto names more than one file: take algo/kto.yaml or data/kto.yaml"),
         ("algo", "algo is a list; name one of what `rlhf-cli ls algo` shows"),
         ("mine", "--config mine/config.yaml"),
     ],

@@ -105,7 +105,7 @@ VALUES = [
     ("ppo algo.lr=inf", ["algo.lr must be finite", "inf"]),
     ("ppo algo.lr_schedule=cosin", ["algo.lr_schedule", "did you mean cosine?"]),
     ("grpo algo.group_size=0", ["algo.group_size must be an integer >= 1", "0"]),
-    ("ppo data=jsonl", ["ppo needs data.path=VALUE"]),
+    ("ppo data=jsonl", ["data=rows needs data.path=FILE"]),
     ("ppo -m algo.kl_coef=0.1,abc", ["algo.kl_coef must be a number >= 0", "abc"]),
     ("ppo -m algo=glob(ppo*)", ["algo=glob(ppo*)", "algo=A,B"]),
     ("ppo -m algo.kl_coef=interval(0,1)", ["INTERVAL"]),

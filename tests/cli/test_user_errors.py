@@ -501,7 +501,7 @@ BAD_ROWS: dict[str, Case] = {
     "a conversion that leaves nothing": (
         rows(THUMBS, {**THUMBS, "prompt": "Greet Bob: "}),
         f"reward {SMALL} algo=kwise data.convert=[feedback_to_ranking]",
-        ["own.jsonl: no usable ranking row", "1 prompts with fewer than 2 answers dropped"],
+        ["own.jsonl: no usable ranking row", "2 prompts with fewer than 2 answers dropped"],
     ),
     "thumbs that are neither up nor down": (
         rows({**GIVEN, "label": "maybe"}),
@@ -544,12 +544,12 @@ BAD_ROWS: dict[str, Case] = {
     "length alone": (
         rows(*({**PAIR, "prompt": f"{n}", "chosen": "Hi, my friend!"} for n in range(40))),
         f"dpo {SMALL} data.doubtful_pairs=error",
-        ["the longer side is better here and in 39 of 39 pairs", "data.doubtful_pairs=keep"],
+        ["the longer side is better here and in 40 of 40 pairs", "data.doubtful_pairs=keep"],
     ),
     "doubtful pairs alone": (
         rows({**PAIR, "rejected": "Hi!"}, {**PAIR, "prompt": "Greet Bob: ", "rejected": "Hi!"}),
         f"dpo {SMALL} data.doubtful_pairs=drop",
-        ["own.jsonl", "data.doubtful_pairs=drop leaves none of 1 rows"],
+        ["own.jsonl", "data.doubtful_pairs=drop leaves none of 2 rows"],
     ),
     "gsm8k without ####": (
         rows(PROBLEM, {"question": "2 + 2?", "answer": "4"}),
@@ -569,7 +569,7 @@ BAD_ROWS: dict[str, Case] = {
     "nothing left to train on": (
         rows(PAIR, PAIR),
         f"reward {OWN}",
-        ["own.jsonl: holding out 100 of 1 prompts leaves none to train on", "data.eval_rows"],
+        ["own.jsonl: holding out 1 of 1 prompts leaves none to train on", "data.eval_share"],
     ),
     "no answer to check": (
         rows({"prompt": "1 + 1?"}, {"prompt": "2 + 2?"}),
@@ -634,7 +634,7 @@ RULES: dict[str, Case] = {
     "a function of nothing": (
         write("a.py", "def f(): ...\n"),
         f"{PPO} reward=a.py:f",
-        ["a reward function takes prompts and responses (or steps) first"],
+        ["reward=a.py:f() names nothing to judge"],
     ),
     "a reward too long for a path": (
         as_it_is,

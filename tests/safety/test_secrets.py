@@ -108,7 +108,7 @@ def test_a_function_that_says_its_key(cli: Cli, place: Path) -> None:
     """A client's exception often quotes the request, header and all."""
     (place / "mine.py").write_text(LEAKING)
     done = cli("generate", *ANSWERS, "reward=mine.py:told", HF_TOKEN=KEY)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # for nothing was scored
     assert "no reward" in done.stderr and "401 for [HF_TOKEN]" in done.stderr
     assert KEY not in done.stdout + done.stderr
     assert written(place / "new") and KEY.encode() not in written(place / "new")
