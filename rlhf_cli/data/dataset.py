@@ -26,12 +26,12 @@ from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import Doubts
 from rlhf_cli.data.duplicates import COMPARED, near_of
 from rlhf_cli.data.files import files_of, is_local
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking, Text, name_of
+from rlhf_cli.data.kinds import Demonstration, Preference, Ranking, Text, name_of
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Places, held_out_by, overlap
 from rlhf_cli.data.sources import Source
-from rlhf_cli.data.store import Encoded, Items, TokenTable, TokenWriter, parts_of
-from rlhf_cli.data.tokens import Answers, Encoder, Tokens
+from rlhf_cli.data.store import Items, TokenTable, TokenWriter, parts_of
+from rlhf_cli.data.tokens import Answers, Encoded, Encoder, Tokens
 
 SMALL = 4 * 2**20  # bytes of rows that are tokenised again rather than kept
 CACHE = "RLHF_CLI_CACHE"  # names the folder of all datasets, instead of the user's own
@@ -127,7 +127,7 @@ class _Made:
         walk = Walk(source, self._kind, self._data, advance)
         before = len(self._of)
         for rows, prompts in walk:
-            items = encoded(self._encoder, rows, self._kind)
+            items = self._encoder.items(rows, self._kind)
             self._writer.extend(items)
             hash_at = {row.source: prompt for row, prompt in zip(rows, prompts, strict=True)}
             self._of.extend(hash_at[source_of(item)] for item in items)
@@ -198,15 +198,6 @@ def collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def encoded(encoder: Encoder, rows: list[Any], kind: type) -> Sequence[Encoded]:
-    """Rows of a kind as tokens; those that are dropped are absent."""
-    if kind is Prompt:
-        return encoder.prompts(rows)
-    if kind in (Demonstration, Text):
-        return encoder.demonstrations(rows)
-    return encoder.answers(rows)
 
 
 def item_kind(kind: type) -> type:

@@ -16,11 +16,10 @@ import pyarrow as pa
 
 from rlhf_cli.data.kinds import Prompt, Row
 from rlhf_cli.data.sources import Source
-from rlhf_cli.data.tokens import Answers, EncodedPrompt, Tokens
+from rlhf_cli.data.tokens import Answers, Encoded, Tokens
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-Encoded = Tokens | Answers | EncodedPrompt
 
 BATCH = 1024  # items that are written at once
 _JSON = json.JSONEncoder(default=str, ensure_ascii=False, check_circular=False)

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
-from rlhf_cli.data.dataset import Dataset, encoded, item_kind
+from rlhf_cli.data.dataset import Dataset, item_kind
 from rlhf_cli.data.held_out import MOST, SPACE
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.reading import Walk
@@ -62,7 +62,7 @@ class Stream(Generic[Item]):
             while window := list(islice(rows, WINDOW)):
                 number += 1
                 if number > first:
-                    items = [self.make(item) for item in encoded(self.encoder, window, self.kind)]
+                    items = [self.make(item) for item in self.encoder.items(window, self.kind)]
                     self.encoder.notes()  # counted once, of the rows that were looked at
                     yield items
             if number == began:
@@ -88,7 +88,7 @@ class Stream(Generic[Item]):
         rows = list(self._held_out())
         writer = TokenWriter(None, item_kind(self.kind))
         with writer:
-            items = encoded(self.encoder, rows, self.kind)
+            items = self.encoder.items(rows, self.kind)
             writer.extend(items)
         if not items:
             raise UserError(

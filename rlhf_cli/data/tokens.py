@@ -113,6 +113,9 @@ class Answers:
         return len(self.prompt) + max(map(len, self.responses))
 
 
+Encoded = Tokens | Answers | EncodedPrompt
+
+
 def responses_in(item: Answers) -> int:
     """Sequences that an item takes in a batch."""
     return len(item.responses)
@@ -209,6 +212,12 @@ class Encoder:
         return ChatTemplate(self.tokenizer, self.data.chat_args, self.ids, self.name)
 
     # ------------------------------------------------------------------ rows
+
+    def items(self, rows: Sequence[Any], kind: type) -> Sequence[Encoded]:
+        """Rows of a kind as what is made of them; those that are dropped are absent."""
+        if kind is Prompt:
+            return self.prompts(rows)
+        return self.demonstrations(rows) if kind in (Demonstration, Text) else self.answers(rows)
 
     def prompts(self, rows: Sequence[Prompt]) -> list[EncodedPrompt]:
         """The rows that are kept, each with the ids of its prompt.

@@ -6,7 +6,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.schema import Run
-from rlhf_cli.data.dataset import encoded
 from rlhf_cli.data.files import is_local
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Rows, walked
@@ -37,5 +36,5 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
     for source in rows.places(kind).all:
         if is_local(source.path):
             first, _, _ = walked(Walk(source, kind, cfg.data, limit=ROWS))
-            count += len(encoded(encoder, first, kind))
+            count += len(encoder.items(first, kind))
     return [f"of the first {count} rows: {line}" for line in encoder.report()]

@@ -76,7 +76,7 @@ def test_items_are_what_the_encoder_makes_of_the_rows(
     split, items = read_split(data, kind), made(data, kind)
     encoder = Encoder(bpe(), data)
     for ours, theirs in ((items.train, split.train), (items.held_out, split.held_out)):
-        assert list(ours) == list(datasets.encoded(encoder, theirs, kind))
+        assert list(ours) == list(encoder.items(theirs, kind))
     assert len(items.held_out) == 4 and items.train[-1] == items.train[len(items.train) - 1]
     assert items.train[2:5] == [items.train[2], items.train[3], items.train[4]]
     with pytest.raises(IndexError):
