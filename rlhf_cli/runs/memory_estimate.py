@@ -38,6 +38,8 @@ UNEMBEDDINGS = ("lm_head.", "embed_out.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
 # an entropy in the loss and the KL over the whole vocabulary take; as measured.
 LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
+# Beside tensors, as measured: what a stage has imported, and what is held of each row.
+LIBRARIES, ROW = 460 * 2**20, 200
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Unknown(Exception):
     """The sizes of a model that is not on this machine, or has no config that says them."""
 
 
-def predicted_memory(cfg: Run) -> list[str]:
+def predicted_memory(cfg: Run, rows: int) -> list[str]:
     """What a stage that trains will hold, a line for each part and one for the peak."""
     if not cfg.trains:
         return []
@@ -84,7 +86,12 @@ def predicted_memory(cfg: Run) -> list[str]:
     lines = [
         f"memory, {name}: {written(size)}" for name, size in (always | update | rollout).items()
     ]
-    return [*lines, f"predicted peak memory: {written(peak)}, in the {when}"]
+    beside = LIBRARIES + ROW * rows
+    return [
+        *lines,
+        f"with Python, its libraries and about {rows:,} rows: {written(peak + beside)} on a CPU",
+        f"predicted peak memory: {written(peak)}, in the {when}",
+    ]
 
 
 def predicted_peak(cfg: Run) -> float:

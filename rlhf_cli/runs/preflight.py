@@ -7,6 +7,7 @@ from pathlib import Path
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.data.files import STDIN
+from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.runs.checks import (
     arithmetic,
@@ -17,6 +18,7 @@ from rlhf_cli.runs.checks import (
     check_rows,
     own_loss_lines,
     reward_lines,
+    row_kind,
 )
 from rlhf_cli.runs.inherited import inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
@@ -98,8 +100,9 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         doing.append(resumed_line(cfg, kept))
     sums = [*taken, *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
     parameters = 0.0 if cfg.start is None else size_of(cfg.start)
+    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
     return Plan(
-        *(state, rows, provenance, doing, counted, code_lines(cfg), sums, predicted_memory(cfg)),
+        *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),
         parameters=math.inf if parameters is None else parameters,
     )
 

@@ -107,6 +107,7 @@ def check(given: tuple[str, list[str]], folder: Path, capfd: pytest.CaptureFixtu
 
 @settings(ANY, max_examples=FEW)
 @given(given=words())
+@pytest.mark.slow
 def test_any_words(
     place: Path, capfd: pytest.CaptureFixture[str], given: tuple[str, list[str]]
 ) -> None:

@@ -96,6 +96,7 @@ def test_instead_of_resume_points(kind: str, cli: Cli, place: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ODD)
+@pytest.mark.slow
 def test_overwriting_removes_them_and_follows_none(kind: str, cli: Cli, place: Path) -> None:
     (place / "mine").mkdir()
     (place / "mine/file").write_text("kept")

@@ -83,6 +83,7 @@ def ppo(body: str, *words: str, cwd: Path) -> "subprocess.CompletedProcess[str]"
     ]
     + ["transformers", "transformers.generation.utils", "tokenizers", "peft", "safetensors.torch"],
 )
+@pytest.mark.slow
 def test_a_signal_while_a_library_is_imported(module: str, tmp_path: Path) -> None:
     """Libraries turn what is raised there into errors of their own."""
     code = WHILE_IMPORTING.format(module=module, number=int(signal.SIGTERM))

@@ -1240,6 +1240,7 @@ def test_what_only_loading_shows_changes_nothing_either(
 
 # Others load no more than these, in this process or another one.
 @pytest.mark.parametrize("name", ["recorded weights with a bit flipped", "narrower weights"])
+@pytest.mark.slow
 def test_what_loading_shows_is_shown_in_time(name: str, cli: Cli, place: Path) -> None:
     change, words, parts = LATE[name]
     change(place)
@@ -1304,6 +1305,7 @@ def test_a_sweep_writes_a_folder_for_each_job(cli: Cli, place: Path) -> None:
         assert len((place / job / "samples.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_overwrite_starts_afresh_in_a_folder_of_ours(cli: Cli, place: Path) -> None:
     write("runs/demo/reward/notes.txt", "Left by the run before.")(place)
     done = cli(*f"{REWARD} seed=3 overwrite=true".split())

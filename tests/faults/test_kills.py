@@ -55,6 +55,7 @@ def kill_before_each(words: list[str], chain: Path, place: Path, last: int | Non
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo", *SAMPLING])
+@pytest.mark.slow
 def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(
     name: str, chain: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_what_the_failed_work_held_is_free_again() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), max_size=5), room=st.integers(1, 9))
+@pytest.mark.slow
 def test_every_item_once_in_order_in_groups_that_fit(sizes: list[int], room: int) -> None:
     places = iter(range(sum(sizes)))
     groups = [[next(places) for _ in range(size)] for size in sizes]

@@ -359,6 +359,7 @@ def test_centred_groups_feel_a_stronger_tie_in_the_loss(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.slow
 def test_grpo_rests_where_its_own_normalised_advantages_hold_it(size: int) -> None:
     """pi ~ ref exp(A(y; pi) / beta), A the expected (r - mean) / std over groups drawn from pi.
 
@@ -415,6 +416,7 @@ def test_with_the_tie_in_the_loss_samples_lead_where_theory_says(name: str, seed
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
 def test_sampled_grpo_leads_where_its_own_advantages_hold_it(seed: int) -> None:
     loss = tied(clipped, tied_by_weighted_k3)
     method = Method(groups(group_advantages), loss, kl_in_reward=False, group=4, inner=2)
@@ -670,6 +672,7 @@ def test_ppo_ptx_rests_between_the_optimum_and_the_text(coef: float) -> None:
     assert text_loss(found, 1.0) < text_loss(settle(TWO, PPO), 1.0)
 
 
+@pytest.mark.slow
 def test_a_stronger_tie_stays_closer() -> None:
     """Sampled PPO over beta: reward and KL fall as it grows; no point is above the optimum's."""
     found = []

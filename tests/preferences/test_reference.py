@@ -101,6 +101,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     [[], ["algo=kto", "data.path=feedback.jsonl"], WORDS["lora"]],
     ids=["dpo", "kto", "lora"],
 )
+@pytest.mark.slow
 def test_a_cache_changes_no_byte(words: list[str], passes: Callable[[], int]) -> None:
     """Without a cache, with one that it writes, and with one that it reads."""
     without = run("without", *AHEAD, *words, "reference_cache=null")
@@ -119,6 +120,7 @@ def test_a_cache_changes_no_byte(words: list[str], passes: Callable[[], int]) ->
     assert "eval/kl" in manifest(run("in-memory", *ONCE, *words))["metrics"]
 
 
+@pytest.mark.slow
 def test_what_a_cache_is_read_for(passes: Callable[[], int]) -> None:
     """Whatever leaves the reference's log-probs alone; anything else is scored anew."""
     run("one", *AHEAD)

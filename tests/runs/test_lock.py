@@ -124,6 +124,7 @@ def test_what_is_no_file_in_the_place_of_the_lock_is_named(kind: str, tmp_path: 
 
 
 @pytest.mark.usefixtures("inside")
+@pytest.mark.slow
 def test_a_second_run_is_refused_though_the_file_was_removed(tmp_path: Path) -> None:
     """The first one stands still meanwhile; it goes on, and its log has each step once."""
     out = tmp_path / "out"

@@ -163,8 +163,10 @@ def test_parts_of_a_run_by_hand(folder: Path) -> None:
     assert update["activations of 64 tokens"] == 2 * 4 * 64 * 4 * block
     assert update["logits of 16 positions"] == 3 * 4 * 16 * len(TOKENIZER)
     assert rollout["keys and values of 100 sampled tokens"] == 2 * 4 * 100 * 8 * 4
-    lines = predicted_memory(cfg)
-    assert len(lines) == len(always) + len(update) + len(rollout) + 1
+    lines = predicted_memory(cfg, 1000)
+    assert len(lines) == len(always) + len(update) + len(rollout) + 2
+    whole = (predicted_peak(cfg) + 460 * 2**20 + 200 * 1000) / 2**20
+    assert lines[-2].endswith(f"about 1,000 rows: {whole:.1f} MiB on a CPU")
     assert predicted_peak(cfg) == sum(always.values()) + sum(update.values())
     assert (
         lines[-1] == f"predicted peak memory: {predicted_peak(cfg) / 2**20:.1f} MiB, in the update"
@@ -173,7 +175,7 @@ def test_parts_of_a_run_by_hand(folder: Path) -> None:
 
 def test_hub_models_are_unknown() -> None:
     cfg = compose("dpo", [*DATA, "policy=someone/model"])
-    assert predicted_memory(cfg) == [
+    assert predicted_memory(cfg, 0) == [
         "predicted peak memory: unknown until someone/model is on this machine"
     ]
-    assert predicted_memory(compose("generate", [*DATA, "policy=someone/model"])) == []
+    assert predicted_memory(compose("generate", [*DATA, "policy=someone/model"]), 0) == []

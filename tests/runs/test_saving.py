@@ -386,6 +386,7 @@ def command(stage: str, out: Path, *more: str) -> list[str]:
     return [str(script), stage, *words_of(stage), EACH_STEP, f"out={out}", *more]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     small_disk: Path, tmp_path: Path
 ) -> None:
@@ -448,6 +449,7 @@ def test_a_disk_that_becomes_read_only(small_disk: Path, tmp_path: Path) -> None
 # --------------------------------------------------------------------------- one at a time
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_crash_leaves_no_lock(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = subprocess.Popen(command("ppo", out, "algo.steps=500"), stderr=subprocess.PIPE)
@@ -475,6 +477,7 @@ def wait_for(file: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_ends_a_run_once_its_step_is_saved(number: signal.Signals, tmp_path: Path) -> None:
     """Even where resume points were not asked for."""
     seldom = "hardware.save_every=null"
@@ -495,6 +498,7 @@ def test_a_signal_ends_a_run_once_its_step_is_saved(number: signal.Signals, tmp_
     same(whole, out)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_those_who_read_it(tmp_path: Path) -> None:
     """`rlhf-cli ... 2>&1 | tee log`: the same Ctrl-C ends tee."""
     out = tmp_path / "out"
@@ -517,6 +521,7 @@ def slow(prompts, responses):
 """
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW.format(place=tmp_path))
     words = command("ppo", tmp_path / "out", f"reward={tmp_path}/slow.py:slow")
@@ -532,6 +537,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_signals_without_end_change_nothing(tmp_path: Path) -> None:
     """After the first one, while a step is finished and saved and while Python ends."""
     out = tmp_path / "out"

@@ -260,12 +260,14 @@ def test_code_of_a_tokenizer_is_refused(cli: Cli) -> None:
     assert not Path(MARKER).exists() and not Path("new").exists()
 
 
+@pytest.mark.slow
 def test_code_beside_a_known_architecture_is_passed_over(cli: Cli) -> None:
     bring_code("llama")
     assert cli(*GENERATE).returncode == 0
     assert not Path(MARKER).exists()
 
 
+@pytest.mark.slow
 def test_code_that_is_trusted_runs_and_is_named(cli: Cli, tmp_path: Path) -> None:
     bring_code("mine")
     trusted = "model.trust_remote_code=true"

@@ -125,6 +125,7 @@ def test_a_function_that_fails_as_it_is_loaded(traceback: str, cli: Cli, place: 
 
 
 @pytest.mark.parametrize("value", ["hunter2", "a/deeper/place", "12345"])
+@pytest.mark.slow
 def test_what_a_config_takes_stays_a_reference(value: str, cli: Cli, place: Path) -> None:
     """Whatever its variable's name, in every file and message; the path on stdout is the path."""
     words = [*ANSWERS, "name=${oc.env:PLAIN}", "out=${oc.env:PLAIN}-new"]
@@ -140,6 +141,7 @@ def test_what_a_config_takes_stays_a_reference(value: str, cli: Cli, place: Path
     assert value not in cli("generate", *words, "seed=1", PLAIN=value).stderr
 
 
+@pytest.mark.slow
 def test_paths_and_numbers_that_a_config_takes(cli: Cli, place: Path) -> None:
     (place / "elsewhere").mkdir()
     (place / "rows.jsonl").rename(place / "elsewhere/rows.jsonl")
@@ -158,6 +160,7 @@ def test_paths_and_numbers_that_a_config_takes(cli: Cli, place: Path) -> None:
     assert "made with another value of the variable SEED_OF_CI" in changed.stderr
 
 
+@pytest.mark.slow
 def test_figures_of_policies_that_a_config_takes(cli: Cli, place: Path) -> None:
     words = [*("evaluate", *DATA, "policy=${oc.env:POLICY}", "baselines=[]", "out=new")]
     words += ["reward=length:5", "gold=null", "algo.prompts=4", "algo.max_tokens=4"]
