@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ CACHE = "RLHF_CLI_CACHE"  # names the folder of all datasets, instead of the use
 TABLE, NOTES = "tokens.arrow", "notes.json"
 ARRAYS = ("places", "prompts", "parts")  # of the items of each side
 PART = ".part"
+STALE = 86_400  # seconds
 
 
 @dataclass
@@ -254,6 +256,9 @@ def _part(folder: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `folder` if all goes well."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".*{PART}"):  # by a run that was killed
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}", suffix=PART, dir=folder.parent))
     except OSError as error:
         raise UserError(

@@ -1,6 +1,8 @@
 """Rows as tokens in Arrow: the same as in memory, kept on disk, read again, mixed and streamed."""
 
 import json
+import os
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +143,16 @@ def test_a_bad_row_leaves_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"r\.jsonl:51"):
         made(data, Preference)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "SMALL", 100)
+    cache = tmp_path / "cache"
+    for name, age in ((".old.part", 90_000), (".new.part", 60)):
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age,) * 2)
+    made(data_of(path=write(tmp_path / "r.jsonl", pairs(50)), cache=str(cache)), Preference)
+    assert not (cache / ".old.part").exists() and (cache / ".new.part").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_named(
