@@ -49,6 +49,8 @@ from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.training.optimize import Optimizer
 
+MANY = 50_000  # rows that take a while to read
+
 
 @dataclass
 class Session:
@@ -89,7 +91,10 @@ class Session:
         places = replace(self.rows.places(kind), watched=watches(self.cfg))
         if self.cfg.data.streaming:
             return streamed(places, kind, self.cfg.data, encoder, self._check_row)
-        with Bar("rows", expected_rows(places)) as bar:
+        count = expected_rows(places)
+        if count > MANY:
+            say(f"reading about {count:,} rows of {places.name}")
+        with Bar("rows", count) as bar:
             return dataset_of(places, kind, self.cfg.data, encoder, bar.advance)
 
     def judged(self, encoder: Encoder) -> Dataset:
