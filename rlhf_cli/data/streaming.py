@@ -1,6 +1,6 @@
 """Rows that are read while the run goes on, for what fits no disk: a window at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -112,6 +112,13 @@ class Stream(Generic[Item]):
                         yield row
                 if not apart and len(known) >= MOST:
                     return
+
+
+def first(items: Sequence[Item] | Stream[Item], count: int) -> list[Item]:
+    """The first items, at most those of one window of a stream."""
+    if isinstance(items, Stream):
+        return next(items.windows(0))[:count]
+    return list(items[:count])
 
 
 def streamed(

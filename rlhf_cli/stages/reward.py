@@ -28,6 +28,7 @@ from rlhf_cli.data.batches import Batch, rankings_of
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import by_source
+from rlhf_cli.data.streaming import Stream, first
 from rlhf_cli.data.tokens import Answers, Encoder, Tokens, responses_in
 from rlhf_cli.evaluation.judging import (
     Report,
@@ -210,19 +211,21 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
 # --------------------------------------------------------------------------- items
 
 
-def to_imitate(encoder: Encoder, session: Session, train: Sequence[Answers]) -> list[Tokens]:
+def to_imitate(
+    encoder: Encoder, session: Session, train: Sequence[Answers] | Stream[Answers]
+) -> list[Tokens]:
     """The demonstrations by whose scores all are normalised; without two, all responses judged.
 
     Of many the first ones will do: their mean and deviation are known to a hundredth.
     """
     try:
-        demonstrations: list[Tokens] = session.dataset(encoder, Demonstration).train[:IMITATED]
+        shown: list[Tokens] = first(session.dataset(encoder, Demonstration).train, IMITATED)
     except UserError:  # none is good enough to imitate
-        demonstrations = []
-    if len(demonstrations) >= 2:
-        return demonstrations
+        shown = []
+    if len(shown) >= 2:
+        return shown
     say("no two demonstrations: scores are normalised by those of all training responses")
-    return [sequence for item in train[:IMITATED] for sequence in item.sequences]
+    return [sequence for item in first(train, IMITATED) for sequence in item.sequences]
 
 
 # --------------------------------------------------------------------------- evaluation
