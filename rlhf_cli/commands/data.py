@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 BINS = 12  # of a histogram
 WIDEST = 40  # characters of a bar
 SHOWN = 3  # rows, unless --rows says otherwise
-# How tokens are shown: what is given, what is learnt, a reply that carries no loss, special tokens.
-GIVEN, LEARNT, LEFT, SPECIAL = "dim", "green", "yellow", "bold magenta"
-LEGEND = {"prompt": GIVEN, "carries loss": LEARNT, "no loss": LEFT, "special token": SPECIAL}
+# How tokens are shown: what is given, what carries loss, and what of a response carries none.
+STYLES = {"prompt": "dim", "carries loss": "green", "no loss": "yellow"}
+SPECIAL = "underline"  # beside that
+OPEN, CLOSE = "⟦", "⟧"  # around what carries loss, where there are no colours
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +40,7 @@ def run(words: list[str]) -> None:
         UserError: the command, config or a row is wrong.
     """
     flags, overrides = parse(words)
-    seen = looked_at(flags.stage, overrides, flags.config_dir)
+    seen = looked_at(flags.stage, overrides, flags.config_dir, flags.config)
     if flags.plot is not None:
         from rlhf_cli.reporting.plots import lengths_picture
 
@@ -55,12 +57,14 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: there is no such stage or flag.
     """
-    parser = _Parser(prog="rlhf-cli data", description=__doc__, allow_abbrev=False)
+    usage = "rlhf-cli data STAGE [GROUP=OPTION ...] [KEY=VALUE ...] [FLAG ...]"
+    parser = _Parser(prog="rlhf-cli data", description=__doc__, usage=usage, allow_abbrev=False)
     parser.add_argument("stage", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--json", action="store_true", help="print figures and rows as JSON")
-    parser.add_argument("--rows", type=int, default=SHOWN, help="rows to show in tokens")
+    parser.add_argument("--rows", type=int, default=SHOWN, help="rows to show (%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the lengths")
     parser.add_argument("--config-dir", "-cd", help="options of your own, as for a stage")
+    parser.add_argument("--config", help="a config of your own, as for a stage")
     flags, overrides = parser.parse_known_args(words)
     if wrong := next((word for word in overrides if word.startswith("-")), None):
         raise UserError(f"data: unknown flag {wrong}; see rlhf-cli data --help")
@@ -80,25 +84,28 @@ class Seen:
     encoder: "Encoder"
 
 
-def looked_at(stage: str, overrides: list[str], config_dir: str | None) -> Seen:
+def looked_at(
+    stage: str, overrides: list[str], config_dir: str | None, config_file: str | None
+) -> Seen:
     """Read and tokenise the rows of a stage as it would itself."""
     from rlhf_cli.config import catalog
     from rlhf_cli.config.compose import compose
     from rlhf_cli.config.hints import check_overrides
 
     check_overrides(stage, overrides, catalog.config_dirs(config_dir))
-    cfg = compose(stage, overrides, config_dir)
+    cfg = compose(stage, overrides, config_dir, config_file)
     from rlhf_cli.data.dataset import dataset_of
     from rlhf_cli.data.look import expected_rows
     from rlhf_cli.data.rows import Rows
     from rlhf_cli.data.survey import surveyed
     from rlhf_cli.reporting.console import Bar
-    from rlhf_cli.runs.checks import check_data, row_kind
+    from rlhf_cli.runs.checks import check_data, check_models, row_kind
     from rlhf_cli.runs.encoders import encoder_of
     from rlhf_cli.runs.inherited import inherit
 
     inherit(cfg)
     check_data(cfg)
+    check_models(cfg)
     kind, rows = row_kind(cfg), Rows(cfg.data)
     encoder = encoder_of(cfg, rows)
     places = rows.places(kind)
@@ -159,7 +166,7 @@ def show(seen: Seen, rows: int) -> None:
     for line in seen.data.notes:
         out.print(fit(line))
     for name, side in (("to learn from", seen.survey.train), ("held out", seen.survey.held_out)):
-        out.print(f"{side.items} {name}, {side.repeated} of them as one before")
+        out.print(f"{side.items} {name}, {side.repeated} of them repeat an earlier one")
         for source, count in side.sources.items():
             out.print(fit(f"  {source}: {count}"))
     for name, lengths in lengths_of(seen.survey.train).items():
@@ -167,13 +174,17 @@ def show(seen: Seen, rows: int) -> None:
         out.print(f"\n{name.replace('_', ' ')}: {told}")
         for line in histogram(lengths):
             out.print(line)
-    legend = Text("\n").join([])
-    for name, style in LEGEND.items():
+    coloured = out.color_system is not None
+    legend = Text()
+    for name, style in STYLES.items():
         legend.append(f"{name}  ", style)
+    legend.append("special token", SPECIAL)
+    if not coloured:
+        legend = Text(f"{OPEN}carries loss{CLOSE}")
     for item in seen.data.train[:rows]:
         out.print()
         out.print(legend)
-        for text in texts_of(item, seen.encoder):
+        for text in texts_of(item, seen.encoder, coloured):
             out.print(text)
 
 
@@ -191,56 +202,66 @@ def histogram(lengths: Sequence[int]) -> Iterator[str]:
         yield f"{start:>{digits}} to {min(start + width - 1, high):>{digits}} {bar} {count}"
 
 
-def texts_of(item: Any, encoder: "Encoder") -> "Iterator[Text]":
-    """An item as coloured text: its prompt, and each response."""
+def texts_of(item: Any, encoder: "Encoder", coloured: bool) -> "Iterator[Text]":
+    """An item as text: its prompt, and each response; in colour, or with marks."""
     from rich.text import Text
 
     from rlhf_cli.reporting.terminal import printable
 
-    for label, parts in spans_of(item, encoder):
+    for label, pieces in pieces_of(item, encoder):
         text = Text(f"{label}: ", "bold")
-        for style, piece in parts:
-            text.append(printable(piece), style)
+        for piece in pieces:
+            if not coloured:
+                marked = piece.what == "carries loss"
+                text.append(
+                    f"{OPEN}{printable(piece.text)}{CLOSE}" if marked else printable(piece.text)
+                )
+                continue
+            style = STYLES[piece.what]
+            text.append(printable(piece.text), f"{style} {SPECIAL}" if piece.special else style)
         yield text
 
 
-Spans = list[tuple[str, str]]
-"""Pieces of text with their styles."""
+@dataclass
+class Piece:
+    """A part of a text: a key of STYLES, and whether it is special tokens."""
+
+    text: str
+    what: str
+    special: bool
 
 
-def spans_of(item: Any, encoder: "Encoder") -> Iterator[tuple[str, Spans]]:
-    """What an item is made of: a label, and its text in pieces of one style."""
+def pieces_of(item: Any, encoder: "Encoder") -> Iterator[tuple[str, list[Piece]]]:
+    """What an item is made of: a label, and its text in pieces."""
     from rlhf_cli.data.store import parts_of
     from rlhf_cli.data.tokens import Tokens
 
     prompt, responses = parts_of(item)
     source = item[0].source if isinstance(item, tuple) else item.source
-    yield f"{source} prompt", styled(prompt, [GIVEN] * len(prompt), encoder)
+    yield f"{source} prompt", cut(prompt, ["prompt"] * len(prompt), encoder)
     for number, response in enumerate(responses):
         loss = item.loss if isinstance(item, Tokens) and item.loss else [True] * len(response)
-        styles = [LEARNT if learnt else LEFT for learnt in loss]
-        yield f"response {number + 1}", styled(response, styles, encoder)
+        whats = ["carries loss" if learnt else "no loss" for learnt in loss]
+        yield f"response {number + 1}", cut(response, whats, encoder)
 
 
-def styled(ids: Sequence[int], styles: Sequence[str], encoder: "Encoder") -> Spans:
-    """The text of tokens, in pieces of one style."""
+def cut(ids: Sequence[int], whats: Sequence[str], encoder: "Encoder") -> list[Piece]:
+    """The text of tokens, in pieces that are alike."""
     special = set(encoder.tokenizer.all_special_ids) | encoder.ids.special_ids
-    pieces: list[tuple[str, list[int]]] = []
-    for id, style in zip(ids, styles, strict=True):
-        own = SPECIAL if id in special else style
-        if pieces and pieces[-1][0] == own:
-            pieces[-1][1].append(id)
-        else:
-            pieces.append((own, [id]))
+    alike = groupby(zip(ids, whats, strict=True), lambda each: (each[1], each[0] in special))
     decode = encoder.tokenizer.decode
-    return [(style, str(decode(part, skip_special_tokens=False))) for style, part in pieces]
+    return [
+        Piece(str(decode([id for id, _ in group], skip_special_tokens=False)), *key)
+        for key, group in alike
+    ]
 
 
 def rows_as_json(seen: Seen, rows: int) -> Iterator[dict[str, Any]]:
-    """The first rows: their texts, and which of each carry loss."""
-    names = {style: name for name, style in LEGEND.items()}
+    """The first rows: their texts, what each part of them is, and whether it is special tokens."""
     for item in seen.data.train[:rows]:
         yield {
-            label: [{"text": text, "is": names[style]} for style, text in parts]
-            for label, parts in spans_of(item, seen.encoder)
+            label: [
+                {"text": piece.text, "is": piece.what, "special": piece.special} for piece in pieces
+            ]
+            for label, pieces in pieces_of(item, seen.encoder)
         }

@@ -28,6 +28,7 @@ from rlhf_cli.data.checks import Doubts
 from rlhf_cli.data.duplicates import COMPARED, near_of
 from rlhf_cli.data.files import files_of, is_local
 from rlhf_cli.data.kinds import Demonstration, Preference, Ranking, Text, name_of
+from rlhf_cli.data.mixing import quotas
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Places, held_out_by, overlap
 from rlhf_cli.data.sources import Source
@@ -49,6 +50,15 @@ class Dataset:
     train: Any  # Items, or the Stream of data/streaming.py
     held_out: Items[Any]
     notes: list[str]
+
+
+def shares(items: Items[Any]) -> list[str]:
+    """A line on how many rows of each source an epoch has, where there are several sources."""
+    if len(items.sources) < 2:
+        return []
+    of = zip(quotas(items), items.sources, strict=True)
+    told = ", ".join(f"{taken} of the {count} of {source.name}" for (count, taken), source in of)
+    return [f"an epoch: {told}"]
 
 
 def nearly_same(train: Sequence[Any], held_out: Sequence[Any]) -> list[str]:
@@ -178,7 +188,7 @@ class _Made:
             Items[Any](table, side, of[side], number[side], places.train)
             for side in (train, held_out)
         )
-        return Dataset(ours, theirs, notes + nearly_same(ours, theirs))
+        return Dataset(ours, theirs, notes + shares(ours) + nearly_same(ours, theirs))
 
     def _kept(self, held_out: bool, table: Sequence[Any], first: int, notes: list[str]) -> Any:
         """(N,) bool, the items of one side that are not dropped as doubtful."""

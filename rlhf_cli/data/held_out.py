@@ -66,10 +66,10 @@ def hold_out(
     else:
         held = min(count, len(known))
     if held == len(known):
-        key = "data.eval_share" if count is None else "data.eval_rows"
+        lower = "set data.eval_share lower or " if count is None else "set data.eval_rows lower or "
         raise UserError(
             f"{place}: holding out {count or held} of {len(known)} prompts leaves none to train "
-            f"on; set {key} lower or give data.eval_path"
+            f"on; {lower if len(known) > 1 else ''}give data.eval_path"
         )
     looked_at = held if count is not None else min(held, MOST)
     return of < known[held], of < known[looked_at]

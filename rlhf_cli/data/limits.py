@@ -21,13 +21,11 @@ class Limits:
     prompt: of a prompt.
     context: positions of the model.
     given: data.max_response_tokens.
-    prompt_given: whether data.max_prompt_tokens says that of a prompt.
     """
 
     prompt: int | None
     given: int | None
     context: int | None
-    prompt_given: bool = False
 
     @classmethod
     def of(cls, data: Data, context: int | None, room: int) -> "Limits":
@@ -35,7 +33,7 @@ class Limits:
         prompt, given = data.max_prompt_tokens, data.max_response_tokens
         if prompt is None and context is not None:
             prompt = max(1, context - max(given or 1, room))
-        return cls(prompt, given, context, data.max_prompt_tokens is not None)
+        return cls(prompt, given, context)
 
     def response(self, prompt: int) -> int | None:
         """Of the response to a prompt of so many tokens."""
@@ -75,15 +73,15 @@ class Lengths:
     first: str = ""
 
     def lines(self, limits: Limits) -> list[str]:
-        """What stands in the place of limits that are not given, in a line."""
-        if not self.prompt or (limits.given is not None and limits.prompt_given):
+        """How long rows are beside the limits, in a line."""
+        if not self.prompt:
             return []
-        rest = "no limit is known" if limits.context is None else f"{limits.context} positions"
-        response = f", longest response {self.response}" if self.response else ""
-        return [
-            f"longest prompt {self.prompt} tokens{response}; limit: {rest} "
-            "(data.max_prompt_tokens, data.max_response_tokens)"
-        ]
+        told = f"longest prompt {self.prompt} tokens{_of(limits.prompt)}"
+        if self.response:
+            told += f", longest response {self.response}{_of(limits.given)}"
+        if limits.context is not None and limits.given is None:
+            told += f"; prompt and response have {limits.context} positions of the model"
+        return [told]
 
     def drop(self, row: Any, why: str) -> None:
         """A row is left out."""
@@ -110,6 +108,10 @@ class Lengths:
             "end; raise data.max_response_tokens, or set data.long_responses=drop, or cut to learn "
             "from responses that do not end"
         )
+
+
+def _of(limit: int | None) -> str:
+    return "" if limit is None else f" of at most {limit}"
 
 
 def sampled_tokens(given: int | None, learnt: int | None, context: int | None) -> int:

@@ -15,6 +15,7 @@ from rlhf_cli.data.files import RowError, read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
+    Demonstration,
     Feedback,
     Prompt,
     Ranking,
@@ -150,7 +151,7 @@ class Walk:
             what += f", and a {name_of(now)} row after data.convert=[{','.join(self._conversions)}]"
         expected = EXPECTED[self._kind]
         line = f"{row.source}: {what}; needed: {name_of(self._kind)} rows ({expected})"
-        line += missed(row)
+        line += missed(row) if self._kind in (Demonstration, Feedback) else ""
         if (way_there := route(have, self._kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"

@@ -38,9 +38,12 @@ def stdin_lines() -> list[str]:
 
 
 def read_stdin() -> Iterator[tuple[Raw | RowError, str]]:
-    """Each line as the row that it is in JSON, or else as a prompt, with `stdin:line`."""
+    """Each line as the row that it is in JSON, or else as a prompt, with `stdin:line`; blank lines
+    are passed over.
+    """
     for number, line in enumerate(stdin_lines(), 1):
-        yield _row_of(line.rstrip("\n"), f"stdin:{number}"), f"stdin:{number}"
+        if line.strip():
+            yield _row_of(line.rstrip("\n"), f"stdin:{number}"), f"stdin:{number}"
 
 
 def _row_of(line: str, where: str) -> Raw | RowError:

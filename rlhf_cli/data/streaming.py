@@ -130,7 +130,8 @@ def streamed(
     notes = [
         f"{places.name}: read while the run goes on, shuffled {WINDOW} rows at a time; doubtful "
         "pairs among them are not looked for",
-        *encoder.report(),
+        f"{len(held_out)} rows held out",
+        *(f"held-out rows: {line}" for line in encoder.report()),
     ]
     return Dataset(stream, held_out, notes)
 

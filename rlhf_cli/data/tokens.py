@@ -170,6 +170,7 @@ class Encoder:
         self.name = tokenizer.name_or_path or "the model that is built here"
         self.data = data
         self._counts: Counter[str] = Counter()
+        self.replaces_template = bool(data.chat_template and tokenizer.chat_template)
         if data.chat_template is not None:
             tokenizer.chat_template = chat_template_of(data.chat_template)  # it is saved with it
             missing = unknown_controls(tokenizer)
@@ -420,7 +421,9 @@ class Encoder:
             UserError: as `check_lengths`.
         """
         self.check_lengths()
-        return [*self.notes(), *self.lengths.lines(self.limits)]
+        how = "by the chat template" if self.template == CHAT else f"as {self.template!r}"
+        written = [f"prompts are written {how}"] if self._kinds else []
+        return [*written, *self.notes(), *self.lengths.lines(self.limits)]
 
     def check_lengths(self) -> None:
         """Once all rows are read: they are not cut more than anybody wants, and the template shows

@@ -57,10 +57,13 @@ def told(manifest: Manifest) -> dict[str, Any]:
 
 def longest_sample(cfg: Run) -> int:
     """How long a response is sampled that no key limits, in tokens."""
-    learnt = None
-    if cfg.start is not None:
-        learnt = (read_manifest(cfg.start) or {}).get("limits", {}).get("longest_response")
-    return sampled_tokens(cfg.data.max_response_tokens, learnt or None, context_of(cfg))
+    return sampled_tokens(cfg.data.max_response_tokens, longest_learnt(cfg), context_of(cfg))
+
+
+def longest_learnt(cfg: Run) -> int | None:
+    """Tokens of the longest response that the start of a run has learnt from, if it tells."""
+    said = (read_manifest(cfg.start) if cfg.start is not None else None) or {}
+    return said.get("limits", {}).get("longest_response") or None
 
 
 def context_of(cfg: Run) -> int | None:

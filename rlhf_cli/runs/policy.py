@@ -75,7 +75,7 @@ def saying_how(path: str, encoder: Encoder) -> None:
         ours = getattr(encoder.data, key)
         if theirs.get(key) is not None and ours != theirs[key]:
             say(f"note: {path} was trained with data.{key}={theirs[key]!r}, it is {ours!r} here")
-    if encoder.data.chat_template is not None:
+    if encoder.replaces_template:
         say(f"note: data.chat_template={encoder.data.chat_template} in place of {path}'s own")
 
 

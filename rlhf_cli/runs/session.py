@@ -43,6 +43,7 @@ from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
+from rlhf_cli.runs.inherited import longest_learnt
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
 from rlhf_cli.runs.preflight import Plan, preflight
@@ -50,6 +51,7 @@ from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.training.optimize import Optimizer
 
 MANY = 50_000  # rows that take a while to read
+FEW = 10  # held-out rows
 
 
 @dataclass
@@ -126,7 +128,14 @@ class Session:
             assert max_steps is not None  # validate() asks for it
             self.stream = StreamBatches(items, batch_size, max_steps, seed, name)
             return self.stream
-        return EpochBatches(items, batch_size, epochs, seed, name, max_steps)
+        batches: EpochBatches[Any] = EpochBatches(items, batch_size, epochs, seed, name, max_steps)
+        warmup = getattr(self.cfg.algo, "warmup_steps", 0)
+        if warmup >= len(batches):
+            say(
+                f"note: {len(batches)} updates, {warmup} of warm-up: algo.lr is never reached; "
+                "lower algo.warmup_steps, or give more epochs"
+            )
+        return batches
 
     def texts(self, encoder: Encoder) -> Dataset:
         """Plain text for the pretraining mix, tokenised; empty where none is named."""
@@ -151,6 +160,8 @@ class Session:
         left = []
         if data is not None and isinstance(data.train, Sized):
             left = [f"{len(data.train)} rows to learn from, {len(data.held_out)} held out"]
+            if len(data.held_out) < FEW:
+                left[0] += ": few to judge by; data.eval_share or data.eval_path gives more"
         for line in [*self.plan.at_start(), *notes, *left]:
             say(line)
 
@@ -334,7 +345,8 @@ class Session:
             "limits": {
                 "max_prompt_tokens": self.cfg.data.max_prompt_tokens,
                 "max_response_tokens": self.cfg.data.max_response_tokens,
-                "longest_response": encoder.lengths.response,
+                # what has read no response hands on what its start has learnt from
+                "longest_response": encoder.lengths.response or longest_learnt(self.cfg) or 0,
             },
         }
         scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}

@@ -32,9 +32,11 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
     room = getattr(cfg.algo, "max_tokens", None) or 0
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(cfg.start)
     encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room)
-    kind, count = row_kind(cfg), 0
+    kind, count, whole = row_kind(cfg), 0, True
     for source in rows.places(kind).all:
         if is_local(source.path):
-            first, _, _ = walked(Walk(source, kind, cfg.data, limit=ROWS))
-            count += len(encoder.items(first, kind))
-    return [f"of the first {count} rows: {line}" for line in encoder.report()]
+            walk = Walk(source, kind, cfg.data, limit=ROWS)
+            first, _, _ = walked(walk)
+            count, whole = count + len(encoder.items(first, kind)), whole and not walk.unread
+    told = "" if whole else f"of the first {count} rows: "
+    return [f"{told}{line}" for line in encoder.report()]

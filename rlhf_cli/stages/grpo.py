@@ -86,7 +86,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     roles.reward.check(rows, session.require)
     held_out = prompts_to_monitor(cfg, session, roles, data.held_out)
     unseen = list(session.texts(policy.encoder).held_out)
-    session.note(data.notes)
+    session.note(data.notes, data)
     refresh = None
     if algo.refresh_reward:
         refresh = RewardRefresh(cfg, session, policy, roles.reward, rows)

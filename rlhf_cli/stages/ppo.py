@@ -80,7 +80,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     prompts, unseen = data.train, list(texts.held_out)
     roles.reward.check(Mapped(prompts, itemgetter(0)), session.require)
     held_out = prompts_to_monitor(cfg, session, roles, data.held_out)
-    session.note(data.notes + texts.notes)
+    session.note(data.notes + texts.notes, data)
 
     networks = {"policy": policy.model} | ({"critic": critic.model} if critic else {})
     rates = {"policy": algo.rate, "critic": algo.value_lr or 0.0}

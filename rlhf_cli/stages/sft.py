@@ -64,7 +64,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     held_out = list(data.held_out)
     parts = by_source(data.held_out, held_out)
     judge = Judge(cfg, policy, session) if cfg.select_by == "reward" else None
-    session.note(data.notes + texts.notes)
+    session.note(data.notes + texts.notes, data)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
     steps = len(batches)
