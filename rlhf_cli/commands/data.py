@@ -71,6 +71,10 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.stage not in STAGES:
         hint = nearest(flags.stage, list(STAGES)) or f"; stages are {', '.join(STAGES)}"
         raise UserError(f"data: unknown stage {flags.stage}{hint}")
+    if flags.rows < 0:
+        raise UserError(f"data: --rows={flags.rows}: expected 0 or more")
+    if flags.plot is not None and not flags.plot.parent.is_dir():
+        raise UserError(f"data: --plot={flags.plot}: no folder {flags.plot.parent}")
     return flags, overrides
 
 

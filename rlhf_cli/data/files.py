@@ -188,7 +188,7 @@ def find(path: Paths) -> Found:
             found.add(_found(str(place)))
         except OSError as error:
             raise UserError(f"{place}: cannot be read: {error.strerror}") from None
-    _refuse_twins(found.train + found.held_out)
+    refuse_twins(found.train + found.held_out)
     return found
 
 
@@ -307,7 +307,7 @@ def _saved_in(folder: Path) -> list[Path] | None:
     return files
 
 
-def _refuse_twins(files: list[Path]) -> None:
+def refuse_twins(files: list[Path]) -> None:
     """No file is reached twice, or there both packed and unpacked.
 
     Raises:

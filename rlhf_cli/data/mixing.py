@@ -26,7 +26,7 @@ def quotas(items: Sequence[Any]) -> Quotas:
     if not weights:
         taken = [count * each.repeat for count, each in zip(counts, items.sources, strict=True)]
     else:
-        taken = [round(len(items) * weight / sum(weights)) for weight in weights]
+        taken = [max(1, round(len(items) * weight / sum(weights))) for weight in weights]
     return tuple(
         (count, wanted if count else 0) for count, wanted in zip(counts, taken, strict=True)
     )

@@ -53,12 +53,14 @@ class Places:
     train: what is learnt from, and held out of where `held_out` is None.
     own_split: whether the held-out files are those that lie beside those to train on.
     watched: whether held-out rows are needed; if not, those of files that are apart are not read.
+    count: data.eval_rows, which nothing reads where held-out rows are apart.
     """
 
     train: list[Source]
     held_out: Source | None
     own_split: bool = False
     watched: bool = True
+    count: int | None = None
 
     @property
     def name(self) -> str:
@@ -73,7 +75,11 @@ class Places:
     def about(self) -> list[str]:
         """Lines on files that are there and not read, and on which are held out."""
         paths = [source.path for source in self.train if is_local(source.path)]
-        return [line for path in paths for line in about_files(path, self.own_split)]
+        lines = [line for path in paths for line in about_files(path, self.own_split)]
+        if self.held_out is not None and self.count is not None:
+            apart = shown_path(self.held_out.path)
+            lines.append(f"data.eval_rows={self.count} is not used: {apart} has the held-out rows")
+        return lines
 
 
 @dataclass
@@ -134,7 +140,8 @@ class Rows:
         path = None if data.sources else data.path
         apart = data.eval_path if path is None else held_out_of(path, data.eval_path)
         theirs = None if apart is None else Source(apart, data.format, data.columns)
-        return Places(sources, theirs, own_split=data.eval_path is None)
+        own_split = path is not None and data.eval_path is None
+        return Places(sources, theirs, own_split, count=data.eval_rows)
 
     def text_places(self) -> Places | None:
         """Where plain text for the pretraining mix is; None where none is named."""

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.hints import nearest
 from rlhf_cli.config.schema import Data
+from rlhf_cli.data.files import files_of, is_local, refuse_twins, shown_path
+from rlhf_cli.data.shapes import FORMATS
 
 
 @dataclass
@@ -29,6 +32,15 @@ class Source:
     name: str = ""
 
 
+def check_sources(sources: list[Source]) -> None:
+    """No file is read by two sources.
+
+    Raises:
+        UserError: one is.
+    """
+    refuse_twins([file for each in sources if is_local(each.path) for file in files_of(each.path)])
+
+
 KEYS = tuple(each.name for each in fields(Source))
 
 
@@ -41,6 +53,11 @@ def sources_of(data: Data) -> list[Source]:
     if not data.sources:
         return [Source(data.path, data.format, data.columns, data.max_rows)]
     made = [_source(i, entry, data) for i, entry in enumerate(data.sources)]
+    names = [each.name for each in made]
+    made = [
+        each if names.count(each.name) == 1 else replace(each, name=shown_path(each.path))
+        for each in made
+    ]
     weights = [each.weight is not None for each in made]
     if any(weights) and not all(weights):
         raise UserError("data.sources: give each source a weight, or none of them")
@@ -55,8 +72,6 @@ def _source(number: int, entry: Any, data: Data) -> Source:
         raise UserError(f"{place}: expected {{path: ..., {', '.join(KEYS[1:])}}}, got {entry!r}")
     for key in entry:
         if key not in KEYS:
-            from rlhf_cli.config.hints import nearest
-
             hint = nearest(str(key), list(KEYS)) or f"; keys are {', '.join(KEYS)}"
             raise UserError(f"{place}: unknown key {key}{hint}")
     given = {key: value for key, value in entry.items() if value is not None}
@@ -74,6 +89,9 @@ def fault_of(source: Source) -> str | None:
         value = getattr(source, key)
         if value is not None and (type(value) is not int or value < least):
             return f"{key}={value!r}: expected a whole number from {least}"
+    if source.shape not in FORMATS:
+        shapes = [shape for shape in FORMATS if shape != "demo"]
+        return f"shape={source.shape}{nearest(source.shape, shapes) or f'; shapes are {shapes}'}"
     weight = source.weight
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
         return f"weight={weight!r}: expected a number above 0"

@@ -1,7 +1,7 @@
 """Rows that are read while the run goes on, for what fits no disk: a window at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +29,7 @@ class Stream(Generic[Item]):
     """Training items in windows, epoch after epoch; those of held-out prompts are left out.
 
     make: what is made of each item.
+    walks: the latest over each source.
     """
 
     places: Places
@@ -37,6 +38,7 @@ class Stream(Generic[Item]):
     encoder: Encoder
     check: Callable[[Any], None]
     make: Callable[[Any], Item]
+    walks: dict[int, Walk] = field(default_factory=dict)
 
     def mapped(self, make: Callable[[Item], Made]) -> "Stream[Made]":
         """The same rows, made into something else."""
@@ -48,7 +50,12 @@ class Stream(Generic[Item]):
             self.encoder,
             self.check,
             lambda item: make(before(item)),
+            self.walks,
         )
+
+    def notes(self) -> list[str]:
+        """What was read, cut and dropped since the last call, a line each."""
+        return [*walk_notes(self), *self.encoder.notes()]
 
     def windows(self, first: int) -> Iterator[list[Item]]:
         """The windows from one on, endlessly; rows before are read and not tokenised.
@@ -63,7 +70,7 @@ class Stream(Generic[Item]):
                 number += 1
                 if number > first:
                     items = [self.make(item) for item in self.encoder.items(window, self.kind)]
-                    self.encoder.notes()  # counted once, of the rows that were looked at
+                    self.encoder.check_lengths()
                     yield items
             if number == began:
                 raise UserError(f"{self.places.name}: no row to learn from")
@@ -72,8 +79,9 @@ class Stream(Generic[Item]):
         """Training rows of all sources, one source after the other."""
         apart = self.places.held_out is not None
         limit = int(self.data.eval_share * SPACE)
-        for source in self.places.train:
-            for rows, prompts in Walk(source, self.kind, self.data):
+        for number, source in enumerate(self.places.train):
+            self.walks[number] = walk = Walk(source, self.kind, self.data)
+            for rows, prompts in walk:
                 for row, prompt in zip(rows, prompts, strict=True):
                     if apart or prompt >= limit:
                         self.check(row)
@@ -90,6 +98,8 @@ class Stream(Generic[Item]):
         with writer:
             items = self.encoder.items(rows, self.kind)
             writer.extend(items)
+        if not items and self.places.held_out:
+            self.encoder.check_lengths()
         if not items:
             raise UserError(
                 f"{self.places.name}: data.eval_share={self.data.eval_share:g} holds out none of "
@@ -127,13 +137,21 @@ def streamed(
     """A dataset whose training rows are read while the run goes on."""
     stream: Stream[Any] = Stream(places, kind, data, encoder, check, lambda item: item)
     held_out = stream.held_out()
+    looked_at = len(next(stream.windows(0)))
+    seen = [*(walk_notes(stream)), *encoder.report()]
     notes = [
         f"{places.name}: read while the run goes on, shuffled {WINDOW} rows at a time; doubtful "
         "pairs among them are not looked for",
         f"{len(held_out)} rows held out",
-        *(f"held-out rows: {line}" for line in encoder.report()),
+        *(f"of these and the first {looked_at} to learn from: {line}" for line in seen),
     ]
+    stream.walks.clear()
     return Dataset(stream, held_out, notes)
+
+
+def walk_notes(stream: Stream[Any]) -> list[str]:
+    """What the walks have read so far, a line each."""
+    return [line for walk in stream.walks.values() for line in walk.notes()]
 
 
 class StreamBatches(Generic[Item]):
@@ -168,6 +186,10 @@ class StreamBatches(Generic[Item]):
 
     def _shuffled(self, items: list[Item]) -> list[Item]:
         return [items[i] for i in order_of(len(items), self._seed, self._name, self._number)]
+
+    def notes(self) -> list[str]:
+        """As `Stream.notes`."""
+        return self._stream.notes()
 
     def state(self) -> dict[str, Any]:
         """Where the next batch begins."""

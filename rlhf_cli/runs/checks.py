@@ -17,7 +17,7 @@ from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, Text, kind_na
 from rlhf_cli.data.look import check_split, looked_at
 from rlhf_cli.data.parse import SUFFIXES, check_content
 from rlhf_cli.data.rows import Rows, text_data
-from rlhf_cli.data.sources import sources_of
+from rlhf_cli.data.sources import check_sources, sources_of
 from rlhf_cli.data.templates import chat_template_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
@@ -80,6 +80,8 @@ def check_data(cfg: Run) -> None:
                 check_content(file)
         except UserError as error:
             raise UserError(f"data.{key}: {error}") from None
+    if data.sources:
+        check_sources(sources_of(data))
 
 
 def is_hub_id(value: str) -> bool:
@@ -298,7 +300,8 @@ def arithmetic(cfg: Run) -> list[str]:
         judged = row_kind(cfg) in JUDGEMENTS
         rows = f"{row_kind_name(cfg)} rows" if judged else "rows"
         times = "1 epoch" if algo.epochs == 1 else f"{algo.epochs} epochs"
-        return [f"{times} in batches of {algo.batch_size} {rows}"]
+        most = "" if algo.max_steps is None else f", {algo.max_steps} updates at most"
+        return [f"{times} in batches of {algo.batch_size} {rows}{most}"]
     prompts = "all" if algo.prompts is None else algo.prompts
     return [f"{prompts} prompts x {algo.samples} responses"]
 

@@ -107,7 +107,8 @@ class Session:
         """
         data = self.dataset(encoder, row_kind(self.cfg))
         if what_is_read(self.cfg) is not None:
-            for side in (data.train, data.held_out):
+            known = [data.held_out] if self.cfg.data.streaming else [data.train, data.held_out]
+            for side in known:  # a stream checks each row as it comes
                 check_judgements(self.cfg, (item.row for item in side))
         return data
 
@@ -352,6 +353,9 @@ class Session:
         scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
         times = {"seconds": self.seconds(), "seconds of saving": self.saving}
         shown = {**metrics, **scale, **self.checks, **times}
+        if self.stream is not None:
+            for line in self.stream.notes():
+                say(f"of the rows that were streamed: {line}")
         table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 

@@ -18,10 +18,10 @@ from rlhf_cli.data.batches import EpochBatches, draw
 from rlhf_cli.data.dataset import Dataset, dataset_of
 from rlhf_cli.data.duplicates import near_of
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Text
-from rlhf_cli.data.mixing import epoch_size
+from rlhf_cli.data.mixing import epoch_size, quotas
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Rows, read_split
-from rlhf_cli.data.sources import sources_of
+from rlhf_cli.data.sources import check_sources, sources_of
 from rlhf_cli.data.store import Items, Joined
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.survey import surveyed
@@ -227,6 +227,34 @@ def test_weights_are_shares_of_an_epoch(tmp_path: Path) -> None:
         assert max(times) - min(times) <= 1
 
 
+def test_a_small_weight_is_not_none(tmp_path: Path) -> None:
+    items = mixed(tmp_path, {"weight": 0.001}, {"weight": 1}).train
+    assert quotas(items)[0][1] == 1
+
+
+def test_sources_of_one_name_are_told_apart_and_no_file_is_read_twice(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train.jsonl", pairs(3))
+    paths = [str(tmp_path / folder / "train.jsonl") for folder in ("a", "b")]
+    sources = sources_of(data_of(path=None, sources=[{"path": path} for path in paths]))
+    assert [source.name for source in sources] == paths
+    check_sources(sources)
+    with pytest.raises(UserError, match="is named twice"):
+        check_sources([*sources, sources[0]])
+
+
+def test_a_count_that_nothing_holds_out_is_told(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", pairs(9, split))
+    data = data_of(path=str(tmp_path), eval_rows=3)
+    (line,) = [note for note in made(data, Preference).notes if "eval_rows" in note]
+    assert line.startswith("data.eval_rows=3 is not used: ") and "test.jsonl" in line
+    own = data_of(path=None, sources=[{"path": str(tmp_path)}], eval_rows=1)
+    assert "test.jsonl" in made(own, Preference).notes[0]  # as not read
+    assert len(made(own, Preference).train) == 8
+
+
 def test_draws_follow_the_weights(tmp_path: Path) -> None:
     items = mixed(tmp_path, {"weight": 1}, {"weight": 1}).train
     drawn = [item for step in range(13) for item in draw(items, 3, 0, "p", step)]
@@ -255,6 +283,7 @@ def test_items_and_texts_are_joined() -> None:
         ([{"path": "a", "cap": 0}], r"data\.sources\[0\]\.cap=0: expected a whole number from 1"),
         ([{"path": "a", "weight": True}], "expected a number above 0"),
         ([{"path": ""}], "expected a file"),
+        ([{"path": "a", "shape": "sharegtp"}], r"shape=sharegtp; did you mean sharegpt\?"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], "give each source a weight, or none"),
         ([{"path": "a", "weight": 1, "repeat": 2}], "give no repeat beside it"),
     ],
@@ -303,6 +332,27 @@ def test_a_stream_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.Mon
         resumed.load(state)
         rest = [[item.row.prompt for item in resumed[step]] for step in range(stop, 20)]
         assert rest == expected[stop:]
+
+
+def test_a_stream_that_cuts_its_responses_stops(tmp_path: Path) -> None:
+    """Also where the held-out ones are short, and later on."""
+    rows = [{"prompt": f"p {i}", "completion": "the cat sat on a mat"} for i in range(40)]
+    unseen = write(tmp_path / "eval.jsonl", [{"prompt": "q", "completion": "a"}])
+    path = write(tmp_path / "r.jsonl", rows)
+    data = data_of(path=path, eval_path=unseen, max_response_tokens=2)
+    places = Rows(data).places(Demonstration)
+    with pytest.raises(UserError, match="40 of 41 responses are longer"):
+        streamed(places, Demonstration, data, Encoder(bpe(), data), lambda row: None)
+
+
+def test_what_a_stream_reads_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {i}", "completion": "c", "id": i} for i in range(400)]
+    path = write(tmp_path / "r.jsonl", [*rows, {"prompt": "", "completion": "c"}])
+    data = data_of(path=path, bad_rows="drop", eval_share=0.1)
+    places = Rows(data).places(Demonstration)
+    notes = streamed(places, Demonstration, data, Encoder(bpe(), data), lambda row: None).notes
+    assert any("1 dropped: column 'prompt' is empty" in note for note in notes)
+    assert any("columns not read" in note and "id" in note for note in notes)
 
 
 # --------------------------------------------------------------------------- what rows are like

@@ -448,13 +448,13 @@ def test_lines_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))
     rows = list(read_raw("-"))
-    assert [raw for raw, _ in rows[:4]] == [
+    assert [raw for raw, _ in rows[:3]] == [
         {"prompt": "a", "answer": 1},
-        *({"prompt": prompt} for prompt in ("Tell me {x}", "{x} is", "")),
+        *({"prompt": prompt} for prompt in ("Tell me {x}", "{x} is")),
     ]
-    assert str(rows[4][0]) == "stdin:5: not text in UTF-8"
-    assert str(rows[5][0]).startswith("stdin:6: not JSON: ")
-    assert [place for _, place in rows] == [f"stdin:{number}" for number in range(1, 7)]
+    assert str(rows[3][0]) == "stdin:5: not text in UTF-8"
+    assert str(rows[4][0]).startswith("stdin:6: not JSON: ")
+    assert [place for _, place in rows] == [f"stdin:{number}" for number in (1, 2, 3, 5, 6)]
 
 
 @pytest.mark.parametrize(
