@@ -14,16 +14,22 @@ STREAMED = [
     *("data.streaming=true", "data.eval_rows=null", "data.eval_share=0.2", "data.text_path=null"),
     *("algo.epochs=1", "algo.max_steps=5", "hardware.save_every=1"),
 ]
-STAGES = {"sft": ["algo.text_mix=null"], "dpo": [], "reward": []}
+STAGES = {
+    "sft": ("sft", ["algo.text_mix=null"]),
+    "dpo": ("dpo", []),
+    "reward": ("reward", []),
+    "thumbs": ("reward", ["algo=pointwise", "algo.target=label", "data.path=feedback.jsonl"]),
+}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stream_that_is_killed_goes_on_to_the_same_bytes(
-    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With windows of 16 rows and batches of 8, also where a step takes from two windows."""
     monkeypatch.setattr(streaming, "WINDOW", 12)
-    words = [*STREAMED, *STAGES[stage]]
+    stage, more = STAGES[name]
+    words = [*STREAMED, *more]
     run_stage(stage, tmp_path / "whole", *words)
 
     class Killed(Exception):
@@ -33,8 +39,8 @@ def test_a_stream_that_is_killed_goes_on_to_the_same_bytes(
 
     save = Session.save
 
-    def killed(self: Session, step: int, *more: object) -> None:
-        save(self, step, *more)  # type: ignore[arg-type]
+    def killed(self: Session, step: int, *state: object) -> None:
+        save(self, step, *state)  # type: ignore[arg-type]
         if step == 3:
             raise Killed
 
