@@ -151,7 +151,7 @@ class Walk:
             what += f", and a {name_of(now)} row after data.convert=[{','.join(self._conversions)}]"
         expected = EXPECTED[self._kind]
         line = f"{row.source}: {what}; needed: {name_of(self._kind)} rows ({expected})"
-        line += missed(row) if self._kind in (Demonstration, Feedback) else ""
+        line += missed(row, self._source.shape) if self._kind in (Demonstration, Feedback) else ""
         if (way_there := route(have, self._kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"
@@ -173,7 +173,7 @@ class Walk:
         """Columns that are kept for rules and templates, and how labels are written."""
         for row in rows:
             self._columns.update(row.columns.keys())
-            if isinstance(row, Feedback):
+            if isinstance(row, Feedback) and row.spelling:
                 self._spellings[row.spelling] += 1
 
     def _convert(self, rows: list[Row]) -> list[Row]:
