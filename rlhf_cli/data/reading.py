@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
-from rlhf_cli.data.columns import unused_columns, unused_note
+from rlhf_cli.data.columns import MissingColumn, unused_columns, unused_note
 from rlhf_cli.data.conversions import CONVERSIONS, convert, note_of, route
 from rlhf_cli.data.files import RowError, read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
@@ -118,7 +118,7 @@ class Walk:
                     row = read(each, place)
                 except RowError as error:
                     if self._data.bad_rows == "error":
-                        raise
+                        raise self._refused(error) from None
                     self._drop(error, place, unreadable=isinstance(raw, RowError))
                     continue
                 count += 1
@@ -128,6 +128,13 @@ class Walk:
                     self._check_kind(row)
                     fits.add(type(row))
                 yield row
+
+    @staticmethod
+    def _refused(error: RowError) -> RowError:
+        """The first bad row ends the run; a missing column is rather that of all rows."""
+        if isinstance(error, MissingColumn):
+            return error
+        return RowError(f"{error}; data.bad_rows=drop leaves such rows out")
 
     def _drop(self, error: RowError, place: str, unreadable: bool) -> None:
         why = str(error).removeprefix(f"{place}: ")

@@ -215,6 +215,19 @@ def test_scores_alone_have_no_line_of_labels(tmp_path: Path) -> None:
     assert not any("labels" in line for line in walk.notes())
 
 
+def test_a_bad_row_is_told_how_to_leave_it_out(tmp_path: Path) -> None:
+    """But not a column that no row may have."""
+    file = tmp_path / "rows.jsonl"
+    for row, line in (
+        ('{"prompt": "p", "completion": ""}', "is empty; data.bad_rows=drop leaves such rows out"),
+        ('{"a": "p"}', "no column 'prompt'; found a"),
+    ):
+        file.write_text(row)
+        with pytest.raises(UserError) as caught:
+            list(Walk(Source(str(file), "rows"), Demonstration, data_of()))
+        assert str(caught.value).endswith(line)
+
+
 def test_columns_that_nothing_reads_are_counted() -> None:
     rows = [read({"prompt": "p", "id": n, "tools": [], "system": "s"}) for n in range(3)]
     rows.append(read({"prompt": "p", "chosen": "a", "rejected": "b", "id": 3, "label": "x"}))
