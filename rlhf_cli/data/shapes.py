@@ -161,9 +161,9 @@ def helpsteer(raw: Raw, source: str) -> Raw:
         raise RowError(f"{source}: column {by!r} is 0: neither response is better")
     sides = [column(raw, name, source) for name in HELPSTEER_PAIRS[by]]
     rejected, chosen = sides if better > 0 else sides[::-1]
-    asked = column(raw, "context", source) if is_given(raw, "context") else None
+    third = by == "overall_preference"
     return {
-        "prompt": asked or helpsteer_prompt(raw, source),
+        "prompt": column(raw, "context", source) if third else helpsteer_prompt(raw, source),
         "chosen": chosen,
         "rejected": rejected,
         "margin": abs(better),

@@ -212,7 +212,7 @@ def test_what_a_row_says_elsewhere_than_in_columns() -> None:
     assert value_of(talk, "system") == "Be brief."
     assert (value_of(talk, "chosen"), value_of(talk, "label")) == ("b", False)
     assert value_of(talk, "rejected") is None
-    assert value_of(Prompt(talk.prompt[1:]), "system") is None  # type: ignore[arg-type]
+    assert value_of(Prompt(talk.prompt[1:]), "system") is None
     assert value_of(Prompt("a", {"label": 3}, beside={"label": True}), "label") == 3
 
 
