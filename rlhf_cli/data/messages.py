@@ -118,6 +118,7 @@ def check_characters(text: str, name: str, source: str) -> None:
 def turns_of(value: Any, name: str, source: str) -> Turns:
     """A list of messages, checked and in one form; cells of tables have it as JSON."""
     if isinstance(value, str):
+        check_text(value, name, source)
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list) or not value:

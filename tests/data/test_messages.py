@@ -287,6 +287,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         )
     ),
     ({"prompt": str([U])}, "column 'prompt' holds messages as Python prints them"),
+    ({"messages": f"[{U}\n {A}]"}, "column 'messages' holds messages as Python prints them"),
     ({"text": str([U, A])}, "column 'text' holds messages as Python prints them"),
     ({"prompt": P, "system": str([SYSTEM])}, "column 'system' holds messages as Python"),
     ({"messages": [U, said("assistant", str([A]))]}, "'messages' holds messages as Python"),
