@@ -55,7 +55,10 @@ def _options(group: str) -> list[str]:
 
 
 def _row(group: str, option: str) -> tuple[str, str, str]:
-    """An option, its stages, and what sets it apart from the option that it builds on."""
+    """An option, its stages, and what sets it apart from the option that it builds on.
+
+    Of `data` the rows that it reads, which the first line of its file says.
+    """
     dirs = catalog.config_dirs()
     stages = catalog.stages_of(group, option, dirs)
     file = catalog.option_file(group, option, dirs)
@@ -63,8 +66,11 @@ def _row(group: str, option: str) -> tuple[str, str, str]:
     defaults, own = catalog.read(file)
     bases = [str(base) for base in defaults if base != "_self_"]
     changes = ", ".join(f"{key}={shown(value)}" for key, value in own.items())
-    difference = f"{' + '.join(bases)} with {changes}" if bases else ""
-    return option, "all stages" if len(stages) == len(STAGES) else " ".join(stages), difference
+    about = " with ".join([" + ".join(bases), *([changes] if changes else [])]) if bases else ""
+    first = file.read_text(encoding="utf-8").partition("\n")[0]
+    if group == "data" and first.startswith("# "):  # what rows an option reads, no value says
+        about = first.removeprefix("# ")
+    return option, "all stages" if len(stages) == len(STAGES) else " ".join(stages), about
 
 
 # --------------------------------------------------------------------------- runs

@@ -26,7 +26,11 @@ SYSTEM = ("system", "developer")
 PLAIN = frozenset(("role", "content"))
 MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 CALLS = frozenset(("tool_calls", "function_call"))
-WRITTEN_BY_PYTHON = re.compile(r"\[\s*\{\s*'(?:role|content|from|value)'\s*:")
+WRITTEN_BY_PYTHON = re.compile(  # also by numpy, which has no commas between messages
+    r"(?:array\(|[\s(\[])*\{(?=\s*'\w+'\s*:)(?=.*'(?:role|from)'\s*:)"
+    r"(?=.*'(?:content|value)'\s*:).*[\])}]\s*$",
+    re.DOTALL,
+)
 
 Cell = str | Turns
 """What a column of text holds: text, or messages."""
@@ -38,16 +42,16 @@ Cell = str | Turns
 def cell_of(raw: Raw, name: str, source: str) -> Cell:
     """A column that must hold text or messages, neither of them empty.
 
-    Text is taken for messages only where all of it is a JSON list of messages.
+    Text is taken for messages only where all of it is a JSON list of messages, or one message.
     """
     value = column(raw, name, source)
     if isinstance(value, str):
         said = value.strip()
         if not said:
             raise RowError(f"{source}: column {name!r} is empty")
-        if said[0] == "[" and (turns := turns_in(said, name, source)) is not None:
+        if said[0] in "[{" and (turns := turns_in(said, name, source)) is not None:
             return turns
-        check_characters(value, name, source)
+        check_text(value, name, source)
         return value
     if isinstance(value, list) and value:
         return turns_of(value, name, source)
@@ -59,12 +63,12 @@ def cell_of(raw: Raw, name: str, source: str) -> Cell:
 
 def turns_in(text: str, name: str, source: str) -> Turns | None:
     """The messages that a text is in JSON, as tables have them; None where it is something else."""
-    if WRITTEN_BY_PYTHON.match(text):
-        raise RowError(
-            f"{source}: column {name!r} holds messages as Python prints them; write them as JSON"
-        )
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
+        if isinstance(value, dict):
+            speaker = value.get("role", value.get("from"))
+            one = is_message(value) and len(value) == 2 and str(speaker).lower() in ROLES
+            return turns_of([value], name, source) if one else None
         if value and all(isinstance(each, dict) and is_message(each) for each in value):
             return turns_of(value, name, source)
     return None
@@ -88,6 +92,15 @@ def text_of(raw: Raw, name: str, source: str) -> str:
     return text
 
 
+def check_text(text: str, name: str, source: str) -> None:
+    """Text has whole characters, and is not messages as a table of Python's printed them."""
+    if WRITTEN_BY_PYTHON.match(text):
+        raise RowError(
+            f"{source}: column {name!r} holds messages as Python prints them; write them as JSON"
+        )
+    check_characters(text, name, source)
+
+
 def check_characters(text: str, name: str, source: str) -> None:
     """Every character is a whole one: JSON can write halves, which no tokenizer takes."""
     if text.isascii():
@@ -105,6 +118,7 @@ def check_characters(text: str, name: str, source: str) -> None:
 def turns_of(value: Any, name: str, source: str) -> Turns:
     """A list of messages, checked and in one form; cells of tables have it as JSON."""
     if isinstance(value, str):
+        check_text(value, name, source)
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list) or not value:
@@ -122,7 +136,7 @@ def message_of(value: Any, name: str, source: str) -> Message:
     if not isinstance(value, dict):
         raise RowError(f"{where} needs messages with role and content")
     if len(value) == 2 and value.get("role") in USUAL and isinstance(value.get("content"), str):
-        check_characters(value["content"], name, source)
+        check_content(value, name, source)
         return value
     message = {key: part for key, part in value.items() if part is not None}
     if "role" not in message and "from" in message:
@@ -147,13 +161,19 @@ def message_of(value: Any, name: str, source: str) -> Message:
         )
         raise RowError(f"{where}{has or ' needs messages with role and content'}")
     message["content"] = content if content is None else content_of(content, where)
-    if isinstance(message["content"], str):
-        check_characters(message["content"], name, source)
+    check_content(message, name, source)
     if media := next((key for key in MEDIA if message.get(key)), None):
         raise RowError(f"{where}: a message holds {media!r}; only text is read")
     if "weight" in message:
         check_message_weight(message, where)
     return message
+
+
+def check_content(message: Message, name: str, source: str) -> None:
+    """What a message says is sound text; a tool may well have printed a message."""
+    if isinstance(message["content"], str):
+        check = check_characters if message["role"] == "tool" else check_text
+        check(message["content"], name, source)
 
 
 def content_of(value: Any, where: str) -> str:

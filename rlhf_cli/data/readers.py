@@ -1,8 +1,10 @@
 """A plain object under our column names becomes a row, or says its fault."""
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import combinations
 from typing import Any
 
 from rlhf_cli.data.columns import column, filled, is_given, shown
@@ -17,6 +19,7 @@ from rlhf_cli.data.kinds import (
     Row,
     Stepwise,
     Text,
+    reply_text,
 )
 from rlhf_cli.data.labels import as_number, check_weight, label_of, number_of
 from rlhf_cli.data.messages import (
@@ -29,6 +32,9 @@ from rlhf_cli.data.messages import (
     turns_of,
     with_system,
 )
+
+LONG = 24  # characters of a prompt that is no greeting, in writing without blanks
+HH_DIALOGUE = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 
 EXPECTED = {
     Demonstration: "{prompt, completion} or {text}",
@@ -153,6 +159,7 @@ def response_of(raw: Raw, prompt: Cell, source: str) -> Demonstration | Feedback
     """A response in `completion`: it alone is learnt, with what it says before its last message."""
     cell = cell_of(raw, "completion", source)
     asked, reply, given = answered(raw, prompt, "completion", cell, source, judged=False)
+    check_no_echo(prompt, [cell], "the completion begins", source)
     read = ("prompt", "completion", "messages")
     return judged_or_shown(raw, asked, reply, given, source, read)
 
@@ -181,6 +188,12 @@ def preference_of(raw: Raw, source: str) -> Preference:
     asked, better, _ = answered(raw, prompt, "chosen", chosen, source)
     other, worse, _ = answered(raw, prompt, "rejected", rejected, source)
     asked = shared((asked, other), "chosen and rejected differ", raw, source)
+    if all(isinstance(cell, str) and HH_DIALOGUE.match(cell) for cell in (chosen, rejected)):
+        raise RowError(
+            f"{source}: chosen and rejected are whole dialogues; these look like HH dialogues: "
+            "data=hh"
+        )
+    check_no_echo(prompt, [chosen, rejected], "chosen and rejected begin", source)
     read = ("prompt", "chosen", "rejected", "margin", "source")
     columns = columns_of(raw, asked, source, read)
     return Preference(asked, better, worse, source, margin, group, columns)
@@ -193,22 +206,78 @@ def ranking_of(raw: Raw, prompt: Cell, source: str) -> Ranking:
         raise RowError(f"{source}: a ranking needs 2 or more responses, got {len(cells)}")
     asked: list[Cell] = []
     replies: list[Reply] = []
-    for each in cells:
-        cell = cell_of({"responses": each}, "responses", source)
+    cells = [cell_of({"responses": each}, "responses", source) for each in cells]
+    for cell in cells:
         before, reply, _ = answered(raw, prompt, "responses", cell, source)
         asked.append(before)
         replies.append(reply)
-    by = "ranks" if is_given(raw, "ranks") else "scores"
-    places = items_of(raw, by, source)
-    if len(places) != len(replies):
-        raise RowError(f"{source}: column {by!r} needs one number for each of {len(replies)}")
-    sign = 1 if by == "ranks" else -1
-    ranks = [sign * place for place in map(as_number, places) if place is not None]
-    if len(ranks) < len(replies):
-        raise RowError(f"{source}: column {by!r} must hold numbers")
+    check_no_echo(prompt, cells, "the responses begin", source)
+    ranks = ranks_of(raw, len(replies), source)
     before = shared(asked, "the responses differ", raw, source)
     columns = columns_of(raw, before, source, ("prompt", "responses", "ranks", "scores", "source"))
     return Ranking(before, replies, ranks, source, group_of(raw, source), columns)
+
+
+def ranks_of(raw: Raw, count: int, source: str) -> list[float]:
+    """The ranks of so many responses, or their scores with the sign turned.
+
+    Raises:
+        RowError: they are no numbers, or both are there and put two responses the other way round.
+    """
+    given = [by for by in ("ranks", "scores") if is_given(raw, by)] or ["scores"]
+    found = [numbers_of(raw, by, count, source) for by in given]
+    places = [
+        [-number for number in numbers] if by == "scores" else numbers
+        for by, numbers in zip(given, found, strict=True)
+    ]
+    if len(places) == 2:
+        for (one, first), (two, second) in combinations(zip(*places, strict=True), 2):
+            if (one - two) * (first - second) < 0:
+                raise RowError(
+                    f"{source}: columns 'ranks' (1 is best) and 'scores' (higher is better) order "
+                    "the responses differently; leave out one of them"
+                )
+    return places[0]
+
+
+def numbers_of(raw: Raw, name: str, count: int, source: str) -> list[float]:
+    """A column that must hold a list of so many numbers."""
+    values = items_of(raw, name, source)
+    if len(values) != count:
+        raise RowError(f"{source}: column {name!r} needs one number for each of {count}")
+    numbers = [number for number in map(as_number, values) if number is not None]
+    if len(numbers) < count:
+        raise RowError(f"{source}: column {name!r} must hold numbers")
+    return numbers
+
+
+def check_no_echo(prompt: Cell | None, replies: Sequence[Cell], begin: str, source: str) -> None:
+    """Replies are not the whole text, prompt included: it would be learnt twice.
+
+    A short prompt may be said again in earnest (a greeting), so that one reply alone must repeat
+    several words, or a question.
+
+    Args:
+        replies: what the columns hold; those that are messages are apart from their prompt.
+        begin: names the replies in the error line.
+
+    Raises:
+        RowError: all of them are text that begins with the prompt and goes on.
+    """
+    if isinstance(prompt, list):
+        prompt = reply_text(prompt[-1]) if len(prompt) == 1 else None
+    said = (prompt or "").strip()
+    least = 2 if len(replies) > 1 or said.endswith("?") else 4
+    if len(said.split()) < least and len(said) < LONG:
+        return
+    for reply in replies:
+        rest = reply.strip().partition(said) if isinstance(reply, str) else ("no text", "", "")
+        if rest[0] or not rest[2] or (said[-1].isalnum() and rest[2][0].isalnum()):
+            return
+    raise RowError(
+        f"{source}: {begin} with the whole prompt, which would be learnt twice; write the replies "
+        "alone, without the prompt"
+    )
 
 
 def steps_of(raw: Raw, prompt: Cell, source: str) -> Stepwise:

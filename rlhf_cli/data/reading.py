@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
-from rlhf_cli.data.columns import unused_columns, unused_note
+from rlhf_cli.data.columns import MissingColumn, unused_columns, unused_note
 from rlhf_cli.data.conversions import CONVERSIONS, convert, note_of, route
 from rlhf_cli.data.files import RowError, read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
@@ -118,7 +118,7 @@ class Walk:
                     row = read(each, place)
                 except RowError as error:
                     if self._data.bad_rows == "error":
-                        raise
+                        raise self._refused(error) from None
                     self._drop(error, place, unreadable=isinstance(raw, RowError))
                     continue
                 count += 1
@@ -128,6 +128,13 @@ class Walk:
                     self._check_kind(row)
                     fits.add(type(row))
                 yield row
+
+    @staticmethod
+    def _refused(error: RowError) -> RowError:
+        """The first bad row ends the run; a missing column is rather that of all rows."""
+        if isinstance(error, MissingColumn):
+            return error
+        return RowError(f"{error}; data.bad_rows=drop leaves such rows out")
 
     def _drop(self, error: RowError, place: str, unreadable: bool) -> None:
         why = str(error).removeprefix(f"{place}: ")
@@ -151,7 +158,7 @@ class Walk:
             what += f", and a {name_of(now)} row after data.convert=[{','.join(self._conversions)}]"
         expected = EXPECTED[self._kind]
         line = f"{row.source}: {what}; needed: {name_of(self._kind)} rows ({expected})"
-        line += missed(row) if self._kind in (Demonstration, Feedback) else ""
+        line += missed(row, self._source.shape) if self._kind in (Demonstration, Feedback) else ""
         if (way_there := route(have, self._kind)) is not None:
             verb = "makes" if way_there else "keeps"
             line += f"; data.convert=[{','.join(way_there)}] {verb} them"
@@ -173,7 +180,7 @@ class Walk:
         """Columns that are kept for rules and templates, and how labels are written."""
         for row in rows:
             self._columns.update(row.columns.keys())
-            if isinstance(row, Feedback):
+            if isinstance(row, Feedback) and row.spelling:
                 self._spellings[row.spelling] += 1
 
     def _convert(self, rows: list[Row]) -> list[Row]:

@@ -71,7 +71,7 @@ def alpaca(raw: Raw, source: str) -> Raw:
     The input follows its instruction after a blank line.
     """
     asked = text_of(raw, "instruction", source)
-    if is_given(raw, "input"):
+    if is_given(raw, "input") and str(raw["input"]).strip():
         asked += "\n\n" + text_of(raw, "input", source)
     history = items_of(raw, "history", source) if is_given(raw, "history") else []
     turns = []
@@ -99,6 +99,11 @@ def sharegpt(raw: Raw, source: str) -> Raw:
     name = "conversation" if is_given(raw, "conversation") else "conversations"
     turns = turns_of(column(raw, name, source), name, source)
     if is_given(raw, "chosen") or is_given(raw, "rejected"):
+        if turns[-1]["role"] == "assistant":
+            raise RowError(
+                f"{source}: column {name!r} ends in a reply; beside chosen and rejected it must "
+                "end in what they answer"
+            )
         return {"prompt": turns, **given(raw, "chosen", "rejected")}
     if turns[-1]["role"] != "assistant":
         raise RowError(f"{source}: column {name!r} must end in a reply of the assistant")
@@ -115,7 +120,13 @@ def ultrafeedback(raw: Raw, source: str) -> Raw:
         ours = {name: column(raw, name, source) for name in ("chosen", "rejected")}
         scores = [as_number(raw.get(f"score_{side}")) for side in ours]
         if None not in scores and is_given(raw, "score_chosen"):
-            ours["margin"] = scores[0] - scores[1]  # type: ignore[operator]
+            better, worse = scores
+            if better < worse:  # type: ignore[operator]
+                raise RowError(
+                    f"{source}: column 'score_chosen' holds {better:g}, less than 'score_rejected' "
+                    f"with {worse:g}"
+                )
+            ours["margin"] = better - worse  # type: ignore[operator]
         return ours | given(raw, "prompt")
     answers = objects_of(raw, "completions", source)
     by = "fine-grained_score"
@@ -132,30 +143,49 @@ HELPSTEER_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
 
 
 def helpsteer(raw: Raw, source: str) -> Raw:
-    """NVIDIA's answers with marks for helpfulness, or HelpSteer3's preferences from -3 to 3."""
-    if not is_given(raw, "overall_preference"):
-        asked = text_of(raw, "prompt", source)
-        first, *rest = HELPSTEER_TURN.split(asked)
-        turns = [{"role": "user", "content": first}]
-        turns += [
-            {"role": role.lower(), "content": text}
-            for role, text in zip(rest[::2], rest[1::2], strict=True)
-        ]
+    """NVIDIA's answers with marks for helpfulness, or preferences from -3 to 3 (HelpSteer2 and 3).
+
+    Above 0 the second response is the better one.
+    """
+    by = next((name for name in HELPSTEER_PAIRS if is_given(raw, name)), None)
+    if by is None:
         return {
-            "prompt": turns if rest else asked,
+            "prompt": helpsteer_prompt(raw, source),
             "completion": column(raw, "response", source),
             "score": column(raw, "helpfulness", source),
         }
-    better = as_number(raw["overall_preference"])
+    better = as_number(raw[by])
     if better is None or not -3 <= better <= 3:
-        has = shown(raw["overall_preference"])
-        raise RowError(f"{source}: column 'overall_preference' holds {has}, expected -3 to 3")
+        raise RowError(f"{source}: column {by!r} holds {shown(raw[by])}, expected -3 to 3")
     if better == 0:
-        raise RowError(f"{source}: column 'overall_preference' is 0: neither response is better")
-    sides = [column(raw, name, source) for name in ("response1", "response2")]
+        raise RowError(f"{source}: column {by!r} is 0: neither response is better")
+    sides = [column(raw, name, source) for name in HELPSTEER_PAIRS[by]]
     rejected, chosen = sides if better > 0 else sides[::-1]
-    asked = column(raw, "context", source)
-    return {"prompt": asked, "chosen": chosen, "rejected": rejected, "margin": abs(better)}
+    third = by == "overall_preference"
+    return {
+        "prompt": column(raw, "context", source) if third else helpsteer_prompt(raw, source),
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": abs(better),
+    }
+
+
+HELPSTEER_PAIRS = {
+    "overall_preference": ("response1", "response2"),
+    "preference_strength": ("response_1", "response_2"),
+}
+
+
+def helpsteer_prompt(raw: Raw, source: str) -> str | list[Raw]:
+    """A prompt as text, or as a dialogue where marks in it say who speaks."""
+    asked = text_of(raw, "prompt", source)
+    first, *rest = HELPSTEER_TURN.split(asked)
+    turns = [{"role": "user", "content": first}]
+    turns += [
+        {"role": role.lower(), "content": text}
+        for role, text in zip(rest[::2], rest[1::2], strict=True)
+    ]
+    return turns if rest else asked
 
 
 def prm800k(raw: Raw, source: str) -> Raw:
@@ -274,8 +304,13 @@ def hh(raw: Raw, source: str) -> Raw:
     prompt = chosen[:cut]
     if turn not in chosen or not rejected.startswith(prompt):
         raise RowError(f"{source}: chosen and rejected do not share a dialogue up to {turn!r}")
-    sides = {"prompt": prompt, "chosen": chosen[cut:], "rejected": rejected[cut:]}
-    return sides | given(raw, "margin")
+    sides = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
+    for name, side in sides.items():
+        if more := next((mark for mark in ("\n\nHuman:", turn) if mark in side), None):
+            raise RowError(
+                f"{source}: column {name!r} goes on with {more!r} after the reply that is compared"
+            )
+    return {"prompt": prompt, **sides, **given(raw, "margin")}
 
 
 def gsm8k(raw: Raw, source: str) -> Raw:
@@ -371,6 +406,7 @@ SHAPES = {
         (
             *("prompt", "response", "helpfulness"),
             *("context", "response1", "response2", "overall_preference"),
+            *("response_1", "response_2", "preference_strength"),
         ),
         helpsteer,
     ),
@@ -399,7 +435,11 @@ KNOWN: list[tuple[str, str, tuple[tuple[str, ...], ...]]] = [
     (
         "helpsteer",
         "HelpSteer rows",
-        (("response", "helpfulness"), ("response1", "response2", "overall_preference")),
+        (
+            ("response", "helpfulness"),
+            ("response1", "response2", "overall_preference"),
+            ("response_1", "response_2", "preference_strength"),
+        ),
     ),
     ("alpaca", "Alpaca rows", (("instruction", "output"), ("instruction", *PAIR))),
     ("tldr", "comparisons of summaries", (("info", "summaries"),)),
@@ -425,7 +465,7 @@ def looks_like(raw: Raw, format: str) -> str:
         found = "prm800k", "PRM800K solutions"
     elif isinstance(raw.get("answers"), list) and question:
         found = "stack_exchange", "Stack Exchange rows"
-    elif isinstance(chosen, str) and "\n\nAssistant:" in chosen and not is_given(raw, "prompt"):
+    elif isinstance(chosen, str) and "\n\nAssistant:" in chosen:
         found = "hh", "HH dialogues"
     elif isinstance(question, str) and "####" in str(raw.get("answer")):
         found = "gsm8k", "GSM8K problems"
@@ -447,11 +487,11 @@ REPLIES = ("response", "output", "reply", "answer")
 """Other names for a completion."""
 
 
-def missed(row: Row) -> str:
-    """What a row that gives a prompt alone may have meant, for an error line."""
+def missed(row: Row, format: str) -> str:
+    """What a row of `format` that gives a prompt alone may have meant, for an error line."""
     if not isinstance(row, Prompt):
         return ""
-    if like := looks_like({"prompt": row.prompt, **row.columns}, "rows"):
+    if like := looks_like({"prompt": row.prompt, **row.columns}, format):
         return like
     named = next((name for name in REPLIES if isinstance(row.columns.get(name), str)), None)
     return f"; data.columns.completion={named} reads its column {named!r}" if named else ""
@@ -479,7 +519,7 @@ def reader_of(data: Data) -> Reader:
             return row
         except MissingColumn as error:
             if like := looks_like(raw, data.format):
-                raise RowError(f"{error}{like}") from None
+                raise MissingColumn(f"{error}{like}") from None
             raise
 
     return row_of

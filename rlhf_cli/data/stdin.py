@@ -43,7 +43,7 @@ def read_stdin() -> Iterator[tuple[Raw | RowError, str]]:
     """
     for number, line in enumerate(stdin_lines(), 1):
         if line.strip():
-            yield _row_of(line.rstrip("\n"), f"stdin:{number}"), f"stdin:{number}"
+            yield _row_of(line.rstrip("\r\n"), f"stdin:{number}"), f"stdin:{number}"
 
 
 def _row_of(line: str, where: str) -> Raw | RowError:

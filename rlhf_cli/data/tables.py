@@ -3,6 +3,7 @@
 import csv
 import datetime
 import decimal
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.json_rows import OF_ROWS
 from rlhf_cli.data.raw import NOT_UTF_8, Numbered, RowError, is_unicode
 
 AT_A_TIME = 1000  # rows
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+QUOTED = re.compile('"([^"]*)"')
+EXCELS = re.compile(r'"?sep=(.)"?\r?\n?', re.IGNORECASE)  # its first line may say what separates
 
 
 # --------------------------------------------------------------------------- text
@@ -30,9 +34,14 @@ def parse_csv(place: str, stream: TextIO, separator: str) -> Numbered:
         UserError: the header names no columns.
     """
     csv.field_size_limit(sys.maxsize)
-    head = stream.readline()
-    separator = _separator_of(head, separator)
-    reader = csv.reader(chain([head], stream), delimiter=separator, strict=True)
+    ahead = [stream.readline()]
+    if told := EXCELS.fullmatch(ahead[0]):
+        separator, ahead = told[1], ["\n"]  # a blank line, for the count of lines
+    else:
+        while ahead[-1] in ("\n", "\r\n"):
+            ahead.append(stream.readline())
+        separator = _separator_of(ahead[-1], separator)
+    reader = csv.reader(chain(ahead, stream), delimiter=separator, strict=True)
     try:
         names = next((cells for cells in reader if cells), [])
     except csv.Error as error:
@@ -55,8 +64,18 @@ def parse_csv(place: str, stream: TextIO, separator: str) -> Numbered:
 
 
 def _separator_of(header: str, usual: str) -> str:
-    """The usual separator, or the one that the header has in its place."""
-    return next((each for each in (usual, *SEPARATORS) if each in header), usual)
+    """What splits the header into most columns that rows have, and then into most columns.
+
+    The usual separator, where others are no better.
+    """
+
+    bare = QUOTED.sub(lambda cell: re.sub("[,;\t]", " ", cell[1]), header)
+
+    def columns(separator: str) -> tuple[int, int]:
+        names = bare.split(separator)
+        return len(OF_ROWS.intersection(map(str.strip, names))), len(names)
+
+    return max((usual, *SEPARATORS), key=columns)
 
 
 def _row_of(names: list[str], cells: list[str], place: str, line: int, separator: str) -> Any:
@@ -66,11 +85,16 @@ def _row_of(names: list[str], cells: list[str], place: str, line: int, separator
     if len(cells) > len(names):
         return RowError(
             f"{place}:{line}: more cells than columns: {len(cells)}, and the header names "
-            f"{len(names)}; a cell with {SEPARATORS[separator]} in it needs quotes"
+            f"{len(names)}; a cell with {SEPARATORS.get(separator, separator)} in it needs quotes"
         )
     if cells == names:
         return RowError(f"{place}:{line}: the header once more")
-    return dict(zip_longest(names, cells))
+    return dict(zip_longest(names, map(_with_line_ends, cells)))
+
+
+def _with_line_ends(cell: str) -> str:
+    """A cell whose lines end as they do elsewhere; spreadsheets write those of Windows."""
+    return cell.replace("\r\n", "\n").replace("\r", "\n") if "\r" in cell else cell
 
 
 def _csv_error(error: csv.Error, place: str, begins: int, line: int) -> RowError:

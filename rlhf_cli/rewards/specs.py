@@ -244,9 +244,16 @@ def check_function_columns(
 
 
 def value_of(row: Prompt | Demonstration, column: str) -> Any:
-    """What a row has in a column, or None; verl keeps the ground truth within `reward_model`."""
-    value = row.columns.get(column)
+    """What a row has in a column, or None.
+
+    verl keeps the ground truth within `reward_model`, a dialogue has its system message in its
+    first one, and what a row says of its own responses (chosen, label, ...) is beside its columns.
+    """
+    if (value := row.columns.get(column)) is not None:
+        return value
     within = row.columns.get("reward_model")
-    if value is None and column == "ground_truth" and isinstance(within, dict):
+    if column == "ground_truth" and isinstance(within, dict):
         return within.get(column)
-    return value
+    if column == "system" and isinstance(row.prompt, list) and row.prompt[0]["role"] == column:
+        return row.prompt[0]["content"]
+    return row.beside.get(column) if isinstance(row, Prompt) else None

@@ -1,6 +1,7 @@
 """The console script, in a subprocess: help, ls, cp, env, completion, --check, sweeps, statuses."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,11 @@ def test_ls(cli: Cli) -> None:
     assert rows["dpo"] == ["dpo"]
     assert rows["ppo_ptx"][:4] == ["ppo", "ppo", "with", "ptx_coef=1.0"]
     assert "all stages" in cli("ls", "hardware").stdout
+    lines = cli("ls", "data", COLUMNS="140").stdout.splitlines()
+    assert all(len(re.split(" {2,}", line.strip())) == 3 for line in lines)  # each has its line
+    assert any(
+        line.startswith("  jsonl ") and line.endswith("the old name of rows") for line in lines
+    )
     assert cli("ls", "recipes").returncode == 0
 
 

@@ -1,6 +1,7 @@
 """Columns: mapped, nested, null, unread; and thumbs as people write them."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.columns import unused_columns, unused_note
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Row, Text
 from rlhf_cli.data.labels import note
+from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.shapes import reader_of
+from rlhf_cli.data.sources import Source
 from tests.toys import data_of
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -202,6 +205,27 @@ def test_labels_are_told_as_one_map() -> None:
     assert note(Counter({"-1": 3, "": 4})) == "labels: -1 (3) as bad"
     with pytest.raises(UserError, match="holds -1, and 0 in 2 rows: 0 is bad beside 1 alone"):
         note(Counter({"-1": 1, "0": 2, "1": 5}))
+
+
+def test_scores_alone_have_no_line_of_labels(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "p", "completion": "c", "score": 3}\n')
+    walk = Walk(Source(str(file), "rows"), Feedback, data_of())
+    assert len(list(walk)) == 1
+    assert not any("labels" in line for line in walk.notes())
+
+
+def test_a_bad_row_is_told_how_to_leave_it_out(tmp_path: Path) -> None:
+    """But not a column that no row may have."""
+    file = tmp_path / "rows.jsonl"
+    for row, line in (
+        ('{"prompt": "p", "completion": ""}', "is empty; data.bad_rows=drop leaves such rows out"),
+        ('{"a": "p"}', "no column 'prompt'; found a"),
+    ):
+        file.write_text(row)
+        with pytest.raises(UserError) as caught:
+            list(Walk(Source(str(file), "rows"), Demonstration, data_of()))
+        assert str(caught.value).endswith(line)
 
 
 def test_columns_that_nothing_reads_are_counted() -> None:

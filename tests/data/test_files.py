@@ -183,6 +183,30 @@ def test_absent_cells_are_null(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("sep=;\nprompt;a\nx;y\n", ["prompt", "a"]),
+        ('\ufeff"sep=|"\r\nprompt|a\r\nx|y\r\n', ["prompt", "a"]),
+        ("prompt;completion;note, extra\nx;y;z\n", ["prompt", "completion", "note, extra"]),
+        ("prompt\twhat, how, why\nx\ty\n", ["prompt", "what, how, why"]),
+        ('id,"one; two; three"\nx,y\n', ["id", "one; two; three"]),
+        ("\n\nprompt;a\nx;y\n", ["prompt", "a"]),
+    ],
+)
+def test_what_separates_cells(content: str, names: list[str], tmp_path: Path) -> None:
+    """Excel's first line says it, or else the header."""
+    file = put(tmp_path / "rows.csv", content)
+    ((row, place),) = read_raw(str(file))
+    assert row == dict(zip(names, "xyz", strict=False))
+    assert place == f"{file}:{content.count(chr(10))}"
+
+
+def test_lines_within_cells_end_as_elsewhere(tmp_path: Path) -> None:
+    file = put(tmp_path / "rows.csv", 'prompt,a\r\n"one\r\ntwo\rthree",x\r\n')
+    assert read(str(file)) == [{"prompt": "one\ntwo\nthree", "a": "x"}]
+
+
 ROW_FAULTS: dict[str, tuple[str, bytes | str, int, str]] = {
     "more cells": ("rows.csv", "prompt\na\nb, c\nd\n", 3, "more cells than columns: 2, and"),
     "tabs": ("rows.tsv", "prompt\tanswer\na\tb\nc\td\te\nf\tg\n", 3, "a cell with tabs in it"),
@@ -455,6 +479,13 @@ def test_lines_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(rows[3][0]) == "stdin:5: not text in UTF-8"
     assert str(rows[4][0]).startswith("stdin:6: not JSON: ")
     assert [place for _, place in rows] == [f"stdin:{number}" for number in (1, 2, 3, 5, 6)]
+
+
+def test_lines_of_windows_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own standard input does not translate them."""
+    stream = io.TextIOWrapper(io.BytesIO(b"a b\r\nc \r\n"), newline="\n")
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert [raw for raw, _ in read_raw("-")] == [{"prompt": "a b"}, {"prompt": "c "}]
 
 
 @pytest.mark.parametrize(

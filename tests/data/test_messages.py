@@ -116,7 +116,41 @@ MIXED: list[tuple[dict[str, Any], Row]] = [
         {"chosen": json.dumps([U, A]), "rejected": json.dumps([U, B])},
         Preference([U], "A lark.", "A stone."),
     ),
+    (
+        {"prompt": P, "chosen": json.dumps(A), "rejected": '{"from": "gpt", "value": "A stone."}'},
+        Preference(P, "A lark.", "A stone."),
+    ),
     # text stays text
+    ({"prompt": '{"role": "cook", "content": "x"}'}, Prompt('{"role": "cook", "content": "x"}')),
+    ({"prompt": f"{[U]} What is this?"}, Prompt(f"{[U]} What is this?")),
+    ({"prompt": "{'value': 3}"}, Prompt("{'value': 3}")),
+    (
+        {"messages": [U, ASKS, said("tool", str([U])), A]},
+        Demonstration([U, ASKS, said("tool", str([U]))], "A lark."),
+    ),
+    # a short prompt may be said again, a word may begin like it, and some replies may quote it
+    (
+        {"prompt": "Hello", "chosen": "Hello!", "rejected": "Hello you"},
+        Preference("Hello", "Hello!", "Hello you"),
+    ),
+    (
+        {"prompt": "See the", "chosen": "See there", "rejected": "See then"},
+        Preference("See the", "See there", "See then"),
+    ),
+    (
+        {"prompt": P, "chosen": f"{P} A lark.", "rejected": "A stone."},
+        Preference(P, f"{P} A lark.", "A stone."),
+    ),
+    (
+        {"prompt": "Good day to", "completion": "Good day to you!"},
+        Demonstration("Good day to", "Good day to you!"),
+    ),
+    ({"prompt": "Say a b c", "completion": "a b c"}, Demonstration("Say a b c", "a b c")),
+    ({"prompt": "a b c d", "completion": "a b c d"}, Demonstration("a b c d", "a b c d")),
+    (
+        {"prompt": P, "responses": ["a", "b", "c"], "ranks": [1, 2, 2], "scores": [3, 3, 1]},
+        Ranking(P, ["a", "b", "c"], [1.0, 2.0, 2.0]),
+    ),
     ({"prompt": "[1, 2] is a list?"}, Prompt("[1, 2] is a list?")),
     ({"prompt": '[{"a": 1}]'}, Prompt('[{"a": 1}]')),
     ({"prompt": '[{"role": "user"}]'}, Prompt('[{"role": "user"}]')),
@@ -244,7 +278,53 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": P, "tools": "none"}, "column 'tools' holds str, expected a list"),
     ({"prompt": {"text": "x"}}, "column 'prompt' holds dict, expected text"),
     ({"prompt": []}, "column 'prompt' holds nothing, expected text"),
+    *(
+        ({"prompt": P, "completion": printed}, "'completion' holds messages as Python prints them")
+        for printed in (
+            *(str([U, A]), str(A), f"[{U} {A}]", f"[{U}\n {A}]", f"array([{U}, {A}])"),
+            *(f"[array([{U}], dtype=object)]", f"array([{U}, {A}], dtype=object)\n", str((U, A))),
+            "{'from': 'gpt', 'value': \"it's\"}",
+        )
+    ),
     ({"prompt": str([U])}, "column 'prompt' holds messages as Python prints them"),
+    ({"messages": f"[{U}\n {A}]"}, "column 'messages' holds messages as Python prints them"),
+    ({"text": str([U, A])}, "column 'text' holds messages as Python prints them"),
+    ({"prompt": P, "system": str([SYSTEM])}, "column 'system' holds messages as Python"),
+    ({"messages": [U, said("assistant", str([A]))]}, "'messages' holds messages as Python"),
+    ({"prompt": P, "responses": ["a", str([A])], "ranks": [1, 2]}, "'responses' holds messages as"),
+    # the prompt once more
+    (
+        {"prompt": "Question 0?", "chosen": "Question 0? yes", "rejected": "Question 0? no"},
+        "chosen and rejected begin with the whole prompt, which would be learnt twice; write the",
+    ),
+    (
+        {
+            "prompt": [said("user", "Question 0?")],
+            "chosen": " Question 0?\nyes",
+            "rejected": "Question 0?no",
+        },
+        "chosen and rejected begin with the whole prompt",
+    ),
+    (
+        {"prompt": "Question 0?", "responses": ["Question 0? a", "Question 0? b"], "ranks": [1, 2]},
+        "the responses begin with the whole prompt",
+    ),
+    (
+        {"prompt": "Question 0?", "completion": "Question 0? a"},
+        "the completion begins with the whole",
+    ),
+    (
+        {"prompt": "Tell me of it. ", "completion": "Tell me of it. No.", "label": True},
+        "the completion begins with the whole prompt",
+    ),
+    (
+        {"prompt": P, "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]},
+        "columns 'ranks' (1 is best) and 'scores' (higher is better) order the responses differ",
+    ),
+    (
+        {"prompt": P, "responses": ["a", "b"], "ranks": [1, 2], "scores": [1]},
+        "column 'scores' needs one number for each of 2",
+    ),
     ({"prompt": P, "steps": [[U, A]], "labels": [1]}, "'steps' holds 2 messages, expected text"),
     (
         {"messages": [said("user", "\ud83d"), A]},

@@ -110,6 +110,7 @@ VERL = {
     "reward_model": {"style": "rule", "ground_truth": "3"},
     "extra_info": {"index": 0},
 }
+HH = "\n\nHuman: a\n\nAssistant:"
 CALL = {"name": "weather", "arguments": {"town": "Ulm"}}
 
 SHAPES: list[tuple[str, Any, Row]] = [
@@ -122,6 +123,11 @@ SHAPES: list[tuple[str, Any, Row]] = [
         "alpaca",
         {"instruction": "Sing.", "input": "", "output": "La.", "system": "Be a bird."},
         Demonstration("Sing.", "La.", columns={"system": "Be a bird."}),
+    ),
+    (
+        "alpaca",
+        {"instruction": "Sing.", "input": " ", "output": "La."},
+        Demonstration("Sing.", "La."),
     ),
     (
         "alpaca",
@@ -232,6 +238,25 @@ SHAPES: list[tuple[str, Any, Row]] = [
         Preference([ASKED], "A stone.", "A lark.", margin=1.0),
     ),
     (
+        "helpsteer",
+        {
+            "prompt": "Hi\n<extra_id_1>Assistant\nHello.\n<extra_id_1>User\nName a bird.",
+            "response_1": "A lark.",
+            "response_2": "A stone.",
+            "preference_strength": -2,
+        },
+        Preference(
+            [said("user", "Hi"), said("assistant", "Hello."), ASKED],
+            *("A lark.", "A stone."),
+            margin=2.0,
+        ),
+    ),
+    (
+        "helpsteer",
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": "3"},
+        Preference("q", "b", "a", margin=3.0),
+    ),
+    (
         "kto",
         {"prompt": [ASKED], "completion": [STONE], "label": False},
         Feedback([ASKED], "A stone.", False),
@@ -328,6 +353,11 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("sharegpt", {"conversations": [{"from": "human", "value": "x"}]}, "must end in a reply"),
     ("sharegpt", {"conversations": "x"}, "'conversations' must hold a list of messages"),
     ("sharegpt", {"conversations": [{"from": "cat", "value": "x"}]}, "role 'cat' is none of"),
+    (
+        "sharegpt",
+        {"conversations": TALK, "chosen": LARK, "rejected": STONE},
+        "column 'conversations' ends in a reply; beside chosen and rejected it must end in",
+    ),
     ("messages", {"text": "x"}, "no column 'messages'; found text"),
     ("kto", {"prompt": "p", "completion": "c"}, "no column 'label'"),
     (
@@ -337,6 +367,45 @@ FAULTS: list[tuple[str, Any, str]] = [
     ),
     ("ultrafeedback", OPENBMB | {"completions": [{"model": "m"}]}, "'completions': no 'response'"),
     ("ultrafeedback", OPENBMB | {"completions": []}, "2 or more responses, got 0"),
+    (
+        "ultrafeedback",
+        BINARIZED | {"score_chosen": 5.0},
+        "column 'score_chosen' holds 5, less than 'score_rejected' with 6",
+    ),
+    (
+        "hh",
+        {"chosen": HH + " b", "rejected": HH + " c\n\nHuman: what?"},
+        r"column 'rejected' goes on with '\n\nHuman:' after the reply that is compared",
+    ),
+    (
+        "hh",
+        {"chosen": HH + " b\n\nHuman: what?", "rejected": HH + " c"},
+        r"column 'chosen' goes on with '\n\nHuman:'",
+    ),
+    (
+        "hh",
+        {"chosen": HH + " b", "rejected": HH + " c\n\nHuman: x\n\nAssistant: y"},
+        r"column 'rejected' goes on with '\n\nHuman:'",
+    ),
+    (
+        "alpaca",
+        {
+            "instruction": "Name a bird?",
+            "chosen": "Name a bird? Lark",
+            "rejected": "Name a bird? No",
+        },
+        "chosen and rejected begin with the whole prompt",
+    ),
+    (
+        "rows",
+        {"prompt": HH, "chosen": HH + " b", "rejected": HH + " c"},
+        "chosen and rejected are whole dialogues; these look like HH dialogues: data=hh",
+    ),
+    (
+        "rows",
+        {"prompt": "a", "chosen": HH + " b", "rejected": HH + " c"},
+        "these look like HH dialogues: data=hh",
+    ),
     ("helpsteer", HELPSTEER3 | {"overall_preference": 0}, "neither response is better"),
     ("helpsteer", HELPSTEER3 | {"overall_preference": 5}, "holds 5, expected -3 to 3"),
     ("helpsteer", {"prompt": "p", "response": "r"}, "no column 'helpfulness'"),
@@ -370,6 +439,10 @@ OTHERS = [
     ({"instruction": "x", "input": "", "output": "y"}, "these look like Alpaca rows: data=alpaca"),
     (OPENBMB, "data=ultrafeedback"),
     (HELPSTEER3, "data=helpsteer"),
+    (
+        {"response_1": "a", "response_2": "b", "preference_strength": 1},
+        "these look like HelpSteer rows: data=helpsteer",
+    ),
     (solution(step(1, chosen=0)), "these look like PRM800K solutions: data=prm800k"),
     (COMPARISON, "data=tldr"),
     (QUESTION, "data=stack_exchange"),
@@ -405,6 +478,16 @@ def test_a_prompt_alone_is_told_what_it_may_be(row: Any, line: str, tmp_path: Pa
         all_rows(file, Demonstration)
     assert "this is a prompt row" in str(caught.value)
     assert str(caught.value).endswith(line)
+
+
+def test_the_option_in_use_is_not_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(VERL) + "\n")
+    with pytest.raises(UserError, match="this is a prompt row") as caught:
+        all_rows(file, Demonstration, format="verl")
+    assert "data=verl" not in str(caught.value)
+    with pytest.raises(UserError, match="these look like rows for verl: data=verl$"):
+        all_rows(file, Demonstration)
 
 
 @pytest.mark.parametrize("option", ["alpaca", "verl", "sharegpt"])

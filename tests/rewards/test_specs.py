@@ -16,6 +16,7 @@ from rlhf_cli.rewards.specs import (
     models_of,
     signature_of,
     terms_of,
+    value_of,
 )
 from rlhf_cli.runs.checks import check_models, reward_lines
 from rlhf_cli.runs.provenance import parents_of
@@ -200,6 +201,19 @@ def test_a_column_that_no_row_has(file: Path) -> None:
         UserError, match="needs a column 'trainer_state'; .* by name are: completions"
     ):
         check_rows_of(f"{file}:trl", rows)
+
+
+def test_what_a_row_says_elsewhere_than_in_columns() -> None:
+    """A dialogue's system message, and a judged row's own responses, where they are named."""
+    system = {"role": "system", "content": "Be brief."}
+    talk = Prompt(
+        [system, {"role": "user", "content": "a"}], beside={"chosen": "b", "label": False}
+    )
+    assert value_of(talk, "system") == "Be brief."
+    assert (value_of(talk, "chosen"), value_of(talk, "label")) == ("b", False)
+    assert value_of(talk, "rejected") is None
+    assert value_of(Prompt(talk.prompt[1:]), "system") is None
+    assert value_of(Prompt("a", {"label": 3}, beside={"label": True}), "label") == 3
 
 
 # --------------------------------------------------------------------------- preflight
