@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
+from rlhf_cli.data.templates import turns_of
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.folders.manifest import (
     RESPONSE,
@@ -98,11 +99,14 @@ class Reader:
         """The model's template can write prompts of every sort among these.
 
         Raises:
-            UserError: there are dialogues, and no chat template for them.
+            UserError: there are dialogues, and no template that writes them.
         """
-        dialogue = next((row for row in rows if not isinstance(row.prompt, str)), None)
-        if self.encoder is not None and dialogue is not None:
-            self.encoder.written([dialogue], ["a"], [True])
+        if self.encoder is None:
+            return
+        sorts = {tuple(turn["role"] for turn in turns_of(row.prompt, {})): row for row in rows}
+        dialogues = [row for row in sorts.values() if not isinstance(row.prompt, str)]
+        if dialogues:
+            self.encoder.written(dialogues, ["a"] * len(dialogues), [True] * len(dialogues))
 
     def sequences(self, rollouts: Sequence[Rollout]) -> list[Tokens | None]:
         """Prompt and response of each rollout; None where the response does not fit."""
