@@ -96,13 +96,9 @@ class Reach:
         forms = [form_of(turn) for turn in turns]
         found = []
         for i, form in enumerate(forms):
-            before, after = (
-                forms[i - 1] if i else None,
-                forms[i + 1] if i + 1 < len(forms) else None,
-            )
-            key = (before, form, after)
+            key = (forms[i - 1] if i else None, form, forms[i + 1] if i + 1 < len(forms) else None)
             if key not in self._known:
-                self._known[key] = self._asked(before, form, after)
+                self._known[key] = self._asked(*key)
             lost = self._known[key]
             if isinstance(lost, set):
                 if lost:

@@ -16,7 +16,9 @@ PLAIN = "{prompt}"
 SHIPPED = Path(__file__).parent / "templates"
 MAY_BE_EMPTY = ("input", "context", "system")  # columns that rows may leave out
 PIECE = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*(?:\.\w+)*)\}|\{([^{}\"'\\]*)\}")
-SLIP = re.compile(r"\s*(.*?)\s*(?:[!:].*)?", re.DOTALL)  # a name with blanks or a format around it
+SLIP = re.compile(
+    r"\A\s*(.*?)\s*(?:[!:].*)?\Z", re.DOTALL
+)  # a name with blanks or a format around it
 
 
 # --------------------------------------------------------------------------- text
@@ -52,9 +54,8 @@ class TextTemplate:
     @cached_property
     def slips(self) -> dict[str, str]:
         """What stands in braces and is no name, with the name that may have been meant."""
-        inside = [match[2] for match in PIECE.finditer(self.text) if match[2] is not None]
-        meant = {each: SLIP.fullmatch(each) for each in inside}
-        return {each: match[1] for each, match in meant.items() if match is not None}
+        inside = [str(match[2]) for match in PIECE.finditer(self.text) if match[2] is not None]
+        return {each: SLIP.sub(r"\1", each, count=1) for each in inside}
 
     @cached_property
     def names(self) -> list[str]:

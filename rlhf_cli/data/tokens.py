@@ -529,9 +529,7 @@ class Encoder:
         dialogue = not isinstance(row.prompt, str)
         if not dialogue and template is not None:
             if self.data.chat_template:
-                self._counts[
-                    "rows are no messages, and data.chat_template does not write them"
-                ] += 1
+                self._counts["rows are text, which data.chat_template does not write"] += 1
             return self._filled_in(template, row, row.prompt, row.columns, replies)
         self._kinds.add(dialogue)
         turns = turns_of(row.prompt, row.columns)

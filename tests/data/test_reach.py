@@ -20,8 +20,8 @@ CALL = {"type": "function", "function": {"name": "sing", "arguments": {"song": "
 CALLING: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "done"}
 SILENT = (  # about everything but words of the user and the assistant
-    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] or '' }}<|im_end|>{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|im_start|>"
+    "{{ m['role'] }}\n{{ m['content'] or '' }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THINKS = (
