@@ -74,8 +74,8 @@ class TextTemplate:
             UserError: the row lacks a column, or has a system message that the text does not show,
                 or the text has a column in braces as no column is written.
         """
-        for slip, name in self.slips.items():
-            if name == "prompt" or name in columns:
+        for slip, meant in self.slips.items():
+            if meant == "prompt" or meant in columns:
                 raise UserError(
                     f"{source}: data.template has {{{slip}}}, which is not how a column is "
                     f"written: {{name}}, of letters, digits and _; data.columns renames one, and "

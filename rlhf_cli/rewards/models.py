@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
-from rlhf_cli.data.templates import turns_of
 from rlhf_cli.data.tokens import Encoder, Tokens
 from rlhf_cli.folders.manifest import (
     RESPONSE,
@@ -103,8 +102,9 @@ class Reader:
         """
         if self.encoder is None:
             return
-        sorts = {tuple(turn["role"] for turn in turns_of(row.prompt, {})): row for row in rows}
-        dialogues = [row for row in sorts.values() if not isinstance(row.prompt, str)]
+        prompts = [(row.prompt, row) for row in rows if not isinstance(row.prompt, str)]
+        sorts = {tuple(turn["role"] for turn in turns): row for turns, row in prompts}
+        dialogues = list(sorts.values())
         if dialogues:
             self.encoder.written(dialogues, ["a"] * len(dialogues), [True] * len(dialogues))
 
