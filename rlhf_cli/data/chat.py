@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Reply, Turns, reply_text
+from rlhf_cli.data.reach import Reach
 from rlhf_cli.data.templates import continues, message_of, replied
 from rlhf_cli.data.text_ids import Span, TextIds
 from rlhf_cli.data.time_limit import time_limit
@@ -31,6 +33,7 @@ class ChatTemplate:
         self._arguments = arguments
         self._ids = ids
         self.name = name
+        self.reach = Reach(self._sample)
 
     # ------------------------------------------------------------------ rendering
 
@@ -44,6 +47,11 @@ class ChatTemplate:
         """The dialogue up to what ends its last message."""
         text, _ = self._render(turns, tools, source)
         return text.removesuffix(self.trailer)
+
+    def _sample(self, turns: Turns, tools: Any) -> str:
+        """As `Reach` asks."""
+        open_ended = turns[-1]["role"] != "assistant"
+        return self._render(turns, tools, "", add_generation_prompt=open_ended)[0]
 
     def _render(
         self, turns: Turns, tools: Any, source: str, **how: bool
@@ -116,6 +124,19 @@ class ChatTemplate:
         )
 
     @cached_property
+    def own_marks(self) -> set[str]:
+        """The special tokens with which it marks what is within a reply, such as reasoning."""
+        question = {"role": "user", "content": QUESTION}
+        begun = [question, message_of(PROBE)]
+        turns, _ = self._render(begun, None, "")
+        with suppress(UserError):  # of a reply within a dialogue no reasoning is written
+            turns, _ = self._render([*begun, question], None, "")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        named = {getattr(self._tokenizer, name) for name in names}
+        of_turns = self._ids.special_in(turns) | self._ids.special_in(self.ending) | named
+        return self._ids.special_in(self._tokenizer.get_chat_template()) - of_turns
+
+    @cached_property
     def marks(self) -> bool:
         """Whether the template says which parts the assistant generates."""
         return GENERATION.search(self._tokenizer.get_chat_template()) is not None
@@ -146,7 +167,9 @@ class ChatTemplate:
                 "prompt when a reply follows; give data.template as text with {prompt}"
             )
         rests = [
-            whole[len(asked) :] if whole.startswith(asked) else self._opened(reply)
+            whole[len(asked) :]
+            if whole.startswith(asked)
+            else self._opened(turns, reply, base, tools, source)
             for whole, reply in zip(wholes, replies, strict=True)
         ]
         if None not in rests:
@@ -156,14 +179,25 @@ class ChatTemplate:
             for whole, rest in zip(wholes, rests, strict=True)
         ]
 
-    def _opened(self, reply: Reply) -> str | None:
-        """What a reply says after what the generation prompt has opened; None if it begins else."""
+    def _opened(self, turns: Turns, reply: Reply, base: str, tools: Any, source: str) -> str | None:
+        """What a reply says after what the generation prompt has opened; None if it begins else.
+
+        Args:
+            base: the prompt without that.
+        """
         text, opening = reply_text(reply).lstrip(), self.opening
         if text.startswith(opening):
-            return text[len(opening) :] + self.ending
-        if text.startswith(opening.strip()):
-            return text[len(opening.strip()) :].lstrip("\n") + self.ending
-        return None
+            rest = text[len(opening) :]
+        elif text.startswith(opening.strip()):
+            rest = text[len(opening.strip()) :].lstrip("\n")
+        else:
+            return None
+        if isinstance(reply, str):
+            return rest + self.ending
+        # what follows the words, such as tool calls, as the template writes it after others
+        whole = self.whole(replied(turns, {**reply, "content": PROBE}), tools, source)
+        before, found, after = whole.removeprefix(base).partition(PROBE)
+        return rest + after if found and not before.strip() else None
 
     def earlier_spans(
         self, turns: Turns, places: Sequence[int], asked: str, tools: Any, source: str

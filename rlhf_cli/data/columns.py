@@ -161,12 +161,15 @@ def unused_columns(columns: Counter[str], data: Data) -> Counter[str]:
 
     `system`, `tools` and `source` are read wherever they are.
     """
+    template = data.template or ""
     mapped = {path.partition(".")[0] for path in data.columns.values()}
     return Counter(
         {
             name: count
             for name, count in columns.items()
-            if name not in (*COMMON, *mapped) and f"{{{name}}}" not in (data.template or "")
+            if name not in (*COMMON, *mapped)
+            and f"{{{name}}}" not in template
+            and f"{{{name}." not in template
         }
     )
 

@@ -25,7 +25,6 @@ SYSTEM = ("system", "developer")
 
 PLAIN = frozenset(("role", "content"))
 MEDIA = ("images", "image", "audio", "audios", "video", "videos")
-CALLS = frozenset(("tool_calls", "function_call"))
 WRITTEN_BY_PYTHON = re.compile(  # also by numpy, which has no commas between messages
     r"(?:array\(|[\s(\[])*\{(?=\s*'\w+'\s*:)(?=.*'(?:role|from)'\s*:)"
     r"(?=.*'(?:content|value)'\s*:).*[\])}]\s*$",
@@ -76,9 +75,8 @@ def turns_in(text: str, name: str, source: str) -> Turns | None:
 
 def is_message(value: Raw) -> bool:
     """Whether an object has who speaks and what is said."""
-    return ("role" in value and ("content" in value or "tool_calls" in value)) or (
-        "from" in value and "value" in value
-    )
+    said = not value.keys().isdisjoint(("content", "tool_calls", "function_call"))
+    return ("role" in value and said) or ("from" in value and "value" in value)
 
 
 def text_of(raw: Raw, name: str, source: str) -> str:
@@ -198,13 +196,18 @@ def calls_of(message: Message, where: str) -> bool:
 
     Their arguments are objects there, which some write as JSON text: a template would quote it.
     """
+    once = message.pop("function_call", None)  # as OpenAI had it before
+    if once and message.get("tool_calls"):
+        raise RowError(f"{where}: a message has both function_call and tool_calls")
+    if once:
+        message["tool_calls"] = [call_in(once, where)]
     calls = message.get("tool_calls")
     if isinstance(calls, str):
         with suppress(ValueError, RecursionError):
             calls = json.loads(calls)
     if not calls:
         message.pop("tool_calls", None)
-        return "function_call" in message
+        return False
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RowError(f"{where}: tool_calls holds {shown(calls)}, expected a list of calls")
     if message["role"] != "assistant":
@@ -225,8 +228,8 @@ def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def call_in(content: Any, where: str) -> dict[str, Any]:
-    """The call that a message of role function_call says in JSON: {name, arguments}."""
-    call = None
+    """The call that a message of role or key function_call says: {name, arguments}, or its JSON."""
+    call = content
     if isinstance(content, str):
         with suppress(ValueError, RecursionError):
             call = json.loads(content)
@@ -281,7 +284,7 @@ def system_of(raw: Raw, source: str) -> str | None:
 def split_turns(turns: Turns, name: str, source: str) -> tuple[Turns, Message]:
     """A dialogue as what is before its last message, and that message, the assistant's."""
     last = turns[-1]
-    says = reply_text(last).strip() or not CALLS.isdisjoint(last)
+    says = reply_text(last).strip() or "tool_calls" in last
     if last["role"] != "assistant" or not says:
         raise RowError(f"{source}: column {name!r} must end in a reply of the assistant")
     return turns[:-1], last

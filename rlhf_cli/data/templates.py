@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.columns import OURS, value_at
 from rlhf_cli.data.kinds import Message, Reply, Turns, reply_text
 
 CHAT = "chat"
 PLAIN = "{prompt}"
 SHIPPED = Path(__file__).parent / "templates"
 MAY_BE_EMPTY = ("input", "context", "system")  # columns that rows may leave out
-PIECE = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*)\}")
+PIECE = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*(?:\.\w+)*)\}|\{([^{}\"'\\]*)\}")
+SLIP = re.compile(
+    r"\A\s*(.*?)\s*(?:[!:].*)?\Z", re.DOTALL
+)  # a name with blanks or a format around it
 
 
 # --------------------------------------------------------------------------- text
@@ -24,7 +28,8 @@ PIECE = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*)\}")
 class TextTemplate:
     """A text with {prompt} and other {columns} in it; doubled braces are braces.
 
-    A brace that is not around a name, as in JSON, is itself.
+    A name may be a path into a column, such as {info.title}. A brace that is not around a name, as
+    in JSON, is itself.
     """
 
     text: str
@@ -37,7 +42,9 @@ class TextTemplate:
         for match in PIECE.finditer(self.text):
             plain += self.text[start : match.start()]
             start = match.end()
-            if match[1] is None:
+            if match[2] is not None:
+                plain += match[0]
+            elif match[1] is None:
                 plain += match[0][0]
             else:
                 parts.append((plain, match[1]))
@@ -45,16 +52,35 @@ class TextTemplate:
         return [*parts, (plain + self.text[start:], None)]
 
     @cached_property
+    def slips(self) -> dict[str, str]:
+        """What stands in braces and is no name, with the name that may have been meant."""
+        inside = [str(match[2]) for match in PIECE.finditer(self.text) if match[2] is not None]
+        return {each: SLIP.sub(r"\1", each, count=1) for each in inside}
+
+    @cached_property
     def names(self) -> list[str]:
         """The columns that it shows, the prompt beside them."""
         return [name for _, name in self.parts if name is not None and name != "prompt"]
+
+    @cached_property
+    def heads(self) -> set[str]:
+        """The columns into which its names lead."""
+        return {name.partition(".")[0] for name in self.names}
 
     def fill(self, prompt: str, columns: dict[str, Any], source: str) -> str:
         """The text of a row.
 
         Raises:
-            UserError: the row lacks a column, or has a system message that the text does not show.
+            UserError: the row lacks a column, or has a system message that the text does not show,
+                or the text has a column in braces as no column is written.
         """
+        for slip, meant in self.slips.items():
+            if meant == "prompt" or meant in columns:
+                raise UserError(
+                    f"{source}: data.template has {{{slip}}}, which is not how a column is "
+                    f"written: {{name}}, of letters, digits and _; data.columns renames one, and "
+                    f"{{{{{slip}}}}} is plain braces"
+                )
         if columns.get("system") and "system" not in self.names:
             raise UserError(
                 f"{source}: the row has a system message, but data.template={self.text!r} has no "
@@ -72,12 +98,18 @@ class TextTemplate:
 
 def _column(name: str, columns: dict[str, Any], source: str) -> str:
     """A column as text."""
+    head = name.partition(".")[0]
     value = columns.get(name)
+    if value is None and head in columns and head != name:
+        value = value_at(columns, name, f"{source}: data.template")
     if value is None and name not in MAY_BE_EMPTY:
         known = ", ".join(["prompt", *columns])
+        why = f"the row has no {name} (it has {known})"
+        if name in OURS:
+            why = f"{name} says what a row is and is shown by no template (copy it to a new column)"
         raise UserError(
-            f"{source}: data.template has {{{name}}}, but the row has no {name} (it has {known}); "
-            f"write {{{{{name}}}}} for plain braces"
+            f"{source}: data.template has {{{name}}}, but {why}; write {{{{{name}}}}} for plain "
+            "braces"
         )
     if value is None or isinstance(value, str):
         return value or ""
@@ -111,6 +143,18 @@ def turns_of(prompt: str | Turns, columns: dict[str, Any]) -> Turns:
     system = columns.get("system")
     start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": prompt}]
+
+
+def asked_alone(prompt: str | Turns, columns: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The prompt and the columns of a dialogue that is one question, under a system message or not;
+    None of another.
+    """
+    if isinstance(prompt, str):
+        return prompt, columns
+    *before, last = prompt
+    if [turn["role"] for turn in prompt] == ["system", "user"]:
+        return str(last["content"]), {**columns, "system": before[0]["content"]}
+    return (str(last["content"]), columns) if not before and last["role"] == "user" else None
 
 
 def message_of(reply: Reply) -> Message:

@@ -234,6 +234,10 @@ class TextIds:
             return sum(map(self.spelt, value.values()))
         return sum(map(self.spelt, value)) if isinstance(value, list) else 0
 
+    def special_in(self, text: str) -> set[str]:
+        """The special tokens that a text spells."""
+        return set(self._spelt.findall(text))
+
     def hide(self, value: Any) -> Any:
         """The value with special tokens in its texts hidden from a template, and from `of_each`."""
         if isinstance(value, str):

@@ -29,18 +29,22 @@ from rlhf_cli.data.kinds import (
     Reply,
     Stepwise,
     Text,
+    Turns,
     cut_steps,
     reply_key,
     reply_text,
 )
 from rlhf_cli.data.limits import Lengths, Limits
+from rlhf_cli.data.reach import LOSS, READ, check_loss_keys
 from rlhf_cli.data.step_cutter import StepCutter
 from rlhf_cli.data.templates import (
     CHAT,
     PLAIN,
     TextTemplate,
+    asked_alone,
     chat_template_of,
     continues,
+    message_of,
     replied,
     turns_of,
 )
@@ -186,6 +190,11 @@ class Encoder:
                 "template; set data.chat_template, or write one as "
                 'data.template="...{prompt}..."'
             )
+        if data.chat_template and template not in (CHAT, PLAIN):
+            raise UserError(
+                f"data.chat_template={data.chat_template} is not used where data.template is a "
+                "text; leave one of them out"
+            )
         self._template = None if template == CHAT else TextTemplate(template)
         self._eos, self._eos_id = tokenizer.eos_token, tokenizer.eos_token_id
         self._bos, self._bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
@@ -277,6 +286,15 @@ class Encoder:
         """
         self.lengths.rows += len(rows)
         replies = [self._judged(row) for row in rows]
+        earlier = sum(
+            turn["role"] == "assistant"
+            for row in rows
+            if not isinstance(row.prompt, str)
+            for turn in row.prompt[: len(row.prompt) - continues(row.prompt)]
+        )
+        if earlier:
+            what = "earlier replies of dialogues carry no loss: a row judges its last reply"
+            self._counts[what] += earlier
         written = [self._written(row, each) for row, each in zip(rows, replies, strict=True)]
         prompts = self._prompts(written, rows)
         responses = self._responses(written, prompts, rows)
@@ -304,7 +322,8 @@ class Encoder:
         An empty one keeps it, lest nothing be left.
         """
         texts = [
-            self._written(row, [response]) for row, response in zip(rows, responses, strict=True)
+            self._written(row, [response], sampled=True)
+            for row, response in zip(rows, responses, strict=True)
         ]
         prompts = self.ids.of_each([text.prompt for text in texts])
         replies = self.ids.continued(
@@ -422,6 +441,8 @@ class Encoder:
         """
         self.check_lengths()
         how = "by the chat template" if self.template == CHAT else f"as {self.template!r}"
+        if self.template != CHAT and True in self._kinds:
+            how += ", messages by the chat template"
         written = [f"prompts are written {how}"] if self._kinds else []
         return [*written, *self.notes(), *self.lengths.lines(self.limits)]
 
@@ -434,7 +455,7 @@ class Encoder:
         """
         self.lengths.check(self.data, self.limits)
         if self._template is not None and False in self._kinds:
-            for name in self._template.names:
+            for name in sorted(self._template.heads):
                 if name not in self._filled:
                     raise UserError(
                         f"data.template has {{{name}}}, but no row has {name}; take it out, or "
@@ -483,19 +504,40 @@ class Encoder:
         self._counts[f"special tokens spelt in rows are {said}"] += count
         return value if kept else self.ids.hide(value)
 
-    def _written(self, row: Any, replies: Sequence[Reply], learn: bool = False) -> Written:
+    def _written(
+        self, row: Any, replies: Sequence[Reply], learn: bool = False, sampled: bool = False
+    ) -> Written:
         """A row's prompt and replies as its template writes them.
 
         Args:
             learn: whether the earlier replies of a dialogue matter.
+            sampled: whether a model has written the replies.
+
+        Raises:
+            UserError: the template cannot write the row, or would leave part of it out.
         """
+        template = self._template
+        if template is not None and template.text != PLAIN:
+            alone = asked_alone(row.prompt, row.columns)
+            if alone is None:
+                raise UserError(
+                    f"{row.source}: the prompt is a dialogue, and data.template={template.text!r} "
+                    "writes one question (of the user, under a system message or not); set "
+                    "data.template=chat"
+                )
+            return self._filled_in(template, row, *alone, replies)
         dialogue = not isinstance(row.prompt, str)
+        if not dialogue and template is not None:
+            if self.data.chat_template:
+                self._counts["rows are text, which data.chat_template does not write"] += 1
+            return self._filled_in(template, row, row.prompt, row.columns, replies)
         self._kinds.add(dialogue)
-        columns = row.columns
-        if not dialogue and self._template is not None:
-            return self._filled_in(self._template, row, replies)
-        turns = self._plain(turns_of(row.prompt, columns))
-        tools = self._plain(columns.get("tools"))
+        turns = turns_of(row.prompt, row.columns)
+        self._check_reach(turns, replies, row.columns.get("tools"), row.source)
+        if not sampled and self.data.special_tokens != "keep":
+            self._check_marks([*turns, *map(message_of, replies)], row.source)
+        turns = self._plain(turns)
+        tools = self._plain(row.columns.get("tools"))
         chat, source = self._chat, row.source
         own = [self._plain(reply) for reply in replies]
         if not own:
@@ -506,26 +548,98 @@ class Encoder:
             written.spans = self._spans(row, turns, own[0], tools, asked)
         return written
 
-    def _filled_in(self, template: TextTemplate, row: Any, replies: Sequence[Reply]) -> Written:
-        """A row as text: no chat template is read."""
-        columns, source = row.columns, row.source
+    def _check_reach(self, turns: Turns, replies: Sequence[Reply], tools: Any, source: str) -> None:
+        """The chat template writes all messages of a dialogue; what else it leaves out is counted.
+
+        Raises:
+            UserError: it leaves out a message, or its calls.
+        """
+        chat, counts = self._chat, self._counts
+        own = [message_of(reply) for reply in replies]
+        check_loss_keys([*turns, *own], source)
+        for number, whole in enumerate([replied(turns, reply) for reply in replies] or [turns]):
+            for place, lost, why in chat.reach.left_out(whole):
+                message = whole[place]
+                if "tool_calls" in lost:
+                    raise UserError(
+                        f"{source}: a message has tool_calls, which the chat template of "
+                        f"{chat.name} does not write{why and f' (it fails: {why})'}; set "
+                        "data.chat_template=qwen, or a template of your own that does"
+                    )
+                if not message.get("tool_calls"):
+                    raise UserError(
+                        f"{source}: the chat template of {chat.name} leaves out message "
+                        f"{place + 1} of the dialogue, of the {message['role']}; take it out, or "
+                        "set data.chat_template to one that writes it"
+                    )
+                if not number or place >= len(turns):
+                    counts[
+                        "messages have words beside tool_calls, which the chat template does not "
+                        "write"
+                    ] += 1
+        for message in (*turns, *own):
+            for key in message.keys() - READ - LOSS if len(message) > 2 else ():
+                value = message[key]
+                if value and not chat.reach.reads_key(message["role"], key, value):
+                    counts[f"messages have {key}, which the chat template does not write"] += 1
+        if tools and not chat.reach.reads_tools():
+            counts["rows have tools, which the chat template does not write"] += 1
+
+    def _check_marks(self, turns: Turns, source: str) -> None:
+        """The assistant spells no special token with which the chat template marks part of a reply.
+
+        It would be read as text, which the template does not know for its mark.
+
+        Raises:
+            UserError: it does.
+        """
+        for turn in turns:
+            if turn["role"] == "assistant" and self.ids.spelt(turn):
+                spelt = self.ids.special_in(reply_text(turn)) & self._chat.own_marks
+                if spelt:
+                    raise UserError(
+                        f"{source}: a reply spells {min(spelt)}, with which the chat template of "
+                        f"{self.name} marks part of a reply; set data.special_tokens=keep to have "
+                        "it read as that token"
+                    )
+
+    def _filled_in(
+        self,
+        template: TextTemplate,
+        row: Any,
+        prompt: str,
+        columns: dict[str, Any],
+        replies: Sequence[Reply],
+    ) -> Written:
+        """A row as text: no chat template is read.
+
+        Args:
+            prompt: the one question of the row.
+            columns: what the template may show, a system message with it.
+        """
+        source = row.source
+        self._kinds.add(False)
+        asked = row.prompt if isinstance(row.prompt, list) else []
+        own = [message_of(reply) for reply in replies]
+        check_loss_keys([*asked, *own], source)
+        for message in asked:
+            for key in message.keys() - READ - LOSS:
+                self._counts[f"messages have {key}, which data.template does not show"] += 1
         if columns.get("tools"):
             self._counts["rows have tools, which data.template does not show"] += 1
-        for reply in replies:
-            if not isinstance(reply, str) and (
-                more := reply.keys() - {"role", "content", "weight"}
-            ):
+        for message in own:
+            if more := message.keys() - {"role", "content", "weight"} - LOSS:
                 raise UserError(
                     f"{source}: a reply has {', '.join(sorted(more))}, which only a chat template "
                     "writes; set data.template=chat"
                 )
         if template.names:
-            shown = {name: self._plain(columns[name]) for name in template.names if name in columns}
+            shown = {name: self._plain(columns[name]) for name in template.heads if name in columns}
             self._filled |= {name for name, value in shown.items() if value is not None}
             columns = {**columns, **shown}
         # a BOS that the row or the template spells is the one that the tokenizer puts there
         bos = self._bos if self.ids.before else ""
-        text = template.fill(self._plain(row.prompt.removeprefix(bos)), columns, source)
+        text = template.fill(self._plain(prompt.removeprefix(bos)), columns, source)
         text = text.removeprefix(bos)
         texts = [self._plain(self._without_eos(reply_text(reply))) for reply in replies]
         return Written(text, texts, False)

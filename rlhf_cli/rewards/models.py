@@ -98,11 +98,15 @@ class Reader:
         """The model's template can write prompts of every sort among these.
 
         Raises:
-            UserError: there are dialogues, and no chat template for them.
+            UserError: there are dialogues, and no template that writes them.
         """
-        dialogue = next((row for row in rows if not isinstance(row.prompt, str)), None)
-        if self.encoder is not None and dialogue is not None:
-            self.encoder.written([dialogue], ["a"], [True])
+        if self.encoder is None:
+            return
+        prompts = [(row.prompt, row) for row in rows if not isinstance(row.prompt, str)]
+        sorts = {tuple(turn["role"] for turn in turns): row for turns, row in prompts}
+        dialogues = list(sorts.values())
+        if dialogues:
+            self.encoder.written(dialogues, ["a"] * len(dialogues), [True] * len(dialogues))
 
     def sequences(self, rollouts: Sequence[Rollout]) -> list[Tokens | None]:
         """Prompt and response of each rollout; None where the response does not fit."""

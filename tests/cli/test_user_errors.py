@@ -569,7 +569,7 @@ BAD_ROWS: dict[str, Case] = {
     "nothing left to train on": (
         rows(PAIR, PAIR),
         f"reward {OWN}",
-        ["own.jsonl: holding out 1 of 1 prompts leaves none to train on", "data.eval_share"],
+        ["own.jsonl: holding out 1 of 1 prompts leaves none to train on", "give data.eval_path"],
     ),
     "no answer to check": (
         rows({"prompt": "1 + 1?"}, {"prompt": "2 + 2?"}),

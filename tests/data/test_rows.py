@@ -733,7 +733,7 @@ def test_too_few_rows_to_hold_out() -> None:
     of = np.array([1, 2, 3], np.uint64)
     with pytest.raises(UserError, match=r"holding out 3 of 3 .* set data\.eval_rows"):
         hold_out(of, of, 0.1, 3, "x.jsonl")
-    with pytest.raises(UserError, match=r"holding out 1 of 1 .* set data\.eval_share"):
+    with pytest.raises(UserError, match=r"holding out 1 of 1 .* give data\.eval_path"):
         hold_out(of[:1], of[:1], 0.1, None, "x.jsonl")
 
 
