@@ -255,7 +255,7 @@ def test_each_step_ends_with_its_last_character(name: str, text: str, step_end: 
     for end, step in zip(ends, steps[:-1], strict=False):
         written += step
         so_far = [str(tokenizer.decode(ids[:count])) for count in (end, end + 1)]
-        assert [each.lstrip(" ").startswith(written.strip(" ")) for each in so_far] == [
+        assert [each.lstrip(" ").startswith(written.lstrip(" ")) for each in so_far] == [
             False,
             True,
         ]
