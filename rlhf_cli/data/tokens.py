@@ -50,6 +50,7 @@ from rlhf_cli.data.templates import (
 )
 from rlhf_cli.data.text_ids import Span, TextIds
 
+OPENED = 100  # characters of a reply, at most, that a generation prompt opens
 END = 2**62  # of a text, whatever its length
 CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
 
@@ -544,9 +545,21 @@ class Encoder:
             return Written(chat.asked(turns, tools, source), [], True)
         asked, responses = chat.exchange(turns, own, tools, source)
         written = Written(asked, responses, True)
+        begun = asked[-OPENED:]  # where the template opens what the reply has itself
+        self._count_rewritten(own, [begun + response for response in responses])
         if learn:
             written.spans = self._spans(row, turns, own[0], tools, asked)
+            earlier = [turns[i] for i in self._wanted(row, turns)] if written.spans else []
+            self._count_rewritten(earlier, [asked] * len(earlier))
         return written
+
+    def _count_rewritten(self, replies: Sequence[Reply], texts: Sequence[str]) -> None:
+        """Replies of which the chat template leaves out words, such as reasoning, are counted."""
+        for reply, text in zip(replies, texts, strict=True):
+            said = reply_text(reply).strip()
+            if said not in text and "".join(said.split()) not in "".join(text.split()):
+                what = "replies are learnt otherwise than they stand in the row: the chat template "
+                self._counts[what + "rewrites them (reasoning that it leaves out?)"] += 1
 
     def _check_reach(self, turns: Turns, replies: Sequence[Reply], tools: Any, source: str) -> None:
         """The chat template writes all messages of a dialogue; what else it leaves out is counted.

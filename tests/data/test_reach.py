@@ -81,9 +81,8 @@ def test_words_beside_calls_that_are_not_written_are_counted() -> None:
     )
     encoder = encoder_of(template)
     encoder.demonstrations([Demonstration([USER], {**CALLING, "content": "I sing."})])
-    assert encoder.notes() == [
-        "1 messages have words beside tool_calls, which the chat template does not write"
-    ]
+    said = "1 messages have words beside tool_calls, which the chat template does not write"
+    assert said in encoder.notes()
 
 
 def test_a_reply_that_goes_on_from_think_keeps_its_calls() -> None:
@@ -91,6 +90,22 @@ def test_a_reply_that_goes_on_from_think_keeps_its_calls() -> None:
     said = 'Hm.\n</think>\n\nI sing.CALL sing{"song": "la"}</s>'
     assert learnt(THINKS, reply) == said
     assert learnt(THINKS, {**reply, "content": "No."}).startswith("No.CALL sing")
+
+
+def test_replies_that_lose_words_are_counted() -> None:
+    drops = THINKS.replace("<think>\n{% endif", "{% endif")
+    thought, plain = "<think>Hm.</think>Two", "Two"
+    for template, reply, count in ((drops, thought, 1), (drops, plain, 0), (THINKS, thought, 0)):
+        encoder = encoder_of(template)
+        encoder.demonstrations([Demonstration([USER], reply)])
+        assert len(encoder.notes()) == count
+    encoder = encoder_of(drops)
+    talk = [USER, {"role": "assistant", "content": thought}, USER]
+    encoder.demonstrations([Demonstration(talk, plain)])
+    assert any(note.startswith("1 replies are learnt otherwise") for note in encoder.notes())
+    encoder = encoder_of(chat_template_of("qwen"))
+    encoder.demonstrations([Demonstration([USER], thought)])  # white space alone
+    assert encoder.notes() == []
 
 
 def test_function_call_of_old_becomes_a_call() -> None:

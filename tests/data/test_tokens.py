@@ -254,11 +254,9 @@ def test_each_step_ends_with_its_last_character(name: str, text: str, step_end: 
     written = ""
     for end, step in zip(ends, steps[:-1], strict=False):
         written += step
-        so_far = [str(tokenizer.decode(ids[:count])) for count in (end, end + 1)]
-        assert [each.lstrip(" ").startswith(written.strip(" ")) for each in so_far] == [
-            False,
-            True,
-        ]
+        without, so_far = (str(tokenizer.decode(ids[:n])).lstrip(" ") for n in (end, end + 1))
+        # a blank that ends a step may be a token, or part of the next word's
+        assert so_far.startswith(written.strip(" ")) and not without.startswith(written.lstrip(" "))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
