@@ -84,7 +84,7 @@ class TestCommands:
             "    warnings.warn(EVIL)\n    raise ValueError(EVIL)\n"
         )
         done = cli(*GENERATE, "policy=runs/demo/sft", "reward=mine.py:score")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, done.stderr
         assert not CONTROLS.search(done.stderr)
         assert done.stderr.count("52;c;cm0gLXJm") >= 5
 
@@ -143,7 +143,7 @@ class TestCommands:
 
     def test_the_path_is_exact_for_programs(self, cli: Cli, place: Path) -> None:
         done = cli("cp", "demo", "a\x1b[31m/")
-        assert done.stdout == "a\x1b[31m/demo.sh\n"
+        assert done.stdout == "a\x1b[31m/demo.yaml\n"
 
     def test_a_line_break_ends_no_comment(self, cli: Cli, place: Path) -> None:
         template = "data.template='{prompt}\nseed: 7\n'"
