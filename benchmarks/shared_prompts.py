@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.data.batches import collate_answers, cut, sharing_pays
-from rlhf_cli.data.tokens import Answers
+from rlhf_cli.data.items import Answers
 from rlhf_cli.models.forward import shares_prompts, token_logprobs
 
 TURN = "\n\nAssistant:"

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, PpoConfig
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import walked
 from rlhf_cli.data.sources import Source
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.scratch import learn_tokenizer
 
 WORDS = (

@@ -237,8 +237,8 @@ class Piece:
 
 def pieces_of(item: Any, encoder: "Encoder") -> Iterator[tuple[str, list[Piece]]]:
     """What an item is made of: a label, and its text in pieces."""
+    from rlhf_cli.data.items import Tokens
     from rlhf_cli.data.store import parts_of
-    from rlhf_cli.data.tokens import Tokens
 
     prompt, responses = parts_of(item)
     source = item[0].source if isinstance(item, tuple) else item.source

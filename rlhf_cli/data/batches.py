@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
-from rlhf_cli.data.tokens import Answers, Tokens
 
 Item = TypeVar("Item")
 # A token of hidden width d takes as long as ATTENTION * d pairs of tokens that attention looks at:

@@ -27,13 +27,14 @@ from rlhf_cli.config.schema import Data
 from rlhf_cli.data.checks import Doubts
 from rlhf_cli.data.duplicates import COMPARED, near_of
 from rlhf_cli.data.files import files_of, is_local
+from rlhf_cli.data.items import Answers, Encoded, Tokens
 from rlhf_cli.data.kinds import Demonstration, Preference, Ranking, Text, name_of
 from rlhf_cli.data.mixing import quotas
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Places, held_out_by, overlap
 from rlhf_cli.data.sources import Source
 from rlhf_cli.data.store import Items, TokenTable, TokenWriter, parts_of
-from rlhf_cli.data.tokens import Answers, Encoded, Encoder, Tokens
+from rlhf_cli.data.tokens import Encoder
 
 SMALL = 4 * 2**20  # bytes of rows that are tokenised again rather than kept
 CACHE = "RLHF_CLI_CACHE"  # names the folder of all datasets, instead of the user's own

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from rlhf_cli.data.items import Answers, Encoded, Item, Lazy, Tokens
 from rlhf_cli.data.kinds import Prompt, Row
 from rlhf_cli.data.sources import Source
-from rlhf_cli.data.tokens import Answers, Encoded, Tokens
 
-Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 BATCH = 1024  # items that are written at once
@@ -143,7 +142,7 @@ class _Batch:
     rows: pa.StringArray
 
 
-class TokenTable(Sequence[Encoded]):
+class TokenTable(Lazy[Encoded]):
     """The items of a TokenWriter, each made anew whenever it is asked for."""
 
     def __init__(self, table: pa.Table, kind: type) -> None:
@@ -176,14 +175,9 @@ class TokenTable(Sequence[Encoded]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, place: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Encoded]: ...
-    def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
-        number, i = divmod(range(self._length)[place], self._size)
+    def at(self, place: int) -> Encoded:
+        """The item at a place from 0."""
+        number, i = divmod(place, self._size)
         batch = self._batches[number]
         prompt, text = part(batch.prompt, i), batch.rows[i].as_py()
         if self._kind is Prompt:
@@ -221,7 +215,7 @@ def read(text: str, kind: type) -> Any:
 
 
 @dataclass
-class Items(Sequence[Item], Generic[Item]):
+class Items(Lazy[Item], Generic[Item]):
     """Some items of a table, in an order of their own.
 
     places: (N,) int64, where they stand in the table.
@@ -245,19 +239,14 @@ class Items(Sequence[Item], Generic[Item]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self.table[int(i)] for i in self.places[place]]
+    def at(self, place: int) -> Item:
+        """The item at a place from 0."""
         item: Item = self.table[int(self.places[place])]
         return item
 
 
 @dataclass
-class Mapped(Sequence[Made], Generic[Item, Made]):
+class Mapped(Lazy[Made], Generic[Item, Made]):
     """What a function makes of each item, made anew whenever it is asked for."""
 
     items: Sequence[Item]
@@ -266,18 +255,13 @@ class Mapped(Sequence[Made], Generic[Item, Made]):
     def __len__(self) -> int:
         return len(self.items)
 
-    @overload
-    def __getitem__(self, place: int) -> Made: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Made]: ...
-    def __getitem__(self, place: int | slice) -> Made | list[Made]:
-        if isinstance(place, slice):
-            return [self.make(item) for item in self.items[place]]
+    def at(self, place: int) -> Made:
+        """What is made of the item at a place from 0."""
         return self.make(self.items[place])
 
 
 @dataclass
-class Joined(Sequence[Item], Generic[Item]):
+class Joined(Lazy[Item], Generic[Item]):
     """The items of two sequences, one after the other."""
 
     first: Sequence[Item]
@@ -286,16 +270,10 @@ class Joined(Sequence[Item], Generic[Item]):
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
 
-    @overload
-    def __getitem__(self, place: int) -> Item: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Item]: ...
-    def __getitem__(self, place: int | slice) -> Item | list[Item]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
-        i = range(len(self))[place]
+    def at(self, place: int) -> Item:
+        """The item at a place from 0."""
         count = len(self.first)
-        return self.first[i] if i < count else self.second[i - count]
+        return self.first[place] if place < count else self.second[place - count]
 
 
 def by_source(items: Items[Any], made: Sequence[Made]) -> dict[str, list[Made]]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.store import parts_of
-from rlhf_cli.data.tokens import Tokens
 
 
 @dataclass

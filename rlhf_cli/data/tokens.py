@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, combinations
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Data
 from rlhf_cli.data.chat import ChatTemplate
+from rlhf_cli.data.items import Answers, Encoded, EncodedPrompt, Tokens
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
@@ -53,77 +54,6 @@ from rlhf_cli.data.text_ids import Span, TextIds
 OPENED = 100  # characters of a reply, at most, that a generation prompt opens
 END = 2**62  # of a text, whatever its length
 CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_turn>")
-
-
-@dataclass
-class Tokens:
-    """One sequence: the ids of its prompt, BOS included, and of its response, EOS included.
-
-    source: where its row stands, for messages.
-    loss: which tokens of the response carry loss; None: all.
-    """
-
-    prompt: list[int]
-    response: list[int]
-    source: str = field(default="", compare=False)
-    loss: list[bool] | None = None
-
-    @property
-    def responses(self) -> list[list[int]]:
-        """The response alone: a sequence is a group of one, as in Answers."""
-        return [self.response]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
-
-
-def response_tokens(sequences: Sequence[Tokens]) -> int:
-    """Tokens that carry loss."""
-    return sum(
-        len(sequence.response) if sequence.loss is None else sum(sequence.loss)
-        for sequence in sequences
-    )
-
-
-EncodedPrompt = tuple[Prompt, list[int]]
-"""A row to respond to, and the ids of its prompt."""
-
-
-@dataclass
-class Answers:
-    """K responses to one prompt, in the order of the row that judges them.
-
-    Prompt and responses as in Tokens; no response is empty.
-
-    ends: for steps, the place of the last token of each step in the one response.
-    """
-
-    prompt: list[int]
-    responses: list[list[int]]
-    row: Any
-    ends: list[int] = field(default_factory=list)
-
-    @property
-    def sequences(self) -> list[Tokens]:
-        """Each response with the prompt."""
-        return [Tokens(self.prompt, response, self.source) for response in self.responses]
-
-    @property
-    def source(self) -> str:
-        """Where the row stands, for messages; empty of pairs that no row has."""
-        return getattr(self.row, "source", "")
-
-    def __len__(self) -> int:
-        """The longest sequence, in tokens."""
-        return len(self.prompt) + max(map(len, self.responses))
-
-
-Encoded = Tokens | Answers | EncodedPrompt
-
-
-def responses_in(item: Answers) -> int:
-    """Sequences that an item takes in a batch."""
-    return len(item.responses)
 
 
 @dataclass

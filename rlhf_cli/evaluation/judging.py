@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
-from rlhf_cli.data.tokens import Answers
 from rlhf_cli.objectives.estimates import (
     Bin,
     Calibration,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.errors import Interrupted, UserError
-from rlhf_cli.data.tokens import EncodedPrompt, Tokens
+from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.evaluation.samples import generated_row
 from rlhf_cli.folders.journal import Journal, Placed, Record
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate, collate_answers, sharing_pays
-from rlhf_cli.data.tokens import Answers, Tokens
+from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.objectives.kl import full_kl

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import Batch, collate, cut
-from rlhf_cli.data.tokens import Answers, Tokens
+from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.forward import (
     answer_batch,
     response_scores,

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import Hardware, PpoConfig
 from rlhf_cli.data.batches import Batch
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.models.forward import matmul_in_float32, state_values
 from rlhf_cli.models.heads import value_head
 from rlhf_cli.models.load import load_critic

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import OnlineConfig
+from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.tokens import EncodedPrompt
 from rlhf_cli.evaluation.samples import show_samples
 from rlhf_cli.online.alarms import Alarms
 from rlhf_cli.online.experience import Experience, measure

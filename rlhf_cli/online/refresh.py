@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from rlhf_cli.config.schema import GrpoConfig
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import EpochBatches
+from rlhf_cli.data.items import Answers, responses_in
 from rlhf_cli.data.kinds import Preference, Prompt
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.reading import KindError
-from rlhf_cli.data.tokens import Answers, responses_in
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import evenly, order_of
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.objectives.policy_gradient import clipped
 from rlhf_cli.online.experience import Experience
 from rlhf_cli.online.written import WrittenWeights

@@ -5,7 +5,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import EpochBatches
-from rlhf_cli.data.tokens import Tokens, response_tokens
+from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.integrity import fault_in
 from rlhf_cli.folders.manifest import read_manifest

@@ -3,17 +3,16 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig
+from rlhf_cli.data.items import Answers, Lazy, Tokens, responses_in
 from rlhf_cli.data.kinds import Feedback, Ranking
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.store import prompts_of
 from rlhf_cli.data.streaming import Stream
-from rlhf_cli.data.tokens import Answers, Tokens, responses_in
 from rlhf_cli.objectives.preference import kto_weights
 
 
@@ -71,7 +70,7 @@ class PreferenceItem(Compared):
         return not isinstance(row, Feedback) or bool(row.label)
 
 
-class PreferenceItems(Sequence[PreferenceItem]):
+class PreferenceItems(Lazy[PreferenceItem]):
     """An item per row, made anew whenever it is asked for; what the reference says is kept.
 
     kto's have a partner: the response of the next row in a shuffled order. The paper pairs within a
@@ -88,20 +87,14 @@ class PreferenceItems(Sequence[PreferenceItem]):
     def __len__(self) -> int:
         return len(self.answers)
 
-    @overload
-    def __getitem__(self, place: int) -> PreferenceItem: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PreferenceItem]: ...
-    def __getitem__(self, place: int | slice) -> PreferenceItem | list[PreferenceItem]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
-        i = range(len(self))[place]
-        answers = self.answers[i]
-        item = PreferenceItem(answers, self._known.get(i))
+    def at(self, place: int) -> PreferenceItem:
+        """The item at a place from 0."""
+        answers = self.answers[place]
+        item = PreferenceItem(answers, self._known.get(place))
         if self._partner is not None:
-            responses = self.answers[self._partner[i]].responses
+            responses = self.answers[self._partner[place]].responses
             others = Answers(answers.prompt, responses, answers.row)
-            item.mismatched = Compared(others, self._known_of_partner.get(i))
+            item.mismatched = Compared(others, self._known_of_partner.get(place))
         return item
 
     def remember(self, place: int, item: PreferenceItem) -> None:

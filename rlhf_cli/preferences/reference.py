@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
+from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.streaming import Stream
-from rlhf_cli.data.tokens import Answers
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.dtypes import product_type_of
 from rlhf_cli.models.forward import matmul_in_float32, shares_prompts

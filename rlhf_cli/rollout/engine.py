@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
-from rlhf_cli.data.tokens import EncodedPrompt
+from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 

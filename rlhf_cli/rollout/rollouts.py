@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rollout.decode import Completion
 from rlhf_cli.rollout.sampling import Sampling
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.held_out import identity
+from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.reading import KindError
-from rlhf_cli.data.tokens import Answers, Tokens
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.report import show_judgement, show_report

@@ -30,10 +30,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import GrpoAlgo, GrpoConfig
 from rlhf_cli.data.batches import collate, draw
+from rlhf_cli.data.items import EncodedPrompt, response_tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Mapped
-from rlhf_cli.data.tokens import EncodedPrompt, response_tokens
 from rlhf_cli.models.forward import on_grid, token_logprobs
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.objectives import policy_gradient

@@ -26,10 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import PpoAlgo, PpoConfig
 from rlhf_cli.data.batches import collate, draw
+from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Mapped
-from rlhf_cli.data.tokens import Tokens, response_tokens
 from rlhf_cli.models.forward import on_grid, response_nll, token_logprobs
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives import policy_gradient

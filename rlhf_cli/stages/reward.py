@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import Hardware, RewardAlgo, RewardConfig
 from rlhf_cli.data.batches import Batch, rankings_of
+from rlhf_cli.data.items import Answers, Tokens, responses_in
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import by_source
 from rlhf_cli.data.streaming import Stream, first
-from rlhf_cli.data.tokens import Answers, Encoder, Tokens, responses_in
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.judging import (
     Report,
     accuracy,

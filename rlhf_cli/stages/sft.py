@@ -21,10 +21,11 @@ from torch import nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
 from rlhf_cli.data.dataset import Dataset
+from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined, by_source
-from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_policy, load_tokenizer

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_cli.data.batches import Batch, collate, collate_answers, cut, sharing_pays
-from rlhf_cli.data.tokens import Answers, Tokens
+from rlhf_cli.data.items import Answers, Tokens
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")

@@ -7,9 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
+from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Text
 from rlhf_cli.data.templates import SHIPPED, TextTemplate, chat_template_of
-from rlhf_cli.data.tokens import Encoder, Tokens, response_tokens
+from rlhf_cli.data.tokens import Encoder
 from tests.families import FAMILIES, family
 from tests.toys import data_of
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
+from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Stepwise, Text, cut_steps
 from rlhf_cli.data.step_cutter import StepCutter
-from rlhf_cli.data.tokens import Answers, Encoder
+from rlhf_cli.data.tokens import Encoder
 from tests.toys import CHAT, bpe, characters, data_of
 
 TURNS = [

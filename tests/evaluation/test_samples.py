@@ -8,9 +8,9 @@ import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.data.files import Raw
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt, derive
 from rlhf_cli.data.readers import as_row
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.evaluation.samples import generated_row, renamed
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import generate

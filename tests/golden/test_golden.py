@@ -54,8 +54,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_cli.data.batches import Batch, collate
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Preference, Ranking, Reply, pairs_of, reply_text
-from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.forward import hidden_states, response_scores, token_logprobs, unembed
 from rlhf_cli.objectives.advantages import (

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from rlhf_cli.data.batches import Batch, collate, collate_answers
-from rlhf_cli.data.tokens import Answers
+from rlhf_cli.data.items import Answers
 from rlhf_cli.models.forward import (
     answer_batch,
     response_scores,

@@ -12,7 +12,7 @@ from transformers import LlamaForSequenceClassification
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
-from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.forward import (
     check_unembedding,
     response_scores,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
+from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Feedback, Ranking
-from rlhf_cli.data.tokens import Answers
 from rlhf_cli.models import score
 from rlhf_cli.models.out_of_memory import (
     halves,

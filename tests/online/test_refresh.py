@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.tokens import Answers
+from rlhf_cli.data.items import Answers
 from rlhf_cli.models.adapters import is_adapted
 from rlhf_cli.models.load import load_scorer, load_tokenizer
 from rlhf_cli.models.score import scores_of

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.objectives.moments import RunningMoments
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rewards.shaping import Shaped, shape

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import Tokens
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.load import load_scorer

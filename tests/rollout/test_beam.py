@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode

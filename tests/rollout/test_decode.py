@@ -7,8 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_cli.config.errors import RunError
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.native import NativeEngine

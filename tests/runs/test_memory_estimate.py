@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
-from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.forward import hidden_states
 from rlhf_cli.models.load import load_critic, load_policy, load_scorer

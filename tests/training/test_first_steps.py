@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.data.batches import draw
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import Rows, read_split
-from rlhf_cli.data.tokens import Encoder, Tokens
+from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import load_policy, load_tokenizer
 from rlhf_cli.models.score import mean_nll, scores_of
 from rlhf_cli.rewards.models import CheckpointReward, statistics_of

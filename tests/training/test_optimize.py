@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.data.batches import collate, cut
-from rlhf_cli.data.tokens import Tokens
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.out_of_memory import keys_that_help
 from rlhf_cli.objectives.likelihood import nll_sum
