@@ -9,7 +9,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -158,9 +158,3 @@ def _is_own(filename: str, file: Path) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says."""
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def listed(names: Collection[str]) -> str:
-    """a, b or c."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last

@@ -140,11 +140,6 @@ def held_out_of(path: Paths, eval_path: Paths | None) -> Paths | None:
     return [str(file) for file in held_out_files_of(asked)] or eval_path
 
 
-def unused_files(path: Paths) -> list[Path]:
-    """What is in the folders of a path and not read, and not known to be no data."""
-    return find(path).unused
-
-
 def about_files(path: Paths, held_out: bool) -> list[str]:
     """Lines on what is read of a path and what is not, where that is not plain from the path.
 

@@ -65,15 +65,17 @@ class Stream(Generic[Item]):
         """
         number = 0
         while True:
-            began, rows = number, self._rows()
+            began, found, rows = number, 0, self._rows()
             while window := list(islice(rows, WINDOW)):
                 number += 1
                 if number > first:
                     items = [self.make(item) for item in self.encoder.items(window, self.kind)]
                     self.encoder.check_lengths()
+                    found += len(items)
                     yield items
-            if number == began:
-                raise UserError(f"{self.places.name}: no row to learn from")
+            if not found and began >= first:  # else part of the pass was not tokenised
+                why = "; ".join(self.encoder.notes())
+                raise UserError(f"{self.places.name}: no row is left to learn from: {why}")
 
     def _rows(self) -> Iterator[Any]:
         """Training rows of all sources, one source after the other."""

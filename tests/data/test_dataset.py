@@ -345,6 +345,19 @@ def test_a_stream_that_cuts_its_responses_stops(tmp_path: Path) -> None:
         streamed(places, Demonstration, data, Encoder(bpe(), data), lambda row: None)
 
 
+def test_a_stream_of_which_nothing_is_left_ends(tmp_path: Path) -> None:
+    """Its batches would wait for rows for ever; the held-out row is sound."""
+    long = [{"prompt": "the cat sat on a mat " * 9, "completion": "a"} for _ in range(20)]
+    unseen = write(tmp_path / "eval.jsonl", [{"prompt": "q", "completion": "a"}])
+    path = write(tmp_path / "r.jsonl", long)
+    data = data_of(path=path, eval_path=unseen, max_prompt_tokens=8, long_prompts="drop")
+    places = Rows(data).places(Demonstration)
+    split = streamed(places, Demonstration, data, Encoder(bpe(), data), lambda row: None)
+    batches: StreamBatches[Any] = StreamBatches(split.train, 4, 3, seed=0, name="x")
+    with pytest.raises(UserError, match=r"r\.jsonl: no row is left to learn from: .*prompts over"):
+        batches[0]
+
+
 def test_what_a_stream_reads_is_told(tmp_path: Path) -> None:
     rows = [{"prompt": f"p {i}", "completion": "c", "id": i} for i in range(400)]
     path = write(tmp_path / "r.jsonl", [*rows, {"prompt": "", "completion": "c"}])

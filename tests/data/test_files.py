@@ -24,12 +24,12 @@ from rlhf_cli.data.files import (
     RowError,
     about_files,
     files_of,
+    find,
     held_out_files_of,
     held_out_of,
     hub_of,
     is_local,
     read_raw,
-    unused_files,
 )
 from rlhf_cli.data.hub import HubName, hub_name
 
@@ -140,7 +140,7 @@ def test_a_dataset_that_was_saved(tmp_path: Path) -> None:
     saved.save_to_disk(tmp_path / "one", num_shards=2)
     put(tmp_path / "one/cache-1.arrow", arrow(pyarrow.ipc.new_stream))
     assert read(str(tmp_path / "one")) == ROWS
-    assert unused_files(str(tmp_path / "one")) == [tmp_path / "one/cache-1.arrow"]
+    assert find(str(tmp_path / "one")).unused == [tmp_path / "one/cache-1.arrow"]
     parts = {"train": saved.select([0, 1]), "test": saved.select([2])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     assert read(str(tmp_path / "both")) == ROWS[:2]
@@ -362,7 +362,7 @@ def test_a_folder_is_read_with_the_folders_in_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "a/again").symlink_to(tmp_path)
     assert prompts(str(tmp_path)) == ["a/deep/y.jsonl.gz", "a/z.jsonl", "b.jsonl", "c.json"]
-    unused = [str(file.relative_to(tmp_path)) for file in unused_files(str(tmp_path))]
+    unused = [str(file.relative_to(tmp_path)) for file in find(str(tmp_path)).unused]
     assert unused == ["a/picture.png", "notes.md", "run"]
     assert about_files(str(tmp_path), True) == [
         f"{tmp_path}: not read: a/picture.png, notes.md, run"
@@ -409,7 +409,7 @@ def test_a_folder_with_splits(name: str, tmp_path: Path) -> None:
     assert names(files_of(path)) == train
     assert names(held_out_files_of(path)) == held_out
     left = sorted({*there} - {*train} - {*held_out})
-    assert names(unused_files(path)) == left
+    assert names(find(path).unused) == left
     whole = [str(tmp_path / each) for each in held_out] or None
     assert held_out_of(path, None) == whole
     assert held_out_of(str(tmp_path / there[0]), path) == (whole or path)
