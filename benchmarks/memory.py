@@ -26,8 +26,8 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Model
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split
-from rlhf_cli.models.load import scorer_from_policy
 from rlhf_cli.models.save import save_model
+from rlhf_cli.models.scorers import scorer_from_policy
 from rlhf_cli.models.scratch import learn_tokenizer
 from rlhf_cli.runs.memory_estimate import parts_of, predicted_peak
 

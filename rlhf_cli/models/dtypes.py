@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from rlhf_cli.config.stages import DEMO_SIZE
 from rlhf_cli.folders.manifest import numbers_by_type
 from rlhf_cli.models.adapters import is_adapted, trained
-from rlhf_cli.models.forward import unwrap
+from rlhf_cli.models.decoder import unwrap
 
 AUTO, SOURCE = "auto", "source"
 WRITTEN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.models.adapters import POLICY, is_adapted, trained
+from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import held_as
-from rlhf_cli.models.forward import unwrap
 
 
 def save_model(

@@ -26,7 +26,7 @@ from rlhf_cli.models.adapters import (
     unite,
     weights_of,
 )
-from rlhf_cli.models.forward import trunk, unwrap
+from rlhf_cli.models.decoder import trunk, unwrap
 from rlhf_cli.models.heads import HEAD_NAMES
 
 

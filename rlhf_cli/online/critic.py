@@ -8,10 +8,11 @@ from rlhf_cli.config.schema import Hardware, PpoConfig
 from rlhf_cli.data.batches import Batch
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.models.forward import matmul_in_float32, state_values
+from rlhf_cli.models.decoder import matmul_in_float32
+from rlhf_cli.models.forward import state_values
 from rlhf_cli.models.heads import value_head
-from rlhf_cli.models.load import load_critic
 from rlhf_cli.models.score import scores_of, trunk_values_of, values_of
+from rlhf_cli.models.scorers import load_critic
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.reward import Reward

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.models.forward import matmul_in_float32
+from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rewards.reward import Reward, load_reward

@@ -15,11 +15,13 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.streaming import Stream
 from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.dtypes import product_type_of
-from rlhf_cli.models.forward import matmul_in_float32, shares_prompts
-from rlhf_cli.models.load import check_vocabulary, load_policy
+from rlhf_cli.models.forward import shares_prompts
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.models.tokenizers import check_vocabulary
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.preferences.bootstrap import BOOTSTRAP, bootstrap
 from rlhf_cli.preferences.cache import ReferenceCache

@@ -22,9 +22,11 @@ from rlhf_cli.folders.manifest import (
     read_manifest,
     reference_folder,
 )
-from rlhf_cli.models.forward import unwrap
-from rlhf_cli.models.load import load_policy, load_scorer, load_tokenizer
+from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
+from rlhf_cli.models.scorers import load_scorer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rollout.rollouts import Rollout

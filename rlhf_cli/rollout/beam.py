@@ -7,7 +7,8 @@ from torch import nn
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.forward import matmul_type, token_logprobs, unwrap
+from rlhf_cli.models.decoder import matmul_type, unwrap
+from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.rollout.decode import Completion, no_logits
 from rlhf_cli.rollout.sampling import Sampling
 

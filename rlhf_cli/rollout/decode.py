@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.models.forward import matmul_type, trunk, unembed, unwrap
+from rlhf_cli.models.decoder import matmul_type, trunk, unembed, unwrap
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
 

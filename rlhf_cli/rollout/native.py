@@ -12,7 +12,7 @@ from rlhf_cli.data.batches import cut
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.forward import matmul_in_float32
+from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode

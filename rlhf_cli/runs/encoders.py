@@ -7,8 +7,8 @@ from rlhf_cli.data.kinds import Demonstration, Text, reply_text
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.scratch import learn_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.runs.inherited import context_of
 
 LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from

@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.models.forward import unwrap
-from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
+from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.shared import recompute_activations
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine

@@ -30,8 +30,8 @@ from rlhf_cli.evaluation.report import show_judgement, show_report
 from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.models.load import check_vocabulary, load_tokenizer
 from rlhf_cli.models.score import logprobs_of, mean_nll
+from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.reporting.console import Bar, say

@@ -41,17 +41,17 @@ from rlhf_cli.evaluation.judging import (
 )
 from rlhf_cli.evaluation.report import show_judgement, write_judgement
 from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
+from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.forward import (
     answer_batch,
     on_grid,
     response_scores,
     shares_prompts,
     token_scores,
-    unwrap,
 )
 from rlhf_cli.models.heads import head_name
-from rlhf_cli.models.load import scorer_from_policy
 from rlhf_cli.models.score import scores_of, token_scores_of
+from rlhf_cli.models.scorers import scorer_from_policy
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say

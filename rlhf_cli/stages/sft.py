@@ -28,10 +28,11 @@ from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
-from rlhf_cli.models.load import load_policy, load_tokenizer
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.shared import recompute_activations
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling

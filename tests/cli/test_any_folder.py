@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.load import load_policy, load_tokenizer, stop_ids_of
+from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.runs.preflight import preflight
 from tests.cli.made import POLICY, ROWS

@@ -57,8 +57,9 @@ from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Preference, Ranking, Reply, pairs_of, reply_text
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.decoder import hidden_states, unembed
 from rlhf_cli.models.dropout import disable_dropout
-from rlhf_cli.models.forward import hidden_states, response_scores, token_logprobs, unembed
+from rlhf_cli.models.forward import response_scores, token_logprobs
 from rlhf_cli.objectives.advantages import (
     at_last,
     gae,

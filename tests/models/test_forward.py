@@ -13,13 +13,8 @@ from transformers import LlamaForSequenceClassification
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.forward import (
-    check_unembedding,
-    response_scores,
-    state_values,
-    token_logprobs,
-    token_scores,
-)
+from rlhf_cli.models.decoder import check_unembedding
+from rlhf_cli.models.forward import response_scores, state_values, token_logprobs, token_scores
 from rlhf_cli.models.heads import init_head, value_head
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import (

@@ -13,8 +13,10 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.time_limit import time_limit
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.integrity import check_whole
-from rlhf_cli.models.load import load_policy, load_scorer, load_tokenizer, scorer_from_policy
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.save import save_model
+from rlhf_cli.models.scorers import load_scorer, scorer_from_policy
+from rlhf_cli.models.tokenizers import load_tokenizer
 from tests.toys import FROZEN, bpe, characters, data_of, llama, model_of
 
 CPU = torch.device("cpu")

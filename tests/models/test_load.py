@@ -27,20 +27,16 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.folders.manifest import TOKEN
+from rlhf_cli.models.decoder import hidden_states, unwrap
 from rlhf_cli.models.dropout import residual_dropout
-from rlhf_cli.models.forward import hidden_states, token_logprobs, unwrap
-from rlhf_cli.models.load import (
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    load_weights,
-    scorer_from_policy,
-    stop_ids_of,
-)
+from rlhf_cli.models.forward import token_logprobs
+from rlhf_cli.models.load import load_policy, load_weights
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
+from rlhf_cli.models.scorers import load_scorer, scorer_from_policy
 from rlhf_cli.models.shared import SharedScorer, save_scorer
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from tests.toys import FROZEN, bpe, characters, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")

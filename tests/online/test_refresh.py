@@ -15,8 +15,9 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.items import Answers
 from rlhf_cli.models.adapters import is_adapted
-from rlhf_cli.models.load import load_scorer, load_tokenizer
 from rlhf_cli.models.score import scores_of
+from rlhf_cli.models.scorers import load_scorer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.online import roles
 from rlhf_cli.online.refresh import RewardRefresh, best_and_worst
 from rlhf_cli.reporting.metrics import JsonLines

@@ -16,8 +16,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.folders.manifest import content_hash
-from rlhf_cli.models.load import load_tokenizer
 from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.preferences import bootstrap as bootstraps
 from rlhf_cli.preferences import cache
 from rlhf_cli.preferences import reference as references

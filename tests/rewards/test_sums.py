@@ -20,7 +20,7 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.heads import init_head
-from rlhf_cli.models.load import load_scorer
+from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.rewards import functions, models
 from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.reward import Reward, load_reward

@@ -12,11 +12,12 @@ from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.forward import hidden_states
-from rlhf_cli.models.load import load_critic, load_policy, load_scorer
-from rlhf_cli.models.load import scorer_from_policy as new_scorer
+from rlhf_cli.models.decoder import hidden_states
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model
+from rlhf_cli.models.scorers import load_critic, load_scorer
+from rlhf_cli.models.scorers import scorer_from_policy as new_scorer
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.runs.memory_estimate import (
     Geometry,

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.models import forward
-from rlhf_cli.models.load import load_scorer, load_tokenizer
+from rlhf_cli.models import decoder
 from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.models.scorers import load_scorer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.training.loss_term import LossTerm
 from rlhf_cli.training.optimize import Optimizer
@@ -304,7 +305,7 @@ def test_a_run_that_does_not_fit_at_once_ends_the_same(
     """Passes of more padded tokens fail, in updates, in scoring and in sampling."""
     words = ["hardware.share_prompts=false", "model.dropout=0"][: 2 if stage == "sft" else 1]
     expected = run_stage(stage, tmp_path / "whole", *words)
-    real, sizes = forward.trunk, []
+    real, sizes = decoder.trunk, []
 
     def small(model: nn.Module) -> Any:
         def run(**inputs: Tensor) -> Any:
@@ -316,7 +317,7 @@ def test_a_run_that_does_not_fit_at_once_ends_the_same(
 
         return run
 
-    monkeypatch.setattr(forward, "trunk", small)
+    monkeypatch.setattr(decoder, "trunk", small)
     monkeypatch.setattr("rlhf_cli.rollout.decode.trunk", small)
     found = run_stage(stage, tmp_path / "small", *words)
     assert max(sizes) <= most

@@ -13,8 +13,9 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.load import load_policy, load_tokenizer
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import mean_nll, scores_of
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.rewards.models import CheckpointReward, statistics_of
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.stages import grpo, ppo

@@ -25,7 +25,7 @@ from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.preferences.items import PreferenceItems
 from rlhf_cli.rewards.reward import load_reward
 from tests.tiny import words_of

@@ -23,7 +23,7 @@ from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Ranking, Stepwise
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.load import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import reward

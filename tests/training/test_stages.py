@@ -22,8 +22,9 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.adapters import snapshot
 from rlhf_cli.models.forward import answer_batch, shares_prompts
-from rlhf_cli.models.load import load_policy, load_tokenizer
+from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs import out_folder as outfolder
 from rlhf_cli.runs.out_folder import newest_step

@@ -1,0 +1,141 @@
+"""Reward models and critics in: a trunk with a scalar head, from a folder or from the policy."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.folders.integrity import check_weights_hash
+from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of
+from rlhf_cli.models.adapters import CRITIC, PREFIX, REWARD, is_adapted
+from rlhf_cli.models.adapting import adapt, check_adapter, own_names, rank_of
+from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
+from rlhf_cli.models.load import load_base
+from rlhf_cli.models.loading_faults import fits, told
+from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
+from rlhf_cli.models.tokenizers import fit_embeddings
+
+HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
+
+
+@fits
+def load_scorer(
+    path: str,
+    config: FrozenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    base: nn.Module | None = None,
+) -> nn.Module:
+    """A reward model, or a critic that starts as one: classifier with one label.
+
+    Of whole responses it is a sequence classifier, of steps and tokens a token classifier.
+
+    Args:
+        base: the policy. Where the folder is an adapter on the base of an adapted policy, the
+            scorer is one more adapter there; frozen layers of a full policy are shared if equal.
+
+    Raises:
+        UserError: the folder holds no scalar head, or weights are missing or unreadable.
+    """
+    named = adapter_base(path)
+    if base is not None and is_adapted(base) and named is not None:
+        trainable = rank_of(config) > 0
+        role = _free_name(base, CRITIC if trainable else REWARD)
+        check_weights_hash(path)
+        check_adapter(path)
+        with told(f"{path}: cannot load the adapter"):
+            scorer = scorer_on_base(base, path, named, role, trainable)
+        if scorer is not None:
+            return scorer
+    auto, task = _classifier(level_of(path))
+    held = set() if named is None else {name.removeprefix(PREFIX) for name in own_names(path)}
+    model = load_base(path, config, auto, allowed_missing=HEADS & held)
+    if head_name(model) is None or scalar_head(model).out_features != 1:
+        raise UserError(f"{path}: not a reward model with one label called score")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _beside(adapt(model, path, config, task, device).to(device), base)
+
+
+@fits
+def scorer_from_policy(
+    path: str,
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    level: str = RESPONSE,
+    base: nn.Module | None = None,
+) -> nn.Module:
+    """The policy's trunk with a fresh scalar head in place of the unembedding.
+
+    Args:
+        base: the policy of that path, as it was loaded. Of an adapted one the scorer is one more
+            adapter on the same base, with the weights of the policy's; frozen layers of a full one
+            are shared.
+    """
+    if base is not None and is_adapted(base):
+        width = unwrap(base).config.get_text_config().hidden_size
+        head = nn.Linear(width, 1, bias=level != RESPONSE)
+        init_head(head, seed)
+        return critic_on_base(base, _free_name(base, CRITIC), head)
+    auto, task = _classifier(level)
+    model = load_base(path, config, auto, allowed_missing=HEADS)
+    if head_name(model) is None:
+        raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
+    init_head(scalar_head(model), seed)
+    fit_embeddings(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return _beside(adapt(model, path, config, task, device).to(device), base)
+
+
+def load_critic(
+    reward_path: str | None,
+    policy_path: str,
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    base: nn.Module,
+) -> nn.Module:
+    """The network of a separate critic: a copy of a reward model, or the policy's trunk.
+
+    Args:
+        reward_path: a reward model of whole responses; null starts from the policy, and all values
+            at 0, since those of a random head would be noise.
+        base: the policy, which the critic shares weights with where that is possible.
+    """
+    if reward_path is not None:
+        return load_scorer(reward_path, config, tokenizer, device, base)
+    critic = scorer_from_policy(policy_path, config, tokenizer, seed, device, base=base)
+    with torch.no_grad():
+        for weight in scalar_head(unwrap(critic)).parameters():
+            weight.zero_()
+    return critic
+
+
+def _free_name(adapted: Any, role: str) -> str:
+    """The role, numbered where the base bears an adapter of that name."""
+    names = (role, *(f"{role}{i}" for i in range(2, len(adapted.peft_config) + 2)))
+    return next(name for name in names if name not in adapted.peft_config)
+
+
+def _beside(model: nn.Module, policy: nn.Module | None) -> nn.Module:
+    """A full model beside a full policy, whose frozen layers it shares."""
+    if policy is not None and not is_adapted(policy):
+        share_frozen(model, policy)
+    return model
+
+
+def _classifier(level: str) -> tuple[Any, str]:
+    """The auto class of a reward model and peft's name of its task."""
+    if level == RESPONSE:
+        return AutoModelForSequenceClassification, "SEQ_CLS"
+    return AutoModelForTokenClassification, "TOKEN_CLS"
