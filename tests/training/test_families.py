@@ -11,6 +11,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import logprobs_of, scores_of
 from rlhf_cli.models.scorers import load_scorer
@@ -50,9 +50,18 @@ WORDS_OF = {
     "ppo": ["policy=sft", "reward=reward", *ONLINE],
     "grpo": ["policy=sft", "reward=regex:a", "algo.group_size=2", *ONLINE],
     "generate": ["policy=sft", "algo.temperature=0", *WORDS],
-    "evaluate": ["policy=ppo", "reference=sft", "reward=reward", "algo.samples=1", "algo.max_tokens=4", *WORDS],
+    "evaluate": [
+        "policy=ppo",
+        "reference=sft",
+        "reward=reward",
+        "algo.samples=1",
+        "algo.max_tokens=4",
+        *WORDS,
+    ],
 }
-SEQUENCES = [Tokens([5 + i, 9, 30][: 1 + i % 3], [11 + i, *range(12, 13 + 5 * i)]) for i in range(4)]
+SEQUENCES = [
+    Tokens([5 + i, 9, 30][: 1 + i % 3], [11 + i, *range(12, 13 + 5 * i)]) for i in range(4)
+]
 
 # Which stage says in one line that it cannot do a family, and what: (family, stage, how) -> words.
 REFUSED: dict[tuple[str, str, str], str] = {}
@@ -61,10 +70,7 @@ REFUSED: dict[tuple[str, str, str], str] = {}
 @pytest.mark.parametrize("how", ["full", "lora"])
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow])
-        for name in names()
-    ],
+    [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in names()],
 )
 def test_a_family_goes_through_all_stages(family: str, how: str, tmp_path: Path) -> None:
     build(family, tmp_path / "base")
@@ -77,7 +83,7 @@ def test_a_family_goes_through_all_stages(family: str, how: str, tmp_path: Path)
     with contextlib.chdir(tmp_path):
         for stage in STAGES:
             expected = REFUSED.get((family, stage, how))
-            fault = _fault(lambda stage=stage: run(stage, how), expected)
+            fault = _fault(partial(run, stage, how), expected)
             if fault is None and expected is None and stage in JUDGED:
                 fault = _fault(JUDGED[stage], None)
             if fault is not None:
