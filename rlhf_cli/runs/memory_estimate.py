@@ -8,14 +8,14 @@ activations follow from config.json. What the interpreter and its libraries take
 """
 
 import math
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.schema import Model, Run, SftModel
 from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
+from rlhf_cli.folders.cached import folder_of
+from rlhf_cli.folders.geometry import BLOCK, Geometry
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     Shapes,
@@ -32,7 +32,6 @@ from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
-BLOCK = re.compile(r"\.(\d+)\.")
 HEADS = ("score.", "classifier.")
 UNEMBEDDINGS = ("lm_head.", "embed_out.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
@@ -42,34 +41,8 @@ LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
 LIBRARIES, ROW = 460 * 2**20, 200
 
 
-@dataclass
-class Geometry:
-    """The widths of a decoder, in numbers per token."""
-
-    layers: int
-    hidden: int
-    keys: int
-    inner: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Geometry":
-        """From config.json, by the names of either habit."""
-        config = config.get("text_config") or config
-        hidden = config.get("hidden_size") or config["n_embd"]
-        heads = config.get("num_attention_heads") or config["n_head"]
-        per_head = config.get("head_dim") or hidden // heads
-        return cls(
-            config.get("num_hidden_layers") or config["n_layer"],
-            hidden,
-            per_head * (config.get("num_key_value_heads") or heads),
-            config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
-            config["vocab_size"],
-        )
-
-
 class Unknown(Exception):
-    """The sizes of a model that is not on this machine, or has no config that says them."""
+    """Why sizes are not known: a model is not on this machine, or its config is silent."""
 
 
 def predicted_memory(cfg: Run, rows: int) -> list[str]:
@@ -78,8 +51,8 @@ def predicted_memory(cfg: Run, rows: int) -> list[str]:
         return []
     try:
         always, update, rollout = parts_of(cfg)
-    except Unknown as missing:
-        return [f"predicted peak memory: unknown until {missing} is on this machine"]
+    except Unknown as why:
+        return [f"predicted peak memory: unknown {why}"]
     transient = max((update, rollout), key=lambda parts: sum(parts.values()))
     peak = sum(always.values()) + sum(transient.values())
     when = "rollout" if transient is rollout else "update"
@@ -302,9 +275,9 @@ def start_of(cfg: Any) -> tuple[Shapes, Geometry]:
 def geometry_of(path: str) -> Geometry:
     """The widths of a folder's decoder."""
     try:
-        return Geometry.of(read_config(Path(path)))
-    except KeyError:
-        raise Unknown(path) from None
+        return Geometry.of(read_config(folder_of(adapter_base(path) or path)))
+    except KeyError as missing:
+        raise Unknown(f"for {path}: its config.json says no {missing.args[0]}") from None
 
 
 def hidden_of(cfg: Any) -> int:
@@ -314,9 +287,9 @@ def hidden_of(cfg: Any) -> int:
 
 def known(path: str) -> Shapes:
     """The shapes of a full model, or of the base of an adapter folder."""
-    shapes = shapes_of(Path(adapter_base(path) or path))
+    shapes = shapes_of(folder_of(adapter_base(path) or path))
     if not shapes:
-        raise Unknown(path)
+        raise Unknown(f"until {path} is on this machine")
     return shapes
 
 
@@ -327,7 +300,7 @@ def adapter_shapes(path: str) -> Shapes:
 
 def from_scratch(model: SftModel) -> tuple[Shapes, Geometry]:
     """What models/scratch.py builds."""
-    assert model.hidden_size and model.layers and model.vocab_size
+    assert model.hidden_size and model.layers and model.vocab_size and model.heads
     d, inner = model.hidden_size, model.hidden_size * 8 // 3
     shapes: Shapes = {"model.embed_tokens.weight": (model.vocab_size, d)}
     for i in range(model.layers):
@@ -335,7 +308,7 @@ def from_scratch(model: SftModel) -> tuple[Shapes, Geometry]:
         shapes |= {f"{block}self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
         shapes |= {f"{block}mlp.{name}_proj.weight": (inner, d) for name in ("gate", "up", "down")}
         shapes |= {f"{block}norms.weight": (2 * d,)}
-    return shapes, Geometry(model.layers, d, d, inner, model.vocab_size)
+    return shapes, Geometry(model.layers, d, d, inner, model.vocab_size, model.heads, model.layers)
 
 
 def count(shapes: Shapes) -> int:

@@ -11,7 +11,6 @@ from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.runs.checks import (
     arithmetic,
-    check_context,
     check_data,
     check_frozen_layers,
     check_models,
@@ -20,7 +19,7 @@ from rlhf_cli.runs.checks import (
     reward_lines,
     row_kind,
 )
-from rlhf_cli.runs.inherited import inherit
+from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
@@ -88,7 +87,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         return Plan(state, rows, None, doing)
     check_data(cfg)
     check_models(cfg)
-    check_context(cfg)
+    check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
