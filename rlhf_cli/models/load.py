@@ -14,11 +14,12 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema import AUTO, FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.adapters import POLICY, adapter_weights, is_adapted, put_weights
 from rlhf_cli.models.adapting import adapt
+from rlhf_cli.models.attention import asked_for, check_attention, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
@@ -42,7 +43,9 @@ def load_policy(
     model = load_base(path, config, None, allowed_missing=set())
     fit_embeddings(model, tokenizer)
     find_parts(model)
-    return adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    model = adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    try_attention(model, path, config)
+    return model
 
 
 def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
@@ -60,7 +63,8 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     labels = {} if auto is None else {"num_labels": 1}
     for folder in (base, path):
         check_weights_hash(folder or path)
-    with told(f"{path}: cannot load the model"):
+    by = "" if config.attention == AUTO else f" with model.attention={config.attention}"
+    with told(f"{path}: cannot load the model{by}"):
         model, info = (auto or language_class(base or path, config)).from_pretrained(
             base or path,
             dtype=torch.float32,
@@ -69,11 +73,13 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **asked_for(config),
         )
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    check_attention(model, path, config)
     check_finite(base or path, model.state_dict())
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
