@@ -1,5 +1,9 @@
 """Language models in: from a hub id, a folder, or an adapter folder on its base."""
 
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import AUTO, FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
-from rlhf_cli.folders.manifest import adapter_base
+from rlhf_cli.folders.manifest import adapter_base, shapes_of
 from rlhf_cli.models.adapters import POLICY, adapter_weights, is_adapted, put_weights
 from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.attention import asked_for, check_attention, try_attention
@@ -24,6 +28,7 @@ from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
 from rlhf_cli.models.tokenizers import fit_embeddings
+from rlhf_cli.reporting.console import say
 
 LANGUAGE_MODELS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
@@ -79,6 +84,8 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    if auto is None:
+        _tell_left_out(base or path, model, info["unexpected_keys"])
     check_attention(model, path, config)
     check_finite(base or path, model.state_dict())
     with told(f"{path}: unreadable config"):
@@ -103,6 +110,28 @@ def language_class(path: str, config: FrozenModel) -> Any:
     text_alone = read.get_text_config() is read and made[AutoModelForCausalLM] is not None
     rest = [auto for auto, known in made.items() if known is not None]
     return AutoModelForCausalLM if text_alone or not rest else rest[-1]
+
+
+def _tell_left_out(path: str, model: Any, unexpected: Iterable[str]) -> None:
+    """Say which weights of a folder its class has no place for, as they will not be written.
+
+    Some classes pass over parts in silence, such as those that predict several tokens at once. What
+    they pass over that is no matrix is no weight: masks and frequencies that older folders hold.
+    """
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    passed = {
+        name
+        for name, shape in shapes_of(Path(path)).items()
+        if len(shape) == 2 and any(pattern.search(name) for pattern in ignored)
+    }
+    if left := sorted(passed.union(unexpected)):
+        _say_once(
+            f"note: {path}: {type(model).__name__} has no place for {len(left)} of its weights, "
+            f"such as {left[0]}: they are left out, and not written"
+        )
+
+
+_say_once = cache(say)
 
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
