@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema import AUTO, FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.adapters import (
@@ -19,6 +19,7 @@ from rlhf_cli.models.adapters import (
     put_weights,
 )
 from rlhf_cli.models.adapting import adapt
+from rlhf_cli.models.attention import asked_for, check_attention, try_attention
 from rlhf_cli.models.decoder import check_unembedding
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
@@ -45,7 +46,9 @@ def load_policy(
         say(added)
     model.generation_settings = generation_of(path)  # written by models/save.py
     check_unembedding(model)
-    return adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    model = adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    try_attention(model, path, config)
+    return model
 
 
 def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
@@ -59,7 +62,8 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     labels = {} if auto is AutoModelForCausalLM else {"num_labels": 1}
     for folder in (base, path):
         check_weights_hash(folder or path)
-    with told(f"{path}: cannot load the model"):
+    by = "" if config.attention == AUTO else f" with model.attention={config.attention}"
+    with told(f"{path}: cannot load the model{by}"):
         model, info = auto.from_pretrained(
             base or path,
             dtype=torch.float32,
@@ -68,11 +72,13 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **asked_for(config),
         )
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    check_attention(model, path, config)
     check_finite(base or path, model.state_dict())
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
