@@ -59,6 +59,8 @@ def save_model(
             whole.generation_config = GenerationConfig()  # ours is written in its place
         with held_as(dtype, whole.parameters()):
             whole.save_pretrained(folder)
+        for name, content in getattr(unwrap(model), "processors", {}).items():
+            (folder / name).write_bytes(content)
     settings: Settings | None = getattr(unwrap(model), "generation_settings", None)
     if settings is not None:
         write_generation(settings, folder)
