@@ -40,6 +40,7 @@ from rlhf_cli.models.dtypes import (
 )
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.save import save_model, set_stop_ids
+from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
@@ -170,8 +171,12 @@ class Session:
         for line in [*self.plan.at_start(), *notes, *left]:
             say(line)
 
-    def attend(self, model: nn.Module) -> None:
-        """Say of a loaded model what could not be told before: an attention that takes memory."""
+    def introduce(self, model: nn.Module) -> None:
+        """Say of a loaded model what could not be told before.
+
+        Attention that takes memory, and towers that see and are not trained.
+        """
+        self.plan.sums += told_of_towers(model) if self.cfg.trains else []
         actual = attention_of(model)
         if actual != predicted_attention(self.cfg):
             self.plan.sums += attention_lines(actual, self.cfg.model.attention)
