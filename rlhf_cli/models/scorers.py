@@ -22,6 +22,7 @@ from rlhf_cli.models.load import load_base
 from rlhf_cli.models.loading_faults import fits, told
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
+from rlhf_cli.reporting.console import say
 
 HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
@@ -60,7 +61,7 @@ def load_scorer(
     model = load_base(path, config, auto, allowed_missing=HEADS & held)
     if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
-    model.config.pad_token_id = tokenizer.pad_token_id
+    fit_embeddings(model, tokenizer, path)
     return _beside(adapt(model, path, config, task, device).to(device), base)
 
 
@@ -91,8 +92,9 @@ def scorer_from_policy(
     if head_name(model) is None:
         raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
     init_head(scalar_head(model), seed)
-    fit_embeddings(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    added = fit_embeddings(model, tokenizer, path)
+    if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
+        say(added)
     return _beside(adapt(model, path, config, task, device).to(device), base)
 
 
