@@ -87,6 +87,7 @@ class Geometry:
     """The widths of a decoder, in numbers per token; of blocks that differ, the mean.
 
     attending: its blocks that attend to other tokens, by `heads` heads.
+    capped: whether scores of attention are capped, as Gemma 2 does.
     """
 
     layers: int
@@ -96,6 +97,7 @@ class Geometry:
     vocabulary: int
     heads: int
     attending: int
+    capped: bool
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Geometry":
@@ -121,7 +123,10 @@ class Geometry:
         attending = layers if heads else 0
         if kinds := kinds_of(decoder):
             attending = min(layers, sum(map(_attends, kinds)))
-        return cls(layers, hidden, per_head * key_heads, inner, vocabulary, heads, attending)
+        capped = _size(decoder, ("attn_logit_softcapping",)) is not None
+        return cls(
+            layers, hidden, per_head * key_heads, inner, vocabulary, heads, attending, capped
+        )
 
 
 def blocks_of(config: dict[str, Any]) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware
+from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
@@ -300,7 +300,9 @@ def load_model_reward(
     Raises:
         UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
     """
-    frozen = FrozenModel(dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    frozen = FrozenModel(
+        dtype=model.dtype, trust_remote_code=model.trust_remote_code, attention=AUTO
+    )
     own = load_tokenizer(path, frozen)
     encoder = None
     if own.get_vocab() == tokenizer.get_vocab():

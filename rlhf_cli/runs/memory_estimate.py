@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import Model, Run, SftModel
+from rlhf_cli.config.schema import EAGER, Model, Run, SftModel
 from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
@@ -28,6 +28,7 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
 )
 from rlhf_cli.rewards.specs import models_of
+from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
 
@@ -45,12 +46,16 @@ class Unknown(Exception):
     """Why sizes are not known: a model is not on this machine, or its config is silent."""
 
 
-def predicted_memory(cfg: Run, rows: int) -> list[str]:
-    """What a stage that trains will hold, a line for each part and one for the peak."""
+def predicted_memory(cfg: Run, rows: int, attention: str | None = None) -> list[str]:
+    """What a stage that trains will hold, a line for each part and one for the peak.
+
+    Args:
+        attention: how its model computes that, where it is loaded.
+    """
     if not cfg.trains:
         return []
     try:
-        always, update, rollout = parts_of(cfg)
+        always, update, rollout = parts_of(cfg, attention)
     except Unknown as why:
         return [f"predicted peak memory: unknown {why}"]
     transient = max((update, rollout), key=lambda parts: sum(parts.values()))
@@ -85,7 +90,7 @@ def written(size: float) -> str:
 Parts = dict[str, float]
 
 
-def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
+def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Parts]:
     """Bytes by part: held all the time, in an update, in a rollout."""
     shapes, geometry = start_of(cfg)
     weights, trained = roles_of(cfg, shapes)
@@ -106,6 +111,10 @@ def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
     update: Parts = {
         f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens),
     }
+    if (attention or predicted_attention(cfg)) == EAGER:
+        update[f"attention between {tokens} tokens and up to {longest} each"] = (
+            graphs * attention_matrices(cfg, geometry, tokens, longest)
+        )
     if facts_of(cfg).writes != "reward":  # which has scores in place of logits
         chunk = min(hardware.logprob_chunk, tokens)
         update[f"logits of {chunk} positions"] = (
@@ -150,6 +159,19 @@ def activations(cfg: Any, geometry: Geometry, tokens: int) -> float:
     if cfg.hardware.gradient_checkpointing:
         return BYTES * tokens * (blocks * geometry.hidden + 2 * block)
     return BYTES * tokens * (blocks + 1) * block
+
+
+def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) -> float:
+    """Bytes of what eager attention keeps for backward: a number for each head and pair of tokens.
+
+    Each attending block that is trained keeps one such matrix, and one more where scores are
+    capped. Two more stand for the gradients in one block.
+    """
+    kept = 2 if geometry.capped else 1
+    blocks = max(0, geometry.attending - cfg.model.frozen_layers)
+    if cfg.hardware.gradient_checkpointing:
+        blocks = min(blocks, 1)
+    return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
 
 
 def logit_copies(cfg: Any) -> int:
@@ -308,7 +330,9 @@ def from_scratch(model: SftModel) -> tuple[Shapes, Geometry]:
         shapes |= {f"{block}self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
         shapes |= {f"{block}mlp.{name}_proj.weight": (inner, d) for name in ("gate", "up", "down")}
         shapes |= {f"{block}norms.weight": (2 * d,)}
-    return shapes, Geometry(model.layers, d, d, inner, model.vocab_size, model.heads, model.layers)
+    return shapes, Geometry(
+        model.layers, d, d, inner, model.vocab_size, model.heads, model.layers, False
+    )
 
 
 def count(shapes: Shapes) -> int:

@@ -50,6 +50,8 @@ def policy_of(session: Session, path: str) -> Policy:
     tokenizer = load_tokenizer(path, cfg.model)
     room = getattr(cfg.algo, "max_tokens", None) or 0
     model = load_policy(path, cfg.model, tokenizer, session.device)
+    if path == cfg.start:
+        session.introduce(model)
     context = positions_of(model)
     check_context(cfg, path, context)
     encoder = Encoder(tokenizer, cfg.data, context, room)

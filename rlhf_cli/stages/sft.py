@@ -125,6 +125,7 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     if cfg.model.path is not None:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model)
         model = load_policy(cfg.model.path, cfg.model, tokenizer, device)
+        session.introduce(model)
     else:
         tokenizer = new_tokenizer(cfg, session.rows)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)

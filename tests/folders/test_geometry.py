@@ -52,10 +52,10 @@ def test_a_learned_table_of_positions_is_as_long_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("config", "geometry"),
     [
-        (LLAMA, Geometry(2, 64, 64, 256, 99, 4, 2)),
+        (LLAMA, Geometry(2, 64, 64, 256, 99, 4, 2, False)),
         (
             {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "multi_query": True},
-            Geometry(2, 64, 16, 256, 99, 4, 2),
+            Geometry(2, 64, 16, 256, 99, 4, 2, False),
         ),
         (
             {
@@ -66,9 +66,9 @@ def test_a_learned_table_of_positions_is_as_long_as_it_is() -> None:
                 "attn_config": {"kv_n_heads": 2},
                 "ffn_config": {"ffn_hidden_size": 96},
             },
-            Geometry(2, 64, 32, 96, 99, 4, 2),
+            Geometry(2, 64, 32, 96, 99, 4, 2, False),
         ),
-        ({**LLAMA, "intermediate_size": [32, 96]}, Geometry(2, 64, 64, 64, 99, 4, 2)),
+        ({**LLAMA, "intermediate_size": [32, 96]}, Geometry(2, 64, 64, 64, 99, 4, 2, False)),
         (
             {
                 "model_dim": 64,
@@ -78,15 +78,15 @@ def test_a_learned_table_of_positions_is_as_long_as_it_is() -> None:
                 "num_query_heads": [4, 8],
                 "num_kv_heads": [1, 3],
             },
-            Geometry(2, 64, 32, 256, 99, 6, 2),
+            Geometry(2, 64, 32, 256, 99, 6, 2, False),
         ),
         (
             {**LLAMA, "moe_intermediate_size": 32, "num_experts_per_tok": 3},
-            Geometry(2, 64, 64, 96, 99, 4, 2),
+            Geometry(2, 64, 64, 96, 99, 4, 2, False),
         ),
         (
             {**WIDTHS, "layer_types": ["linear_attention", "conv", "full_attention"]},
-            Geometry(3, 64, 64, 256, 99, 4, 1),
+            Geometry(3, 64, 64, 256, 99, 4, 1, False),
         ),
     ],
 )

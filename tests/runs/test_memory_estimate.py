@@ -83,7 +83,7 @@ def test_roles_hold_as_many_numbers_as_predicted(
 
     model: Any = load_policy(cfg.policy, cfg.model, TOKENIZER, CPU)
     reference = Reference(model)
-    frozen = FrozenModel("float32", False)
+    frozen = FrozenModel("float32", False, "auto")
     scorer = load_scorer(cfg.reward, frozen, TOKENIZER, CPU, model)
     networks = [model, reference.model, scorer]
     expected = {"policy": len_of(trained(model).values())}
@@ -139,7 +139,7 @@ def test_activations_are_what_autograd_keeps(inner: int, key_heads: int) -> None
     batch = collate([Tokens(list(range(1, 17)), list(range(1, 17)))] * 8)
     cfg = compose("dpo", DATA)
     geometry = Geometry.of(model.config.to_dict())
-    assert geometry == Geometry(4, 64, 16 * key_heads, inner, 40, 4, 4)
+    assert geometry == Geometry(4, 64, 16 * key_heads, inner, 40, 4, 4, False)
     predicted = activations(cfg, geometry, batch.ids.numel())
     kept = saved_bytes(model, batch)
     one = predicted / 5  # the block that stands for the gradients
