@@ -146,6 +146,8 @@ class SftModel(Model):
     path: str | None = key(
         "Hub id or folder of a pretrained model; null builds one from scratch.", role="policy"
     )
+    size: str | None = key("Which of model.sizes, in a family's option, model.path is.")
+    sizes: dict[str, str] = key("Hub ids of a family's option, by how large the models are.")
     dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
     vocab_size: int | None = key(
         "Tokens of the BPE that is learned.", ge=260, used_by="model.path=null", needed=True

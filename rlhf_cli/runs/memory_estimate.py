@@ -8,6 +8,7 @@ activations follow from config.json. What the interpreter and its libraries take
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
