@@ -92,6 +92,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
     check_attention(model, path, config)
     check_finite(base or path, model.state_dict())
+    keep_scale(model)
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)
@@ -115,6 +116,21 @@ def language_class(path: str, config: FrozenModel) -> Any:
     text_alone = read.get_text_config() is read and made[AutoModelForCausalLM] is not None
     rest = [auto for auto, known in made.items() if known is not None]
     return AutoModelForCausalLM if text_alone or not rest else rest[-1]
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Weights stay as they are in evaluation too, where RWKV halves some lest float16 overflow.
+
+    It doubles them again in training mode; what is written or copied in between would be another
+    model. The last norm divides by the scale of the states, so that the logits are the same.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = _nothing  # type: ignore[assignment]
+
+
+def _nothing() -> None:
+    pass
 
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
