@@ -14,6 +14,7 @@ from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
+from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine
@@ -50,6 +51,8 @@ def policy_of(session: Session, path: str) -> Policy:
     tokenizer = load_tokenizer(path, cfg.model)
     room = getattr(cfg.algo, "max_tokens", None) or 0
     model = load_policy(path, cfg.model, tokenizer, session.device)
+    for line in told_of_towers(model) if cfg.trains else []:
+        say(line)
     config = unwrap(model).config.get_text_config()
     encoder = Encoder(tokenizer, cfg.data, getattr(config, "max_position_embeddings", None), room)
     if cfg.hardware.gradient_checkpointing:

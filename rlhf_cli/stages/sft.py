@@ -33,7 +33,8 @@ from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.models.tokenizers import load_tokenizer
-from rlhf_cli.reporting.console import Bar, show
+from rlhf_cli.models.towers import told_of_towers
+from rlhf_cli.reporting.console import Bar, say, show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.encoders import new_tokenizer
@@ -124,6 +125,8 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     if cfg.model.path is not None:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model)
         model = load_policy(cfg.model.path, cfg.model, tokenizer, device)
+        for line in told_of_towers(model):
+            say(line)
     else:
         tokenizer = new_tokenizer(cfg, session.rows)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
