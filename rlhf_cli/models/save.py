@@ -1,6 +1,7 @@
 """Models out: folders that transformers and peft load as they are."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_cli.models import scalar_head
 from rlhf_cli.models.adapters import POLICY, is_adapted, trained
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import held_as
+from rlhf_cli.models.scalar_head import ScalarHead
 
 
 def save_model(
@@ -32,6 +35,8 @@ def save_model(
             adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
         with held_as(dtype, trained(adapted).values()):
             adapted.save_pretrained(folder, selected_adapters=[POLICY])
+        if isinstance(unwrap(model), ScalarHead):  # beside full weights transformers puts it itself
+            shutil.copyfile(scalar_head.__file__, folder / Path(scalar_head.__file__).name)
         if unwrap(model).can_generate():  # the base's own may name other EOS ids
             unwrap(model).generation_config.save_pretrained(folder)
     else:

@@ -8,7 +8,6 @@ loads it (AutoModelForTokenClassification, if every token has a score). An adapt
 too: peft.PeftModel.from_pretrained(ScalarHeadForSequenceClassification.from_pretrained(base), it).
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 
 
 class ScalarHead:
-    """A decoder, under the name that its family gives it, and `score`: one layer on its last states.
+    """A decoder, under the name that its family gives it, and `score`, a layer on its last states.
 
     `score_bias` of a config says whether that has a bias; else it is as in transformers.
     """
@@ -135,8 +134,7 @@ class ScalarHeadForTokenClassification(ScalarHead):
         return TokenClassifierOutput(loss=loss, logits=logits)
 
 
-@cache
-def in_family(kind: type, config: type) -> type:
+def in_family(kind: type, config: type) -> Any:
     """The classifier of this kind for the models of a config, as one class of their family.
 
     Raises:
@@ -146,7 +144,7 @@ def in_family(kind: type, config: type) -> type:
         return kind  # it is one already
     if config not in MODEL_MAPPING:
         raise ValueError(f"no decoder to put a scalar head on is known for a {config.__name__}")
-    decoder = MODEL_MAPPING[config]
+    decoder: Any = MODEL_MAPPING[config]
     family = next(each for each in decoder.__mro__ if PreTrainedModel in each.__bases__)
     here = {"__module__": kind.__module__, "base_model_prefix": decoder.base_model_prefix}
     return type(kind.__name__, (kind, family), here)
