@@ -149,8 +149,8 @@ def find_head(model: Any, path: str) -> None:
         held = {each.removeprefix(PREFIX) for each in own_names(path)}
         if f"{name}.weight" in model.absent - held:
             raise UserError(
-                f"{path}: 1 weights missing, the head {name}.weight: neither the adapter nor its base "
-                "has it"
+                f"{path}: 1 weights missing, the head: neither the adapter nor its base has "
+                f"{name}.weight"
             )
         if f"{name}.bias" in held and own.bias is None:
             setattr(model, name, _layer(own.weight, torch.zeros(1)))

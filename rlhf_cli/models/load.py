@@ -17,12 +17,19 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base
-from rlhf_cli.models.adapters import POLICY, adapter_weights, is_adapted, put_weights
+from rlhf_cli.models.adapters import (
+    POLICY,
+    adapter_weights,
+    holds_embeddings,
+    is_adapted,
+    put_weights,
+)
 from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
-from rlhf_cli.models.tokenizers import fit_embeddings
+from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
+from rlhf_cli.reporting.console import say
 
 LANGUAGE_MODELS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
@@ -40,7 +47,11 @@ def load_policy(
         UserError: weights are missing or unreadable, or an adapter has another rank.
     """
     model = load_base(path, config, None, allowed_missing=set())
-    fit_embeddings(model, tokenizer)
+    added = fit_embeddings(model, tokenizer, path)
+    # told once, of what is trained; an adapter that was trained before brings such rows along
+    if added is not None and isinstance(config, Model) and adapter_base(path) is None:
+        say(added)
+    model.generation_settings = generation_of(path)  # written by models/save.py
     find_parts(model)
     return adapt(model, path, config, "CAUSAL_LM", device).to(device)
 
@@ -92,6 +103,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)
+    model.embeddings_in_adapter = base is not None and holds_embeddings(path, model)
     return model
 
 

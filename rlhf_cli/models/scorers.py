@@ -17,6 +17,7 @@ from rlhf_cli.models.heads import init_head, scalar_head, width_of
 from rlhf_cli.models.loading_faults import fits, told
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
+from rlhf_cli.reporting.console import say
 
 
 @fits
@@ -49,8 +50,7 @@ def load_scorer(
         if scorer is not None:
             return scorer
     model, task = load_classifier(path, config, level_of(path))
-    fit_embeddings(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    fit_embeddings(model, tokenizer, path)
     return _beside(adapt(model, path, config, task, device).to(device), base)
 
 
@@ -77,8 +77,9 @@ def scorer_from_policy(
         return critic_on_base(base, _free_name(base, CRITIC), head)
     model, task = load_classifier(path, config, level, fresh=True)
     init_head(scalar_head(model), seed)
-    fit_embeddings(model, tokenizer)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    added = fit_embeddings(model, tokenizer, path)
+    if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
+        say(added)
     return _beside(adapt(model, path, config, task, device).to(device), base)
 
 

@@ -95,6 +95,10 @@ def scorer_on_base(
         return None
     if config.peft_type != peft.PeftType.LORA or config.bias != "none":
         return None
+    policys: Any = adapted
+    for each in (config, policys.peft_config[POLICY]):
+        if getattr(each, "trainable_token_indices", None):
+            return None
     weights = adapter_weights(path)
     lora = {name: value for name, value in weights.items() if ".lora_" in name}
     heads = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights.keys() - lora.keys()}

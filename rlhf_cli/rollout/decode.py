@@ -1,6 +1,6 @@
 """The batched decoder: one prefill per prompt, a key-value cache, finished rows leave the batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.models.decoder import matmul_type, trunk, unembed, unwrap
 from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
+from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits, without_token
 
 
 @dataclass
@@ -36,6 +36,7 @@ def decode(
     sampling: Sampling,
     stop_ids: list[int],
     text_of: Callable[[list[int]], str],
+    known: Collection[int] | None = None,
 ) -> list[Completion]:
     """Responses to prompts, K = len(noise) / len(prompts) of each, prompt by prompt.
 
@@ -44,6 +45,7 @@ def decode(
         noise: (P * K, max_tokens) uniform numbers that decide every draw.
         stop_ids: ids that end a response.
         text_of: ids to text, for stop strings.
+        known: the ids that stand for a token; None for all. Others are never drawn.
     """
     with evaluation_mode(model):
         device = next(model.parameters()).device
@@ -62,10 +64,11 @@ def decode(
             x.repeat_interleave(samples, 0) for x in (logits, seen, attention)
         )
 
+        absent = [] if known is None else without_token(known, logits.shape[-1])
         completions = [Completion([], [], "length") for _ in range(len(noise))]
         rows = torch.arange(len(noise))  # which completion each live row writes
         for step in range(sampling.max_tokens):
-            filtered = filter_logits(logits, seen, step, sampling, stop_ids)
+            filtered = filter_logits(logits, seen, step, sampling, stop_ids, absent)
             if not filtered.amax(-1).isfinite().all():  # the largest is a NaN where any is
                 raise no_logits(model)
             token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)

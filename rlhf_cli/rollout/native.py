@@ -40,6 +40,7 @@ class NativeEngine(Engine):
         """The encoder says which ids end a response."""
         self._model = model
         self._encoder = encoder
+        self._known = frozenset(encoder.tokenizer.get_vocab().values())
         self._hardware = hardware
 
     @property
@@ -113,10 +114,9 @@ class NativeEngine(Engine):
                 uniform_noise(seed, first + each.place, samples, longest)[list(each.samples)]
                 for each in group
             ]
-            text_of = self._encoder.text
-            return decode(
-                self._model, ids, torch.cat(noise), sampling, self._encoder.stop_ids, text_of
-            )
+            stop_ids, text_of = self._encoder.stop_ids, self._encoder.text
+            draws = torch.cat(noise)
+            return decode(self._model, ids, draws, sampling, stop_ids, text_of, self._known)
 
         def failure(group: list[Draws]) -> RunError:
             longest = len(prompts[group[0].place][1]) + sampling.max_tokens
@@ -144,9 +144,8 @@ class NativeEngine(Engine):
         chunk = self._hardware.logprob_chunk
 
         def search(one: list[list[int]]) -> list[Completion]:
-            return beam_search(
-                self._model, one[0], sampling, samples, self._encoder.stop_ids, chunk
-            )
+            stop_ids = self._encoder.stop_ids
+            return beam_search(self._model, one[0], sampling, samples, stop_ids, chunk, self._known)
 
         def failure(one: list[list[int]]) -> RunError:
             longest = len(one[0]) + sampling.max_tokens

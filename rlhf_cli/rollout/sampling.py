@@ -1,5 +1,6 @@
 """Decoding options, in the order that transformers applies them."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,18 @@ class Sampling:
         return self.temperature or 1.0
 
 
+def without_token(known: Collection[int], rows: int) -> list[int]:
+    """Of so many rows of logits, those of no token, as padding of an unembedding has."""
+    return sorted(set(range(rows)).difference(known))
+
+
 def filter_logits(
-    logits: Tensor, seen: Tensor, generated: int, sampling: Sampling, stop_ids: list[int]
+    logits: Tensor,
+    seen: Tensor,
+    generated: int,
+    sampling: Sampling,
+    stop_ids: list[int],
+    absent: Sequence[int] = (),
 ) -> Tensor:
     """Logits after repetition penalty, minimum length, temperature, top-k, top-p and min-p.
 
@@ -68,15 +79,17 @@ def filter_logits(
         logits: (B, V) raw logits.
         seen: (B, S) ids of prompt and response so far.
         generated: response tokens so far.
+        absent: ids that no token has; none of them is ever drawn.
 
     Returns:
         (B, V), -inf where a token is ruled out; at least one token is left.
     """
     if sampling.repetition_penalty != 1.0:
         logits = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen, logits)
-    if generated < sampling.min_tokens:
+    ruled_out = [*absent, *(stop_ids if generated < sampling.min_tokens else ())]
+    if ruled_out:
         logits = logits.clone()
-        logits[:, stop_ids] = -torch.inf
+        logits[:, ruled_out] = -torch.inf
     if sampling.temperature == 0:
         return logits
     warpers = LogitsProcessorList()

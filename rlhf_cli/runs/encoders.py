@@ -8,7 +8,7 @@ from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.scratch import learn_tokenizer
-from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.runs.inherited import context_of
 
 LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from
@@ -18,10 +18,11 @@ def encoder_of(cfg: Any, rows: Rows) -> Encoder:
     """The encoder with which a stage reads its own rows."""
     room = getattr(cfg.algo, "max_tokens", None) or 0
     if cfg.start is None:
-        tokenizer = new_tokenizer(cfg, rows)
-    else:
-        tokenizer = load_tokenizer(cfg.start, cfg.model)
-    return Encoder(tokenizer, cfg.data, context_of(cfg), room)
+        return Encoder(new_tokenizer(cfg, rows), cfg.data, context_of(cfg), room)
+    tokenizer = load_tokenizer(cfg.start, cfg.model)
+    encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room)
+    encoder.ends_with(stop_ids_of(cfg.start, tokenizer))
+    return encoder
 
 
 def new_tokenizer(cfg: SftConfig, rows: Rows) -> Any:

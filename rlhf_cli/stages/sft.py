@@ -32,7 +32,7 @@ from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.shared import recompute_activations
-from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import Bar, say, show
 from rlhf_cli.rewards.reward import load_reward
@@ -136,6 +136,7 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
         recompute_activations(model)
     encoder = Encoder(tokenizer, cfg.data, context_of(cfg))
     if cfg.model.path is not None:
+        encoder.ends_with(stop_ids_of(cfg.model.path, tokenizer))
         saying_how(cfg.model.path, encoder)
     return Policy.of(model, encoder, cfg.hardware)
 
