@@ -168,10 +168,7 @@ def decoder_paths(base: Any) -> list[str]:
     class calls its base comes last, as some name a module that they have not.
     """
     names = {module: name for name, module in base.named_modules()}
-    try:
-        path = names.get(base.get_input_embeddings(), "")
-    except (AttributeError, NotImplementedError):  # some classes have none
-        path = ""
+    path = names.get(_embeddings(base), "")
     paths = []
     while path := path.rpartition(".")[0]:
         module = base.get_submodule(path)
@@ -184,6 +181,11 @@ def decoder_paths(base: Any) -> list[str]:
     return paths if prefix in paths or not hasattr(base, prefix) else [*paths, prefix]
 
 
+def _embeddings(base: Any) -> Any:
+    """The token embeddings; None where the library knows of none."""
+    return _try(lambda: base.get_input_embeddings())
+
+
 def find_parts(model: nn.Module) -> None:
     """Find decoder and head of a language model by a pass of a few tokens.
 
@@ -194,7 +196,7 @@ def find_parts(model: nn.Module) -> None:
     """
     base = unwrap(model)
     name = f"{base.config._name_or_path}: {type(base).__name__}".removeprefix(": ")
-    if not (paths := decoder_paths(base)):
+    if not (paths := decoder_paths(base)) or _embeddings(base) is None:
         raise UserError(
             f"{name} has no part that holds token embeddings and blocks, as decoders do"
         )
@@ -206,7 +208,7 @@ def find_parts(model: nn.Module) -> None:
                 plain = base(**taken_by(base, input_ids=batch.ids[:, :-1], use_cache=False)).logits
         except Exception as error:  # models refuse what they do not know in many ways
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name} does not read text alone: {said}") from None
+            raise UserError(f"{name} makes no logits of text alone: {said}") from None
         for path in paths:
             hidden = getattr(seen.get(path), "last_hidden_state", None)
             if hidden is None or (found := _head_of(base, path, hidden[0], plain[0])) is None:
@@ -224,7 +226,7 @@ def find_parts(model: nn.Module) -> None:
 
 def plain_ids(base: Any) -> list[int]:
     """A few ids that stand for nothing but text: no pad, no place of an image."""
-    size = base.get_input_embeddings().num_embeddings
+    size = len(_embeddings(base).weight)
     special = set(_special_ids(base.config.to_dict()))
     ids = [id for id in range(size) if id not in special] or [0]
     return (ids * PROBED)[:PROBED]
@@ -281,7 +283,7 @@ def _head_of(base: Any, path: str, hidden: Tensor, plain: Tensor) -> Parts | Non
     return Parts(path) if _same(direct, plain, ROUNDING) else None
 
 
-def _try(compute: Callable[[], Tensor]) -> Tensor | None:
+def _try(compute: Callable[[], Any]) -> Any:
     try:
         return compute()
     except Exception:  # what a model does with what it does not know, it says in many ways
