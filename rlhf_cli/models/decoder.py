@@ -200,7 +200,7 @@ def find_parts(model: nn.Module) -> None:
         raise UserError(
             f"{name} has no part that holds token embeddings and blocks, as decoders do"
         )
-    tokens = _plain_ids(base)
+    tokens = plain_ids(base)
     batch = collate([Tokens(tokens[:1], tokens[1:])], next(base.parameters()).device)
     with torch.no_grad():
         try:
@@ -224,7 +224,7 @@ def find_parts(model: nn.Module) -> None:
     )
 
 
-def _plain_ids(base: Any) -> list[int]:
+def plain_ids(base: Any) -> list[int]:
     """A few ids that stand for nothing but text: no pad, no place of an image."""
     size = len(_embeddings(base).weight)
     special = set(_special_ids(base.config.to_dict()))

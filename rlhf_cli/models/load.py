@@ -59,11 +59,14 @@ def load_policy(
     return model
 
 
-def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
+def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str] | None) -> Any:
     """The full model of a folder; of an adapter folder, its base.
+
+    `model.absent` names the weights that the folder lacks, `model.unread` those that it has more.
 
     Args:
         auto: the auto class of a classifier; None for the language model that the folder is.
+        allowed_missing: weights that need not be there; None: all those beside the decoder.
     """
     base = adapter_base(path)
     if find_adapter_config_file(base or path) is not None:  # its weights might be a pickle
@@ -86,11 +89,22 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             **labels,
             **asked_for(config),
         )
-    missing = {str(name) for name in info["missing_keys"]} - allowed_missing
-    if missing or info["mismatched_keys"]:
-        names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
+    absent = {str(name) for name in info["missing_keys"]}
+    decoder = f"{model.base_model_prefix}."
+    allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}
+    missing = absent - (allowed_missing or allowed)
+    misshapen = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
+    for name, shape in misshapen.items():
+        if auto is not None and not name.startswith(decoder) and name not in missing:
+            raise UserError(
+                f"{path}: its head {name.rpartition('.')[0]} gives {shape[0]} labels; a reward "
+                "model gives one"
+            )
+    if missing or misshapen:
+        names = sorted(missing) or sorted(misshapen)
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
     check_attention(model, path, config)
+    model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
     check_finite(base or path, model.state_dict())
     keep_scale(model)
     with told(f"{path}: unreadable config"):
