@@ -88,7 +88,7 @@ def _adaptable(model: Any, name: str) -> bool:
     return True
 
 
-def _reads_weight(block: type[nn.Module], leaf: str) -> bool:
+def _reads_weight(block: Any, leaf: str) -> bool:
     """Whether a block computes with the weight of a layer past the layer, as Mamba's kernels do.
 
     A slice of a weight is none: it is what a branch for tensor parallelism takes.
@@ -130,7 +130,7 @@ def peft_targets(model: nn.Module, places: LoraPlaces) -> dict[str, list[str]]:
 
 
 def without_parameters(model: nn.Module, places: LoraPlaces) -> LoraPlaces:
-    """The places that peft adapts as modules; for dropout and DoRA, which parameters cannot have."""
+    """The places that peft adapts as modules: dropout and DoRA have no parameters."""
     renamed = [
         end
         for end in {name.rpartition(".")[2] for name in places.linear}
