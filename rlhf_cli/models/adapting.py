@@ -47,6 +47,8 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     parameters = sum(weight.numel() for weight in model.parameters())
     # read by models/forward.py
     model.compute_dtype = product_type(config.dtype, parameters, device)
+    # read by training/balancing.py
+    model.router_aux_coef = config.router_aux_coef if isinstance(config, Model) else None
     if adapter_base(path) is not None:
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.router_watch import watched
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -39,6 +40,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         return run_trunk(model, batch)
 
 
+@watched
 def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
     # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
     padding = batch.attention.ndim == 2
