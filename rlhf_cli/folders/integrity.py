@@ -213,7 +213,8 @@ def check_sizes(folder: Path) -> None:
         file, limits = folder / ADAPTER_CONFIG, dict.fromkeys(RANKS, widest)
         config = read_object(file, ADAPTER)
         ranks = config.get("rank_pattern") or {}
-        config |= {"r": max([config.get("r") or 0, *ranks.values()])}
+        of_layers = [rank for rank in ranks.values() if isinstance(rank, int)]
+        config |= {"r": max([config.get("r") or 0, *of_layers])}
     else:
         file, config = folder / "config.json", read_config(folder)
     for said in (config, config.get("text_config") or {}, *labels_in(config)):

@@ -16,6 +16,7 @@ from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.decoder import check_unembedding
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.quantized import quantization
 from rlhf_cli.models.tokenizers import fit_embeddings
 
 
@@ -25,11 +26,11 @@ def load_policy(
 ) -> nn.Module:
     """A language model ready for its stage: adapter merged or continued, dropout off.
 
-    An adapter folder is loaded as base plus adapter. With model.lora_rank > 0 its adapter goes on
-    being trained, otherwise it is merged into the weights.
+    An adapter folder is loaded as base plus adapter. What becomes of that says model.adapter; by
+    default it goes on being trained with model.lora_rank > 0, and is merged otherwise.
 
     Raises:
-        UserError: weights are missing or unreadable, or an adapter has another rank.
+        UserError: weights are missing or unreadable, or an adapter is of a kind that is not known.
     """
     model = load_base(path, config, AutoModelForCausalLM, allowed_missing=set())
     fit_embeddings(model, tokenizer)
@@ -57,6 +58,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **quantization(config),
         )
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:

@@ -1,6 +1,5 @@
 """Models out: folders that transformers and peft load as they are."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_cli.models.adapters import POLICY, is_adapted, trained
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.adapters import POLICY, below, is_adapted, merged_copy, trained
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import held_as
+from rlhf_cli.models.stacking import save_stacked
 
 
 def save_model(
@@ -30,14 +31,22 @@ def save_model(
         base = Path(unwrap(model).config._name_or_path)
         if base.exists():
             adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
-        with held_as(dtype, trained(adapted).values()):
-            adapted.save_pretrained(folder, selected_adapters=[POLICY])
+        if getattr(unwrap(model), "holds_adapter", False):
+            raise UserError(
+                "an adapter over a base that another one was merged into is not written alone: "
+                "set model.merge_lora=true, or export the policy first and start from that"
+            )
+        if below(adapted):
+            save_stacked(adapted, folder, dtype)
+        else:
+            with held_as(dtype, trained(adapted).values()):
+                adapted.save_pretrained(folder, selected_adapters=[POLICY])
         if unwrap(model).can_generate():  # the base's own may name other EOS ids
             unwrap(model).generation_config.save_pretrained(folder)
     else:
         whole: Any = model
         if adapted is not None:
-            whole = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+            whole = merged_copy(adapted)
         with held_as(dtype, whole.parameters()):
             whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

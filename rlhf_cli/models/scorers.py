@@ -1,5 +1,6 @@
 """Reward models and critics in: a trunk with a scalar head, from a folder or from the policy."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of
-from rlhf_cli.models.adapters import CRITIC, PREFIX, REWARD, is_adapted
+from rlhf_cli.models.adapters import CRITIC, PREFIX, REWARD, can_lend, is_adapted
 from rlhf_cli.models.adapting import adapt, check_adapter, own_names, rank_of
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
@@ -57,6 +58,8 @@ def load_scorer(
             return scorer
     auto, task = _classifier(level_of(path))
     held = set() if named is None else {name.removeprefix(PREFIX) for name in own_names(path)}
+    if isinstance(config, Model):  # model.adapter is on the policy's own
+        config = replace(config, adapter=None)
     model = load_base(path, config, auto, allowed_missing=HEADS & held)
     if head_name(model) is None or scalar_head(model).out_features != 1:
         raise UserError(f"{path}: not a reward model with one label called score")
@@ -81,7 +84,7 @@ def scorer_from_policy(
             adapter on the same base, with the weights of the policy's; frozen layers of a full one
             are shared.
     """
-    if base is not None and is_adapted(base):
+    if base is not None and is_adapted(base) and can_lend(base):
         width = unwrap(base).config.get_text_config().hidden_size
         head = nn.Linear(width, 1, bias=level != RESPONSE)
         init_head(head, seed)

@@ -42,6 +42,7 @@ from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.inherited import longest_learnt
 from rlhf_cli.runs.lock import check_lock
@@ -339,6 +340,7 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
             raise
         identity = {
+            **adapter_entry(self.cfg),
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,
             "pad_id": encoder.tokenizer.pad_token_id,
