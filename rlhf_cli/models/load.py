@@ -16,7 +16,7 @@ from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.decoder import check_unembedding
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
-from rlhf_cli.models.quantized import quantization
+from rlhf_cli.models.quantized import keep_layout, quantization
 from rlhf_cli.models.tokenizers import fit_embeddings
 
 
@@ -60,6 +60,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             **labels,
             **quantization(config),
         )
+    keep_layout(model)
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])

@@ -8,7 +8,13 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Model
 from rlhf_cli.data.time_limit import time_limit
 from rlhf_cli.models.heads import head_name
-from rlhf_cli.models.lora_places import LoraPlaces, in_short, lora_places, peft_targets
+from rlhf_cli.models.lora_places import (
+    LoraPlaces,
+    in_short,
+    lora_places,
+    peft_targets,
+    without_parameters,
+)
 from rlhf_cli.reporting.console import say
 
 ALL = "all-linear"
@@ -32,11 +38,14 @@ def fresh_config(model: Any, config: Model, task: str) -> Any:
             raise UserError(f"model.modules_to_save: no module is called {name}")
     places = lora_places(model)
     chosen = targeted(model, config.lora_targets, places)
+    dropout = getattr(config, "lora_dropout", 0.0)  # of sft alone
+    if dropout or config.use_dora:
+        chosen = without_parameters(model, chosen)
     say(adapted_line(config, chosen, places))
     settings: dict[str, Any] = {
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
-        "lora_dropout": getattr(config, "lora_dropout", 0.0),  # of sft alone
+        "lora_dropout": dropout,
         **peft_targets(model, chosen),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlhf_cli.config.schema import FrozenModel
 
@@ -28,3 +29,13 @@ def quantization(config: FrozenModel) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch.float32,
         )
     }
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Let no 4-bit weight be packed anew for a CPU's bfloat16 products once it is evaluated.
+
+    Its bytes would change while it is frozen, and products with and without gradient would differ.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

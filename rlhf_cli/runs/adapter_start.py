@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from typing import Any
 
+import yaml
+
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Model, Run
@@ -61,13 +63,18 @@ def _check_settings(cfg: Any, path: str) -> None:
     options = catalog.shipped_options(stage_name(cfg), "model").values()
     for name, theirs in own.items():
         given = getattr(cfg.model, name)
-        usual = any(_same(values[f"model.{name}"], given) for values in options)
+        usual = any(_same(_read(values[f"model.{name}"]), given) for values in options)
         if not usual and not _same(theirs, given):
             shown = f"[{','.join(map(str, given))}]" if isinstance(given, list) else given
             raise UserError(
                 f"{path}: its adapter goes on as it is, with {_said(own)}, and not with "
                 f"model.{name}={shown}; leave that out, or model.adapter=stack trains a fresh one"
             )
+
+
+def _read(value: Any) -> Any:
+    """A value of an option, which is as it was written there, as a config holds it."""
+    return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -356,3 +357,41 @@ def test_settings_that_this_peft_does_not_know_are_told_or_refused(
     file.write_text(json.dumps({**content, "alora_invocation_tokens": [3]}))
     with pytest.raises(UserError, match="alora_invocation_tokens does not act by its matrices"):
         policy_of(tmp_path, FULL)
+
+
+# --------------------------------------------------------------------------- quantised bases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_roles_share_a_base_of_few_bits(kind: str, bases: dict[bool, str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = model_of(lora_rank=4, lora_alpha=16.0, quantize=kind)
+    policy = policy_of(bases[False], config)
+    held = {name: weight.dtype for name, weight in policy.named_parameters()}
+    few = {name for name in held if held[name] in (torch.uint8, torch.int8)}
+    assert len(few) == 14  # every linear layer of two blocks; the head is as it was
+    assert {held[name] for name in held.keys() - few} == {torch.float32}
+    assert set(trained(policy)).isdisjoint(few)
+
+    start = outputs(policy)
+    reference = Reference(policy)
+    critic = load_critic(None, bases[False], config, TOKENIZER, 5, CPU, policy)
+    adam = torch.optim.AdamW([*trained(policy).values(), *trained(critic).values()], 1e-2)
+    for _ in range(2):
+        adam.zero_grad()
+        scored = token_logprobs(policy, BATCH, chunk=9, reference=reference)
+        loss = (state_values(critic, BATCH) - 3).square().mean() - scored.logprobs.sum() / 20
+        loss.backward()
+        adam.step()
+    assert not same(outputs(policy), start)
+    with reference.active() as frozen:
+        assert torch.equal(outputs(frozen), start)
+    assert reference.digest() == reference.hash
+
+    save_model(policy, TOKENIZER, tmp_path, merge=False)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert {weight.dtype for weight in written.values()} == {torch.float32}
+    again = policy_of(tmp_path, config)
+    assert same(outputs(again), outputs(policy))
+    assert not same(outputs(policy_of(tmp_path)), outputs(policy))  # over the base in float32
