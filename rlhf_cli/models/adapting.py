@@ -35,6 +35,7 @@ from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
 from rlhf_cli.models.shared import freeze_lowest
+from rlhf_cli.models.towers import freeze, processor_files, towers
 from rlhf_cli.reporting.console import say
 
 # settings under which an adapter acts in other ways than by its matrices alone
@@ -61,7 +62,8 @@ def check_adapter(path: str) -> None:
 def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.device) -> nn.Module:
     """Put the folder's adapter, or a fresh one, where model.adapter and model.lora_rank ask for it.
 
-    No dropout, but that of sft's model.lora_dropout.
+    No dropout, but that of sft's model.lora_dropout. What text does not pass through is frozen, and
+    gets no fresh adapter.
 
     Raises:
         UserError: the folder's adapter is of a kind that cannot be merged, or trained on.
@@ -70,10 +72,14 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     # read by models/forward.py
     model.compute_dtype = product_type(config.dtype, parameters, device)
     disable_dropout(model)
+    model.towers = towers(model)
+    if model.towers:  # written back beside the weights
+        model.processors = processor_files(model.config._name_or_path)
     if adapter_base(path) is not None:
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):
         adapted = _with_adapter(model, path, config, task)
+    freeze(adapted, model.towers)
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
     return adapted

@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Model
 from rlhf_cli.data.time_limit import time_limit
+from rlhf_cli.folders.adapter_use import STACK
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.lora_places import (
     LoraPlaces,
@@ -15,6 +16,7 @@ from rlhf_cli.models.lora_places import (
     peft_targets,
     without_parameters,
 )
+from rlhf_cli.models.towers import under
 from rlhf_cli.reporting.console import say
 
 ALL = "all-linear"
@@ -36,10 +38,10 @@ def fresh_config(model: Any, config: Model, task: str) -> Any:
     for name in config.modules_to_save:
         if not any(_fits(name, module) for module in names):
             raise UserError(f"model.modules_to_save: no module is called {name}")
-    places = lora_places(model)
+    places = _of_text(lora_places(model), getattr(model, "towers", []))
     chosen = targeted(model, config.lora_targets, places)
     dropout = getattr(config, "lora_dropout", 0.0)  # of sft alone
-    if dropout or config.use_dora:
+    if dropout or config.use_dora or config.adapter == STACK:
         chosen = without_parameters(model, chosen)
     say(adapted_line(config, chosen, places))
     settings: dict[str, Any] = {
@@ -55,6 +57,12 @@ def fresh_config(model: Any, config: Model, task: str) -> Any:
         "task_type": task,
     }
     return peft.LoraConfig(**settings)
+
+
+def _of_text(places: LoraPlaces, towers: list[str]) -> LoraPlaces:
+    """The places outside of towers, which stay as they are."""
+    kinds = (places.linear, places.experts, places.left_out)
+    return LoraPlaces(*(tuple(name for name in kind if not under(name, towers)) for kind in kinds))
 
 
 def is_tied(model: Any) -> bool:

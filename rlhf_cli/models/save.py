@@ -13,6 +13,8 @@ from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import held_as
 from rlhf_cli.models.stacking import save_stacked
 
+ONE_FILE = "50GB"  # where transformers itself begins another
+
 
 def save_model(
     model: nn.Module,
@@ -20,11 +22,13 @@ def save_model(
     folder: Path,
     merge: bool,
     dtype: torch.dtype = torch.float32,
+    shard_size: str = ONE_FILE,
 ) -> None:
     """A folder that transformers (peft for an unmerged adapter) loads as it is.
 
     Args:
         dtype: of the weights on disk, to which those of the model are rounded.
+        shard_size: of the largest file of whole weights, as `5GB`; one tensor may be larger.
     """
     adapted: Any = model if is_adapted(model) else None
     if adapted is not None and not merge:
@@ -48,7 +52,9 @@ def save_model(
         if adapted is not None:
             whole = merged_copy(adapted)
         with held_as(dtype, whole.parameters()):
-            whole.save_pretrained(folder)
+            whole.save_pretrained(folder, max_shard_size=shard_size)
+        for name, content in getattr(unwrap(model), "processors", {}).items():
+            (folder / name).write_bytes(content)
     tokenizer.save_pretrained(folder)
 
 

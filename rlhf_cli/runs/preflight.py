@@ -10,9 +10,9 @@ from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
+from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import (
     arithmetic,
-    check_context,
     check_data,
     check_frozen_layers,
     check_models,
@@ -21,7 +21,7 @@ from rlhf_cli.runs.checks import (
     reward_lines,
     row_kind,
 )
-from rlhf_cli.runs.inherited import inherit
+from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
@@ -89,7 +89,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         return Plan(state, rows, None, doing)
     check_data(cfg)
     check_models(cfg)
-    check_context(cfg)
+    check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
     check_adapter_use(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
@@ -101,6 +101,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
     sums = [*taken, *adapter_lines(cfg), *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
+    sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
     parameters = 0.0 if cfg.start is None else size_of(cfg.start)
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
     return Plan(
