@@ -171,7 +171,10 @@ def check_whole(folder: Path) -> None:
     if Path(base).is_dir():
         check_whole(Path(base))
     elif base.startswith(("/", ".", "~")):
-        raise UserError(f"{folder} is an adapter on {base}, which is gone; put the base back there")
+        raise UserError(
+            f"{folder} is an adapter on {base}, which is gone; put the base back there, or write "
+            f"where it is into {folder / ADAPTER_CONFIG} as base_model_name_or_path"
+        )
 
 
 def check_weights(folder: Path) -> None:
