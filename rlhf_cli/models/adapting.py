@@ -35,6 +35,7 @@ from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
 from rlhf_cli.models.shared import freeze_lowest
+from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
 from rlhf_cli.models.towers import freeze, processor_files, towers
 from rlhf_cli.reporting.console import say
 
@@ -75,6 +76,8 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     model.towers = towers(model)
     if model.towers:  # written back beside the weights
         model.processors = processor_files(model.config._name_or_path)
+    # read by training/balancing.py
+    model.router_aux_coef = config.router_aux_coef if isinstance(config, Model) else None
     if adapter_base(path) is not None:
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):
@@ -88,11 +91,11 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     use, rank = use_of(path, config), rank_of(config)
     if use is None:
-        return _fresh(model, config, task) if rank else model
+        return _fresh(model, path, config, task) if rank else model
     own = _folders_config(path, model)
     if use == MERGE:
         merged = _merged(model, path, own, task)
-        return _fresh(merged, config, task) if rank else merged
+        return _fresh(merged, path, config, task) if rank else merged
     if own.peft_type != "LORA":
         raise UserError(f"{path}: adapters of the kind {own.peft_type.value} are not trained on")
     if use == STACK:
@@ -100,12 +103,14 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
     return _continued(model, path, own, config, task)
 
 
-def _fresh(model: Any, config: FrozenModel, task: str) -> nn.Module:
+def _fresh(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     import peft
 
     assert isinstance(config, Model)
+    lora = fresh_config(model, config, task)
+    lora.trainable_token_indices = trainable_rows(model, path)
     with _without_warnings():
-        adapted: nn.Module = peft.get_peft_model(model, fresh_config(model, config, task))
+        adapted: nn.Module = peft.get_peft_model(model, lora)
     return adapted
 
 
@@ -138,6 +143,7 @@ def _merged(model: Any, path: str, own: Any, task: str) -> nn.Module:
         )
     policys = task not in ("CAUSAL_LM", own.task_type)
     own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
+    leave_absent_rows(model, own)
     adapted = _loaded_adapter(model, path, config=own, head_left=policys)
     merged = merge(adapted, [POLICY])
     merged.holds_adapter = True  # type: ignore[assignment]
@@ -155,6 +161,7 @@ def _continued(model: Any, path: str, own: Any, config: FrozenModel, task: str) 
         own.task_type = task
         return _loaded_adapter(model, path, is_trainable=True, config=own)
     own.task_type, own.inference_mode = task, False  # a policy's adapter, under a new head
+    leave_absent_rows(model, own)
     parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     own.modules_to_save = [name for name in own.modules_to_save or [] if name in parts]
     own.modules_to_save += [head] if head else []
@@ -171,6 +178,7 @@ def _continued(model: Any, path: str, own: Any, config: FrozenModel, task: str) 
 def _stacked(model: Any, path: str, own: Any, config: FrozenModel, task: str) -> nn.Module:
     """The model under the folder's adapter, frozen, with a fresh one over it that is trained."""
     whole = [own.bias != "none", own.use_dora, own.modules_to_save, own.trainable_token_indices]
+    whole.append(trainable_rows(model, path))
     if any(whole) or own.target_parameters or own.init_lora_weights not in (True, False):
         raise UserError(
             f"{path}: model.adapter=stack adds up plain LoRA matrices, and this adapter has others "

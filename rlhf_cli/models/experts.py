@@ -11,8 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from rlhf_cli.models.decoder import unwrap
-
 
 @dataclass(frozen=True)
 class Router:
@@ -26,12 +24,11 @@ class Router:
     index: int
 
 
-def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
+def decoder_of(whole: Any) -> tuple[str, nn.Module]:
     """The smallest model that holds the embeddings of text, with its name in the whole one.
 
     No head is in it, and no tower that sees or hears.
     """
-    whole = unwrap(model)
     embeddings = whole.get_input_embeddings()
     holders = [
         (name, module)

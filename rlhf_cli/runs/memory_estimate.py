@@ -8,6 +8,7 @@ activations follow from config.json. What the interpreter and its libraries take
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
 HEADS = ("score.", "classifier.")
-UNEMBEDDINGS = ("lm_head.", "embed_out.")
+UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
 # an entropy in the loss and the KL over the whole vocabulary take; as measured.
 LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
@@ -199,7 +200,7 @@ def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
     trained: dict[str, int] = {}
     scores = facts_of(cfg).writes == "reward"
     role, own = ("reward model", trunk_of(shapes)) if scores else ("policy", shapes)
-    adapter, frozen = trained_adapter(cfg, own), count(frozen_of(own, model.frozen_layers))
+    adapter, frozen = trained_adapter(cfg, of_text(own)), count(frozen_of(own, model.frozen_layers))
     held[role] = count(own) - saved_by_bits(own, model) + adapter + adapter_below(cfg)
     trained[role] = adapter or count(own) - frozen
     if has_reference(cfg):
@@ -240,7 +241,7 @@ def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
     )
     if start is None:
         upper = count(trunk) - count(frozen_of(trunk, model.frozen_layers))
-        adapter = trained_adapter(cfg, trunk) if model.lora_rank else upper
+        adapter = trained_adapter(cfg, of_text(trunk)) if model.lora_rank else upper
         return adapter, adapter
     reward = trunk_of(known(start))
     if not model.lora_rank:
@@ -248,7 +249,7 @@ def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
         return count(reward) - in_common(cfg, start), count(reward) - frozen
     if on_base_of(start, cfg.policy):
         return (adapter := count(adapter_shapes(start))), adapter
-    fresh = lora(reward, model)
+    fresh = lora(of_text(reward), model)
     return count(reward) - saved_by_bits(reward, model) + fresh, fresh
 
 
@@ -351,14 +352,44 @@ def count(shapes: Shapes) -> int:
 
 def trunk_of(shapes: Shapes) -> Shapes:
     """Without the unembedding."""
-    return {name: shape for name, shape in shapes.items() if not name.startswith(UNEMBEDDINGS)}
+    return {name: shape for name, shape in shapes.items() if not UNEMBEDDING.search(name)}
+
+
+def of_text(shapes: Shapes) -> Shapes:
+    """Without towers, which get no adapter."""
+    towers = towers_of(shapes)
+    return {name: shape for name, shape in shapes.items() if name not in towers}
+
+
+def towers_of(shapes: Shapes) -> Shapes:
+    """What text does not pass through in a model that sees or hears, which is never trained.
+
+    The decoder holds the token embeddings, the longest matrix outside all blocks, and blocks of its
+    own; blocks beside it are an encoder of something else, and the rest is that one's projector.
+    """
+    free = [name for name in trunk_of(shapes) if not BLOCK.search(name)]
+    matrices = [name for name in free if len(shapes[name]) == 2 and not name.startswith(HEADS)]
+    if not matrices:
+        return {}
+    embeddings = max(matrices, key=lambda name: shapes[name][0])
+    blocks = [name for name in shapes if BLOCK.search(name)]
+    decoder = embeddings.removesuffix("weight")
+    while decoder and not any(name.startswith(decoder) for name in blocks):
+        decoder = decoder[: decoder.rstrip(".").rfind(".") + 1]
+    beside = {
+        name: shape
+        for name, shape in trunk_of(shapes).items()
+        if not name.startswith((decoder, *HEADS))
+    }
+    return beside if any(map(BLOCK.search, beside)) else {}
 
 
 def frozen_of(shapes: Shapes, layers: int) -> Shapes:
-    """The embeddings and the lowest blocks, if any are frozen."""
+    """Towers, and the embeddings and the lowest blocks, if any are frozen."""
+    towers = towers_of(shapes)
     if not layers:
-        return {}
-    return {
+        return towers
+    return towers | {
         name: shape
         for name, shape in trunk_of(shapes).items()
         if (int(match[1]) < layers if (match := BLOCK.search(name)) else len(shape) == 2)
