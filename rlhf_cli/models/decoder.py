@@ -46,6 +46,11 @@ def unwrap(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """The rows of its embedding, which an adapter may have wrapped."""
+    return len(unwrap(model).get_input_embeddings().weight)
+
+
 def trunk(model: nn.Module) -> nn.Module:
     """The decoder without its head, adapters included."""
     base = unwrap(model)
@@ -224,7 +229,7 @@ def find_parts(model: nn.Module) -> None:
 
 def _plain_ids(base: Any) -> list[int]:
     """A few ids that stand for nothing but text: no pad, no place of an image."""
-    size = base.get_input_embeddings().num_embeddings
+    size = vocabulary_of(base)
     special = set(_special_ids(base.config.to_dict()))
     ids = [id for id in range(size) if id not in special] or [0]
     return (ids * PROBED)[:PROBED]

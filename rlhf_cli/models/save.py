@@ -15,9 +15,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
 from rlhf_cli.models.adapters import POLICY, is_adapted, trained
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import unwrap, vocabulary_of
 from rlhf_cli.models.dtypes import held_as
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
+from rlhf_cli.reporting.console import say
 
 # what a tokenizer is read from; code that it brings along is left where it is
 TOKENIZER_FILES = (
@@ -144,9 +145,10 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
     base = unwrap(model)
     if pad is not None:
         tokenizer.pad_token = pad
-    elif whole or len(tokenizer) < base.get_input_embeddings().num_embeddings:
+    elif whole or len(tokenizer) < vocabulary_of(base):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
+        say("note: every token of the tokenizer may end a response: <pad> is added for this model")
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     base.config.pad_token_id = tokenizer.pad_token_id
 

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.decoder import matmul_type, trunk, unwrap
+from rlhf_cli.models.decoder import matmul_type, trunk, unwrap, vocabulary_of
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.state import State, Way
@@ -64,7 +64,7 @@ class _Probe:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         device = next(model.parameters()).device
-        vocabulary = unwrap(model).get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_of(model)
         draw = torch.Generator().manual_seed(0)
         self._ids = torch.randint(vocabulary, (2, LONG), generator=draw).to(device)
         types = {each.dtype for each in model.parameters()}
