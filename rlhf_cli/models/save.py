@@ -1,6 +1,5 @@
 """Models out: folders that transformers and peft load as they are."""
 
-import copy
 import json
 import shutil
 import tempfile
@@ -12,11 +11,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
-from rlhf_cli.models.adapters import POLICY, is_adapted, trained
-from rlhf_cli.models.decoder import unwrap, vocabulary_of
+from rlhf_cli.models import scalar_head
+from rlhf_cli.models.adapters import POLICY, below, is_adapted, merged_copy, trained
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.dtypes import held_as
+from rlhf_cli.models.scalar_head import ScalarHead
+from rlhf_cli.models.stacking import save_stacked
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
 from rlhf_cli.reporting.console import say
 
@@ -29,6 +32,8 @@ TOKENIZER_FILES = (
 
 NAMES_OF_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
 
+ONE_FILE = "50GB"  # where transformers itself begins another
+
 
 def save_model(
     model: nn.Module,
@@ -36,30 +41,42 @@ def save_model(
     folder: Path,
     merge: bool,
     dtype: torch.dtype = torch.float32,
+    shard_size: str = ONE_FILE,
 ) -> None:
     """A folder that transformers (peft for an unmerged adapter) loads as it is.
 
     Args:
         dtype: of the weights on disk, to which those of the model are rounded.
+        shard_size: of the largest file of whole weights, as `5GB`; one tensor may be larger.
     """
     adapted: Any = model if is_adapted(model) else None
     if adapted is not None and not merge:
         base = Path(unwrap(model).config._name_or_path)
         if base.exists():
             adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
-        embeds = getattr(unwrap(model), "embeddings_in_adapter", False)
-        with held_as(dtype, trained(adapted).values()):
-            adapted.save_pretrained(
-                folder, selected_adapters=[POLICY], save_embedding_layers=embeds
+        if getattr(unwrap(model), "holds_adapter", False):
+            raise UserError(
+                "an adapter over a base that another one was merged into is not written alone: "
+                "set model.merge_lora=true, or export the policy first and start from that"
             )
+        embeds = getattr(unwrap(model), "embeddings_in_adapter", False)
+        if below(adapted):
+            save_stacked(adapted, folder, dtype)
+        else:
+            with held_as(dtype, trained(adapted).values()):
+                adapted.save_pretrained(
+                    folder, selected_adapters=[POLICY], save_embedding_layers=embeds
+                )
+        if isinstance(unwrap(model), ScalarHead):  # beside full weights transformers puts it itself
+            shutil.copyfile(scalar_head.__file__, folder / Path(scalar_head.__file__).name)
     else:
         whole: Any = model
         if adapted is not None:
-            whole = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+            whole = merged_copy(adapted)
         if whole.can_generate():
             whole.generation_config = GenerationConfig()  # ours is written in its place
         with held_as(dtype, whole.parameters()):
-            whole.save_pretrained(folder)
+            whole.save_pretrained(folder, max_shard_size=shard_size)
         for name, content in getattr(unwrap(model), "processors", {}).items():
             (folder / name).write_bytes(content)
     settings: Settings | None = getattr(unwrap(model), "generation_settings", None)
@@ -145,7 +162,7 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
     base = unwrap(model)
     if pad is not None:
         tokenizer.pad_token = pad
-    elif whole or len(tokenizer) < vocabulary_of(base):
+    elif whole or len(tokenizer) < embedding_rows(base):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
         say("note: every token of the tokenizer may end a response: <pad> is added for this model")

@@ -8,6 +8,7 @@ activations follow from config.json. What the interpreter and its libraries take
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,20 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
 )
 from rlhf_cli.rewards.specs import models_of
+from rlhf_cli.runs.adapter_sizes import (
+    adapter_below,
+    is_switched_off,
+    lora,
+    saved_by_bits,
+    trained_adapter,
+)
 from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
 HEADS = ("score.", "classifier.")
-UNEMBEDDINGS = ("lm_head.", "embed_out.")
+UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
 # an entropy in the loss and the KL over the whole vocabulary take; as measured.
 LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
@@ -192,8 +200,8 @@ def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
     trained: dict[str, int] = {}
     scores = facts_of(cfg).writes == "reward"
     role, own = ("reward model", trunk_of(shapes)) if scores else ("policy", shapes)
-    adapter, frozen = lora(own, model.lora_rank), count(frozen_of(own, model.frozen_layers))
-    held[role] = count(own) + adapter
+    adapter, frozen = trained_adapter(cfg, of_text(own)), count(frozen_of(own, model.frozen_layers))
+    held[role] = count(own) - saved_by_bits(own, model) + adapter + adapter_below(cfg)
     trained[role] = adapter or count(own) - frozen
     if has_reference(cfg):
         held["reference"] = reference_numbers(cfg, shapes, adapter, frozen)
@@ -215,12 +223,12 @@ def reference_numbers(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> in
     if not adapter:
         return count(shapes) - frozen
     refreshed = getattr(cfg.algo, "refresh_reference", None) is not None
-    return adapter if adapter_base(cfg.policy) is not None or refreshed else 0
+    return adapter if refreshed or not is_switched_off(cfg) else 0
 
 
 def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
     """What the critic holds beside the policy, and trains."""
-    trunk, rank = trunk_of(shapes), cfg.model.lora_rank
+    trunk, model = trunk_of(shapes), cfg.model
     if cfg.algo.critic == "shared":
         return (head := hidden_of(cfg)), head
     start = next(
@@ -232,15 +240,17 @@ def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
         None,
     )
     if start is None:
-        upper = count(trunk) - count(frozen_of(trunk, cfg.model.frozen_layers))
-        return (adapter, adapter) if (adapter := lora(trunk, rank)) else (upper, upper)
+        upper = count(trunk) - count(frozen_of(trunk, model.frozen_layers))
+        adapter = trained_adapter(cfg, of_text(trunk)) if model.lora_rank else upper
+        return adapter, adapter
     reward = trunk_of(known(start))
-    if not rank:
-        frozen = count(frozen_of(reward, cfg.model.frozen_layers))
+    if not model.lora_rank:
+        frozen = count(frozen_of(reward, model.frozen_layers))
         return count(reward) - in_common(cfg, start), count(reward) - frozen
     if on_base_of(start, cfg.policy):
         return (adapter := count(adapter_shapes(start))), adapter
-    return count(reward) + lora(reward, rank), lora(reward, rank)
+    fresh = lora(of_text(reward), model)
+    return count(reward) - saved_by_bits(reward, model) + fresh, fresh
 
 
 def reward_numbers(cfg: Any, path: str) -> int:
@@ -342,22 +352,46 @@ def count(shapes: Shapes) -> int:
 
 def trunk_of(shapes: Shapes) -> Shapes:
     """Without the unembedding."""
-    return {name: shape for name, shape in shapes.items() if not name.startswith(UNEMBEDDINGS)}
+    return {name: shape for name, shape in shapes.items() if not UNEMBEDDING.search(name)}
+
+
+def of_text(shapes: Shapes) -> Shapes:
+    """Without towers, which get no adapter."""
+    towers = towers_of(shapes)
+    return {name: shape for name, shape in shapes.items() if name not in towers}
+
+
+def towers_of(shapes: Shapes) -> Shapes:
+    """What text does not pass through in a model that sees or hears, which is never trained.
+
+    The decoder holds the token embeddings, the longest matrix outside all blocks, and blocks of its
+    own; blocks beside it are an encoder of something else, and the rest is that one's projector.
+    """
+    free = [name for name in trunk_of(shapes) if not BLOCK.search(name)]
+    matrices = [name for name in free if len(shapes[name]) == 2 and not name.startswith(HEADS)]
+    if not matrices:
+        return {}
+    embeddings = max(matrices, key=lambda name: shapes[name][0])
+    blocks = [name for name in shapes if BLOCK.search(name)]
+    decoder = embeddings.removesuffix("weight")
+    while decoder and not any(name.startswith(decoder) for name in blocks):
+        decoder = decoder[: decoder.rstrip(".").rfind(".") + 1]
+    beside = {
+        name: shape
+        for name, shape in trunk_of(shapes).items()
+        if not name.startswith((decoder, *HEADS))
+    }
+    return beside if any(map(BLOCK.search, beside)) else {}
 
 
 def frozen_of(shapes: Shapes, layers: int) -> Shapes:
-    """The embeddings and the lowest blocks, if any are frozen."""
+    """Towers, and the embeddings and the lowest blocks, if any are frozen."""
+    towers = towers_of(shapes)
     if not layers:
-        return {}
-    return {
+        return towers
+    return towers | {
         name: shape
         for name, shape in trunk_of(shapes).items()
         if (int(match[1]) < layers if (match := BLOCK.search(name)) else len(shape) == 2)
         and not name.startswith(HEADS)
     }
-
-
-def lora(shapes: Shapes, rank: int) -> int:
-    """Numbers of an adapter on every matrix of the blocks: A is (r, in), B is (out, r)."""
-    matrices = [shape for name, shape in shapes.items() if BLOCK.search(name) and len(shape) == 2]
-    return rank * sum(map(sum, matrices))
