@@ -21,6 +21,7 @@ from rlhf_cli.models.dtypes import held_as
 from rlhf_cli.models.scalar_head import ScalarHead
 from rlhf_cli.models.stacking import save_stacked
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
+from rlhf_cli.reporting.console import say
 
 # what a tokenizer is read from; code that it brings along is left where it is
 TOKENIZER_FILES = (
@@ -164,6 +165,7 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
     elif whole or len(tokenizer) < embedding_rows(base):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
+        say("note: every token of the tokenizer may end a response: <pad> is added for this model")
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     base.config.pad_token_id = tokenizer.pad_token_id
 
