@@ -16,7 +16,7 @@ from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
 from rlhf_cli.models import scalar_head
 from rlhf_cli.models.adapters import POLICY, below, is_adapted, merged_copy, trained
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.dtypes import held_as
 from rlhf_cli.models.scalar_head import ScalarHead
 from rlhf_cli.models.stacking import save_stacked
@@ -161,7 +161,7 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
     base = unwrap(model)
     if pad is not None:
         tokenizer.pad_token = pad
-    elif whole or len(tokenizer) < base.get_input_embeddings().num_embeddings:
+    elif whole or len(tokenizer) < embedding_rows(base):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id

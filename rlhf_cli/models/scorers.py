@@ -13,7 +13,7 @@ from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of
 from rlhf_cli.models.adapters import CRITIC, REWARD, can_lend, is_adapted
 from rlhf_cli.models.adapting import adapt, check_adapter, rank_of
 from rlhf_cli.models.classifiers import load_classifier
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.heads import init_head, scalar_head, width_of
 from rlhf_cli.models.loading_faults import fits, told
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
@@ -119,7 +119,7 @@ def _free_name(adapted: Any, role: str) -> str:
 
 def _has_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model has an embedding for each token."""
-    rows: int = unwrap(model).get_input_embeddings().num_embeddings
+    rows: int = embedding_rows(model)
     return len(tokenizer) <= rows
 
 
