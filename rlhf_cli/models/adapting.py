@@ -85,7 +85,7 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     freeze(adapted, model.towers)
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
-    return adapted
+    return adapted.eval()  # peft makes its layers in training mode
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.models.adapters import trained
@@ -191,6 +192,26 @@ def test_plain_peft_reads_what_was_trained(
     assert same(logits(again), logits(policy))
     save_model(policy, TOKENIZER, tmp_path / "merged", merge=True)
     assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(policy))
+
+
+def test_dropout_of_sft_is_drawn_in_its_updates_alone(
+    bases: dict[bool, str], tmp_path: Path
+) -> None:
+    words = ["model=pretrained_lora", "model.lora_rank=4", "model.lora_dropout=0.5"]
+    policy = policy_of(bases[False], compose("sft", words).model)
+    disturb(trained(policy).values())
+    still = outputs(policy)
+    assert torch.equal(outputs(policy), still)  # evaluation, rollouts, scores
+    policy.train()
+    drawn = []
+    for step in (1, 1, 2):
+        torch.manual_seed(step)
+        drawn.append(token_logprobs(policy, BATCH, chunk=99).logprobs.sum().item())
+    assert drawn[0] == drawn[1] != drawn[2]
+    save_model(policy, TOKENIZER, tmp_path, merge=False)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+    again = policy_of(tmp_path).train()  # in the next stage there is none
+    assert same(outputs(again), still) and torch.equal(outputs(again), outputs(again))
 
 
 @pytest.mark.parametrize(
