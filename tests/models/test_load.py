@@ -118,8 +118,13 @@ def test_weights_that_a_family_rescales_for_inference_stay_as_they_are(tmp_path:
     """RWKV halves those of its later blocks in evaluation mode, and they would be written so."""
     tokenizer = bpe()
     torch.manual_seed(0)
-    sizes: Any = {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 4}
-    size = RwkvConfig(vocab_size=len(tokenizer), **sizes, rescale_every=2, pad_token_id=0)
+    sizes: Any = {
+        "hidden_size": 16,
+        "attention_hidden_size": 16,
+        "num_hidden_layers": 4,
+        "pad_token_id": 0,
+    }
+    size = RwkvConfig(vocab_size=len(tokenizer), **sizes, rescale_every=2)
     RwkvForCausalLM(size).save_pretrained(tmp_path / "made")
     tokenizer.save_pretrained(tmp_path / "made")
     model = policy_of(tmp_path / "made", FULL)
