@@ -81,7 +81,7 @@ class Hardware:
         "Padded tokens in one forward and backward pass; halve it when memory runs out.", ge=1
     )
     rollout_tokens: int = key(
-        "Padded tokens whose keys and values are cached at once while sampling.", ge=1
+        "Padded tokens whose keys, values or states are kept at once while sampling.", ge=1
     )
     share_prompts: bool = key(
         "Compute a prompt once for all of its responses where the model and the lengths allow it."
