@@ -551,9 +551,15 @@ def build(family: str, path: str | Path, **changes: Any) -> None:
 @cache
 def _written(family: str) -> Path:
     """A folder of the family that is made once in this process."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{family}-"))
+    folder = Path(_made().name) / family
     _write(family, folder, {})
     return folder
+
+
+@cache
+def _made() -> tempfile.TemporaryDirectory[str]:
+    """Where they are, until this process ends."""
+    return tempfile.TemporaryDirectory()
 
 
 def _write(family: str, folder: Path, changes: Settings) -> None:

@@ -1,5 +1,6 @@
 """Which adapter a loaded model gets: its folder's, merged or trained on, or a fresh one."""
 
+import re
 import warnings
 from typing import Any
 
@@ -23,6 +24,8 @@ from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.shared import freeze_lowest
+from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
+from rlhf_cli.models.towers import freeze, processor_files, towers
 
 
 def rank_of(config: FrozenModel) -> int:
@@ -43,10 +46,16 @@ def check_adapter(path: str) -> None:
 
 
 def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.device) -> nn.Module:
-    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout."""
+    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout.
+
+    What text does not pass through is frozen, and has no adapter.
+    """
     parameters = sum(weight.numel() for weight in model.parameters())
     # read by models/forward.py
     model.compute_dtype = product_type(config.dtype, parameters, device)
+    model.towers = towers(model)
+    if model.towers:  # written back beside the weights
+        model.processors = processor_files(model.config._name_or_path)
     # read by training/balancing.py
     model.router_aux_coef = config.router_aux_coef if isinstance(config, Model) else None
     if adapter_base(path) is not None:
@@ -54,6 +63,7 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     with told(f"{path}: cannot load the adapter"):
         adapted = _with_adapter(model, path, config, task)
     disable_dropout(adapted)
+    freeze(adapted, model.towers)
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
     return adapted
@@ -71,6 +81,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         check_patterns(model, own)
         policys = task not in ("CAUSAL_LM", own.task_type)
         own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
+        leave_absent_rows(model, own)
         merged = _loaded_adapter(model, path, config=own, head_left=policys).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
@@ -79,8 +90,9 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         r=rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         target_modules="all-linear",
-        exclude_modules=[head] if head else None,
+        exclude_modules=_left_out(head, model.towers),
         task_type=task,
+        trainable_token_indices=trainable_rows(model, path),
     )
     if is_adapter:
         lora = adapter_config(path)
@@ -93,6 +105,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         if lora.task_type == task:
             return _loaded_adapter(model, path, is_trainable=True)
         lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
+        leave_absent_rows(model, lora)
     if head:
         lora.modules_to_save = [head]
     adapted = peft.get_peft_model(model, lora)
@@ -103,6 +116,16 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
             weights[f"{PREFIX}{head}.{name}"] = value.detach()
         put_weights(adapted, POLICY, weights, path, head_left=True)
     return adapted
+
+
+def _left_out(head: str | None, towers: list[str]) -> list[str] | str | None:
+    """What a fresh adapter leaves out, as peft asks for it: names, or an expression for paths."""
+    heads = [head] if head else []
+    if not towers:
+        return heads or None
+    return "|".join(
+        [*(rf"(.*\.)?{each}" for each in heads), *(rf"{re.escape(each)}(\..*)?" for each in towers)]
+    )
 
 
 def _loaded_adapter(model: Any, path: str, head_left: bool = False, **settings: Any) -> Any:

@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import run_trunk, trunk, unwrap
+from rlhf_cli.models.decoder import run_trunk, unwrap
+from rlhf_cli.models.experts import decoder_of
 from rlhf_cli.models.lora_places import in_short
 from rlhf_cli.reporting.console import say
 
@@ -180,8 +181,9 @@ def residual_dropout(model: nn.Module, p: float) -> None:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The decoder's blocks."""
-    count = unwrap(model).config.get_text_config().num_hidden_layers
-    lists = (each for each in trunk(model).modules() if isinstance(each, nn.ModuleList))
+    whole = unwrap(model)
+    count = whole.config.get_text_config().num_hidden_layers
+    lists = (each for each in decoder_of(whole)[1].modules() if isinstance(each, nn.ModuleList))
     return list(next((each for each in lists if len(each) == count), []))
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware
+from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
+from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import (
     RESPONSE,
@@ -22,11 +23,11 @@ from rlhf_cli.folders.manifest import (
     read_manifest,
     reference_folder,
 )
-from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.models.scorers import load_scorer
-from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer, same_ids
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rollout.rollouts import Rollout
@@ -83,12 +84,17 @@ class Reader:
     """
 
     def __init__(
-        self, path: str, context: int | None, bos: int | None, encoder: Encoder | None
+        self, path: str, context: int | None, begin: list[int], encoder: Encoder | None
     ) -> None:
-        """`encoder`: of the model's own tokenizer and template; None where it is the policy's."""
+        """A reader of the policy's ids or of text.
+
+        Args:
+            begin: the ids with which the model's texts begin, kept where prompts are cut.
+            encoder: of the model's own tokenizer and template; None where it is the policy's.
+        """
         self.path = path
         self.context = context
-        self.bos = bos
+        self.begin = begin
         self.encoder = encoder
         self._told: set[str] = set()
 
@@ -132,7 +138,7 @@ class Reader:
         if excess <= 0:
             return sequence
         prompt = sequence.prompt
-        kept = int(prompt[:1] == [self.bos])
+        kept = len(self.begin) if prompt[: len(self.begin)] == self.begin else 0
         if excess > len(prompt) - max(kept, 1):
             return None
         return replace(sequence, prompt=prompt[:kept] + prompt[kept + excess :])
@@ -300,10 +306,12 @@ def load_model_reward(
     Raises:
         UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
     """
-    frozen = FrozenModel(dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    frozen = FrozenModel(
+        dtype=model.dtype, trust_remote_code=model.trust_remote_code, attention=AUTO
+    )
     own = load_tokenizer(path, frozen)
     encoder = None
-    if own.get_vocab() == tokenizer.get_vocab():
+    if same_ids(own, tokenizer):
         own = tokenizer
     else:
         encoder = Encoder(own, own_data(path, data))
@@ -314,11 +322,11 @@ def load_model_reward(
             load_policy(folder, frozen, own, device).requires_grad_(False)
             for folder in (path, reference)
         )
-        reader = Reader(path, context_of(policy), own.bos_token_id, encoder)
+        reader = Reader(path, positions_of(policy), beginning_of(own), encoder)
         beta, per_token = implicit["beta"], implicit["per_token"]
         return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
     scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
-    reader = Reader(path, context_of(scorer), own.bos_token_id, encoder)
+    reader = Reader(path, positions_of(scorer), beginning_of(own), encoder)
     return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
 
 
@@ -333,11 +341,6 @@ def own_data(path: str, data: Data) -> Data:
         max_prompt_tokens=None,
         max_response_tokens=None,
     )
-
-
-def context_of(model: nn.Module) -> int | None:
-    """The longest sequence that a model takes, in tokens; None where its config says none."""
-    return getattr(unwrap(model).config, "max_position_embeddings", None)
 
 
 def reading_of(path: str, tokenizer: PreTrainedTokenizerBase) -> Reading:

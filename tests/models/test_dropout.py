@@ -26,7 +26,7 @@ BRANCHES = {"gptj": 1, "codegen": 1, "falcon": 1, "gpt_neox": 1, "phi": 1, "nemo
 BRANCHES |= {"mamba": 1, "falcon_mamba": 1, "mamba2": 1, "gemma4_text": 3}
 QUICK = ["gpt2", "opt", "bloom", "falcon", "gpt_neox", "seed_oss", "mixtral", "mamba"]
 QUICK += ["biogpt", "dbrx", "modernbert_decoder", "gemma2", "phimoe"]
-SLOW = [each for each in names() if each not in QUICK and each != "llama4_text"]
+SLOW = [each for each in names() if each not in QUICK]
 FAMILIES = [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)]
 
 
