@@ -17,6 +17,7 @@ from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.geometry import BLOCK, Geometry
+from rlhf_cli.folders.linear_shapes import expert_numbers, linear_shapes
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     Shapes,
@@ -116,6 +117,8 @@ def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Part
         update[f"attention between {tokens} tokens and up to {longest} each"] = (
             graphs * attention_matrices(cfg, geometry, tokens, longest)
         )
+    if cfg.model.lora_rank and (size := adapted_experts(cfg, shapes, geometry.layers)):
+        update["experts together with their adapters"] = graphs * size
     if facts_of(cfg).writes != "reward":  # which has scores in place of logits
         chunk = min(hardware.logprob_chunk, tokens)
         update[f"logits of {chunk} positions"] = (
@@ -173,6 +176,16 @@ def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) 
     if cfg.hardware.gradient_checkpointing:
         blocks = min(blocks, 1)
     return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
+
+
+def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
+    """Bytes of the sums of experts and their adapters, which backward needs.
+
+    peft adapts what holds several experts by such a sum: one for each layer, and another for its
+    gradient; where blocks are recomputed there is one layer's at a time.
+    """
+    kept = 1 if cfg.hardware.gradient_checkpointing else layers
+    return BYTES * expert_numbers(trunk_of(shapes)) * (kept + 1) / layers
 
 
 def logit_copies(cfg: Any) -> int:
@@ -383,11 +396,7 @@ def frozen_of(shapes: Shapes, layers: int) -> Shapes:
 
 
 def lora(shapes: Shapes, rank: int) -> int:
-    """Numbers of an adapter on every matrix of the blocks: A is (r, in), B is (out, r)."""
+    """Numbers of an adapter on every linear layer: A is (r, in), B is (out, r)."""
     towers = towers_of(shapes)
-    matrices = [
-        shape
-        for name, shape in shapes.items()
-        if BLOCK.search(name) and len(shape) == 2 and name not in towers
-    ]
-    return rank * sum(map(sum, matrices))
+    own = {name: shape for name, shape in trunk_of(shapes).items() if name not in towers}
+    return rank * sum(map(sum, linear_shapes(own).values()))
