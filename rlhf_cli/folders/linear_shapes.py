@@ -25,6 +25,11 @@ def linear_shapes(shapes: Shapes) -> Shapes:
     return matrices | {name: shape for name, (_, _, shape) in experts.items()}
 
 
+def single_shapes(shapes: Shapes) -> Shapes:
+    """The same without experts."""
+    return _matrices_and_experts(shapes)[0]
+
+
 def expert_numbers(shapes: Shapes) -> int:
     """How many numbers the matrices of experts have."""
     _, experts = _matrices_and_experts(shapes)

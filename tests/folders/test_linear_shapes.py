@@ -11,8 +11,10 @@ from rlhf_cli.folders.linear_shapes import expert_numbers, linear_shapes
 from rlhf_cli.folders.manifest import Shapes, shapes_of
 from rlhf_cli.models.experts import decoder_of, experts_of
 from rlhf_cli.models.lora_places import lora_places, peft_targets
-from rlhf_cli.runs.memory_estimate import lora
+from rlhf_cli.runs.adapter_sizes import lora
+from rlhf_cli.runs.memory_estimate import of_text
 from tests.model_families import build, model_of, names
+from tests.toys import model_of as config_of
 
 QUICK = ["gpt2", "llama", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"]
 # of Mamba's mixers it is not seen which layers they compute with past the layer; nor Gemma 3n's
@@ -33,7 +35,7 @@ def test_the_numbers_of_an_adapter_are_those_that_are_trained(family: str, tmp_p
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, **targets))
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     shapes = shapes_of(tmp_path)
-    assert lora(shapes, 3) == trained
+    assert lora(of_text(shapes), config_of(lora_rank=3)) == trained
     assert expert_numbers(shapes) == sum(weight.numel() for weight in experts.values())
 
 
