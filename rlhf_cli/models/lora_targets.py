@@ -41,7 +41,7 @@ def fresh_config(model: Any, config: Model, task: str) -> Any:
     places = _of_text(lora_places(model), getattr(model, "towers", []))
     chosen = targeted(model, config.lora_targets, places)
     dropout = getattr(config, "lora_dropout", 0.0)  # of sft alone
-    if dropout or config.use_dora or config.adapter == STACK:
+    if dropout or config.use_dora or config.adapter == STACK or config.quantize:
         chosen = without_parameters(model, chosen)
     say(adapted_line(config, chosen, places))
     settings: dict[str, Any] = {

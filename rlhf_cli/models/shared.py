@@ -31,6 +31,7 @@ from rlhf_cli.models.adapters import (
     weights_of,
 )
 from rlhf_cli.models.decoder import trunk, unwrap
+from rlhf_cli.models.dropout import check_training_mode
 from rlhf_cli.models.heads import HEAD_NAMES
 
 
@@ -227,4 +228,4 @@ def recompute_activations(model: Any) -> None:
     base = unwrap(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     base.disable_input_require_grads()
-    model.train()  # transformers recomputes in training mode only; all dropout is off
+    check_training_mode(model)  # and stay in it: transformers recomputes in no other

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_cli.config.schema import Model
 from rlhf_cli.folders.adapter_use import CONTINUE, STACK, use_of
-from rlhf_cli.folders.geometry import BLOCK
+from rlhf_cli.folders.linear_shapes import linear_shapes, single_shapes
 from rlhf_cli.folders.manifest import Shapes, shapes_of
 
 ALL = "all-linear"
@@ -39,23 +39,30 @@ def lora(shapes: Shapes, model: Model) -> int:
     """
     if not model.lora_rank:
         return 0
-    matrices = _targeted(shapes, model.lora_targets).values()
-    lengths = sum(shape[0] for shape in matrices) if model.use_dora else 0
+    if model.lora_targets == ALL:
+        matrices = (single_shapes if goes_without_experts(model) else linear_shapes)(shapes)
+    else:
+        matrices = _named(shapes, model.lora_targets)
+    lengths = sum(shape[0] for shape in matrices.values()) if model.use_dora else 0
     whole = {
         name: shape
         for name, shape in shapes.items()
         if any(_fits(each, name.rpartition(".")[0]) for each in model.modules_to_save)
     }
-    return model.lora_rank * sum(map(sum, matrices)) + lengths + _numbers(whole)
+    return model.lora_rank * sum(map(sum, matrices.values())) + lengths + _numbers(whole)
 
 
-def _targeted(shapes: Shapes, said: Any) -> Shapes:
-    """The matrices that model.lora_targets means: by default those of the blocks."""
+def goes_without_experts(model: Model) -> bool:
+    """Whether what is asked of an adapter cannot be had of experts that are one tensor."""
+    dropout = getattr(model, "lora_dropout", 0.0)
+    return bool(dropout or model.use_dora or model.adapter == STACK or model.quantize)
+
+
+def _named(shapes: Shapes, said: Any) -> Shapes:
+    """The matrices that model.lora_targets means by names or an expression."""
     matrices = {
         name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2
     }
-    if said == ALL:
-        return {name: shape for name, shape in matrices.items() if BLOCK.search(name)}
     if isinstance(said, str) and not re.fullmatch(r"[\w.]+", said):
         try:
             return {name: shape for name, shape in matrices.items() if re.fullmatch(said, name)}
@@ -75,7 +82,7 @@ def saved_by_bits(shapes: Shapes, model: Model) -> int:
     """
     if model.quantize is None:
         return 0
-    matrices = _targeted(shapes, ALL).values()
+    matrices = single_shapes(shapes).values()
     numbers = sum(map(math.prod, matrices))
     if model.quantize == "nf4":
         bits = numbers * (4 + 8 / 64 + 32 / (64 * 256))

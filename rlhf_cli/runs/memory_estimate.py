@@ -17,6 +17,7 @@ from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.geometry import BLOCK, Geometry
+from rlhf_cli.folders.linear_shapes import expert_numbers
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     Shapes,
@@ -31,6 +32,7 @@ from rlhf_cli.folders.manifest import (
 from rlhf_cli.rewards.specs import models_of
 from rlhf_cli.runs.adapter_sizes import (
     adapter_below,
+    goes_without_experts,
     is_switched_off,
     lora,
     saved_by_bits,
@@ -123,6 +125,9 @@ def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Part
         update[f"attention between {tokens} tokens and up to {longest} each"] = (
             graphs * attention_matrices(cfg, geometry, tokens, longest)
         )
+    fused = cfg.model.lora_rank and not goes_without_experts(cfg.model)
+    if fused and (size := adapted_experts(cfg, shapes, geometry.layers)):
+        update["experts together with their adapters"] = graphs * size
     if facts_of(cfg).writes != "reward":  # which has scores in place of logits
         chunk = min(hardware.logprob_chunk, tokens)
         update[f"logits of {chunk} positions"] = (
@@ -180,6 +185,16 @@ def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) 
     if cfg.hardware.gradient_checkpointing:
         blocks = min(blocks, 1)
     return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
+
+
+def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
+    """Bytes of the sums of experts and their adapters, which backward needs.
+
+    peft adapts what holds several experts by such a sum: one for each layer, and another for its
+    gradient; where blocks are recomputed there is one layer's at a time.
+    """
+    kept = 1 if cfg.hardware.gradient_checkpointing else layers
+    return BYTES * expert_numbers(trunk_of(shapes)) * (kept + 1) / layers
 
 
 def logit_copies(cfg: Any) -> int:

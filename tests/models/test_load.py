@@ -30,7 +30,6 @@ from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.folders.manifest import TOKEN
 from rlhf_cli.models.decoder import hidden_states, unwrap
-from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.load import load_policy, load_weights
 from rlhf_cli.models.reference import Reference
@@ -152,17 +151,6 @@ def test_dropout_is_off_in_all_that_is_loaded(tmp_path: Path) -> None:
         model.train()
         one, other = (model(collate(SEQUENCES[:1]).ids).logits for _ in range(2))
         assert torch.equal(one, other)
-
-
-def test_residual_dropout_drops_in_training_mode_only() -> None:
-    model = llama()
-    before = outputs(model)
-    residual_dropout(model, 0.5)
-    assert torch.equal(outputs(model), before)
-    model.train()
-    assert not torch.equal(outputs(model), before)
-    blocks = sum(1 for name, _ in model.named_modules() if name.endswith(("self_attn", "mlp")))
-    assert blocks == 4 == sum(len(module._forward_hooks) for module in model.modules())
 
 
 def test_missing_weights_are_no_random_weights(folder: Path, tmp_path: Path) -> None:
