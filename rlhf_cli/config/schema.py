@@ -100,6 +100,10 @@ class Hardware:
 # --------------------------------------------------------------------------- model
 
 
+AUTO, SDPA, EAGER = "auto", "sdpa", "eager"
+ATTENTIONS = (AUTO, SDPA, EAGER, "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
 @dataclass
 class FrozenModel:
     """How weights are held by a stage that does not train them."""
@@ -110,6 +114,11 @@ class FrozenModel:
         choices=("auto", "float32", "bfloat16"),
     )
     trust_remote_code: bool = key("Run Python code that a model folder brings along.")
+    attention: str = key(
+        "How attention is computed; auto is transformers' choice: sdpa, or eager, which holds "
+        "tokens x tokens of every head, where a family has no sdpa. Reward models keep auto.",
+        choices=ATTENTIONS,
+    )
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Which adapter a loaded model gets: its folder's, merged or trained on, or a fresh one."""
 
+import re
 import warnings
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.shared import freeze_lowest
+from rlhf_cli.models.towers import freeze, processor_files, towers
 
 
 def rank_of(config: FrozenModel) -> int:
@@ -43,15 +45,22 @@ def check_adapter(path: str) -> None:
 
 
 def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.device) -> nn.Module:
-    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout."""
+    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout.
+
+    What text does not pass through is frozen, and has no adapter.
+    """
     parameters = sum(weight.numel() for weight in model.parameters())
     # read by models/forward.py
     model.compute_dtype = product_type(config.dtype, parameters, device)
+    model.towers = towers(model)
+    if model.towers:  # written back beside the weights
+        model.processors = processor_files(model.config._name_or_path)
     if adapter_base(path) is not None:
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):
         adapted = _with_adapter(model, path, config, task)
     disable_dropout(adapted)
+    freeze(adapted, model.towers)
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
     return adapted
@@ -77,7 +86,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         r=rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         target_modules="all-linear",
-        exclude_modules=[head] if head else None,
+        exclude_modules=_left_out(head, model.towers),
         task_type=task,
     )
     if is_adapter:
@@ -101,6 +110,16 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
             weights[f"{PREFIX}{head}.{name}"] = value.detach()
         put_weights(adapted, POLICY, weights, path, head_left=True)
     return adapted
+
+
+def _left_out(head: str | None, towers: list[str]) -> list[str] | str | None:
+    """What a fresh adapter leaves out, as peft asks for it: names, or an expression for paths."""
+    heads = [head] if head else []
+    if not towers:
+        return heads or None
+    return "|".join(
+        [*(rf"(.*\.)?{each}" for each in heads), *(rf"{re.escape(each)}(\..*)?" for each in towers)]
+    )
 
 
 def _loaded_adapter(model: Any, path: str, head_left: bool = False, **settings: Any) -> Any:

@@ -4,19 +4,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema import AUTO, FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.adapters import POLICY, adapter_weights, is_adapted, put_weights
 from rlhf_cli.models.adapting import adapt
-from rlhf_cli.models.decoder import check_unembedding
+from rlhf_cli.models.attention import asked_for, check_attention, try_attention
+from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
 from rlhf_cli.models.tokenizers import fit_embeddings
+
+LANGUAGE_MODELS = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
 @fits
@@ -31,25 +40,32 @@ def load_policy(
     Raises:
         UserError: weights are missing or unreadable, or an adapter has another rank.
     """
-    model = load_base(path, config, AutoModelForCausalLM, allowed_missing=set())
+    model = load_base(path, config, None, allowed_missing=set())
     fit_embeddings(model, tokenizer)
-    check_unembedding(model)
-    return adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    find_parts(model)
+    model = adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    try_attention(model, path, config)
+    return model
 
 
 def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
-    """The full model of a folder; of an adapter folder, its base."""
+    """The full model of a folder; of an adapter folder, its base.
+
+    Args:
+        auto: the auto class of a classifier; None for the language model that the folder is.
+    """
     base = adapter_base(path)
     if find_adapter_config_file(base or path) is not None:  # its weights might be a pickle
         raise UserError(
             f"{path}: {base or path} is an adapter, and no base is known that it belongs to; "
             "download it, or merge it into its base"
         )
-    labels = {} if auto is AutoModelForCausalLM else {"num_labels": 1}
+    labels = {} if auto is None else {"num_labels": 1}
     for folder in (base, path):
         check_weights_hash(folder or path)
-    with told(f"{path}: cannot load the model"):
-        model, info = auto.from_pretrained(
+    by = "" if config.attention == AUTO else f" with model.attention={config.attention}"
+    with told(f"{path}: cannot load the model{by}"):
+        model, info = (auto or language_class(base or path, config)).from_pretrained(
             base or path,
             dtype=torch.float32,
             trust_remote_code=config.trust_remote_code,
@@ -57,11 +73,13 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **asked_for(config),
         )
     missing = {str(name) for name in info["missing_keys"]} - allowed_missing
     if missing or info["mismatched_keys"]:
         names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    check_attention(model, path, config)
     check_finite(base or path, model.state_dict())
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
@@ -69,11 +87,27 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     return model
 
 
+def language_class(path: str, config: FrozenModel) -> Any:
+    """The auto class that makes a folder's language model the class that its config names.
+
+    One that sees has a class for text alone, too, which would leave its other weights out. A config
+    that names no class of a language model is of a text model, unless it has one inside it.
+    """
+    read = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    made = {auto: auto._model_mapping.get(type(read), None) for auto in LANGUAGE_MODELS}
+    brought = getattr(read, "auto_map", None) or {}
+    for auto, known in made.items():
+        names = {each.__name__ for each in (known if isinstance(known, tuple) else [known]) if each}
+        if auto.__name__ in brought or names & set(read.architectures or []):
+            return auto
+    text_alone = read.get_text_config() is read and made[AutoModelForCausalLM] is not None
+    rest = [auto for auto, known in made.items() if known is not None]
+    return AutoModelForCausalLM if text_alone or not rest else rest[-1]
+
+
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
     """Put the weights of a folder that `save_model` wrote unmerged back into the same model."""
     if is_adapted(model):
         put_weights(model, POLICY, adapter_weights(folder), folder)
     else:
-        model.load_state_dict(
-            load_base(folder, config, AutoModelForCausalLM, allowed_missing=set()).state_dict()
-        )
+        model.load_state_dict(load_base(folder, config, None, allowed_missing=set()).state_dict())

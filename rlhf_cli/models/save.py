@@ -44,6 +44,8 @@ def save_model(
             whole = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
         with held_as(dtype, whole.parameters()):
             whole.save_pretrained(folder, max_shard_size=shard_size)
+        for name, content in getattr(unwrap(model), "processors", {}).items():
+            (folder / name).write_bytes(content)
     tokenizer.save_pretrained(folder)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware
+from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
@@ -17,13 +17,15 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     STEP,
+    adapter_base,
     implicit_reward_of,
     level_of,
     read_manifest,
     reference_folder,
 )
-from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.loading_faults import told
+from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer
@@ -83,10 +85,21 @@ class Reader:
     """
 
     def __init__(
-        self, path: str, context: int | None, bos: int | None, encoder: Encoder | None
+        self,
+        path: str,
+        context: int | None,
+        bos: int | None,
+        encoder: Encoder | None,
+        padding: int | None = None,
     ) -> None:
-        """`encoder`: of the model's own tokenizer and template; None where it is the policy's."""
+        """What is known of the model.
+
+        Args:
+            encoder: of its own tokenizer and template; None where it is the policy's.
+            padding: an id that ends responses and that it takes for padding, by `end_as_padding`.
+        """
         self.path = path
+        self.padding = padding
         self.context = context
         self.bos = bos
         self.encoder = encoder
@@ -119,6 +132,7 @@ class Reader:
             rows = [rollout.row for rollout in rollouts]
             texts = [rollout.text for rollout in rollouts]
             read = self.encoder.written(rows, texts, [rollout.ended for rollout in rollouts])
+        read = [self._scored(sequence) for sequence in read]
         fitted = [self._fit(sequence) for sequence in read]
         cuts = sum(
             new is not None and new is not old for new, old in zip(fitted, read, strict=True)
@@ -126,6 +140,16 @@ class Reader:
         self.tell("prompts are cut at their start to fit its context", cuts, len(read))
         self.tell("responses exceed its context and get no reward", fitted.count(None), len(read))
         return fitted
+
+    def _scored(self, sequence: Tokens) -> Tokens:
+        """A sequence up to the token at which the model gives its score."""
+        if self.padding is None or sequence.response[-1:] != [self.padding]:
+            return sequence
+        ids = [*sequence.prompt, *sequence.response]
+        while len(ids) > 2 and ids[-1] == self.padding:
+            ids.pop()
+        cut = min(len(sequence.prompt), len(ids) - 1)  # an empty response has no token to score
+        return replace(sequence, prompt=ids[:cut], response=ids[cut:], loss=None)
 
     def _fit(self, sequence: Tokens) -> Tokens | None:
         excess = 0 if self.context is None else len(sequence) - self.context
@@ -300,7 +324,9 @@ def load_model_reward(
     Raises:
         UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
     """
-    frozen = FrozenModel(dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    frozen = FrozenModel(
+        dtype=model.dtype, trust_remote_code=model.trust_remote_code, attention=AUTO
+    )
     own = load_tokenizer(path, frozen)
     encoder = None
     if own.get_vocab() == tokenizer.get_vocab():
@@ -314,12 +340,30 @@ def load_model_reward(
             load_policy(folder, frozen, own, device).requires_grad_(False)
             for folder in (path, reference)
         )
-        reader = Reader(path, context_of(policy), own.bos_token_id, encoder)
+        reader = Reader(path, positions_of(policy), own.bos_token_id, encoder)
         beta, per_token = implicit["beta"], implicit["per_token"]
         return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
     scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
-    reader = Reader(path, context_of(scorer), own.bos_token_id, encoder)
+    padding = end_as_padding(path, frozen) if level_of(path) == RESPONSE else None
+    reader = Reader(path, positions_of(scorer), own.bos_token_id, encoder, padding)
     return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
+
+
+def end_as_padding(path: str, config: FrozenModel) -> int | None:
+    """The EOS id of a reward model that takes it for padding; None where it does not.
+
+    So others train those whose tokenizer has no pad token (TRL, for one): the classifiers of
+    transformers score the last token that is no padding, which is then the one before EOS.
+    """
+    with told(f"{path}: no usable tokenizer"):
+        trust = {"trust_remote_code": config.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+        pads = [tokenizer.pad_token_id]
+        if adapter_base(path) is None:  # the base's own was another before it had a head
+            said, _ = PretrainedConfig.get_config_dict(path)
+            pads.append(said.get("pad_token_id"))
+    eos: int | None = tokenizer.eos_token_id
+    return eos if eos in pads else None
 
 
 def own_data(path: str, data: Data) -> Data:
@@ -333,11 +377,6 @@ def own_data(path: str, data: Data) -> Data:
         max_prompt_tokens=None,
         max_response_tokens=None,
     )
-
-
-def context_of(model: nn.Module) -> int | None:
-    """The longest sequence that a model takes, in tokens; None where its config says none."""
-    return getattr(unwrap(model).config, "max_position_embeddings", None)
 
 
 def reading_of(path: str, tokenizer: PreTrainedTokenizerBase) -> Reading:

@@ -9,7 +9,8 @@ from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.decoder import matmul_type, unwrap
 from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.rollout.decode import Completion, no_logits
+from rlhf_cli.rollout.decode import Completion, evaluation_mode, no_logits
+from rlhf_cli.rollout.feeding import reorders
 from rlhf_cli.rollout.sampling import Sampling
 
 
@@ -28,6 +29,8 @@ def beam_search(
     """
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
+    with evaluation_mode(model):
+        carried = reorders(model)
     with matmul_type(model):
         output = unwrap(model).generate(
             ids,
@@ -40,6 +43,7 @@ def beam_search(
             min_new_tokens=sampling.min_tokens or None,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=stop_ids,
+            use_cache=carried,  # a state that beams cannot exchange would be another beam's
             pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
         )
     completions = []

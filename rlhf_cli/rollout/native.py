@@ -1,7 +1,7 @@
 """The engine of this process: the policy's own weights, the batched decoder and beam search."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import cut
-from rlhf_cli.data.items import EncodedPrompt
+from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
+from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
 
@@ -113,10 +115,10 @@ class NativeEngine(Engine):
                 uniform_noise(seed, first + each.place, samples, longest)[list(each.samples)]
                 for each in group
             ]
-            text_of = self._encoder.text
-            return decode(
-                self._model, ids, torch.cat(noise), sampling, self._encoder.stop_ids, text_of
-            )
+            stop_ids, text_of = self._encoder.stop_ids, self._encoder.text
+            drawn = decode(self._model, ids, torch.cat(noise), sampling, stop_ids, text_of)
+            of_each = [own for own, each in zip(ids, group, strict=True) for _ in each.samples]
+            return self._scored_as_whole(of_each, drawn, sampling)
 
         def failure(group: list[Draws]) -> RunError:
             longest = len(prompts[group[0].place][1]) + sampling.max_tokens
@@ -132,6 +134,20 @@ class NativeEngine(Engine):
                 own += [next(in_turn) for _ in each.samples]
             done = [place for place, own in completions.items() if len(own) == samples]
             yield {place: completions.pop(place) for place in done}
+
+    def _scored_as_whole(
+        self, prompts: list[list[int]], drawn: list[Completion], sampling: Sampling
+    ) -> list[Completion]:
+        """The same with the log-probs that training computes, where a state came to others.
+
+        Some decoders compute a step of their recurrence otherwise than a pass over a whole text.
+        """
+        if not self.exact or way_of(self._model).exact:
+            return drawn
+        sequences = [Tokens(*each) for each in zip(prompts, (x.ids for x in drawn), strict=True)]
+        scored = logprobs_of(self._model, sequences, self._hardware, sampling.scored_at)
+        pairs = zip(drawn, scored, strict=True)
+        return [replace(each, logprobs=logprobs.tolist()) for each, logprobs in pairs]
 
     def _searched(
         self,

@@ -9,7 +9,7 @@ from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.scratch import learn_tokenizer
 from rlhf_cli.models.tokenizers import load_tokenizer
-from rlhf_cli.runs.inherited import context_of
+from rlhf_cli.runs.inherited import check_context, context_of
 
 LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from
 
@@ -21,7 +21,9 @@ def encoder_of(cfg: Any, rows: Rows) -> Encoder:
         tokenizer = new_tokenizer(cfg, rows)
     else:
         tokenizer = load_tokenizer(cfg.start, cfg.model)
-    return Encoder(tokenizer, cfg.data, context_of(cfg), room)
+    context = context_of(cfg)
+    check_context(cfg, cfg.start, context)  # of the hub it is known now that its tokenizer is here
+    return Encoder(tokenizer, cfg.data, context, room)
 
 
 def new_tokenizer(cfg: SftConfig, rows: Rows) -> Any:

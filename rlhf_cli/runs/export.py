@@ -33,7 +33,7 @@ from rlhf_cli.folders.manifest import (
     tokenizer_hash,
 )
 from rlhf_cli.models import gguf, hub
-from rlhf_cli.models.dtypes import name_of, type_to_write
+from rlhf_cli.models.dtypes import AUTO, name_of, type_to_write
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.loading_faults import told
 from rlhf_cli.models.nonfinite import is_finite
@@ -203,7 +203,7 @@ def _loaded(
     order: Export, folder: Path, places: Iterable[Path]
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model in float32 with its adapter merged, and its tokenizer as it is."""
-    config = FrozenModel(dtype="float32", trust_remote_code=order.trust_remote_code)
+    config = FrozenModel("float32", order.trust_remote_code, attention=AUTO)
     place = tokenizer_place(*places) or folder
     with told(f"{order.source}: no usable tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -80,6 +80,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
+    session.introduce(scorer)
     session.note(data.notes, data)
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing:
