@@ -23,6 +23,7 @@ from rlhf_cli.models.loading_faults import fits, told
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
 
+SCORING = "regression"  # what transformers calls a head whose numbers are no logits of a class
 HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
 
@@ -91,6 +92,7 @@ def scorer_from_policy(
     if head_name(model) is None:
         raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
     init_head(scalar_head(model), seed)
+    model.config.problem_type = SCORING
     fit_embeddings(model, tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     return _beside(adapt(model, path, config, task, device).to(device), base)

@@ -38,7 +38,7 @@ from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.loading_faults import told
 from rlhf_cli.models.nonfinite import is_finite
 from rlhf_cli.models.save import save_model
-from rlhf_cli.models.scorers import load_scorer
+from rlhf_cli.models.scorers import SCORING, load_scorer
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.model_card import card_text
 from rlhf_cli.runs.checks import check_folder, is_hub_id
@@ -215,6 +215,8 @@ def _loaded(
     scorer: Any = load_scorer(path, config, tokenizer, CPU)
     if tokenizer.pad_token_id is None:  # without one it scores no batch
         scorer.config.pad_token_id = read_config(folder).get("pad_token_id")
+    if read_manifest(folder) is not None:  # an adapter of ours does not say so itself
+        scorer.config.problem_type = SCORING
     return scorer, tokenizer
 
 
