@@ -133,6 +133,11 @@ class Model(FrozenModel):
         "that is tied to them; policy and reference share them. 0 trains all.",
         ge=0,
     )
+    router_aux_coef: float | None = key(
+        "Weight of the loss that balances the load of experts (2101.03961 eq. 4); null is what the "
+        "model's config says, where that asks for it by output_router_logits.",
+        ge=0,
+    )
     save_dtype: str = key(
         "Type of the weights that are written; source: the one that they came in.",
         choices=("source", "float32", "bfloat16", "float16"),
@@ -146,6 +151,8 @@ class SftModel(Model):
     path: str | None = key(
         "Hub id or folder of a pretrained model; null builds one from scratch.", role="policy"
     )
+    size: str | None = key("Which of model.sizes, in a family's option, model.path is.")
+    sizes: dict[str, str] = key("Hub ids of a family's option, by how large the models are.")
     dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
     vocab_size: int | None = key(
         "Tokens of the BPE that is learned.", ge=260, used_by="model.path=null", needed=True

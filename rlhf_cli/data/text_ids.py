@@ -34,6 +34,7 @@ class TextIds:
     control: the special tokens and the added ones, text -> id.
     special_ids: of those that are special; none stands for what is unknown.
     before: the ids that the tokenizer puts before a text of its own accord, such as one BOS.
+    begin: those, or the BOS that it has but does not put there.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -44,7 +45,7 @@ class TextIds:
         special = {token.content for token in added.values() if token.special}
         special |= {token for token in tokenizer.all_special_tokens if token.strip()}
         self._special = sorted(special, key=len, reverse=True)
-        self.special_ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
+        self.special_ids: set[Any] = {tokenizer.convert_tokens_to_ids(token) for token in special}
         self.special_ids -= {tokenizer.unk_token_id, None}
         self._spelt = _any_of(self._special)
         self._controls = _any_of(sorted({*self.control, *special}, key=len, reverse=True))
@@ -61,6 +62,8 @@ class TextIds:
         plain, whole = self.of("a"), list(tokenizer("a").input_ids)
         starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self.before = whole[: next(starts, 0)]
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.begin: list[int] = self.before or bos
         break_ids = self.of("\n")
         self._prefixes = self.of("\na")[len(break_ids) :] != plain
 
@@ -277,6 +280,11 @@ class TextIds:
             model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
         state["post_processor"] = None
         return Tokenizer.from_str(json.dumps(state))
+
+
+def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids with which a tokenizer's texts begin, of its own accord or where a text says so."""
+    return TextIds(tokenizer).begin
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, combinations
@@ -100,7 +100,10 @@ class Encoder:
             room: of those, what prompts must leave for responses that are sampled.
         """
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token")
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} has no EOS token, and no generation "
+                "config names one; set eos_token in its tokenizer_config.json"
+            )
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "the model that is built here"
         self.data = data
@@ -128,13 +131,15 @@ class Encoder:
             )
         self._template = None if template == CHAT else TextTemplate(template)
         self._eos, self._eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-        self._bos, self._bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
         self._kinds: set[bool] = set()  # of rows so far: whether they are dialogues
         self._filled: set[str] = set()  # columns that a row has filled into the template
         self.limits = Limits.of(data, context, room)
         self.lengths = Lengths()
-        self.more_stop_ids: set[int] = set()
         self.ids = TextIds(tokenizer)
+        self._begin = "".join(map(str, tokenizer.convert_ids_to_tokens(self.ids.begin)))
+        self._others: set[int] = set()  # ids that end responses of the model so far
+        self._taught: set[int] = set()  # ids with which replies end
+        self._inside: set[int] = set()  # ids that stand within replies
         if self._template is None:
             self._chat.ending  # noqa: B018  a template that cannot work is told before any row
 
@@ -345,11 +350,15 @@ class Encoder:
         return {
             "dialogues": sorted(self._kinds),
             "longest": [self.lengths.prompt, self.lengths.response],
+            "ends": sorted(self._taught),
+            "inside": sorted(self._inside),
         }
 
     def remember(self, seen: dict[str, Any]) -> None:
         """Take over what an encoder like this one has `seen` of rows that were kept."""
         self._kinds |= set(seen["dialogues"])
+        self._taught |= set(seen["ends"])
+        self._inside |= set(seen["inside"])
         prompt, response = seen["longest"]
         self.lengths.prompt = max(self.lengths.prompt, prompt)
         self.lengths.response = max(self.lengths.response, response)
@@ -361,6 +370,7 @@ class Encoder:
             json.dumps(self.tokenizer.special_tokens_map, default=str),
             str(self.tokenizer.chat_template),
             repr(self.limits),
+            repr(sorted(self._others)),
         ]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()
 
@@ -375,7 +385,13 @@ class Encoder:
         if self.template != CHAT and True in self._kinds:
             how += ", messages by the chat template"
         written = [f"prompts are written {how}"] if self._kinds else []
-        return [*written, *self.notes(), *self.lengths.lines(self.limits)]
+        lost = sorted(self._others - set(self.stop_ids))
+        tokens = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(lost)))
+        ends = [f"within replies stands what ended responses before, and ends none now: {tokens}"]
+        return [
+            *(*written, *(ends if lost else []), *self.notes()),
+            *self.lengths.lines(self.limits),
+        ]
 
     def check_lengths(self) -> None:
         """Once all rows are read: they are not cut more than anybody wants, and the template shows
@@ -416,10 +432,17 @@ class Encoder:
             end = self._chat.end_of_turn
         return self._eos_id if end is None else end
 
+    def ends_with(self, ids: Iterable[int]) -> None:
+        """Take over the ids that end responses of the model that a run starts from."""
+        self._others |= set(ids)
+
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end a response: EOS, the template's end of turn, and what a policy ends with."""
-        return sorted({self._eos_id, self.end_of_turn, *self.more_stop_ids})
+        """Ids that end a response: EOS, the template's end of turn, what other replies end with,
+        and what the model ended with before, unless it stands within replies.
+        """
+        others = (self._others | self._taught) - self._inside
+        return sorted({self._eos_id, self.end_of_turn, *others})
 
     # ------------------------------------------------------------------ texts
 
@@ -581,9 +604,9 @@ class Encoder:
             self._filled |= {name for name, value in shown.items() if value is not None}
             columns = {**columns, **shown}
         # a BOS that the row or the template spells is the one that the tokenizer puts there
-        bos = self._bos if self.ids.before else ""
-        text = template.fill(self._plain(prompt.removeprefix(bos)), columns, source)
-        text = text.removeprefix(bos)
+        begin = self._begin if self.ids.before else ""
+        text = template.fill(self._plain(prompt.removeprefix(begin)), columns, source)
+        text = text.removeprefix(begin)
         texts = [self._plain(self._without_eos(reply_text(reply))) for reply in replies]
         return Written(text, texts, False)
 
@@ -594,14 +617,14 @@ class Encoder:
 
     def _bare(self, text: str) -> str:
         """A document without the BOS and the EOS that it brings."""
-        if self._bos and text.lstrip().startswith(self._bos):
-            text = text.lstrip().removeprefix(self._bos)
+        if self._begin and text.lstrip().startswith(self._begin):
+            text = text.lstrip().removeprefix(self._begin)
         return str(self._plain(self._without_eos(text)))
 
     def _start(self, text: str) -> list[int]:
         """The ids before a document: what the tokenizer adds, or the BOS that the text brings."""
-        brings = self._bos and text.lstrip().startswith(self._bos)
-        return self.ids.before or ([self._bos_id] if brings else [])
+        brings = self._begin and text.lstrip().startswith(self._begin)
+        return self.ids.before or (self.ids.begin if brings else [])
 
     # ------------------------------------------------------------------ loss
 
@@ -729,8 +752,8 @@ class Encoder:
             return None
         start = self.ids.before
         if text.chat:
-            has_bos = self._bos and text.prompt.startswith(self._bos)
-            start = [self._bos_id] if has_bos else []
+            begins = self._begin and text.prompt.startswith(self._begin)
+            start = self.ids.begin if begins else []
         start = start[: limit - 1]
         return start + ids[len(ids) - limit + len(start) :]  # the end holds the question
 
@@ -751,6 +774,7 @@ class Encoder:
                 limited.append(None)
                 continue
             own = [self._ended(next(ids), text.chat) for _ in text.responses]
+            self._watch(own, self.limits.response(len(prompt)))
             limited.append(self._cut(own, self.limits.response(len(prompt)), row))
         return limited
 
@@ -760,6 +784,14 @@ class Encoder:
         if last == self.end_of_turn or (chat and last in self.ids.special_ids):
             return ids
         return [*ids, self._eos_id]
+
+    def _watch(self, responses: list[list[int]], limit: int | None) -> None:
+        """Note with which ids replies end, and which of those that could are within them."""
+        ends = self.ids.special_ids | self._others
+        for ids in responses:
+            self._inside |= ends.intersection(ids[:-1])
+            if limit is None or len(ids) <= limit:  # a longer one was not read to its end
+                self._taught.add(ids[-1])
 
     def _cut(
         self, responses: list[list[int]], limit: int | None, row: Any

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.time_limit import time_limit
-from rlhf_cli.folders.manifest import ADAPTER_CONFIG
+from rlhf_cli.folders.manifest import ADAPTER_CONFIG, shapes_of
 from rlhf_cli.models.nonfinite import is_finite
 
 WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
 PREFIX = "base_model.model."  # before the name that a layer has in the base
-OUTPUT = re.compile(r"\w+\.(lora_|base_layer\.|modules_to_save\.|weight$|bias$)")
+OUTPUT = re.compile(r"\w+\.(lora_|base_layer\.|modules_to_save\.|token_adapter\.|weight$|bias$)")
 PATTERNS = (  # the fields of an adapter's config that peft searches names of layers by
     *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "feedforward_modules", "target_parameters"),
@@ -186,6 +186,15 @@ def put_weights(
         f"{path}: the adapter does not fit its base: {'; '.join(found)}; make or download the "
         f"folder again, or name its own base in {ADAPTER_CONFIG}"
     )
+
+
+def holds_embeddings(path: str, base: Any) -> bool:
+    """Whether an adapter folder holds whole embeddings of its base, as peft saves resized ones."""
+    tables = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    names = [name for name, module in base.named_modules() if id(module) in tables]
+    held = shapes_of(Path(path))
+    ends = (".weight", ".base_layer.weight")  # the second under LoRA of its own
+    return any(f"{PREFIX}{name}{end}" in held for name in names for end in ends)
 
 
 def saved_weights(adapted: Any, adapter: str) -> dict[str, Tensor]:

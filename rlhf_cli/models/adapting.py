@@ -24,6 +24,7 @@ from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.shared import freeze_lowest
+from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
 from rlhf_cli.models.towers import freeze, processor_files, towers
 
 
@@ -55,6 +56,8 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     model.towers = towers(model)
     if model.towers:  # written back beside the weights
         model.processors = processor_files(model.config._name_or_path)
+    # read by training/balancing.py
+    model.router_aux_coef = config.router_aux_coef if isinstance(config, Model) else None
     if adapter_base(path) is not None:
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):
@@ -78,6 +81,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         check_patterns(model, own)
         policys = task not in ("CAUSAL_LM", own.task_type)
         own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
+        leave_absent_rows(model, own)
         merged = _loaded_adapter(model, path, config=own, head_left=policys).merge_and_unload()
         return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
@@ -88,6 +92,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         target_modules="all-linear",
         exclude_modules=_left_out(head, model.towers),
         task_type=task,
+        trainable_token_indices=trainable_rows(model, path),
     )
     if is_adapter:
         lora = adapter_config(path)
@@ -100,6 +105,7 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         if lora.task_type == task:
             return _loaded_adapter(model, path, is_trainable=True)
         lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
+        leave_absent_rows(model, lora)
     if head:
         lora.modules_to_save = [head]
     adapted = peft.get_peft_model(model, lora)

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.router_watch import watched
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
 OTHER_KERNEL = 1e-3  # of a decoder with and without a mask: many sums in another order
@@ -78,6 +79,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         return run_trunk(model, batch)
 
 
+@watched
 def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
     # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
     padding = batch.attention.ndim == 2
@@ -168,10 +170,7 @@ def decoder_paths(base: Any) -> list[str]:
     class calls its base comes last, as some name a module that they have not.
     """
     names = {module: name for name, module in base.named_modules()}
-    try:
-        path = names.get(base.get_input_embeddings(), "")
-    except (AttributeError, NotImplementedError):  # some classes have none
-        path = ""
+    path = names.get(_embeddings(base), "")
     paths = []
     while path := path.rpartition(".")[0]:
         module = base.get_submodule(path)
@@ -184,6 +183,11 @@ def decoder_paths(base: Any) -> list[str]:
     return paths if prefix in paths or not hasattr(base, prefix) else [*paths, prefix]
 
 
+def _embeddings(base: Any) -> Any:
+    """The token embeddings; None where the library knows of none."""
+    return _try(lambda: base.get_input_embeddings())
+
+
 def find_parts(model: nn.Module) -> None:
     """Find decoder and head of a language model by a pass of a few tokens.
 
@@ -194,11 +198,11 @@ def find_parts(model: nn.Module) -> None:
     """
     base = unwrap(model)
     name = f"{base.config._name_or_path}: {type(base).__name__}".removeprefix(": ")
-    if not (paths := decoder_paths(base)):
+    if not (paths := decoder_paths(base)) or _embeddings(base) is None:
         raise UserError(
             f"{name} has no part that holds token embeddings and blocks, as decoders do"
         )
-    tokens = _plain_ids(base)
+    tokens = plain_ids(base)
     batch = collate([Tokens(tokens[:1], tokens[1:])], next(base.parameters()).device)
     with torch.no_grad():
         try:
@@ -206,7 +210,7 @@ def find_parts(model: nn.Module) -> None:
                 plain = base(**taken_by(base, input_ids=batch.ids[:, :-1], use_cache=False)).logits
         except Exception as error:  # models refuse what they do not know in many ways
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name} does not read text alone: {said}") from None
+            raise UserError(f"{name} makes no logits of text alone: {said}") from None
         for path in paths:
             hidden = getattr(seen.get(path), "last_hidden_state", None)
             if hidden is None or (found := _head_of(base, path, hidden[0], plain[0])) is None:
@@ -222,9 +226,9 @@ def find_parts(model: nn.Module) -> None:
     )
 
 
-def _plain_ids(base: Any) -> list[int]:
+def plain_ids(base: Any) -> list[int]:
     """A few ids that stand for nothing but text: no pad, no place of an image."""
-    size = base.get_input_embeddings().num_embeddings
+    size = len(_embeddings(base).weight)
     special = set(_special_ids(base.config.to_dict()))
     ids = [id for id in range(size) if id not in special] or [0]
     return (ids * PROBED)[:PROBED]
@@ -281,7 +285,7 @@ def _head_of(base: Any, path: str, hidden: Tensor, plain: Tensor) -> Parts | Non
     return Parts(path) if _same(direct, plain, ROUNDING) else None
 
 
-def _try(compute: Callable[[], Tensor]) -> Tensor | None:
+def _try(compute: Callable[[], Any]) -> Any:
     try:
         return compute()
     except Exception:  # what a model does with what it does not know, it says in many ways

@@ -1,6 +1,10 @@
 """Models out: folders that transformers and peft load as they are."""
 
 import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,23 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_cli.data.text_ids import beginning_of
+from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
+from rlhf_cli.models import scalar_head
 from rlhf_cli.models.adapters import POLICY, is_adapted, trained
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import held_as
+from rlhf_cli.models.scalar_head import ScalarHead
+from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
+
+# what a tokenizer is read from; code that it brings along is left where it is
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+
+NAMES_OF_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
 
 ONE_FILE = "50GB"  # where transformers itself begins another
 
@@ -34,26 +52,124 @@ def save_model(
         base = Path(unwrap(model).config._name_or_path)
         if base.exists():
             adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
+        embeds = getattr(unwrap(model), "embeddings_in_adapter", False)
         with held_as(dtype, trained(adapted).values()):
-            adapted.save_pretrained(folder, selected_adapters=[POLICY])
-        if unwrap(model).can_generate():  # the base's own may name other EOS ids
-            unwrap(model).generation_config.save_pretrained(folder)
+            adapted.save_pretrained(
+                folder, selected_adapters=[POLICY], save_embedding_layers=embeds
+            )
+        if isinstance(unwrap(model), ScalarHead):  # beside full weights transformers puts it itself
+            shutil.copyfile(scalar_head.__file__, folder / Path(scalar_head.__file__).name)
     else:
         whole: Any = model
         if adapted is not None:
             whole = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+        if whole.can_generate():
+            whole.generation_config = GenerationConfig()  # ours is written in its place
         with held_as(dtype, whole.parameters()):
             whole.save_pretrained(folder, max_shard_size=shard_size)
         for name, content in getattr(unwrap(model), "processors", {}).items():
             (folder / name).write_bytes(content)
-    tokenizer.save_pretrained(folder)
+    settings: Settings | None = getattr(unwrap(model), "generation_settings", None)
+    if settings is not None:
+        write_generation(settings, folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
-    """Generation stops where training ended responses, in every tool that reads the folder."""
+    """Generation stops where training ended responses, in every tool that reads the folder.
+
+    All other settings stay those of the model that training began with.
+    """
     base = unwrap(model)
-    eos = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    settings: Settings = getattr(base, "generation_settings", None) or {FROM_CONFIG: True}
+    if FROM_CONFIG in settings:  # no file: as transformers reads the config
+        named = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        read = base.generation_config.to_diff_dict()
+        settings = {key: id for key, id in named.items() if id is not None} | read | settings
+    base.generation_settings = ended_by(settings, stop_ids)
+
+
+# --------------------------------------------------------------------------- tokenizers
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer into a model folder.
+
+    One that is as it was read, but for an EOS or pad token that it was given, goes by the very
+    files that it was read from: what one release of transformers writes, an earlier one need not
+    understand.
+    """
+    _without_limits(tokenizer)
+    written = [Path(file).relative_to(folder) for file in tokenizer.save_pretrained(folder)]
+    name = str(tokenizer.name_or_path)
+    source = source_folder(name, TOKENIZER_FILES[0]) if name else folder
+    if source == folder or not all((source / file).is_file() for file in TOKENIZER_FILES[:2]):
+        return
+    with tempfile.TemporaryDirectory() as place:
+        again: Any = _without_limits(type(tokenizer).from_pretrained(name))
+        given = {}
+        for key in ("eos_token", "pad_token"):
+            if getattr(again, key) != getattr(tokenizer, key):
+                given[key] = str(getattr(tokenizer, key))
+                setattr(again, key, given[key])
+        anew = [Path(file).relative_to(place) for file in again.save_pretrained(place)]
+        if _texts(folder, written) != _texts(Path(place), anew):
+            return
+    for file in TOKENIZER_FILES:
+        (folder / file).unlink(missing_ok=True)
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    for file in NAMES_OF_TOKENS if given else ():
+        if (folder / file).is_file():
+            names = json.loads((folder / file).read_text(encoding="utf-8"))
+            text = json.dumps({**names, **given}, indent=2, ensure_ascii=False)
+            (folder / file).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_limits(tokenizer: Any) -> Any:
+    """The tokenizer as data/text_ids.py leaves it: it neither cuts nor pads by itself."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
+
+
+def _texts(folder: Path, files: list[Path]) -> dict[Path, bytes]:
+    return {file: (folder / file).read_bytes() for file in files if (folder / file).is_file()}
+
+
+def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], whole: bool) -> None:
+    """Give the tokenizer of a reward model a pad token that ends no response.
+
+    Transformers reads a score at the last token that is not the pad token, ours stands at the end
+    of the response. The pad token is a token that is there already; only where there is none is
+    one added, if the folder will hold the embedding too (GPT-2, whose one special token is EOS).
+
+    Args:
+        whole: whether the folder will hold all weights, and not only those of an adapter.
+    """
+    pad = spare_token(tokenizer, stop_ids)
+    base = unwrap(model)
+    if pad is not None:
+        tokenizer.pad_token = pad
+    elif whole or len(tokenizer) < base.get_input_embeddings().num_embeddings:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     base.config.pad_token_id = tokenizer.pad_token_id
-    base.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-    )
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> str | None:
+    """A token that ends no response: its pad token, UNK, one that nobody uses, or BOS."""
+    begin = [str(each) for each in tokenizer.convert_ids_to_tokens(beginning_of(tokenizer))]
+    used = str(tokenizer.chat_template)
+    unused = [
+        token.content
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and token.content not in used and token.content not in begin
+    ]
+    called = [name for name in unused if "pad" in name.lower()]
+    for name in (tokenizer.pad_token, *called, tokenizer.unk_token, *unused, *begin):
+        if name is not None and tokenizer.convert_tokens_to_ids(name) not in stop_ids:
+            return str(name)
+    return None

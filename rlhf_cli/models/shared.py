@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.manifest import RESPONSE, content_hash, level_of
+from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.adapters import (
     POLICY,
     PREFIX,
@@ -95,6 +95,10 @@ def scorer_on_base(
         return None
     if config.peft_type != peft.PeftType.LORA or config.bias != "none":
         return None
+    policys: Any = adapted
+    for each in (config, policys.peft_config[POLICY]):
+        if getattr(each, "trainable_token_indices", None):
+            return None
     weights = adapter_weights(path)
     lora = {name: value for name, value in weights.items() if ".lora_" in name}
     heads = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights.keys() - lora.keys()}
@@ -103,8 +107,7 @@ def scorer_on_base(
     if len(heads) != 1 or not heads <= set(HEAD_NAMES) or not layers <= known:
         return None
     score = {name.split(".")[-1]: weights[name] for name in weights.keys() - lora.keys()}
-    parts = {"weight"} if level_of(path) == RESPONSE else {"weight", "bias"}
-    if score.keys() != parts or len(score["weight"]) != 1:
+    if "weight" not in score or len(score["weight"]) != 1:
         return None
 
     config.modules_to_save, config.lora_dropout, config.task_type = None, 0.0, "CAUSAL_LM"

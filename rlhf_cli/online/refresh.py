@@ -33,7 +33,7 @@ from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
-from rlhf_cli.models.save import save_model
+from rlhf_cli.models.save import save_model, save_tokenizer
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
@@ -248,7 +248,7 @@ class RewardRefresh:
                 chosen = cfg.model.save_dtype
                 dtype = None if chosen == SOURCE else getattr(torch, chosen)
                 save_scorer(source.model, source.path, part, dtype)
-                self._encoder.tokenizer.save_pretrained(part)
+                save_tokenizer(self._encoder.tokenizer, part)
             else:
                 dtype = type_to_write(source.model, cfg.model.save_dtype, merge=True)
                 save_model(source.model, self._encoder.tokenizer, part, True, dtype)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
+from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import (
     RESPONSE,
@@ -22,13 +23,14 @@ from rlhf_cli.folders.manifest import (
     level_of,
     read_manifest,
     reference_folder,
+    trained_here,
 )
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.loading_faults import told
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.models.scorers import load_scorer
-from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer, same_ids
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rollout.rollouts import Rollout
@@ -88,20 +90,21 @@ class Reader:
         self,
         path: str,
         context: int | None,
-        bos: int | None,
+        begin: list[int],
         encoder: Encoder | None,
         padding: int | None = None,
     ) -> None:
-        """What is known of the model.
+        """A reader of the policy's ids or of text.
 
         Args:
-            encoder: of its own tokenizer and template; None where it is the policy's.
+            begin: the ids with which the model's texts begin, kept where prompts are cut.
+            encoder: of the model's own tokenizer and template; None where it is the policy's.
             padding: an id that ends responses and that it takes for padding, by `end_as_padding`.
         """
         self.path = path
         self.padding = padding
         self.context = context
-        self.bos = bos
+        self.begin = begin
         self.encoder = encoder
         self._told: set[str] = set()
 
@@ -156,7 +159,7 @@ class Reader:
         if excess <= 0:
             return sequence
         prompt = sequence.prompt
-        kept = int(prompt[:1] == [self.bos])
+        kept = len(self.begin) if prompt[: len(self.begin)] == self.begin else 0
         if excess > len(prompt) - max(kept, 1):
             return None
         return replace(sequence, prompt=prompt[:kept] + prompt[kept + excess :])
@@ -329,7 +332,7 @@ def load_model_reward(
     )
     own = load_tokenizer(path, frozen)
     encoder = None
-    if own.get_vocab() == tokenizer.get_vocab():
+    if same_ids(own, tokenizer):
         own = tokenizer
     else:
         encoder = Encoder(own, own_data(path, data))
@@ -340,28 +343,29 @@ def load_model_reward(
             load_policy(folder, frozen, own, device).requires_grad_(False)
             for folder in (path, reference)
         )
-        reader = Reader(path, positions_of(policy), own.bos_token_id, encoder)
+        reader = Reader(path, positions_of(policy), beginning_of(own), encoder)
         beta, per_token = implicit["beta"], implicit["per_token"]
         return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
     scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
-    padding = end_as_padding(path, frozen) if level_of(path) == RESPONSE else None
-    reader = Reader(path, positions_of(scorer), own.bos_token_id, encoder, padding)
+    padding = end_as_padding(path, own) if level_of(path) == RESPONSE else None
+    reader = Reader(path, positions_of(scorer), beginning_of(own), encoder, padding)
     return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
 
 
-def end_as_padding(path: str, config: FrozenModel) -> int | None:
+def end_as_padding(path: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The EOS id of a reward model that takes it for padding; None where it does not.
 
     So others train those whose tokenizer has no pad token (TRL, for one): the classifiers of
-    transformers score the last token that is no padding, which is then the one before EOS.
+    transformers score the last token that is no padding, which is then the one before EOS. Ours
+    are trained at the end of the response.
     """
-    with told(f"{path}: no usable tokenizer"):
-        trust = {"trust_remote_code": config.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
-        pads = [tokenizer.pad_token_id]
-        if adapter_base(path) is None:  # the base's own was another before it had a head
+    if trained_here(read_manifest(path)):
+        return None
+    pads = [tokenizer.pad_token_id]
+    if adapter_base(path) is None:  # the base's own was another before it had a head
+        with told(f"{path}: unreadable config"):
             said, _ = PretrainedConfig.get_config_dict(path)
-            pads.append(said.get("pad_token_id"))
+        pads.append(said.get("pad_token_id"))
     eos: int | None = tokenizer.eos_token_id
     return eos if eos in pads else None
 

@@ -44,6 +44,7 @@ def beam_search(
             max_new_tokens=sampling.max_tokens,
             eos_token_id=stop_ids,
             use_cache=carried,  # a state that beams cannot exchange would be another beam's
+            suppress_tokens=list(sampling.absent) or None,
             pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
         )
     completions = []

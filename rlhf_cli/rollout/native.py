@@ -15,6 +15,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
 from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.models.tokenizers import ids_of_no_token
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.engine import Engine, Kept
@@ -42,6 +43,7 @@ class NativeEngine(Engine):
         """The encoder says which ids end a response."""
         self._model = model
         self._encoder = encoder
+        self._absent = ids_of_no_token(model, encoder.tokenizer)
         self._hardware = hardware
 
     @property
@@ -65,6 +67,7 @@ class NativeEngine(Engine):
         kept: Kept | None = None,
     ) -> list[Rollout]:
         """Responses drawn one by one, or with sampling.beams > 1 the best of a search."""
+        sampling = replace(sampling, absent=self._absent)
         rollouts = dict(kept.done) if kept is not None else {}
         left = [place for place in range(len(prompts)) if place not in rollouts]
         if sampling.beams == 1:

@@ -18,7 +18,10 @@ from rlhf_cli.config.schema import Decoding
 
 @dataclass
 class Sampling:
-    """How tokens are chosen; the meaning of each field stands in config/schema.py (Decoding)."""
+    """How tokens are chosen; the meaning of each field stands in config/schema.py (Decoding).
+
+    absent: ids that stand for no token, as rows do that pad an unembedding; they are never drawn.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -30,6 +33,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     beams: int = 1
     length_penalty: float = 1.0
+    absent: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, algo: Decoding) -> "Sampling":
@@ -50,7 +54,7 @@ class Sampling:
     @property
     def unfiltered(self) -> bool:
         """Whether samples come from the model's own distribution at some temperature."""
-        plain = Sampling(self.max_tokens, self.temperature, stop=self.stop)
+        plain = Sampling(self.max_tokens, self.temperature, stop=self.stop, absent=self.absent)
         return self == plain and self.temperature > 0
 
     @property
@@ -74,9 +78,10 @@ def filter_logits(
     """
     if sampling.repetition_penalty != 1.0:
         logits = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen, logits)
-    if generated < sampling.min_tokens:
+    ruled_out = [*sampling.absent, *(stop_ids if generated < sampling.min_tokens else ())]
+    if ruled_out:
         logits = logits.clone()
-        logits[:, stop_ids] = -torch.inf
+        logits[:, ruled_out] = -torch.inf
     if sampling.temperature == 0:
         return logits
     warpers = LogitsProcessorList()

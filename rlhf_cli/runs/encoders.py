@@ -8,7 +8,7 @@ from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.scratch import learn_tokenizer
-from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.runs.inherited import check_context, context_of
 
 LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from
@@ -23,7 +23,10 @@ def encoder_of(cfg: Any, rows: Rows) -> Encoder:
         tokenizer = load_tokenizer(cfg.start, cfg.model)
     context = context_of(cfg)
     check_context(cfg, cfg.start, context)  # of the hub it is known now that its tokenizer is here
-    return Encoder(tokenizer, cfg.data, context, room)
+    encoder = Encoder(tokenizer, cfg.data, context, room)
+    if cfg.start is not None:
+        encoder.ends_with(stop_ids_of(cfg.start, tokenizer))
+    return encoder
 
 
 def new_tokenizer(cfg: SftConfig, rows: Rows) -> Any:

@@ -8,6 +8,7 @@ activations follow from config.json. What the interpreter and its libraries take
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
 HEADS = ("score.", "classifier.")
-UNEMBEDDINGS = ("lm_head.", "embed_out.")
+UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
 # an entropy in the loss and the KL over the whole vocabulary take; as measured.
 LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
@@ -342,14 +343,38 @@ def count(shapes: Shapes) -> int:
 
 def trunk_of(shapes: Shapes) -> Shapes:
     """Without the unembedding."""
-    return {name: shape for name, shape in shapes.items() if not name.startswith(UNEMBEDDINGS)}
+    return {name: shape for name, shape in shapes.items() if not UNEMBEDDING.search(name)}
+
+
+def towers_of(shapes: Shapes) -> Shapes:
+    """What text does not pass through in a model that sees or hears, which is never trained.
+
+    The decoder holds the token embeddings, the longest matrix outside all blocks, and blocks of its
+    own; blocks beside it are an encoder of something else, and the rest is that one's projector.
+    """
+    free = [name for name in trunk_of(shapes) if not BLOCK.search(name)]
+    matrices = [name for name in free if len(shapes[name]) == 2 and not name.startswith(HEADS)]
+    if not matrices:
+        return {}
+    embeddings = max(matrices, key=lambda name: shapes[name][0])
+    blocks = [name for name in shapes if BLOCK.search(name)]
+    decoder = embeddings.removesuffix("weight")
+    while decoder and not any(name.startswith(decoder) for name in blocks):
+        decoder = decoder[: decoder.rstrip(".").rfind(".") + 1]
+    beside = {
+        name: shape
+        for name, shape in trunk_of(shapes).items()
+        if not name.startswith((decoder, *HEADS))
+    }
+    return beside if any(map(BLOCK.search, beside)) else {}
 
 
 def frozen_of(shapes: Shapes, layers: int) -> Shapes:
-    """The embeddings and the lowest blocks, if any are frozen."""
+    """Towers, and the embeddings and the lowest blocks, if any are frozen."""
+    towers = towers_of(shapes)
     if not layers:
-        return {}
-    return {
+        return towers
+    return towers | {
         name: shape
         for name, shape in trunk_of(shapes).items()
         if (int(match[1]) < layers if (match := BLOCK.search(name)) else len(shape) == 2)
@@ -359,5 +384,10 @@ def frozen_of(shapes: Shapes, layers: int) -> Shapes:
 
 def lora(shapes: Shapes, rank: int) -> int:
     """Numbers of an adapter on every matrix of the blocks: A is (r, in), B is (out, r)."""
-    matrices = [shape for name, shape in shapes.items() if BLOCK.search(name) and len(shape) == 2]
+    towers = towers_of(shapes)
+    matrices = [
+        shape
+        for name, shape in shapes.items()
+        if BLOCK.search(name) and len(shape) == 2 and name not in towers
+    ]
     return rank * sum(map(sum, matrices))

@@ -67,13 +67,19 @@ def policy_of(session: Session, path: str) -> Policy:
             f"{path} was trained to end with ids {manifest['eos_ids']} but generates with "
             f"{stop_ids}; its generation_config.json was changed",
         )
-    encoder.more_stop_ids |= set(stop_ids)
+    encoder.ends_with(stop_ids)
     saying_how(path, encoder)
     return Policy.of(model, encoder, cfg.hardware)
 
 
 def saying_how(path: str, encoder: Encoder) -> None:
     """Say where prompts are written or cut otherwise than where the policy was trained."""
+    tokenizer = encoder.tokenizer
+    if getattr(tokenizer, "lacked_eos", False):
+        say(
+            f"note: the tokenizer of {path} names no EOS token: its is {tokenizer.eos_token} from "
+            "here on, with which its generation config ends responses"
+        )
     theirs = told(read_manifest(path) or {})
     for key in KEYS:
         ours = getattr(encoder.data, key)

@@ -24,7 +24,7 @@ from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
-from rlhf_cli.runs.rates import choose_rates, size_of
+from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
 
 
@@ -100,7 +100,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         doing.append(resumed_line(cfg, kept))
     sums = [*taken, *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
     sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
-    parameters = 0.0 if cfg.start is None else size_of(cfg.start)
+    parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),

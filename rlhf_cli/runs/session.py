@@ -39,7 +39,7 @@ from rlhf_cli.models.dtypes import (
     type_to_write,
 )
 from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.models.save import save_model, set_stop_ids
+from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
@@ -345,6 +345,9 @@ class Session:
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
         if kind == "policy":
             set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
+        else:
+            whole = merge or not is_adapted(model)
+            set_score_pad(model, encoder.tokenizer, encoder.stop_ids, whole)
         self._require_finite(trained(model), "at the end")
         folder = staging(self.out)
         try:

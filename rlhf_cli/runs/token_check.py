@@ -10,6 +10,7 @@ from rlhf_cli.data.files import is_local
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Rows, walked
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.folders.generation import name_eos, read_generation
 from rlhf_cli.runs.checks import row_kind
 from rlhf_cli.runs.inherited import context_of
 
@@ -31,6 +32,8 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
         return []
     room = getattr(cfg.algo, "max_tokens", None) or 0
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(cfg.start)
+    settings = read_generation(cfg.start)
+    name_eos(tokenizer, settings, cfg.start)
     encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room)
     kind, count, whole = row_kind(cfg), 0, True
     for source in rows.places(kind).all:

@@ -33,7 +33,7 @@ from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.shared import recompute_activations
-from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
@@ -137,6 +137,7 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     check_context(cfg, cfg.model.path, context)
     encoder = Encoder(tokenizer, cfg.data, context)
     if cfg.model.path is not None:
+        encoder.ends_with(stop_ids_of(cfg.model.path, tokenizer))
         saying_how(cfg.model.path, encoder)
     return Policy.of(model, encoder, cfg.hardware)
 

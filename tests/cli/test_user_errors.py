@@ -1174,7 +1174,7 @@ LATE: dict[str, Case] = {
     "a generation_config.json that is none": (
         both(unrecorded(POLICY), cut(f"{POLICY}/generation_config.json", 20)),
         f"dpo {ROWS}",
-        [f"{POLICY}: unreadable generation_config.json"],
+        [f"{POLICY}/generation_config.json: damaged: this is no JSON"],
     ),
     "a function that cannot be imported": (
         write("a.py", "import nobodys\n\ndef f(prompts, responses): ...\n"),
