@@ -71,7 +71,7 @@ STAGE: Form = {
     "implicit_reward?": {"beta": REAL, "per_token": bool, "reference": Path, "hash": str},
     "metrics?": {"eval/auc?": (REAL, None), "eval/accuracy?": (REAL, None)},
     "seconds?": REAL,
-    "exported?": {"options": dict, "written": [str]},
+    "exported?": {"stage?": (str, None), "options": dict, "written": [str]},
 }
 
 SIZES = (

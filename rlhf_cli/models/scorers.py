@@ -20,6 +20,8 @@ from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
 from rlhf_cli.reporting.console import say
 
+SCORING = "regression"  # what transformers calls a head whose numbers are no logits of a class
+
 
 @fits
 def load_scorer(
@@ -80,6 +82,7 @@ def scorer_from_policy(
         return critic_on_base(base, _free_name(base, CRITIC), head)
     model, task = load_classifier(path, config, level, fresh=True)
     init_head(scalar_head(model), seed)
+    model.config.problem_type = SCORING
     added = fit_embeddings(model, tokenizer, path)
     if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
         say(added)
