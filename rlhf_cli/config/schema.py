@@ -133,6 +133,11 @@ class Model(FrozenModel):
         "that is tied to them; policy and reference share them. 0 trains all.",
         ge=0,
     )
+    router_aux_coef: float | None = key(
+        "Weight of the loss that balances the load of experts (2101.03961 eq. 4); null is what the "
+        "model's config says, where that asks for it by output_router_logits.",
+        ge=0,
+    )
     save_dtype: str = key(
         "Type of the weights that are written; source: the one that they came in.",
         choices=("source", "float32", "bfloat16", "float16"),

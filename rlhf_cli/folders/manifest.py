@@ -34,6 +34,8 @@ SMALL = 2**20  # bytes of a file that is hashed anew each time
 
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")  # what peft calls the tasks of a scalar head
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+SCALAR_HEADS = {f"scalar_head.ScalarHead{name}" for name in CLASSIFIERS}  # of ours: file and class
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 # Where a reward model's scores stand: at the end of a response, of each step, or at each token.
 RESPONSE, STEP, TOKEN = "response", "step", "token"
@@ -110,7 +112,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def kind_of(folder: Path) -> str:
-    """policy or reward, by stage.json, else by the architecture in config.json."""
+    """policy or reward, by stage.json, else by the architecture in config.json; of one that is not
+    known, by whether there is a scalar head.
+    """
     manifest = read_manifest(folder)
     if manifest is not None:
         return str(manifest["kind"])
@@ -118,8 +122,20 @@ def kind_of(folder: Path) -> str:
     if adapter.is_file() and read_object(adapter, ADAPTER).get("task_type") in CLASSIFYING:
         return "reward"
     architectures = read_config(folder).get("architectures") or []
-    scorer = any(name.endswith(CLASSIFIERS) for name in architectures)
-    return "reward" if scorer else "policy"
+    if any(name.endswith(CLASSIFIERS) for name in architectures):
+        return "reward"
+    speaks = any(name.endswith(LANGUAGE_MODELS) for name in architectures)
+    return "reward" if not speaks and scalar_heads(shapes_of(folder)) else "policy"
+
+
+def scalar_heads(shapes: Shapes) -> list[str]:
+    """The layers to one label that are in no block of layers: what can be the head of a scorer."""
+    return [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and shape[0] == 1 < shape[1]
+        if not any(part.isdigit() for part in name.split("."))
+    ]
 
 
 def level_of(path: str) -> str:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.router_watch import watched
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
 OTHER_KERNEL = 1e-3  # of a decoder with and without a mask: many sums in another order
@@ -78,6 +79,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         return run_trunk(model, batch)
 
 
+@watched
 def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
     # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
     padding = batch.attention.ndim == 2
@@ -200,7 +202,7 @@ def find_parts(model: nn.Module) -> None:
         raise UserError(
             f"{name} has no part that holds token embeddings and blocks, as decoders do"
         )
-    tokens = _plain_ids(base)
+    tokens = plain_ids(base)
     batch = collate([Tokens(tokens[:1], tokens[1:])], next(base.parameters()).device)
     with torch.no_grad():
         try:
@@ -224,7 +226,7 @@ def find_parts(model: nn.Module) -> None:
     )
 
 
-def _plain_ids(base: Any) -> list[int]:
+def plain_ids(base: Any) -> list[int]:
     """A few ids that stand for nothing but text: no pad, no place of an image."""
     size = len(_embeddings(base).weight)
     special = set(_special_ids(base.config.to_dict()))

@@ -6,6 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_cli.data.batches import collate
+from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.decoder import hidden_states, unwrap
+from rlhf_cli.models.scalar_head import ScalarHead
+
 HEAD_NAMES = ("score", "classifier")
 
 
@@ -33,7 +38,23 @@ def init_head(head: nn.Linear, seed: int) -> None:
 
 def value_head(model: Any) -> nn.Linear:
     """A value head for the trunk of a policy, d -> 1; all values start at 0."""
-    width = model.config.get_text_config().hidden_size
-    head = nn.Linear(width, 1, bias=False, device=next(model.parameters()).device)
+    head = nn.Linear(width_of(model), 1, bias=False, device=next(model.parameters()).device)
     nn.init.zeros_(head.weight)
     return head
+
+
+@torch.no_grad()
+def width_of(model: Any) -> int:
+    """The size of the states that a head on a model's decoder reads."""
+    states = hidden_states(model, collate([Tokens([0], [0])], next(model.parameters()).device))
+    return int(states.shape[-1])
+
+
+def told_of_head(model: nn.Module) -> list[str]:
+    """A line where a scorer is of no class of transformers, whose other tools then need ours."""
+    if not isinstance(base := unwrap(model), ScalarHead):
+        return []
+    return [
+        f"transformers has no classifier of this kind for {base.config.model_type}: the head is "
+        f"ours, and scalar_head.py in the folder loads it elsewhere"
+    ]

@@ -59,11 +59,14 @@ def load_policy(
     return model
 
 
-def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str]) -> Any:
+def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str] | None) -> Any:
     """The full model of a folder; of an adapter folder, its base.
+
+    `model.absent` names the weights that the folder lacks, `model.unread` those that it has more.
 
     Args:
         auto: the auto class of a classifier; None for the language model that the folder is.
+        allowed_missing: weights that need not be there; None: all those beside the decoder.
     """
     base = adapter_base(path)
     if find_adapter_config_file(base or path) is not None:  # its weights might be a pickle
@@ -86,12 +89,24 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             **labels,
             **asked_for(config),
         )
-    missing = {str(name) for name in info["missing_keys"]} - allowed_missing
-    if missing or info["mismatched_keys"]:
-        names = sorted(missing) or sorted(str(key[0]) for key in info["mismatched_keys"])
+    absent = {str(name) for name in info["missing_keys"]}
+    decoder = f"{model.base_model_prefix}."
+    allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}
+    missing = absent - (allowed_missing or allowed)
+    misshapen = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
+    for name, shape in misshapen.items():
+        if auto is not None and not name.startswith(decoder) and name not in missing:
+            raise UserError(
+                f"{path}: its head {name.rpartition('.')[0]} gives {shape[0]} labels; a reward "
+                "model gives one"
+            )
+    if missing or misshapen:
+        names = sorted(missing) or sorted(misshapen)
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
     check_attention(model, path, config)
+    model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
     check_finite(base or path, model.state_dict())
+    keep_scale(model)
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)
@@ -115,6 +130,21 @@ def language_class(path: str, config: FrozenModel) -> Any:
     text_alone = read.get_text_config() is read and made[AutoModelForCausalLM] is not None
     rest = [auto for auto, known in made.items() if known is not None]
     return AutoModelForCausalLM if text_alone or not rest else rest[-1]
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Weights stay as they are in evaluation too, where RWKV halves some lest float16 overflow.
+
+    It doubles them again in training mode; what is written or copied in between would be another
+    model. The last norm divides by the scale of the states, so that the logits are the same.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = _nothing  # type: ignore[assignment]
+
+
+def _nothing() -> None:
+    pass
 
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:

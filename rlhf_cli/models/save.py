@@ -14,9 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
+from rlhf_cli.models import scalar_head
 from rlhf_cli.models.adapters import POLICY, is_adapted, trained
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import held_as
+from rlhf_cli.models.scalar_head import ScalarHead
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
 
 # what a tokenizer is read from; code that it brings along is left where it is
@@ -55,6 +57,8 @@ def save_model(
             adapted.save_pretrained(
                 folder, selected_adapters=[POLICY], save_embedding_layers=embeds
             )
+        if isinstance(unwrap(model), ScalarHead):  # beside full weights transformers puts it itself
+            shutil.copyfile(scalar_head.__file__, folder / Path(scalar_head.__file__).name)
     else:
         whole: Any = model
         if adapted is not None:

@@ -4,27 +4,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of
-from rlhf_cli.models.adapters import CRITIC, PREFIX, REWARD, is_adapted
-from rlhf_cli.models.adapting import adapt, check_adapter, own_names, rank_of
+from rlhf_cli.models.adapters import CRITIC, REWARD, is_adapted
+from rlhf_cli.models.adapting import adapt, check_adapter, rank_of
+from rlhf_cli.models.classifiers import load_classifier
 from rlhf_cli.models.decoder import unwrap
-from rlhf_cli.models.heads import HEAD_NAMES, head_name, init_head, scalar_head
-from rlhf_cli.models.load import load_base
+from rlhf_cli.models.heads import init_head, scalar_head, width_of
 from rlhf_cli.models.loading_faults import fits, told
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
 from rlhf_cli.reporting.console import say
-
-HEADS = {f"{head}.{part}" for head in HEAD_NAMES for part in ("weight", "bias")}
 
 
 @fits
@@ -47,7 +40,7 @@ def load_scorer(
         UserError: the folder holds no scalar head, or weights are missing or unreadable.
     """
     named = adapter_base(path)
-    if base is not None and is_adapted(base) and named is not None:
+    if base is not None and is_adapted(base) and named is not None and _has_rows(base, tokenizer):
         trainable = rank_of(config) > 0
         role = _free_name(base, CRITIC if trainable else REWARD)
         check_weights_hash(path)
@@ -56,11 +49,7 @@ def load_scorer(
             scorer = scorer_on_base(base, path, named, role, trainable)
         if scorer is not None:
             return scorer
-    auto, task = _classifier(level_of(path))
-    held = set() if named is None else {name.removeprefix(PREFIX) for name in own_names(path)}
-    model = load_base(path, config, auto, allowed_missing=HEADS & held)
-    if head_name(model) is None or scalar_head(model).out_features != 1:
-        raise UserError(f"{path}: not a reward model with one label called score")
+    model, task = load_classifier(path, config, level_of(path))
     fit_embeddings(model, tokenizer, path)
     return _beside(adapt(model, path, config, task, device).to(device), base)
 
@@ -83,14 +72,10 @@ def scorer_from_policy(
             are shared.
     """
     if base is not None and is_adapted(base):
-        width = unwrap(base).config.get_text_config().hidden_size
-        head = nn.Linear(width, 1, bias=level != RESPONSE)
+        head = nn.Linear(width_of(base), 1, bias=level != RESPONSE)
         init_head(head, seed)
         return critic_on_base(base, _free_name(base, CRITIC), head)
-    auto, task = _classifier(level)
-    model = load_base(path, config, auto, allowed_missing=HEADS)
-    if head_name(model) is None:
-        raise UserError(f"{path}: {type(model).__name__} has no scalar head called score")
+    model, task = load_classifier(path, config, level, fresh=True)
     init_head(scalar_head(model), seed)
     added = fit_embeddings(model, tokenizer, path)
     if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
@@ -129,15 +114,14 @@ def _free_name(adapted: Any, role: str) -> str:
     return next(name for name in names if name not in adapted.peft_config)
 
 
+def _has_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model has an embedding for each token."""
+    rows: int = unwrap(model).get_input_embeddings().num_embeddings
+    return len(tokenizer) <= rows
+
+
 def _beside(model: nn.Module, policy: nn.Module | None) -> nn.Module:
     """A full model beside a full policy, whose frozen layers it shares."""
     if policy is not None and not is_adapted(policy):
         share_frozen(model, policy)
     return model
-
-
-def _classifier(level: str) -> tuple[Any, str]:
-    """The auto class of a reward model and peft's name of its task."""
-    if level == RESPONSE:
-        return AutoModelForSequenceClassification, "SEQ_CLS"
-    return AutoModelForTokenClassification, "TOKEN_CLS"

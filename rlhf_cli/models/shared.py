@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.manifest import RESPONSE, content_hash, level_of
+from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.adapters import (
     POLICY,
     PREFIX,
@@ -107,8 +107,7 @@ def scorer_on_base(
     if len(heads) != 1 or not heads <= set(HEAD_NAMES) or not layers <= known:
         return None
     score = {name.split(".")[-1]: weights[name] for name in weights.keys() - lora.keys()}
-    parts = {"weight"} if level_of(path) == RESPONSE else {"weight", "bias"}
-    if score.keys() != parts or len(score["weight"]) != 1:
+    if "weight" not in score or len(score["weight"]) != 1:
         return None
 
     config.modules_to_save, config.lora_dropout, config.task_type = None, 0.0, "CAUSAL_LM"

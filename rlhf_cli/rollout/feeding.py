@@ -17,7 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.decoder import matmul_type, trunk, unwrap
+from rlhf_cli.data.batches import collate
+from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.decoder import matmul_type, run_trunk, trunk, unwrap
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.state import State, Way
@@ -118,14 +120,9 @@ class _Probe:
         yield Way()
 
     def _whole(self) -> Tensor:
-        """The last hidden states of both rows, from one pass: (2, LONG, d)."""
-        hidden: Tensor = trunk(self._model)(
-            input_ids=self._ids,
-            attention_mask=torch.ones_like(self._ids),
-            position_ids=torch.arange(LONG, device=self._ids.device).expand(2, -1),
-            use_cache=False,
-        ).last_hidden_state
-        return hidden
+        """The last hidden states of both rows, as training has them: (2, LONG, d)."""
+        rows = [Tokens(ids[:1], ids[1:]) for ids in self._ids.tolist()]
+        return run_trunk(self._model, collate(rows, self._ids.device))
 
     def _with_axes(self, way: Way) -> Way:
         """The way, and where the rows are: along the axis that is twice as long for two of them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from rlhf_cli.models.decoder import trunk, unwrap
+from rlhf_cli.models.decoder import taken_by, trunk, unwrap
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class State:
             more["attention_mask"] = attention.long()
         if self.kept is not None and way.argument:
             more[way.argument] = self.kept
-        output = self._trunk(
+        inputs = taken_by(
+            self._trunk,
             input_ids=seen[:, new],
             position_ids=positions[:, new],
             use_cache=way.argument is not None,
             **more,
         )
+        output = self._trunk(**inputs)
         self._rows, self._columns = seen.shape
         if way.argument:
             self.kept = getattr(output, way.argument, self.kept)

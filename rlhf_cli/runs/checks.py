@@ -27,6 +27,8 @@ from rlhf_cli.folders.manifest import (
     read_config,
     read_manifest,
     reference_folder,
+    scalar_heads,
+    shapes_of,
     tokenizer_hash,
 )
 from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
@@ -253,6 +255,8 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
     if kind == "reward" and (implicit := implicit_reward_of(path)) is not None:
         reference_folder(path, implicit)
         actual = kind  # beta log(policy / reference) is a reward
+    if kind == "reward" and scalar_heads(shapes_of(folder)):
+        actual = kind  # a language model that has a value head, too
     if actual != kind:
         article = "reward model" if actual == "reward" else actual
         raise UserError(f"{role}={path} is a {article}; {role} needs {meant}")

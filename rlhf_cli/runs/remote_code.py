@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rlhf_cli.config.schema import Run
 from rlhf_cli.folders.manifest import (
+    SCALAR_HEADS,
     adapter_base,
     implicit_reward_of,
     read_object,
@@ -33,10 +34,16 @@ def models_loaded(cfg: Run) -> list[str]:
 
 
 def brings_code(folder: Path) -> bool:
-    """Whether a model folder, or an adapter's base, names Python files of its own, or may."""
+    """Whether a model folder, or an adapter's base, names Python files of its own, or may.
+
+    The scalar head that we write beside weights is for other tools: here it is never run.
+    """
     base = Path(adapter_base(folder) or folder)
     if not base.is_dir():  # on the hub
         return True
     places = (folder, base)
     files = [place / name for place in places for name in ("config.json", "tokenizer_config.json")]
-    return any("auto_map" in read_object(file, {}) for file in files if file.is_file())
+    maps = [read_object(file, {}).get("auto_map", {}) for file in files if file.is_file()]
+    return any(
+        not isinstance(each, dict) or set(map(str, each.values())) - SCALAR_HEADS for each in maps
+    )

@@ -49,7 +49,7 @@ from rlhf_cli.models.forward import (
     shares_prompts,
     token_scores,
 )
-from rlhf_cli.models.heads import head_name
+from rlhf_cli.models.heads import head_name, told_of_head
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import scorer_from_policy
 from rlhf_cli.models.shared import recompute_activations
@@ -81,7 +81,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
     session.introduce(scorer)
-    session.note(data.notes, data)
+    session.note([*told_of_head(scorer), *data.notes], data)
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing:
         recompute_activations(scorer)
