@@ -50,6 +50,7 @@ SETTINGS = [
 ]
 PPO = ["ppo", *SETTINGS, "algo.batch_size=16", "algo.minibatch_size=16"]
 GRPO = ["grpo", *SETTINGS, "algo.batch_size=4", "algo.minibatch_size=4", "algo.group_size=4"]
+LONG = ["data.max_response_tokens=448"]
 LORA = ["model=lora", "model.lora_rank=16"]
 ARRANGEMENTS: dict[str, list[str]] = {
     "ppo, all weights, separate critic": [*PPO, "reward=reward"],
@@ -65,6 +66,10 @@ ARRANGEMENTS: dict[str, list[str]] = {
     ],
     "ppo, LoRA, three roles, shared critic": [*PPO, *LORA, "reward=adapter", "algo.critic=shared"],
     "grpo, all weights": [*GRPO, "reward=reward"],
+    "grpo, responses of 448 tokens": [*GRPO, "reward=reward", *LONG],
+    "grpo, responses of 448 tokens, eager": [
+        *(*GRPO, "reward=reward", *LONG, "model.attention=eager")
+    ],
     "grpo, LoRA, own reward model": [*GRPO, *LORA, "reward=reward"],
     "grpo, LoRA, three roles on one base": [*GRPO, *LORA, "reward=adapter"],
 }

@@ -1,5 +1,6 @@
 """`model=FAMILY model.size=SIZE`: a hub id, and a rate that fits it without the network."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.hub import NAME
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from tests.conftest import Cli
+from tests.model_families import build
 
 CONF = catalog.config_dirs()
 FAMILIES = [
@@ -81,3 +83,25 @@ def test_a_family_that_cannot_be_downloaded_is_one_line(cli: Cli) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()[-1:]
     assert "ibm-granite/granite-3.3-2b-base" in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_family_is_trained_from_its_download(cli: Cli, tmp_path: Path) -> None:
+    """Positions, size and memory are told of what the hub's cache holds, without the network."""
+    place = tmp_path / "hub" / "models--Qwen--Qwen3-0.6B-Base"
+    build("qwen3", place / "snapshots" / "abc")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    rows = [{"prompt": f"Greet {i}: ", "completion": f"Hi {i}!"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["sft", "model=qwen3", *DATA, "data.eval_rows=4", "algo.max_steps=1", "out=out"]
+    words += ["hardware.tokens_per_microbatch=256"]
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    refused = cli(*words, "data.max_prompt_tokens=4000", **hub)
+    assert "do not fit the 128 positions of Qwen/Qwen3-0.6B-Base" in refused.stderr
+    checked = cli(*words, "--check", **hub)
+    assert "algo.lr: 0.005 (sft of a model of 0.0" in checked.stdout + checked.stderr
+    assert "memory, weights of the policy" in checked.stdout + checked.stderr
+    done = cli(*words, **hub)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()

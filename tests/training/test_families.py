@@ -6,12 +6,13 @@ transformers. A stage that cannot do a family says so in one line, which REFUSED
 """
 
 import contextlib
+import copy
 import importlib
 import json
 import re
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.toys import FROZEN, hardware_of
 
 CPU = torch.device("cpu")
 STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "generate", "evaluate")
-DEFAULT = ("llama3", "gpt2")  # in the fast tests
+DEFAULT = ("llama3",)  # in the fast tests
 WORDS = [
     *("data=jsonl", "data.path=rows.jsonl", "data.eval_rows=2", "data.max_prompt_tokens=24"),
     *("data.max_response_tokens=8", "data.long_responses=cut", "data.template='{prompt}'"),
@@ -45,7 +46,7 @@ LORA = ["model.lora_rank=2", "model.merge_lora=false"]
 WORDS_OF = {
     "sft": ["model=pretrained", "model.path=base", *EPOCHS],
     # enough to be no coin, which ppo would refuse
-    "reward": ["policy=sft", *EPOCHS, "algo.lr=1e-2", "algo.epochs=8", "algo.max_steps=8"],
+    "reward": ["policy=sft", *EPOCHS, "algo.lr=1e-2", "algo.epochs=20", "algo.max_steps=20"],
     "dpo": ["policy=sft", *EPOCHS],
     "ppo": ["policy=sft", "reward=reward", *ONLINE],
     "grpo": ["policy=sft", "reward=regex:a", "algo.group_size=2", *ONLINE],
@@ -72,7 +73,11 @@ REFUSED: dict[tuple[str, str, str], str] = {}
     "family",
     [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in names()],
 )
-def test_a_family_goes_through_all_stages(family: str, how: str, tmp_path: Path) -> None:
+def test_a_family_goes_through_all_stages(
+    family: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a sixth of the time, and the same for every family
+    monkeypatch.setattr("rlhf_cli.evaluation.report.reliability_picture", lambda *_: None)
     build(family, tmp_path / "base")
     rows = [
         {"prompt": f"Greet {name}: ", "chosen": f"Hi {name}!", "rejected": "No no, go away."}
@@ -106,9 +111,15 @@ def _fault(work: Callable[[], Any], expected: str | None) -> str | None:
 
 
 def run(stage: str, how: str) -> None:
-    adapted = LORA if how == "lora" and stage not in ("generate", "evaluate") else []
-    cfg = compose(stage, [*WORDS_OF[stage], *adapted, f"out={stage}"])
+    cfg = copy.deepcopy(config_of(stage, how))  # a run fills in what it leaves open
     importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
+
+
+@cache
+def config_of(stage: str, how: str) -> Any:
+    """That of a stage, the same for every family: paths are relative."""
+    adapted = LORA if how == "lora" and stage not in ("generate", "evaluate") else []
+    return compose(stage, [*WORDS_OF[stage], *adapted, f"out={stage}"])
 
 
 # --------------------------------------------------------------------------- what is judged
