@@ -53,7 +53,7 @@ $(VENV)/interop: $(VENV)/installed requirements/interop.txt
 	@$(PIP) check
 	@touch $@
 
-interop: $(VENV)/interop ## the tests with TRL, peft, lm-eval and pipelines; installs the first and third
+interop: $(VENV)/interop ## the tests with TRL, lm-eval, peft and pipelines, in minutes
 	$(PYTEST) -m interop
 
 lint: install ## format and lint, changing nothing
