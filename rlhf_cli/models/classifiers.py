@@ -118,13 +118,10 @@ def reads_last_state(model: Any) -> bool:
     ids = plain_ids(model)
     batch = collate([Tokens(ids[:1], ids[1:])], next(model.parameters()).device)
     ours = scalar_head(model)(hidden_states(model, batch).float())[0]  # (T, 1)
-    pad, model.config.pad_token_id = model.config.pad_token_id, None  # none of them is one
     try:
         theirs: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention.long()).logits
     except Exception:  # what a model cannot do with text alone, it says in many ways
         return False
-    finally:
-        model.config.pad_token_id = pad
     if theirs.ndim == 2:  # of the last token
         ours = ours[-1:]
     apart = (ours - theirs.view_as(ours)).norm() if ours.numel() == theirs.numel() else torch.inf
