@@ -82,7 +82,7 @@ def make_models(folder: Path) -> None:
     policy = LlamaForCausalLM(LlamaConfig(**SIZE, **ends))
     save_model(policy, tokenizer, folder / "policy", merge=True)
     for name, rank in (("reward", 0), ("adapter", 16)):
-        config = Model("float32", False, rank, 32.0, rank == 0, 0, "source")
+        config = Model("float32", False, "auto", rank, 32.0, rank == 0, 0, "source")
         cpu = torch.device("cpu")
         scorer = scorer_from_policy(str(folder / "policy"), config, tokenizer, 1, cpu)
         save_model(scorer, tokenizer, folder / name, merge=rank == 0)

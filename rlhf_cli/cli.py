@@ -11,7 +11,7 @@ import os
 import sys
 
 from rlhf_cli import __version__
-from rlhf_cli.commands import COMMANDS
+from rlhf_cli.commands import COMMANDS, SHORT
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
 from rlhf_cli.runs import interrupts
 
@@ -145,7 +145,7 @@ def _dispatch(words: list[str]) -> int:
     if first in COMMANDS:
         import importlib
 
-        command = importlib.import_module(f"rlhf_cli.commands.{first}")
+        command = importlib.import_module(f"rlhf_cli.commands.{SHORT.get(first, first)}")
         command.run(rest)
         return 0
     from rlhf_cli.config.hints import nearest

@@ -133,7 +133,8 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
 
 
 @cache
-def _state(name: str) -> str:
+def state_of(name: str) -> str:
+    """A tokenizer of FAMILIES as JSON, learned once."""
     return str(FAMILIES[name]().to_str())
 
 
@@ -143,7 +144,7 @@ def family(name: str, template: str | None = None, bos: bool = True) -> PreTrain
     Args:
         bos: whether it puts <s> before a text of its own accord.
     """
-    backend = Tokenizer.from_str(_state(name))
+    backend = Tokenizer.from_str(state_of(name))
     backend.add_special_tokens(
         [AddedToken(each, special=True, normalized=False) for each in CONTROL]
     )

@@ -58,7 +58,7 @@ def run_of(**data: Any) -> PpoConfig:
     return replace(cfg, data=data_of(**data))
 
 
-FROZEN = FrozenModel(dtype="float32", trust_remote_code=False)
+FROZEN = FrozenModel(dtype="float32", trust_remote_code=False, attention="auto")
 
 
 def bpe(chat: bool = False) -> PreTrainedTokenizerFast:

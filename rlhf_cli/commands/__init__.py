@@ -1,3 +1,6 @@
-"""What the command line offers besides stages: help, data, ls, cp, env and completion."""
+"""What the command line offers besides stages: help, data, export, ls, cp, env and completion."""
 
-COMMANDS = ("data", "ls", "cp", "env", "completion")
+SHORT = {"merge": "export"}
+"""Another word for a command."""
+
+COMMANDS = ("data", "export", *SHORT, "ls", "cp", "env", "completion")

@@ -7,7 +7,8 @@ ends in a space; one that still needs a value ends in `=`.
 
 import os
 
-from rlhf_cli.commands import COMMANDS
+from rlhf_cli.commands import COMMANDS, SHORT
+from rlhf_cli.commands.export import KEYS
 from rlhf_cli.commands.ls import NAMES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
@@ -75,7 +76,7 @@ def candidates(line: str) -> list[str]:
     elif words[0] in STAGES:
         names = _stage_words(words, word)
     else:
-        names = _command_words(words)
+        names = _command_words(words, word)
     # a shell shows them; a file whose name holds controls is no option to offer
     return sorted(name for name in names if name.startswith(word) and on_one_line(name) == name)
 
@@ -104,8 +105,13 @@ def _stage_words(words: list[str], word: str) -> list[str]:
     return [f"{key}={choice} " for choice in choices]
 
 
-def _command_words(words: list[str]) -> list[str]:
+def _command_words(words: list[str], word: str) -> list[str]:
     command, *more = words
+    if SHORT.get(command, command) == "export":
+        key, equals, _ = word.partition("=")
+        if not equals:
+            return [f"{name}=" for name in KEYS]
+        return [f"{key}={value} " for value in KEYS[key].words] if key in KEYS else []
     if command == "ls":  # what follows `ls runs` are folders, which shells complete themselves
         return [] if more else [f"{name} " for name in NAMES]
     if command == "completion":

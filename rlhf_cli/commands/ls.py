@@ -57,7 +57,7 @@ def _options(group: str) -> list[str]:
 def _row(group: str, option: str) -> tuple[str, str, str]:
     """An option, its stages, and what sets it apart from the option that it builds on.
 
-    Of `data` the rows that it reads, which the first line of its file says.
+    Of `data` the rows that it reads, of `model` a family: the first line of its file says it.
     """
     dirs = catalog.config_dirs()
     stages = catalog.stages_of(group, option, dirs)
@@ -68,7 +68,7 @@ def _row(group: str, option: str) -> tuple[str, str, str]:
     changes = ", ".join(f"{key}={shown(value)}" for key, value in own.items())
     about = " with ".join([" + ".join(bases), *([changes] if changes else [])]) if bases else ""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
-    if group == "data" and first.startswith("# "):  # what rows an option reads, no value says
+    if group in ("data", "model") and first.startswith("# "):  # what no value says
         about = first.removeprefix("# ")
     return option, "all stages" if len(stages) == len(STAGES) else " ".join(stages), about
 

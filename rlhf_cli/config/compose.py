@@ -163,6 +163,14 @@ def hydras_words(stage: str, overrides: list[str], sweep: bool = False) -> list[
     ]
 
 
+def _check_size(cfg: DictConfig) -> None:
+    """`model.size` is one of the family's sizes; model.path refers to its hub id."""
+    size, sizes = (OmegaConf.select(cfg, f"model.{key}") for key in ("size", "sizes"))
+    if size is not None and size not in (sizes or {}):
+        known = f"knows {', '.join(sizes)}" if sizes else "is for families, as model=qwen3"
+        raise UserError(f"model.size={size}: model.size {known}")
+
+
 def typed(cfg: DictConfig, stage: str) -> Any:
     """The dataclasses of a composed config, checked.
 
@@ -172,6 +180,7 @@ def typed(cfg: DictConfig, stage: str) -> Any:
     Raises:
         UserError: an unknown, missing or wrong value; the message is one line.
     """
+    _check_size(cfg)
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
         merged = OmegaConf.merge(OmegaConf.structured(STAGES[stage].config), plain)

@@ -100,6 +100,10 @@ class Hardware:
 # --------------------------------------------------------------------------- model
 
 
+AUTO, SDPA, EAGER = "auto", "sdpa", "eager"
+ATTENTIONS = (AUTO, SDPA, EAGER, "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
 @dataclass
 class FrozenModel:
     """How weights are held by a stage that does not train them."""
@@ -110,6 +114,11 @@ class FrozenModel:
         choices=("auto", "float32", "bfloat16"),
     )
     trust_remote_code: bool = key("Run Python code that a model folder brings along.")
+    attention: str = key(
+        "How attention is computed; auto is transformers' choice: sdpa, or eager, which holds "
+        "tokens x tokens of every head, where a family has no sdpa. Reward models keep auto.",
+        choices=ATTENTIONS,
+    )
 
 
 @dataclass
@@ -122,6 +131,11 @@ class Model(FrozenModel):
     frozen_layers: int = key(
         "Embeddings and this many of the lowest decoder blocks are not trained, nor an unembedding "
         "that is tied to them; policy and reference share them. 0 trains all.",
+        ge=0,
+    )
+    router_aux_coef: float | None = key(
+        "Weight of the loss that balances the load of experts (2101.03961 eq. 4); null is what the "
+        "model's config says, where that asks for it by output_router_logits.",
         ge=0,
     )
     save_dtype: str = key(
@@ -137,6 +151,8 @@ class SftModel(Model):
     path: str | None = key(
         "Hub id or folder of a pretrained model; null builds one from scratch.", role="policy"
     )
+    size: str | None = key("Which of model.sizes, in a family's option, model.path is.")
+    sizes: dict[str, str] = key("Hub ids of a family's option, by how large the models are.")
     dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
     vocab_size: int | None = key(
         "Tokens of the BPE that is learned.", ge=260, used_by="model.path=null", needed=True

@@ -150,6 +150,12 @@ def _lora(cfg: Run) -> Iterator[str]:
         )
 
 
+def _attention(cfg: Run) -> Iterator[str]:
+    attention: str = cfg.model.attention
+    if attention.startswith("flash") and cfg.model.dtype == "float32":
+        yield f"model.attention={attention} has no float32: set model.dtype=bfloat16"
+
+
 def _plain_text(cfg: Run) -> Iterator[str]:
     if cfg.data.format == "demo" or cfg.data.text_path is not None:
         return
@@ -239,6 +245,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     online,
     _scratch_model,
     _lora,
+    _attention,
     _plain_text,
     _no_training,
     _resume_points,

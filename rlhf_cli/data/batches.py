@@ -38,6 +38,7 @@ class Batch:
     before: (S, R) the place of the token that predicts it; means nothing where none does.
     response: (S, R) bool, True at response tokens that carry loss, EOS included; never at a
         sequence's first token.
+    stands_for: (B, T) the number of sequences that a token is part of; 0 at pads.
     """
 
     ids: Tensor
@@ -46,6 +47,7 @@ class Batch:
     at: Tensor
     before: Tensor
     response: Tensor
+    stands_for: Tensor
 
     def __len__(self) -> int:
         return len(self.response)
@@ -64,6 +66,7 @@ class Batch:
             at=rows + in_row,
             before=rows + (in_row - 1).clamp(min=0),
             response=response,
+            stands_for=attention.long(),
         )
 
 
@@ -165,11 +168,14 @@ def collate_answers(
             response[s, 0] = prompt > 0
             start, s = start + length, s + 1
     attention = owner >= 0
+    stands_for = attention.long()
     if share:
+        counts = torch.tensor([len(row.responses) for row in rows])
+        stands_for = torch.where(owner == 0, counts[:, None], stands_for)
         query, key = owner[:, :, None], owner[:, None, :]
         # a pad sees the prompt and the pads up to itself, so that no softmax is over nothing
         attention = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T)
-    tensors = (ids, positions, attention, at, before, response)
+    tensors = (ids, positions, attention, at, before, response, stands_for)
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 

@@ -219,7 +219,8 @@ def check_sizes(folder: Path) -> None:
     for said in (config, config.get("text_config") or {}, *labels_in(config)):
         for name, limit in limits.items():
             value = said.get(name)
-            if isinstance(value, int) and value > limit:
+            sizes = value if isinstance(value, list) else [value]
+            if any(isinstance(size, int) and size > limit for size in sizes):
                 raise UserError(
                     f"{file}: {name}={value} is more than the weights in {folder} are for; make "
                     "the folder again, or put its own file back"

@@ -1,8 +1,8 @@
 """What the JSON files of a model folder must look like where they are read: anyone may edit them.
 
 A form is a type (of which Path is text that can be one), a Number, a list (of one form, or of one
-for each place), a tuple of a form and None, or an object: its keys and their forms. `key?` may be
-absent, `*` stands for every key. Other keys are free.
+for each place), Each, a tuple of a form and None, or an object: its keys and their forms. `key?`
+may be absent, `*` stands for every key. Other keys are free.
 """
 
 import math
@@ -30,6 +30,14 @@ class Number:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
         return self.least <= value <= self.most
+
+
+@dataclass(frozen=True)
+class Each:
+    """A value of one form, or a list of values of another: one for each block of a model."""
+
+    alone: Form
+    listed: Form
 
 
 REAL = Number("a finite number")
@@ -61,6 +69,7 @@ STAGE: Form = {
     "implicit_reward?": {"beta": REAL, "per_token": bool, "reference": Path, "hash": str},
     "metrics?": {"eval/auc?": (REAL, None), "eval/accuracy?": (REAL, None)},
     "seconds?": REAL,
+    "exported?": {"options": dict, "written": [str]},
 }
 
 SIZES = (
@@ -75,8 +84,11 @@ SIZES = (
     "head_dim",
 )
 LAYERS = ("num_hidden_layers", "n_layer")
-# null stands for a size that follows from others
-_WIDTHS: Form = {f"{name}?": (SIZE, None) for name in (*SIZES, *LAYERS, "max_position_embeddings")}
+# null stands for a size that follows from others; some families have one for each block
+_WIDTHS: Form = {
+    **{f"{name}?": (Each(SIZE, (COUNT, None)), None) for name in SIZES},
+    **{f"{name}?": (SIZE, None) for name in (*LAYERS, "max_position_embeddings", "n_positions")},
+}
 CONFIG: Form = {"architectures?": ([str], None), "text_config?": (_WIDTHS, None), **_WIDTHS}
 RANKS = ("r", "init_r", "target_r", "num_virtual_tokens")
 ADAPTER: Form = {
@@ -94,6 +106,8 @@ def misfit(value: Any, form: Form, name: str = "it") -> str | None:
     """What is wrong with a value, as `parents.policy.hash is 3, not text`; None if it fits."""
     if isinstance(form, tuple):
         return None if value is None else misfit(value, form[0], name)
+    if isinstance(form, Each):
+        return misfit(value, [form.listed] if isinstance(value, list) else form.alone, name)
     if isinstance(form, Number):
         return None if form.fits(value) else f"{name} is {_shown(value)}, not {form.words}"
     kind: type = form if isinstance(form, type) else type(form)

@@ -16,6 +16,7 @@ from rlhf_cli.config.secrets import filled_in, referenced
 from rlhf_cli.folders.json_forms import ADAPTER, CONFIG, HEADER, STAGE, TOKENIZER, Form, misfit
 
 MANIFEST = "stage.json"
+EXPORTED = "exported"  # its entry that says that, and how, `export` wrote a folder
 
 Manifest = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]

@@ -56,6 +56,8 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     model.towers = towers(model)
     if model.towers:  # written back beside the weights
         model.processors = processor_files(model.config._name_or_path)
+    # read by training/balancing.py
+    model.router_aux_coef = config.router_aux_coef if isinstance(config, Model) else None
     if adapter_base(path) is not None:
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):

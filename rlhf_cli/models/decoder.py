@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.router_watch import watched
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
 OTHER_KERNEL = 1e-3  # of a decoder with and without a mask: many sums in another order
@@ -78,6 +79,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
         return run_trunk(model, batch)
 
 
+@watched
 def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
     # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
     padding = batch.attention.ndim == 2

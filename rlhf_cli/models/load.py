@@ -14,7 +14,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema import AUTO, FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.adapters import (
@@ -25,6 +25,7 @@ from rlhf_cli.models.adapters import (
     put_weights,
 )
 from rlhf_cli.models.adapting import adapt
+from rlhf_cli.models.attention import asked_for, check_attention, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
@@ -53,7 +54,9 @@ def load_policy(
         say(added)
     model.generation_settings = generation_of(path)  # written by models/save.py
     find_parts(model)
-    return adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    model = adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    try_attention(model, path, config)
+    return model
 
 
 def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[str] | None) -> Any:
@@ -74,7 +77,8 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     labels = {} if auto is None else {"num_labels": 1}
     for folder in (base, path):
         check_weights_hash(folder or path)
-    with told(f"{path}: cannot load the model"):
+    by = "" if config.attention == AUTO else f" with model.attention={config.attention}"
+    with told(f"{path}: cannot load the model{by}"):
         model, info = (auto or language_class(base or path, config)).from_pretrained(
             base or path,
             dtype=torch.float32,
@@ -83,6 +87,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **asked_for(config),
         )
     absent = {str(name) for name in info["missing_keys"]}
     decoder = f"{model.base_model_prefix}."
@@ -98,8 +103,10 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     if missing or misshapen:
         names = sorted(missing) or sorted(misshapen)
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    check_attention(model, path, config)
     model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
     check_finite(base or path, model.state_dict())
+    keep_scale(model)
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)
@@ -123,6 +130,21 @@ def language_class(path: str, config: FrozenModel) -> Any:
     text_alone = read.get_text_config() is read and made[AutoModelForCausalLM] is not None
     rest = [auto for auto, known in made.items() if known is not None]
     return AutoModelForCausalLM if text_alone or not rest else rest[-1]
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Weights stay as they are in evaluation too, where RWKV halves some lest float16 overflow.
+
+    It doubles them again in training mode; what is written or copied in between would be another
+    model. The last norm divides by the scale of the states, so that the logits are the same.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = _nothing  # type: ignore[assignment]
+
+
+def _nothing() -> None:
+    pass
 
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:

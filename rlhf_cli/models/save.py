@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
 
 NAMES_OF_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
 
+ONE_FILE = "50GB"  # where transformers itself begins another
+
 
 def save_model(
     model: nn.Module,
@@ -37,11 +39,13 @@ def save_model(
     folder: Path,
     merge: bool,
     dtype: torch.dtype = torch.float32,
+    shard_size: str = ONE_FILE,
 ) -> None:
     """A folder that transformers (peft for an unmerged adapter) loads as it is.
 
     Args:
         dtype: of the weights on disk, to which those of the model are rounded.
+        shard_size: of the largest file of whole weights, as `5GB`; one tensor may be larger.
     """
     adapted: Any = model if is_adapted(model) else None
     if adapted is not None and not merge:
@@ -62,7 +66,7 @@ def save_model(
         if whole.can_generate():
             whole.generation_config = GenerationConfig()  # ours is written in its place
         with held_as(dtype, whole.parameters()):
-            whole.save_pretrained(folder)
+            whole.save_pretrained(folder, max_shard_size=shard_size)
         for name, content in getattr(unwrap(model), "processors", {}).items():
             (folder / name).write_bytes(content)
     settings: Settings | None = getattr(unwrap(model), "generation_settings", None)

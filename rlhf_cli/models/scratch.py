@@ -6,6 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.schema import SftModel
+from rlhf_cli.models.attention import asked_for
 
 
 def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -48,5 +49,6 @@ def build_decoder(config: SftModel, vocab_size: int, seed: int) -> nn.Module:
             eos_token_id=2,
             pad_token_id=0,
             dtype=config.dtype,
+            **asked_for(config),
         )
     )

@@ -13,6 +13,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.folders.generation import Settings, eos_ids, name_eos, read_generation
 from rlhf_cli.folders.manifest import adapter_base
+from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.loading_faults import told
 
 PROBES = ("the cat and the dog", "thecat", "12", "A")  # a tokenizer of text keeps most
@@ -110,6 +111,13 @@ def stop_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The EOS ids of a folder's generation config that the tokenizer has, with its own."""
     ids = [*eos_ids(generation_of(path), path), tokenizer.eos_token_id]
     return sorted({id for id in ids if id is not None and id < len(tokenizer)})
+
+
+def ids_of_no_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The rows of a model's unembedding that stand for no token, as padding of it does."""
+    unembedding = unwrap(model).get_output_embeddings()
+    rows = len(unembedding.weight)
+    return tuple(sorted(set(range(rows)).difference(tokenizer.get_vocab().values())))
 
 
 # --------------------------------------------------------------------------- added tokens

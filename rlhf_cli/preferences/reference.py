@@ -69,7 +69,7 @@ def reference_of(session: Session, policy: Policy, cfg: DpoConfig) -> Reference:
     """The policy as it is now, frozen, or the model of another folder."""
     if cfg.reference is None or cfg.reference == BOOTSTRAP:
         return Reference(policy.model)
-    frozen = FrozenModel(cfg.model.dtype, cfg.model.trust_remote_code)
+    frozen = FrozenModel(cfg.model.dtype, cfg.model.trust_remote_code, cfg.model.attention)
     check_vocabulary("reference", cfg.reference, frozen, policy.tokenizer)
     return Reference.of(load_policy(cfg.reference, frozen, policy.tokenizer, session.device))
 

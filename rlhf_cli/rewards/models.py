@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware
+from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
@@ -23,8 +23,8 @@ from rlhf_cli.folders.manifest import (
     read_manifest,
     reference_folder,
 )
-from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer, same_ids
@@ -306,7 +306,9 @@ def load_model_reward(
     Raises:
         UserError: the folder holds no reward, or the reference of a policy is gone or has changed.
     """
-    frozen = FrozenModel(dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+    frozen = FrozenModel(
+        dtype=model.dtype, trust_remote_code=model.trust_remote_code, attention=AUTO
+    )
     own = load_tokenizer(path, frozen)
     encoder = None
     if same_ids(own, tokenizer):
@@ -320,11 +322,11 @@ def load_model_reward(
             load_policy(folder, frozen, own, device).requires_grad_(False)
             for folder in (path, reference)
         )
-        reader = Reader(path, context_of(policy), beginning_of(own), encoder)
+        reader = Reader(path, positions_of(policy), beginning_of(own), encoder)
         beta, per_token = implicit["beta"], implicit["per_token"]
         return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
     scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
-    reader = Reader(path, context_of(scorer), beginning_of(own), encoder)
+    reader = Reader(path, positions_of(scorer), beginning_of(own), encoder)
     return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
 
 
@@ -339,11 +341,6 @@ def own_data(path: str, data: Data) -> Data:
         max_prompt_tokens=None,
         max_response_tokens=None,
     )
-
-
-def context_of(model: nn.Module) -> int | None:
-    """The longest sequence that a model takes, in tokens; None where its config says none."""
-    return getattr(unwrap(model).config, "max_position_embeddings", None)
 
 
 def reading_of(path: str, tokenizer: PreTrainedTokenizerBase) -> Reading:

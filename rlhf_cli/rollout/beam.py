@@ -1,7 +1,6 @@
 """Beam search, by transformers' own generate."""
 
 import math
-from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -10,8 +9,9 @@ from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.decoder import matmul_type, unwrap
 from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.rollout.decode import Completion, no_logits
-from rlhf_cli.rollout.sampling import Sampling, without_token
+from rlhf_cli.rollout.decode import Completion, evaluation_mode, no_logits
+from rlhf_cli.rollout.feeding import reorders
+from rlhf_cli.rollout.sampling import Sampling
 
 
 @torch.no_grad()
@@ -22,19 +22,15 @@ def beam_search(
     samples: int,
     stop_ids: list[int],
     chunk: int,
-    known: Collection[int] | None = None,
 ) -> list[Completion]:
     """The `samples` best of `sampling.beams` hypotheses, best first.
 
     A hypothesis is ranked by log-prob / length ** length_penalty; its log-probs are the model's.
-
-    Args:
-        known: the ids that stand for a token; None for all. No other is in a hypothesis.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
-    rows = len(unwrap(model).get_output_embeddings().weight)
-    absent = [] if known is None else without_token(known, rows)
+    with evaluation_mode(model):
+        carried = reorders(model)
     with matmul_type(model):
         output = unwrap(model).generate(
             ids,
@@ -47,7 +43,8 @@ def beam_search(
             min_new_tokens=sampling.min_tokens or None,
             max_new_tokens=sampling.max_tokens,
             eos_token_id=stop_ids,
-            suppress_tokens=absent or None,
+            use_cache=carried,  # a state that beams cannot exchange would be another beam's
+            suppress_tokens=list(sampling.absent) or None,
             pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
         )
     completions = []

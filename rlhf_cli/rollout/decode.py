@@ -1,17 +1,18 @@
-"""The batched decoder: one prefill per prompt, a key-value cache, finished rows leave the batch."""
+"""The batched decoder: one pass over the prompts, then token by token; rows that end leave it."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.models.decoder import matmul_type, trunk, unembed, unwrap
+from rlhf_cli.models.decoder import matmul_type, unembed
 from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits, without_token
+from rlhf_cli.rollout.feeding import way_of
+from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
+from rlhf_cli.rollout.state import State, Way
 
 
 @dataclass
@@ -36,7 +37,6 @@ def decode(
     sampling: Sampling,
     stop_ids: list[int],
     text_of: Callable[[list[int]], str],
-    known: Collection[int] | None = None,
 ) -> list[Completion]:
     """Responses to prompts, K = len(noise) / len(prompts) of each, prompt by prompt.
 
@@ -45,54 +45,83 @@ def decode(
         noise: (P * K, max_tokens) uniform numbers that decide every draw.
         stop_ids: ids that end a response.
         text_of: ids to text, for stop strings.
-        known: the ids that stand for a token; None for all. Others are never drawn.
     """
     with evaluation_mode(model):
-        device = next(model.parameters()).device
-        samples = len(noise) // len(prompts)
-        width = max(map(len, prompts))
-        # Left padding lets all rows grow at one column. A pad repeats the prompt's first id, so
-        # that the repetition penalty sees no token that is not there; attention never sees it.
-        padded = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]
-        real = [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]
-        seen = torch.tensor(padded, device=device)  # (P, S)
-        attention = torch.tensor(real, device=device)
-        cache = DynamicCache(config=unwrap(model).config)
-        logits = _next_logits(model, seen, attention, cache)  # (P, V)
-        cache.batch_repeat_interleave(samples)
-        logits, seen, attention = (
-            x.repeat_interleave(samples, 0) for x in (logits, seen, attention)
-        )
+        way = way_of(model)
+        if way.alone:  # each sample reads its prompt for itself
+            prompts = [ids for ids in prompts for _ in range(len(noise) // len(prompts))]
+        samples = noise.unflatten(0, (len(prompts), -1))  # (P, K, max_tokens)
+        completions: dict[int, list[Completion]] = {}
+        for places in _batches(prompts, way):
+            group, drawn = [prompts[i] for i in places], samples[places].flatten(0, 1)
+            found = iter(_together(model, way, group, drawn, sampling, stop_ids, text_of))
+            for place in places:
+                completions[place] = [next(found) for _ in samples[place]]
+        return [each for place in range(len(prompts)) for each in completions[place]]
 
-        absent = [] if known is None else without_token(known, logits.shape[-1])
-        completions = [Completion([], [], "length") for _ in range(len(noise))]
-        rows = torch.arange(len(noise))  # which completion each live row writes
-        for step in range(sampling.max_tokens):
-            filtered = filter_logits(logits, seen, step, sampling, stop_ids, absent)
-            if not filtered.amax(-1).isfinite().all():  # the largest is a NaN where any is
-                raise no_logits(model)
-            token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)
-            logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
-            live = torch.ones(len(rows), dtype=torch.bool)
-            columns = zip(rows.tolist(), token.tolist(), logprob[:, 0].tolist(), strict=True)
-            for place, (row, id, value) in enumerate(columns):
-                completion = completions[row]
-                completion.ids.append(id)
-                completion.logprobs.append(value)
-                if id in stop_ids:
-                    completion.finish_reason = "eos"
-                elif any(string in text_of(completion.ids) for string in sampling.stop):
-                    completion.finish_reason = "stop"
-                live[place] = completion.finish_reason == "length"
-            if not live.any() or step + 1 == sampling.max_tokens:
-                break
-            seen = torch.cat([seen, token[:, None]], -1)
-            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], -1)
-            if not live.all():
-                cache.batch_select_indices(live.nonzero()[:, 0].to(device))
-                rows, seen, attention = rows[live], seen[live], attention[live]
-            logits = _next_logits(model, seen, attention, cache)
-        return completions
+
+def _batches(prompts: list[list[int]], way: Way) -> list[list[int]]:
+    """The places of prompts that may be decoded side by side: of one length, where pads count."""
+    if way.alone:
+        return [[place] for place in range(len(prompts))]
+    if way.padded:
+        return [list(range(len(prompts)))]
+    lengths = sorted({len(ids) for ids in prompts})
+    return [[i for i, ids in enumerate(prompts) if len(ids) == length] for length in lengths]
+
+
+def _together(
+    model: nn.Module,
+    way: Way,
+    prompts: list[list[int]],
+    noise: Tensor,
+    sampling: Sampling,
+    stop_ids: list[int],
+    text_of: Callable[[list[int]], str],
+) -> list[Completion]:
+    """`decode` in one batch, K responses to each prompt."""
+    device = next(model.parameters()).device
+    samples = len(noise) // len(prompts)
+    width = max(map(len, prompts))
+    # Left padding lets all rows grow at one column. A pad repeats the prompt's first id, so
+    # that the repetition penalty sees no token that is not there; attention never sees it.
+    padded = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]
+    real = [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]
+    seen = torch.tensor(padded, device=device)  # (P, S)
+    attention = torch.tensor(real, device=device)
+    state = State(model, way)
+    logits = _next_logits(model, state, seen, attention)  # (P, V)
+    state.repeat(samples)
+    logits, seen, attention = (x.repeat_interleave(samples, 0) for x in (logits, seen, attention))
+
+    completions = [Completion([], [], "length") for _ in range(len(noise))]
+    rows = torch.arange(len(noise))  # which completion each live row writes
+    for step in range(sampling.max_tokens):
+        filtered = filter_logits(logits, seen, step, sampling, stop_ids)
+        if not filtered.amax(-1).isfinite().all():  # the largest is a NaN where any is
+            raise no_logits(model)
+        token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)
+        logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
+        live = torch.ones(len(rows), dtype=torch.bool)
+        columns = zip(rows.tolist(), token.tolist(), logprob[:, 0].tolist(), strict=True)
+        for place, (row, id, value) in enumerate(columns):
+            completion = completions[row]
+            completion.ids.append(id)
+            completion.logprobs.append(value)
+            if id in stop_ids:
+                completion.finish_reason = "eos"
+            elif any(string in text_of(completion.ids) for string in sampling.stop):
+                completion.finish_reason = "stop"
+            live[place] = completion.finish_reason == "length"
+        if not live.any() or step + 1 == sampling.max_tokens:
+            break
+        seen = torch.cat([seen, token[:, None]], -1)
+        attention = torch.cat([attention, torch.ones_like(attention[:, :1])], -1)
+        if not live.all():
+            state.select(live.nonzero()[:, 0])
+            rows, seen, attention = rows[live], seen[live], attention[live]
+        logits = _next_logits(model, state, seen, attention)
+    return completions
 
 
 def no_logits(model: nn.Module) -> RunError:
@@ -113,16 +142,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _next_logits(model: nn.Module, seen: Tensor, attention: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits of the next token, (B, V); the cache takes in the columns that it lacks."""
-    past = cache.get_seq_length()
-    positions = (attention.long().cumsum(-1) - 1).clamp(min=0)
+def _next_logits(model: nn.Module, state: State, seen: Tensor, attention: Tensor) -> Tensor:
+    """Logits of the next token, (B, V), once the state has read the columns that it lacks."""
     with matmul_type(model):
-        hidden = trunk(model)(
-            input_ids=seen[:, past:],
-            attention_mask=attention.long(),
-            position_ids=positions[:, past:],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    return unembed(model, hidden[:, -1])
+        hidden = state.read(seen, attention)
+    return unembed(model, hidden)

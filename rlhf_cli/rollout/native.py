@@ -1,7 +1,7 @@
 """The engine of this process: the policy's own weights, the batched decoder and beam search."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import cut
-from rlhf_cli.data.items import EncodedPrompt
+from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
+from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.models.tokenizers import ids_of_no_token
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
 
@@ -40,7 +43,7 @@ class NativeEngine(Engine):
         """The encoder says which ids end a response."""
         self._model = model
         self._encoder = encoder
-        self._known = frozenset(encoder.tokenizer.get_vocab().values())
+        self._absent = ids_of_no_token(model, encoder.tokenizer)
         self._hardware = hardware
 
     @property
@@ -64,6 +67,7 @@ class NativeEngine(Engine):
         kept: Kept | None = None,
     ) -> list[Rollout]:
         """Responses drawn one by one, or with sampling.beams > 1 the best of a search."""
+        sampling = replace(sampling, absent=self._absent)
         rollouts = dict(kept.done) if kept is not None else {}
         left = [place for place in range(len(prompts)) if place not in rollouts]
         if sampling.beams == 1:
@@ -115,8 +119,9 @@ class NativeEngine(Engine):
                 for each in group
             ]
             stop_ids, text_of = self._encoder.stop_ids, self._encoder.text
-            draws = torch.cat(noise)
-            return decode(self._model, ids, draws, sampling, stop_ids, text_of, self._known)
+            drawn = decode(self._model, ids, torch.cat(noise), sampling, stop_ids, text_of)
+            of_each = [own for own, each in zip(ids, group, strict=True) for _ in each.samples]
+            return self._scored_as_whole(of_each, drawn, sampling)
 
         def failure(group: list[Draws]) -> RunError:
             longest = len(prompts[group[0].place][1]) + sampling.max_tokens
@@ -133,6 +138,20 @@ class NativeEngine(Engine):
             done = [place for place, own in completions.items() if len(own) == samples]
             yield {place: completions.pop(place) for place in done}
 
+    def _scored_as_whole(
+        self, prompts: list[list[int]], drawn: list[Completion], sampling: Sampling
+    ) -> list[Completion]:
+        """The same with the log-probs that training computes, where a state came to others.
+
+        Some decoders compute a step of their recurrence otherwise than a pass over a whole text.
+        """
+        if not self.exact or way_of(self._model).exact:
+            return drawn
+        sequences = [Tokens(*each) for each in zip(prompts, (x.ids for x in drawn), strict=True)]
+        scored = logprobs_of(self._model, sequences, self._hardware, sampling.scored_at)
+        pairs = zip(drawn, scored, strict=True)
+        return [replace(each, logprobs=logprobs.tolist()) for each, logprobs in pairs]
+
     def _searched(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -144,8 +163,9 @@ class NativeEngine(Engine):
         chunk = self._hardware.logprob_chunk
 
         def search(one: list[list[int]]) -> list[Completion]:
-            stop_ids = self._encoder.stop_ids
-            return beam_search(self._model, one[0], sampling, samples, stop_ids, chunk, self._known)
+            return beam_search(
+                self._model, one[0], sampling, samples, self._encoder.stop_ids, chunk
+            )
 
         def failure(one: list[list[int]]) -> RunError:
             longest = len(one[0]) + sampling.max_tokens

@@ -1,6 +1,5 @@
 """Decoding options, in the order that transformers applies them."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,10 @@ from rlhf_cli.config.schema import Decoding
 
 @dataclass
 class Sampling:
-    """How tokens are chosen; the meaning of each field stands in config/schema.py (Decoding)."""
+    """How tokens are chosen; the meaning of each field stands in config/schema.py (Decoding).
+
+    absent: ids that stand for no token, as rows do that pad an unembedding; they are never drawn.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -31,6 +33,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     beams: int = 1
     length_penalty: float = 1.0
+    absent: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, algo: Decoding) -> "Sampling":
@@ -51,7 +54,7 @@ class Sampling:
     @property
     def unfiltered(self) -> bool:
         """Whether samples come from the model's own distribution at some temperature."""
-        plain = Sampling(self.max_tokens, self.temperature, stop=self.stop)
+        plain = Sampling(self.max_tokens, self.temperature, stop=self.stop, absent=self.absent)
         return self == plain and self.temperature > 0
 
     @property
@@ -60,18 +63,8 @@ class Sampling:
         return self.temperature or 1.0
 
 
-def without_token(known: Collection[int], rows: int) -> list[int]:
-    """Of so many rows of logits, those of no token, as padding of an unembedding has."""
-    return sorted(set(range(rows)).difference(known))
-
-
 def filter_logits(
-    logits: Tensor,
-    seen: Tensor,
-    generated: int,
-    sampling: Sampling,
-    stop_ids: list[int],
-    absent: Sequence[int] = (),
+    logits: Tensor, seen: Tensor, generated: int, sampling: Sampling, stop_ids: list[int]
 ) -> Tensor:
     """Logits after repetition penalty, minimum length, temperature, top-k, top-p and min-p.
 
@@ -79,14 +72,13 @@ def filter_logits(
         logits: (B, V) raw logits.
         seen: (B, S) ids of prompt and response so far.
         generated: response tokens so far.
-        absent: ids that no token has; none of them is ever drawn.
 
     Returns:
         (B, V), -inf where a token is ruled out; at least one token is left.
     """
     if sampling.repetition_penalty != 1.0:
         logits = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen, logits)
-    ruled_out = [*absent, *(stop_ids if generated < sampling.min_tokens else ())]
+    ruled_out = [*sampling.absent, *(stop_ids if generated < sampling.min_tokens else ())]
     if ruled_out:
         logits = logits.clone()
         logits[:, ruled_out] = -torch.inf

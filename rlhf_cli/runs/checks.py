@@ -19,6 +19,7 @@ from rlhf_cli.data.parse import SUFFIXES, check_content
 from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.sources import check_sources, sources_of
 from rlhf_cli.data.templates import chat_template_of
+from rlhf_cli.folders.geometry import blocks_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
     implicit_reward_of,
@@ -271,27 +272,13 @@ def check_tokenizers(role: str, path: str, policy: str) -> None:
         )
 
 
-def check_context(cfg: Run) -> None:
-    """Prompt and response together fit into the model's positions."""
-    if cfg.start is None or not Path(cfg.start).is_dir():
-        return
-    context = read_config(Path(cfg.start)).get("max_position_embeddings")
-    tokens = max(getattr(cfg.algo, "max_tokens", 0) or 0, cfg.data.max_response_tokens or 0)
-    prompt = cfg.data.max_prompt_tokens or 0
-    if context is not None and prompt + tokens > context:
-        raise UserError(
-            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
-            f"do not fit the {context} positions of {cfg.start}; lower one of them"
-        )
-
-
 def check_frozen_layers(cfg: Run) -> None:
     """The model has the blocks that stay as they are; one of the hub is checked once loaded."""
     frozen, path = getattr(cfg.model, "frozen_layers", 0), cfg.start
     if not frozen or path is None or not (config := read_config(Path(path))):
         return
-    blocks = config.get("num_hidden_layers") or config.get("n_layer") or frozen
-    if frozen > blocks:
+    blocks = blocks_of(config)
+    if blocks is not None and frozen > blocks:
         raise UserError(f"model.frozen_layers={frozen}, but {path} has {blocks} blocks")
 
 

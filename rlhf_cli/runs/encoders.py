@@ -9,7 +9,7 @@ from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.scratch import learn_tokenizer
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
-from rlhf_cli.runs.inherited import context_of
+from rlhf_cli.runs.inherited import check_context, context_of
 
 LEARNT_FROM = 100_000  # rows, at most, that a new tokenizer learns from
 
@@ -18,10 +18,14 @@ def encoder_of(cfg: Any, rows: Rows) -> Encoder:
     """The encoder with which a stage reads its own rows."""
     room = getattr(cfg.algo, "max_tokens", None) or 0
     if cfg.start is None:
-        return Encoder(new_tokenizer(cfg, rows), cfg.data, context_of(cfg), room)
-    tokenizer = load_tokenizer(cfg.start, cfg.model)
-    encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room)
-    encoder.ends_with(stop_ids_of(cfg.start, tokenizer))
+        tokenizer = new_tokenizer(cfg, rows)
+    else:
+        tokenizer = load_tokenizer(cfg.start, cfg.model)
+    context = context_of(cfg)
+    check_context(cfg, cfg.start, context)  # of the hub it is known now that its tokenizer is here
+    encoder = Encoder(tokenizer, cfg.data, context, room)
+    if cfg.start is not None:
+        encoder.ends_with(stop_ids_of(cfg.start, tokenizer))
     return encoder
 
 

@@ -7,7 +7,15 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.data.limits import sampled_tokens
-from rlhf_cli.folders.manifest import Manifest, read_config, read_manifest
+from rlhf_cli.folders.cached import folder_of
+from rlhf_cli.folders.geometry import context_of as positions_of
+from rlhf_cli.folders.manifest import (
+    Manifest,
+    adapter_base,
+    read_config,
+    read_manifest,
+    shapes_of,
+)
 from rlhf_cli.runs.out_folder import config_of, is_claimed
 
 KEYS = ("template", "chat_args", "max_prompt_tokens", "max_response_tokens")
@@ -71,8 +79,20 @@ def context_of(cfg: Run) -> int | None:
     model: Any = getattr(cfg, "model", None)
     if cfg.start is None:
         return getattr(model, "context", None)
-    if not Path(cfg.start).is_dir():
-        return None
-    config = read_config(Path(cfg.start))
-    inner = config.get("text_config") or {}
-    return config.get("max_position_embeddings") or inner.get("max_position_embeddings")
+    folder = folder_of(adapter_base(cfg.start) or cfg.start)
+    return positions_of(read_config(folder), shapes_of(folder))
+
+
+def check_context(cfg: Run, path: str | None, context: int | None) -> None:
+    """Prompt and response together fit into the positions of the model at `path`.
+
+    Raises:
+        UserError: they do not.
+    """
+    tokens = max(getattr(cfg.algo, "max_tokens", 0) or 0, cfg.data.max_response_tokens or 0)
+    prompt = cfg.data.max_prompt_tokens or 0
+    if path is not None and context is not None and prompt + tokens > context:
+        raise UserError(
+            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and responses of {tokens} tokens "
+            f"do not fit the {context} positions of {path}; lower one of them"
+        )

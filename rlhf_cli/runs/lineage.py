@@ -18,7 +18,7 @@ from rlhf_cli.config.secrets import filled_in
 from rlhf_cli.config.stages import STAGES, place_in_chain
 from rlhf_cli.data.files import STDIN, is_there
 from rlhf_cli.folders.integrity import check_files
-from rlhf_cli.folders.manifest import MANIFEST, content_hash, read_manifest
+from rlhf_cli.folders.manifest import EXPORTED, MANIFEST, content_hash, read_manifest
 from rlhf_cli.runs.lock import running
 from rlhf_cli.runs.out_folder import (
     CHECKPOINTS,
@@ -130,7 +130,7 @@ def runs_in(folders: Sequence[Path]) -> Iterator[Path]:
 
 def read_node(folder: Path, hash_of: HashOf) -> Node:
     """What a folder says of itself, compared with what it was made from."""
-    run = folder if is_claimed(folder) else folder.parent  # of what a run wrote inside its own
+    run = run_of(folder)
     header, config = _config_of(run) if is_claimed(run) else ("", {})
     try:
         manifest = read_manifest(folder)
@@ -162,10 +162,43 @@ def read_node(folder: Path, hash_of: HashOf) -> Node:
         seed=seed if isinstance(seed, int) else None,
         seconds=float(seconds) if isinstance(seconds, int | float) else None,
         ended=(folder / MANIFEST).stat().st_mtime if ended else None,
-        figures=_figures(stage, said),
+        figures=_figures((said.get(EXPORTED) or {}).get("stage") or stage, said),
         sources=[source for source, _ in sources],
         main=main or (models[0] if models else None),
     )
+
+
+def run_of(folder: Path) -> Path:
+    """The folder of the run that wrote a folder: itself, or the one that it lies in."""
+    return folder if is_claimed(folder) else folder.parent
+
+
+def command_of(folder: Path) -> str | None:
+    """The command that made a folder of ours, as it was typed; None where it is not known."""
+    lines = _lines(folder)
+    match = HEADER.match(lines[0]) if lines else None
+    return None if match is None or match["words"] is None else f"rlhf-cli {match['words']}"
+
+
+def config_text(folder: Path) -> str:
+    """The config of the run that made a folder of ours, as its file has it, without comments."""
+    return "\n".join(line for line in _lines(folder) if not line.startswith("#"))
+
+
+def paths_start(folder: Path) -> Path:
+    """Where relative paths start in what a folder of ours says that it was made from."""
+    run = run_of(folder)
+    return _base(run, _config_of(run)[1] if is_claimed(run) else {})
+
+
+def _lines(folder: Path) -> list[str]:
+    """The lines of config.yaml; none where no run of ours made the folder."""
+    run = run_of(folder)
+    if not (folder / MANIFEST).is_file() or not is_claimed(run):
+        return []
+    with suppress(OSError, ValueError):
+        return (run / CONFIG).read_text(encoding="utf-8").splitlines()
+    return []
 
 
 def _config_of(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -9,13 +9,14 @@ activations follow from config.json. What the interpreter and its libraries take
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import Model, Run, SftModel
+from rlhf_cli.config.schema import EAGER, Model, Run, SftModel
 from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
+from rlhf_cli.folders.cached import folder_of
+from rlhf_cli.folders.geometry import BLOCK, Geometry
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     Shapes,
@@ -28,11 +29,11 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
 )
 from rlhf_cli.rewards.specs import models_of
+from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
-BLOCK = re.compile(r"\.(\d+)\.")
 HEADS = ("score.", "classifier.")
 UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
@@ -42,44 +43,22 @@ LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
 LIBRARIES, ROW = 460 * 2**20, 200
 
 
-@dataclass
-class Geometry:
-    """The widths of a decoder, in numbers per token."""
-
-    layers: int
-    hidden: int
-    keys: int
-    inner: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Geometry":
-        """From config.json, by the names of either habit."""
-        config = config.get("text_config") or config
-        hidden = config.get("hidden_size") or config["n_embd"]
-        heads = config.get("num_attention_heads") or config["n_head"]
-        per_head = config.get("head_dim") or hidden // heads
-        return cls(
-            config.get("num_hidden_layers") or config["n_layer"],
-            hidden,
-            per_head * (config.get("num_key_value_heads") or heads),
-            config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
-            config["vocab_size"],
-        )
-
-
 class Unknown(Exception):
-    """The sizes of a model that is not on this machine, or has no config that says them."""
+    """Why sizes are not known: a model is not on this machine, or its config is silent."""
 
 
-def predicted_memory(cfg: Run, rows: int) -> list[str]:
-    """What a stage that trains will hold, a line for each part and one for the peak."""
+def predicted_memory(cfg: Run, rows: int, attention: str | None = None) -> list[str]:
+    """What a stage that trains will hold, a line for each part and one for the peak.
+
+    Args:
+        attention: how its model computes that, where it is loaded.
+    """
     if not cfg.trains:
         return []
     try:
-        always, update, rollout = parts_of(cfg)
-    except Unknown as missing:
-        return [f"predicted peak memory: unknown until {missing} is on this machine"]
+        always, update, rollout = parts_of(cfg, attention)
+    except Unknown as why:
+        return [f"predicted peak memory: unknown {why}"]
     transient = max((update, rollout), key=lambda parts: sum(parts.values()))
     peak = sum(always.values()) + sum(transient.values())
     when = "rollout" if transient is rollout else "update"
@@ -112,7 +91,7 @@ def written(size: float) -> str:
 Parts = dict[str, float]
 
 
-def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
+def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Parts]:
     """Bytes by part: held all the time, in an update, in a rollout."""
     shapes, geometry = start_of(cfg)
     weights, trained = roles_of(cfg, shapes)
@@ -133,6 +112,10 @@ def parts_of(cfg: Any) -> tuple[Parts, Parts, Parts]:
     update: Parts = {
         f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens),
     }
+    if (attention or predicted_attention(cfg)) == EAGER:
+        update[f"attention between {tokens} tokens and up to {longest} each"] = (
+            graphs * attention_matrices(cfg, geometry, tokens, longest)
+        )
     if facts_of(cfg).writes != "reward":  # which has scores in place of logits
         chunk = min(hardware.logprob_chunk, tokens)
         update[f"logits of {chunk} positions"] = (
@@ -177,6 +160,19 @@ def activations(cfg: Any, geometry: Geometry, tokens: int) -> float:
     if cfg.hardware.gradient_checkpointing:
         return BYTES * tokens * (blocks * geometry.hidden + 2 * block)
     return BYTES * tokens * (blocks + 1) * block
+
+
+def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) -> float:
+    """Bytes of what eager attention keeps for backward: a number for each head and pair of tokens.
+
+    Each attending block that is trained keeps one such matrix, and one more where scores are
+    capped. Two more stand for the gradients in one block.
+    """
+    kept = 2 if geometry.capped else 1
+    blocks = max(0, geometry.attending - cfg.model.frozen_layers)
+    if cfg.hardware.gradient_checkpointing:
+        blocks = min(blocks, 1)
+    return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
 
 
 def logit_copies(cfg: Any) -> int:
@@ -302,9 +298,9 @@ def start_of(cfg: Any) -> tuple[Shapes, Geometry]:
 def geometry_of(path: str) -> Geometry:
     """The widths of a folder's decoder."""
     try:
-        return Geometry.of(read_config(Path(path)))
-    except KeyError:
-        raise Unknown(path) from None
+        return Geometry.of(read_config(folder_of(adapter_base(path) or path)))
+    except KeyError as missing:
+        raise Unknown(f"for {path}: its config.json says no {missing.args[0]}") from None
 
 
 def hidden_of(cfg: Any) -> int:
@@ -314,9 +310,9 @@ def hidden_of(cfg: Any) -> int:
 
 def known(path: str) -> Shapes:
     """The shapes of a full model, or of the base of an adapter folder."""
-    shapes = shapes_of(Path(adapter_base(path) or path))
+    shapes = shapes_of(folder_of(adapter_base(path) or path))
     if not shapes:
-        raise Unknown(path)
+        raise Unknown(f"until {path} is on this machine")
     return shapes
 
 
@@ -327,7 +323,7 @@ def adapter_shapes(path: str) -> Shapes:
 
 def from_scratch(model: SftModel) -> tuple[Shapes, Geometry]:
     """What models/scratch.py builds."""
-    assert model.hidden_size and model.layers and model.vocab_size
+    assert model.hidden_size and model.layers and model.vocab_size and model.heads
     d, inner = model.hidden_size, model.hidden_size * 8 // 3
     shapes: Shapes = {"model.embed_tokens.weight": (model.vocab_size, d)}
     for i in range(model.layers):
@@ -335,7 +331,9 @@ def from_scratch(model: SftModel) -> tuple[Shapes, Geometry]:
         shapes |= {f"{block}self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
         shapes |= {f"{block}mlp.{name}_proj.weight": (inner, d) for name in ("gate", "up", "down")}
         shapes |= {f"{block}norms.weight": (2 * d,)}
-    return shapes, Geometry(model.layers, d, d, inner, model.vocab_size)
+    return shapes, Geometry(
+        model.layers, d, d, inner, model.vocab_size, model.heads, model.layers, False
+    )
 
 
 def count(shapes: Shapes) -> int:

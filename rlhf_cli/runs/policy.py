@@ -9,16 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
-from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine
-from rlhf_cli.runs.inherited import KEYS, told
+from rlhf_cli.runs.inherited import KEYS, check_context, told
 from rlhf_cli.runs.session import Session
 
 
@@ -51,10 +50,11 @@ def policy_of(session: Session, path: str) -> Policy:
     tokenizer = load_tokenizer(path, cfg.model)
     room = getattr(cfg.algo, "max_tokens", None) or 0
     model = load_policy(path, cfg.model, tokenizer, session.device)
-    for line in told_of_towers(model) if cfg.trains else []:
-        say(line)
-    config = unwrap(model).config.get_text_config()
-    encoder = Encoder(tokenizer, cfg.data, getattr(config, "max_position_embeddings", None), room)
+    if path == cfg.start:
+        session.introduce(model)
+    context = positions_of(model)
+    check_context(cfg, path, context)
+    encoder = Encoder(tokenizer, cfg.data, context, room)
     if cfg.hardware.gradient_checkpointing:
         recompute_activations(model)
     stop_ids = stop_ids_of(path, tokenizer)

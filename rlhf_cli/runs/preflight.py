@@ -9,9 +9,9 @@ from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import (
     arithmetic,
-    check_context,
     check_data,
     check_frozen_layers,
     check_models,
@@ -20,11 +20,11 @@ from rlhf_cli.runs.checks import (
     reward_lines,
     row_kind,
 )
-from rlhf_cli.runs.inherited import inherit
+from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
-from rlhf_cli.runs.rates import choose_rates, size_of
+from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
 
 
@@ -88,7 +88,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         return Plan(state, rows, None, doing)
     check_data(cfg)
     check_models(cfg)
-    check_context(cfg)
+    check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
@@ -99,7 +99,8 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
     sums = [*taken, *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
-    parameters = 0.0 if cfg.start is None else size_of(cfg.start)
+    sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
+    parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),

@@ -12,12 +12,14 @@ from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.data.files import STDIN, find, is_there, stdin_lines
 from rlhf_cli.folders.manifest import (
+    EXPORTED,
     MANIFEST,
     adapter_base,
     content_hash,
     file_hash,
     implicit_reward_of,
     kind_of,
+    read_manifest,
     text_hash,
     tokenizer_hash,
 )
@@ -69,12 +71,19 @@ def baselines_of(cfg: Any) -> list[str]:
 
 
 def siblings_of(policy: str, alike: bool = True) -> list[str]:
-    """The finished policies beside a local one: those with its tokenizer, or those with another."""
+    """The finished policies beside a local one: those with its tokenizer, or those with another.
+
+    What was exported is another form of one of them.
+    """
     if not Path(policy).is_dir():
         return []
     ours = tokenizer_hash(Path(policy))
     folders = sorted(file.parent for file in Path(policy).parent.glob(f"*/{MANIFEST}"))
-    policies = [folder for folder in folders if kind_of(folder) == "policy"]
+    policies = [
+        folder
+        for folder in folders
+        if kind_of(folder) == "policy" and EXPORTED not in (read_manifest(folder) or {})
+    ]
     return [str(folder) for folder in policies if (tokenizer_hash(folder) == ours) == alike]
 
 

@@ -70,7 +70,7 @@ def choose_rates(cfg: Run) -> list[str]:
 def _choose(cfg: Any, key: str, role: str, path: str | None) -> str:
     """Fill in one rate; returns the line on it."""
     adapter = cfg.model.lora_rank > 0 and role != "refresh"
-    parameters = 0.0 if path is None else size_of(path)
+    parameters = 0.0 if path is None else size_of(path, called(cfg, path))
     if parameters is None:
         # a folder that is gone or damaged; a run that has finished without need of it stays so
         rate = _of_the_run_before(cfg, key) or rate_of(role, float("inf"), adapter)
@@ -89,15 +89,29 @@ def _choose(cfg: Any, key: str, role: str, path: str | None) -> str:
     return f"algo.{key}: {rate:g} ({reason})"
 
 
-def size_of(path: str) -> float | None:
-    """The parameters of a local model, or those that the name of one on the hub tells."""
+def called(cfg: Run, path: str) -> str:
+    """The size by which the option of a family calls a model of the hub, as 4b."""
+    model: Any = cfg.model
+    size = getattr(model, "size", None)
+    return size if size is not None and model.sizes.get(size) == path else ""
+
+
+def size_of(path: str, called: str = "") -> float | None:
+    """The parameters of a local model, or those that the name of one on the hub tells.
+
+    Args:
+        called: its size, where the name may not tell.
+    """
     with suppress(Unknown, UserError):
         return count(known(path))
     with suppress(UserError):
         name = adapter_base(path) or path
-        if not Path(name).exists() and (told := IN_NAME.search(name.rpartition("/")[2])):
-            times, number, unit = told.groups()
-            return int(times or 1) * float(number) * {"m": 1e6, "b": 1e9}[unit.lower()]
+        if Path(name).exists():
+            return None
+        for text in (name.rpartition("/")[2], called):
+            if told := IN_NAME.search(text):
+                times, number, unit = told.groups()
+                return int(times or 1) * float(number) * {"m": 1e6, "b": 1e9}[unit.lower()]
     return None
 
 

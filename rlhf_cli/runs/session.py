@@ -29,6 +29,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
 from rlhf_cli.models.adapters import is_adapted, restore, trained
+from rlhf_cli.models.attention import attention_of
 from rlhf_cli.models.dtypes import (
     AUTO,
     name_of,
@@ -39,12 +40,15 @@ from rlhf_cli.models.dtypes import (
 )
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
+from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.inherited import longest_learnt
 from rlhf_cli.runs.lock import check_lock
+from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
 from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
@@ -166,6 +170,18 @@ class Session:
                 left[0] += ": few to judge by; data.eval_share or data.eval_path gives more"
         for line in [*self.plan.at_start(), *notes, *left]:
             say(line)
+
+    def introduce(self, model: nn.Module) -> None:
+        """Say of a loaded model what could not be told before.
+
+        Attention that takes memory, and towers that see and are not trained.
+        """
+        self.plan.sums += told_of_towers(model) if self.cfg.trains else []
+        actual = attention_of(model)
+        if actual != predicted_attention(self.cfg):
+            self.plan.sums += attention_lines(actual, self.cfg.model.attention)
+            count = expected_rows(self.rows.places(row_kind(self.cfg)))
+            self.plan.memory = predicted_memory(self.cfg, count, actual)
 
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""

@@ -53,7 +53,6 @@ from rlhf_cli.models.heads import head_name, told_of_head
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import scorer_from_policy
 from rlhf_cli.models.shared import recompute_activations
-from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.models import Reading
@@ -81,7 +80,8 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
     scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
-    session.note([*told_of_head(scorer), *told_of_towers(scorer), *data.notes], data)
+    session.introduce(scorer)
+    session.note([*told_of_head(scorer), *data.notes], data)
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing:
         recompute_activations(scorer)

@@ -29,16 +29,16 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
-from rlhf_cli.models.towers import told_of_towers
-from rlhf_cli.reporting.console import Bar, say, show
+from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.encoders import new_tokenizer
-from rlhf_cli.runs.inherited import context_of, longest_sample
+from rlhf_cli.runs.inherited import check_context, longest_sample
 from rlhf_cli.runs.policy import Policy, saying_how
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
@@ -125,8 +125,7 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     if cfg.model.path is not None:
         tokenizer = load_tokenizer(cfg.model.path, cfg.model)
         model = load_policy(cfg.model.path, cfg.model, tokenizer, device)
-        for line in told_of_towers(model):
-            say(line)
+        session.introduce(model)
     else:
         tokenizer = new_tokenizer(cfg, session.rows)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
@@ -134,7 +133,9 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
         residual_dropout(model, cfg.model.dropout)
     if cfg.hardware.gradient_checkpointing:
         recompute_activations(model)
-    encoder = Encoder(tokenizer, cfg.data, context_of(cfg))
+    context = positions_of(model)
+    check_context(cfg, cfg.model.path, context)
+    encoder = Encoder(tokenizer, cfg.data, context)
     if cfg.model.path is not None:
         encoder.ends_with(stop_ids_of(cfg.model.path, tokenizer))
         saying_how(cfg.model.path, encoder)

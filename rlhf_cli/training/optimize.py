@@ -20,6 +20,7 @@ from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.reporting.console import say
+from rlhf_cli.training.balancing import LoadBalancing
 from rlhf_cli.training.diagnosis import cause_of, draws_again
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 
@@ -47,6 +48,7 @@ class Optimizer:
             name: list(trained(module).values()) for name, (module, _) in networks.items()
         }
         self._networks = {name: module for name, (module, _) in networks.items()}
+        self._balancing = LoadBalancing(self._networks)
         self._max_grad_norm = config.max_grad_norm
         self._max_skipped = config.max_skipped
         self._adamw = torch.optim.AdamW(
@@ -120,15 +122,17 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         sums: defaultdict[str, float] = defaultdict(float)
         total = 0.0
+        self._balancing.count(parts)
         for part in parts:
             for batch in part.batches:
-                loss, metrics = part.loss(batch)
-                scaled = loss * (part.weight / part.count)
+                with self._balancing.watching():
+                    loss, metrics = part.loss(batch)
+                scaled = loss * (part.weight / part.count) + self._balancing.loss()
                 scaled.backward()
                 total += scaled.item()
                 for name, value in metrics.items():
                     sums[name] += float(value) / part.count
-        return {"loss": total, **sums}
+        return {"loss": total, **sums, **self._balancing.metrics()}
 
     def _move_schedule(self, number: int) -> None:
         """Set the rates to those of a planned step, counted from 0."""

@@ -21,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from rlhf_cli.config.errors import RunError, UserError
@@ -110,6 +112,28 @@ def test_a_folder_makes_the_round_trip(family: str, tmp_path: Path) -> None:
     assert stop_ids_of(str(tmp_path), tokenizer) == [2, 5]
     ids = AutoTokenizer.from_pretrained(tmp_path)("the cat").input_ids
     assert ids == tokenizer("the cat").input_ids
+
+
+def test_weights_that_a_family_rescales_for_inference_stay_as_they_are(tmp_path: Path) -> None:
+    """RWKV halves those of its later blocks in evaluation mode, and they would be written so."""
+    tokenizer = bpe()
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 4}
+    sizes |= {"rescale_every": 2, "pad_token_id": 0}
+    size = RwkvConfig(vocab_size=len(tokenizer), **sizes)
+    RwkvForCausalLM(size).save_pretrained(tmp_path / "made")
+    tokenizer.save_pretrained(tmp_path / "made")
+    model = policy_of(tmp_path / "made", FULL)
+    ours = outputs(model)
+    save_model(model, tokenizer, tmp_path / "written", merge=False)
+    made, written = (loaded(RwkvForCausalLM, tmp_path / each) for each in ("made", "written"))
+    for name, weight in made.state_dict().items():
+        assert torch.equal(weight, written.state_dict()[name]), name
+    ids = torch.tensor([SEQUENCES[0].prompt + SEQUENCES[0].response])
+    with torch.no_grad():
+        theirs = written(input_ids=ids).logits[0].log_softmax(-1)[:-1]
+    theirs = theirs.gather(-1, ids[0, 1:, None])[-len(SEQUENCES[0].response) :, 0]
+    torch.testing.assert_close(ours[: len(theirs)], theirs, rtol=0, atol=1e-4)  # its norm's epsilon
 
 
 def test_dropout_is_off_in_all_that_is_loaded(tmp_path: Path) -> None:

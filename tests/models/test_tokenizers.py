@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_cli.config.errors import UserError
@@ -19,11 +18,12 @@ from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids, spare_token
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.scorers import load_scorer, scorer_from_policy
-from rlhf_cli.models.tokenizers import load_tokenizer, same_ids, stop_ids_of
+from rlhf_cli.models.tokenizers import ids_of_no_token, load_tokenizer, same_ids, stop_ids_of
 from rlhf_cli.rollout.decode import decode
-from rlhf_cli.rollout.sampling import Sampling, filter_logits, without_token
+from rlhf_cli.rollout.native import NativeEngine
+from rlhf_cli.rollout.sampling import Sampling
 from tests.families import family
-from tests.toys import FROZEN, bpe, data_of, hardware_of, llama, model_of, sequences_of
+from tests.toys import FROZEN, bpe, characters, data_of, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
 FULL, LORA = model_of(lora_rank=0), model_of(lora_rank=2, merge_lora=False)
@@ -314,17 +314,23 @@ def test_embeddings_that_a_foreign_adapter_holds_are_kept(tmp_path: Path) -> Non
 
 
 def test_rows_without_a_token_are_never_drawn() -> None:
-    """Ids 3 and 5 to 7 are none's, and likeliest."""
-    assert without_token([0, 1, 2, 4], 8) == [3, 5, 6, 7]
-    logits = torch.tensor([[0.0, 1, 0, 9, 2, 9, 9, 9]])
-    greedy = filter_logits(logits, logits, 0, Sampling(1, 0.0), [1], [3, 5, 6, 7])
-    assert greedy.argmax() == 4
+    """Ids 13 to 22 are none's, though the model would draw them."""
+    tokenizer = characters(size=13)
     model = llama(23)
+    assert ids_of_no_token(model, tokenizer) == tuple(range(13, 23))
+    encoder = Encoder(tokenizer, data_of())
+    drawn = {}
+    for name, sampling in (
+        ("sampled", Sampling(8)),
+        ("greedy", Sampling(8, 0.0)),
+        ("searched", Sampling(8, beams=3)),
+    ):
+        engine = NativeEngine(model, encoder, hardware_of())
+        prompts = [(Prompt("a"), [3, 4]), (Prompt("b"), [5])]
+        found = engine.sample(prompts, sampling, samples=2, seed=0)
+        drawn[name] = {id for rollout in found for id in rollout.tokens.response}
+        assert drawn[name] <= set(range(13)), name
     noise = torch.rand(40, 8, generator=torch.Generator().manual_seed(0))
-    known = range(2, 12)
-    found = decode(model, [[5, 6]], noise, Sampling(8), [2], str, known)
-    drawn: set[int] = {id for each in found for id in each.ids}
-    assert drawn <= set(known) and len(drawn) > 5
-    whole: Tensor = noise
-    free = decode(model, [[5, 6]], whole, Sampling(8), [2], str)
-    assert not {id for each in free for id in each.ids} <= set(known)
+    free = decode(model, [[3, 4]], noise, Sampling(8), [1], str)
+    assert not {id for each in free for id in each.ids} <= set(range(13))
+    assert Sampling(8, absent=(13,)).unfiltered

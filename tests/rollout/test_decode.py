@@ -12,6 +12,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.rollout.decode import Completion, decode
+from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -188,6 +189,7 @@ def test_responses_do_not_change_where_fewer_are_drawn_at_once(most: int) -> Non
 
     def sample(limit: int) -> list[Rollout]:
         model = llama(vocabulary=300)
+        way_of(model)  # tried on two rows
 
         def look(module: Any, args: Any, kwargs: Any) -> None:
             drawn.append(len(kwargs["input_ids"]))
@@ -214,6 +216,7 @@ def test_responses_do_not_change_where_fewer_are_drawn_at_once(most: int) -> Non
 
 def test_a_response_that_does_not_fit_ends_sampling_in_one_line() -> None:
     model = llama()
+    way_of(model)
 
     def full(module: Any, args: Any) -> None:
         raise MemoryError

@@ -11,6 +11,7 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.folders.geometry import Geometry
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.decoder import hidden_states
 from rlhf_cli.models.load import load_policy
@@ -20,7 +21,6 @@ from rlhf_cli.models.scorers import load_critic, load_scorer
 from rlhf_cli.models.scorers import scorer_from_policy as new_scorer
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.runs.memory_estimate import (
-    Geometry,
     activations,
     from_scratch,
     known,
@@ -83,7 +83,7 @@ def test_roles_hold_as_many_numbers_as_predicted(
 
     model: Any = load_policy(cfg.policy, cfg.model, TOKENIZER, CPU)
     reference = Reference(model)
-    frozen = FrozenModel("float32", False)
+    frozen = FrozenModel("float32", False, "auto")
     scorer = load_scorer(cfg.reward, frozen, TOKENIZER, CPU, model)
     networks = [model, reference.model, scorer]
     expected = {"policy": len_of(trained(model).values())}
@@ -139,7 +139,7 @@ def test_activations_are_what_autograd_keeps(inner: int, key_heads: int) -> None
     batch = collate([Tokens(list(range(1, 17)), list(range(1, 17)))] * 8)
     cfg = compose("dpo", DATA)
     geometry = Geometry.of(model.config.to_dict())
-    assert geometry == Geometry(4, 64, 16 * key_heads, inner, 40)
+    assert geometry == Geometry(4, 64, 16 * key_heads, inner, 40, 4, 4, False)
     predicted = activations(cfg, geometry, batch.ids.numel())
     kept = saved_bytes(model, batch)
     one = predicted / 5  # the block that stands for the gradients
