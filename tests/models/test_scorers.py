@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.folders.manifest import RESPONSE, TOKEN, kind_of
 from rlhf_cli.models.classifiers import load_classifier
 from rlhf_cli.models.decoder import unwrap
@@ -162,7 +162,7 @@ def test_other_tools_load_the_folder_of_ours(family: str, level: str, tmp_path: 
     found = scores_elsewhere(place, level, tmp_path)
     torch.testing.assert_close(found, scores(scorer, level), rtol=1e-5, atol=1e-5)
     (place / "scalar_head.py").write_text("raise SystemExit('was run')")
-    for config in (FROZEN, FrozenModel("float32", True)):
+    for config in (FROZEN, replace(FROZEN, trust_remote_code=True)):
         again = load_scorer(str(place), config, TOKENIZER, CPU)
         torch.testing.assert_close(scores(again, level), scores(scorer, level), rtol=0, atol=1e-6)
 
