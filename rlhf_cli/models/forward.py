@@ -191,7 +191,7 @@ def shares_prompts(model: nn.Module) -> bool:
     if config._attn_implementation != "sdpa" or not full:
         return False
     device = next(model.parameters()).device
-    vocabulary = unwrap(model).get_input_embeddings().num_embeddings
+    vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (20,), generator=draw).tolist()
     groups = [

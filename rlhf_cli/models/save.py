@@ -152,7 +152,7 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
     base = unwrap(model)
     if pad is not None:
         tokenizer.pad_token = pad
-    elif whole or len(tokenizer) < base.get_input_embeddings().num_embeddings:
+    elif whole or len(tokenizer) < len(base.get_input_embeddings().weight):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id

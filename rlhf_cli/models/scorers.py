@@ -116,8 +116,7 @@ def _free_name(adapted: Any, role: str) -> str:
 
 def _has_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model has an embedding for each token."""
-    rows: int = unwrap(model).get_input_embeddings().num_embeddings
-    return len(tokenizer) <= rows
+    return len(tokenizer) <= len(unwrap(model).get_input_embeddings().weight)
 
 
 def _beside(model: nn.Module, policy: nn.Module | None) -> nn.Module:

@@ -66,7 +66,7 @@ class _Probe:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         device = next(model.parameters()).device
-        vocabulary = unwrap(model).get_input_embeddings().num_embeddings
+        vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
         draw = torch.Generator().manual_seed(0)
         self._ids = torch.randint(vocabulary, (2, LONG), generator=draw).to(device)
         types = {each.dtype for each in model.parameters()}

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.manifest import RESPONSE, TOKEN, kind_of
 from rlhf_cli.models.classifiers import load_classifier
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.load import load_policy
-from rlhf_cli.models.save import save_model
+from rlhf_cli.models.save import save_model, set_score_pad
 from rlhf_cli.models.scalar_head import ScalarHead, ScalarHeadForSequenceClassification
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import load_critic, load_scorer, scorer_from_policy
 from rlhf_cli.models.shared import SharedScorer
+from rlhf_cli.models.tokenizers import fit_embeddings, load_tokenizer
 from rlhf_cli.runs.remote_code import brings_code
 from tests.toys import FROZEN, bpe, hardware_of, llama, model_of, sequences_of
 
@@ -255,6 +257,56 @@ def test_a_class_of_the_library_is_used_where_it_is_sound(tmp_path: Path) -> Non
         said = f"{kind}ForSequenceClassification is another kind of model .*{head}"
         with pytest.raises(UserError, match=said):
             load_scorer(str(place), FROZEN, TOKENIZER, CPU)
+
+
+# --------------------------------------------------------------------------- adapters and tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("added", [[], ["<a>", "<b>"]], ids=["no pad", "more tokens"])
+def test_a_reward_adapter_loads_whatever_its_tokenizer_lacks_or_adds(
+    family: str, added: list[str], tmp_path: Path
+) -> None:
+    """It holds no embedding but rows of added tokens, and loads beside any policy and elsewhere."""
+    tokenizer: Any = bpe()
+    if family == "llama":
+        model: Any = llama(len(tokenizer))
+    else:
+        size: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "n_embd": 16,
+            "n_layer": 1,
+            "n_head": 2,
+        }
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size))
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.pad_token = None
+    tokenizer.add_tokens(added)
+    tokenizer.save_pretrained(tmp_path / "policy")
+    policy, place = str(tmp_path / "policy"), tmp_path / "reward"
+    read = [*SEQUENCES[:2], Tokens([5], [len(tokenizer) - 1, 6])]
+    own: Any = load_tokenizer(policy, FROZEN)
+    scorer = moved(scorer_from_policy(policy, LORA, own, 7, CPU))
+    expected = scores_of(scorer, read, hardware_of())
+    set_score_pad(scorer, own, [2], whole=False)
+    save_model(scorer, own, place, merge=False)
+    held = load_file(place / "adapter_model.safetensors")
+    kinds = ("lora_", "score.", *(["trainable_tokens_delta"] if added else []))
+    assert all(any(kind in name for kind in kinds) for name in held)
+
+    own = load_tokenizer(str(place), FROZEN)
+    for base in (None, load_policy(policy, FULL, own, CPU), load_policy(policy, LORA, own, CPU)):
+        again = load_scorer(str(place), FROZEN, own, CPU, base)
+        torch.testing.assert_close(scores_of(again, read, hardware_of()), expected)
+    critic = load_scorer(str(place), LORA, own, CPU, base)
+    torch.testing.assert_close(scores_of(critic, read, hardware_of()), expected)
+    plain: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+        policy, num_labels=1, pad_token_id=own.pad_token_id
+    )
+    fit_embeddings(plain, own, policy)
+    plain = peft.PeftModel.from_pretrained(plain, str(place)).eval()
+    found = [plain(torch.tensor([[*each.prompt, *each.response]])).logits.item() for each in read]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- heads of others
