@@ -54,6 +54,12 @@ def trunk(model: nn.Module) -> nn.Module:
     return body
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens a model has embeddings of; its tokenizer may have fewer."""
+    weight: Tensor = unwrap(model).get_input_embeddings().weight  # wrapped ones have no other
+    return len(weight)
+
+
 def parts_of(base: Any) -> Parts:
     """The parts that `find_parts` found; the likeliest ones where it was not asked."""
     if not hasattr(base, "found_parts"):

@@ -29,6 +29,7 @@ from rlhf_cli.models.attention import asked_for, check_attention, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.quantized import keep_layout, quantization
 from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
 from rlhf_cli.reporting.console import say
 
@@ -41,11 +42,11 @@ def load_policy(
 ) -> nn.Module:
     """A language model ready for its stage: adapter merged or continued, dropout off.
 
-    An adapter folder is loaded as base plus adapter. With model.lora_rank > 0 its adapter goes on
-    being trained, otherwise it is merged into the weights.
+    An adapter folder is loaded as base plus adapter. What becomes of that says model.adapter; by
+    default it goes on being trained with model.lora_rank > 0, and is merged otherwise.
 
     Raises:
-        UserError: weights are missing or unreadable, or an adapter has another rank.
+        UserError: weights are missing or unreadable, or an adapter is of a kind that is not known.
     """
     model = load_base(path, config, None, allowed_missing=set())
     added = fit_embeddings(model, tokenizer, path)
@@ -87,8 +88,10 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **quantization(config),
             **asked_for(config),
         )
+    keep_layout(model)
     absent = {str(name) for name in info["missing_keys"]}
     decoder = f"{model.base_model_prefix}."
     allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import matmul_type, run_trunk, trunk, unwrap
+from rlhf_cli.models.decoder import embedding_rows, matmul_type, run_trunk, trunk, unwrap
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.state import State, Way
@@ -66,7 +66,7 @@ class _Probe:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         device = next(model.parameters()).device
-        vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
+        vocabulary = embedding_rows(model)
         draw = torch.Generator().manual_seed(0)
         self._ids = torch.randint(vocabulary, (2, LONG), generator=draw).to(device)
         types = {each.dtype for each in model.parameters()}

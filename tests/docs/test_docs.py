@@ -26,8 +26,8 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 
 LONGEST_README = 160  # lines
 EXPECTED = (
-    *("architecture", "data", "evaluation", "feedback", "hardware", "metrics", "online", "python"),
-    *("resume", "rewards"),
+    *("adapters", "architecture", "data", "evaluation", "feedback", "hardware", "metrics"),
+    *("online", "python", "resume", "rewards"),
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
