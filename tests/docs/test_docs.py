@@ -26,7 +26,17 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 
 LONGEST_README = 160  # lines
 EXPECTED = (
-    *("architecture", "data", "evaluation", "feedback", "hardware", "metrics", "online", "python"),
+    *(
+        "architecture",
+        "data",
+        "evaluation",
+        "feedback",
+        "hardware",
+        "metrics",
+        "models",
+        "online",
+        "python",
+    ),
     *("resume", "rewards"),
 )
 
