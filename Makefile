@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo check test test-slow lint format type wheel
+.PHONY: help install lock demo check test test-slow interop lint format type wheel
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,15 @@ check: test ## the same as test
 
 test-slow: install ## the tests that take minutes
 	$(PYTEST) -m slow
+
+# Beside the rest in .venv: nothing of it is another version there.
+$(VENV)/interop: $(VENV)/installed requirements/interop.txt
+	$(LOCKED) -r requirements/interop.txt
+	@$(PIP) check
+	@touch $@
+
+interop: $(VENV)/interop ## the tests with TRL, peft, lm-eval and pipelines; installs the first and third
+	$(PYTEST) -m interop
 
 lint: install ## format and lint, changing nothing
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ Without UPGRADE every version stays as it is where it fits pyproject.toml. The f
     common.txt   everything but PyTorch; it reads build.txt itself
     cpu.txt      common.txt and PyTorch's own build for CPUs, which some machines' pip is offered
     default.txt  common.txt and PyTorch as the package index has it: with CUDA on Linux
+    interop.txt  what the extra of that name adds to either
 
 PyTorch stands twice, since pip prefers a file whose hash an index tells to one that it would have
 to read first. Each version has the hashes of all its files, for all systems and Pythons.
@@ -29,28 +30,38 @@ ON_CPU = {
 
 
 def compiled(requirements: Path, *words: str) -> dict[str, str]:
-    """name -> its lines of a lock of these requirements and all that they need."""
+    """name -> its lines of a lock of these requirements and all that they need.
+
+    There are more than one of a name whose newest version some Pythons cannot have.
+    """
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes"]
     command += ["--python-version=3.11", "--no-header", "--no-annotate", "--no-config"]
     command += ["--no-emit-index-url", "--no-emit-find-links", str(requirements), *words]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     blocks = re.findall(r"^\S.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
-    return {block.partition("==")[0]: block for block in blocks}
+    locked: dict[str, str] = {}
+    for block in blocks:
+        name = block.partition("==")[0]
+        locked[name] = locked.get(name, "") + block
+    return locked
 
 
 def pins(*files: Path) -> str:
-    """NAME==VERSION of each line of these locks that has one."""
-    return "\n".join(re.findall(r"^\S+==\S+", "".join(map(Path.read_text, files)), re.MULTILINE))
+    """NAME==VERSION of each line of these locks that has one, and for which Pythons and systems."""
+    text = "".join(map(Path.read_text, files))
+    return "\n".join(re.findall(r"^\S+==\S+(?: ;[^\\\n]+)?", text, re.MULTILINE))
 
 
 def main(upgrade: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         known, wanted, locked = (Path(folder, name) for name in ("known", "wanted.in", "locked"))
-        files = (HERE / "build.txt", HERE / "common.txt", HERE / "default.txt")
+        files = [HERE / f"{name}.txt" for name in ("build", "common", "default", "interop")]
         known.write_text("" if upgrade else pins(*files))
         everything = compiled(HERE.parent / "pyproject.toml", "--extra=dev", f"-c={known}")
         locked.write_text("".join(everything.values()))
-        known.write_text(pins(locked))
+        known.write_text(f"{pins(locked)}\n{'' if upgrade else pins(files[-1])}")
+        extras = ("--extra=dev", "--extra=interop")
+        more = compiled(HERE.parent / "pyproject.toml", *extras, f"-c={known}")
         wanted.write_text("\n".join(BUILD))
         build = compiled(wanted, f"-c={known}")
     torch = {name: block for name, block in everything.items() if TORCH.match(name)}
@@ -66,6 +77,7 @@ def main(upgrade: bool) -> None:
     write("common.txt", "-r build.txt\n", *common)
     write("cpu.txt", "-r common.txt\n", " \\\n".join(on_cpu), "\n")
     write("default.txt", "-r common.txt\n", *torch.values())
+    write("interop.txt", *(more[name] for name in more if name not in build | everything))
 
 
 def write(lock: str, *blocks: str) -> None:

@@ -38,7 +38,7 @@ def key(
     own: tuple[str, ...] | None = None,
     used_by: str | None = None,
     needed: bool | str = False,
-    unused: float | None = None,
+    unused: Any = None,
     texts: bool = False,
     regex: bool = False,
 ) -> Any:
@@ -81,7 +81,7 @@ class Hardware:
         "Padded tokens in one forward and backward pass; halve it when memory runs out.", ge=1
     )
     rollout_tokens: int = key(
-        "Padded tokens whose keys and values are cached at once while sampling.", ge=1
+        "Padded tokens whose keys, values or states are kept at once while sampling.", ge=1
     )
     share_prompts: bool = key(
         "Compute a prompt once for all of its responses where the model and the lengths allow it."
@@ -125,8 +125,46 @@ class FrozenModel:
 class Model(FrozenModel):
     """How the weights of `policy=` are adapted by a stage."""
 
-    lora_rank: int = key("Rank of LoRA adapters on every linear layer; 0 trains all weights.", ge=0)
+    lora_rank: int = key(
+        "Rank of the LoRA adapter that is trained; 0 trains all weights. One that goes on keeps "
+        "its own.",
+        ge=0,
+    )
     lora_alpha: float = key("LoRA scale: the update is multiplied by alpha / rank.", gt=0)
+    lora_targets: Any = key(
+        "Layers that get LoRA matrices: all-linear (all but head and router), a list of names, or "
+        "a regular expression that whole names match.",
+        texts=True,
+        regex=True,
+        used_by="model.lora_rank>0",
+        unused="all-linear",
+    )
+    use_rslora: bool = key(
+        "Scale by alpha / sqrt(rank), as rsLoRA does (2312.03732).",
+        used_by="model.lora_rank>0",
+        unused=False,
+    )
+    use_dora: bool = key(
+        "DoRA: lengths of weight rows are trained beside their directions (2402.09353).",
+        used_by="model.lora_rank>0",
+        unused=False,
+    )
+    modules_to_save: list[str] = key(
+        "Modules trained whole beside LoRA, by name, as [embed_tokens, lm_head].",
+        used_by="model.lora_rank>0",
+        unused=[],
+    )
+    adapter: str | None = key(
+        "Where policy is an adapter folder: continue trains it, stack trains a fresh one over it, "
+        "merge puts it into the weights first. null: continue if lora_rank > 0, else merge.",
+        choices=("continue", "stack", "merge"),
+    )
+    quantize: str | None = key(
+        "Hold the frozen base in 4 bits (nf4) or 8 (int8), as QLoRA does (2305.14314); needs the "
+        "extra qlora.",
+        choices=("nf4", "int8"),
+        used_by="model.lora_rank>0",
+    )
     merge_lora: bool = key("Write merged weights (true) or an adapter folder (false).")
     frozen_layers: int = key(
         "Embeddings and this many of the lowest decoder blocks are not trained, nor an unembedding "
@@ -154,6 +192,13 @@ class SftModel(Model):
     size: str | None = key("Which of model.sizes, in a family's option, model.path is.")
     sizes: dict[str, str] = key("Hub ids of a family's option, by how large the models are.")
     dropout: float = key("Residual dropout while sft trains; InstructGPT used 0.2.", ge=0, lt=1)
+    lora_dropout: float = key(
+        "Dropout of what enters the LoRA matrices, in the updates of sft alone.",
+        ge=0,
+        lt=1,
+        used_by="model.lora_rank>0",
+        unused=0.0,
+    )
     vocab_size: int | None = key(
         "Tokens of the BPE that is learned.", ge=260, used_by="model.path=null", needed=True
     )

@@ -143,10 +143,32 @@ def _lora(cfg: Run) -> Iterator[str]:
     model = getattr(cfg, "model", None)
     if isinstance(model, Model) and model.lora_rank == 0 and not model.merge_lora:
         yield "model.merge_lora=false writes an adapter, but model.lora_rank=0 trains none"
+    if isinstance(model, Model):
+        yield from _adapter(cfg, model)
     if isinstance(model, Model) and model.lora_rank and model.frozen_layers:
         yield (
             f"model.frozen_layers={model.frozen_layers} is for training all weights; an adapter "
             "(model.lora_rank > 0) freezes the whole base: set model.frozen_layers=0"
+        )
+
+
+def _adapter(cfg: Run, model: Model) -> Iterator[str]:
+    use, whole = model.adapter, [*model.modules_to_save, *(["DoRA"] if model.use_dora else [])]
+    if use in ("continue", "stack") and not model.lora_rank:
+        yield f"model.adapter={use} trains an adapter, but model.lora_rank=0; take model=lora"
+    if use == "merge" and model.lora_rank and not model.merge_lora:
+        yield (
+            "model.adapter=merge with model.merge_lora=false would write an adapter whose base is "
+            "on no disk: set model.merge_lora=true, or export the policy first and start from that"
+        )
+    if use == "stack" and whole:
+        yield f"model.adapter=stack adds up plain LoRA matrices, without {whole[0]}"
+    if use == "stack" and getattr(cfg, "reference", None) == "bootstrap":
+        yield "model.adapter=stack does not go with reference=bootstrap; continue or merge it"
+    if model.quantize is not None and model.merge_lora:
+        yield (
+            f"model.quantize={model.quantize} writes an adapter, whose base has few bits here: set "
+            "model.merge_lora=false"
         )
 
 

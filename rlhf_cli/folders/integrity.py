@@ -171,7 +171,10 @@ def check_whole(folder: Path) -> None:
     if Path(base).is_dir():
         check_whole(Path(base))
     elif base.startswith(("/", ".", "~")):
-        raise UserError(f"{folder} is an adapter on {base}, which is gone; put the base back there")
+        raise UserError(
+            f"{folder} is an adapter on {base}, which is gone; put the base back there, or write "
+            f"where it is into {folder / ADAPTER_CONFIG} as base_model_name_or_path"
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -213,7 +216,8 @@ def check_sizes(folder: Path) -> None:
         file, limits = folder / ADAPTER_CONFIG, dict.fromkeys(RANKS, widest)
         config = read_object(file, ADAPTER)
         ranks = config.get("rank_pattern") or {}
-        config |= {"r": max([config.get("r") or 0, *ranks.values()])}
+        of_layers = [rank for rank in ranks.values() if isinstance(rank, int)]
+        config |= {"r": max([config.get("r") or 0, *of_layers])}
     else:
         file, config = folder / "config.json", read_config(folder)
     for said in (config, config.get("text_config") or {}, *labels_in(config)):

@@ -45,6 +45,7 @@ POSITIVE = Number("a number above 0", least=math.ulp(0.0))
 COUNT = Number("a whole number of 0 or more", least=0, most=2**63, whole=True)
 LENGTH = Number("a whole number of 1 or more", least=1, most=2**53, whole=True)
 SIZE = Number("a whole number from 1 to 2^31", least=1, most=2**31, whole=True)
+RANK = Number("a whole number from 0 to 2^31", least=0, most=2**31, whole=True)
 WORDS = {str: "text", Path: "a path", bool: "true or false", dict: "an object", list: "a list"}
 
 _MADE_FROM: Form = {"*": {"path": Path, "hash": str}}
@@ -64,12 +65,13 @@ STAGE: Form = {
         "longest_response?": COUNT,
     },
     "level?": str,
+    "adapter?": dict,
     "head?": {"aggregate?": (str, None), "step_end?": (str, None)},
     "reward?": {"mean?": REAL, "std?": POSITIVE},
     "implicit_reward?": {"beta": REAL, "per_token": bool, "reference": Path, "hash": str},
     "metrics?": {"eval/auc?": (REAL, None), "eval/accuracy?": (REAL, None)},
     "seconds?": REAL,
-    "exported?": {"options": dict, "written": [str]},
+    "exported?": {"stage?": (str, None), "options": dict, "written": [str]},
 }
 
 SIZES = (
@@ -94,8 +96,8 @@ RANKS = ("r", "init_r", "target_r", "num_virtual_tokens")
 ADAPTER: Form = {
     "base_model_name_or_path": Path,
     "task_type?": (str, None),
-    "rank_pattern?": ({"*": SIZE}, None),
-    **{f"{name}?": (SIZE, None) for name in RANKS},
+    "rank_pattern?": (dict, None),  # AdaLoRA has lists in it
+    **{f"{name}?": (RANK, None) for name in RANKS},  # OFT has 0 where a size of blocks is given
 }
 INDEX: Form = {"weight_map": {"*": str}}
 TOKENIZER: Form = {"model": dict}

@@ -49,6 +49,12 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     return {"parents": {}} | places_filled_in(read_object(file, STAGE)) if file.is_file() else None
 
 
+def trained_here(manifest: Manifest | None) -> bool:
+    """Whether a stage of ours made the weights, also where they were exported since."""
+    said = manifest or {}
+    return said.get(EXPORTED, said).get("stage") is not None
+
+
 def places_referenced(content: dict[str, Any]) -> dict[str, Any]:
     """What a stage was made from, and its template, without what the environment said."""
     return _places(content, referenced)

@@ -1,10 +1,14 @@
 """Adapters of several roles on one copy of the base weights, and which of them acts.
 
-The policy's adapter is called default. Others are lent the base: reference, critic, reward.
+The policy's adapter is called default. Others are lent the base: reference, critic, reward. One
+that the policy's is stacked on is called below, and acts wherever the policy's, its reference's or
+its critic's does.
 """
 
+import copy
 import math
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,8 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.time_limit import time_limit
-from rlhf_cli.folders.manifest import ADAPTER_CONFIG, shapes_of
+from rlhf_cli.folders.json_forms import ADAPTER
+from rlhf_cli.folders.manifest import ADAPTER_CONFIG, read_object, shapes_of
 from rlhf_cli.models.nonfinite import is_finite
 
 WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
@@ -26,6 +31,9 @@ PATTERNS = (  # the fields of an adapter's config that peft searches names of la
     *("rank_pattern", "alpha_pattern", "feedforward_modules", "target_parameters"),
 )
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
+BELOW = "below"
+# How peft draws matrices that leave the base as it is; by the others it takes something out of it.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -33,13 +41,56 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def is_fresh(adapted: nn.Module) -> bool:
-    """Whether the policy's adapter adds nothing yet: its B matrices are 0."""
-    return not any(
-        weight.any()
-        for name, weight in adapted.named_parameters()
-        if ".lora_B." in name and f".{POLICY}." in name
-    )
+def below(adapted: nn.Module) -> list[str]:
+    """The name of the frozen adapter that the policy's is stacked on, if there is one."""
+    return [BELOW] if BELOW in getattr(adapted, "peft_config", {}) else []
+
+
+def is_fresh(adapted: Any) -> bool:
+    """Whether the policy's adapter changes nothing yet: without it the model is the same.
+
+    Its B matrices are 0 (of an embedding, A), and what it trains whole is as in the base. The rows
+    that DoRA scales by their own lengths are the same but for rounding, and so count as changed.
+    """
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if adapted.peft_config[POLICY].bias != "none":
+        return False
+    own = weights_of(adapted, POLICY)
+    if any("lora_magnitude_vector" in name for name in own):
+        return False
+    if any(own[name].any() for name in own if ".lora_B." in name or ".lora_embedding_A" in name):
+        return False
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper) and POLICY in module.modules_to_save:
+            copies = module.modules_to_save[POLICY].parameters()
+            pairs += zip(copies, module.original_module.parameters(), strict=True)
+        if isinstance(module, TrainableTokensWrapper):
+            layer = module.token_adapter
+            if POLICY in layer.trainable_tokens_delta:
+                rows = layer.trainable_tokens_original[POLICY]
+                pairs.append((layer.trainable_tokens_delta[POLICY], rows))
+    return all(torch.equal(ours, base) for ours, base in pairs)
+
+
+def can_lend(adapted: Any) -> bool:
+    """Whether other roles can act by adapters of their own on the policy's base.
+
+    One that trains biases of the base itself leaves none to lend.
+    """
+    return bool(adapted.peft_config[POLICY].bias == "none")
+
+
+def base_is_as_stored(adapted: Any) -> bool:
+    """Whether the base under the policy's adapter is the model that its folder or hub id holds.
+
+    It is not where another adapter was merged into it, or where peft drew the matrices by taking
+    something out of the weights, as PiSSA does.
+    """
+    config = adapted.peft_config[POLICY]
+    merged = getattr(adapted.get_base_model(), "holds_adapter", False)
+    return can_lend(adapted) and config.init_lora_weights in PLAIN_STARTS and not merged
 
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,11 +131,15 @@ def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 def add_adapter(adapted: Any, adapter: str, like: Any, trainable: bool = False) -> None:
     """Put another adapter on the base; what acts and what trains otherwise stays as it is.
 
+    It has no dropout, and starts from matrices that leave the base as it is.
+
     Args:
         like: the peft config of the new adapter.
     """
+    config = copy.copy(like)
+    config.lora_dropout, config.init_lora_weights, config.inference_mode = 0.0, True, False
     flags = [(weight, weight.requires_grad) for weight in adapted.parameters()]
-    adapted.add_adapter(adapter, like)
+    adapted.add_adapter(adapter, config)
     for weight, flag in flags:
         weight.requires_grad_(flag)
     for weight in weights_of(adapted, adapter).values():
@@ -112,7 +167,15 @@ def adapter_config(path: str) -> Any:
     import peft
 
     _weights_file(path)
-    return peft.PeftConfig.from_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unexpected keyword")  # told by unknown_settings
+        return peft.PeftConfig.from_pretrained(path)
+
+
+def unknown_settings(path: str, config: Any) -> list[str]:
+    """What an adapter folder says that this version of peft does not know, as key=value."""
+    said = read_object(Path(path) / ADAPTER_CONFIG, ADAPTER)
+    return [f"{key}={value}" for key, value in said.items() if value and not hasattr(config, key)]
 
 
 def check_patterns(model: nn.Module, config: Any) -> None:
@@ -227,27 +290,76 @@ def unite(adapted: Any) -> None:
 
     peft's own switch walks through the whole model and changes which weights train, so that
     backward would drop the gradient of an adapter that acted in forward. This one is an assignment.
+    Modules that are trained whole know no adapter below, and have a list of their own without it.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     if not hasattr(adapted, "acting"):
-        adapted.acting = [POLICY]
+        adapted.acting, adapted.acting_whole = [*below(adapted), POLICY], [POLICY]
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module._active_adapter = adapted.acting
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module._active_adapter = adapted.acting_whole
 
 
 class Acting:
-    """A block in which other adapters act: one, or none, which leaves the base alone."""
+    """A block in which other adapters act: some, or none, which leaves the base alone."""
 
     def __init__(self, adapted: Any, *adapters: str) -> None:
         self._names: list[str] = adapted.acting
+        self._whole: list[str] = adapted.acting_whole
         self._inside = list(adapters)
         self._outside: list[str] = []
 
     def __enter__(self) -> None:
         self._outside = list(self._names)
-        self._names[:] = self._inside
+        self._put(self._inside)
 
     def __exit__(self, *error: object) -> None:
-        self._names[:] = self._outside
+        self._put(self._outside)
+
+    def _put(self, names: list[str]) -> None:
+        self._names[:] = names
+        self._whole[:] = [name for name in names if name != BELOW]
+
+
+# --------------------------------------------------------------------------- merged
+
+
+def merged_copy(adapted: nn.Module) -> nn.Module:
+    """A copy of the model with what acts of the policy merged into its weights."""
+    return merge(copy.deepcopy(adapted), [*below(adapted), POLICY])
+
+
+def merge(adapted: Any, adapters: list[str]) -> nn.Module:
+    """The base with adapters merged into its weights; those of other roles are dropped.
+
+    An unembedding that is tied to the embeddings is cut loose where the adapter changes one of them
+    alone: merged into a weight that both hold, it would change the other, too.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    base = adapted.get_base_model()
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    layers = [each.base_layer if hasattr(each, "base_layer") else each for each in ends]
+    changed = any(
+        isinstance(each, BaseTunerLayer) and not isinstance(each, TrainableTokensLayer)
+        for each in ends
+    )
+    if changed and layers[1] is not None and layers[1].weight is layers[0].weight:
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone())
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module._active_adapter = [name for name in adapters if name in module.modules_to_save]
+            if module._active_adapter:  # unloading looks it up as a text
+                (module._active_adapter,) = module._active_adapter
+    whole: Any = adapted.merge_and_unload(adapter_names=adapters)
+    first, last = whole.get_input_embeddings(), whole.get_output_embeddings()
+    if last is not None and last.weight is not first.weight:
+        whole.config.get_text_config().tie_word_embeddings = False
+        whole.config.tie_word_embeddings = False
+    return whole

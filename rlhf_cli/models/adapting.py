@@ -1,7 +1,11 @@
-"""Which adapter a loaded model gets: its folder's, merged or trained on, or a fresh one."""
+"""Which adapter a loaded model gets: its folder's, merged, continued or stacked on, or a fresh one.
 
-import re
+docs/adapters.md has the kinds, and what is refused.
+"""
+
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,23 +13,34 @@ from torch import nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.folders.adapter_use import MERGE, STACK, use_of
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.adapters import (
+    BELOW,
     POLICY,
     PREFIX,
     adapter_config,
     adapter_weights,
     check_patterns,
+    merge,
     put_weights,
+    unite,
+    unknown_settings,
+    weights_of,
 )
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import head_name
 from rlhf_cli.models.loading_faults import check_finite, told
+from rlhf_cli.models.lora_targets import fresh_config
 from rlhf_cli.models.shared import freeze_lowest
 from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
 from rlhf_cli.models.towers import freeze, processor_files, towers
+from rlhf_cli.reporting.console import say
+
+# settings under which an adapter acts in other ways than by its matrices alone
+OTHER_WAYS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "monteclora_config")
 
 
 def rank_of(config: FrozenModel) -> int:
@@ -46,13 +61,18 @@ def check_adapter(path: str) -> None:
 
 
 def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.device) -> nn.Module:
-    """Put the folder's adapter, or a fresh one, where model.lora_rank asks for it; no dropout.
+    """Put the folder's adapter, or a fresh one, where model.adapter and model.lora_rank ask for it.
 
-    What text does not pass through is frozen, and has no adapter.
+    No dropout, but that of sft's model.lora_dropout. What text does not pass through is frozen, and
+    gets no fresh adapter.
+
+    Raises:
+        UserError: the folder's adapter is of a kind that cannot be merged, or trained on.
     """
     parameters = sum(weight.numel() for weight in model.parameters())
     # read by models/forward.py
     model.compute_dtype = product_type(config.dtype, parameters, device)
+    disable_dropout(model)
     model.towers = towers(model)
     if model.towers:  # written back beside the weights
         model.processors = processor_files(model.config._name_or_path)
@@ -62,80 +82,144 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):
         adapted = _with_adapter(model, path, config, task)
-    disable_dropout(adapted)
     freeze(adapted, model.towers)
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
-    return adapted
+    return adapted.eval()  # peft makes its layers in training mode
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
-    rank = rank_of(config)
-    is_adapter = adapter_base(path) is not None
-    if rank == 0 and not is_adapter:
-        return model
+    use, rank = use_of(path, config), rank_of(config)
+    if use is None:
+        return _fresh(model, path, config, task) if rank else model
+    own = _folders_config(path, model)
+    if use == MERGE:
+        merged = _merged(model, path, own, task)
+        return _fresh(merged, path, config, task) if rank else merged
+    if own.peft_type != "LORA":
+        raise UserError(f"{path}: adapters of the kind {own.peft_type.value} are not trained on")
+    if use == STACK:
+        return _stacked(model, path, own, config, task)
+    return _continued(model, path, own, config, task)
+
+
+def _fresh(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
     import peft
 
-    if rank == 0:
-        own = adapter_config(path)
-        check_patterns(model, own)
-        policys = task not in ("CAUSAL_LM", own.task_type)
-        own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
-        leave_absent_rows(model, own)
-        merged = _loaded_adapter(model, path, config=own, head_left=policys).merge_and_unload()
-        return merged.requires_grad_(True)  # peft froze what is now trained in full
     assert isinstance(config, Model)
-    head = None if task == "CAUSAL_LM" else head_name(model)
-    lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        target_modules="all-linear",
-        exclude_modules=_left_out(head, model.towers),
-        task_type=task,
-        trainable_token_indices=trainable_rows(model, path),
-    )
-    if is_adapter:
-        lora = adapter_config(path)
-        check_patterns(model, lora)
-        if (rank, config.lora_alpha) != (lora.r, lora.lora_alpha):
-            raise UserError(
-                f"{path}: its adapter has rank {lora.r} and alpha {lora.lora_alpha}; set "
-                f"model.lora_rank={lora.r} model.lora_alpha={lora.lora_alpha}"
-            )
-        if lora.task_type == task:
-            return _loaded_adapter(model, path, is_trainable=True)
-        lora.task_type, lora.inference_mode = task, False  # a policy's adapter, under a new head
-        leave_absent_rows(model, lora)
-    if head:
-        lora.modules_to_save = [head]
-    adapted = peft.get_peft_model(model, lora)
-    if is_adapter:
-        weights = adapter_weights(path)
-        fresh: Any = getattr(unwrap(adapted), head or "score")
-        for name, value in fresh.original_module.named_parameters():
-            weights[f"{PREFIX}{head}.{name}"] = value.detach()
-        put_weights(adapted, POLICY, weights, path, head_left=True)
+    lora = fresh_config(model, config, task)
+    lora.trainable_token_indices = trainable_rows(model, path)
+    with _without_warnings():
+        adapted: nn.Module = peft.get_peft_model(model, lora)
     return adapted
 
 
-def _left_out(head: str | None, towers: list[str]) -> list[str] | str | None:
-    """What a fresh adapter leaves out, as peft asks for it: names, or an expression for paths."""
-    heads = [head] if head else []
-    if not towers:
-        return heads or None
-    return "|".join(
-        [*(rf"(.*\.)?{each}" for each in heads), *(rf"{re.escape(each)}(\..*)?" for each in towers)]
+def _folders_config(path: str, model: nn.Module) -> Any:
+    """The config of a foreign adapter, without dropout, once it is known to be one that acts alone.
+
+    What this version of peft does not know of it is said.
+    """
+    own = adapter_config(path)
+    check_patterns(model, own)
+    for name in OTHER_WAYS:
+        if getattr(own, name, None):
+            raise UserError(
+                f"{path}: an adapter with {name} does not act by its matrices alone, and is not "
+                "known here; merge it with the tool that made it"
+            )
+    if unknown := unknown_settings(path, own):
+        say(f"note: {path}: this version of peft knows no {', '.join(unknown)}; left out")
+    if getattr(own, "lora_dropout", 0):
+        own.lora_dropout = 0.0
+    return own
+
+
+def _merged(model: Any, path: str, own: Any, task: str) -> nn.Module:
+    """The model with the folder's adapter in its weights."""
+    if own.is_prompt_learning or own.is_adaption_prompt:
+        raise UserError(
+            f"{path}: {own.peft_type.value} adapters put tokens before the text, not weights into "
+            "the model, and are not known here; train LoRA on the same rows, or give its base"
+        )
+    policys = task not in ("CAUSAL_LM", own.task_type)
+    own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
+    leave_absent_rows(model, own)
+    adapted = _loaded_adapter(model, path, config=own, head_left=policys)
+    merged = merge(adapted, [POLICY])
+    merged.holds_adapter = True  # type: ignore[assignment]
+    return merged.requires_grad_(True)  # peft froze what may now be trained in full
+
+
+def _continued(model: Any, path: str, own: Any, config: FrozenModel, task: str) -> nn.Module:
+    """The model under the folder's adapter, which is trained."""
+    import peft
+
+    if getattr(config, "lora_dropout", 0.0):  # of sft alone
+        own.lora_dropout = config.lora_dropout  # type: ignore[attr-defined]
+    head = None if task == "CAUSAL_LM" else head_name(model)
+    if own.task_type in (task, None):
+        own.task_type = task
+        return _loaded_adapter(model, path, is_trainable=True, config=own)
+    own.task_type, own.inference_mode = task, False  # a policy's adapter, under a new head
+    leave_absent_rows(model, own)
+    parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    own.modules_to_save = [name for name in own.modules_to_save or [] if name in parts]
+    own.modules_to_save += [head] if head else []
+    with _without_warnings():
+        adapted = peft.get_peft_model(model, own)
+    weights = adapter_weights(path)
+    fresh: Any = getattr(unwrap(adapted), head or "score")
+    for name, value in fresh.original_module.named_parameters():
+        weights[f"{PREFIX}{head}.{name}"] = value.detach()
+    put_weights(adapted, POLICY, weights, path, head_left=True)
+    return adapted
+
+
+def _stacked(model: Any, path: str, own: Any, config: FrozenModel, task: str) -> nn.Module:
+    """The model under the folder's adapter, frozen, with a fresh one over it that is trained."""
+    whole = [own.bias != "none", own.use_dora, own.modules_to_save, own.trainable_token_indices]
+    whole.append(trainable_rows(model, path))
+    if any(whole) or own.target_parameters or own.init_lora_weights not in (True, False):
+        raise UserError(
+            f"{path}: model.adapter=stack adds up plain LoRA matrices, and this adapter has others "
+            "(biases, DoRA, whole modules, tokens or parameters); continue or merge it"
+        )
+    assert isinstance(config, Model)
+    fresh = fresh_config(model, config, task)
+    policys = task not in ("CAUSAL_LM", own.task_type)
+    own.task_type = None  # under a scorer, it has no head of its own
+    adapted: Any = _loaded_adapter(
+        model, path, head_left=policys, adapter_name=BELOW, is_trainable=False, config=own
     )
+    fresh.base_model_name_or_path = own.base_model_name_or_path
+    adapted.add_adapter(POLICY, fresh)
+    for weight in adapted.parameters():
+        weight.requires_grad_(False)
+    for weight in weights_of(adapted, POLICY).values():
+        weight.requires_grad_(True)
+    unite(adapted)
+    return adapted
 
 
-def _loaded_adapter(model: Any, path: str, head_left: bool = False, **settings: Any) -> Any:
+def _loaded_adapter(
+    model: Any, path: str, head_left: bool = False, adapter_name: str = POLICY, **settings: Any
+) -> Any:
     """The model with a folder's adapter as peft puts it there, every tensor accounted for."""
     import peft
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below
-        adapted = peft.PeftModel.from_pretrained(model, path, **settings)
+    with _without_warnings():
+        adapted = peft.PeftModel.from_pretrained(model, path, adapter_name, **settings)
     renamed = getattr(model, "_checkpoint_conversion_mapping", {})
     weights = peft.load_peft_weights(path, device="cpu", key_mapping=renamed)
-    put_weights(adapted, POLICY, weights, path, head_left)
+    put_weights(adapted, adapter_name, weights, path, head_left)
     return adapted
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """peft's warnings of what is told or seen to here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # put_weights tells
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # merge() unties
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # it sets it itself
+        yield

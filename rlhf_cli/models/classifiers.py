@@ -118,7 +118,8 @@ def reads_last_state(model: Any) -> bool:
     ids = plain_ids(model)
     batch = collate([Tokens(ids[:1], ids[1:])], next(model.parameters()).device)
     ours = scalar_head(model)(hidden_states(model, batch).float())[0]  # (T, 1)
-    pad, settings = model.config.pad_token_id, vars(model.config)
+    settings = vars(model.config.get_text_config())
+    pad = settings["pad_token_id"]
     settings["pad_token_id"] = None  # none of them is one; some configs refuse null where it is set
     try:
         theirs: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention.long()).logits

@@ -54,6 +54,12 @@ def trunk(model: nn.Module) -> nn.Module:
     return body
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens a model has embeddings of; its tokenizer may have fewer."""
+    weight: Tensor = unwrap(model).get_input_embeddings().weight  # wrapped ones have no other
+    return len(weight)
+
+
 def parts_of(base: Any) -> Parts:
     """The parts that `find_parts` found; the likeliest ones where it was not asked."""
     if not hasattr(base, "found_parts"):
@@ -210,7 +216,9 @@ def find_parts(model: nn.Module) -> None:
                 plain = base(**taken_by(base, input_ids=batch.ids[:, :-1], use_cache=False)).logits
         except Exception as error:  # models refuse what they do not know in many ways
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name} makes no logits of text alone: {said}") from None
+            raise UserError(
+                f"{name} makes no logits of text alone: {said}{_way_on(base)}"
+            ) from None
         for path in paths:
             hidden = getattr(seen.get(path), "last_hidden_state", None)
             if hidden is None or (found := _head_of(base, path, hidden[0], plain[0])) is None:
@@ -222,8 +230,14 @@ def find_parts(model: nn.Module) -> None:
                 return
     raise UserError(
         f"{name} makes its logits in a way that is not supported: not of what its decoder alone "
-        "gives, or that sees later tokens"
+        f"gives, or that sees later tokens{_way_on(base)}"
     )
+
+
+def _way_on(base: Any) -> str:
+    """What is left to do with a model that has a text model inside it."""
+    inside = hasattr(base.config, "text_config")
+    return "; its text model may be trained once it is saved on its own" if inside else ""
 
 
 def plain_ids(base: Any) -> list[int]:

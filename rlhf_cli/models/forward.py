@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.data.batches import Batch, collate, collate_answers, sharing_pays
 from rlhf_cli.data.items import Answers, Tokens
-from rlhf_cli.models.decoder import hidden_states, run_trunk, unembed, unwrap
+from rlhf_cli.models.decoder import embedding_rows, hidden_states, run_trunk, unembed, unwrap
 from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.objectives.kl import full_kl
@@ -191,7 +191,7 @@ def shares_prompts(model: nn.Module) -> bool:
     if config._attn_implementation != "sdpa" or not full:
         return False
     device = next(model.parameters()).device
-    vocabulary = unwrap(model).get_input_embeddings().num_embeddings
+    vocabulary = embedding_rows(model)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (20,), generator=draw).tolist()
     groups = [

@@ -1,5 +1,9 @@
 """Language models in: from a hub id, a folder, or an adapter folder on its base."""
 
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import AUTO, FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
-from rlhf_cli.folders.manifest import adapter_base
+from rlhf_cli.folders.manifest import adapter_base, shapes_of
 from rlhf_cli.models.adapters import (
     POLICY,
     adapter_weights,
@@ -29,6 +33,7 @@ from rlhf_cli.models.attention import asked_for, check_attention, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.quantized import keep_layout, quantization
 from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
 from rlhf_cli.reporting.console import say
 
@@ -41,11 +46,11 @@ def load_policy(
 ) -> nn.Module:
     """A language model ready for its stage: adapter merged or continued, dropout off.
 
-    An adapter folder is loaded as base plus adapter. With model.lora_rank > 0 its adapter goes on
-    being trained, otherwise it is merged into the weights.
+    An adapter folder is loaded as base plus adapter. What becomes of that says model.adapter; by
+    default it goes on being trained with model.lora_rank > 0, and is merged otherwise.
 
     Raises:
-        UserError: weights are missing or unreadable, or an adapter has another rank.
+        UserError: weights are missing or unreadable, or an adapter is of a kind that is not known.
     """
     model = load_base(path, config, None, allowed_missing=set())
     added = fit_embeddings(model, tokenizer, path)
@@ -87,8 +92,10 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
+            **quantization(config),
             **asked_for(config),
         )
+    keep_layout(model)
     absent = {str(name) for name in info["missing_keys"]}
     decoder = f"{model.base_model_prefix}."
     allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}
@@ -103,6 +110,8 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     if missing or misshapen:
         names = sorted(missing) or sorted(misshapen)
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    if auto is None:
+        _tell_left_out(base or path, model, info["unexpected_keys"])
     check_attention(model, path, config)
     model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
     check_finite(base or path, model.state_dict())
@@ -130,6 +139,28 @@ def language_class(path: str, config: FrozenModel) -> Any:
     text_alone = read.get_text_config() is read and made[AutoModelForCausalLM] is not None
     rest = [auto for auto, known in made.items() if known is not None]
     return AutoModelForCausalLM if text_alone or not rest else rest[-1]
+
+
+def _tell_left_out(path: str, model: Any, unexpected: Iterable[str]) -> None:
+    """Say which weights of a folder its class has no place for, as they will not be written.
+
+    Some classes pass over parts in silence, such as those that predict several tokens at once. What
+    they pass over that is no matrix is no weight: masks and frequencies that older folders hold.
+    """
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    passed = {
+        name
+        for name, shape in shapes_of(Path(path)).items()
+        if len(shape) == 2 and any(pattern.search(name) for pattern in ignored)
+    }
+    if left := sorted(passed.union(unexpected)):
+        _say_once(
+            f"note: {path}: {type(model).__name__} has no place for {len(left)} of its weights, "
+            f"such as {left[0]}: they are left out, and not written"
+        )
+
+
+_say_once = cache(say)
 
 
 def keep_scale(model: nn.Module) -> None:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.models.adapters import (
+    BELOW,
     POLICY,
     REFERENCE,
     Acting,
     add_adapter,
+    below,
+    can_lend,
     copy_adapter,
     is_adapted,
     is_fresh,
@@ -27,13 +30,15 @@ class Reference:
 
     Of a full model it is a copy, but for frozen layers, which both share. Of an adapted one the
     base weights exist once: a fresh adapter is switched off, since it adds nothing yet; one that
-    was trained before is copied, the adapter alone. `Reference.of` takes another model as it is.
+    was trained before is copied, the adapter alone. Where it trains weights of the base itself, all
+    that it trains is copied, as of a full model. `Reference.of` takes another model as it is.
     """
 
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
         self._refreshed = False
-        self._adapted: Any = policy if is_adapted(policy) else None
+        lends = is_adapted(policy) and can_lend(policy)
+        self._adapted: Any = policy if lends else None
         self.switched_off = self._adapted is not None and is_fresh(policy)
         if self._adapted is None:
             shared = {id(weight): weight for weight in policy.parameters() if is_frozen(weight)}
@@ -62,7 +67,8 @@ class Reference:
             if self._adapted is None:
                 yield self.model
             else:
-                with Acting(self._adapted, *([] if self.switched_off else [REFERENCE])):
+                own = [] if self.switched_off else [REFERENCE]
+                with Acting(self._adapted, *below(self._adapted), *own):
                     yield self.model
 
     def _copy_adapter(self) -> None:
@@ -114,7 +120,9 @@ class Reference:
 
     def digest(self) -> str:
         """Hash of the weights that make up the reference, to prove that they did not move."""
-        others = set(getattr(self.model, "peft_config", {})) - {REFERENCE}
+        others: set[str] = set()
+        if self._adapted is not None:
+            others = set(self._adapted.peft_config) - {REFERENCE, BELOW}
         digest = hashlib.sha256()
         for name, weight in self.model.named_parameters():
             if others.isdisjoint(name.split(".")):

@@ -1,6 +1,5 @@
 """Models out: folders that transformers and peft load as they are."""
 
-import copy
 import json
 import shutil
 import tempfile
@@ -12,14 +11,17 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
 from rlhf_cli.models import scalar_head
-from rlhf_cli.models.adapters import POLICY, is_adapted, trained
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.adapters import POLICY, below, is_adapted, merged_copy, trained
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.dtypes import held_as
 from rlhf_cli.models.scalar_head import ScalarHead
+from rlhf_cli.models.stacking import save_stacked
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
+from rlhf_cli.reporting.console import say
 
 # what a tokenizer is read from; code that it brings along is left where it is
 TOKENIZER_FILES = (
@@ -52,17 +54,25 @@ def save_model(
         base = Path(unwrap(model).config._name_or_path)
         if base.exists():
             adapted.peft_config[POLICY].base_model_name_or_path = str(base.resolve())
-        embeds = getattr(unwrap(model), "embeddings_in_adapter", False)
-        with held_as(dtype, trained(adapted).values()):
-            adapted.save_pretrained(
-                folder, selected_adapters=[POLICY], save_embedding_layers=embeds
+        if getattr(unwrap(model), "holds_adapter", False):
+            raise UserError(
+                "an adapter over a base that another one was merged into is not written alone: "
+                "set model.merge_lora=true, or export the policy first and start from that"
             )
+        embeds = getattr(unwrap(model), "embeddings_in_adapter", False)
+        if below(adapted):
+            save_stacked(adapted, folder, dtype)
+        else:
+            with held_as(dtype, trained(adapted).values()):
+                adapted.save_pretrained(
+                    folder, selected_adapters=[POLICY], save_embedding_layers=embeds
+                )
         if isinstance(unwrap(model), ScalarHead):  # beside full weights transformers puts it itself
             shutil.copyfile(scalar_head.__file__, folder / Path(scalar_head.__file__).name)
     else:
         whole: Any = model
         if adapted is not None:
-            whole = copy.deepcopy(adapted).merge_and_unload(adapter_names=[POLICY])
+            whole = merged_copy(adapted)
         if whole.can_generate():
             whole.generation_config = GenerationConfig()  # ours is written in its place
         with held_as(dtype, whole.parameters()):
@@ -152,9 +162,10 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
     base = unwrap(model)
     if pad is not None:
         tokenizer.pad_token = pad
-    elif whole or len(tokenizer) < base.get_input_embeddings().num_embeddings:
+    elif whole or len(tokenizer) < embedding_rows(base):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
+        say("note: every token of the tokenizer may end a response: <pad> is added for this model")
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     base.config.pad_token_id = tokenizer.pad_token_id
 

@@ -1,5 +1,6 @@
 """Reward models and critics in: a trunk with a scalar head, from a folder or from the policy."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,15 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.schema import FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of
-from rlhf_cli.models.adapters import CRITIC, REWARD, is_adapted
+from rlhf_cli.models.adapters import CRITIC, REWARD, can_lend, is_adapted
 from rlhf_cli.models.adapting import adapt, check_adapter, rank_of
 from rlhf_cli.models.classifiers import load_classifier
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.heads import init_head, scalar_head, width_of
 from rlhf_cli.models.loading_faults import fits, told
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
 from rlhf_cli.reporting.console import say
+
+SCORING = "regression"  # what transformers calls a head whose numbers are no logits of a class
 
 
 @fits
@@ -49,6 +52,8 @@ def load_scorer(
             scorer = scorer_on_base(base, path, named, role, trainable)
         if scorer is not None:
             return scorer
+    if isinstance(config, Model):  # model.adapter is on the policy's own
+        config = replace(config, adapter=None)
     model, task = load_classifier(path, config, level_of(path))
     fit_embeddings(model, tokenizer, path)
     return _beside(adapt(model, path, config, task, device).to(device), base)
@@ -71,12 +76,13 @@ def scorer_from_policy(
             adapter on the same base, with the weights of the policy's; frozen layers of a full one
             are shared.
     """
-    if base is not None and is_adapted(base):
+    if base is not None and is_adapted(base) and can_lend(base):
         head = nn.Linear(width_of(base), 1, bias=level != RESPONSE)
         init_head(head, seed)
         return critic_on_base(base, _free_name(base, CRITIC), head)
     model, task = load_classifier(path, config, level, fresh=True)
     init_head(scalar_head(model), seed)
+    model.config.problem_type = SCORING
     added = fit_embeddings(model, tokenizer, path)
     if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
         say(added)
@@ -116,7 +122,7 @@ def _free_name(adapted: Any, role: str) -> str:
 
 def _has_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model has an embedding for each token."""
-    rows: int = unwrap(model).get_input_embeddings().num_embeddings
+    rows: int = embedding_rows(model)
     return len(tokenizer) <= rows
 
 

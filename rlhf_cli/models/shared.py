@@ -1,5 +1,6 @@
 """What roles share with the policy: its base, its frozen layers, one way to recompute."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.adapters import (
+    PLAIN_STARTS,
     POLICY,
     PREFIX,
     WEIGHTS,
@@ -18,6 +20,8 @@ from rlhf_cli.models.adapters import (
     adapter_config,
     adapter_weights,
     add_adapter,
+    base_is_as_stored,
+    below,
     check_patterns,
     copy_adapter,
     is_adapted,
@@ -27,6 +31,7 @@ from rlhf_cli.models.adapters import (
     weights_of,
 )
 from rlhf_cli.models.decoder import trunk, unwrap
+from rlhf_cli.models.dropout import check_training_mode
 from rlhf_cli.models.heads import HEAD_NAMES
 
 
@@ -39,10 +44,14 @@ class SharedScorer(nn.Module):
 
     base_model_prefix = "trunk"  # models/forward.py runs it as it runs any decoder
 
-    def __init__(self, adapted: nn.Module, adapter: str, head: nn.Linear) -> None:
+    def __init__(
+        self, adapted: nn.Module, adapter: str, head: nn.Linear, under: list[str] | None = None
+    ) -> None:
+        """`under`: adapters that act beneath its own."""
         super().__init__()
         self._lender = (adapted,)  # in a tuple it is no part of this module
         self.adapter = adapter
+        self.acting = [*(under or []), adapter]
         own = weights_of(adapted, adapter)
         self.weights = nn.ParameterDict({name.replace(".", "/"): own[name] for name in own})
         self.score = head
@@ -54,7 +63,7 @@ class SharedScorer(nn.Module):
 
     def trunk(self, **inputs: Tensor) -> Any:
         """The decoder's output under this scorer's adapter."""
-        with Acting(self.lender, self.adapter):
+        with Acting(self.lender, *self.acting):
             return trunk(self.lender)(**inputs)
 
     @property
@@ -85,7 +94,8 @@ def scorer_on_base(
 
     Returns:
         None where the folder needs weights of its own: another base, or trained biases, embeddings
-        or other modules beside its LoRA matrices and head.
+        or other modules beside its LoRA matrices and head; or where the policy's base is not as it
+        was stored.
     """
     import peft
 
@@ -95,10 +105,14 @@ def scorer_on_base(
         return None
     if config.peft_type != peft.PeftType.LORA or config.bias != "none":
         return None
+    if not base_is_as_stored(adapted) or config.init_lora_weights not in PLAIN_STARTS:
+        return None
     policys: Any = adapted
-    for each in (config, policys.peft_config[POLICY]):
-        if getattr(each, "trainable_token_indices", None):
-            return None
+    ours = policys.peft_config[POLICY]
+    if ours.trainable_token_indices or {*(ours.target_parameters or [])} ^ {
+        *(config.target_parameters or [])
+    }:
+        return None
     weights = adapter_weights(path)
     lora = {name: value for name, value in weights.items() if ".lora_" in name}
     heads = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights.keys() - lora.keys()}
@@ -110,7 +124,7 @@ def scorer_on_base(
     if "weight" not in score or len(score["weight"]) != 1:
         return None
 
-    config.modules_to_save, config.lora_dropout, config.task_type = None, 0.0, "CAUSAL_LM"
+    config.modules_to_save, config.task_type = None, "CAUSAL_LM"
     if config.exclude_modules == heads:  # a language model has none to exclude
         config.exclude_modules = None
     add_adapter(adapted, adapter, config, trainable)
@@ -121,10 +135,15 @@ def scorer_on_base(
 
 
 def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
-    """A critic that starts with the policy's adapter as it is now."""
-    add_adapter(adapted, adapter, adapted.peft_config[POLICY], trainable=True)
+    """A critic that starts with the policy's adapter as it is now, but for an unembedding."""
+    like = copy.copy(adapted.peft_config[POLICY])
+    output = unwrap(adapted).get_output_embeddings()
+    names = {name.rpartition(".")[2] for name, each in adapted.named_modules() if each is output}
+    like.modules_to_save = [name for name in like.modules_to_save or [] if name not in names]
+    add_adapter(adapted, adapter, like, trainable=True)
     copy_adapter(adapted, POLICY, adapter)
-    return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
+    device = next(adapted.parameters()).device
+    return SharedScorer(adapted, adapter, head.to(device), below(adapted))
 
 
 def save_scorer(
@@ -209,4 +228,4 @@ def recompute_activations(model: Any) -> None:
     base = unwrap(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     base.disable_input_require_grads()
-    model.train()  # transformers recomputes in training mode only; all dropout is off
+    check_training_mode(model)  # and stay in it: transformers recomputes in no other

@@ -13,7 +13,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.folders.generation import Settings, eos_ids, name_eos, read_generation
 from rlhf_cli.folders.manifest import adapter_base
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.loading_faults import told
 
 PROBES = ("the cat and the dog", "thecat", "12", "A")  # a tokenizer of text keeps most
@@ -135,7 +135,7 @@ def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) ->
     Raises:
         UserError: the model fails at such a token, as by a further table that stays too short.
     """
-    before = model.get_input_embeddings().num_embeddings
+    before = embedding_rows(model)
     model.added_rows = range(before, max(before, len(tokenizer)))
     count = len(model.added_rows)
     if not count:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import GrpoConfig
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import EpochBatches
@@ -80,6 +81,11 @@ class RewardRefresh:
         sources = [term.source for term in reward.terms if term.source.spec == path]
         assert isinstance(sources[0], CheckpointReward)
         self.source = sources[0]
+        if self.source.reader.padding is not None:
+            raise UserError(
+                f"algo.refresh_reward: {path} takes EOS for padding and scores the token before; "
+                "it can be a reward, but not learn on: train one by `rlhf-cli reward`"
+            )
         self._encoder = self.source.reader.encoder or policy.encoder
         model = self.source.model
         if cfg.hardware.gradient_checkpointing:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
 from rlhf_cli.data.items import Tokens
@@ -18,12 +18,15 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     STEP,
+    adapter_base,
     implicit_reward_of,
     level_of,
     read_manifest,
     reference_folder,
+    trained_here,
 )
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.loading_faults import told
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
 from rlhf_cli.models.scorers import load_scorer
@@ -84,15 +87,22 @@ class Reader:
     """
 
     def __init__(
-        self, path: str, context: int | None, begin: list[int], encoder: Encoder | None
+        self,
+        path: str,
+        context: int | None,
+        begin: list[int],
+        encoder: Encoder | None,
+        padding: int | None = None,
     ) -> None:
         """A reader of the policy's ids or of text.
 
         Args:
             begin: the ids with which the model's texts begin, kept where prompts are cut.
             encoder: of the model's own tokenizer and template; None where it is the policy's.
+            padding: an id that ends responses and that it takes for padding, by `end_as_padding`.
         """
         self.path = path
+        self.padding = padding
         self.context = context
         self.begin = begin
         self.encoder = encoder
@@ -125,6 +135,7 @@ class Reader:
             rows = [rollout.row for rollout in rollouts]
             texts = [rollout.text for rollout in rollouts]
             read = self.encoder.written(rows, texts, [rollout.ended for rollout in rollouts])
+        read = [self._scored(sequence) for sequence in read]
         fitted = [self._fit(sequence) for sequence in read]
         cuts = sum(
             new is not None and new is not old for new, old in zip(fitted, read, strict=True)
@@ -132,6 +143,16 @@ class Reader:
         self.tell("prompts are cut at their start to fit its context", cuts, len(read))
         self.tell("responses exceed its context and get no reward", fitted.count(None), len(read))
         return fitted
+
+    def _scored(self, sequence: Tokens) -> Tokens:
+        """A sequence up to the token at which the model gives its score."""
+        if self.padding is None or sequence.response[-1:] != [self.padding]:
+            return sequence
+        ids = [*sequence.prompt, *sequence.response]
+        while len(ids) > 2 and ids[-1] == self.padding:
+            ids.pop()
+        cut = min(len(sequence.prompt), len(ids) - 1)  # an empty response has no token to score
+        return replace(sequence, prompt=ids[:cut], response=ids[cut:], loss=None)
 
     def _fit(self, sequence: Tokens) -> Tokens | None:
         excess = 0 if self.context is None else len(sequence) - self.context
@@ -326,8 +347,27 @@ def load_model_reward(
         beta, per_token = implicit["beta"], implicit["per_token"]
         return ImplicitReward(reader, policy, ref, beta, per_token, hardware)
     scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
-    reader = Reader(path, positions_of(scorer), beginning_of(own), encoder)
+    padding = end_as_padding(path, own) if level_of(path) == RESPONSE else None
+    reader = Reader(path, positions_of(scorer), beginning_of(own), encoder, padding)
     return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
+
+
+def end_as_padding(path: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The EOS id of a reward model that takes it for padding; None where it does not.
+
+    So others train those whose tokenizer has no pad token (TRL, for one): the classifiers of
+    transformers score the last token that is no padding, which is then the one before EOS. Ours
+    are trained at the end of the response.
+    """
+    if trained_here(read_manifest(path)):
+        return None
+    pads = [tokenizer.pad_token_id]
+    if adapter_base(path) is None:  # the base's own was another before it had a head
+        with told(f"{path}: unreadable config"):
+            said, _ = PretrainedConfig.get_config_dict(path)
+        pads.append(said.get("pad_token_id"))
+    eos: int | None = tokenizer.eos_token_id
+    return eos if eos in pads else None
 
 
 def own_data(path: str, data: Data) -> Data:

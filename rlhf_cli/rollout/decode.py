@@ -134,12 +134,13 @@ def no_logits(model: nn.Module) -> RunError:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Gradient checkpointing wants training mode, in which transformers keeps no cache."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _next_logits(model: nn.Module, state: State, seen: Tensor, attention: Tensor) -> Tensor:

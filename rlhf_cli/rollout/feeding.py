@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import matmul_type, run_trunk, trunk, unwrap
+from rlhf_cli.models.decoder import embedding_rows, matmul_type, run_trunk, trunk, unwrap
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.state import State, Way
@@ -37,10 +37,16 @@ _WAYS: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
 
 
 def way_of(model: nn.Module) -> Way:
-    """How this model, in evaluation mode, is to be fed; tried once, and said where it is slow."""
+    """How this model, in evaluation mode, is to be fed; tried once, and said where it is slow.
+
+    Where its states are not finite nothing can be tried, and sampling will stop at its logits.
+    """
     body = trunk(model)
     if body not in _WAYS:
-        way = _WAYS[body] = _Probe(model).best_way()
+        way = _Probe(model).best_way()
+        if way is None:
+            return Way(padded=True)
+        _WAYS[body] = way
         name = type(unwrap(model)).__name__
         if way.argument is None:
             say(
@@ -57,7 +63,9 @@ def way_of(model: nn.Module) -> Way:
 def reorders(model: nn.Module) -> bool:
     """Whether transformers' beam search moves the whole state of this model from beam to beam."""
     way = way_of(model)
-    return way.argument is not None and not way.held and _Probe(model).reorders(way)
+    if way.argument is None or way.held or way.alone:
+        return False
+    return _Probe(model).reorders(way)
 
 
 class _Probe:
@@ -66,9 +74,13 @@ class _Probe:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         device = next(model.parameters()).device
-        vocabulary = unwrap(model).get_input_embeddings().num_embeddings
+        size = embedding_rows(model)
+        pad = getattr(unwrap(model).get_input_embeddings(), "padding_idx", None)
         draw = torch.Generator().manual_seed(0)
-        self._ids = torch.randint(vocabulary, (2, LONG), generator=draw).to(device)
+        ids = torch.randint(size, (2, LONG), generator=draw)
+        if pad is not None:
+            ids[ids == pad] = (pad + 1) % size  # one whose embedding is zero would ask no state
+        self._ids = ids.to(device)
         types = {each.dtype for each in model.parameters()}
         # rounding is to hide nothing, but flash attention takes no float32
         flash = "flash" in str(unwrap(model).config._attn_implementation)
@@ -78,19 +90,24 @@ class _Probe:
         )
 
     @torch.no_grad()
-    def best_way(self) -> Way:
-        """The first way that is right for padded rows too, else the first that is right."""
+    def best_way(self) -> Way | None:
+        """The first way that is right for padded rows too, else the first that is right.
+
+        None where the model's states are not finite.
+        """
         with self._precision:
             whole = self._whole()
+            if not whole.isfinite().all():
+                return None
             right: list[Way] = []
             for way in self._ways():
+                if right and (right[-1].padded or way.alone):
+                    break
                 known = _unless_it_fails(partial(self._with_axes, way))
                 if known and _unless_it_fails(partial(self._carries, known, whole)):
                     padded = bool(_unless_it_fails(partial(self._pads, known, whole)))
                     right.append(replace(known, padded=padded))
-                if right and (right[-1].padded or way.alone):
-                    break
-            best = next((way for way in right if way.padded), right[0])
+            best = next((way for way in right if way.padded), right[0] if right else Way())
             return replace(best, exact=self._exact(best, whole))
 
     @torch.no_grad()
@@ -100,8 +117,8 @@ class _Probe:
         def moved() -> bool:
             state = State(self._model, way)
             self._read(state, [0, 1], PROMPT)
-            state.kept.reorder_cache(torch.tensor([1, 1], device=self._ids.device))
-            return self._near(self._read(state, [1, 1], PROMPT + 1), whole[[1, 1], PROMPT])
+            state.kept.reorder_cache(torch.tensor([1, 0], device=self._ids.device))
+            return self._near(self._read(state, [1, 0], PROMPT + 1), whole[[1, 0], PROMPT])
 
         with self._precision:
             whole = self._whole()
@@ -177,7 +194,7 @@ class _Probe:
             shapes = {place: tensor.shape for place, tensor in state.tensors().items()}
             if before and all(before.get(place) != shape for place, shape in shapes.items()):
                 return True  # keys and values only, which nothing adds up in
-            if not self._near(hidden, whole[[0], width - 1], SAME):
+            if before and not self._near(hidden, whole[[0], width - 1], SAME):
                 return False
             before = shapes
         return True

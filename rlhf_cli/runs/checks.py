@@ -22,6 +22,7 @@ from rlhf_cli.data.templates import chat_template_of
 from rlhf_cli.folders.geometry import blocks_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
+    ADAPTER_CONFIG,
     implicit_reward_of,
     kind_of,
     read_config,
@@ -250,6 +251,11 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
     configs = ("config.json", "adapter_config.json")
     foreign = any((folder / name).is_file() for name in configs) and not is_claimed(folder)
     if manifest is None and not foreign:
+        if inside := sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}")):
+            raise UserError(
+                f"{role}={path} holds adapters in folders of their own; name one: "
+                f"{', '.join(map(str, inside))}"
+            )
         raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
     actual = kind_of(folder)
     if kind == "reward" and (implicit := implicit_reward_of(path)) is not None:

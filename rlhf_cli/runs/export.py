@@ -5,19 +5,18 @@ says that it was exported and from what, so that later stages take it as they wo
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.config.secrets import refuse_secrets
-from rlhf_cli.folders.companions import copy_companions, tokenizer_place
+from rlhf_cli.folders.companions import copy_companions
 from rlhf_cli.folders.files import disk_fault, seal, whole_folder
 from rlhf_cli.folders.json_forms import STAGE
 from rlhf_cli.folders.manifest import (
@@ -27,18 +26,18 @@ from rlhf_cli.folders.manifest import (
     adapter_base,
     content_hash,
     kind_of,
-    read_config,
     read_manifest,
     read_object,
     tokenizer_hash,
+    trained_here,
 )
 from rlhf_cli.models import gguf, hub
-from rlhf_cli.models.dtypes import name_of, type_to_write
+from rlhf_cli.models.dtypes import AUTO, name_of, type_to_write
 from rlhf_cli.models.load import load_policy
-from rlhf_cli.models.loading_faults import told
 from rlhf_cli.models.nonfinite import is_finite
-from rlhf_cli.models.save import save_model
-from rlhf_cli.models.scorers import load_scorer
+from rlhf_cli.models.save import save_model, set_score_pad
+from rlhf_cli.models.scorers import SCORING, load_scorer
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.model_card import card_text
 from rlhf_cli.runs.checks import check_folder, is_hub_id
@@ -170,19 +169,20 @@ def _write(order: Export, folder: Path, parent: dict[str, dict[str, str]]) -> No
         raise UserError(f"gguf={order.gguf}: {order.source} is a reward model; llama.cpp runs none")
     base = adapter_base(folder)
     places = [folder, *([_base_folder(base, order)] if base is not None else [])]
-    model, tokenizer = _loaded(order, folder, places)
+    model, tokenizer = _loaded(order, folder)
     dtype = type_to_write(model, order.save_dtype, merge=True)
     _check_range(model, dtype, order.source)
     with whole_folder(order.dest) as part:
         save_model(model, tokenizer, part, True, dtype, order.shard_size)
         del model
         copy_companions(places, part, code=order.trust_remote_code)
-        card = card_of(folder, order.source, order.dest.resolve().name, name_of(dtype))
+        name, chat = order.dest.resolve().name, tokenizer.chat_template is not None
+        card = card_of(folder, order.source, name, name_of(dtype), chat)
         (part / CARD).write_text(card_text(card), encoding="utf-8")
         if order.gguf is not None:
-            name = f"{order.dest.resolve().name}-{order.gguf}.gguf"
-            say(f"export: {gguf.SCRIPT} writes {name}")
-            gguf.convert(command, part, part / name, order.gguf)
+            file = part / f"{name}-{order.gguf}.gguf"
+            say(f"export: {gguf.SCRIPT} writes {file.name}")
+            gguf.convert(command, part, file, order.gguf)
         written = sorted(entry.name for entry in part.iterdir())
         seal(
             part,
@@ -199,22 +199,19 @@ def _base_folder(base: str, order: Export) -> Path:
     return Path(base) if Path(base).is_dir() else hub.downloaded(base)
 
 
-def _loaded(
-    order: Export, folder: Path, places: Iterable[Path]
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model in float32 with its adapter merged, and its tokenizer as it is."""
-    config = FrozenModel(dtype="float32", trust_remote_code=order.trust_remote_code)
-    place = tokenizer_place(*places) or folder
-    with told(f"{order.source}: no usable tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=config.trust_remote_code
-        )
-    path = str(folder)
+def _loaded(order: Export, folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model in float32 with its adapter merged, and its tokenizer."""
+    config = FrozenModel("float32", order.trust_remote_code, attention=AUTO)
+    path, said = str(folder), read_manifest(folder)
+    tokenizer = load_tokenizer(path, config)
     if kind_of(folder) == "policy":
         return load_policy(path, config, tokenizer, CPU), tokenizer
     scorer: Any = load_scorer(path, config, tokenizer, CPU)
-    if tokenizer.pad_token_id is None:  # without one it scores no batch
-        scorer.config.pad_token_id = read_config(folder).get("pad_token_id")
+    if trained_here(said):  # of an adapter no config says it
+        scorer.config.problem_type = SCORING
+        set_score_pad(scorer, tokenizer, (said or {}).get("eos_ids", []), whole=True)
+    elif adapter_base(folder) is not None and tokenizer.pad_token_id is not None:
+        scorer.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return scorer, tokenizer
 
 

@@ -17,6 +17,7 @@ from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.geometry import BLOCK, Geometry
+from rlhf_cli.folders.linear_shapes import expert_numbers
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     Shapes,
@@ -29,6 +30,14 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
 )
 from rlhf_cli.rewards.specs import models_of
+from rlhf_cli.runs.adapter_sizes import (
+    adapter_below,
+    goes_without_experts,
+    is_switched_off,
+    lora,
+    saved_by_bits,
+    trained_adapter,
+)
 from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
@@ -116,6 +125,9 @@ def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Part
         update[f"attention between {tokens} tokens and up to {longest} each"] = (
             graphs * attention_matrices(cfg, geometry, tokens, longest)
         )
+    fused = cfg.model.lora_rank and not goes_without_experts(cfg.model)
+    if fused and (size := adapted_experts(cfg, shapes, geometry.layers)):
+        update["experts together with their adapters"] = graphs * size
     if facts_of(cfg).writes != "reward":  # which has scores in place of logits
         chunk = min(hardware.logprob_chunk, tokens)
         update[f"logits of {chunk} positions"] = (
@@ -175,6 +187,16 @@ def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) 
     return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
 
 
+def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
+    """Bytes of the sums of experts and their adapters, which backward needs.
+
+    peft adapts what holds several experts by such a sum: one for each layer, and another for its
+    gradient; where blocks are recomputed there is one layer's at a time.
+    """
+    kept = 1 if cfg.hardware.gradient_checkpointing else layers
+    return BYTES * expert_numbers(trunk_of(shapes)) * (kept + 1) / layers
+
+
 def logit_copies(cfg: Any) -> int:
     """Tensors of the size of a chunk's logits that exist at once."""
     if not cfg.samples_online:
@@ -193,8 +215,8 @@ def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
     trained: dict[str, int] = {}
     scores = facts_of(cfg).writes == "reward"
     role, own = ("reward model", trunk_of(shapes)) if scores else ("policy", shapes)
-    adapter, frozen = lora(own, model.lora_rank), count(frozen_of(own, model.frozen_layers))
-    held[role] = count(own) + adapter
+    adapter, frozen = trained_adapter(cfg, of_text(own)), count(frozen_of(own, model.frozen_layers))
+    held[role] = count(own) - saved_by_bits(own, model) + adapter + adapter_below(cfg)
     trained[role] = adapter or count(own) - frozen
     if has_reference(cfg):
         held["reference"] = reference_numbers(cfg, shapes, adapter, frozen)
@@ -216,12 +238,12 @@ def reference_numbers(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> in
     if not adapter:
         return count(shapes) - frozen
     refreshed = getattr(cfg.algo, "refresh_reference", None) is not None
-    return adapter if adapter_base(cfg.policy) is not None or refreshed else 0
+    return adapter if refreshed or not is_switched_off(cfg) else 0
 
 
 def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
     """What the critic holds beside the policy, and trains."""
-    trunk, rank = trunk_of(shapes), cfg.model.lora_rank
+    trunk, model = trunk_of(shapes), cfg.model
     if cfg.algo.critic == "shared":
         return (head := hidden_of(cfg)), head
     start = next(
@@ -233,15 +255,17 @@ def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
         None,
     )
     if start is None:
-        upper = count(trunk) - count(frozen_of(trunk, cfg.model.frozen_layers))
-        return (adapter, adapter) if (adapter := lora(trunk, rank)) else (upper, upper)
+        upper = count(trunk) - count(frozen_of(trunk, model.frozen_layers))
+        adapter = trained_adapter(cfg, of_text(trunk)) if model.lora_rank else upper
+        return adapter, adapter
     reward = trunk_of(known(start))
-    if not rank:
-        frozen = count(frozen_of(reward, cfg.model.frozen_layers))
+    if not model.lora_rank:
+        frozen = count(frozen_of(reward, model.frozen_layers))
         return count(reward) - in_common(cfg, start), count(reward) - frozen
     if on_base_of(start, cfg.policy):
         return (adapter := count(adapter_shapes(start))), adapter
-    return count(reward) + lora(reward, rank), lora(reward, rank)
+    fresh = lora(of_text(reward), model)
+    return count(reward) - saved_by_bits(reward, model) + fresh, fresh
 
 
 def reward_numbers(cfg: Any, path: str) -> int:
@@ -346,6 +370,12 @@ def trunk_of(shapes: Shapes) -> Shapes:
     return {name: shape for name, shape in shapes.items() if not UNEMBEDDING.search(name)}
 
 
+def of_text(shapes: Shapes) -> Shapes:
+    """Without towers, which get no adapter."""
+    towers = towers_of(shapes)
+    return {name: shape for name, shape in shapes.items() if name not in towers}
+
+
 def towers_of(shapes: Shapes) -> Shapes:
     """What text does not pass through in a model that sees or hears, which is never trained.
 
@@ -380,14 +410,3 @@ def frozen_of(shapes: Shapes, layers: int) -> Shapes:
         if (int(match[1]) < layers if (match := BLOCK.search(name)) else len(shape) == 2)
         and not name.startswith(HEADS)
     }
-
-
-def lora(shapes: Shapes, rank: int) -> int:
-    """Numbers of an adapter on every matrix of the blocks: A is (r, in), B is (out, r)."""
-    towers = towers_of(shapes)
-    matrices = [
-        shape
-        for name, shape in shapes.items()
-        if BLOCK.search(name) and len(shape) == 2 and name not in towers
-    ]
-    return rank * sum(map(sum, matrices))

@@ -16,7 +16,6 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.secrets import filled_in
 from rlhf_cli.data.files import is_local
 from rlhf_cli.data.hub import NAME, hub_name
-from rlhf_cli.folders.companions import tokenizer_place
 from rlhf_cli.folders.json_forms import STAGE
 from rlhf_cli.folders.manifest import (
     MANIFEST,
@@ -36,13 +35,14 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 CACHED = "models--"  # begins the folder of a hub id in the hub's cache
 
 
-def card_of(folder: Path, given: str, name: str, dtype: str) -> Card:
+def card_of(folder: Path, given: str, name: str, dtype: str, chat: bool) -> Card:
     """What is known of a model folder.
 
     Args:
         given: the folder or hub id as it was named.
         name: of the model.
         dtype: of the weights as they will be written.
+        chat: whether its tokenizer has a chat template.
     """
     said = _written(folder)
     chain = list(_chain(folder, given))
@@ -53,7 +53,7 @@ def card_of(folder: Path, given: str, name: str, dtype: str) -> Card:
         kind=kind_of(folder),
         level=str(said.get("level", RESPONSE)),
         dtype=dtype,
-        chat=_has_chat_template(folder),
+        chat=chat,
         base=base,
         origin=_origin(base, root),
         licence=licence_of(base, root),
@@ -204,18 +204,6 @@ def _origin(base: str | None, root: Path | None) -> str:
     if root is not None:
         return f"The chain began with the folder `{root}`, which no stage made."
     return "The chain built its model itself, or what it began with is not known."
-
-
-def _has_chat_template(folder: Path) -> bool:
-    base = adapter_base(folder)
-    places = [folder, *([Path(base)] if base is not None else [])]
-    place = tokenizer_place(*places)
-    if place is None:
-        return False
-    if (place / "chat_template.jinja").is_file():
-        return True
-    file = place / "tokenizer_config.json"
-    return file.is_file() and "chat_template" in read_object(file, {})
 
 
 # --------------------------------------------------------------------------- measured

@@ -9,6 +9,7 @@ from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import (
     arithmetic,
@@ -90,6 +91,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_models(cfg)
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
+    check_adapter_use(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
     if check_only:
@@ -98,7 +100,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
         counted += check_tokens(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
-    sums = [*taken, *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
+    sums = [*taken, *adapter_lines(cfg), *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
     sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))

@@ -44,6 +44,7 @@ from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.inherited import longest_learnt
@@ -358,6 +359,7 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
             raise
         identity = {
+            **adapter_entry(self.cfg),
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,
             "pad_id": encoder.tokenizer.pad_token_id,

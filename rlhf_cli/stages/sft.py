@@ -26,7 +26,7 @@ from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.models.dropout import residual_dropout
+from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
@@ -79,7 +79,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     with Bar("sft", steps) as bar:
         for step in session.steps(bar):
             torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
-            policy.model.train()
+            training_mode(policy.model)
             metrics = optimizer.step([objective.term(batches[step - 1])])
             policy.model.eval()
             if step % algo.eval_every == 0 or step == steps:
@@ -129,10 +129,10 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     else:
         tokenizer = new_tokenizer(cfg, session.rows)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
-    if cfg.model.dropout:
-        residual_dropout(model, cfg.model.dropout)
     if cfg.hardware.gradient_checkpointing:
         recompute_activations(model)
+    if cfg.model.dropout:
+        residual_dropout(model, cfg.model.dropout)
     context = positions_of(model)
     check_context(cfg, cfg.model.path, context)
     encoder = Encoder(tokenizer, cfg.data, context)

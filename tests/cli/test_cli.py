@@ -209,6 +209,8 @@ def test_env(cli: Cli) -> None:
         ("rlhf-cli ls ", ["algo ", "recipes "], []),
         ("rlhf-cli cp algo/ppo_", ["algo/ppo_ptx "], ["algo/dpo "]),
         ("rlhf-cli completion ", ["bash ", "zsh ", "fish "], []),
+        ("rlhf-cli export a b ", ["save_dtype=", "gguf=", "push="], ["algo="]),
+        ("rlhf-cli merge a b save_dtype=", ["save_dtype=float16 ", "save_dtype=source "], []),
         ("rlhf-cli nothing ", [], ["ppo "]),
     ],
 )

@@ -1026,7 +1026,32 @@ LATE: dict[str, Case] = {
     "an adapter of another rank": (
         as_it_is,
         f"{PPO} policy=runs/demo/adapter model=lora model.lora_rank=4",
-        ["runs/demo/adapter: its adapter has rank 2 and alpha 32.0; set model.lora_rank=2"],
+        ["runs/demo/adapter: its adapter goes on as it is, with rank 2, alpha 32.0", "lora_rank=4"],
+    ),
+    "an adapter of another kind that is to go on": (
+        both(unrecorded(ADAPTED), value(f"{ADAPTED}/adapter_config.json", peft_type="IA3")),
+        f"{PPO} policy=runs/demo/adapter model=lora",
+        ["runs/demo/adapter is an adapter of the kind IA3", "model.adapter=merge"],
+    ),
+    "what to do with an adapter that there is none of": (
+        as_it_is,
+        f"{PPO} policy={POLICY} model=lora model.adapter=stack",
+        [f"model.adapter=stack is for a policy that is an adapter folder, and {POLICY} is none"],
+    ),
+    "an adapter whose base would be on no disk": (
+        as_it_is,
+        f"{PPO} policy=runs/demo/adapter model=lora model.adapter=merge",
+        ["model.adapter=merge with model.merge_lora=false", "set model.merge_lora=true"],
+    ),
+    "few bits without the package": (
+        as_it_is,
+        f"{PPO} policy={POLICY} model=lora model.quantize=nf4",
+        ["model.quantize=nf4 needs bitsandbytes: pip install 'rlhf-cli[qlora]'"],
+    ),
+    "a folder of adapters": (
+        lambda place: shutil.copytree(place / ADAPTED, place / "several/one"),
+        f"{PPO} policy=several",
+        ["policy=several holds adapters in folders of their own; name one: several/one"],
     ),
     "one class for kto": (
         rows(*({**THUMBS, "prompt": f"Greet {name}: "} for name in "ABCD")),

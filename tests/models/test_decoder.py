@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -297,6 +297,18 @@ def test_the_reference_shares_the_towers(tmp_path: Path) -> None:
     ours, theirs = policy.model.vision_tower, reference.model.model.vision_tower
     assert next(theirs.parameters()) is next(ours.parameters())
     assert copy.deepcopy(policy).towers == ["model.vision_tower", "model.multi_modal_projector"]
+
+
+def test_weights_that_the_class_has_no_place_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen 3.5's checkpoints predict several tokens at once; its class passes over that part."""
+    place = folder_of("mistral3", tmp_path)
+    weights = load_file(place / "model.safetensors")
+    weights["mtp.layers.0.proj.weight"] = torch.ones(2, 2)
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    load_policy(str(place), model_of(), bpe(), CPU)
+    assert "no place for 1 of its weights, such as mtp.layers.0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from transformers import LlamaForCausalLM
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models.forward import shares_prompts
@@ -202,6 +202,15 @@ def test_a_model_that_keeps_nothing_reads_everything_again(
     assert len({len(each.ids) for each in found}) > 3
     assert way_of(forgetful).argument is None and way_of(forgetful).padded
     assert capsys.readouterr().err.count("Forgetful keeps nothing that sampling could go on") == 1
+
+
+def test_states_that_are_not_finite_are_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(RunError, match=r"its weight model\.norm\.weight is not"):
+        sampled(model, [[1, 5]], noise_of(1))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -72,9 +72,22 @@ def config_of(stage: str, place: Path, *words: str) -> Any:
     return compose(stage, [*DATA, *named, *others])
 
 
-@pytest.mark.parametrize("policy", ["policy", "adapted"])
-@pytest.mark.parametrize("reward", ["reward", "adapter"])
-@pytest.mark.parametrize("how", [[], ["model.frozen_layers=2"], LORA, ["algo.critic=shared"]])
+KINDS = (  # of fresh adapters, and what is made of one that is there
+    ("policy", ["model.lora_targets=[q_proj,up_proj]"]),
+    ("policy", ["model.lora_targets=.*mlp.*", "model.use_dora=true"]),
+    ("policy", ["model.modules_to_save=[embed_tokens]"]),
+    ("adapted", ["model.adapter=stack"]),
+    ("adapted", ["model.adapter=merge", "model.merge_lora=true"]),
+)
+CASES = [
+    (policy, reward, how)
+    for how in ([], ["model.frozen_layers=2"], LORA, ["algo.critic=shared"])
+    for reward in ("reward", "adapter")
+    for policy in ("policy", "adapted")
+] + [(policy, "reward", [*LORA, *how]) for policy, how in KINDS]
+
+
+@pytest.mark.parametrize(("policy", "reward", "how"), CASES)
 def test_roles_hold_as_many_numbers_as_predicted(
     policy: str, reward: str, how: list[str], folder: Path
 ) -> None:

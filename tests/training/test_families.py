@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.load import load_policy
+from rlhf_cli.folders.manifest import adapter_base
+from rlhf_cli.models.load import language_class, load_policy
 from rlhf_cli.models.score import logprobs_of, scores_of
 from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer
@@ -129,6 +129,12 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
+def plain_of(folder: str) -> Any:
+    """What transformers reads from a folder, in the class that its config (or its base's) names."""
+    auto = language_class(adapter_base(folder) or folder, FROZEN)
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def policy_agrees(folder: str) -> None:
     """Padded as alone, and as plain transformers computes it from what was written."""
     tokenizer = load_tokenizer(folder, FROZEN)
@@ -136,7 +142,7 @@ def policy_agrees(folder: str) -> None:
     together = logprobs_of(model, SEQUENCES, hardware_of(share_prompts=False))
     alone = [logprobs_of(model, [each], hardware_of())[0] for each in SEQUENCES]
     close(torch.cat(together), torch.cat(alone))
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain: Any = plain_of(folder)
     for ours, each in zip(together, SEQUENCES, strict=True):
         ids = torch.tensor([each.prompt + each.response])
         with torch.no_grad():
@@ -153,7 +159,7 @@ def scorer_agrees() -> None:
 
 def greedy_agrees() -> None:
     """Responses at temperature 0 are those of transformers' generate, without padding."""
-    plain: Any = AutoModelForCausalLM.from_pretrained("sft", dtype=torch.float32).eval()
+    plain: Any = plain_of("sft")
     tokenizer = load_tokenizer("sft", FROZEN)
     samples = [json.loads(line) for line in Path("generate/samples.jsonl").read_text().splitlines()]
     assert samples
