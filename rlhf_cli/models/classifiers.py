@@ -118,15 +118,10 @@ def reads_last_state(model: Any) -> bool:
     ids = plain_ids(model)
     batch = collate([Tokens(ids[:1], ids[1:])], next(model.parameters()).device)
     ours = scalar_head(model)(hidden_states(model, batch).float())[0]  # (T, 1)
-    settings = vars(model.config.get_text_config())
-    pad = settings["pad_token_id"]
-    settings["pad_token_id"] = None  # none of them is one; some configs refuse null where it is set
     try:
         theirs: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention.long()).logits
     except Exception:  # what a model cannot do with text alone, it says in many ways
         return False
-    finally:
-        settings["pad_token_id"] = pad
     if theirs.ndim == 2:  # of the last token
         ours = ours[-1:]
     apart = (ours - theirs.view_as(ours)).norm() if ours.numel() == theirs.numel() else torch.inf

@@ -129,10 +129,9 @@ def _last_parts(names: Sequence[str]) -> list[str]:
 
 def adapted_line(config: Model, chosen: LoraPlaces, places: LoraPlaces) -> str:
     """How many layers an adapter changes, which they are, and which it leaves as they are."""
-    kind = "rsLoRA" if config.use_rslora else "LoRA"
-    kind = f"DoRA ({kind})" if config.use_dora else kind
+    kinds = ["DoRA"] * config.use_dora + ["rsLoRA"] * config.use_rslora or ["LoRA"]
     targets = [*chosen.linear, *chosen.experts]
-    line = f"adapter: {kind} of rank {config.lora_rank} on {len(targets)} layers: "
+    line = f"adapter: {' and '.join(kinds)} of rank {config.lora_rank} on {len(targets)} layers: "
     line += ", ".join(_last_parts(targets))
     if config.modules_to_save:
         line += f"; trained whole: {', '.join(config.modules_to_save)}"

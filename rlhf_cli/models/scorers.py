@@ -122,8 +122,7 @@ def _free_name(adapted: Any, role: str) -> str:
 
 def _has_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a model has an embedding for each token."""
-    rows: int = embedding_rows(model)
-    return len(tokenizer) <= rows
+    return len(tokenizer) <= embedding_rows(model)
 
 
 def _beside(model: nn.Module, policy: nn.Module | None) -> nn.Module:

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.models.decoder import embedding_rows
 from rlhf_cli.models.forward import shares_prompts
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import logprobs_of
@@ -221,7 +222,9 @@ def test_a_step_that_computes_otherwise_is_scored_as_training_does(
     """Their pass over a text bounds the step size below, their single step does not."""
     model = loaded(family, tmp_path)
     assert not way_of(model).exact
-    encoder: Any = SimpleNamespace(stop_ids=stops_of(model), text=str)
+    known = {str(id): id for id in range(embedding_rows(model))}
+    vocabulary = SimpleNamespace(get_vocab=lambda: known)
+    encoder: Any = SimpleNamespace(stop_ids=stops_of(model), text=str, tokenizer=vocabulary)
     engine = NativeEngine(model, encoder, hardware_of())
     rows = [(Prompt("p"), ids) for ids in prompts_of(model)]
     found = engine.sample(rows, Sampling(TOKENS, 0.7), samples=SAMPLES, seed=0)
