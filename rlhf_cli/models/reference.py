@@ -124,7 +124,8 @@ class Reference:
         if self._adapted is not None:
             others = set(self._adapted.peft_config) - {REFERENCE, BELOW}
         digest = hashlib.sha256()
-        for name, weight in self.model.named_parameters():
+        # by name: peft takes experts' weights out and puts them back as it runs, in another order
+        for name, weight in sorted(self.model.named_parameters()):
             if others.isdisjoint(name.split(".")):
                 digest.update(
                     weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
