@@ -62,7 +62,10 @@ class ScalarHead:
         """The last hidden states: (B, T, d)."""
         decoder = getattr(self, self.base_model_prefix)
         given = {name: value for name, value in inputs.items() if value is not None}
-        states: Tensor = decoder(**{"use_cache": False, **given})[0]
+        # where AutoModel has nothing smaller than the language model, it gives logits first
+        whole = decoder.get_output_embeddings() is not None
+        output = decoder(**{"use_cache": False, "output_hidden_states": whole, **given})
+        states: Tensor = output.hidden_states[-1] if whole else output[0]
         return states
 
 
