@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 
@@ -42,6 +51,7 @@ class ScalarHead:
             trust = settings.get("trust_remote_code")
             config = AutoConfig.from_pretrained(path, num_labels=labels, trust_remote_code=trust)
         family: Any = super(ScalarHead, in_family(cls, type(config)))
+        settings.setdefault("key_mapping", renamed(type(config)))
         return family.from_pretrained(path, *args, config=config, **settings)
 
     @classmethod
@@ -62,7 +72,10 @@ class ScalarHead:
         """The last hidden states: (B, T, d)."""
         decoder = getattr(self, self.base_model_prefix)
         given = {name: value for name, value in inputs.items() if value is not None}
-        states: Tensor = decoder(**{"use_cache": False, **given})[0]
+        # where AutoModel has nothing smaller than the language model, it gives logits first
+        whole = decoder.get_output_embeddings() is not None
+        output = decoder(**{"use_cache": False, "output_hidden_states": whole, **given})
+        states: Tensor = output.hidden_states[-1] if whole else output[0]
         return states
 
 
@@ -132,6 +145,20 @@ class ScalarHeadForTokenClassification(ScalarHead):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config)  # type: ignore[attr-defined]
         return TokenClassifierOutput(loss=loss, logits=logits)
+
+
+def renamed(config: Any) -> dict[str, str] | None:
+    """Names of weights in folders of a family and here, as patterns, where those are not the same.
+
+    transformers knows such names by the class of the language model (Qwen2-VL's, among others).
+    """
+    for known in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if config in known:
+            model: Any = known[config]
+            told = get_checkpoint_conversion_mapping(model.__name__) or []
+            pairs = [each for each in told if isinstance(each, WeightRenaming)]
+            return {each.source_patterns[0]: each.target_patterns[0] for each in pairs} or None
+    return None
 
 
 def in_family(kind: type, config: type) -> Any:
