@@ -24,7 +24,7 @@ def asked_for(config: FrozenModel) -> dict[str, Any]:
 
 
 def check_device(config: FrozenModel, device: torch.device) -> None:
-    """Stop before a model is loaded whose kernels are a GPU's on a CPU, where they have no gradient.
+    """Stop before a model is loaded for kernels that have no gradient on a CPU.
 
     Raises:
         UserError: naming the key.

@@ -27,6 +27,7 @@ from rlhf_cli.models.adapters import (
     holds_embeddings,
     is_adapted,
     put_weights,
+    rows_held,
 )
 from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.attention import asked_for, check_attention, check_device, try_attention
@@ -121,6 +122,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)
     model.embeddings_in_adapter = base is not None and holds_embeddings(path, model)
+    model.rows_in_adapter = 0 if base is None else rows_held(path, model)
     return model
 
 

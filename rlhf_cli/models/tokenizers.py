@@ -127,7 +127,8 @@ def ids_of_no_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> str | None:
     """Rows for tokens that a model has none for: the mean of the others, so that none is likely.
 
-    `model.added_rows` says which they are, for `trainable_rows`. Rows beyond the tokenizer's stay.
+    `model.added_rows` says which they are, for `trainable_rows`. Rows beyond the tokenizer's stay,
+    and are added where an adapter that is to come was trained with more, as padding.
 
     Returns:
         A line on how many and which; None where there are none.
@@ -138,13 +139,16 @@ def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) ->
     before = embedding_rows(model)
     model.added_rows = range(before, max(before, len(tokenizer)))
     count = len(model.added_rows)
-    if not count:
+    rows = max(before + count, getattr(model, "rows_in_adapter", 0))
+    if rows == before:
         return None
     with torch.random.fork_rng(devices=[]):  # what is drawn for them is overwritten
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.resize_token_embeddings(rows, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for weight in () if module is None else module.parameters():
             weight[before:] = weight[:before].mean(0)
+    if not count:
+        return None
     with told(f"{path}: its model cannot take the {count} tokens that its tokenizer adds"):
         model(input_ids=torch.tensor([[len(tokenizer) - 1]]))
     names = [str(each) for each in tokenizer.convert_ids_to_tokens(list(model.added_rows))]

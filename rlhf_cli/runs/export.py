@@ -172,7 +172,7 @@ def _write(order: Export, folder: Path, parent: dict[str, dict[str, str]]) -> No
     model, tokenizer = _loaded(order, folder)
     dtype = type_to_write(model, order.save_dtype, merge=True)
     _check_range(model, dtype, order.source)
-    with whole_folder(order.dest) as part:
+    with whole_folder(order.dest.resolve()) as part:  # a link stays, and leads to what is written
         save_model(model, tokenizer, part, True, dtype, order.shard_size)
         del model
         copy_companions(places, part, code=order.trust_remote_code)

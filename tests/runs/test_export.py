@@ -117,6 +117,14 @@ def test_weights_are_cast_and_sharded(dest: Path) -> None:
     check_whole(dest)
 
 
+def test_a_link_stays_and_leads_to_what_is_written(tmp_path: Path, dest: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    dest.symlink_to(tmp_path / "disk")
+    export.run(["runs/demo/sft", str(dest)])
+    assert dest.is_symlink()
+    check_whole(tmp_path / "disk")
+
+
 def test_the_same_order_is_done_and_another_is_refused(dest: Path) -> None:
     order = ["runs/demo/sft", str(dest)]
     export.run(order)
