@@ -157,19 +157,15 @@ def _shipped_options(conf: Path, stage: str, group: str) -> dict[str, dict[str, 
         option for option, values in sets.items() if _fits(stage, group, values, _words_of_schema)
     ]
     made = {}
-    for option in sorted(
-        fitting, key=lambda option: (len(sets[option]), _depth(group, option, conf), option)
-    ):
+
+    def plainness(option: str) -> tuple[int, int, str]:
+        values = sets[option]
+        return len(values), sum(value not in (None, {}) for value in values.values()), option
+
+    for option in sorted(fitting, key=plainness):
         values = stage_values(stage, {group: option}, [conf])
         made[option] = {key: values[key] for key in values if group_of(key) in ("", group)}
     return made
-
-
-def _depth(group: str, option: str, conf: Path) -> int:
-    """On how many options one builds, and those on."""
-    file = option_file(group, option, [conf])
-    bases = read(file)[0] if file is not None else []
-    return sum(1 + _depth(group, str(base), conf) for base in bases if base != "_self_")
 
 
 def choices(stage: str, key: str) -> tuple[str, ...]:
