@@ -226,6 +226,14 @@ GEMMA_4: Settings = {
     "final_logit_softcapping": 3.0,
 }
 PER_LAYER = ("vocab_size", "vocab_size_per_layer_input")
+LLAMA_4: Settings = {
+    **SIZE,
+    **HEAD,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 64,
+}
 LFM: Settings = {**SIZE, "layer_types": ["conv", "full_attention"]}
 MAMBA_ALONE: Settings = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
 
@@ -348,14 +356,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama4_text": Family(
         hf.Llama4TextConfig,
-        {
-            **SIZE,
-            **HEAD,
-            "intermediate_size_mlp": 48,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "attention_chunk_size": 64,
-        },
+        LLAMA_4,
         "llama3",
     ),
     "glm4_moe": Family(
@@ -371,6 +372,31 @@ FAMILIES: dict[str, Family] = {
             "first_k_dense_replace": 1,
         },
         "glm",
+    ),
+    "aria_text": Family(
+        hf.AriaTextConfig,
+        {**SIZE, "intermediate_size": 16, "moe_num_experts": 4, "moe_topk": 2}
+        | {"moe_num_shared_experts": 1},
+        "llama2",
+    ),
+    "hunyuan_v1_moe": Family(
+        hf.HunYuanMoEV1Config, {**SIZE, **HEAD, "num_experts": 4, "moe_topk": [2, 2]}, "chatml"
+    ),
+    # a block has two layers of attention, and counts as two in its config
+    "longcat_flash": Family(
+        hf.LongcatFlashConfig,
+        {
+            **SIZE,
+            **LATENT,
+            "num_hidden_layers": 4,
+            "num_layers": 2,
+            "head_dim": 4,
+            "ffn_hidden_size": 32,
+            "expert_ffn_hidden_size": 16,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+        "chatml",
     ),
     "dbrx": Family(
         hf.DbrxConfig,
@@ -505,6 +531,17 @@ FAMILIES: dict[str, Family] = {
         ),
         {},
         "llama2",
+    ),
+    # AutoModel knows of nothing smaller than the whole language model
+    "llama4": Family(
+        seeing(
+            *("Llama4Config", "Llama4TextConfig", LLAMA_4),
+            {**SIGHT, "image_size": 28, "patch_size": 14, "intermediate_size": 64}
+            | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+            image_token_index=4,
+        ),
+        {},
+        "llama3",
     ),
     "qwen2_5_vl": Family(
         seeing(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import FrozenModel, Model
@@ -185,7 +185,7 @@ def _continued(model: Any, path: str, own: Any, config: FrozenModel, task: str) 
     own.modules_to_save += [head] if head else []
     with _without_warnings():
         adapted = peft.get_peft_model(model, own)
-    weights = adapter_weights(path)
+    weights = _in_place(adapter_weights(path), model)
     fresh: Any = getattr(unwrap(adapted), head or "score")
     for name, value in fresh.original_module.named_parameters():
         weights[f"{PREFIX}{head}.{name}"] = value.detach()
@@ -229,8 +229,25 @@ def _loaded_adapter(
         adapted = peft.PeftModel.from_pretrained(model, path, adapter_name, **settings)
     renamed = getattr(model, "_checkpoint_conversion_mapping", {})
     weights = peft.load_peft_weights(path, device="cpu", key_mapping=renamed)
-    put_weights(adapted, adapter_name, weights, path, head_left)
+    put_weights(adapted, adapter_name, _in_place(weights, model), path, head_left)
     return adapted
+
+
+def _in_place(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A policy's adapter by the names of a scorer that holds the whole language model as its trunk.
+
+    That is so where the library has nothing smaller, as of Llama 4's wrapper.
+    """
+    within = model.base_model_prefix
+    here = {name for name, _ in model.named_children()}
+    inside = {name for name, _ in getattr(model, within, nn.Module()).named_children()}
+
+    def moved(name: str) -> str:
+        rest = name.removeprefix(PREFIX)
+        first = rest.partition(".")[0]
+        return f"{PREFIX}{within}.{rest}" if first in inside - here else name
+
+    return {moved(name): value for name, value in weights.items()}
 
 
 @contextmanager

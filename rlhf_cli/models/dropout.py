@@ -180,11 +180,12 @@ def residual_dropout(model: nn.Module, p: float) -> None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder's blocks."""
-    whole = unwrap(model)
-    count = whole.config.get_text_config().num_hidden_layers
-    lists = (each for each in decoder_of(whole)[1].modules() if isinstance(each, nn.ModuleList))
-    return list(next((each for each in lists if len(each) == count), []))
+    """The decoder's blocks: of its lists of modules, the one that holds most of the weights."""
+    lists = [
+        each for each in decoder_of(unwrap(model))[1].modules() if isinstance(each, nn.ModuleList)
+    ]
+    sizes = [sum(weight.numel() for weight in each.parameters()) for each in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []  # the outermost comes first
 
 
 def reach_of(model: nn.Module) -> tuple[int, list[str]]:

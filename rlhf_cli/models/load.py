@@ -30,7 +30,7 @@ from rlhf_cli.models.adapters import (
     rows_held,
 )
 from rlhf_cli.models.adapting import adapt
-from rlhf_cli.models.attention import asked_for, check_attention, try_attention
+from rlhf_cli.models.attention import asked_for, check_attention, check_device, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
@@ -53,6 +53,7 @@ def load_policy(
     Raises:
         UserError: weights are missing or unreadable, or an adapter is of a kind that is not known.
     """
+    check_device(config, device)
     model = load_base(path, config, None, allowed_missing=set())
     added = fit_embeddings(model, tokenizer, path)
     # told once, of what is trained; an adapter that was trained before brings such rows along

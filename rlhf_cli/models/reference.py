@@ -124,7 +124,7 @@ class Reference:
         if self._adapted is not None:
             others = set(self._adapted.peft_config) - {REFERENCE, BELOW}
         digest = hashlib.sha256()
-        # by name: peft takes experts' weights out and puts them back as it runs, in another order
+        # sorted: peft takes experts out of their module for a pass, and puts them back at its end
         for name, weight in sorted(self.model.named_parameters()):
             if others.isdisjoint(name.split(".")):
                 digest.update(

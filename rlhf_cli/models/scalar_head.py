@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 
@@ -41,6 +52,7 @@ class ScalarHead:
             labels = settings.pop("num_labels", 1)
             trust = settings.get("trust_remote_code")
             config = AutoConfig.from_pretrained(path, num_labels=labels, trust_remote_code=trust)
+        rename_as_language_model(cls, type(config))
         family: Any = super(ScalarHead, in_family(cls, type(config)))
         return family.from_pretrained(path, *args, config=config, **settings)
 
@@ -62,7 +74,10 @@ class ScalarHead:
         """The last hidden states: (B, T, d)."""
         decoder = getattr(self, self.base_model_prefix)
         given = {name: value for name, value in inputs.items() if value is not None}
-        states: Tensor = decoder(**{"use_cache": False, **given})[0]
+        # where AutoModel has nothing smaller than the language model, it gives logits first
+        whole = decoder.get_output_embeddings() is not None
+        output = decoder(**{"use_cache": False, "output_hidden_states": whole, **given})
+        states: Tensor = output.hidden_states[-1] if whole else output[0]
         return states
 
 
@@ -148,3 +163,17 @@ def in_family(kind: type, config: type) -> Any:
     family = next(each for each in decoder.__mro__ if PreTrainedModel in each.__bases__)
     here = {"__module__": kind.__module__, "base_model_prefix": decoder.base_model_prefix}
     return type(kind.__name__, (kind, family), here)
+
+
+def rename_as_language_model(kind: type, config: type) -> None:
+    """Read and write weights under the names that the language model of a config has on disk.
+
+    Where those are not the names of modules, transformers translates them by class (Qwen2.5-VL) or
+    by family, and knows no class of ours. A class is of one family at a time, so this is said anew
+    before each is read; what was read keeps its own.
+    """
+    autos: Any = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    models = [auto._model_mapping.get(config, None) for auto in autos]
+    names = [get_checkpoint_conversion_mapping(each.__name__) for each in models if each]
+    known: Any = next((each for each in names if each is not None), None)  # None: by its family
+    register_checkpoint_conversion_mapping(kind.__name__, known, overwrite=True)

@@ -31,7 +31,7 @@ from rlhf_cli.models.adapters import (
     weights_of,
 )
 from rlhf_cli.models.decoder import trunk, unwrap
-from rlhf_cli.models.dropout import check_training_mode
+from rlhf_cli.models.dropout import blocks_of, check_training_mode
 from rlhf_cli.models.heads import HEAD_NAMES
 
 
@@ -183,15 +183,10 @@ def freeze_lowest(model: nn.Module, layers: int) -> None:
     Raises:
         UserError: the model has fewer blocks.
     """
-    decoder, config = trunk(model), unwrap(model).config.get_text_config()
-    blocks: Any = next(
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    )
+    decoder, blocks = trunk(model), blocks_of(model)
     if layers > len(blocks):
         raise UserError(f"model.frozen_layers={layers}, but the model has {len(blocks)} blocks")
-    inside = set(blocks.modules())
+    inside = {module for block in blocks for module in block.modules()}
     embeddings = [
         module
         for module in decoder.modules()
@@ -218,6 +213,9 @@ def recompute_activations(model: Any) -> None:
 
     Layers below the first trained one stay out of backward, as they do without it. A scorer on the
     policy's base does as the policy does.
+
+    Raises:
+        UserError: the family cannot, or computes something else then.
     """
     if isinstance(model, SharedScorer):
         return
@@ -226,6 +224,11 @@ def recompute_activations(model: Any) -> None:
         unite(model)
         settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
     base = unwrap(model)
+    if not base.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(base).__name__} cannot compute its blocks again in backward; set "
+            "hardware.gradient_checkpointing=false"
+        )
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     base.disable_input_require_grads()
     check_training_mode(model)  # and stay in it: transformers recomputes in no other

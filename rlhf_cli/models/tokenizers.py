@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
@@ -14,7 +15,9 @@ from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.folders.generation import Settings, eos_ids, name_eos, read_generation
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.decoder import embedding_rows, unwrap
+from rlhf_cli.models.hub import cached
 from rlhf_cli.models.loading_faults import told
+from rlhf_cli.reporting.console import say
 
 PROBES = ("the cat and the dog", "thecat", "12", "A")  # a tokenizer of text keeps most
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -30,6 +33,8 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     base = adapter_base(path)
     if base is not None and not any(Path(path, file).is_file() for file in FILES):
         return load_tokenizer(base, config)
+    if not Path(path).is_dir() and cached(path, "config.json") is None and not HF_HUB_OFFLINE:
+        say(f"{path} is not on this machine: it is fetched from the hub")
     with told(f"{path}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         tokenizer.decode(tokenizer("a").input_ids)  # what it was read with is used only now

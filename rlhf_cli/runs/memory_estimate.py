@@ -16,7 +16,7 @@ from rlhf_cli.config.schema import EAGER, Model, Run, SftModel
 from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
-from rlhf_cli.folders.geometry import BLOCK, Geometry
+from rlhf_cli.folders.geometry import BLOCK, TABLE, Geometry
 from rlhf_cli.folders.linear_shapes import expert_numbers
 from rlhf_cli.folders.manifest import (
     RESPONSE,
@@ -44,6 +44,7 @@ from rlhf_cli.runs.provenance import models_read
 
 BYTES = 4
 HEADS = ("score.", "classifier.")
+EMBEDDINGS = re.compile(r"(embed_tokens|embeddings|wte)\.weight$")
 UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 # Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
 # an entropy in the loss and the KL over the whole vocabulary take; as measured.
@@ -379,14 +380,16 @@ def of_text(shapes: Shapes) -> Shapes:
 def towers_of(shapes: Shapes) -> Shapes:
     """What text does not pass through in a model that sees or hears, which is never trained.
 
-    The decoder holds the token embeddings, the longest matrix outside all blocks, and blocks of its
-    own; blocks beside it are an encoder of something else, and the rest is that one's projector.
+    The decoder holds the token embeddings, the longest matrix outside all blocks among those that
+    are called so, and blocks of its own; blocks beside it are an encoder of something else, and the
+    rest is that one's projector.
     """
-    free = [name for name in trunk_of(shapes) if not BLOCK.search(name)]
+    free = [name for name in trunk_of(shapes) if not (BLOCK.search(name) or TABLE.search(name))]
     matrices = [name for name in free if len(shapes[name]) == 2 and not name.startswith(HEADS)]
     if not matrices:
         return {}
-    embeddings = max(matrices, key=lambda name: shapes[name][0])
+    tables = [name for name in matrices if EMBEDDINGS.search(name)] or matrices
+    embeddings = max(tables, key=lambda name: shapes[name][0])
     blocks = [name for name in shapes if BLOCK.search(name)]
     decoder = embeddings.removesuffix("weight")
     while decoder and not any(name.startswith(decoder) for name in blocks):

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.manifest import RESPONSE, TOKEN, kind_of
 from rlhf_cli.models.classifiers import load_classifier
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import hidden_states, unwrap
+from rlhf_cli.models.forward import score_head, token_scores
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.save import save_model, set_score_pad
 from rlhf_cli.models.scalar_head import ScalarHead, ScalarHeadForSequenceClassification
@@ -28,6 +30,7 @@ from rlhf_cli.models.scorers import load_critic, load_scorer, scorer_from_policy
 from rlhf_cli.models.shared import SharedScorer
 from rlhf_cli.models.tokenizers import fit_embeddings, load_tokenizer
 from rlhf_cli.runs.remote_code import brings_code
+from tests.model_families import build
 from tests.toys import FROZEN, bpe, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
@@ -204,6 +207,66 @@ def test_every_family_has_reward_models_and_critics(family: str, tmp_path: Path)
     expected = scores(load_scorer(str(place), FROZEN, TOKENIZER, CPU))
     torch.testing.assert_close(scores(shared), expected, rtol=1e-5, atol=1e-5)
     assert not scores(load_critic(None, str(policy), LORA, TOKENIZER, 7, CPU, adapted)).any()
+
+
+@pytest.mark.parametrize("family", ["llama4", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_a_model_that_sees_becomes_a_scorer(family: str, tmp_path: Path) -> None:
+    """Of a policy in full and of an adapter: on the policy's own states, and written = loaded."""
+    base, policy = str(tmp_path / "base"), str(tmp_path / "policy")
+    build(family, base)
+    tokenizer = load_tokenizer(base, FROZEN)
+    save_model(moved(load_policy(base, LORA, tokenizer, CPU)), tokenizer, Path(policy), merge=False)
+    batch = collate([Tokens([21, 9, 30], [11, 12, 13])], CPU)
+    for start in (base, policy):
+        states = hidden_states(load_policy(start, FULL, tokenizer, CPU), batch)
+        for config in (FULL, LORA):
+            scorer = scorer_from_policy(start, config, tokenizer, 7, CPU)
+            expected = score_head(scorer, states)
+            torch.testing.assert_close(token_scores(scorer, batch), expected)
+            written = tmp_path / f"{Path(start).name} {config.lora_rank}"
+            save_model(moved(scorer), tokenizer, written, merge=config is FULL)
+            again = load_scorer(str(written), FROZEN, tokenizer, CPU)
+            found, theirs = (token_scores(each, batch) for each in (again, scorer))
+            torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "elsewhere"),
+    [
+        ("qwen2_5_vl", False),
+        *(
+            pytest.param(each, True, marks=pytest.mark.slow)
+            for each in ("qwen2_5_vl", "mistral3", "gemma3")
+        ),
+    ],
+)
+def test_weights_of_other_names_on_disk_are_found(
+    family: str, elsewhere: bool, tmp_path: Path
+) -> None:
+    """Of families whose folders name them otherwise than the modules do, which go by the class."""
+    policy = tmp_path / "policy"
+    build(family, policy)
+    tokenizer: Any = load_tokenizer(str(policy), FROZEN)
+    full, adapted = (
+        moved(scorer_from_policy(str(policy), config, tokenizer, 7, CPU)) for config in (FULL, LORA)
+    )
+    expected = {"full": scores(full), "adapted": scores(adapted)}
+    other = str(tiny("Ernie4_5", tmp_path / "other"))
+    scorer_from_policy(other, FULL, TOKENIZER, 7, CPU)  # names of one family are not another's
+    for name, scorer in (("full", full), ("adapted", adapted)):
+        place = tmp_path / name
+        save_model(scorer, tokenizer, place, merge=scorer is full)
+        again = load_scorer(str(place), FROZEN, tokenizer, CPU)
+        torch.testing.assert_close(scores(again), expected[name], rtol=1e-5, atol=1e-5)
+    with_head = list(load_file(policy / "model.safetensors"))
+    without = {each for each in with_head if "lm_head" not in each} | {"score.weight"}
+    assert set(load_file(tmp_path / "full" / "model.safetensors")) == without
+    base = ScalarHeadForSequenceClassification.from_pretrained(str(policy))
+    plain = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapted")).eval()
+    torch.testing.assert_close(scores(plain), expected["adapted"], rtol=1e-5, atol=1e-5)
+    if elsewhere:
+        found = scores_elsewhere(tmp_path / "full", RESPONSE, tmp_path)
+        torch.testing.assert_close(found, expected["full"], rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_of_ours_loads_with_peft_alone(tmp_path: Path) -> None:
