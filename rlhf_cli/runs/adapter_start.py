@@ -68,7 +68,8 @@ def _check_settings(cfg: Any, path: str) -> None:
             shown = f"[{','.join(map(str, given))}]" if isinstance(given, list) else given
             raise UserError(
                 f"{path}: its adapter goes on as it is, with {_said(own)}, and not with "
-                f"model.{name}={shown}; leave that out, or model.adapter=stack trains a fresh one"
+                f"model.{name}={shown}; leave that out, or train a fresh one by model.adapter="
+                + ("merge" if own["use_dora"] or own["modules_to_save"] else "stack")
             )
 
 
