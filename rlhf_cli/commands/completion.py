@@ -6,6 +6,7 @@ ends in a space; one that still needs a value ends in `=`.
 """
 
 import os
+from pathlib import Path
 
 from rlhf_cli.commands import COMMANDS, SHORT
 from rlhf_cli.commands.export import KEYS
@@ -48,6 +49,7 @@ complete -c rlhf-cli -a '(__rlhf_cli)'
 """
 
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+PLACES = 2  # folders that export takes
 _FLAGS = ("--help", "--check", "--cfg", "--config", "--config-dir", "--multirun")
 
 
@@ -98,6 +100,8 @@ def _stage_words(words: list[str], word: str) -> list[str]:
             if not (owners := catalog.stages_of(key, name, dirs)) or stage in owners
         )
         return [f"{key}={name} " for name in fitting]
+    if key == "model.size":
+        return [f"{key}={size} " for size in _sizes(words, dirs)]
     field = catalog.keys(stage).get(key)
     choices = catalog.choices(stage, key) if field else ()
     if field and field.type is bool:
@@ -105,10 +109,22 @@ def _stage_words(words: list[str], word: str) -> list[str]:
     return [f"{key}={choice} " for choice in choices]
 
 
+def _sizes(words: list[str], dirs: list[Path]) -> list[str]:
+    """Those of the family that the line asks for."""
+    options = [word.partition("=")[2] for word in words if word.startswith("model=")]
+    return [
+        str(size)
+        for option in options
+        for size in catalog.option_values("model", option, dirs).get("sizes") or {}
+    ]
+
+
 def _command_words(words: list[str], word: str) -> list[str]:
     command, *more = words
     if SHORT.get(command, command) == "export":
         key, equals, _ = word.partition("=")
+        if len([each for each in more if "=" not in each]) < PLACES:
+            return []  # DIR and DEST, which shells complete themselves
         if not equals:
             return [f"{name}=" for name in KEYS]
         return [f"{key}={value} " for value in KEYS[key].words] if key in KEYS else []

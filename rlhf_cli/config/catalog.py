@@ -157,7 +157,12 @@ def _shipped_options(conf: Path, stage: str, group: str) -> dict[str, dict[str, 
         option for option, values in sets.items() if _fits(stage, group, values, _words_of_schema)
     ]
     made = {}
-    for option in sorted(fitting, key=lambda option: (len(sets[option]), option)):
+
+    def plainness(option: str) -> tuple[int, int, str]:
+        values = sets[option]
+        return len(values), sum(value not in (None, {}) for value in values.values()), option
+
+    for option in sorted(fitting, key=plainness):
         values = stage_values(stage, {group: option}, [conf])
         made[option] = {key: values[key] for key in values if group_of(key) in ("", group)}
     return made

@@ -90,14 +90,24 @@ def _check_option(stage: str, group: str, option: str, dirs: list[Path]) -> None
     fitting = [name for name in names if stage in catalog.stages_of(group, name, dirs)]
     choices = f"{stage} takes {', '.join(fitting)}"
     if catalog.option_file(group, option, dirs) is None:
-        hint = nearest(option, fitting) or nearest(option, names)
+        hint = nearest(option, fitting) or nearest(option, names) or _as_path(stage, group, option)
         line = f"unknown {group} option {option}{hint or ';'} {choices}"
         raise UserError(renamed(stage, f"{group}={option}") or line)
     owners = catalog.stages_of(group, option, dirs)
     # An option with owners nowhere is a user's own file with a slip in it: composing names the key.
     if owners and stage not in owners:
         commands = ", ".join(f"`rlhf-cli {owner}`" for owner in owners)
-        raise UserError(f"{group}={option} belongs to {commands}; {choices}")
+        same = next((f"; did you mean {name}?" for name in fitting if option in name), ";")
+        raise UserError(f"{group}={option} belongs to {commands}{same} {choices}")
+
+
+def _as_path(stage: str, group: str, option: str) -> str:
+    """The words for a folder or hub id where an option of `model` was asked for."""
+    if group != "model" or "/" not in option:
+        return ""
+    starts = "model.path" in catalog.keys(stage)
+    words = f"model=pretrained model.path={option}" if starts else f"policy={option}"
+    return f"; a folder or hub id is {words};"
 
 
 def _check_hydra(key: str, value: str) -> None:

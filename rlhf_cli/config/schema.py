@@ -155,8 +155,8 @@ class Model(FrozenModel):
         unused=[],
     )
     adapter: str | None = key(
-        "Where policy is an adapter folder: continue trains it, stack trains a fresh one over it, "
-        "merge puts it into the weights first. null: continue if lora_rank > 0, else merge.",
+        "Where policy (sft: path) is an adapter: continue trains it, stack trains a fresh one over "
+        "it, merge puts it into the weights first. null: continue if lora_rank > 0, else merge.",
         choices=("continue", "stack", "merge"),
     )
     quantize: str | None = key(

@@ -173,7 +173,7 @@ def _where_it_has_none(stage: str, switch: Switch, values: Mapping[str, str]) ->
     default = catalog.default_options(stage).get(group)
     if default in reading and others:
         return f"as {group}={_nearest(others, values[switch.key])} does"
-    if reading and default not in reading:
+    if reading and default not in reading and switch.above is None:
         return f"or take {group}={next(iter(reading))}, which uses it"
     return f"or set {switch}"
 

@@ -155,7 +155,7 @@ def _lora(cfg: Run) -> Iterator[str]:
 def _adapter(cfg: Run, model: Model) -> Iterator[str]:
     use, whole = model.adapter, [*model.modules_to_save, *(["DoRA"] if model.use_dora else [])]
     if use in ("continue", "stack") and not model.lora_rank:
-        yield f"model.adapter={use} trains an adapter, but model.lora_rank=0; take model=lora"
+        yield f"model.adapter={use} trains an adapter, but model.lora_rank=0; set it to 16"
     if use == "merge" and model.lora_rank and not model.merge_lora:
         yield (
             "model.adapter=merge with model.merge_lora=false would write an adapter whose base is "

@@ -9,6 +9,7 @@ import copy
 import math
 import re
 import warnings
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,7 @@ def put_weights(
     import peft
 
     own = saved_weights(adapted, adapter)
+    weights = _without_copies(weights, own.keys())
     if head_left:
         own = {name: weight for name, weight in own.items() if not _is_of_output(name)}
     for weight in own.values():
@@ -252,12 +254,56 @@ def put_weights(
 
 
 def holds_embeddings(path: str, base: Any) -> bool:
-    """Whether an adapter folder holds whole embeddings of its base, as peft saves resized ones."""
-    tables = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
-    names = [name for name, module in base.named_modules() if id(module) in tables]
+    """Whether an adapter folder holds other embeddings than its base, beside its adapter.
+
+    peft saves those that were resized, and those that LoRA matrices are on. The ones that are
+    trained whole are the adapter's own.
+    """
+    said = read_object(Path(path) / ADAPTER_CONFIG, ADAPTER).get("modules_to_save")
+    whole = tuple(f".{name}" for name in said or ())
+    for name, held in _tables(path, base).items():
+        ours = base.get_submodule(name).weight
+        theirs = adapter_weights(path)[held].to(ours.device, ours.dtype)
+        if not f".{name}".endswith(whole) and not torch.equal(ours, theirs):
+            return True
+    return False
+
+
+def rows_held(path: str, base: Any) -> int:
+    """The rows of the embeddings that an adapter folder holds; 0 where it holds none."""
+    shapes = shapes_of(Path(path))
+    return max((shapes[held][0] for held in _tables(path, base).values()), default=0)
+
+
+def _tables(path: str, base: Any) -> dict[str, str]:
+    """The names of whole embeddings in an adapter folder, by those of their layers in the base."""
+    ends = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    names = [name for name, module in base.named_modules() if id(module) in ends]
     held = shapes_of(Path(path))
-    ends = (".weight", ".base_layer.weight")  # the second under LoRA of its own
-    return any(f"{PREFIX}{name}{end}" in held for name in names for end in ends)
+    inside = ("", ".base_layer", ".token_adapter.base_layer")  # under adapters of their own
+    found = [(name, f"{PREFIX}{name}{part}.weight") for name in names for part in inside]
+    return {name: weight for name, weight in found if weight in held}
+
+
+def _without_copies(weights: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The weights of a folder without what peft writes twice of embeddings that were resized.
+
+    Beside the weights of an adapter those are all that their modules hold: the weights once more,
+    and those that they replaced.
+    """
+    ours = [weights[name] for name in weights if name in own]
+    twice = {
+        name
+        for name, weight in weights.items()
+        if name not in own
+        and re.search(r"\.(modules_to_save|token_adapter)\.", name)
+        and any(torch.equal(weight, each) for each in ours)
+    }
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if name not in twice and ".original_module." not in name
+    }
 
 
 def saved_weights(adapted: Any, adapter: str) -> dict[str, Tensor]:

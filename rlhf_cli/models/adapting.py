@@ -100,7 +100,10 @@ def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.M
         raise UserError(f"{path}: adapters of the kind {own.peft_type.value} are not trained on")
     if use == STACK:
         return _stacked(model, path, own, config, task)
-    return _continued(model, path, own, config, task)
+    adapted = _continued(model, path, own, config, task)
+    if isinstance(config, Model) and config.merge_lora:
+        _check_biases(adapted, path)
+    return adapted
 
 
 def _fresh(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:
@@ -145,9 +148,24 @@ def _merged(model: Any, path: str, own: Any, task: str) -> nn.Module:
     own.task_type = None  # a policy's adapter merges into the trunk of a scorer too
     leave_absent_rows(model, own)
     adapted = _loaded_adapter(model, path, config=own, head_left=policys)
+    _check_biases(adapted, path)
     merged = merge(adapted, [POLICY])
     merged.holds_adapter = True  # type: ignore[assignment]
     return merged.requires_grad_(True)  # peft froze what may now be trained in full
+
+
+def _check_biases(adapted: nn.Module, path: str) -> None:
+    """Stop where matrices have biases, which merging adds to those of layers that have none."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in adapted.named_modules():
+        biased = isinstance(layer, LoraLayer) and layer.lora_bias.get(POLICY)
+        if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise UserError(
+                f"{path}: its matrices have biases (lora_bias), and {name.removeprefix(PREFIX)} "
+                "has none to merge them into; keep it apart: model.adapter=continue, "
+                "model.merge_lora=false"
+            )
 
 
 def _continued(model: Any, path: str, own: Any, config: FrozenModel, task: str) -> nn.Module:
@@ -196,8 +214,8 @@ def _namesakes(adapted: nn.Module, config: FrozenModel) -> list[str]:
 
 def _stacked(model: Any, path: str, own: Any, config: FrozenModel, task: str) -> nn.Module:
     """The model under the folder's adapter, frozen, with a fresh one over it that is trained."""
-    whole = [own.bias != "none", own.use_dora, own.modules_to_save, own.trainable_token_indices]
-    whole.append(trainable_rows(model, path))
+    whole = [own.bias != "none", own.lora_bias, own.use_dora, own.modules_to_save]
+    whole += [own.trainable_token_indices, trainable_rows(model, path)]
     if any(whole) or own.target_parameters or own.init_lora_weights not in (True, False):
         raise UserError(
             f"{path}: model.adapter=stack adds up plain LoRA matrices, and this adapter has others "

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf_cli.config.errors import UserError
@@ -22,6 +23,16 @@ def asked_for(config: FrozenModel) -> dict[str, Any]:
     return {} if config.attention == AUTO else {"attn_implementation": config.attention}
 
 
+def check_device(config: FrozenModel, device: torch.device) -> None:
+    """Stop before a model is loaded for kernels that have no gradient on a CPU.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if config.attention not in (AUTO, SDPA, EAGER) and device.type == "cpu":
+        raise UserError(f"model.attention={config.attention} needs a GPU; auto does without one")
+
+
 def check_attention(model: nn.Module, path: str, config: FrozenModel) -> None:
     """Stop where a model computes attention otherwise than it was told to.
 
@@ -39,17 +50,14 @@ def check_attention(model: nn.Module, path: str, config: FrozenModel) -> None:
 def try_attention(model: nn.Module, path: str, config: FrozenModel) -> None:
     """Stop where the kernels that were asked for cannot do this model: a short pass tells.
 
-    They differ in what they need: a type, a head size; on a CPU they have no gradient.
+    They differ in what they need: a type, a head size.
 
     Raises:
         UserError: in one line.
     """
     if config.attention in (AUTO, SDPA, EAGER):
         return
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        raise UserError(f"model.attention={config.attention} needs a GPU; auto does without one")
-    batch = collate([Tokens([0, 1], [2, 3]), Tokens([0], [1])], device)
+    batch = collate([Tokens([0, 1], [2, 3]), Tokens([0], [1])], next(model.parameters()).device)
     with told(f"{path}: model.attention={config.attention} does not work here, auto does"):
         states = hidden_states(model, batch)
         if states.requires_grad:

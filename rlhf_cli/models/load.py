@@ -27,9 +27,10 @@ from rlhf_cli.models.adapters import (
     holds_embeddings,
     is_adapted,
     put_weights,
+    rows_held,
 )
 from rlhf_cli.models.adapting import adapt
-from rlhf_cli.models.attention import asked_for, check_attention, try_attention
+from rlhf_cli.models.attention import asked_for, check_attention, check_device, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
@@ -52,6 +53,7 @@ def load_policy(
     Raises:
         UserError: weights are missing or unreadable, or an adapter is of a kind that is not known.
     """
+    check_device(config, device)
     model = load_base(path, config, None, allowed_missing=set())
     added = fit_embeddings(model, tokenizer, path)
     # told once, of what is trained; an adapter that was trained before brings such rows along
@@ -120,6 +122,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)
     model.embeddings_in_adapter = base is not None and holds_embeddings(path, model)
+    model.rows_in_adapter = 0 if base is None else rows_held(path, model)
     return model
 
 

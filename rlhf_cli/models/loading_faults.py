@@ -8,6 +8,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -17,6 +19,7 @@ from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.out_of_memory import if_it_fits, ran_out
 
 transformers_logging.set_verbosity_error()
+hub_logging.set_verbosity_error()  # each try to reach it is no news, that all failed is told
 transformers_logging.disable_progress_bar()
 # what these libraries will rename is no news to our users
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
@@ -39,9 +42,14 @@ def told(what: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a library says; of code that it will not run, which key lets it."""
+    """The first line of what a library says; what to do where that is known."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own; read that, then set model.trust_remote_code=true"
+    if "couldn't connect to" in str(error):
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub does not answer"
+        return f"it is not on this machine, and {why}; go online once, or name a folder"
+    if "gated repo" in str(error):
+        return "it is gated: ask for access on its page of the hub, and set HF_TOKEN to your token"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

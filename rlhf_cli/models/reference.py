@@ -124,7 +124,8 @@ class Reference:
         if self._adapted is not None:
             others = set(self._adapted.peft_config) - {REFERENCE, BELOW}
         digest = hashlib.sha256()
-        for name, weight in self.model.named_parameters():
+        # sorted: peft takes experts out of their module for a pass, and puts them back at its end
+        for name, weight in sorted(self.model.named_parameters()):
             if others.isdisjoint(name.split(".")):
                 digest.update(
                     weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 
@@ -50,8 +52,8 @@ class ScalarHead:
             labels = settings.pop("num_labels", 1)
             trust = settings.get("trust_remote_code")
             config = AutoConfig.from_pretrained(path, num_labels=labels, trust_remote_code=trust)
+        rename_as_language_model(cls, type(config))
         family: Any = super(ScalarHead, in_family(cls, type(config)))
-        settings.setdefault("key_mapping", renamed(type(config)))
         return family.from_pretrained(path, *args, config=config, **settings)
 
     @classmethod
@@ -147,20 +149,6 @@ class ScalarHeadForTokenClassification(ScalarHead):
         return TokenClassifierOutput(loss=loss, logits=logits)
 
 
-def renamed(config: Any) -> dict[str, str] | None:
-    """Names of weights in folders of a family and here, as patterns, where those are not the same.
-
-    transformers knows such names by the class of the language model (Qwen2-VL's, among others).
-    """
-    for known in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        if config in known:
-            model: Any = known[config]
-            told = get_checkpoint_conversion_mapping(model.__name__) or []
-            pairs = [each for each in told if isinstance(each, WeightRenaming)]
-            return {each.source_patterns[0]: each.target_patterns[0] for each in pairs} or None
-    return None
-
-
 def in_family(kind: type, config: type) -> Any:
     """The classifier of this kind for the models of a config, as one class of their family.
 
@@ -175,3 +163,17 @@ def in_family(kind: type, config: type) -> Any:
     family = next(each for each in decoder.__mro__ if PreTrainedModel in each.__bases__)
     here = {"__module__": kind.__module__, "base_model_prefix": decoder.base_model_prefix}
     return type(kind.__name__, (kind, family), here)
+
+
+def rename_as_language_model(kind: type, config: type) -> None:
+    """Read and write weights under the names that the language model of a config has on disk.
+
+    Where those are not the names of modules, transformers translates them by class (Qwen2.5-VL) or
+    by family, and knows no class of ours. A class is of one family at a time, so this is said anew
+    before each is read; what was read keeps its own.
+    """
+    autos: Any = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    models = [auto._model_mapping.get(config, None) for auto in autos]
+    names = [get_checkpoint_conversion_mapping(each.__name__) for each in models if each]
+    known: Any = next((each for each in names if each is not None), None)  # None: by its family
+    register_checkpoint_conversion_mapping(kind.__name__, known, overwrite=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
@@ -14,7 +15,9 @@ from rlhf_cli.config.schema import FrozenModel
 from rlhf_cli.folders.generation import Settings, eos_ids, name_eos, read_generation
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.decoder import embedding_rows, unwrap
+from rlhf_cli.models.hub import cached
 from rlhf_cli.models.loading_faults import told
+from rlhf_cli.reporting.console import say
 
 PROBES = ("the cat and the dog", "thecat", "12", "A")  # a tokenizer of text keeps most
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -30,6 +33,8 @@ def load_tokenizer(path: str, config: FrozenModel) -> PreTrainedTokenizerBase:
     base = adapter_base(path)
     if base is not None and not any(Path(path, file).is_file() for file in FILES):
         return load_tokenizer(base, config)
+    if not Path(path).is_dir() and cached(path, "config.json") is None and not HF_HUB_OFFLINE:
+        say(f"{path} is not on this machine: it is fetched from the hub")
     with told(f"{path}: no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         tokenizer.decode(tokenizer("a").input_ids)  # what it was read with is used only now
@@ -127,7 +132,8 @@ def ids_of_no_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> str | None:
     """Rows for tokens that a model has none for: the mean of the others, so that none is likely.
 
-    `model.added_rows` says which they are, for `trainable_rows`. Rows beyond the tokenizer's stay.
+    `model.added_rows` says which they are, for `trainable_rows`. Rows beyond the tokenizer's stay,
+    and are added where an adapter that is to come was trained with more, as padding.
 
     Returns:
         A line on how many and which; None where there are none.
@@ -138,13 +144,16 @@ def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) ->
     before = embedding_rows(model)
     model.added_rows = range(before, max(before, len(tokenizer)))
     count = len(model.added_rows)
-    if not count:
+    rows = max(before + count, getattr(model, "rows_in_adapter", 0))
+    if rows == before:
         return None
     with torch.random.fork_rng(devices=[]):  # what is drawn for them is overwritten
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.resize_token_embeddings(rows, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for weight in () if module is None else module.parameters():
             weight[before:] = weight[:before].mean(0)
+    if not count:
+        return None
     with told(f"{path}: its model cannot take the {count} tokens that its tokenizer adds"):
         model(input_ids=torch.tensor([[len(tokenizer) - 1]]))
     names = [str(each) for each in tokenizer.convert_ids_to_tokens(list(model.added_rows))]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_cli.config.secrets import redacted
+from rlhf_cli.data.templates import CHAT
 from rlhf_cli.reporting.terminal import on_one_line
 
 LIBRARY = "transformers"
@@ -48,6 +49,11 @@ class Card:
 
     kind: policy or reward; level: of a reward model.
     dtype: of the weights.
+    chat: whether its tokenizer has a chat template.
+    template: how prompts were written, `chat` or a text with {prompt} in it; None where nobody
+        knows.
+    ending: what ended the responses that a reward model was trained on; None where nobody knows.
+    own_class: whether a file in the folder has the class of the model.
     base: hub id of the model that the chain began with; None where it has none.
     origin: in words where the chain began, for people.
     licence: the `license` entries of the base's own card.
@@ -64,6 +70,9 @@ class Card:
     level: str
     dtype: str
     chat: bool
+    template: str | None
+    ending: str | None
+    own_class: bool
     base: str | None
     origin: str
     licence: Mapping[str, str]
@@ -117,20 +126,35 @@ def _sentence(card: Card) -> str:
 
 
 def _example(card: Card) -> str:
+    """Python that asks the model as it was trained: a score stands at the end of a response."""
     place = f'place = "{card.name}"  # this folder, or its id on the hub'
+    text = None if card.template in (None, CHAT) else str(card.template)
+    asked = "Hello!" if text is None else text.replace("{prompt}", "Hello!")
+    turns = '[{"role": "user", "content": "Hello!"}]'
     if card.kind == "policy":
-        asked = '[{"role": "user", "content": "Hello!"}]' if card.chat else '"Hello"'
         return (
             f"from transformers import pipeline\n\n{place}\n"
-            f'generate = pipeline("text-generation", place)\nprint(generate({asked}))'
+            'generate = pipeline("text-generation", place)\n'
+            f"print(generate({turns if card.chat and text is None else repr(asked)}))"
         )
     auto = _task(card)[1]
+    code = ", trust_remote_code=True" if card.own_class else ""
+    response = f"{'Hi.' + (card.ending or '')!r}"
     lines = [
         f"from transformers import AutoTokenizer, {auto}\n\n{place}",
-        f"model, tokenizer = {auto}.from_pretrained(place), AutoTokenizer.from_pretrained(place)",
-        'batch = tokenizer(["a prompt and its response"], return_tensors="pt")',
-        "scores = model(**batch).logits.squeeze(-1)",
+        "tokenizer = AutoTokenizer.from_pretrained(place)",
+        f"model = {auto}.from_pretrained(place{code})",
     ]
+    if card.template == CHAT:
+        lines += [
+            f"asked = tokenizer.apply_chat_template({turns}, tokenize=False, "
+            "add_generation_prompt=True)",
+            f"batch = tokenizer([asked + {response}], add_special_tokens=False, "
+            'return_tensors="pt")',
+        ]
+    else:
+        lines.append(f'batch = tokenizer([{asked!r} + {response}], return_tensors="pt")')
+    lines.append("scores = model(**batch).logits.squeeze(-1)")
     if card.scale:
         lines.append(f"rewards = (scores - {card.scale['mean']}) / {card.scale['std']}")
     return "\n".join(lines)

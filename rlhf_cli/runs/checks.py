@@ -240,6 +240,8 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
             raise UserError(f"{role}={path} is a file; {role} needs a folder ({meant})")
         if is_hub_id(path):
             return
+        if role == "model.path":
+            raise UserError(f"{role}={path} does not exist; give a folder or hub id of a model")
         made = f"run `rlhf-cli {makers_of(kind)[0]} out={path}`"
         if match := re.fullmatch(r"runs/([^/]+)/(\w+)", path):
             name = "" if match[1] == "demo" else f" name={match[1]}"
@@ -256,7 +258,9 @@ def check_folder(role: str, path: str, kind: str, meant: str) -> None:
                 f"{role}={path} holds adapters in folders of their own; name one: "
                 f"{', '.join(map(str, inside))}"
             )
-        raise UserError(f"{role}={path} holds no finished model; run the stage that makes it")
+        begun = is_claimed(folder)
+        way = "the command that began it goes on" if begun else "run the stage that makes it"
+        raise UserError(f"{role}={path} holds no finished model; {way}")
     actual = kind_of(folder)
     if kind == "reward" and (implicit := implicit_reward_of(path)) is not None:
         reference_folder(path, implicit)

@@ -32,10 +32,12 @@ from rlhf_cli.folders.manifest import (
     trained_here,
 )
 from rlhf_cli.models import gguf, hub
+from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dtypes import AUTO, name_of, type_to_write
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.nonfinite import is_finite
 from rlhf_cli.models.save import save_model, set_score_pad
+from rlhf_cli.models.scalar_head import ScalarHead
 from rlhf_cli.models.scorers import SCORING, load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.console import say
@@ -172,12 +174,13 @@ def _write(order: Export, folder: Path, parent: dict[str, dict[str, str]]) -> No
     model, tokenizer = _loaded(order, folder)
     dtype = type_to_write(model, order.save_dtype, merge=True)
     _check_range(model, dtype, order.source)
-    with whole_folder(order.dest) as part:
+    with whole_folder(order.dest.resolve()) as part:  # a link stays, and leads to what is written
         save_model(model, tokenizer, part, True, dtype, order.shard_size)
+        own = isinstance(unwrap(model), ScalarHead)
         del model
         copy_companions(places, part, code=order.trust_remote_code)
-        name, chat = order.dest.resolve().name, tokenizer.chat_template is not None
-        card = card_of(folder, order.source, name, name_of(dtype), chat)
+        name = order.dest.resolve().name
+        card = card_of(folder, order.source, name, name_of(dtype), tokenizer, own)
         (part / CARD).write_text(card_text(card), encoding="utf-8")
         if order.gguf is not None:
             file = part / f"{name}-{order.gguf}.gguf"

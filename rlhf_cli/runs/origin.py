@@ -5,17 +5,21 @@ Paths are shown as they were written down: what the environment said stays a ref
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.secrets import filled_in
+from rlhf_cli.data.chat import ChatTemplate
 from rlhf_cli.data.files import is_local
 from rlhf_cli.data.hub import NAME, hub_name
+from rlhf_cli.data.templates import CHAT
+from rlhf_cli.data.text_ids import TextIds
 from rlhf_cli.folders.json_forms import STAGE
 from rlhf_cli.folders.manifest import (
     MANIFEST,
@@ -35,14 +39,17 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 CACHED = "models--"  # begins the folder of a hub id in the hub's cache
 
 
-def card_of(folder: Path, given: str, name: str, dtype: str, chat: bool) -> Card:
+def card_of(
+    folder: Path, given: str, name: str, dtype: str, tokenizer: PreTrainedTokenizerBase, own: bool
+) -> Card:
     """What is known of a model folder.
 
     Args:
         given: the folder or hub id as it was named.
         name: of the model.
         dtype: of the weights as they will be written.
-        chat: whether its tokenizer has a chat template.
+        tokenizer: its own.
+        own: whether its class is in its folder.
     """
     said = _written(folder)
     chain = list(_chain(folder, given))
@@ -53,7 +60,10 @@ def card_of(folder: Path, given: str, name: str, dtype: str, chat: bool) -> Card
         kind=kind_of(folder),
         level=str(said.get("level", RESPONSE)),
         dtype=dtype,
-        chat=chat,
+        chat=tokenizer.chat_template is not None,
+        template=said.get("template"),
+        ending=_ending(said, tokenizer),
+        own_class=own,
         base=base,
         origin=_origin(base, root),
         licence=licence_of(base, root),
@@ -65,6 +75,16 @@ def card_of(folder: Path, given: str, name: str, dtype: str, chat: bool) -> Card
         scale=said.get("reward") or {},
         evaluations=evaluations_of(folder),
     )
+
+
+def _ending(said: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What ended the responses that a stage of ours trained on."""
+    if "template" not in said:
+        return None
+    if said["template"] != CHAT:
+        return str(tokenizer.eos_token)
+    arguments = said.get("chat_args") or {}
+    return ChatTemplate(tokenizer, arguments, TextIds(tokenizer), "the export").ending
 
 
 def _written(folder: Path) -> dict[str, Any]:

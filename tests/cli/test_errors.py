@@ -29,6 +29,13 @@ NAMES = [
     ("ppo algo.beta=0.1", ["unknown key algo.beta", "belongs to `rlhf-cli dpo`"]),
     ("sft policy=x", ["unknown key policy", "belongs to `rlhf-cli reward`"]),
     ("reward data.convert=feedback_to_stepwise", ["data.convert must be a list, in brackets"]),
+    ("sft model=me/it", ["a folder or hub id is model=pretrained model.path=me/it; sft takes"]),
+    ("dpo model=me/it", ["a folder or hub id is policy=me/it; dpo takes full, lora"]),
+    ("sft model=lora", ["did you mean pretrained_lora?"]),
+    ("sft model.path=.", ["is not used by model.path=.", "as model=pretrained does"]),
+    ("sft model=qwen3 model.lora_targets=x", ["or set model.lora_rank above 0"]),
+    ("sft model.adapter=stack", ["but model.lora_rank=0; set it to 16"]),
+    ("sft model.path=./nowhere model=qwen3", ["does not exist; give a folder or hub id of a"]),
     # names of before
     ("ppo hardware.keep=1", ["hardware.keep is called hardware.keep_checkpoints now"]),
     ("ppo algo.refills=2", ["dynamic_sampling now, and belongs to `rlhf-cli grpo`"]),

@@ -710,7 +710,7 @@ FOLDERS: dict[str, Case] = {
     "an unfinished policy": (
         gone(f"{POLICY}/stage.json"),
         PPO,
-        [f"policy={POLICY} holds no finished model; run the stage that makes it"],
+        [f"policy={POLICY} holds no finished model; the command that began it goes on"],
     ),
     "a reward model for a policy": (
         as_it_is,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
-from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.adapters import WEIGHTS, trained
 from rlhf_cli.models.forward import state_values, token_logprobs
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
@@ -72,10 +72,16 @@ def disturb(weights: Any, seed: int = 0) -> None:
             weight += 0.1 * torch.randn(weight.shape, generator=draw)
 
 
-def foreign(base: str, place: Path, settings: dict[str, Any]) -> Any:
-    """An adapter folder as peft alone writes one, all its weights moved, and its model."""
+def foreign(base: str, place: Path, settings: dict[str, Any], rows: int | None = None) -> Any:
+    """An adapter folder as peft alone writes one, all its weights moved, and its model.
+
+    Args:
+        rows: to which the base's embeddings are resized first.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
     whole = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], **settings}
     config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **whole})
     adapted: Any = peft.get_peft_model(model, config).eval()
@@ -155,8 +161,62 @@ def test_a_foreign_adapter_goes_on_beside_its_roles(
     plain: Any = AutoModelForCausalLM.from_pretrained(bases[tied], dtype=torch.float32)
     again = peft.PeftModel.from_pretrained(plain, tmp_path / "ours")
     assert same(logits(again), logits(policy.eval()))
+    assert set(load_file(tmp_path / "ours" / WEIGHTS)) <= set(
+        load_file(tmp_path / "theirs" / WEIGHTS)
+    )
+    assert same(logits(policy_of(tmp_path / "ours")), logits(policy))
     save_model(policy, TOKENIZER, tmp_path / "merged", merge=True)
     assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(policy))
+
+
+RESIZED = {
+    **{kind: KINDS[kind] for kind in ("plain", "whole ends", "some tokens")},
+    "whole input": {"modules_to_save": ["embed_tokens"]},
+    "both ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        pytest.param(kind, tied, marks=[] if (kind, tied) == QUICK[1] else pytest.mark.slow)
+        for kind in RESIZED
+        for tied in (False, True)
+    ],
+)
+def test_an_adapter_of_a_model_that_was_resized(
+    kind: str, tied: bool, bases: dict[bool, str], tmp_path: Path
+) -> None:
+    """Of added tokens and padding peft writes whole embeddings, some of them twice."""
+    theirs = foreign(bases[tied], tmp_path / "theirs", RESIZED[kind], rows=len(TOKENIZER) + 7)
+    policy = policy_of(tmp_path / "theirs")
+    assert same(logits(policy), logits(theirs))
+    disturb(trained(policy).values())
+    save_model(policy, TOKENIZER, tmp_path / "ours", merge=False)
+    names = set(load_file(tmp_path / "ours" / WEIGHTS))
+    assert names <= set(load_file(tmp_path / "theirs" / WEIGHTS))
+    assert kind != "whole ends" or not [name for name in names if ".modules_to" in name]
+    assert same(logits(policy_of(tmp_path / "ours")), logits(policy))
+    plain: Any = AutoModelForCausalLM.from_pretrained(bases[tied], dtype=torch.float32)
+    plain.resize_token_embeddings(len(TOKENIZER) + 7)
+    again: Any = peft.PeftModel.from_pretrained(plain, tmp_path / "ours")
+    assert same(logits(again), logits(policy))
+    assert same(logits(policy_of(tmp_path / "theirs", FULL)), logits(theirs))
+
+
+def test_biases_of_matrices_are_kept_or_refused(bases: dict[bool, str], tmp_path: Path) -> None:
+    kind = KINDS["biases of its own"]
+    foreign(bases[False], tmp_path / "theirs", kind)
+    with pytest.raises(UserError, match="stack adds up plain LoRA"):
+        policy_of(tmp_path / "theirs", model_of(lora_rank=4, adapter="stack"))
+    llama(len(TOKENIZER)).save_pretrained(tmp_path / "without")
+    TOKENIZER.save_pretrained(tmp_path / "without")
+    theirs = foreign(str(tmp_path / "without"), tmp_path / "alone", kind)
+    apart = model_of(lora_rank=4, merge_lora=False)
+    assert same(logits(policy_of(tmp_path / "alone", apart)), logits(theirs))
+    for config in (FULL, model_of(lora_rank=4, merge_lora=True)):  # before any work
+        with pytest.raises(UserError, match="q_proj has none to merge them into"):
+            policy_of(tmp_path / "alone", config)
 
 
 # --------------------------------------------------------------------------- fresh ones

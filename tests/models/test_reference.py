@@ -12,6 +12,7 @@ from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
+from tests.model_families import model_of
 from tests.toys import hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(5)
@@ -85,3 +86,18 @@ def test_a_resumed_run_has_the_reference_of_the_last_refresh(kind: str) -> None:
     assert resumed.hash == reference.hash == resumed.digest()
     assert all(torch.equal(resumed.tensors()[name], kept[name]) for name in kept)
     assert torch.equal(outputs(again), outputs(policy_of(kind)))  # the policy did not move
+
+
+def test_a_reference_beside_adapted_experts_is_unchanged() -> None:
+    """peft takes a tensor of experts out of its module as it runs, and puts it back at the end."""
+    model: Any = model_of("mixtral")
+    experts = ["mlp.experts.gate_up_proj"]
+    config = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=experts, task_type="CAUSAL_LM"
+    )
+    policy = peft.get_peft_model(model, config)
+    before = [name for name, _ in policy.named_parameters()]
+    reference = Reference(policy)
+    train(policy, steps=1)
+    assert [name for name, _ in policy.named_parameters()] != before
+    assert reference.digest() == reference.hash

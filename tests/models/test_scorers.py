@@ -243,6 +243,45 @@ def test_a_router_that_is_called_as_heads_are_is_not_trained(tmp_path: Path) -> 
         assert heads == ["base_model.model.score.modules_to_save.default.weight"]
 
 
+@pytest.mark.parametrize(
+    ("family", "elsewhere"),
+    [
+        ("qwen2_5_vl", False),
+        *(
+            pytest.param(each, True, marks=pytest.mark.slow)
+            for each in ("qwen2_5_vl", "mistral3", "gemma3")
+        ),
+    ],
+)
+def test_weights_of_other_names_on_disk_are_found(
+    family: str, elsewhere: bool, tmp_path: Path
+) -> None:
+    """Of families whose folders name them otherwise than the modules do, which go by the class."""
+    policy = tmp_path / "policy"
+    build(family, policy)
+    tokenizer: Any = load_tokenizer(str(policy), FROZEN)
+    full, adapted = (
+        moved(scorer_from_policy(str(policy), config, tokenizer, 7, CPU)) for config in (FULL, LORA)
+    )
+    expected = {"full": scores(full), "adapted": scores(adapted)}
+    other = str(tiny("Ernie4_5", tmp_path / "other"))
+    scorer_from_policy(other, FULL, TOKENIZER, 7, CPU)  # names of one family are not another's
+    for name, scorer in (("full", full), ("adapted", adapted)):
+        place = tmp_path / name
+        save_model(scorer, tokenizer, place, merge=scorer is full)
+        again = load_scorer(str(place), FROZEN, tokenizer, CPU)
+        torch.testing.assert_close(scores(again), expected[name], rtol=1e-5, atol=1e-5)
+    with_head = list(load_file(policy / "model.safetensors"))
+    without = {each for each in with_head if "lm_head" not in each} | {"score.weight"}
+    assert set(load_file(tmp_path / "full" / "model.safetensors")) == without
+    base = ScalarHeadForSequenceClassification.from_pretrained(str(policy))
+    plain = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapted")).eval()
+    torch.testing.assert_close(scores(plain), expected["adapted"], rtol=1e-5, atol=1e-5)
+    if elsewhere:
+        found = scores_elsewhere(tmp_path / "full", RESPONSE, tmp_path)
+        torch.testing.assert_close(found, expected["full"], rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_of_ours_loads_with_peft_alone(tmp_path: Path) -> None:
     policy = tiny("Ernie4_5", tmp_path / "policy")
     scorer = scorer_of(policy, LORA)

@@ -44,7 +44,7 @@ def test_a_family_without_sdpa_is_said_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "attention", "says"),
     [
-        ("llama", "flash_attention_2", "flash_attention_2: FlashAttention2 has been toggled on"),
+        ("llama", "flash_attention_2", "flash_attention_2 needs a GPU; auto does without one"),
         ("llama", "flex_attention", "flex_attention needs a GPU; auto does without one"),
         ("gptj", "sdpa", "with model.attention=sdpa: GPTJForCausalLM does not support"),
     ],

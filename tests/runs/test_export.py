@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_cli.commands import export
 from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import content_hash, kind_of, read_manifest
 from rlhf_cli.models.tokenizers import load_tokenizer
+from rlhf_cli.reporting.model_card import card_text
 from rlhf_cli.rewards.models import load_model_reward
 from rlhf_cli.runs import export as work
 from rlhf_cli.runs.checks import check_folder
-from rlhf_cli.runs.origin import front_matter_of
+from rlhf_cli.runs.origin import card_of, front_matter_of
 from rlhf_cli.runs.provenance import siblings_of
 from tests.toys import FROZEN, data_of, hardware_of
 
@@ -98,10 +101,38 @@ def test_a_reward_adapter_scores_as_before(dest: Path) -> None:
         assert plain(ids).logits.item() == pytest.approx(after.raw(sequence).item(), abs=1e-5)
 
 
-def work_tokens() -> Any:
-    from rlhf_cli.data.items import Tokens
-
+def work_tokens() -> Tokens:
     return Tokens([1, 5, 6], [7, 8, 2])
+
+
+def test_the_code_of_a_card_asks_as_the_stages_did(
+    dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt in its template; of a reward model the score where it was trained, at EOS."""
+    tokenizer: Any = load_tokenizer(REWARD, FROZEN)
+    export.run([REWARD, str(dest)])
+    scorer = load_model_reward(
+        REWARD, FROZEN, data_of(), hardware_of(), tokenizer, torch.device("cpu"), None
+    )
+    ids = tokenizer("Hello!Hi.").input_ids
+    raw = scorer.raw([Tokens(ids[:-1], [ids[-1], tokenizer.eos_token_id])]).item()
+    monkeypatch.chdir(dest.parent)
+    names: dict[str, Any] = {}
+    exec((dest / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["rewards"].item() == pytest.approx((raw - scorer.mean) / scorer.std, abs=1e-4)
+
+
+def test_a_card_writes_prompts_by_the_template() -> None:
+    tokenizer = load_tokenizer(REWARD, FROZEN)
+    card = card_of(Path(REWARD), REWARD, "x", "float32", tokenizer, own=True)
+    text = card_text(replace(card, template="Q: {prompt}\nA: "))
+    assert r"'Q: Hello!\nA: ' + 'Hi.</s>'" in text and "trust_remote_code=True" in text
+    text = card_text(replace(card, template="chat", own_class=False))
+    assert "[asked + 'Hi.</s>'], add_special_tokens=False" in text
+    assert "trust_remote_code=True" not in text
+    policy = replace(card, kind="policy", chat=True, template="Q: {prompt}\nA: ")
+    assert r"generate('Q: Hello!\nA: ')" in card_text(policy)
+    assert 'generate([{"role": "user"' in card_text(replace(policy, template=None))
 
 
 def test_weights_are_cast_and_sharded(dest: Path) -> None:
@@ -115,6 +146,14 @@ def test_weights_are_cast_and_sharded(dest: Path) -> None:
         assert torch.equal(value, source[name].bfloat16())
     assert json.loads((dest / "config.json").read_text())["dtype"] == "bfloat16"
     check_whole(dest)
+
+
+def test_a_link_stays_and_leads_to_what_is_written(tmp_path: Path, dest: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    dest.symlink_to(tmp_path / "disk")
+    export.run(["runs/demo/sft", str(dest)])
+    assert dest.is_symlink()
+    check_whole(tmp_path / "disk")
 
 
 def test_the_same_order_is_done_and_another_is_refused(dest: Path) -> None:

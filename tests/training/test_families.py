@@ -41,12 +41,14 @@ WORDS = [
 ]
 TRAIN = [*WORDS, "algo.lr=1e-3", "algo.warmup_steps=0", "algo.batch_size=4"]
 EPOCHS = [*TRAIN, "algo.max_steps=1", "algo.eval_every=1", "algo.keep=last"]
+LONGER = ["algo.lr=5e-3", "algo.epochs=20", "algo.max_steps=20", "algo.eval_every=4"]
+LONGER += ["algo.keep=best"]
 ONLINE = [*TRAIN, "algo.steps=1", "algo.minibatch_size=4", "algo.show_every=9", "algo.epochs=1"]
 LORA = ["model.lora_rank=2", "model.merge_lora=false"]
 WORDS_OF = {
     "sft": ["model=pretrained", "model.path=base", *EPOCHS],
     # enough to be no coin, which ppo would refuse
-    "reward": ["policy=sft", *EPOCHS, "algo.lr=1e-2", "algo.epochs=20", "algo.max_steps=20"],
+    "reward": ["policy=sft", *EPOCHS, *LONGER],
     "dpo": ["policy=sft", *EPOCHS],
     "ppo": ["policy=sft", "reward=reward", *ONLINE],
     "grpo": ["policy=sft", "reward=regex:a", "algo.group_size=2", *ONLINE],
