@@ -86,12 +86,14 @@ def can_lend(adapted: Any) -> bool:
 def base_is_as_stored(adapted: Any) -> bool:
     """Whether the base under the policy's adapter is the model that its folder or hub id holds.
 
-    It is not where another adapter was merged into it, or where peft drew the matrices by taking
-    something out of the weights, as PiSSA does.
+    It is not where another adapter was merged into it, where the policy's brought embeddings along,
+    or where peft drew the matrices by taking something out of the weights, as PiSSA does.
     """
-    config = adapted.peft_config[POLICY]
-    merged = getattr(adapted.get_base_model(), "holds_adapter", False)
-    return can_lend(adapted) and config.init_lora_weights in PLAIN_STARTS and not merged
+    config, base = adapted.peft_config[POLICY], adapted.get_base_model()
+    changed = ("holds_adapter", "embeddings_in_adapter")
+    if any(getattr(base, each, False) for each in changed):
+        return False
+    return can_lend(adapted) and config.init_lora_weights in PLAIN_STARTS
 
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:

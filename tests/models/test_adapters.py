@@ -357,6 +357,20 @@ def test_a_reward_model_is_stacked_on_a_policys_adapter(
 
 
 @pytest.mark.slow
+def test_embeddings_that_a_policy_brings_along_are_not_lent(
+    bases: dict[bool, str], tmp_path: Path
+) -> None:
+    reward = scorer_from_policy(bases[False], LORA, TOKENIZER, 7, CPU)
+    path = scorer_folder(reward, tmp_path / "reward")
+    theirs = foreign(bases[False], tmp_path / "theirs", {}, rows=len(TOKENIZER) + 7)
+    disturb(theirs.get_input_embeddings().parameters())
+    theirs.save_pretrained(tmp_path / "theirs")
+    policy = policy_of(tmp_path / "theirs", model_of(lora_rank=4, merge_lora=False))
+    expected = scores(reward)
+    assert same(scores(load_scorer(path, FROZEN, TOKENIZER, CPU, policy)), expected)
+
+
+@pytest.mark.slow
 def test_a_fresh_adapter_over_a_merged_one_lends_its_base_to_no_other(
     bases: dict[bool, str], tmp_path: Path
 ) -> None:
