@@ -220,7 +220,10 @@ def check_sizes(folder: Path) -> None:
         config |= {"r": max([config.get("r") or 0, *of_layers])}
     else:
         file, config = folder / "config.json", read_config(folder)
-    for said in (config, config.get("text_config") or {}, *labels_in(config)):
+    text = config.get("text_config") or {}
+    if "vocab_size" in text:  # what a model that sees says of another part is not of its embeddings
+        config = {name: value for name, value in config.items() if name != "vocab_size"}
+    for said in (config, text, *labels_in(config)):
         for name, limit in limits.items():
             value = said.get(name)
             sizes = value if isinstance(value, list) else [value]

@@ -31,7 +31,7 @@ from rlhf_cli.models.adapters import (
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.dtypes import product_type
-from rlhf_cli.models.heads import head_name
+from rlhf_cli.models.heads import HEAD_NAMES, head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
 from rlhf_cli.models.shared import freeze_lowest
@@ -82,7 +82,7 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
         check_adapter(path)
     with told(f"{path}: cannot load the adapter"):
         adapted = _with_adapter(model, path, config, task)
-    freeze(adapted, model.towers)
+    freeze(adapted, [*model.towers, *_namesakes(adapted, config)])
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
     return adapted.eval()  # peft makes its layers in training mode
@@ -186,11 +186,30 @@ def _continued(model: Any, path: str, own: Any, config: FrozenModel, task: str) 
     with _without_warnings():
         adapted = peft.get_peft_model(model, own)
     weights = _in_place(adapter_weights(path), model)
-    fresh: Any = getattr(unwrap(adapted), head or "score")
-    for name, value in fresh.original_module.named_parameters():
-        weights[f"{PREFIX}{head}.{name}"] = value.detach()
+    for name, each in _whole(adapted):  # the head is fresh, and the rest as it is in the base
+        for part, value in each.original_module.named_parameters():
+            weights.setdefault(f"{PREFIX}{name}.{part}", value.detach())
     put_weights(adapted, POLICY, weights, path, head_left=True)
     return adapted
+
+
+def _whole(adapted: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that an adapter has whole copies of, by name."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    named = unwrap(adapted).named_modules()
+    return [(name, each) for name, each in named if isinstance(each, ModulesToSaveWrapper)]
+
+
+def _namesakes(adapted: nn.Module, config: FrozenModel) -> list[str]:
+    """Parts of a decoder that are called as heads are, which peft would train whole with a head."""
+    asked = config.modules_to_save if isinstance(config, Model) else ()
+    inside = [name for name, _ in _whole(adapted) if "." in name]
+    return [
+        name
+        for name in inside
+        if (last := name.rpartition(".")[2]) in HEAD_NAMES and last not in asked
+    ]
 
 
 def _stacked(model: Any, path: str, own: Any, config: FrozenModel, task: str) -> nn.Module:

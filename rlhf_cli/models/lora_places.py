@@ -28,11 +28,14 @@ class LoraPlaces:
     experts: parameters that hold the matrices of several experts.
     left_out: modules and parameters with matrices that stay as they are: routers and gates, what is
         no linear layer, and what peft cannot adapt.
+    past: those linear layers of them whose weights a block computes with past the layer, where an
+        adapter around it would do nothing.
     """
 
     linear: tuple[str, ...]
     experts: tuple[str, ...]
     left_out: tuple[str, ...]
+    past: tuple[str, ...] = ()
 
 
 def lora_places(model: nn.Module) -> LoraPlaces:
@@ -49,16 +52,18 @@ def lora_places(model: nn.Module) -> LoraPlaces:
     prefix = f"{start}." if start else ""
     linear: list[str] = []
     left_out: list[str] = []
+    past: list[str] = []
     for name, module in decoder.named_modules():
         if module is head or isinstance(module, nn.Embedding):
             continue
         if isinstance(module, LINEAR):
-            adapted = id(module) not in gates and _adaptable(whole, f"{prefix}{name}")
-            (linear if adapted else left_out).append(name)
+            weighs, reached = id(module) in gates, _adaptable(whole, f"{prefix}{name}")
+            (linear if reached and not weighs else left_out).append(name)
+            past += [] if reached or weighs else [name]
         elif name not in holders:
             left_out += _matrices(name, module)
     return LoraPlaces(
-        *(tuple(f"{prefix}{name}" for name in names) for names in (linear, experts, left_out))
+        *(tuple(f"{prefix}{name}" for name in names) for names in (linear, experts, left_out, past))
     )
 
 

@@ -61,7 +61,7 @@ def fresh_config(model: Any, config: Model, task: str) -> Any:
 
 def _of_text(places: LoraPlaces, towers: list[str]) -> LoraPlaces:
     """The places outside of towers, which stay as they are."""
-    kinds = (places.linear, places.experts, places.left_out)
+    kinds = (places.linear, places.experts, places.left_out, places.past)
     return LoraPlaces(*(tuple(name for name in kind if not under(name, towers)) for kind in kinds))
 
 
@@ -138,4 +138,7 @@ def adapted_line(config: Model, chosen: LoraPlaces, places: LoraPlaces) -> str:
     rest = [name for name in (*places.linear, *places.experts) if name not in set(targets)]
     if rest := in_short([*rest, *places.left_out]):
         line += f"; left out, beside the head: {', '.join(rest)}"
+    if places.past:
+        ends = ", ".join(_last_parts(places.past))
+        line += f" (of {ends} the model or its kernels read the weights past any adapter)"
     return line

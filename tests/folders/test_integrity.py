@@ -156,6 +156,15 @@ def test_a_config_that_no_weights_fit_is_refused(
         check_whole(folder)
 
 
+def test_the_vocabulary_of_a_model_that_sees_is_that_of_its_decoder(folder: Path) -> None:
+    (folder / "stage.json").unlink()
+    text = {"vocab_size": CONFIG["vocab_size"]}
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | {"vocab_size": 257152, "text_config": text})
+    )
+    check_whole(folder)
+
+
 def test_an_adapter_needs_its_base(folder: Path) -> None:
     adapter = folder / "adapter"
     adapter.mkdir()

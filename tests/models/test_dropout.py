@@ -23,7 +23,7 @@ from tests.model_families import model_of, names
 BATCH = collate([Tokens([5, 6, 7, 8, 9, 10], [11, 12, 13]), Tokens([14, 15], [16])])
 # parallel branches are one sum; the mixers of some blocks stand alone
 BRANCHES = {"gptj": 1, "codegen": 1, "falcon": 1, "gpt_neox": 1, "phi": 1, "nemotron_h": 1}
-BRANCHES |= {"mamba": 1, "falcon_mamba": 1, "mamba2": 1, "gemma4_text": 3}
+BRANCHES |= {"mamba": 1, "falcon_mamba": 1, "mamba2": 1, "gemma4_text": 3, "longcat_flash": 5}
 QUICK = ["gpt2", "opt", "bloom", "falcon", "gpt_neox", "seed_oss", "mixtral", "mamba"]
 QUICK += ["biogpt", "dbrx", "modernbert_decoder", "gemma2", "phimoe"]
 SLOW = [each for each in names() if each not in QUICK]

@@ -19,6 +19,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.manifest import RESPONSE, TOKEN, kind_of
+from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.classifiers import load_classifier
 from rlhf_cli.models.decoder import hidden_states, unwrap
 from rlhf_cli.models.forward import score_head, token_scores
@@ -228,6 +229,18 @@ def test_a_model_that_sees_becomes_a_scorer(family: str, tmp_path: Path) -> None
             again = load_scorer(str(written), FROZEN, tokenizer, CPU)
             found, theirs = (token_scores(each, batch) for each in (again, scorer))
             torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_that_is_called_as_heads_are_is_not_trained(tmp_path: Path) -> None:
+    """peft trains all modules of those names whole; of policies, of adapters and again."""
+    build("longcat_flash", base := str(tmp_path / "base"))
+    policy, reward = tmp_path / "policy", tmp_path / "reward"
+    adapted = load_policy(base, LORA, load_tokenizer(base, FROZEN), CPU)
+    save_model(moved(adapted), TOKENIZER, policy, merge=False)
+    save_model(scorer_of(policy, LORA), TOKENIZER, reward, merge=False)
+    for scorer in (scorer_of(Path(base), LORA), load_scorer(str(reward), LORA, TOKENIZER, CPU)):
+        heads = [name for name in trained(scorer) if "lora_" not in name]
+        assert heads == ["base_model.model.score.modules_to_save.default.weight"]
 
 
 @pytest.mark.parametrize(

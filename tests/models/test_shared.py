@@ -23,6 +23,8 @@ from rlhf_cli.models.save import save_model
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of, values_of
 from rlhf_cli.models.scorers import load_critic, load_scorer, scorer_from_policy
 from rlhf_cli.models.shared import SharedScorer, recompute_activations
+from tests.model_families import build
+from tests.model_families import model_of as family_of
 from tests.toys import FROZEN, bpe, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
@@ -345,6 +347,21 @@ def test_more_frozen_layers_than_blocks_are_refused(folders: tuple[str, str]) ->
         compose("dpo", ["model=lora", "model.frozen_layers=1"])
     with pytest.raises(UserError, match="from scratch trains all layers"):
         compose("sft", ["model=tiny", "model.frozen_layers=1"])
+
+
+def test_the_lowest_blocks_are_frozen_whatever_else_there_are_as_many_of(tmp_path: Path) -> None:
+    build("longcat_flash", tmp_path, num_hidden_layers=2)  # one block of two layers of attention
+    with pytest.raises(UserError, match="model.frozen_layers=2, but the model has 1 blocks"):
+        policy_of(str(tmp_path), model_of(frozen_layers=2))
+    policy = policy_of(str(tmp_path), model_of(frozen_layers=1))
+    assert set(trained(policy)) == {"model.norm.weight", "lm_head.weight"}
+
+
+def test_a_family_that_recomputes_nothing_is_refused(tmp_path: Path) -> None:
+    model: Any = family_of("llama")
+    model.supports_gradient_checkpointing = False  # as of GPT, CTRL, JetMoE
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot compute its blocks again"):
+        recompute_activations(model)
 
 
 def test_a_tied_unembedding_is_frozen_with_the_embeddings(tmp_path: Path) -> None:
