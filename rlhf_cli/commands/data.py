@@ -104,13 +104,14 @@ def looked_at(
     from rlhf_cli.data.survey import surveyed
     from rlhf_cli.reporting.console import Bar
     from rlhf_cli.runs.checks import check_data, check_models, row_kind
-    from rlhf_cli.runs.encoders import encoder_of
     from rlhf_cli.runs.inherited import inherit
 
     inherit(cfg)
     check_data(cfg)
     check_models(cfg)
     kind, rows = row_kind(cfg), Rows(cfg.data)
+    from rlhf_cli.runs.encoders import encoder_of  # takes seconds
+
     encoder = encoder_of(cfg, rows)
     places = rows.places(kind)
     with Bar("rows", expected_rows(places)) as bar:

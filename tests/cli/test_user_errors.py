@@ -1321,6 +1321,7 @@ def test_a_finished_out_is_printed_and_left_alone(cli: Cli, place: Path) -> None
     assert contents(place) == before
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_a_folder_for_each_job(cli: Cli, place: Path) -> None:
     done = cli(*f"generate -m {ROWS} policy={POLICY} out=out algo.prompts=2 seed=1,2".split())
     assert done.returncode == 0, done.stderr
