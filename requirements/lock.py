@@ -77,7 +77,11 @@ def main(upgrade: bool) -> None:
     write("common.txt", "-r build.txt\n", *common)
     write("cpu.txt", "-r common.txt\n", " \\\n".join(on_cpu), "\n")
     write("default.txt", "-r common.txt\n", *torch.values())
-    write("interop.txt", *(more[name] for name in more if name not in build | everything))
+    # what the rest takes on some systems alone, the extra may take on all
+    beyond = [
+        more[name] for name in more if name not in build and more[name] != everything.get(name)
+    ]
+    write("interop.txt", *beyond)
 
 
 def write(lock: str, *blocks: str) -> None:
