@@ -129,6 +129,8 @@ def _scratch_model(cfg: Run) -> Iterator[str]:
         yield "a model from scratch trains all weights in float32: model.lora_rank=0 is needed"
     if model.frozen_layers:
         yield "a model from scratch trains all layers: model.frozen_layers=0 is needed"
+    if model.router_aux_coef:
+        yield "a model from scratch has no routers: model.router_aux_coef=null is needed"
     if model.hidden_size % model.heads:
         yield f"model.heads={model.heads} must divide model.hidden_size={model.hidden_size}"
     longest = (cfg.data.max_prompt_tokens or 0) + (cfg.data.max_response_tokens or 0)

@@ -145,6 +145,10 @@ RULES = [
         ["model.vocab_size is not used by model.path=gpt2", "model=pretrained"],
     ),
     ("sft model.hidden_size=100 model.heads=3", ["model.heads=3 must divide", "100"]),
+    (
+        "sft model.router_aux_coef=0.1",
+        ["model from scratch has no routers", "router_aux_coef=null"],
+    ),
     ("sft model.context=40", ["model.context=40 is shorter than", "max_prompt_tokens"]),
     ("ppo model.merge_lora=false", ["model.merge_lora=false", "lora_rank=0"]),
     (
