@@ -78,13 +78,19 @@ class Hardware:
     )
     threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
     tokens_per_microbatch: int = key(
-        "Padded tokens in one forward and backward pass; halve it when memory runs out.", ge=1
+        "Tokens in one forward and backward pass, pads included; halve it when memory runs out.",
+        ge=1,
     )
     rollout_tokens: int = key(
         "Padded tokens whose keys, values or states are kept at once while sampling.", ge=1
     )
+    packing: str = key(
+        "auto: sequences stand end to end, without pads, where a short try finds the same result; "
+        "false: each has a padded row.",
+        choices=("auto", "false"),
+    )
     share_prompts: bool = key(
-        "Compute a prompt once for all of its responses where the model and the lengths allow it."
+        "In packed rows compute a prompt once for all of its responses, where the model allows it."
     )
     logprob_chunk: int = key(
         "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1

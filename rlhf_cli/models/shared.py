@@ -1,7 +1,8 @@
 """What roles share with the policy: its base, its frozen layers, one way to recompute."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rlhf_cli.models.adapters import (
 from rlhf_cli.models.decoder import trunk, unwrap
 from rlhf_cli.models.dropout import blocks_of, check_training_mode
 from rlhf_cli.models.heads import HEAD_NAMES
+from rlhf_cli.models.row_attention import recomputing
 
 
 class SharedScorer(nn.Module):
@@ -219,10 +221,15 @@ def recompute_activations(model: Any) -> None:
     """
     if isinstance(model, SharedScorer):
         return
-    settings: dict[str, Any] = {"use_reentrant": False}
-    if is_adapted(model):
+    adapted = is_adapted(model)
+    if adapted:
         unite(model)
-        settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
+
+    def blocks() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        first, again = recomputing(model)
+        return first, _under(model, list(model.acting), again) if adapted else again
+
+    settings: dict[str, Any] = {"use_reentrant": False, "context_fn": blocks}
     base = unwrap(model)
     if not base.supports_gradient_checkpointing:
         raise UserError(
@@ -232,3 +239,12 @@ def recompute_activations(model: Any) -> None:
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     base.disable_input_require_grads()
     check_training_mode(model)  # and stay in it: transformers recomputes in no other
+
+
+@contextmanager
+def _under(
+    model: nn.Module, adapters: list[str], block: AbstractContextManager[None]
+) -> Iterator[None]:
+    """A block in which these adapters act."""
+    with Acting(model, *adapters), block:
+        yield
