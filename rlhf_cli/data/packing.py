@@ -41,7 +41,7 @@ class Layout:
         return Layout(self.packed and other.packed, self.shared and other.shared)
 
 
-PADDED = Layout()
+PADDED, PACKED, SHARED = Layout(), Layout(packed=True), Layout(packed=True, shared=True)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from rlhf_cli.config.schema import AUTO, EAGER, SDPA, Hardware
 from rlhf_cli.data.batches import Batch, collate, collate_answers
 from rlhf_cli.data.items import Answers, Tokens
-from rlhf_cli.data.packing import PADDED, SHARED_FROM, Layout
+from rlhf_cli.data.packing import PACKED, PADDED, SHARED, SHARED_FROM, Layout
 from rlhf_cli.models.decoder import (
     hidden_states,
     matmul_in_float32,
@@ -28,7 +28,6 @@ from rlhf_cli.models.decoder import (
 from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.reporting.console import say
 
-PACKED, SHARED = Layout(packed=True), Layout(packed=True, shared=True)
 SAME = 1e-4  # share of the norm that rounding in float32 may make
 ROUNDED = 0.1  # share that rounding to bfloat16 may make, at many layers
 NARROW = 3  # tokens of a window that is to show in the probe
