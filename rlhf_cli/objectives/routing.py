@@ -34,7 +34,7 @@ def probability_sums(scores: Tensor, weights: Tensor) -> Tensor:
     return (torch.softmax(scores.float(), -1) * weights.float()[:, None]).sum(0)
 
 
-def load_balancing_loss(counts: Tensor, probabilities: Tensor, tokens: float) -> Tensor:
+def load_balancing_loss(counts: Tensor, probabilities: Tensor, tokens: Tensor | float) -> Tensor:
     """L, or the part of it whose probabilities these are.
 
     Args:

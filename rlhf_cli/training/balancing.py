@@ -24,7 +24,8 @@ from rlhf_cli.objectives.routing import (
 )
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.diagnosis import draws_again
-from rlhf_cli.training.loss_term import LossTerm, Metrics
+from rlhf_cli.training.figures import Figures
+from rlhf_cli.training.loss_term import LossTerm
 
 COEFFICIENT = re.compile(r"(.*_)?aux_loss_(coef|alpha)|moe_loss_weight")  # in configs
 CHOSEN = ("num_experts_per_tok", "top_k", "moe_top_k", "num_experts_per_token")
@@ -40,12 +41,12 @@ class Balanced:
     def __init__(self, watch: RouterWatch, coef: float, k: int) -> None:
         self.watch, self.coef, self.k = watch, coef, k
         self._counts: Tensor | None = None  # (E,) over the whole step
-        self._tokens = 0.0
-        self._loss = 0.0
+        self._tokens: Tensor | float = 0.0
+        self._losses: list[Tensor] = []  # of parts of the step
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._counts, self._tokens, self._loss = None, 0.0, 0.0
+        self._counts, self._tokens, self._losses = None, 0.0, []
 
     def count(self) -> None:
         """Add what was seen last to the counts of the step."""
@@ -57,7 +58,7 @@ class Balanced:
                     "cannot be balanced together; model.router_aux_coef=0 leaves that out"
                 )
             self._counts = counts if self._counts is None else self._counts + counts
-            self._tokens += weights.sum().item()
+            self._tokens = self._tokens + weights.sum()
         self.watch.seen = []
 
     def loss(self) -> Tensor | float:
@@ -67,19 +68,18 @@ class Balanced:
         sums = torch.stack([probability_sums(*each) for each in self.watch.seen]).sum(0)
         self.watch.seen = []
         part = load_balancing_loss(self._counts, sums, self._tokens)
-        self._loss += part.item()
+        self._losses.append(part.detach())
         return self.coef * part
 
-    def metrics(self) -> Metrics:
-        """The loss of the step without its weight, and the loads of the busiest and the idlest."""
+    def tell(self, figures: Figures, prefix: str) -> None:
+        """Add the loss of the step without its weight, and the loads of the busiest and idlest."""
         if self._counts is None:
-            return {}
+            return
+        for part in self._losses:
+            figures.add(f"{prefix}router/aux_loss", part)
         each = loads(self._counts)
-        return {
-            "router/aux_loss": self._loss,
-            "router/load_max": each.max().item(),
-            "router/load_min": each.min().item(),
-        }
+        figures.add(f"{prefix}router/load_max", each.max())
+        figures.add(f"{prefix}router/load_min", each.min())
 
 
 class LoadBalancing:
@@ -118,13 +118,10 @@ class LoadBalancing:
         """What a micro-batch that was watched adds to the objective."""
         return sum((one.loss() for one in self._each.values()), 0.0)
 
-    def metrics(self) -> Metrics:
-        """Of the step; those of a critic's routers begin with its name."""
-        return {
-            metric if name != "critic" else f"critic/{metric}": value
-            for name, one in self._each.items()
-            for metric, value in one.metrics().items()
-        }
+    def tell(self, figures: Figures) -> None:
+        """Add those of the step; of a critic's routers they begin with its name."""
+        for name, one in self._each.items():
+            one.tell(figures, "critic/" if name == "critic" else "")
 
 
 # --------------------------------------------------------------------------- what is asked for

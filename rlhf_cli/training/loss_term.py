@@ -12,6 +12,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import cut, one
 from rlhf_cli.models.out_of_memory import halves, in_groups, keys_that_help, oom_error
+from rlhf_cli.training.figures import Figures
 
 Metrics = dict[str, float]
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -63,11 +64,11 @@ class LossTerm:
             RunError: memory is too small for one item.
         """
         failure = partial(self.too_large, phase="the evaluation", gradient=False)
-        sums: Metrics = {}
+        figures = Figures()
         for _, (total, metrics) in in_groups(self.batches, self.loss, failure):
             for name, value in {"loss": total, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-        return {name: total / self.count for name, total in sums.items()}
+                figures.add(name, value)
+        return {name: total / self.count for name, total in figures.read().items()}
 
     def too_large(self, batch: Sequence[Any], phase: str, gradient: bool) -> RunError:
         """What to say where a batch of one item does not fit.

@@ -6,7 +6,6 @@ step is done again with micro-batches of half the size.
 """
 
 import warnings
-from collections import defaultdict
 from functools import partial
 from math import isfinite, nan
 
@@ -19,9 +18,11 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
 from rlhf_cli.training.diagnosis import cause_of, draws_again
+from rlhf_cli.training.figures import Figures
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 
 SCHEDULES = {
@@ -86,28 +87,33 @@ class Optimizer:
         """
         if number is not None:
             self._move_schedule(number)
-        report = self._gradient(parts)
-        report["lr"] = self._adamw.param_groups[0]["lr"]
+        figures = self._gradient(parts)
         norms = {name: self._norm(weights) for name, weights in self._parameters.items()}
-        figures = {f"grad_norm/{name}": norm.item() for name, norm in norms.items()}
-        self.stepped = all(map(isfinite, [report["loss"], *figures.values()]))
+        for name, norm in norms.items():
+            figures.add(f"grad_norm/{name}", norm)
+        report = figures.read()
+        sizes = {name: report.pop(name) for name in [f"grad_norm/{each}" for each in norms]}
+        report["lr"] = self._adamw.param_groups[0]["lr"]
+        self.stepped = all(map(isfinite, [report["loss"], *sizes.values()]))
         if self.stepped:
             self._update(norms)
             self._skipped_in_a_row = 0
         else:
             self._skip(parts, report)
         self._schedule.step()
-        return {**report, **figures, "skipped": float(self.skipped)}
+        return {**report, **sizes, "skipped": float(self.skipped)}
 
-    def _gradient(self, parts: list[LossTerm]) -> Metrics:
-        """Leave the gradient of the step; returns its loss and metrics.
+    def _gradient(self, parts: list[LossTerm]) -> Figures:
+        """Leave the gradient of the step; returns its loss and metrics, which are yet to be read.
 
         Once memory has run out, micro-batches stay as small as they had to become.
         """
         for _ in range(self._halvings):
             parts = [part.halved() for part in parts]
         rewind = draws_again()
-        while (report := if_it_fits(partial(self._backward, parts))) is None:
+        while (
+            figures := if_it_fits(partial(repeatably, partial(self._backward, parts), rewind))
+        ) is None:
             rewind()
             self._adamw.zero_grad(set_to_none=True)
             if all(len(batch) == 1 for part in parts for batch in part.batches):
@@ -116,12 +122,11 @@ class Optimizer:
                 say("note: out of memory; the step is done again in smaller micro-batches")
             self._halvings += 1
             parts = [part.halved() for part in parts]
-        return report
+        return figures
 
-    def _backward(self, parts: list[LossTerm]) -> Metrics:
+    def _backward(self, parts: list[LossTerm]) -> Figures:
         self._adamw.zero_grad(set_to_none=True)
-        sums: defaultdict[str, float] = defaultdict(float)
-        total = 0.0
+        figures = Figures()
         self._balancing.count(parts)
         for part in parts:
             for batch in part.batches:
@@ -129,10 +134,11 @@ class Optimizer:
                     loss, metrics = part.loss(batch)
                 scaled = loss * (part.weight / part.count) + self._balancing.loss()
                 scaled.backward()
-                total += scaled.item()
+                figures.add("loss", scaled)
                 for name, value in metrics.items():
-                    sums[name] += float(value) / part.count
-        return {"loss": total, **sums, **self._balancing.metrics()}
+                    figures.add(name, value, over=part.count)
+        self._balancing.tell(figures)
+        return figures
 
     def _move_schedule(self, number: int) -> None:
         """Set the rates to those of a planned step, counted from 0."""
