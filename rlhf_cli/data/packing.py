@@ -62,6 +62,8 @@ class Packing:
     keys: Tensor | None = None
     starts: Tensor = field(init=False)  # (S + 1,) int32
     key_starts: Tensor = field(init=False)  # (S + 1,) int32
+    longest: int = field(init=False)
+    longest_keys: int = field(init=False)
 
     def __post_init__(self) -> None:
         seen = self.lengths if self.keys is None else self.key_lengths
@@ -70,6 +72,8 @@ class Packing:
             "key_lengths": seen,
             "starts": starts,
             "key_starts": starts if self.keys is None else _starts(seen, self.device),
+            "longest": max(self.lengths),
+            "longest_keys": max(seen),
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
