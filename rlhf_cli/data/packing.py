@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
-SHARED_FROM = 16  # tokens of a prompt that is worth a sequence of its own
+SHARED_FROM = 8  # tokens of a prompt that is worth a sequence of its own
 
 
 class Judged(Protocol):
