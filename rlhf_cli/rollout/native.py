@@ -107,7 +107,7 @@ class NativeEngine(Engine):
         seed, first = origin
         groups = cut(
             range(len(prompts)),
-            self._hardware.rollout_tokens,
+            self._hardware.sampled_at_once,
             lambda i: (len(prompts[i][1]) + sampling.max_tokens) * samples,
         )
 
