@@ -18,6 +18,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
 from rlhf_cli.training.diagnosis import cause_of, draws_again
@@ -111,7 +112,9 @@ class Optimizer:
         """
         parts = self.room.cut(parts)
         rewind = draws_again()
-        while (figures := if_it_fits(partial(self._backward, parts))) is None:
+        while (
+            figures := if_it_fits(partial(repeatably, partial(self._backward, parts), rewind))
+        ) is None:
             self._adamw.zero_grad(set_to_none=True)
             parts = self.room.more(parts)
             rewind()
