@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run, with warm-up")
     parser.add_argument("--batch", type=int, help="rows or pairs of a step")
     parser.add_argument("--sampling", type=sizes, help="prompts,group,length")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     arguments.jobs = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word]
     if unknown := set(arguments.jobs) - set(JOBS):
