@@ -6,7 +6,7 @@ nothing of the device, so that a graph of it can be replayed (rollout/graphs.py)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import Cache
 
 from rlhf_cli.models.decoder import embedding_rows, matmul_type, taken_by, trunk, unembed
 from rlhf_cli.models.row_attention import Packing, Slots, laid_out
-from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
+from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
 PASS = 8192  # tokens of prompts that are read in one pass, but for one that is longer
 
@@ -115,10 +115,11 @@ class SlotTable:
     ) -> None:
         """Room for so many slots with so many tokens each; none is in use."""
         self._model, self._trunk = model, trunk(model)
-        self._sampling, self._stop_ids = sampling, list(stop_ids)
         self.slots, self.capacity = slots, capacity
         self.cache = SlotCache(slots, capacity)
         self.device = next(model.parameters()).device
+        self._choose = Chooser(sampling, list(stop_ids), self.device)
+        self._stops = torch.tensor(stop_ids, dtype=torch.long, device=self.device)
 
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(slots, *size, dtype=dtype, device=self.device)
@@ -134,9 +135,8 @@ class SlotTable:
         self.tokens = zeros(longest, dtype=torch.long)
         self.logprobs = zeros(longest, dtype=torch.float32)
         self.seen: Tensor | None = None
-        if sampling.repetition_penalty != 1.0:
+        if self._choose.penalises:
             self.seen = zeros(embedding_rows(model), dtype=torch.bool)
-        self._stops = torch.tensor(self._stop_ids, device=self.device)
 
     def state(self) -> list[Tensor]:
         """All that a step changes but keys and values, which it writes alike however often."""
@@ -158,12 +158,11 @@ class SlotTable:
         put(self.places, [len(ids) - 1 for ids in prompts])
         put(self.drawn, [0] * len(prompts))
         put(self.ended, [False] * len(prompts))
+        put(self.bad, [False] * len(prompts))
         put(self.noise, noise)
         if self.seen is not None:
-            rows = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool)
-            for row, ids in zip(rows, prompts, strict=True):
-                row[list(ids)] = True
-            put(self.seen, rows)
+            size = self.seen.shape[1]
+            put(self.seen, torch.cat([seen_in(torch.tensor([ids]), size) for ids in prompts]))
         shared: dict[int, Start] = {}
         for slot, ids in zip(slots, prompts, strict=True):
             known = shared.setdefault(id(ids), Start(ids[:-1], []))
@@ -218,13 +217,14 @@ class SlotTable:
         live = ~ended
         at = drawn.clamp(max=tokens.shape[1] - 1)[:, None]  # (B, 1)
         noise = self.noise[:rows].gather(1, at)[:, 0]
-        token, logprob, fine = self._draw(logits, noise, drawn, rows)
-        self.bad[:rows] |= live & ~fine
+        seen = None if self.seen is None else self.seen[:rows]
+        token, logprob, sound = self._choose(logits, noise, drawn, seen)
+        self.bad[:rows] |= live & ~sound
         tokens.scatter_(1, at, torch.where(live, token, tokens.gather(1, at)[:, 0])[:, None])
         kept = torch.where(live, logprob, logprobs.gather(1, at)[:, 0])
         logprobs.scatter_(1, at, kept[:, None])
-        if self.seen is not None:
-            self.seen[:rows].scatter_(1, token[:, None], True)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
         drawn += live
         ended |= (token[:, None] == self._stops).any(-1) | (drawn >= tokens.shape[1])
         going = ~ended
@@ -240,24 +240,6 @@ class SlotTable:
             for own in keys_and_values:
                 own[target, : self.cache.width] = own[source, : self.cache.width]
         self.ended[source] = True
-
-    def _draw(
-        self, logits: Tensor, noise: Tensor, drawn: Tensor, rows: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,) ids, their log-probs before any filter, and whether a row's logits are finite."""
-        sampling, filtered = self._sampling, logits
-        if self.seen is not None:
-            seen, penalty = self.seen[:rows], sampling.repetition_penalty
-            scaled = torch.where(logits < 0, logits * penalty, logits / penalty)
-            filtered = torch.where(seen, scaled, logits)
-        if sampling.min_tokens:
-            early = filtered.index_fill(1, self._stops, -torch.inf)
-            filtered = torch.where((drawn < sampling.min_tokens)[:, None], early, filtered)
-        neutral = replace(sampling, repetition_penalty=1.0, min_tokens=0)
-        filtered = filter_logits(filtered, self.ids[:rows, None], 0, neutral, [])
-        token = choose(filtered, noise, sampling.temperature == 0)
-        logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
-        return token, logprob[:, 0], filtered.amax(-1).isfinite()
 
 
 def _passes(starts: Sequence[Start]) -> list[list[Start]]:
