@@ -155,7 +155,7 @@ class NativeEngine(Engine):
         """
         wanted = set(left)
         groups = self._groups(prompts, sampling, samples, FILLS) if in_groups else [sorted(left)]
-        for places in ([i for i in group if i in wanted] for group in groups):
+        for places in filter(None, ([i for i in group if i in wanted] for group in groups)):
             jobs = [
                 job
                 for i in places
