@@ -116,7 +116,8 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
             logits = base.get_output_embeddings()(hidden)
         else:
             logits = own_logits(base, stands, hidden)
-    return logits.float() / temperature
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
 
 
 def linear_head(model: nn.Module) -> LinearHead | None:
