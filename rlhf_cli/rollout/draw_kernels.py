@@ -14,17 +14,42 @@ PART, WARPS = 4096, 8  # columns that a program of the first kernel takes, and t
 
 
 @triton.jit
-def _shaped(  # type: ignore[no-untyped-def]
-    raw, at, there, until, made, seen, seen_at, penalty, RULED: tl.constexpr, SEEN: tl.constexpr
+def _read(  # type: ignore[no-untyped-def]
+    logits,
+    until,
+    made,
+    seen,
+    row,
+    at,
+    stride,
+    size,
+    temperature,
+    penalty,
+    RULED: tl.constexpr,
+    SEEN: tl.constexpr,
 ):
-    """Logits after the repetition penalty, -inf where an id is ruled out."""
+    """Logits of a row as they are, and after the repetition penalty, -inf where ruled out."""
+    there = at < size
+    raw = tl.load(logits + row * stride + at, mask=there, other=float("-inf"))
+    raw = raw.to(tl.float32) / temperature
     z = raw
     if SEEN:
-        marked = tl.load(seen + seen_at, mask=there, other=0) != 0
+        marked = tl.load(seen + row * size + at, mask=there, other=0) != 0
         z = tl.where(marked, tl.where(z < 0, z * penalty, z / penalty), z)
     if RULED:
-        z = tl.where(made < tl.load(until + at, mask=there, other=0), float("-inf"), z)
-    return z
+        barred = tl.load(made + row) < tl.load(until + at, mask=there, other=0)
+        z = tl.where(barred, float("-inf"), z)
+    return raw, z
+
+
+@triton.jit
+def _log_sum(tops, sums, row, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The logarithm of a row's sum of exp(logit), of what its parts have."""
+    part = tl.arange(0, PARTS)
+    own = tl.load(tops + row * parts + part, mask=part < parts, other=float("-inf"))
+    top = tl.max(own, 0)
+    sum_ = tl.load(sums + row * parts + part, mask=part < parts, other=0.0).to(tl.float64)
+    return top + tl.log(tl.sum(sum_ * tl.exp(own - top).to(tl.float64), 0)).to(tl.float32)
 
 
 @triton.jit
@@ -50,11 +75,9 @@ def _sum_blocks(  # type: ignore[no-untyped-def]
     """exp(logit - top of the part), summed by block; the same of the logits before filters."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * PART + tl.arange(0, PART)
-    there = at < size
-    raw = tl.load(logits + row * stride + at, mask=there, other=float("-inf"))
-    raw = raw.to(tl.float32) / temperature
-    own = tl.load(made + row)
-    z = _shaped(raw, at, there, until, own, seen, row * size + at, penalty, RULED, SEEN)
+    raw, z = _read(
+        logits, until, made, seen, row, at, stride, size, temperature, penalty, RULED, SEEN
+    )
     top = tl.max(z, 0)
     tl.store(tops + row * parts + part, top)
     weights = tl.exp(z - tl.where(top == float("-inf"), 0.0, top))
@@ -117,26 +140,22 @@ def _pick(  # type: ignore[no-untyped-def]
     start = tl.max(tl.where(ends <= target, ends, 0.0), 0)
 
     at = before * BLOCK + tl.arange(0, BLOCK)
-    there = at < size
-    raw = tl.load(logits + row * stride + at, mask=there, other=float("-inf"))
-    raw = raw.to(tl.float32) / temperature
-    own = tl.load(made + row)
-    z = _shaped(raw, at, there, until, own, seen, row * size + at, penalty, RULED, SEEN)
+    _, z = _read(
+        logits, until, made, seen, row, at, stride, size, temperature, penalty, RULED, SEEN
+    )
     inside = tl.cumsum(tl.exp(z - top).to(tl.float64), 0)
-    # what is left of the target is below the sum, whatever rounding made of either
-    left = tl.minimum(target - start, tl.max(inside, 0) * (1 - 2.220446049250313e-16))
-    place = tl.minimum(tl.sum((inside <= left).to(tl.int32), 0), BLOCK - 1)
+    place = tl.sum((inside <= target - start).to(tl.int32), 0)
+    # the last weight, if rounding left the target above the sum
+    place = tl.minimum(place, tl.sum((inside < tl.max(inside, 0)).to(tl.int32), 0))
     id = tl.minimum(before * BLOCK + place, size - 1)
 
-    lse_top, weights = top, total
     if RULED or SEEN:
-        their = tl.load(raw_tops + row * parts + part, mask=part < parts, other=float("-inf"))
-        lse_top = tl.max(their, 0)
-        sum_ = tl.load(raw_sums + row * parts + part, mask=part < parts, other=0.0)
-        weights = tl.sum(sum_.to(tl.float64) * tl.exp(their - lse_top).to(tl.float64), 0)
+        whole = _log_sum(raw_tops, raw_sums, row, parts, PARTS)
+    else:
+        whole = top + tl.log(total).to(tl.float32)
     drawn = tl.load(logits + row * stride + id).to(tl.float32) / temperature
     tl.store(ids + row, id.to(tl.int64))
-    tl.store(logprobs + row, drawn - lse_top - tl.log(weights).to(tl.float32))
+    tl.store(logprobs + row, drawn - whole)
     tl.store(sound + row, fine.to(tl.int8))
 
 

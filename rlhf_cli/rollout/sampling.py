@@ -190,9 +190,9 @@ class Chooser:
         last = weights.shape[-1] - 1
         inside = weights.gather(-1, columns.clamp(max=last)).double()
         inside = torch.where(columns <= last, inside, 0).cumsum(-1)
-        # a sum in another order may be less than what is left of the target by its rounding
-        below = inside[:, -1:] * (1 - torch.finfo(inside.dtype).eps)
-        place = _first_above(inside, (target - start).minimum(below))
+        place = _first_above(inside, target - start)
+        # the last weight, if a sum in another order is below what is left of the target
+        place = place.minimum((inside < inside[:, -1:]).sum(-1, keepdim=True))
         return (block * BLOCK + place)[:, 0].clamp(max=last), ends[:, -1]
 
     def _logprobs(self, scaled: Tensor, weights: Tensor, ids: Tensor, made: Tensor) -> Tensor:
