@@ -58,6 +58,8 @@ def run_of(**data: Any) -> PpoConfig:
     return replace(cfg, data=data_of(**data))
 
 
+# Where stages run that are not told: hardware.device=auto.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FROZEN = FrozenModel(dtype="float32", trust_remote_code=False, attention="auto")
 
 

@@ -30,7 +30,7 @@ from rlhf_cli.models.adapters import (
     unknown_settings,
     weights_of,
 )
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import trunk, unwrap
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import HEAD_NAMES, head_name
@@ -119,6 +119,10 @@ def place(model: nn.Module, config: FrozenModel, dtype: torch.dtype, device: tor
             written=lambda name: whole or BELOW in name.split("."),
             device=device,
         )
+        for part in trunk(model).children():  # a table of positions is added to embeddings (XGLM)
+            for buffer in part.buffers(recurse=False):
+                if buffer.ndim == 2 and buffer.dtype == torch.float32:
+                    buffer.data = buffer.to(dtype)
         compute_in_bfloat16(model)
         if head is None and (unembedding := base.get_output_embeddings()) is not None:
             sum_uses_in_float32(unembedding.parameters())

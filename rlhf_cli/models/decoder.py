@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.logprob_head import LinearHead
 from rlhf_cli.models.router_watch import watched
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
@@ -98,6 +99,9 @@ def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
 
 def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits in float32, divided by the temperature: (N, d) -> (N, V)."""
+    head = linear_head(model)
+    if head is not None and hidden.is_cuda and not torch.is_grad_enabled():
+        return head.logits(hidden, temperature)  # not rounded to bfloat16, as training has them
     base = unwrap(model)
     stands = parts_of(base).stands
     if stands is None:
@@ -105,6 +109,27 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
     else:
         logits = own_logits(base, stands, hidden)
     return logits.float() / temperature
+
+
+def linear_head(model: nn.Module) -> LinearHead | None:
+    """The output embeddings where logits are their plain product with the states; else None.
+
+    Not where an adapter or a hook acts on them, nor of weights that are packed into few bits.
+    """
+    base = unwrap(model)
+    if parts_of(base).stands is not None:
+        return None
+    head = base.get_output_embeddings()
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if (
+        type(head) is not nn.Linear
+        or "forward" in vars(head)
+        or any(getattr(head, name) for name in hooks)
+        or not head.weight.is_floating_point()
+    ):
+        return None
+    dtype = head.weight.dtype if matmul_in_float32(model) else torch.bfloat16
+    return LinearHead(head.weight, head.bias, dtype)
 
 
 # --------------------------------------------------------------------------- the model's own head

@@ -12,12 +12,14 @@ from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.decoder import (
     embedding_rows,
     hidden_states,
+    linear_head,
     matmul_in_float32,
     run_trunk,
     unembed,
     unwrap,
 )
 from rlhf_cli.models.heads import scalar_head
+from rlhf_cli.models.logprob_head import HeadScores, head_scores
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.objectives.kl import full_kl
 from rlhf_cli.objectives.likelihood import nll_sum
@@ -74,10 +76,10 @@ def token_logprobs(
         return None if values is None else on_grid(batch.response, values)
 
     return TokenLogprobs(
-        on_grid(batch.response, scored["logprobs"]),
-        grid(scored.get("entropy")),
+        on_grid(batch.response, scored.logprobs),
+        grid(scored.entropy),
         None if value_head is None else grid(value_head(states.float())[:, 0]),
-        grid(scored.get("kl")),
+        grid(scored.kl),
     )
 
 
@@ -96,8 +98,8 @@ def _score_targets(
     with_entropy: bool = False,
     reference: Reference | None = None,
     theirs: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """logprobs of the targets and, if asked for, entropy and kl of their distributions: (N,) each.
+) -> HeadScores:
+    """Log-probs of the targets and, if asked for, entropy and KL of their distributions.
 
     Logits of `chunk` states exist at once.
 
@@ -106,18 +108,46 @@ def _score_targets(
         targets: (N,) ids.
         theirs: (N, d) states of the reference, if there is one.
     """
+    head, other = linear_head(model), None
+    if reference is not None and theirs is not None and (plain := linear_head(reference.model)):
+        other = (plain, theirs)
+    if head is None or (reference is not None and other is None):
+        return _by_recomputation(
+            model, states, targets, chunk, temperature, with_entropy, reference, theirs
+        )
+    return head_scores(
+        head,
+        states,
+        targets,
+        chunk=chunk,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        reference=other,
+    )
 
-    def score(states: Tensor, targets: Tensor, theirs: Tensor | None) -> dict[str, Tensor]:
+
+def _by_recomputation(
+    model: nn.Module,
+    states: Tensor,
+    targets: Tensor,
+    chunk: int,
+    temperature: float,
+    with_entropy: bool,
+    reference: Reference | None,
+    theirs: Tensor | None,
+) -> HeadScores:
+    """`_score_targets` of any head: chunks of logits that are computed again in backward."""
+
+    def score(states: Tensor, targets: Tensor, theirs: Tensor | None) -> list[Tensor | None]:
         logits = unembed(model, states, temperature)
         logprobs = torch.log_softmax(logits, -1)
-        scored = {"logprobs": logprobs.gather(-1, targets[:, None])[:, 0]}
-        if with_entropy:
-            scored["entropy"] = -(logprobs.exp() * logprobs).sum(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1) if with_entropy else None
+        kl = None
         if reference is not None and theirs is not None:
             with reference.active() as frozen:
                 reference_logits = unembed(frozen, theirs, temperature)
-            scored["kl"] = full_kl(logits, reference_logits)
-        return scored
+            kl = full_kl(logits, reference_logits)
+        return [logprobs.gather(-1, targets[:, None])[:, 0], entropy, kl]
 
     recompute = torch.is_grad_enabled() and len(targets) > chunk
     parts = []
@@ -128,7 +158,8 @@ def _score_targets(
             parts.append(checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(score(*piece))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    columns = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
+    return HeadScores(*columns)  # type: ignore[arg-type]
 
 
 def on_grid(mask: Tensor, values: Tensor) -> Tensor:

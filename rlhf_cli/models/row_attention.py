@@ -8,10 +8,11 @@ On a GPU with 16-bit numbers the flash kernels of torch compute it; else its pla
 sequence at a time, which is the reference that tests and probes compare with.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Packing:
     keys: Tensor | None = None
     starts: Tensor = field(init=False)  # (S + 1,) int32
     key_starts: Tensor = field(init=False)  # (S + 1,) int32
+    longest: int = field(init=False)
+    longest_keys: int = field(init=False)
 
     def __post_init__(self) -> None:
         seen = self.lengths if self.keys is None else self.key_lengths
@@ -53,6 +56,8 @@ class Packing:
             "key_lengths": seen,
             "starts": starts,
             "key_starts": starts if self.keys is None else _starts(seen, self.device),
+            "longest": max(self.lengths),
+            "longest_keys": max(seen),
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
@@ -148,6 +153,8 @@ def attend(
     kind = _Kind(scale, sliding_window, softcap, s_aux)
     flash = plain and _has_flash(query, key, value)
     if isinstance(_layout, Packing):
+        if plain and torch.compiler.is_compiling():
+            return _in_graph(query, key, value, scale, sliding_window)[0], None
         return (_flash_packed if flash else _packed)(_layout, query, key, value, kind), None
     if isinstance(_layout, Slots):
         return (_flash_slots if flash else _slots)(_layout, query, key, value, kind), None
@@ -194,25 +201,40 @@ def _flash_packed(
     layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
 ) -> Tensor:
     """(1, T, H, d) by the kernels for sequences of any lengths, causal from the last key back."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-    if layout.keys is not None:
-        k, v = k[layout.keys], v[layout.keys]  # (K, H_kv, d)
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        layout.starts,
-        layout.key_starts,
-        max(layout.lengths),
-        max(layout.key_lengths),
+    out: Tensor = _flash_forward(layout, query, key, value, kind)[0]
+    return out[None]
+
+
+def _flash_forward(
+    layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
+) -> tuple[Tensor, ...]:
+    """(T, H, d) and what its backward needs."""
+    return torch.ops.aten._flash_attention_forward(
+        *_rows(layout, query, key, value),
+        *_sizes(layout),
         0.0,
         True,
         False,
-        scale=kind.scale,
-        window_size_left=None if kind.window is None else kind.window - 1,
-        window_size_right=None if kind.window is None else 0,
-    )[0]
-    return out[None]
+        **_settings(kind),
+    )
+
+
+def _rows(layout: Packing, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Queries (T, H, d), keys and values (K, H_kv, d), as each sequence sees them."""
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    return (q, k, v) if layout.keys is None else (q, k[layout.keys], v[layout.keys])
+
+
+def _sizes(layout: Packing) -> tuple[Tensor, Tensor, int, int]:
+    """Where sequences begin, of queries and keys, and the longest of each."""
+    return layout.starts, layout.key_starts, layout.longest, layout.longest_keys
+
+
+def _settings(kind: _Kind) -> dict[str, Any]:
+    """The kernels' words for a scale and a window."""
+    left = None if kind.window is None else kind.window - 1
+    right = None if kind.window is None else 0
+    return {"scale": kind.scale, "window_size_left": left, "window_size_right": right}
 
 
 def _packed(layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
@@ -222,19 +244,173 @@ def _packed(layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _K
     queries = query.split(list(layout.lengths), 2)
     keys = key.split(list(layout.key_lengths), 2)
     values = value.split(list(layout.key_lengths), 2)
-    outs = [
-        _products(q, k, v, kind, _seen(q.shape[2], k.shape[2], kind.window, q.device))
-        for q, k, v in zip(queries, keys, values, strict=True)
-    ]
+    outs = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        sizes = q.shape[2], k.shape[2], kind.window
+        seen = None if _plainly_causal(*sizes) else _seen(*sizes, q.device)
+        outs.append(_products(q, k, v, kind, seen))
     return torch.cat(outs, 2).transpose(1, 2)
 
 
-def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(queries, keys) bool, what the last `queries` of so many tokens see; None: plainly causal."""
-    if queries == keys and (window is None or keys <= window):
-        return None
+def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool, what the last `queries` of so many tokens see."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries - window + 1)
+
+
+def _plainly_causal(queries: int, keys: int, window: int | None) -> bool:
+    """Whether each query sees all keys up to its own, as kernels without a mask have it."""
+    return queries == keys and (window is None or keys <= window)
+
+
+# --------------------------------------------------------------------------- compiled
+
+# A layer that is compiled is one graph for sequences of any number and lengths: it sees an operator
+# and not the layout, which the operator finds here, by number in backward.
+RECENT = 64  # layouts whose backward may still come
+_recent: OrderedDict[int, Packing] = OrderedDict()
+_numbers = count()
+
+
+def _remembered(layout: Packing) -> Tensor:
+    """() int64 on the CPU, the number under which a layout is found again."""
+    number = next((at for at, known in _recent.items() if known is layout), None)
+    if number is None:
+        number = next(_numbers)
+        _recent[number] = layout
+        if len(_recent) > RECENT:
+            _recent.popitem(last=False)
+    return torch.tensor(number)
+
+
+@torch.library.custom_op("rlhf_cli::packed_attention", mutates_args=())
+def _in_graph(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_flash_packed` or `_packed` of the layout that is set, with what backward needs.
+
+    Returns:
+        (1, T, H, d) the result, (H, T) log of the sums of the kernels, () number of the layout.
+    """
+    assert isinstance(_layout, Packing)
+    number, kind = _remembered(_layout), _Kind(scale, window, None, None)
+    if _has_flash(query, key, value):
+        out, sums = _flash_forward(_layout, query, key, value, kind)[:2]
+        return out[None], sums, number
+    out = _packed(_layout, query, key, value, kind).contiguous()
+    return out, query.new_empty(query.shape[1:3], dtype=torch.float32), number
+
+
+@_in_graph.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, tokens, _ = query.shape
+    return (
+        query.new_empty(rows, tokens, heads, value.shape[-1]),
+        query.new_empty(heads, tokens, dtype=torch.float32),
+        torch.empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("rlhf_cli::packed_attention_backward", mutates_args=())
+def _in_graph_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    number: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, like them."""
+    layout, kind = _recent[int(number)], _Kind(scale, window, None, None)
+    if _has_flash(query, key, value):
+        work = torch.ops.aten._flash_attention_backward
+        of_rows = work(
+            grad[0],
+            *_rows(layout, query, key, value),
+            *(out[0], sums),
+            *_sizes(layout),
+            *(0.0, True),
+            torch.zeros(2, dtype=torch.uint64, device=grad.device),  # of the dropout, of which
+            torch.empty(0, device=grad.device),  # there is none
+            **_settings(kind),
+        )
+    else:
+        of_rows = _packed_backward(layout, grad, query, key, value, kind)
+    grads = [of_rows[0].transpose(0, 1)[None]]
+    for of_row, like in zip(of_rows[1:], (key, value), strict=True):
+        own = of_row.transpose(0, 1)[None]  # (1, H_kv, K, d)
+        if layout.keys is not None:  # what several sequences see has a gradient from each
+            own = torch.zeros_like(like).index_add_(2, layout.keys, own)
+        grads.append(own)
+    query_grad, key_grad, value_grad = (each.contiguous() for each in grads)
+    return query_grad, key_grad, value_grad
+
+
+def _packed_backward(
+    layout: Packing, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
+) -> list[Tensor]:
+    """Gradients of what `_rows` gives, by the products of attention; grad: (1, T, H, d)."""
+    rows = _rows(layout, query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    sides = [
+        each.split(list(lengths))
+        for each, lengths in (
+            (grad[0], layout.lengths),
+            (rows[0], layout.lengths),
+            (rows[1], layout.key_lengths),
+            (rows[2], layout.key_lengths),
+        )
+    ]
+    found = []
+    for each in zip(*sides, strict=True):
+        g, q, k, v = (x.transpose(0, 1) for x in each)  # (H, T, d), (H_kv, S, d)
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        scores = q @ k.transpose(1, 2) * kind.scale  # (H, T, S)
+        hidden = ~_seen(q.shape[1], k.shape[1], kind.window, q.device)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        of_weights = g @ v.transpose(1, 2)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+        of_scores *= kind.scale
+        pairs = of_scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g  # (H, S, d) each
+        shared = [pair.unflatten(0, (-1, groups)).sum(1) for pair in pairs]
+        found.append([x.transpose(0, 1) for x in (of_scores @ k, *shared)])
+    return [torch.cat(column) for column in zip(*found, strict=True)]
+
+
+@_in_graph_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    number: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(  # type: ignore[return-value]
+        torch.empty_like(each, memory_format=torch.contiguous_format)
+        for each in (query, key, value)
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _in_graph_backward(grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window)
+    return *grads, None, None
+
+
+_in_graph.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 # --------------------------------------------------------------------------- slots
@@ -245,19 +421,9 @@ def _flash_slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind:
     q = query[:, :, 0]  # (B, H, d)
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # (B * capacity, H_kv, d)
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        layout.starts,
-        layout.key_starts,
-        1,
-        key.shape[2],
-        0.0,
-        False,
-        False,
-        scale=kind.scale,
-        window_size_left=None if kind.window is None else kind.window - 1,
-        window_size_right=None if kind.window is None else 0,
+        *(q, k, v, layout.starts, layout.key_starts, 1, key.shape[2]),
+        *(0.0, False, False),  # the one query is the last token: nothing to hide from it
+        **_settings(kind),
         seqused_k=layout.lengths,
     )[0]
     return out[:, None]
@@ -313,8 +479,7 @@ def _by_scores(
     if kind.softcap is not None:
         scores = kind.softcap * torch.tanh(scores / kind.softcap)
     if seen is None:
-        seen = torch.ones_like(scores[0, 0], dtype=torch.bool)
-        seen = seen.tril() if query.shape[2] == key.shape[2] else seen
+        seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if kind.sinks is not None:
         nothing = kind.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

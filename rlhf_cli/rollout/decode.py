@@ -11,7 +11,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.models.decoder import unembed
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.rollout.feeding import way_of
-from rlhf_cli.rollout.sampling import Sampling, choose, filter_logits
+from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 from rlhf_cli.rollout.state import State, Way
 
 
@@ -94,16 +94,17 @@ def _together(
     state.repeat(samples)
     logits, seen, attention = (x.repeat_interleave(samples, 0) for x in (logits, seen, attention))
 
+    chooser = Chooser(sampling, stop_ids, device)
+    marks = seen_in(seen, logits.shape[-1]) if chooser.penalises else None
     completions = [Completion([], [], "length") for _ in range(len(noise))]
     rows = torch.arange(len(noise))  # which completion each live row writes
     for step in range(sampling.max_tokens):
-        filtered = filter_logits(logits, seen, step, sampling, stop_ids)
-        if not filtered.amax(-1).isfinite().all():  # the largest is a NaN where any is
+        made = torch.full((len(rows),), step, device=device)
+        token, logprob, sound = chooser(logits, noise[rows, step].to(device), made, marks)
+        if not sound.all():
             raise no_logits(model)
-        token = choose(filtered, noise[rows, step].to(device), sampling.temperature == 0)
-        logprob = torch.log_softmax(logits / sampling.scored_at, -1).gather(-1, token[:, None])
         live = torch.ones(len(rows), dtype=torch.bool)
-        columns = zip(rows.tolist(), token.tolist(), logprob[:, 0].tolist(), strict=True)
+        columns = zip(rows.tolist(), token.tolist(), logprob.tolist(), strict=True)
         for place, (row, id, value) in enumerate(columns):
             completion = completions[row]
             completion.ids.append(id)
@@ -116,10 +117,13 @@ def _together(
         if not live.any() or step + 1 == sampling.max_tokens:
             break
         seen = torch.cat([seen, token[:, None]], -1)
+        if marks is not None:
+            marks.scatter_(1, token[:, None], True)
         attention = torch.cat([attention, torch.ones_like(attention[:, :1])], -1)
         if not live.all():
             state.select(live.nonzero()[:, 0])
             rows, seen, attention = rows[live], seen[live], attention[live]
+            marks = marks[live] if marks is not None else None
         logits = _next_logits(model, state, seen, attention)
     return completions
 

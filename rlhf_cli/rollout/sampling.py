@@ -1,19 +1,20 @@
-"""Decoding options, in the order that transformers applies them."""
+"""Decoding options, in the order of transformers, and the draw: whole steps on the device.
+
+Nothing here waits for the device or has a shape that hangs on values, so that a step may be
+captured in a CUDA graph; what there is to do is decided by the options alone. A row's draw depends
+on its own logits and noise, whatever is drawn beside it.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from rlhf_cli.config.schema import Decoding
+
+BLOCK = 256  # columns that are summed before the draw looks into one of these blocks
+HALVINGS = 30  # of the bit patterns between 0 and 1 in float32, until one is left
 
 
 @dataclass
@@ -63,55 +64,160 @@ class Sampling:
         return self.temperature or 1.0
 
 
-def filter_logits(
-    logits: Tensor, seen: Tensor, generated: int, sampling: Sampling, stop_ids: list[int]
-) -> Tensor:
-    """Logits after repetition penalty, minimum length, temperature, top-k, top-p and min-p.
+class Drawn(NamedTuple):
+    """A token for each row.
 
-    Args:
-        logits: (B, V) raw logits.
-        seen: (B, S) ids of prompt and response so far.
-        generated: response tokens so far.
-
-    Returns:
-        (B, V), -inf where a token is ruled out; at least one token is left.
+    ids: (B,).
+    logprobs: (B,) before any filter, at `Sampling.scored_at`.
+    sound: (B,) False where the logits of a row are not finite.
     """
-    if sampling.repetition_penalty != 1.0:
-        logits = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(seen, logits)
-    ruled_out = [*sampling.absent, *(stop_ids if generated < sampling.min_tokens else ())]
-    if ruled_out:
-        logits = logits.clone()
-        logits[:, ruled_out] = -torch.inf
-    if sampling.temperature == 0:
+
+    ids: Tensor
+    logprobs: Tensor
+    sound: Tensor
+
+
+class Chooser:
+    """The filters and the draw of some options on a device.
+
+    penalises: whether it is to be told which ids each row has seen.
+    """
+
+    def __init__(self, sampling: Sampling, stop_ids: list[int], device: torch.device) -> None:
+        """Puts on the device which ids are ruled out, and until which token of a response."""
+        self._sampling = sampling
+        self.penalises = sampling.repetition_penalty != 1.0
+        until = dict.fromkeys(stop_ids, sampling.min_tokens) if sampling.min_tokens else {}
+        until |= dict.fromkeys(sampling.absent, torch.iinfo(torch.int64).max)
+        self._ruled = torch.tensor(list(until), device=device) if until else None  # (R,)
+        self._until = torch.tensor(list(until.values()), device=device)  # (R,)
+        self._within = torch.arange(BLOCK, device=device)
+
+    def __call__(
+        self, logits: Tensor, noise: Tensor, made: Tensor, seen: Tensor | None = None
+    ) -> Drawn:
+        """A token of each row, by inverting its cumulative distribution at its noise.
+
+        Args:
+            logits: (B, V) raw logits in float32; they are left alone.
+            noise: (B,) uniform in [0, 1); greedy choices look at none.
+            made: (B,) response tokens so far.
+            seen: (B, V) whether an id is in a row's prompt or response so far.
+        """
+        temperature = self._sampling.scored_at
+        scaled = logits if temperature == 1.0 else logits / temperature
+        allowed = self.allowed(scaled, made, seen)
+        if self._sampling.temperature == 0:
+            ids = allowed.argmax(-1)  # the place of a NaN where there is one
+            own = torch.log_softmax(scaled, -1).gather(-1, ids[:, None])[:, 0]
+            return Drawn(ids, own, allowed.gather(-1, ids[:, None])[:, 0].isfinite())
+        weights = self.weights(allowed)
+        ids, total = self._drawn(weights, noise)
+        return Drawn(ids, self._logprobs(scaled, weights, ids, made), total > 0)
+
+    def allowed(self, logits: Tensor, made: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits after the repetition penalty, -inf where a token is ruled out by name: (B, V)."""
+        penalty = self._sampling.repetition_penalty
+        if self.penalises:
+            assert seen is not None
+            punished = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(seen, punished, logits)
+        if self._ruled is not None:
+            columns = self._ruled.expand(len(logits), -1)
+            kept = logits.gather(-1, columns).masked_fill(self._barred(made), -torch.inf)
+            logits = logits.scatter(-1, columns, kept)
         return logits
-    warpers = LogitsProcessorList()
-    if sampling.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    filtered: Tensor = warpers(seen, logits)  # type: ignore[arg-type]
-    return filtered
+
+    def weights(self, allowed: Tensor) -> Tensor:
+        """Probabilities of the allowed tokens, 0 where top-k, top-p or min-p leave one out: (B, V).
+
+        Those of a row are not normalised again. Tokens that tie with the last one kept are kept.
+        """
+        sampling = self._sampling
+        weights = torch.softmax(allowed, -1)
+        if sampling.top_k:
+            last = allowed.topk(min(sampling.top_k, allowed.shape[-1])).values[:, -1:]
+            weights = torch.where(allowed >= last, weights, 0)
+        if sampling.top_p < 1.0:
+            share = sampling.top_p * weights.sum(-1, keepdim=True)
+            weights = torch.where(weights.float() >= _least_of(weights, share), weights, 0)
+        if sampling.min_p > 0.0:
+            least = sampling.min_p * weights.amax(-1, keepdim=True)
+            weights = torch.where(weights >= least, weights, 0)
+        return weights
+
+    def _barred(self, made: Tensor) -> Tensor:
+        """(B, R) whether a row may not have an id that is ruled out for some time."""
+        return made[:, None] < self._until
+
+    def _drawn(self, weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids at the noise, and the sums of weights: (B,), (B,).
+
+        The block of columns is found first, then the column in it. Sums of a block are taken in
+        float32, as exact as the weights themselves; sums of blocks and all within one in float64.
+        """
+        whole = weights.shape[-1] // BLOCK * BLOCK
+        sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+        if whole < weights.shape[-1]:
+            sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], -1)
+        ends = sums.double().cumsum(-1)
+        target = noise.double()[:, None] * ends[:, -1:]
+        block = _first_above(ends, target)
+        start = ends.gather(-1, (block - 1).clamp(min=0)).where(block > 0, 0)
+        columns = block * BLOCK + self._within
+        last = weights.shape[-1] - 1
+        inside = weights.gather(-1, columns.clamp(max=last)).double()
+        inside = torch.where(columns <= last, inside, 0).cumsum(-1)
+        # a sum in another order may be less than what is left of the target by its rounding
+        below = inside[:, -1:] * (1 - torch.finfo(inside.dtype).eps)
+        place = _first_above(inside, (target - start).minimum(below))
+        return (block * BLOCK + place)[:, 0].clamp(max=last), ends[:, -1]
+
+    def _logprobs(self, scaled: Tensor, weights: Tensor, ids: Tensor, made: Tensor) -> Tensor:
+        """Log-probs of the ids by the logits before filters, by way of their weights: (B,)."""
+        ids = ids[:, None]
+        if self.penalises:
+            return torch.log_softmax(scaled, -1).gather(-1, ids)[:, 0]
+        logprobs = weights.gather(-1, ids).log()
+        if self._ruled is not None:  # the weights are shares of what was allowed
+            own = scaled.gather(-1, ids)
+            barred = self._barred(made)
+            rest = scaled.index_select(-1, self._ruled).masked_fill(~barred, -torch.inf)
+            total = torch.logaddexp(own - logprobs, rest.logsumexp(-1, keepdim=True))
+            logprobs = own - total
+        return logprobs[:, 0]
 
 
-def choose(logits: Tensor, noise: Tensor, greedy: bool) -> Tensor:
-    """One token per row, by inverting the cumulative distribution at `noise`.
+def seen_in(ids: Tensor, entries: int) -> Tensor:
+    """Whether each of so many ids is in a row: (B, S) -> (B, entries)."""
+    seen = torch.zeros(len(ids), entries, dtype=torch.bool, device=ids.device)
+    return seen.scatter_(1, ids, True)
 
-    The choice depends on the row's own logits and noise alone, so it is the same in any batch.
 
-    Args:
-        logits: (B, V) filtered logits.
-        noise: (B,) uniform in [0, 1).
-        greedy: take the likeliest token instead.
+def _first_above(ends: Tensor, target: Tensor) -> Tensor:
+    """The first column of growing sums that is above a target: (B, N), (B, 1) -> (B, 1)."""
+    return (ends <= target).sum(-1, keepdim=True).clamp_(max=ends.shape[-1] - 1)
 
-    Returns:
-        (B,) ids.
+
+def _least_of(weights: Tensor, share: Tensor) -> Tensor:
+    """The least weight of the fewest that sum up to a share, ties with it aside: (B, 1).
+
+    A weight belongs to them if those above it sum up to less. Halving the range of bit patterns
+    finds the least such number, which costs less than to sort.
     """
-    if greedy:
-        return logits.argmax(-1)
-    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
-    target = noise.double()[:, None] * cumulative[:, -1:]
-    return (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
+    weights = weights.float()
+    low = torch.zeros_like(share, dtype=torch.int32)
+    high = weights.amax(-1, keepdim=True).view(torch.int32)  # floats are in the order of their bits
+    for _ in range(HALVINGS):
+        middle = (low + high) >> 1
+        few = _sum_above(weights, middle.view(torch.float32)) < share
+        low, high = torch.where(few, low, middle + 1), torch.where(few, middle, high)
+    return high.view(torch.float32)
+
+
+def _sum_above(weights: Tensor, least: Tensor) -> Tensor:
+    """The sum of what is above a number in each row: (B, V), (B, 1) -> (B, 1)."""
+    if weights.is_cuda:
+        return torch.where(weights > least, weights, 0).sum(-1, keepdim=True)
+    # CPUs compare with a number of each row slowly, one by one
+    return (weights - least).sign_().relu_().mul_(weights).sum(-1, keepdim=True)

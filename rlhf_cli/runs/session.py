@@ -1,6 +1,5 @@
 """One run of one stage: its folder, device, logs, resume point, checks and manifest."""
 
-import os
 import platform
 import shutil
 import time
@@ -40,6 +39,7 @@ from rlhf_cli.models.dtypes import (
 )
 from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.nonfinite import first_nonfinite
+from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.reporting.console import Bar, say, table
@@ -450,7 +450,6 @@ def device_of(name: str) -> torch.device:
     """The device that hardware.device names, which then sums in the same order each time."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # kernels that add up as threads come, and cuBLAS's, are not repeatable
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if name == "cuda":
+        ask_for_repeatable_sums()
     return torch.device(name)

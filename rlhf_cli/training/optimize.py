@@ -19,6 +19,7 @@ from rlhf_cli.config.schema import OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import follow, master_of, sum_gradients
 from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
 from rlhf_cli.training.diagnosis import cause_of, draws_again
@@ -118,7 +119,9 @@ class Optimizer:
         for _ in range(self._halvings):
             parts = [part.halved() for part in parts]
         rewind = draws_again()
-        while (figures := if_it_fits(partial(self._backward, parts))) is None:
+        while (
+            figures := if_it_fits(partial(repeatably, partial(self._backward, parts), rewind))
+        ) is None:
             rewind()
             self._adamw.zero_grad(set_to_none=True)
             if all(len(batch) == 1 for part in parts for batch in part.batches):

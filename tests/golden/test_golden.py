@@ -105,7 +105,7 @@ from rlhf_cli.objectives.reward_model import (
 from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import decode
-from rlhf_cli.rollout.sampling import Sampling, filter_logits
+from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 from rlhf_cli.training.loss_term import LossTerm
 from rlhf_cli.training.optimize import Optimizer
 from tests.toys import GivenLogits, bigram, characters, composed, data_of
@@ -752,10 +752,14 @@ OPTIONS: dict[str, tuple[Sampling, int, list[int]]] = {
 def decoding(case: Case) -> Compared:
     sampling, generated, stop_ids = OPTIONS[case.id]
     seen, scores = case.all("input_ids", "scores")
-    ours = filter_logits(scores, seen, generated, sampling, stop_ids)
-    yield "probabilities", torch.softmax(ours, -1), case.out["probs"]
+    chooser = Chooser(sampling, stop_ids, scores.device)
+    made = torch.full((len(scores),), generated)
+    marks = seen_in(seen, scores.shape[-1])
+    allowed = chooser.allowed(scores / sampling.scored_at, made, marks)
+    weights = chooser.weights(allowed)
+    yield "probabilities", weights / weights.sum(-1, keepdim=True), case.out["probs"]
     if "scores" in case.out:
-        yield "scores", ours, case.out["scores"]
+        yield "scores", allowed.masked_fill(weights == 0, -torch.inf), case.out["scores"]
 
 
 def greedy(model: nn.Module, prompts: list[list[int]], sampling: Sampling, eos: int) -> list[Any]:

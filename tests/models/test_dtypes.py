@@ -14,10 +14,18 @@ from transformers import AutoModelForCausalLM
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.folders.manifest import numbers_by_type
 from rlhf_cli.models import dtypes
-from rlhf_cli.models.dtypes import held_as, product_type, round_trained, source_type, type_to_write
+from rlhf_cli.models.dtypes import (
+    held_as,
+    name_of,
+    product_type,
+    round_trained,
+    source_type,
+    type_to_write,
+)
 from rlhf_cli.runs.session import Session
 from tests.contents import contents_of
 from tests.tiny import WORDS, run_stage
+from tests.toys import DEVICE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -218,7 +226,7 @@ def test_another_type_of_products_is_told_on_resume(
     capsys.readouterr()
     run_stage("dpo", tmp_path / "out", *words)
     told = " ".join(capsys.readouterr().err.split())
-    assert "matrix products were bfloat16 on cuda up to there and are float32 on cpu" in told
+    assert f"bfloat16 on cuda up to there and are float32 on {DEVICE.type}" in told
 
 
 def test_the_choice_of_products_is_shown(
@@ -231,4 +239,5 @@ def test_the_choice_of_products_is_shown(
     monkeypatch.setattr("rlhf_cli.runs.session.DEMO_SIZE", 10)
     monkeypatch.setattr(dtypes, "DEMO_SIZE", 10)
     run_stage("dpo", tmp_path / "out", f"policy={from_halved}")
-    assert "model.dtype: float32 (auto, on cpu)" in capsys.readouterr().err
+    chosen = name_of(product_type("auto", 1e9, DEVICE))
+    assert f"model.dtype: {chosen} (auto, on {DEVICE.type})" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.models.row_attention import (
     Packing,
@@ -111,3 +113,58 @@ def test_a_recomputation_finds_the_layout_of_its_forward() -> None:
     with again:
         second, _ = attend(Nothing(), query, key, key, None)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_operator_of_a_graph_has_the_gradient_of_the_plain_products(
+    window: int | None, shared: bool
+) -> None:
+    torch.manual_seed(0)
+    sides = [drawn(7, heads).requires_grad_() for heads in (HEADS, SHARED_HEADS, SHARED_HEADS)]
+    weights = torch.randn(1, 7, HEADS, WIDTH, dtype=torch.float64)
+    layout = Packing([3, 4], sides[0].device)
+    if shared:
+        keys = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 6])
+        layout = Packing([3, 4], sides[0].device, [3, 6], keys)
+    grads = []
+    with laid_out(Nothing(), layout):
+        plain, _ = attend(Nothing(), *sides, None, sliding_window=window)
+        ours, _, _ = torch.ops.rlhf_cli.packed_attention(*sides, WIDTH**-0.5, window)
+        torch.testing.assert_close(ours, plain)
+        for out in (plain, ours):
+            grads.append(torch.autograd.grad((out * weights).sum(), sides))
+    for own, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_two_graphs_whatever_the_layout() -> None:
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=20,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+
+    def gradient(lengths: list[int]) -> Tensor:
+        model.zero_grad()
+        ids = torch.arange(sum(lengths))[None] % 20
+        positions = torch.cat([torch.arange(each) for each in lengths])[None]
+        with laid_out(model, Packing(lengths, ids.device)):
+            states = model.model(input_ids=ids, position_ids=positions, use_cache=False)
+        states.last_hidden_state.pow(2).sum().backward()
+        return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    layouts = [[5, 7], [3, 9, 4], [20], [2, 2, 2]]
+    expected = [gradient(each) for each in layouts]
+    counted = CompileCounterWithBackend("aot_eager")
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend=counted)
+    for lengths, plain in zip(layouts, expected, strict=True):
+        torch.testing.assert_close(gradient(lengths), plain, atol=1e-7, rtol=1e-5)
+    assert counted.frame_count <= 2  # one of any size, and one of the first that was seen
