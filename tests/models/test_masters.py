@@ -28,7 +28,7 @@ from rlhf_cli.models.shared import SharedScorer
 from rlhf_cli.objectives.likelihood import nll_sum
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
-from tests.toys import FROZEN, bpe, composed, llama, model_of, sequences_of
+from tests.toys import FROZEN, bpe, composed, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -58,7 +58,7 @@ def optimizer_of(model: nn.Module, **changes: Any) -> Optimizer:
         **{"lr": 1e-3, "lr_schedule": "constant", "warmup_steps": 0, "max_grad_norm": 0.5}
         | changes,
     )
-    return Optimizer({"policy": (model, config.rate)}, config, 9)
+    return Optimizer({"policy": (model, config.rate)}, config, 9, hardware_of())
 
 
 def term_of(model: nn.Module, cut: int = 4, chunk: int = 99) -> LossTerm:
