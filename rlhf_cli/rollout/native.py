@@ -136,7 +136,7 @@ class NativeEngine(Engine):
         """
         return cut(
             range(len(prompts)),
-            times * self._hardware.rollout_tokens,
+            times * self._hardware.sampled_at_once,
             lambda i: (len(prompts[i][1]) + sampling.max_tokens) * samples,
         )
 
@@ -162,7 +162,7 @@ class NativeEngine(Engine):
                 for job in self._jobs(i, prompts[i][1], samples, sampling, origin)
             ]
             found: dict[int, dict[int, Completion]] = {i: {} for i in places}
-            budget = self._hardware.rollout_tokens
+            budget = self._hardware.sampled_at_once
             for drawn in self._slots.draw(self._model, jobs, sampling, budget):
                 for number, completion in drawn:
                     found[places[number // samples]][number % samples] = completion
