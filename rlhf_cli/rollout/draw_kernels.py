@@ -94,6 +94,36 @@ def _sum_blocks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _find_block(  # type: ignore[no-untyped-def]
+    sums,
+    tops,
+    noise,
+    row,
+    parts,
+    EACH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The greatest logit of a row, its sum, whether that is finite, the block, what is left."""
+    part = tl.arange(0, PARTS)
+    top = tl.max(tl.load(tops + row * parts + part, mask=part < parts, other=float("-inf")), 0)
+    blocks = parts * EACH
+    block = tl.arange(0, BLOCKS)
+    there = block < blocks
+    sum_ = tl.load(sums + row * blocks + block, mask=there, other=0.0)
+    own_top = tl.load(tops + row * parts + block // EACH, mask=there, other=float("-inf"))
+    sum_ = sum_.to(tl.float64) * tl.exp(own_top - top).to(tl.float64)
+    fine = tl.sum(sum_, 0) > 0  # no maximum would be NaN
+    ends = tl.cumsum(sum_, 0)
+    total = tl.max(ends, 0)
+    target = tl.load(noise + row).to(tl.float64) * total
+    before = tl.sum((ends <= target).to(tl.int32), 0)
+    before = tl.minimum(before, blocks - 1)
+    start = tl.max(tl.where(ends <= target, ends, 0.0), 0)
+    return top, total, fine, before, target - start
+
+
+@triton.jit
 def _pick(  # type: ignore[no-untyped-def]
     logits,
     noise,
@@ -121,30 +151,15 @@ def _pick(  # type: ignore[no-untyped-def]
 ):
     """The id at the noise of a row, as `Chooser` finds it, and its log-prob before filters."""
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
-    top = tl.max(tl.load(tops + row * parts + part, mask=part < parts, other=float("-inf")), 0)
-    blocks = parts * (PART // BLOCK)
-    block = tl.arange(0, BLOCKS)
-    there = block < blocks
-    sum_ = tl.load(sums + row * blocks + block, mask=there, other=0.0)
-    own_top = tl.load(
-        tops + row * parts + block // (PART // BLOCK), mask=there, other=float("-inf")
+    top, total, fine, before, left = _find_block(
+        sums, tops, noise, row, parts, PART // BLOCK, PARTS, BLOCKS
     )
-    sum_ = sum_.to(tl.float64) * tl.exp(own_top - top).to(tl.float64)
-    fine = tl.sum(sum_, 0) > 0  # no maximum would be NaN
-    ends = tl.cumsum(sum_, 0)
-    total = tl.max(ends, 0)
-    target = tl.load(noise + row).to(tl.float64) * total
-    before = tl.sum((ends <= target).to(tl.int32), 0)
-    before = tl.minimum(before, blocks - 1)
-    start = tl.max(tl.where(ends <= target, ends, 0.0), 0)
-
     at = before * BLOCK + tl.arange(0, BLOCK)
     _, z = _read(
         logits, until, made, seen, row, at, stride, size, temperature, penalty, RULED, SEEN
     )
     inside = tl.cumsum(tl.exp(z - top).to(tl.float64), 0)
-    place = tl.sum((inside <= target - start).to(tl.int32), 0)
+    place = tl.sum((inside <= left).to(tl.int32), 0)
     # the last weight, if rounding left the target above the sum
     place = tl.minimum(place, tl.sum((inside < tl.max(inside, 0)).to(tl.int32), 0))
     id = tl.minimum(before * BLOCK + place, size - 1)
