@@ -19,6 +19,7 @@ from transformers.optimization import get_scheduler
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.masters import follow, master_of, sum_gradients
 from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
@@ -50,8 +51,15 @@ class Optimizer:
         hardware: Hardware,
     ) -> None:
         """`networks`: name -> (module, peak learning rate); frozen parameters are left out."""
-        self._parameters = {
+        self._working = {
             name: list(trained(module).values()) for name, (module, _) in networks.items()
+        }
+        for weights in self._working.values():
+            sum_gradients(weights)
+        # what is stepped: the float32 masters of what backward passes through
+        self._parameters = {
+            name: [master_of(weight) for weight in weights]
+            for name, weights in self._working.items()
         }
         self._networks = {name: module for name, (module, _) in networks.items()}
         self._balancing = LoadBalancing(self._networks)
@@ -155,7 +163,7 @@ class Optimizer:
         for group, (base, factor) in zip(self._adamw.param_groups, bases, strict=True):
             group["lr"] = base * factor(number)
 
-    def _norm(self, weights: list[nn.Parameter]) -> Tensor:
+    def _norm(self, weights: list[Tensor]) -> Tensor:
         return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
     def _update(self, norms: dict[str, Tensor]) -> None:
@@ -166,6 +174,8 @@ class Optimizer:
 
         def update() -> bool:
             self._adamw.step()
+            for weights in self._working.values():
+                follow(weights)
             return True
 
         if not if_it_fits(update):
