@@ -47,7 +47,7 @@ def _each(
     """
     of_items: list[list[Tensor]] = [[]] * len(items)
     layout = layout_of(model, hardware)
-    budget = hardware.tokens_per_microbatch
+    budget = hardware.tokens_at_once
     places = micro_batches(range(len(items)), budget, layout, lambda place: items[place])
 
     def work(group: list[int]) -> list[Tensor]:

@@ -1,8 +1,6 @@
-"""What roles share with the policy: its base, its frozen layers, one way to recompute."""
+"""What roles share with the policy: its base and its frozen layers."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,15 @@ from rlhf_cli.models.adapters import (
     below,
     check_patterns,
     copy_adapter,
-    is_adapted,
+    hold_adapter,
     put_weights,
     saved_weights,
-    unite,
     weights_of,
 )
 from rlhf_cli.models.decoder import trunk, unwrap
-from rlhf_cli.models.dropout import blocks_of, check_training_mode
+from rlhf_cli.models.dropout import blocks_of
 from rlhf_cli.models.heads import HEAD_NAMES
-from rlhf_cli.models.row_attention import recomputing
+from rlhf_cli.models.masters import held_as
 
 
 class SharedScorer(nn.Module):
@@ -133,6 +130,7 @@ def scorer_on_base(
     head = nn.Linear(score["weight"].shape[1], 1, bias="bias" in score)
     head.load_state_dict(score)
     put_weights(adapted, adapter, lora, path, head_left=True)
+    hold_adapter(adapted, adapter)
     return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
 
 
@@ -144,6 +142,7 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
     like.modules_to_save = [name for name in like.modules_to_save or [] if name not in names]
     add_adapter(adapted, adapter, like, trainable=True)
     copy_adapter(adapted, POLICY, adapter)
+    hold_adapter(adapted, adapter)
     device = next(adapted.parameters()).device
     return SharedScorer(adapted, adapter, head.to(device), below(adapted))
 
@@ -156,7 +155,8 @@ def save_scorer(
     Args:
         dtype: of the weights on disk; None: each has that of the one in whose place it comes.
     """
-    own = saved_weights(scorer.lender, scorer.adapter)
+    with held_as(torch.float32, scorer.weights.values()):
+        own = saved_weights(scorer.lender, scorer.adapter)
     head = scorer.score.state_dict()
     now = {
         name: (own[name].detach() if name in own else head[name.split(".")[-1]]).to(
@@ -205,46 +205,3 @@ def share_frozen(model: nn.Module, policy: nn.Module) -> None:
         if not weight.requires_grad and name in ours and torch.equal(ours[name], weight):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, weight)
-
-
-# --------------------------------------------------------------------------- recomputation
-
-
-def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing: backward computes each block again, by the adapter that acted then.
-
-    Layers below the first trained one stay out of backward, as they do without it. A scorer on the
-    policy's base does as the policy does.
-
-    Raises:
-        UserError: the family cannot, or computes something else then.
-    """
-    if isinstance(model, SharedScorer):
-        return
-    adapted = is_adapted(model)
-    if adapted:
-        unite(model)
-
-    def blocks() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        first, again = recomputing(model)
-        return first, _under(model, list(model.acting), again) if adapted else again
-
-    settings: dict[str, Any] = {"use_reentrant": False, "context_fn": blocks}
-    base = unwrap(model)
-    if not base.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(base).__name__} cannot compute its blocks again in backward; set "
-            "hardware.gradient_checkpointing=false"
-        )
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    base.disable_input_require_grads()
-    check_training_mode(model)  # and stay in it: transformers recomputes in no other
-
-
-@contextmanager
-def _under(
-    model: nn.Module, adapters: list[str], block: AbstractContextManager[None]
-) -> Iterator[None]:
-    """A block in which these adapters act."""
-    with Acting(model, *adapters), block:
-        yield

@@ -34,9 +34,11 @@ from rlhf_cli.folders.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import response_scores
 from rlhf_cli.models.layouts import batch_of, layout_of
+from rlhf_cli.models.masters import give_masters, master_of, put
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.save import save_model, save_tokenizer
 from rlhf_cli.models.score import scores_of
-from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
+from rlhf_cli.models.shared import SharedScorer, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
 from rlhf_cli.objectives.rounding import EQUAL, differ
 from rlhf_cli.reporting.console import say
@@ -89,10 +91,11 @@ class RewardRefresh:
             )
         self._encoder = self.source.reader.encoder or policy.encoder
         model = self.source.model
-        if cfg.hardware.gradient_checkpointing:
+        if cfg.hardware.gradient_checkpointing is True:
             recompute_activations(model)
         self._layout = layout_of(model, cfg.hardware)
         self._weights = own_weights(model, policy.model)
+        give_masters(self._weights.values())
         self._judge = load_reward(cfg.judge, cfg, policy.tokenizer, session.device)
         self._judge.check(rows, session.require, "judge")
         self._known = self._preferences() if cfg.algo.refresh_replay else []
@@ -179,7 +182,9 @@ class RewardRefresh:
         constant = replace(algo, lr_schedule="constant", warmup_steps=0)
         for weight in self._weights.values():
             weight.requires_grad_(True)
-        optimizer = Optimizer({"reward": (model, algo.refresh_lr)}, constant, len(batches))
+        optimizer = Optimizer(
+            {"reward": (model, algo.refresh_lr)}, constant, len(batches), self._cfg.hardware
+        )
         total = 0.0
         for batch in batches:
             term = LossTerm.of(
@@ -189,7 +194,7 @@ class RewardRefresh:
             total += update["loss"] * len(batch)
         for weight in self._weights.values():
             weight.requires_grad_(False)
-            weight.grad = None
+            master_of(weight).grad = None
         return total / len(pairs)
 
     def _loss(self, pairs: list[Answers]) -> Loss:
@@ -209,9 +214,8 @@ class RewardRefresh:
     def tensors(self) -> dict[str, Tensor]:
         """The reward model's weights, once they are not those of its folder any more."""
         weights = self._weights.items() if self._metrics else ()
-        return {f"reward/{name}": weight.detach() for name, weight in weights}
+        return {f"reward/{name}": master_of(weight).detach() for name, weight in weights}
 
-    @torch.no_grad()
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` and `tensors` returned, with the pairs up to there."""
         self._log = self._session.log(PAIRS)
@@ -219,7 +223,7 @@ class RewardRefresh:
             pair = Answers(row["prompt"], [row["chosen"], row["rejected"]], None)
             self._pairs.append((row["step"], pair))
         for name, weight in tensors_of(tensors, "reward").items():
-            self._weights[name].copy_(weight)
+            put(self._weights[name], weight)
         if own := state.get("refresh"):
             self.source.mean, self.source.std = own["mean"], own["std"]
             self._metrics = own["metrics"]

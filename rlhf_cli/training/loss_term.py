@@ -59,7 +59,7 @@ class LossTerm:
             layout: in which the loss reads them.
             logits: whether it holds some.
         """
-        batches = micro_batches(items, hardware.tokens_per_microbatch, layout)
+        batches = micro_batches(items, hardware.tokens_at_once, layout)
         helps = partial(keys_that_help, hardware, logits=logits)
         return cls(batches, loss, count, weight, responses_in, helps)
 

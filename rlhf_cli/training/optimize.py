@@ -2,10 +2,12 @@
 
 A loss is a sum over items; it is divided by the count over the whole step, so micro-batches of any
 cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So, where memory runs out, the
-step is done again with micro-batches of half the size.
+step is done again in another way, with the same result.
 """
 
+import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from math import isfinite, nan
 
@@ -15,15 +17,18 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import OptimizerConfig
+from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.masters import follow, master_of, sum_gradients
 from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
+from rlhf_cli.training.compiling import Compiling
 from rlhf_cli.training.diagnosis import cause_of, draws_again
 from rlhf_cli.training.figures import Figures
 from rlhf_cli.training.loss_term import LossTerm, Metrics
+from rlhf_cli.training.room import Room
 
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
@@ -43,10 +48,18 @@ class Optimizer:
         networks: dict[str, tuple[nn.Module, float]],
         config: OptimizerConfig,
         total_steps: int,
+        hardware: Hardware,
     ) -> None:
         """`networks`: name -> (module, peak learning rate); frozen parameters are left out."""
-        self._parameters = {
+        self._working = {
             name: list(trained(module).values()) for name, (module, _) in networks.items()
+        }
+        for weights in self._working.values():
+            sum_gradients(weights)
+        # what is stepped: the float32 masters of what backward passes through
+        self._parameters = {
+            name: [master_of(weight) for weight in weights]
+            for name, weights in self._working.items()
         }
         self._networks = {name: module for name, (module, _) in networks.items()}
         self._balancing = LoadBalancing(self._networks)
@@ -70,7 +83,9 @@ class Optimizer:
         )
         self.skipped = 0
         self._skipped_in_a_row = 0
-        self._halvings = 0  # of micro-batches, since memory ran out
+        self._total_steps = total_steps
+        self._compiling = Compiling(self._networks, hardware)
+        self.room = Room(self._networks, hardware.gradient_checkpointing == AUTO)
         self.stepped = False  # whether the last step changed the weights
 
     def step(self, parts: list[LossTerm], number: int | None = None) -> Metrics:
@@ -87,6 +102,7 @@ class Optimizer:
         """
         if number is not None:
             self._move_schedule(number)
+        began = time.monotonic()
         figures = self._gradient(parts)
         norms = {name: self._norm(weights) for name, weights in self._parameters.items()}
         for name, norm in norms.items():
@@ -101,28 +117,27 @@ class Optimizer:
         else:
             self._skip(parts, report)
         self._schedule.step()
+        left = self._total_steps - self._schedule.last_epoch
+        self._compiling.after_step(time.monotonic() - began, left)
         return {**report, **sizes, "skipped": float(self.skipped)}
 
     def _gradient(self, parts: list[LossTerm]) -> Figures:
         """Leave the gradient of the step; returns its loss and metrics, which are yet to be read.
 
-        Once memory has run out, micro-batches stay as small as they had to become.
+        Where memory runs out it is done again, in the way that takes less.
         """
-        for _ in range(self._halvings):
-            parts = [part.halved() for part in parts]
+        parts = self.room.cut(parts)
         rewind = draws_again()
-        while (
-            figures := if_it_fits(partial(repeatably, partial(self._backward, parts), rewind))
-        ) is None:
-            rewind()
+        while (figures := if_it_fits(partial(self._attempt, parts, rewind))) is None:
             self._adamw.zero_grad(set_to_none=True)
-            if all(len(batch) == 1 for part in parts for batch in part.batches):
-                raise _least(parts)
-            if not self._halvings:
-                say("note: out of memory; the step is done again in smaller micro-batches")
-            self._halvings += 1
-            parts = [part.halved() for part in parts]
+            parts = self.room.more(parts)
+            rewind()
         return figures
+
+    def _attempt(self, parts: list[LossTerm], rewind: Callable[[], None]) -> Figures:
+        """`_backward`, done again where operators or a compiler do not know what it needs."""
+        work = partial(repeatably, partial(self._backward, parts), rewind)
+        return self._compiling.guarded(work, rewind)
 
     def _backward(self, parts: list[LossTerm]) -> Figures:
         self._adamw.zero_grad(set_to_none=True)
@@ -148,7 +163,7 @@ class Optimizer:
         for group, (base, factor) in zip(self._adamw.param_groups, bases, strict=True):
             group["lr"] = base * factor(number)
 
-    def _norm(self, weights: list[nn.Parameter]) -> Tensor:
+    def _norm(self, weights: list[Tensor]) -> Tensor:
         return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
     def _update(self, norms: dict[str, Tensor]) -> None:
@@ -159,6 +174,8 @@ class Optimizer:
 
         def update() -> bool:
             self._adamw.step()
+            for weights in self._working.values():
+                follow(weights)
             return True
 
         if not if_it_fits(update):
@@ -201,7 +218,8 @@ class Optimizer:
             "schedule": self._schedule.last_epoch,
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
-            "halvings": self._halvings,
+            **self.room.state(),
+            **self._compiling.state(),
         }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, int]) -> None:
@@ -215,7 +233,8 @@ class Optimizer:
                 }
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
-        self._halvings = state["halvings"]
+        self.room.load(state)
+        self._compiling.load(state)
         self._move_schedule(state["schedule"])
 
 
@@ -229,10 +248,3 @@ def mean_metrics(updates: list[Metrics]) -> Metrics:
         known = [update[name] for update in updates if isfinite(update[name])]
         means[name] = sum(known) / len(known) if known else nan
     return {**means, "skipped": updates[-1]["skipped"]}
-
-
-def _least(parts: list[LossTerm]) -> RunError:
-    """What to say where one item does not fit; the largest."""
-    items = ((part, item) for part in parts for batch in part.batches for item in batch)
-    term, item = max(items, key=lambda each: each[0].rows(each[1]) * len(each[1]))
-    return term.too_large([item], "the update", gradient=True)

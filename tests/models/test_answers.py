@@ -29,7 +29,7 @@ from rlhf_cli.models.score import (
     trunk_values_of,
     values_of,
 )
-from rlhf_cli.models.shared import recompute_activations
+from rlhf_cli.models.recompute import recompute_activations
 from tests.toys import hardware_of, llama
 
 VOCABULARY = 23

@@ -388,6 +388,7 @@ def long_rows(file: Path, count: int, length: int) -> list[str]:
         *("model.vocab_size=280", "model.layers=2", "model.heads=2", "data.max_prompt_tokens=32"),
         *("algo.epochs=1", "algo.max_steps=1", "algo.batch_size=16", "algo.eval_every=9"),
         *("hardware.threads=1", "hardware.tokens_per_microbatch=999999"),
+        "hardware.gradient_checkpointing=false",
     ]
 
 
