@@ -139,7 +139,7 @@ def test_packed_groups_are_about_equal_and_keep_a_prompt_together() -> None:
     budget = 2 * (SHARED_FROM + 36)  # two prompts with eight responses each
     found = micro_batches(rows, budget, SHARED)
     assert [len({each.prompt[0] for each in batch}) for batch in found] == [2, 2]
-    assert len(micro_batches(rows, budget, PACKED)) > 5
+    assert len(micro_batches(rows, budget, PACKED)) > 2
     sizes = [sum(map(len, batch)) for batch in micro_batches(rows, 200, PACKED)]
     assert max(sizes) - min(sizes) <= SHARED_FROM + 8
 
