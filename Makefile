@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo check test test-slow interop lint format type wheel
+.PHONY: help install lock demo check test test-slow interop bench lint format type wheel
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,13 @@ $(VENV)/interop: $(VENV)/installed requirements/interop.txt
 
 interop: $(VENV)/interop ## the tests with TRL, lm-eval, peft and pipelines, in minutes
 	$(PYTEST) -m interop
+
+# Of TRL alone, since what it needs is there; where it cannot be had, its sides are said to be skipped.
+TRL := sed -n '/^trl==/,/[^\\]$$/p' requirements/interop.txt
+
+bench: install ## our jobs beside TRL's and transformers', in minutes
+	-$(TRL) | $(LOCKED) -r /dev/stdin
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --repeat 2
 
 lint: install ## format and lint, changing nothing
 	$(BIN)/ruff format --check .

@@ -3,11 +3,13 @@
     python benchmarks/speed.py [JOB ...] [--side SIDE] [--repeat N] [--lines FILE] [key=value ...]
 
 Every run is a process of its own, the sides take turns, and each run prints a JSON line at once:
-seconds of a step (median, least, greatest), tokens per second, peak memory (of the GPU, else
-resident), seconds from the start of the process to the end of the first step, seconds by phase, and
-how near the run came to what the machine did just before: `flop_share` is operations over those of
-matrix products, `bandwidth_share` bytes of weights and cache over those of a copy. At the end comes
-a table of ours over each peer. Other words are overrides for our side.
+seconds of a step (median, least, greatest), processor time of a step, tokens per second, peak
+memory (of the GPU, else resident), seconds from the start of the process to the end of the first
+step, seconds by phase, and how near the run came to what the machine did just before:
+`flop_share` is operations over those of matrix products, `bandwidth_share` bytes of weights and
+cache over those of a copy. At the end comes a table of ours over each peer; `processor` there is
+tokens per second of processor time, which other work on the machine changes least. Other words
+are overrides for our side.
 
     jobs    sft dpo gen grpo sft16k ppo reward ragged; all of them unless some are named
     sides   ours; trl (float32 weights under bfloat16 on a GPU), trl16 (weights in bfloat16),
@@ -25,8 +27,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +111,14 @@ def measured(result: Line, ceiling: Line) -> Line:
     """A run's line for readers."""
     if "failed" in result:
         return result
-    steps = result.pop("steps")
+    steps, processor = result.pop("steps"), result.pop("processor")
     median = statistics.median(steps)
     line: Line = {
         "step_s": round(median, 4),
         "least_s": round(min(steps), 4),
         "most_s": round(max(steps), 4),
         "n": len(steps),
+        "processor_s": round(statistics.median(processor), 4),
     }
 
     def rate(amounts: list[float]) -> float:
@@ -162,8 +166,8 @@ def table(lines: Sequence[Line]) -> str:
     """Ours over each peer, as Markdown; the speed is of tokens per second, medians over runs."""
     rows = [
         "| job | side | tokens/s | least to most | step, s | peak, GiB | first step, s | "
-        "FLOP share | bandwidth share | ours / peer: speed | memory |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "FLOP share | bandwidth share | ours / peer: speed | processor | memory |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     good = [line for line in lines if "step_s" in line]
     for job in dict.fromkeys(line["job"] for line in good):
@@ -177,19 +181,24 @@ def table(lines: Sequence[Line]) -> str:
             for key in ("step_s", "peak_gib", "first_step_s", "flop_share", "bandwidth_share"):
                 known = [line[key] for line in own if key in line]
                 cells.append(f"{statistics.median(known):.3g}" if known else "")
-            ratios = ["", ""]
+            ratios = [""] * 3
             if side != "ours" and found["ours"]:
                 ratios = [
-                    f"{middle(found['ours'], key) / middle(own, key):.2f}"
-                    for key in ("tokens_per_s", "peak_gib")
+                    f"{middle(found['ours'], of) / middle(own, of):.2f}"
+                    for of in (itemgetter("tokens_per_s"), of_processor, itemgetter("peak_gib"))
                 ]
             rows.append(f"| {' | '.join([*cells, *ratios])} |")
     return "\n".join(rows)
 
 
-def middle(lines: Sequence[Line], key: str) -> float:
+def middle(lines: Sequence[Line], of: Callable[[Line], float]) -> float:
     """The median of a figure."""
-    return float(statistics.median(line[key] for line in lines))
+    return statistics.median(map(of, lines))
+
+
+def of_processor(line: Line) -> float:
+    """Tokens per second of processor time."""
+    return float(line["tokens"] / line["processor_s"])
 
 
 def main() -> None:

@@ -135,6 +135,7 @@ class Watch:
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
         self._ends: list[float] = []
+        self._processor: list[float] = []
         self._first: float | None = None
         self.work: list[Any] = []
         self._peak = 0.0
@@ -149,6 +150,7 @@ class Watch:
         else:
             self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self._ends.append(time.perf_counter())
+        self._processor.append(time.process_time())
         if self._first is None:
             self._first = time.time() - self._spec["launched"]
 
@@ -157,10 +159,14 @@ class Watch:
         import torch
         import transformers
 
-        gaps = [after - before for before, after in pairwise(self._ends)]
+        walls, processor = (
+            [after - before for before, after in pairwise(ends)][self._spec["warm_up"] - 1 :]
+            for ends in (self._ends, self._processor)
+        )
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         line = {
-            "steps": gaps[self._spec["warm_up"] - 1 :],
+            "steps": walls,
+            "processor": processor,
             "first_step_s": self._first,
             "peak_gib": self._peak,
             "device": device,

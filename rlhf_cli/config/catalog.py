@@ -16,7 +16,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import function_named
 from rlhf_cli.config.own_files import read_own, read_yaml
 from rlhf_cli.config.paths import is_path
-from rlhf_cli.config.schema import OPTIONS
+from rlhf_cli.config.schema import AUTO, OPTIONS
 from rlhf_cli.config.stages import STAGES
 
 GROUPS = ("algo", "model", "data", "hardware")
@@ -238,7 +238,7 @@ def describe(stage: str, key: str) -> str:
     if field.metadata["texts"]:
         return "text, a list of texts, or null"
     kinds = get_args(field.type) if _is_union(field.type) else (field.type,)
-    kind = next(each for each in kinds if each is not type(None))
+    kind = field.metadata["auto"] or next(each for each in kinds if each is not type(None))
     if known := choices(stage, key):
         words = "|".join(known)
         words = f"list of {words}" if get_origin(kind) is list else words
@@ -248,6 +248,7 @@ def describe(stage: str, key: str) -> str:
     limits = field.metadata
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     words += ",".join(f" {signs[name]} {limits[name]:g}" for name in signs if name in limits)
+    words = f"{AUTO} or {words}" if limits["auto"] else words
     return words + (" or null" if type(None) in kinds else "")
 
 

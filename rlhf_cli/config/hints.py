@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import AUTO
 from rlhf_cli.config.secrets import refuse_secrets
 from rlhf_cli.config.stages import STAGES
 
@@ -174,7 +175,8 @@ def wrong_value(stage: str, key: str, value: object) -> str:
     """The line for a value of the wrong type or out of bounds."""
     takes = catalog.describe(stage, key) if key in catalog.keys(stage) else "a group of keys"
     article = {"integer": "an ", "number": "a ", "list": "a ", "map": "a "}
-    takes = article.get(takes.partition(" ")[0], "") + takes
+    plain = takes.removeprefix(f"{AUTO} or ")
+    takes = takes.removesuffix(plain) + article.get(plain.partition(" ")[0], "") + plain
     return f"{key} must be {takes}, got {'null' if value is None else value}"
 
 

@@ -8,6 +8,7 @@ where something reads a key, and only there.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+AUTO = "auto"
 OPTIONS = "what the shipped options say"
 """In `choices` and `used_by`: told by conf/ alone, so that a new loss is told nowhere else.
 
@@ -41,6 +42,7 @@ def key(
     unused: Any = None,
     texts: bool = False,
     regex: bool = False,
+    auto: type | None = None,
 ) -> Any:
     """A mandatory dataclass field that carries one sentence and, optionally, bounds or choices.
 
@@ -58,15 +60,19 @@ def key(
         texts: the key takes a text or a list of texts, for which OmegaConf has no type but Any.
         regex: whether the text may hold a regular expression, whose backslashes stay as they are.
             So they do where role is `reward`.
+        auto: the type of a key that may be AUTO as well, for which OmegaConf has none but Any.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     told = {"meaning": meaning, **bounds, "role": role, "own": own, "used_by": used_by}
     given = {name: each for name, each in told.items() if each is not None}
-    switches = {"needed": needed, "unused": unused, "texts": texts, "regex": regex}
+    switches = {"needed": needed, "unused": unused, "texts": texts, "regex": regex, "auto": auto}
     return field(metadata={**given, **switches})
 
 
 # --------------------------------------------------------------------------- hardware
+
+
+CPU_TOKENS, CPU_ROLLOUT_TOKENS = 4096, 16384  # where hardware says auto
 
 
 @dataclass
@@ -74,14 +80,20 @@ class Hardware:
     """Speed and memory only: no key here changes the mathematics (but which units drop out)."""
 
     device: str = key(
-        "Where tensors live; auto takes cuda if there is one.", choices=("auto", "cpu", "cuda")
+        "Where tensors live; auto takes cuda if there is one.", choices=(AUTO, "cpu", "cuda")
     )
     threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
-    tokens_per_microbatch: int = key(
-        "Padded tokens in one forward and backward pass; halve it when memory runs out.", ge=1
+    tokens_per_microbatch: Any = key(
+        "Tokens in one forward and backward pass; halve it when memory runs out. auto: as many as "
+        "the memory of the GPU takes, up to 32768; 4096 on a CPU.",
+        ge=1,
+        auto=int,
     )
-    rollout_tokens: int = key(
-        "Padded tokens whose keys, values or states are kept at once while sampling.", ge=1
+    rollout_tokens: Any = key(
+        "Tokens whose keys, values or states are kept at once while sampling. auto: as many as a "
+        "quarter of the GPU's free memory takes, up to those of a batch; 16384 on a CPU.",
+        ge=1,
+        auto=int,
     )
     share_prompts: bool = key(
         "Compute a prompt once for all of its responses where the model and the lengths allow it."
@@ -89,18 +101,39 @@ class Hardware:
     logprob_chunk: int = key(
         "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1
     )
-    gradient_checkpointing: bool = key("Recompute activations in backward: less memory, slower.")
+    gradient_checkpointing: Any = key(
+        "Recompute activations in backward: less memory, slower. auto: in as many blocks as it "
+        "takes, once memory runs out.",
+        auto=bool,
+    )
+    compile: Any = key(
+        "Compile the decoder's blocks for training passes: faster steps after a minute or more. "
+        "auto: on a GPU, where the steps that are left take longer than 5 minutes.",
+        auto=bool,
+    )
     save_every: str | None = key(
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
         "10min; null saves when the run is interrupted only."
     )
     keep_checkpoints: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
+    @property
+    def tokens_at_once(self) -> int:
+        """tokens_per_microbatch; a CPU's while runs/budgets.py has measured no GPU."""
+        given = self.tokens_per_microbatch
+        return CPU_TOKENS if given == AUTO else int(given)
+
+    @property
+    def sampled_at_once(self) -> int:
+        """rollout_tokens; a CPU's while runs/budgets.py has measured no GPU."""
+        given = self.rollout_tokens
+        return CPU_ROLLOUT_TOKENS if given == AUTO else int(given)
+
 
 # --------------------------------------------------------------------------- model
 
 
-AUTO, SDPA, EAGER = "auto", "sdpa", "eager"
+SDPA, EAGER = "sdpa", "eager"
 ATTENTIONS = (AUTO, SDPA, EAGER, "flash_attention_2", "flash_attention_3", "flex_attention")
 
 

@@ -13,6 +13,7 @@ from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.schema import (
+    AUTO,
     Decoding,
     DpoConfig,
     Model,
@@ -94,7 +95,7 @@ def _check_texts(stage: str, key: str, value: Any) -> None:
 
 
 def _check_bounds(stage: str, key: str, value: Any) -> None:
-    if value is None:
+    if value is None and catalog.keys(stage)[key].metadata["auto"] is None:
         return
     if known := catalog.choices(stage, key):
         for each in value if isinstance(value, list) else [value]:
@@ -102,6 +103,11 @@ def _check_bounds(stage: str, key: str, value: Any) -> None:
                 raise UserError(unknown_value(stage, key, each))
         return
     limits = catalog.keys(stage)[key].metadata
+    if (kind := limits["auto"]) is not None:
+        if value == AUTO:
+            return
+        if type(value) is not kind:
+            raise UserError(wrong_value(stage, key, value))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
     if isinstance(value, int) and abs(value) > LARGEST:
@@ -197,8 +203,9 @@ def _no_training(cfg: Run) -> Iterator[str]:
         for name in ("save_every", "keep_checkpoints"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
-        if cfg.hardware.gradient_checkpointing:
-            yield "hardware.gradient_checkpointing is for stages that train; set it to false"
+        for name in ("gradient_checkpointing", "compile"):
+            if getattr(cfg.hardware, name) is not False:
+                yield f"hardware.{name} is for stages that train; set it to false"
 
 
 def _resume_points(cfg: Run) -> Iterator[str]:

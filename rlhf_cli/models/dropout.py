@@ -91,15 +91,24 @@ def _blocks_in_training(model: nn.Module) -> None:
 def check_training_mode(model: nn.Module) -> None:
     """Stop where blocks in training mode compute something else, as by dropout out of reach.
 
+    What sft drops in them is left out of it.
+
     The model is in `training_mode` then.
 
     Raises:
         UserError: naming the architecture.
     """
     outcomes = []
+    dropping = {block: getattr(block, RESIDUAL, None) for block in blocks_of(model)}
+    for block in dropping:
+        if callable(dropping[block]):
+            _drop_by(block, _kept)
     for mode in (nn.Module.eval, _blocks_in_training, _blocks_in_training):
         mode(model)
         outcomes.append(run_trunk(model, _probe(model)))
+    for block, drop in dropping.items():
+        if callable(drop):
+            _drop_by(block, drop)
     if not all(torch.equal(outcomes[0], each) for each in outcomes):
         raise UserError(
             f"{type(unwrap(model)).__name__} computes something else in training mode, by dropout "
@@ -164,7 +173,7 @@ def residual_dropout(model: nn.Module, p: float) -> None:
     """
     blocks = blocks_of(model)
     for block in blocks:
-        _drop_by(block, lambda branch: branch)
+        _drop_by(block, _kept)
     check_training_mode(model)
     reached, beyond = reach_of(model)
     if not reached:
@@ -221,6 +230,10 @@ def _that_matter(model: nn.Module, output: Tensor) -> list[str]:
         return []
     gradients = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
     return [name for name, each in zip(weights, gradients, strict=True) if each is not None]
+
+
+def _kept(branch: Tensor) -> Tensor:
+    return branch
 
 
 def _drop_by(block: nn.Module, drop: Callable[[Tensor], Tensor] | None) -> None:

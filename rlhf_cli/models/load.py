@@ -34,6 +34,7 @@ from rlhf_cli.models.attention import asked_for, check_attention, check_device, 
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.norms import fuse_norms
 from rlhf_cli.models.quantized import keep_layout, quantization
 from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
 from rlhf_cli.reporting.console import say
@@ -118,6 +119,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
     check_finite(base or path, model.state_dict())
     keep_scale(model)
+    fuse_norms(model)
     with told(f"{path}: unreadable config"):
         model.source_dtype = source_type(base or path)  # read where it is written
     model.adapter_dtype = model.source_dtype if base is None else source_type(path)

@@ -111,6 +111,6 @@ def keys_that_help(
     positions = min(hardware.logprob_chunk, longest)  # whose logits exist at once
     if logits and positions > 1:
         keys.append(f"hardware.logprob_chunk={positions // 2}")
-    if gradient and not hardware.gradient_checkpointing:
+    if gradient and hardware.gradient_checkpointing is False:
         keys.append("hardware.gradient_checkpointing=true")
     return keys

@@ -50,7 +50,7 @@ def _each(
     of_items: list[list[Tensor]] = [[]] * len(items)
     places = cut(
         range(len(items)),
-        hardware.tokens_per_microbatch,
+        hardware.tokens_at_once,
         length=lambda i: len(items[i]),
         count=lambda i: len(items[i].responses),
     )

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.schema import SftModel
 from rlhf_cli.models.attention import asked_for
+from rlhf_cli.models.norms import fuse_norms
 
 
 def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -34,7 +35,7 @@ def build_decoder(config: SftModel, vocab_size: int, seed: int) -> nn.Module:
     """A Llama-shaped decoder with tied embeddings and random weights of std 1 / sqrt(width)."""
     assert config.hidden_size and config.layers and config.heads and config.context
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=config.hidden_size,
@@ -52,3 +53,5 @@ def build_decoder(config: SftModel, vocab_size: int, seed: int) -> nn.Module:
             **asked_for(config),
         )
     )
+    fuse_norms(model)
+    return model

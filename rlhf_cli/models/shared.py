@@ -1,7 +1,6 @@
-"""What roles share with the policy: its base, its frozen layers, one way to recompute."""
+"""What roles share with the policy: its base and its frozen layers."""
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,12 @@ from rlhf_cli.models.adapters import (
     below,
     check_patterns,
     copy_adapter,
-    is_adapted,
     put_weights,
     saved_weights,
-    unite,
     weights_of,
 )
 from rlhf_cli.models.decoder import trunk, unwrap
-from rlhf_cli.models.dropout import blocks_of, check_training_mode
+from rlhf_cli.models.dropout import blocks_of
 from rlhf_cli.models.heads import HEAD_NAMES
 
 
@@ -203,32 +200,3 @@ def share_frozen(model: nn.Module, policy: nn.Module) -> None:
         if not weight.requires_grad and name in ours and torch.equal(ours[name], weight):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, weight)
-
-
-# --------------------------------------------------------------------------- recomputation
-
-
-def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing: backward computes each block again, by the adapter that acted then.
-
-    Layers below the first trained one stay out of backward, as they do without it. A scorer on the
-    policy's base does as the policy does.
-
-    Raises:
-        UserError: the family cannot, or computes something else then.
-    """
-    if isinstance(model, SharedScorer):
-        return
-    settings: dict[str, Any] = {"use_reentrant": False}
-    if is_adapted(model):
-        unite(model)
-        settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
-    base = unwrap(model)
-    if not base.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(base).__name__} cannot compute its blocks again in backward; set "
-            "hardware.gradient_checkpointing=false"
-        )
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    base.disable_input_require_grads()
-    check_training_mode(model)  # and stay in it: transformers recomputes in no other

@@ -11,9 +11,9 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.forward import state_values
 from rlhf_cli.models.heads import value_head
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import scores_of, trunk_values_of, values_of
 from rlhf_cli.models.scorers import load_critic
-from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.reward import Reward
 from rlhf_cli.runs.policy import Policy
@@ -54,7 +54,7 @@ class Critic:
         if term is not None and start is not None:
             self.mean, self.std = start.mean, start.std / term.weight
             check_critic(session, start, self.model, policy)
-        if cfg.hardware.gradient_checkpointing:
+        if cfg.hardware.gradient_checkpointing is True:
             recompute_activations(self.model)
 
     def normalise(self, raw: Tensor) -> Tensor:

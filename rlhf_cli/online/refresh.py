@@ -33,9 +33,10 @@ from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.save import save_model, save_tokenizer
 from rlhf_cli.models.score import scores_of
-from rlhf_cli.models.shared import SharedScorer, recompute_activations, save_scorer
+from rlhf_cli.models.shared import SharedScorer, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
 from rlhf_cli.objectives.rounding import EQUAL, differ
 from rlhf_cli.reporting.console import say
@@ -88,7 +89,7 @@ class RewardRefresh:
             )
         self._encoder = self.source.reader.encoder or policy.encoder
         model = self.source.model
-        if cfg.hardware.gradient_checkpointing:
+        if cfg.hardware.gradient_checkpointing is True:
             recompute_activations(model)
         self._share = cfg.hardware.share_prompts and shares_prompts(model)
         self._weights = own_weights(model, policy.model)
@@ -178,7 +179,9 @@ class RewardRefresh:
         constant = replace(algo, lr_schedule="constant", warmup_steps=0)
         for weight in self._weights.values():
             weight.requires_grad_(True)
-        optimizer = Optimizer({"reward": (model, algo.refresh_lr)}, constant, len(batches))
+        optimizer = Optimizer(
+            {"reward": (model, algo.refresh_lr)}, constant, len(batches), self._cfg.hardware
+        )
         total = 0.0
         for batch in batches:
             term = LossTerm.of(

@@ -44,7 +44,7 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     epochs = algo.bootstrap_epochs or 1
     batches = EpochBatches(chosen, algo.batch_size, epochs, cfg.seed, "bootstrap")
     rate = algo.bootstrap_lr or algo.rate
-    optimizer = Optimizer({"policy": (policy.model, rate)}, algo, len(batches))
+    optimizer = Optimizer({"policy": (policy.model, rate)}, algo, len(batches), hardware)
 
     def loss(sequences: list[Tokens]) -> Loss:
         return response_nll(policy.model, sequences, chunk=hardware.logprob_chunk), {}

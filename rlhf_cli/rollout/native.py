@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,15 @@ from rlhf_cli.models.out_of_memory import halves, in_groups, oom_error
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.tokenizers import ids_of_no_token
 from rlhf_cli.rollout.beam import beam_search
-from rlhf_cli.rollout.decode import Completion, decode
+from rlhf_cli.rollout.decode import Completion, decode, evaluation_mode
 from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import fits_slots, give_up_slots
+from rlhf_cli.rollout.slot_run import Job, SlotSampler
+
+FILLS = 4  # times that the prompts of a group fill all slots
 
 
 @dataclass
@@ -35,8 +40,9 @@ class Draws:
 class NativeEngine(Engine):
     """Decodes with the policy's own module, so that it always has the newest weights.
 
-    Each draw is fixed by the seed, the prompt's place, the sample and the token, never by how
-    prompts are batched. Prompts of like length are decoded together.
+    Each draw is fixed by the seed, the prompt's place, the sample and the token, never by what is
+    drawn beside it. Responses are drawn in slots where the model allows it, else in batches of
+    prompts of like length.
     """
 
     def __init__(self, model: nn.Module, encoder: Encoder, hardware: Hardware) -> None:
@@ -45,6 +51,7 @@ class NativeEngine(Engine):
         self._encoder = encoder
         self._absent = ids_of_no_token(model, encoder.tokenizer)
         self._hardware = hardware
+        self._slots = SlotSampler(encoder.stop_ids, encoder.text)
 
     @property
     def exact(self) -> bool:
@@ -71,7 +78,7 @@ class NativeEngine(Engine):
         rollouts = dict(kept.done) if kept is not None else {}
         left = [place for place in range(len(prompts)) if place not in rollouts]
         if sampling.beams == 1:
-            parts = self._drawn(prompts, left, sampling, samples, (seed, first))
+            parts = self._drawn(prompts, left, sampling, samples, (seed, first), kept is not None)
         else:
             parts = self._searched(prompts, left, sampling, samples)
         for part in parts:
@@ -95,21 +102,100 @@ class NativeEngine(Engine):
         sampling: Sampling,
         samples: int,
         origin: tuple[int, int],
+        in_groups: bool,
     ) -> Iterator[dict[int, list[Completion]]]:
         """Sampled responses to the prompts that are left, by place, as they are done.
 
-        Groups are those of all prompts, whatever is left of them: a sum of floats is rounded as its
-        batch has it, and a run that goes on is to end with the same digits.
-
         Args:
             origin: the seed, and the place that the first prompt has among all that are sampled.
+            in_groups: whether a run may go on with what is left of them.
         """
-        seed, first = origin
-        groups = cut(
+        waiting = set(left)
+        reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
+        with evaluation_mode(self._model):
+            slots = fits_slots(self._model, reach)
+        if slots:
+            try:
+                for part in self._in_slots(prompts, left, sampling, samples, origin, in_groups):
+                    waiting -= set(part)
+                    yield part
+            except RunError:
+                raise
+            except Exception:  # kernels refuse what they do not know in many ways
+                give_up_slots(self._model)
+        if waiting:
+            yield from self._in_batches(prompts, waiting, sampling, samples, origin)
+
+    def _groups(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, samples: int, times: int
+    ) -> list[list[int]]:
+        """The places of prompts whose responses fill hardware.rollout_tokens so many times.
+
+        Groups are those of all prompts, whatever is left of them: a sum of floats is rounded as its
+        batch has it, and a run that goes on is to end with the same digits.
+        """
+        return cut(
             range(len(prompts)),
-            self._hardware.rollout_tokens,
+            times * self._hardware.sampled_at_once,
             lambda i: (len(prompts[i][1]) + sampling.max_tokens) * samples,
         )
+
+    def _in_slots(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        left: Collection[int],
+        sampling: Sampling,
+        samples: int,
+        origin: tuple[int, int],
+        in_groups: bool,
+    ) -> Iterator[dict[int, list[Completion]]]:
+        """`_drawn` in slots, which are refilled from all prompts or from those of a group.
+
+        A group is done as a whole, so that a run that goes on has whole ones left.
+        """
+        wanted = set(left)
+        groups = self._groups(prompts, sampling, samples, FILLS) if in_groups else [sorted(left)]
+        for places in filter(None, ([i for i in group if i in wanted] for group in groups)):
+            jobs = [
+                job
+                for i in places
+                for job in self._jobs(i, prompts[i][1], samples, sampling, origin)
+            ]
+            found: dict[int, dict[int, Completion]] = {i: {} for i in places}
+            budget = self._hardware.sampled_at_once
+            for drawn in self._slots.draw(self._model, jobs, sampling, budget):
+                for number, completion in drawn:
+                    found[places[number // samples]][number % samples] = completion
+                if not in_groups or all(len(own) == samples for own in found.values()):
+                    done = [i for i, own in found.items() if len(own) == samples]
+                    of = {i: found.pop(i) for i in done}
+                    if of:
+                        yield {i: [own[k] for k in range(samples)] for i, own in of.items()}
+
+    def _jobs(
+        self,
+        place: int,
+        ids: list[int],
+        samples: int,
+        sampling: Sampling,
+        origin: tuple[int, int],
+    ) -> list[Job]:
+        """The samples of the prompt at a place; their noise is made when the first begins."""
+        seed, first = origin
+        noise = cache(partial(uniform_noise, seed, first + place, samples, sampling.max_tokens))
+        return [Job(ids, lambda k=k: noise()[k]) for k in range(samples)]  # type: ignore[misc]
+
+    def _in_batches(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        left: Collection[int],
+        sampling: Sampling,
+        samples: int,
+        origin: tuple[int, int],
+    ) -> Iterator[dict[int, list[Completion]]]:
+        """`_drawn` by the plain decoder."""
+        seed, first = origin
+        groups = self._groups(prompts, sampling, samples, 1)
 
         def draw(group: list[Draws]) -> list[Completion]:
             ids = [prompts[each.place][1] for each in group]

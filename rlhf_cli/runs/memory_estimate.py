@@ -117,7 +117,7 @@ def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Part
     hardware, algo = cfg.hardware, cfg.algo
     longest = longest_sequence(cfg)
     rows = getattr(algo, "minibatch_size", algo.batch_size) * rows_per_item(cfg)
-    tokens = min(hardware.tokens_per_microbatch, rows * longest)
+    tokens = min(hardware.tokens_at_once, rows * longest)
     graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
     update: Parts = {
         f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens),
@@ -137,7 +137,7 @@ def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Part
     rollout: Parts = {}
     if cfg.samples_online:
         responses = algo.batch_size * getattr(algo, "group_size", 1)
-        cached = min(hardware.rollout_tokens, responses * longest)
+        cached = min(hardware.sampled_at_once, responses * longest)
         # a layer's cache is copied when it grows by a column
         rollout[f"keys and values of {cached} sampled tokens"] = (
             2 * BYTES * cached * geometry.keys * (geometry.layers + 1)
@@ -150,7 +150,7 @@ def longest_sequence(cfg: Any) -> int:
     answer = getattr(cfg.algo, "max_tokens", None) or cfg.data.max_response_tokens
     if answer is not None and cfg.data.max_prompt_tokens is not None:
         return int(cfg.data.max_prompt_tokens + answer)
-    return context_of(cfg) or int(cfg.hardware.tokens_per_microbatch)
+    return context_of(cfg) or int(cfg.hardware.tokens_at_once)
 
 
 def rows_per_item(cfg: Any) -> int:
@@ -170,7 +170,7 @@ def activations(cfg: Any, geometry: Geometry, tokens: int) -> float:
     """
     block = 8 * geometry.hidden + 2 * geometry.keys + 4 * geometry.inner
     blocks = geometry.layers - cfg.model.frozen_layers
-    if cfg.hardware.gradient_checkpointing:
+    if cfg.hardware.gradient_checkpointing is True:
         return BYTES * tokens * (blocks * geometry.hidden + 2 * block)
     return BYTES * tokens * (blocks + 1) * block
 
@@ -183,7 +183,7 @@ def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) 
     """
     kept = 2 if geometry.capped else 1
     blocks = max(0, geometry.attending - cfg.model.frozen_layers)
-    if cfg.hardware.gradient_checkpointing:
+    if cfg.hardware.gradient_checkpointing is True:
         blocks = min(blocks, 1)
     return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
 
@@ -194,7 +194,7 @@ def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
     peft adapts what holds several experts by such a sum: one for each layer, and another for its
     gradient; where blocks are recomputed there is one layer's at a time.
     """
-    kept = 1 if cfg.hardware.gradient_checkpointing else layers
+    kept = 1 if cfg.hardware.gradient_checkpointing is True else layers
     return BYTES * expert_numbers(trunk_of(shapes)) * (kept + 1) / layers
 
 

@@ -11,8 +11,8 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.reference import Reference
-from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
@@ -55,7 +55,7 @@ def policy_of(session: Session, path: str) -> Policy:
     context = positions_of(model)
     check_context(cfg, path, context)
     encoder = Encoder(tokenizer, cfg.data, context, room)
-    if cfg.hardware.gradient_checkpointing:
+    if cfg.hardware.gradient_checkpointing is True:
         recompute_activations(model)
     stop_ids = stop_ids_of(path, tokenizer)
     manifest = read_manifest(path)

@@ -81,7 +81,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     held_out = reference.precompute(train, unseen)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
-    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches))
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches), hardware)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, reference.share, weights, own)
     sampled_kl = partial(reference.sampled_kl, policy, data.held_out)

@@ -94,7 +94,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
 
     networks = {"policy": policy.model}
     planned = algo.steps * (algo.batch_size // algo.minibatch_size) * algo.epochs
-    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, planned)
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, planned, cfg.hardware)
     state, tensors = session.resume(networks, optimizer)
     running = RunningMoments(**state.get("running", {}))
     roles.reference.load(tensors_of(tensors, "reference"))

@@ -50,9 +50,9 @@ from rlhf_cli.models.forward import (
     token_scores,
 )
 from rlhf_cli.models.heads import head_name, told_of_head
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import scorer_from_policy
-from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.models import Reading
@@ -83,12 +83,12 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     session.introduce(scorer)
     session.note([*told_of_head(scorer), *data.notes], data)
     demonstrations = to_imitate(encoder, session, train)
-    if hardware.gradient_checkpointing:
+    if hardware.gradient_checkpointing is True:
         recompute_activations(scorer)
     reading = Reading(level, algo.aggregate, encoder.step_cutter)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "reward", algo.max_steps)
-    optimizer = Optimizer({"reward": (scorer, algo.rate)}, algo, len(batches))
+    optimizer = Optimizer({"reward": (scorer, algo.rate)}, algo, len(batches), hardware)
     best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
     objective = RewardObjective(scorer, reading, algo, hardware)
     log = session.log()

@@ -30,9 +30,9 @@ from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
-from rlhf_cli.models.shared import recompute_activations
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.reporting.console import Bar, show
 from rlhf_cli.rewards.reward import load_reward
@@ -71,7 +71,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
     steps = len(batches)
-    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, steps)
+    optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, steps, hardware)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = SftObjective(policy.model, hardware)
     log = session.log()
@@ -129,7 +129,7 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
     else:
         tokenizer = new_tokenizer(cfg, session.rows)
         model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
-    if cfg.hardware.gradient_checkpointing:
+    if cfg.hardware.gradient_checkpointing is True:
         recompute_activations(model)
     if cfg.model.dropout:
         residual_dropout(model, cfg.model.dropout)

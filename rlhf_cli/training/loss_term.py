@@ -52,7 +52,7 @@ class LossTerm:
         logits: bool = True,
     ) -> "LossTerm":
         """The items cut into micro-batches as `hardware` allows; `logits`: the loss holds some."""
-        batches = cut(items, hardware.tokens_per_microbatch, count=rows)
+        batches = cut(items, hardware.tokens_at_once, count=rows)
         helps = partial(keys_that_help, hardware, logits=logits)
         return cls(batches, loss, count, weight, rows, helps)
 

@@ -2,7 +2,7 @@
 
 A loss is a sum over items; it is divided by the count over the whole step, so micro-batches of any
 cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So, where memory runs out, the
-step is done again with micro-batches of half the size.
+step is done again in another way, with the same result.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import OptimizerConfig
+from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.models.repeatable import repeatably
@@ -24,6 +24,7 @@ from rlhf_cli.training.balancing import LoadBalancing
 from rlhf_cli.training.diagnosis import cause_of, draws_again
 from rlhf_cli.training.figures import Figures
 from rlhf_cli.training.loss_term import LossTerm, Metrics
+from rlhf_cli.training.room import Room
 
 SCHEDULES = {
     "cosine": "cosine_with_min_lr",
@@ -43,6 +44,7 @@ class Optimizer:
         networks: dict[str, tuple[nn.Module, float]],
         config: OptimizerConfig,
         total_steps: int,
+        hardware: Hardware,
     ) -> None:
         """`networks`: name -> (module, peak learning rate); frozen parameters are left out."""
         self._parameters = {
@@ -70,7 +72,7 @@ class Optimizer:
         )
         self.skipped = 0
         self._skipped_in_a_row = 0
-        self._halvings = 0  # of micro-batches, since memory ran out
+        self.room = Room(self._networks, hardware.gradient_checkpointing == AUTO)
         self.stepped = False  # whether the last step changed the weights
 
     def step(self, parts: list[LossTerm], number: int | None = None) -> Metrics:
@@ -106,22 +108,16 @@ class Optimizer:
     def _gradient(self, parts: list[LossTerm]) -> Figures:
         """Leave the gradient of the step; returns its loss and metrics, which are yet to be read.
 
-        Once memory has run out, micro-batches stay as small as they had to become.
+        Where memory runs out it is done again, in the way that takes less.
         """
-        for _ in range(self._halvings):
-            parts = [part.halved() for part in parts]
+        parts = self.room.cut(parts)
         rewind = draws_again()
         while (
             figures := if_it_fits(partial(repeatably, partial(self._backward, parts), rewind))
         ) is None:
-            rewind()
             self._adamw.zero_grad(set_to_none=True)
-            if all(len(batch) == 1 for part in parts for batch in part.batches):
-                raise _least(parts)
-            if not self._halvings:
-                say("note: out of memory; the step is done again in smaller micro-batches")
-            self._halvings += 1
-            parts = [part.halved() for part in parts]
+            parts = self.room.more(parts)
+            rewind()
         return figures
 
     def _backward(self, parts: list[LossTerm]) -> Figures:
@@ -201,7 +197,7 @@ class Optimizer:
             "schedule": self._schedule.last_epoch,
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
-            "halvings": self._halvings,
+            **self.room.state(),
         }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, int]) -> None:
@@ -215,7 +211,7 @@ class Optimizer:
                 }
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
-        self._halvings = state["halvings"]
+        self.room.load(state)
         self._move_schedule(state["schedule"])
 
 
@@ -229,10 +225,3 @@ def mean_metrics(updates: list[Metrics]) -> Metrics:
         known = [update[name] for update in updates if isfinite(update[name])]
         means[name] = sum(known) / len(known) if known else nan
     return {**means, "skipped": updates[-1]["skipped"]}
-
-
-def _least(parts: list[LossTerm]) -> RunError:
-    """What to say where one item does not fit; the largest."""
-    items = ((part, item) for part in parts for batch in part.batches for item in batch)
-    term, item = max(items, key=lambda each: each[0].rows(each[1]) * len(each[1]))
-    return term.too_large([item], "the update", gradient=True)

@@ -1045,7 +1045,7 @@ LATE: dict[str, Case] = {
     ),
     "few bits without the package": (
         as_it_is,
-        f"{PPO} policy={POLICY} model=lora model.quantize=nf4",
+        f"{PPO} policy={POLICY} model=qlora",
         ["model.quantize=nf4 needs bitsandbytes: pip install 'rlhf-cli[qlora]'"],
     ),
     "a folder of adapters": (

@@ -216,3 +216,22 @@ def test_a_path_to_rows_is_a_text_or_a_list_of_texts() -> None:
     }.items():
         with pytest.raises(UserError, match=why):
             compose("dpo", ["data=jsonl", f"data.path={wrong}"])
+
+
+def test_auto_stands_for_a_number_or_a_choice() -> None:
+    hardware = compose("sft", []).hardware
+    assert (hardware.tokens_per_microbatch, hardware.gradient_checkpointing) == ("auto", "auto")
+    assert (hardware.tokens_at_once, hardware.sampled_at_once) == (4096, 16384)
+    words = ["hardware.tokens_per_microbatch=5", "hardware.gradient_checkpointing=true"]
+    hardware = compose("sft", words).hardware
+    assert (hardware.tokens_at_once, hardware.gradient_checkpointing) == (5, True)
+    for word, what in {
+        "tokens_per_microbatch=fast": "auto or an integer >= 1, got fast",
+        "tokens_per_microbatch=0": "auto or an integer >= 1, got 0",
+        "rollout_tokens=true": "auto or an integer >= 1, got True",
+        "gradient_checkpointing=1": "auto or true|false, got 1",
+        "gradient_checkpointing=null": "auto or true|false, got null",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            compose("sft", [f"hardware.{word}"])
+        assert str(caught.value) == f"hardware.{word.partition('=')[0]} must be {what}"

@@ -21,8 +21,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.evaluation import kept
 from rlhf_cli.evaluation.kept import SamplesOfPolicy
 from rlhf_cli.rewards.reward import Reward
-from rlhf_cli.rollout import decode as decode_module
-from rlhf_cli.rollout import native
+from rlhf_cli.rollout.slot_run import SlotSampler
 from rlhf_cli.runs.out_folder import KEPT, what_is_kept
 from tests.contents import contents_of, faults_of
 from tests.faults.killing import SAMPLING
@@ -68,15 +67,15 @@ def killed(stage: str, out: Path, *more: str, after: int = 2) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each call of the decoder got."""
+    """How many responses were asked of the slots each time."""
     counts: list[int] = []
-    decode = decode_module.decode
+    draw = SlotSampler.draw
 
-    def counted(model: Any, prompts: list[list[int]], *rest: Any) -> Any:
-        counts.append(len(prompts))
-        return decode(model, prompts, *rest)
+    def counted(self: SlotSampler, model: Any, jobs: list[Any], *rest: Any) -> Any:
+        counts.append(len(jobs))
+        return draw(self, model, jobs, *rest)
 
-    monkeypatch.setattr(native, "decode", counted)
+    monkeypatch.setattr(SlotSampler, "draw", counted)
     return counts
 
 

@@ -41,7 +41,7 @@ STAGES: dict[str, Any] = {
 }
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-GROUPS = ["policy=runs/demo/sft", "hardware.rollout_tokens=64", "reward=runs/demo/reward"]
+GROUPS = ["policy=runs/demo/sft", "hardware.rollout_tokens=16", "reward=runs/demo/reward"]
 SAMPLING = {
     "generate": [*GROUPS, "algo.prompts=9"],
     "evaluate": [

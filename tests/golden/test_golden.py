@@ -108,7 +108,7 @@ from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 from rlhf_cli.training.loss_term import LossTerm
 from rlhf_cli.training.optimize import Optimizer
-from tests.toys import GivenLogits, bigram, characters, composed, data_of
+from tests.toys import GivenLogits, bigram, characters, composed, data_of, hardware_of
 
 HERE = Path(__file__).parent
 FILE = json.loads((HERE / "vectors.json").read_text())
@@ -723,7 +723,9 @@ def lr_schedule(case: Case) -> Compared:
         warmup_steps=5 if rest == "warm5" else 0,
     )
     layer = nn.Linear(1, 1)
-    optimizer = Optimizer({"x": (layer, config.lr)}, config, case.raw["inputs"]["total_steps"])
+    optimizer = Optimizer(
+        {"x": (layer, config.lr)}, config, case.raw["inputs"]["total_steps"], hardware_of()
+    )
     part = LossTerm([torch.ones(1, 1)], lambda x: (layer(x).sum(), {}), 1)
     rates = [optimizer.step([part])["lr"] for _ in case.out["lr_at_step"]]
     yield "rates", rates, case.out["lr_at_step"]

@@ -24,7 +24,7 @@ from rlhf_cli.models.save import save_model
 from rlhf_cli.models.score import logprobs_of, scores_of
 from rlhf_cli.models.scorers import load_critic, load_scorer, scorer_from_policy
 from rlhf_cli.models.shared import SharedScorer
-from tests.toys import FROZEN, bpe, hardware_of, llama, model_of, sequences_of
+from tests.toys import FROZEN, bpe, composed, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
 FULL = model_of(lora_rank=0)
@@ -461,7 +461,8 @@ def test_settings_that_this_peft_does_not_know_are_told_or_refused(
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_roles_share_a_base_of_few_bits(kind: str, bases: dict[bool, str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    config = model_of(lora_rank=4, lora_alpha=16.0, quantize=kind)
+    words = ["model=qlora", "model.lora_rank=4", "model.lora_alpha=16", f"model.quantize={kind}"]
+    config = composed("dpo", *words).model
     policy = policy_of(bases[False], config)
     held = {name: weight.dtype for name, weight in policy.named_parameters()}
     few = {name for name in held if held[name] in (torch.uint8, torch.int8)}

@@ -17,7 +17,7 @@ from rlhf_cli.models.dropout import (
     residual_dropout,
     training_mode,
 )
-from rlhf_cli.models.shared import recompute_activations
+from rlhf_cli.models.recompute import recompute_activations
 from tests.model_families import model_of, names
 
 BATCH = collate([Tokens([5, 6, 7, 8, 9, 10], [11, 12, 13]), Tokens([14, 15], [16])])

@@ -17,7 +17,7 @@ from rlhf_cli.models.lora_places import (
     shortest,
     without_parameters,
 )
-from rlhf_cli.models.shared import recompute_activations
+from rlhf_cli.models.recompute import recompute_activations
 from tests.model_families import model_of, names
 
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]

@@ -1,5 +1,7 @@
 """Attention over rows without padding against attention as it is defined, pair by pair."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from rlhf_cli.models.row_attention import (
 )
 
 HEADS, SHARED_HEADS, WIDTH = 4, 2, 8
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 3},
     "softcap": {"softcap": 2.0},
@@ -121,15 +123,19 @@ def test_the_operator_of_a_graph_has_the_gradient_of_the_plain_products(
     window: int | None, shared: bool
 ) -> None:
     torch.manual_seed(0)
-    sides = [drawn(7, heads).requires_grad_() for heads in (HEADS, SHARED_HEADS, SHARED_HEADS)]
+    query, key, value = sides = (
+        drawn(7, HEADS).requires_grad_(),
+        drawn(7, SHARED_HEADS).requires_grad_(),
+        drawn(7, SHARED_HEADS).requires_grad_(),
+    )
     weights = torch.randn(1, 7, HEADS, WIDTH, dtype=torch.float64)
-    layout = Packing([3, 4], sides[0].device)
+    layout = Packing([3, 4], query.device)
     if shared:
         keys = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 6])
-        layout = Packing([3, 4], sides[0].device, [3, 6], keys)
+        layout = Packing([3, 4], query.device, [3, 6], keys)
     grads = []
     with laid_out(Nothing(), layout):
-        plain, _ = attend(Nothing(), *sides, None, sliding_window=window)
+        plain, _ = attend(Nothing(), query, key, value, None, sliding_window=window)
         ours, _, _ = torch.ops.rlhf_cli.packed_attention(*sides, WIDTH**-0.5, window)
         torch.testing.assert_close(ours, plain)
         for out in (plain, ours):

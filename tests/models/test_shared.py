@@ -18,11 +18,12 @@ from rlhf_cli.folders.manifest import RESPONSE, TOKEN
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.forward import response_scores, state_values, token_logprobs
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model
 from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of, values_of
 from rlhf_cli.models.scorers import load_critic, load_scorer, scorer_from_policy
-from rlhf_cli.models.shared import SharedScorer, recompute_activations
+from rlhf_cli.models.shared import SharedScorer
 from tests.model_families import build
 from tests.model_families import model_of as family_of
 from tests.toys import FROZEN, bpe, hardware_of, llama, model_of, sequences_of

@@ -11,11 +11,13 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.rollout import native
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import fits_slots
 from tests.toys import bigram, bpe, characters, data_of, hardware_of, llama
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 3, 20, 6, 8], [1, 4, 4]]
@@ -182,14 +184,20 @@ def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
     assert [each.tokens for each in reseeded] != [each.tokens for each in whole]
 
 
+@pytest.mark.parametrize("in_slots", [True, False])
 @pytest.mark.parametrize("most", [1, 2, 5])
-def test_responses_do_not_change_where_fewer_are_drawn_at_once(most: int) -> None:
-    """Whole prompts are parted first, then the samples of one prompt."""
+def test_responses_do_not_change_where_fewer_are_drawn_at_once(
+    most: int, in_slots: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the plain decoder whole prompts are parted first, then the samples of one prompt."""
     drawn: list[int] = []
+    if not in_slots:
+        monkeypatch.setattr(native, "fits_slots", lambda model, reach: False)
 
     def sample(limit: int) -> list[Rollout]:
         model = llama(vocabulary=300)
         way_of(model)  # tried on two rows
+        fits_slots(model, 13)
 
         def look(module: Any, args: Any, kwargs: Any) -> None:
             drawn.append(len(kwargs["input_ids"]))
@@ -217,6 +225,7 @@ def test_responses_do_not_change_where_fewer_are_drawn_at_once(most: int) -> Non
 def test_a_response_that_does_not_fit_ends_sampling_in_one_line() -> None:
     model = llama()
     way_of(model)
+    fits_slots(model, 13)
 
     def full(module: Any, args: Any) -> None:
         raise MemoryError

@@ -13,12 +13,12 @@ from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.adapters import POLICY, REFERENCE, Acting, add_adapter
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.lora_places import lora_places, peft_targets
-from rlhf_cli.models.shared import recompute_activations
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.objectives.likelihood import nll_sum
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
 from tests.model_families import model_of
-from tests.training.test_optimize import config_of
+from tests.training.test_optimize import PLAIN, config_of
 
 ASKS = {"output_router_logits": True}
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"]
@@ -43,7 +43,7 @@ def step_of(
         logprobs = token_logprobs(model, batch, chunk=50).logprobs
         return nll_sum(logprobs, batch.response), {}
 
-    optimizer = Optimizer({"policy": (model, 0.0)}, config_of(lr=0.0), 9)
+    optimizer = Optimizer({"policy": (model, 0.0)}, config_of(lr=0.0), 9, PLAIN)
     metrics = optimizer.step([LossTerm(groups, loss or nll, count)])
     found = {name: weight.grad for name, weight in model.named_parameters()}
     return metrics, {name: each.clone() for name, each in found.items() if each is not None}

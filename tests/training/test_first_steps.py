@@ -1,5 +1,6 @@
 """What a stage does in a step, computed once more by the letter of its equation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def taken(model: Any, tokens: Tokens) -> Tensor:
     return logprobs(model, tokens).gather(-1, torch.tensor(tokens.response)[:, None])[:, 0]
 
 
+def on_cpu(trajectory: Any) -> Any:
+    """A trajectory whose tensors may be compared with those of a test."""
+    tensors = {name: each for name, each in vars(trajectory).items() if isinstance(each, Tensor)}
+    return replace(trajectory, **{name: each.cpu() for name, each in tensors.items()})
+
+
 class Spy:
     """Records the experience that a function of a stage is given, and what it makes of it."""
 
@@ -120,7 +127,8 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     start, encoder = sft_policy()
     reward = critic_start(encoder)
 
-    for step, (seen, (items, _)) in enumerate(spy.calls):
+    for step, (seen, (trajectories, _)) in enumerate(spy.calls):
+        items = [on_cpu(trajectory) for trajectory in trajectories]
         rollouts, scores = seen.rollouts, seen.rewards.total
         found = []
         for rollout, score, item in zip(rollouts, scores.tolist(), items, strict=True):
@@ -190,6 +198,7 @@ def test_a_step_of_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for place, group in enumerate(groups):
             rewards = torch.tensor(scores[4 * place : 4 * place + 4])
             expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            group = [on_cpu(item) for item in group]
             for item, worth in zip(group, expected, strict=True):  # the same at every token
                 everywhere = worth.expand(len(item.tokens.response))
                 torch.testing.assert_close(item.advantages, everywhere, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import OptimizerConfig
+from rlhf_cli.config.schema import Hardware, OptimizerConfig
 from rlhf_cli.data.batches import collate, cut
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.forward import token_logprobs
@@ -42,9 +42,14 @@ def config_of(**changes: Any) -> OptimizerConfig:
     return replace(config, **plain | changes)
 
 
-def optimizer_of(model: nn.Module, steps: int = 9, **changes: Any) -> Optimizer:
+PLAIN = hardware_of(gradient_checkpointing=False)
+
+
+def optimizer_of(
+    model: nn.Module, steps: int = 9, hardware: Hardware = PLAIN, **changes: Any
+) -> Optimizer:
     config = config_of(**changes)
-    return Optimizer({"policy": (model, config.rate)}, config, steps)
+    return Optimizer({"policy": (model, config.rate)}, config, steps, hardware)
 
 
 class Language:
@@ -123,7 +128,9 @@ def test_a_clipped_norm_is_that_of_each_network_and_reported_unclipped() -> None
 
     config = config_of(max_grad_norm=1.0)
     rates = {name: (model, config.rate) for name, model in models.items()}
-    report = Optimizer(rates, config, 9).step([LossTerm([torch.ones(1, 1)], loss, 1)])
+    report = Optimizer(rates, config, 9, hardware_of()).step(
+        [LossTerm([torch.ones(1, 1)], loss, 1)]
+    )
     assert report["grad_norm/policy"] == pytest.approx(3.0)
     assert report["grad_norm/critic"] == pytest.approx(0.01)
     gradients = [weight.grad for model in models.values() for weight in model.parameters()]
@@ -241,7 +248,7 @@ class Terms:
         config = config_of(**changes)
         self.policy, self.critic = nn.Linear(1, 1), nn.Linear(1, 1)
         networks = {"policy": (self.policy, config.rate), "critic": (self.critic, config.rate)}
-        self.optimizer = Optimizer(networks, config, 9)  # type: ignore[arg-type]
+        self.optimizer = Optimizer(networks, config, 9, hardware_of())  # type: ignore[arg-type]
         self.items = [
             Item(torch.full((1,), 1.0 + i), torch.ones(1), f"rows.jsonl:{i + 1}")
             for i in range(rows)
@@ -444,6 +451,29 @@ def test_a_step_that_did_not_fit_is_told_once_and_remembered(
     assert said(capsys) == ""
 
 
+def test_blocks_are_computed_again_before_micro_batches_are_halved(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And a run that goes on begins as the one before it had to become."""
+    whole, small, resumed = Small(99), Small(40), Small(40)
+    expected = optimizer_of(whole.model).step([LossTerm([SEQUENCES], whole.loss, TOKENS)])
+    optimizer = optimizer_of(small.model, hardware=hardware_of())
+    report = optimizer.step([LossTerm([SEQUENCES], small.loss, TOKENS)])
+    assert report == pytest.approx(expected, rel=1e-5)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: out of memory; backward computes 1 block again from here on "
+        "(hardware.gradient_checkpointing=auto)",
+        "note: out of memory; backward computes 2 blocks again from here on "
+        "(hardware.gradient_checkpointing=auto)",
+        "note: out of memory; the step is done again in smaller micro-batches",
+    ]
+    again = optimizer_of(resumed.model, hardware=hardware_of())
+    again.load(optimizer.tensors(), optimizer.state())
+    again.step([LossTerm([SEQUENCES], resumed.loss, TOKENS)])
+    assert (small.refused, resumed.refused, said(capsys)) == (3, 0, "")
+    assert [each.gradient_checkpointing for each in resumed.model.model.layers] == [True, True]
+
+
 def test_the_draws_of_a_failed_attempt_are_drawn_again() -> None:
     """A run that was resumed and one that went on must drop the same units."""
     small, drawn = Small(40), []
@@ -464,7 +494,7 @@ def test_the_draws_of_a_failed_attempt_are_drawn_again() -> None:
 def test_an_item_that_does_not_fit_ends_the_run_in_one_line() -> None:
     small = Small(LONGEST - 1)
     before = small.weights()
-    lighter = partial(keys_that_help, hardware_of(logprob_chunk=6), logits=True, gradient=True)
+    lighter = partial(keys_that_help, replace(PLAIN, logprob_chunk=6), logits=True, gradient=True)
     part = LossTerm([SEQUENCES], small.loss, TOKENS, rows=lambda _: 2, keys_that_help=lighter)
     with pytest.raises(RunError) as stop:
         optimizer_of(small.model).step([part])
