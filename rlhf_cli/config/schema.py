@@ -142,8 +142,8 @@ class FrozenModel:
     """How weights are held by a stage that does not train them."""
 
     dtype: str = key(
-        "Type of matrix products; weights stay float32. auto: bfloat16 on a GPU that has it, but "
-        "for models as small as the demo's.",
+        "Type that a model computes in; what is trained keeps float32 masters. auto: bfloat16 on "
+        "a GPU that has it, but float32 for models as small as the demo's.",
         choices=("auto", "float32", "bfloat16"),
     )
     trust_remote_code: bool = key("Run Python code that a model folder brings along.")

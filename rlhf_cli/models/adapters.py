@@ -22,6 +22,8 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.time_limit import time_limit
 from rlhf_cli.folders.json_forms import ADAPTER
 from rlhf_cli.folders.manifest import ADAPTER_CONFIG, read_object, shapes_of
+from rlhf_cli.models.decoder import matmul_in_float32
+from rlhf_cli.models.masters import HELD, hold, master_of, put, unrounded
 from rlhf_cli.models.nonfinite import is_finite
 
 WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
@@ -70,8 +72,8 @@ def is_fresh(adapted: Any) -> bool:
         if isinstance(module, TrainableTokensWrapper):
             layer = module.token_adapter
             if POLICY in layer.trainable_tokens_delta:
-                rows = layer.trainable_tokens_original[POLICY]
-                pairs.append((layer.trainable_tokens_delta[POLICY], rows))
+                ours = layer.trainable_tokens_delta[POLICY]
+                pairs.append((ours, layer.trainable_tokens_original[POLICY].to(ours.dtype)))
     return all(torch.equal(ours, base) for ours, base in pairs)
 
 
@@ -110,16 +112,15 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights that training changes."""
-    return {name: weight.detach().clone() for name, weight in trained(network).items()}
+    """A copy of the weights that training changes, in float32."""
+    return {name: master_of(weight).detach().clone() for name, weight in trained(network).items()}
 
 
 def restore(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put a snapshot back."""
     parameters = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
+    for name, weight in weights.items():
+        put(parameters[name], weight)
 
 
 def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -134,7 +135,8 @@ def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 def add_adapter(adapted: Any, adapter: str, like: Any, trainable: bool = False) -> None:
     """Put another adapter on the base; what acts and what trains otherwise stays as it is.
 
-    It has no dropout, and starts from matrices that leave the base as it is.
+    It has no dropout, and starts from matrices that leave the base as it is, in float32 until
+    `hold_adapter`.
 
     Args:
         like: the peft config of the new adapter.
@@ -147,15 +149,22 @@ def add_adapter(adapted: Any, adapter: str, like: Any, trainable: bool = False) 
         weight.requires_grad_(flag)
     for weight in weights_of(adapted, adapter).values():
         weight.requires_grad_(trainable)
+        if weight.dtype == HELD:  # a copy of a whole module of the base
+            weight.data = weight.data.float()
     unite(adapted)
 
 
-@torch.no_grad()
 def copy_adapter(adapted: nn.Module, source: str, target: str) -> None:
     """Give one adapter the weights of another of the same shape."""
     theirs = weights_of(adapted, source)
     for name, weight in weights_of(adapted, target).items():
-        weight.copy_(theirs[name])
+        put(weight, master_of(theirs[name]).detach())
+
+
+def hold_adapter(adapted: Any, adapter: str) -> None:
+    """Hold an adapter that was added as the model is held, once it has its weights."""
+    if not matmul_in_float32(adapted):
+        hold(weights_of(adapted, adapter), trained=True)
 
 
 # --------------------------------------------------------------------------- folders
@@ -378,7 +387,7 @@ class Acting:
 
 def merged_copy(adapted: nn.Module) -> nn.Module:
     """A copy of the model with what acts of the policy merged into its weights."""
-    return merge(copy.deepcopy(adapted), [*below(adapted), POLICY])
+    return merge(copy.deepcopy(adapted, unrounded(adapted)), [*below(adapted), POLICY])
 
 
 def merge(adapted: Any, adapters: list[str]) -> nn.Module:

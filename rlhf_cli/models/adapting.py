@@ -3,6 +3,7 @@
 docs/adapters.md has the kinds, and what is refused.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,23 +23,27 @@ from rlhf_cli.models.adapters import (
     adapter_config,
     adapter_weights,
     check_patterns,
+    is_adapted,
     merge,
     put_weights,
     unite,
     unknown_settings,
     weights_of,
 )
-from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.decoder import trunk, unwrap
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import HEAD_NAMES, head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
+from rlhf_cli.models.masters import hold, sum_uses_in_float32
+from rlhf_cli.models.quantized import compute_in_bfloat16
 from rlhf_cli.models.shared import freeze_lowest
 from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
 from rlhf_cli.models.towers import freeze, processor_files, towers
 from rlhf_cli.reporting.console import say
 
+FLOAT32 = "_keep_in_fp32_modules_strict"  # how classes of transformers name weights that stay so
 # settings under which an adapter acts in other ways than by its matrices alone
 OTHER_WAYS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "monteclora_config")
 
@@ -64,14 +69,12 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     """Put the folder's adapter, or a fresh one, where model.adapter and model.lora_rank ask for it.
 
     No dropout, but that of sft's model.lora_dropout. What text does not pass through is frozen, and
-    gets no fresh adapter.
+    gets no fresh adapter. The model is then on the device, its weights in model.dtype.
 
     Raises:
         UserError: the folder's adapter is of a kind that cannot be merged, or trained on.
     """
     parameters = sum(weight.numel() for weight in model.parameters())
-    # read by models/forward.py
-    model.compute_dtype = product_type(config.dtype, parameters, device)
     disable_dropout(model)
     model.towers = towers(model)
     if model.towers:  # written back beside the weights
@@ -85,7 +88,45 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
     freeze(adapted, [*model.towers, *_namesakes(adapted, config)])
     if isinstance(config, Model) and config.frozen_layers:
         freeze_lowest(adapted, config.frozen_layers)
+    place(adapted, config, product_type(config.dtype, parameters, device), device)
     return adapted.eval()  # peft makes its layers in training mode
+
+
+def place(model: nn.Module, config: FrozenModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Move a model to its device, in the type that it computes in.
+
+    In bfloat16 scalar heads stay float32, as scores would be rounded into ties, and so do the few
+    weights that transformers keeps so. What is not trained has float32 values beside it only where
+    it is written.
+    """
+    base = unwrap(model)
+    base.compute_dtype = dtype
+    if dtype == torch.bfloat16:
+        head = getattr(base, head_name(base) or "", None)
+        spared = set() if head is None else set(map(id, head.parameters()))
+        always = [re.escape(each) for each in getattr(base, FLOAT32, None) or ()]
+        kept = re.compile("|".join(rf"(^|\.){each}(\.|$)" for each in always) or "(?!)")
+        whole = isinstance(config, Model) and (
+            not is_adapted(model) or config.merge_lora or base.embeddings_in_adapter
+        )
+        hold(
+            {
+                name: weight
+                for name, weight in model.named_parameters()
+                if id(weight) not in spared and not kept.search(name)
+            },
+            trained=isinstance(config, Model),
+            written=lambda name: whole or BELOW in name.split("."),
+            device=device,
+        )
+        for part in trunk(model).children():  # a table of positions is added to embeddings (XGLM)
+            for buffer in part.buffers(recurse=False):
+                if buffer.ndim == 2 and buffer.dtype == torch.float32:
+                    buffer.data = buffer.to(dtype)
+        compute_in_bfloat16(model)
+        if head is None and (unembedding := base.get_output_embeddings()) is not None:
+            sum_uses_in_float32(unembedding.parameters())
+    model.to(device)
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:

@@ -70,20 +70,13 @@ def parts_of(base: Any) -> Parts:
 
 
 def matmul_in_float32(model: nn.Module) -> bool:
-    """Whether model.dtype asks for float32 matrix products."""
+    """Whether model.dtype asks for float32; else weights, states and products are in bfloat16."""
     return bool(getattr(unwrap(model), "compute_dtype", torch.float32) == torch.float32)
-
-
-def matmul_type(model: nn.Module) -> torch.autocast:
-    """Matrix products in model.dtype; weights, sums and log-probs stay float32."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=not matmul_in_float32(model))
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states, (B, T, d)."""
-    with matmul_type(model):
-        return run_trunk(model, batch)
+    return run_trunk(model, batch)
 
 
 @watched
@@ -111,12 +104,12 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
         return head.logits(hidden, temperature)  # not rounded to bfloat16, as training has them
     base = unwrap(model)
     stands = parts_of(base).stands
-    with matmul_type(model):
-        if stands is None:
-            logits = base.get_output_embeddings()(hidden)
-        else:
-            logits = own_logits(base, stands, hidden)
-    return logits.float() / temperature
+    if stands is None:
+        logits = base.get_output_embeddings()(hidden)
+    else:
+        logits = own_logits(base, stands, hidden)
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
 
 
 def linear_head(model: nn.Module) -> LinearHead | None:

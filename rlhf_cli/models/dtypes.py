@@ -1,7 +1,5 @@
-"""The types of a model's numbers: of its products, and of the weights that are written."""
+"""The types of a model's numbers: those that it computes with, and the weights that are written."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from rlhf_cli.config.stages import DEMO_SIZE
 from rlhf_cli.folders.manifest import numbers_by_type
 from rlhf_cli.models.adapters import is_adapted, trained
 from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.masters import master_of, put
 
 AUTO, SOURCE = "auto", "source"
 WRITTEN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -83,17 +82,4 @@ def type_to_write(model: nn.Module, choice: str, merge: bool) -> torch.dtype:
 def round_trained(model: nn.Module, dtype: torch.dtype) -> None:
     """Give weights that were trained the values that they have once they are written."""
     for weight in trained(model).values():
-        weight.copy_(weight.to(dtype))
-
-
-@contextmanager
-def held_as(dtype: torch.dtype, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hold weights in another type within this block; what they are rounded by stays."""
-    own = list(weights)
-    for weight in own:
-        weight.data = weight.data.to(dtype)
-    try:
-        yield
-    finally:
-        for weight in own:
-            weight.data = weight.data.float()
+        put(weight, master_of(weight).to(dtype))

@@ -13,6 +13,7 @@ from rlhf_cli.models.decoder import (
     embedding_rows,
     hidden_states,
     linear_head,
+    matmul_in_float32,
     run_trunk,
     unembed,
     unwrap,
@@ -239,10 +240,10 @@ def shares_prompts(model: nn.Module) -> bool:
     try:
         for share in (True, False):
             batch = collate_answers(groups, device, share)
-            # in float32 whatever model.dtype, where rounding is far below any leak
             hidden = run_trunk(model, batch).flatten(0, 1)
             states.append(hidden[batch.at[batch.response]])  # (N, d)
     except Exception:  # models refuse a mask that they do not know in many ways
         return False
     together, alone = states
-    return bool((together - alone).norm() <= 1e-3 * alone.norm())
+    rounded = 1e-3 if matmul_in_float32(model) else 5e-2  # far below any leak
+    return bool((together - alone).norm() <= rounded * alone.norm())

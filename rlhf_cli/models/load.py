@@ -28,12 +28,14 @@ from rlhf_cli.models.adapters import (
     is_adapted,
     put_weights,
     rows_held,
+    trained,
 )
 from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.attention import asked_for, check_attention, check_device, try_attention
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.masters import held_as
 from rlhf_cli.models.norms import fuse_norms
 from rlhf_cli.models.quantized import keep_layout, quantization
 from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
@@ -62,7 +64,7 @@ def load_policy(
         say(added)
     model.generation_settings = generation_of(path)  # written by models/save.py
     find_parts(model)
-    model = adapt(model, path, config, "CAUSAL_LM", device).to(device)
+    model = adapt(model, path, config, "CAUSAL_LM", device)
     try_attention(model, path, config)
     return model
 
@@ -185,7 +187,9 @@ def _nothing() -> None:
 
 def load_weights(model: nn.Module, folder: str, config: Model) -> None:
     """Put the weights of a folder that `save_model` wrote unmerged back into the same model."""
-    if is_adapted(model):
-        put_weights(model, POLICY, adapter_weights(folder), folder)
-    else:
-        model.load_state_dict(load_base(folder, config, None, allowed_missing=set()).state_dict())
+    with held_as(torch.float32, trained(model).values()):
+        if is_adapted(model):
+            put_weights(model, POLICY, adapter_weights(folder), folder)
+        else:
+            read = load_base(folder, config, None, allowed_missing=set())
+            model.load_state_dict(read.state_dict())

@@ -7,13 +7,12 @@ installed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_cli.reporting.console import say
+from rlhf_cli.models.kernels import tried
 
 
 @dataclass(frozen=True)
@@ -99,19 +98,11 @@ def _kernels_for(logits: Tensor) -> Any:
 
 @cache
 def _kernels() -> Any:
-    """The module of kernels; None where Triton is not installed, or has no compiler."""
-    if find_spec("triton") is None:
-        return None
-    from rlhf_cli.models import logprob_kernels
-
-    try:
+    def trial(kernels: Any) -> None:
         targets = torch.zeros(1, dtype=torch.long, device="cuda")
-        logprob_kernels.figures_of([torch.zeros(1, 2, device="cuda")], targets, False)
-    except Exception as error:  # in many ways
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        say(f"log-probs without Triton, whose kernels do not compile here: {first}")
-        return None
-    return logprob_kernels
+        kernels.figures_of([torch.zeros(1, 2, device="cuda")], targets, False)
+
+    return tried("rlhf_cli.models.logprob_kernels", trial, "log-probs")
 
 
 # --------------------------------------------------------------------------- the plain versions

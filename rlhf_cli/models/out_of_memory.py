@@ -6,13 +6,23 @@ Losses are summed over items and results are an item's own, so that nothing but 
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 
+
+class Spare(Protocol):
+    """Who keeps tensors that can be made again."""
+
+    def release(self) -> bool:
+        """Let them go; whether there were any."""
+
+
+SPARE: "WeakSet[Spare]" = WeakSet()  # asked where memory runs out
 Result = TypeVar("Result")
 Group = TypeVar("Group", bound=Sequence[Any])
 
@@ -33,16 +43,23 @@ def ran_out(error: BaseException) -> bool:
 
 
 def if_it_fits(work: Callable[[], Result]) -> Result | None:
-    """What `work` gives; None where memory ran out, and then all that it held is free again."""
-    try:
-        return work()
-    except Exception as error:
-        if not ran_out(error):
-            raise
-    # Here, and not before, the error's frames are gone, and with them their tensors.
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    """What `work` gives; None where memory ran out, and then all that it held is free again.
+
+    It is done again where somebody could spare memory.
+    """
+    again = True
+    while again:
+        try:
+            return work()
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        # Here, and not before, the error's frames are gone, and with them their tensors.
+        spared = [each.release() for each in list(SPARE)]
+        again = any(spared)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
     return None
 
 

@@ -25,10 +25,18 @@ def quantization(config: FrozenModel) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            # products are in model.dtype all the same: autocast casts what goes into them
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=torch.float32,  # as all is loaded; see compute_in_bfloat16
         )
     }
+
+
+def compute_in_bfloat16(model: nn.Module) -> None:
+    """Let 4-bit layers unpack their weights to bfloat16; those of 8 bits do without."""
+    for module in model.modules():
+        if hasattr(module, "compute_type_is_set"):
+            module.compute_dtype = torch.bfloat16  # type: ignore[assignment]
+            if (state := getattr(module.weight, "quant_state", None)) is not None:
+                state.dtype = torch.bfloat16
 
 
 def keep_layout(model: nn.Module) -> None:

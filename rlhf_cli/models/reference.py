@@ -18,6 +18,7 @@ from rlhf_cli.models.adapters import (
     below,
     can_lend,
     copy_adapter,
+    hold_adapter,
     is_adapted,
     is_fresh,
     unite,
@@ -76,6 +77,7 @@ class Reference:
         if REFERENCE not in self._adapted.peft_config:
             add_adapter(self._adapted, REFERENCE, self._adapted.peft_config[POLICY])
         copy_adapter(self._adapted, POLICY, REFERENCE)
+        hold_adapter(self._adapted, REFERENCE)
         self.switched_off = False
 
     # ------------------------------------------------------------------ iterative training

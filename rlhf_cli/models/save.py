@@ -17,7 +17,7 @@ from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_g
 from rlhf_cli.models import scalar_head
 from rlhf_cli.models.adapters import POLICY, below, is_adapted, merged_copy, trained
 from rlhf_cli.models.decoder import embedding_rows, unwrap
-from rlhf_cli.models.dtypes import held_as
+from rlhf_cli.models.masters import held_as, release
 from rlhf_cli.models.scalar_head import ScalarHead
 from rlhf_cli.models.stacking import save_stacked
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder
@@ -63,7 +63,8 @@ def save_model(
         if below(adapted):
             save_stacked(adapted, folder, dtype)
         else:
-            with held_as(dtype, trained(adapted).values()):
+            tables = resized(adapted) if embeds else []
+            with held_as(dtype, trained(adapted).values()), held_as(torch.float32, tables):
                 adapted.save_pretrained(
                     folder, selected_adapters=[POLICY], save_embedding_layers=embeds
                 )
@@ -83,6 +84,14 @@ def save_model(
     if settings is not None:
         write_generation(settings, folder)
     save_tokenizer(tokenizer, folder)
+
+
+def resized(adapted: nn.Module) -> list[nn.Parameter]:
+    """The frozen embeddings that an adapter's folder holds, as they are no longer its base's."""
+    base = unwrap(adapted)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    tables = {id(each): each for end in ends if end is not None for each in end.parameters()}
+    return [weight for weight in tables.values() if not weight.requires_grad]
 
 
 def set_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
@@ -164,6 +173,8 @@ def set_score_pad(model: nn.Module, tokenizer: Any, stop_ids: Collection[int], w
         tokenizer.pad_token = pad
     elif whole or len(tokenizer) < embedding_rows(base):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        release(base.parameters())  # a row is added to what is written, and nothing computed after
+        base.compute_dtype = torch.float32
         fit_embeddings(base, tokenizer, str(tokenizer.name_or_path))
         say("note: every token of the tokenizer may end a response: <pad> is added for this model")
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -56,7 +56,7 @@ def load_scorer(
         config = replace(config, adapter=None)
     model, task = load_classifier(path, config, level_of(path))
     fit_embeddings(model, tokenizer, path)
-    return _beside(adapt(model, path, config, task, device).to(device), base)
+    return _beside(adapt(model, path, config, task, device), base)
 
 
 @fits
@@ -86,7 +86,7 @@ def scorer_from_policy(
     added = fit_embeddings(model, tokenizer, path)
     if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
         say(added)
-    return _beside(adapt(model, path, config, task, device).to(device), base)
+    return _beside(adapt(model, path, config, task, device), base)
 
 
 def load_critic(

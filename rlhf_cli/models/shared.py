@@ -23,6 +23,7 @@ from rlhf_cli.models.adapters import (
     below,
     check_patterns,
     copy_adapter,
+    hold_adapter,
     put_weights,
     saved_weights,
     weights_of,
@@ -30,6 +31,7 @@ from rlhf_cli.models.adapters import (
 from rlhf_cli.models.decoder import trunk, unwrap
 from rlhf_cli.models.dropout import blocks_of
 from rlhf_cli.models.heads import HEAD_NAMES
+from rlhf_cli.models.masters import held_as
 
 
 class SharedScorer(nn.Module):
@@ -128,6 +130,7 @@ def scorer_on_base(
     head = nn.Linear(score["weight"].shape[1], 1, bias="bias" in score)
     head.load_state_dict(score)
     put_weights(adapted, adapter, lora, path, head_left=True)
+    hold_adapter(adapted, adapter)
     return SharedScorer(adapted, adapter, head.to(next(adapted.parameters()).device))
 
 
@@ -139,6 +142,7 @@ def critic_on_base(adapted: Any, adapter: str, head: nn.Linear) -> SharedScorer:
     like.modules_to_save = [name for name in like.modules_to_save or [] if name not in names]
     add_adapter(adapted, adapter, like, trainable=True)
     copy_adapter(adapted, POLICY, adapter)
+    hold_adapter(adapted, adapter)
     device = next(adapted.parameters()).device
     return SharedScorer(adapted, adapter, head.to(device), below(adapted))
 
@@ -151,7 +155,8 @@ def save_scorer(
     Args:
         dtype: of the weights on disk; None: each has that of the one in whose place it comes.
     """
-    own = saved_weights(scorer.lender, scorer.adapter)
+    with held_as(torch.float32, scorer.weights.values()):
+        own = saved_weights(scorer.lender, scorer.adapter)
     head = scorer.score.state_dict()
     now = {
         name: (own[name].detach() if name in own else head[name.split(".")[-1]]).to(

@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_cli.models.adapters import BELOW, POLICY, PREFIX, WEIGHTS, saved_weights
+from rlhf_cli.models.adapters import (
+    BELOW,
+    POLICY,
+    PREFIX,
+    WEIGHTS,
+    saved_weights,
+    weights_of,
+)
+from rlhf_cli.models.masters import held_as
 
 SIDES = {  # the parts of an adapter by the dimension along which ranks lie
     "lora_A.weight": 0,
@@ -35,7 +43,9 @@ def save_stacked(adapted: Any, folder: Path, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def summed(adapted: Any) -> tuple[Any, dict[str, Tensor]]:
     """The config and the weights, by peft's names, of that adapter."""
-    parts = [saved_weights(adapted, each) for each in (BELOW, POLICY)]
+    names = (BELOW, POLICY)
+    with held_as(torch.float32, (w for each in names for w in weights_of(adapted, each).values())):
+        parts = [saved_weights(adapted, each) for each in names]
     scales = [_scales(adapted, each) for each in (BELOW, POLICY)]
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

@@ -33,6 +33,7 @@ from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
+from rlhf_cli.models.masters import give_masters, master_of, put
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.save import save_model, save_tokenizer
 from rlhf_cli.models.score import scores_of
@@ -93,6 +94,7 @@ class RewardRefresh:
             recompute_activations(model)
         self._share = cfg.hardware.share_prompts and shares_prompts(model)
         self._weights = own_weights(model, policy.model)
+        give_masters(self._weights.values())
         self._judge = load_reward(cfg.judge, cfg, policy.tokenizer, session.device)
         self._judge.check(rows, session.require, "judge")
         self._known = self._preferences() if cfg.algo.refresh_replay else []
@@ -193,7 +195,7 @@ class RewardRefresh:
             total += update["loss"] * len(batch)
         for weight in self._weights.values():
             weight.requires_grad_(False)
-            weight.grad = None
+            master_of(weight).grad = None
         return total / len(pairs)
 
     def _loss(self, pairs: list[Answers]) -> Loss:
@@ -213,9 +215,8 @@ class RewardRefresh:
     def tensors(self) -> dict[str, Tensor]:
         """The reward model's weights, once they are not those of its folder any more."""
         weights = self._weights.items() if self._metrics else ()
-        return {f"reward/{name}": weight.detach() for name, weight in weights}
+        return {f"reward/{name}": master_of(weight).detach() for name, weight in weights}
 
-    @torch.no_grad()
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` and `tensors` returned, with the pairs up to there."""
         self._log = self._session.log(PAIRS)
@@ -223,7 +224,7 @@ class RewardRefresh:
             pair = Answers(row["prompt"], [row["chosen"], row["rejected"]], None)
             self._pairs.append((row["step"], pair))
         for name, weight in tensors_of(tensors, "reward").items():
-            self._weights[name].copy_(weight)
+            put(self._weights[name], weight)
         if own := state.get("refresh"):
             self.source.mean, self.source.std = own["mean"], own["std"]
             self._metrics = own["metrics"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.models.adapters import restore, snapshot
+from rlhf_cli.models.masters import master_of
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.session import tensors_of
 from rlhf_cli.training.best import Best
@@ -61,7 +62,7 @@ class WrittenWeights:
             return
         parameters = dict(self._model.named_parameters())
         for name, average in self._average.items():
-            average.lerp_(parameters[name].to(average), 1 - self._decay)
+            average.lerp_(master_of(parameters[name]).to(average), 1 - self._decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import matmul_type, unwrap
+from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.rollout.decode import Completion, evaluation_mode, no_logits
 from rlhf_cli.rollout.feeding import reorders
@@ -31,22 +31,21 @@ def beam_search(
     ids = torch.tensor([prompt], device=device)
     with evaluation_mode(model):
         carried = reorders(model)
-    with matmul_type(model):
-        output = unwrap(model).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=sampling.beams,
-            num_return_sequences=samples,
-            length_penalty=sampling.length_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            min_new_tokens=sampling.min_tokens or None,
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=stop_ids,
-            use_cache=carried,  # a state that beams cannot exchange would be another beam's
-            suppress_tokens=list(sampling.absent) or None,
-            pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
-        )
+    output = unwrap(model).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=sampling.beams,
+        num_return_sequences=samples,
+        length_penalty=sampling.length_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        min_new_tokens=sampling.min_tokens or None,
+        max_new_tokens=sampling.max_tokens,
+        eos_token_id=stop_ids,
+        use_cache=carried,  # a state that beams cannot exchange would be another beam's
+        suppress_tokens=list(sampling.absent) or None,
+        pad_token_id=stop_ids[0],  # what follows the end of a hypothesis is cut off below
+    )
     completions = []
     for row in output[:, len(prompt) :].tolist():
         end = next((i + 1 for i, id in enumerate(row) if id in stop_ids), None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.models.decoder import matmul_type, unembed
+from rlhf_cli.models.decoder import unembed
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
@@ -149,6 +149,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _next_logits(model: nn.Module, state: State, seen: Tensor, attention: Tensor) -> Tensor:
     """Logits of the next token, (B, V), once the state has read the columns that it lacks."""
-    with matmul_type(model):
-        hidden = state.read(seen, attention)
-    return unembed(model, hidden)
+    return unembed(model, state.read(seen, attention))

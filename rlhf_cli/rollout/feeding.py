@@ -8,7 +8,6 @@ first that gives what a pass over whole rows gives is taken.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import embedding_rows, matmul_type, run_trunk, trunk, unwrap
+from rlhf_cli.models.decoder import embedding_rows, run_trunk, trunk, unwrap
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.state import State, Way
@@ -82,12 +81,7 @@ class _Probe:
             ids[ids == pad] = (pad + 1) % size  # one whose embedding is zero would ask no state
         self._ids = ids.to(device)
         types = {each.dtype for each in model.parameters()}
-        # rounding is to hide nothing, but flash attention takes no float32
-        flash = "flash" in str(unwrap(model).config._attn_implementation)
-        self._limit = LEAK if types == {torch.float32} and not flash else ROUNDED
-        self._precision: AbstractContextManager[object] = (
-            matmul_type(model) if flash else nullcontext()
-        )
+        self._limit = LEAK if types == {torch.float32} else ROUNDED
 
     @torch.no_grad()
     def best_way(self) -> Way | None:
@@ -95,20 +89,19 @@ class _Probe:
 
         None where the model's states are not finite.
         """
-        with self._precision:
-            whole = self._whole()
-            if not whole.isfinite().all():
-                return None
-            right: list[Way] = []
-            for way in self._ways():
-                if right and (right[-1].padded or way.alone):
-                    break
-                known = _unless_it_fails(partial(self._with_axes, way))
-                if known and _unless_it_fails(partial(self._carries, known, whole)):
-                    padded = bool(_unless_it_fails(partial(self._pads, known, whole)))
-                    right.append(replace(known, padded=padded))
-            best = next((way for way in right if way.padded), right[0] if right else Way())
-            return replace(best, exact=self._exact(best, whole))
+        whole = self._whole()
+        if not whole.isfinite().all():
+            return None
+        right: list[Way] = []
+        for way in self._ways():
+            if right and (right[-1].padded or way.alone):
+                break
+            known = _unless_it_fails(partial(self._with_axes, way))
+            if known and _unless_it_fails(partial(self._carries, known, whole)):
+                padded = bool(_unless_it_fails(partial(self._pads, known, whole)))
+                right.append(replace(known, padded=padded))
+        best = next((way for way in right if way.padded), right[0] if right else Way())
+        return replace(best, exact=self._exact(best, whole))
 
     @torch.no_grad()
     def reorders(self, way: Way) -> bool:
@@ -120,9 +113,8 @@ class _Probe:
             state.kept.reorder_cache(torch.tensor([1, 0], device=self._ids.device))
             return self._near(self._read(state, [1, 0], PROMPT + 1), whole[[1, 0], PROMPT])
 
-        with self._precision:
-            whole = self._whole()
-            return bool(_unless_it_fails(moved))
+        whole = self._whole()
+        return bool(_unless_it_fails(moved))
 
     def _ways(self) -> Iterator[Way]:
         """What may be right, by the arguments and outputs of the decoder's forward; best first."""

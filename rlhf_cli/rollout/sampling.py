@@ -6,12 +6,14 @@ on its own logits and noise, whatever is drawn beside it.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema import Decoding
+from rlhf_cli.models.kernels import tried
 
 BLOCK = 256  # columns that are summed before the draw looks into one of these blocks
 HALVINGS = 30  # of the bit patterns between 0 and 1 in float32, until one is left
@@ -59,6 +61,11 @@ class Sampling:
         return self == plain and self.temperature > 0
 
     @property
+    def cuts(self) -> bool:
+        """Whether some tokens are left out as too unlikely."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def scored_at(self) -> float:
         """The temperature at which log-probs are reported: the sampled one, 1 for greedy."""
         return self.temperature or 1.0
@@ -88,10 +95,12 @@ class Chooser:
         self._sampling = sampling
         self.penalises = sampling.repetition_penalty != 1.0
         until = dict.fromkeys(stop_ids, sampling.min_tokens) if sampling.min_tokens else {}
-        until |= dict.fromkeys(sampling.absent, torch.iinfo(torch.int64).max)
+        until |= dict.fromkeys(sampling.absent, torch.iinfo(torch.int32).max)
         self._ruled = torch.tensor(list(until), device=device) if until else None  # (R,)
-        self._until = torch.tensor(list(until.values()), device=device)  # (R,)
+        self._until = torch.tensor(list(until.values()), dtype=torch.int32, device=device)  # (R,)
         self._within = torch.arange(BLOCK, device=device)
+        fast = device.type == "cuda" and sampling.temperature > 0 and not sampling.cuts
+        self._kernels = _kernels() if fast else None
 
     def __call__(
         self, logits: Tensor, noise: Tensor, made: Tensor, seen: Tensor | None = None
@@ -99,12 +108,18 @@ class Chooser:
         """A token of each row, by inverting its cumulative distribution at its noise.
 
         Args:
-            logits: (B, V) raw logits in float32; they are left alone.
+            logits: (B, V) raw logits; they are left alone.
             noise: (B,) uniform in [0, 1); greedy choices look at none.
             made: (B,) response tokens so far.
             seen: (B, V) whether an id is in a row's prompt or response so far.
         """
         temperature = self._sampling.scored_at
+        if self._kernels is not None:
+            until, penalty = self._until_each(logits), self._sampling.repetition_penalty
+            drawn = self._kernels.draw(logits, noise, made, until, seen, temperature, penalty)
+            return Drawn(*drawn)
+        if logits.element_size() < 4:
+            logits = logits.float()
         scaled = logits if temperature == 1.0 else logits / temperature
         allowed = self.allowed(scaled, made, seen)
         if self._sampling.temperature == 0:
@@ -146,6 +161,13 @@ class Chooser:
             weights = torch.where(weights >= least, weights, 0)
         return weights
 
+    def _until_each(self, logits: Tensor) -> Tensor | None:
+        """(V,) int32, the tokens that a response has before an id may come; None: all may."""
+        if self._ruled is None:
+            return None
+        until = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
+        return until.scatter_(0, self._ruled, self._until)
+
     def _barred(self, made: Tensor) -> Tensor:
         """(B, R) whether a row may not have an id that is ruled out for some time."""
         return made[:, None] < self._until
@@ -168,9 +190,9 @@ class Chooser:
         last = weights.shape[-1] - 1
         inside = weights.gather(-1, columns.clamp(max=last)).double()
         inside = torch.where(columns <= last, inside, 0).cumsum(-1)
-        # a sum in another order may be less than what is left of the target by its rounding
-        below = inside[:, -1:] * (1 - torch.finfo(inside.dtype).eps)
-        place = _first_above(inside, (target - start).minimum(below))
+        place = _first_above(inside, target - start)
+        # the last weight, if a sum in another order is below what is left of the target
+        place = place.minimum((inside < inside[:, -1:]).sum(-1, keepdim=True))
         return (block * BLOCK + place)[:, 0].clamp(max=last), ends[:, -1]
 
     def _logprobs(self, scaled: Tensor, weights: Tensor, ids: Tensor, made: Tensor) -> Tensor:
@@ -186,6 +208,17 @@ class Chooser:
             total = torch.logaddexp(own - logprobs, rest.logsumexp(-1, keepdim=True))
             logprobs = own - total
         return logprobs[:, 0]
+
+
+@cache
+def _kernels() -> Any:
+    """The draw without cuts as kernels, if they run."""
+
+    def trial(kernels: Any) -> None:
+        one = torch.zeros(1, 1, device="cuda")
+        kernels.draw(one, one[0], one[0].long(), None, None, 1.0, 1.0)
+
+    return tried("rlhf_cli.rollout.draw_kernels", trial, "draws")
 
 
 def seen_in(ids: Tensor, entries: int) -> Tensor:

@@ -3,19 +3,23 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.out_of_memory import if_it_fits, oom_error
+from rlhf_cli.models.out_of_memory import SPARE, if_it_fits, oom_error, ran_out
 from rlhf_cli.models.row_attention import laid_out
+from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.decode import Completion, evaluation_mode, no_logits
+from rlhf_cli.rollout.graphs import StepGraphs, addresses
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slots import SlotTable
 
 EVERY = 16  # steps between two looks at a GPU, which waits for the host meanwhile
 LEAST = 8  # slots on a GPU, where a step in fewer is no faster
 BEGUN = 8  # prompts are read when one slot in so many is free: all others wait for them
+SIZES = [part * 2**power // 2 for power in range(6, 26) for part in (2, 3)]  # of slots on a GPU
 SPREAD = 2  # the shortest response of a run may need a slot so much shorter than the longest
 
 
@@ -31,30 +35,52 @@ class Job:
     noise: Callable[[], Tensor]
 
 
+@dataclass
+class Ends:
+    """What ends a response before its length does.
+
+    ids: each of them does, as its last token.
+    strings: each of them does, where it comes up in the text.
+    text_of: ids to text.
+    """
+
+    ids: Sequence[int]
+    strings: Sequence[str]
+    text_of: Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many slots are used at once, how many are made where they are kept, and their tokens."""
+
+    slots: int
+    rounded: int
+    capacity: int
+
+
 class SlotRun:
-    """The jobs of one table of slots."""
+    """Jobs in the slots of a table."""
 
     def __init__(
         self,
         model: nn.Module,
         table: SlotTable,
-        stop_ids: Sequence[int],
-        stop: Sequence[str],
-        text_of: Callable[[list[int]], str],
+        slots: int,
+        ends: Ends,
+        step: Callable[[int], None],
         every: int,
     ) -> None:
-        """Look at the slots every so many steps.
+        """The first so many slots of a table, none of them in use.
 
         Args:
-            stop: strings that end a response.
-            text_of: ids to text, for them.
+            step: a step of the first so many of them.
+            every: steps between two looks at what they have drawn.
         """
-        self._model, self._table = model, table
-        self._stop_ids, self._stop, self._text_of = set(stop_ids), stop, text_of
-        self._every = every
-        self._held: list[int | None] = [None] * table.slots  # the job of each slot
-        self._told = [0] * table.slots  # tokens of each that stop strings were looked for in
-        self._reach = [0] * table.slots  # tokens that each may hold by now
+        self._model, self._table, self._ends = model, table, ends
+        self._step, self._every = step, every
+        self._held: list[int | None] = [None] * slots  # the job of each slot
+        self._told = [0] * slots  # tokens of each that stop strings were looked for in
+        self._reach = [0] * slots  # tokens that each may hold by now
         self._on_gpu = table.device.type == "cuda"
 
     def completions(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
@@ -92,12 +118,7 @@ class SlotRun:
 
     def _rows(self, count: int) -> int:
         """How many slots take part in a step for so many; a graph is kept for few numbers only."""
-        if not self._on_gpu:
-            return count
-        rows = len(self._held)
-        while rows // 2 >= max(count, LEAST):
-            rows //= 2
-        return rows
+        return min(_rounded(max(count, LEAST)), self._table.slots) if self._on_gpu else count
 
     def _until_some_end(self) -> list[tuple[int, Completion]]:
         """Steps of all slots in use, until some have ended."""
@@ -111,7 +132,7 @@ class SlotRun:
                     if not self._on_gpu:  # nothing is read that no slot holds
                         reach = max(self._reach[slot] for slot in used)
                         self._table.cache.width = min(reach, self._table.capacity)
-                    self._table.step(rows)
+                    self._step(rows)
                 if ended := self._look(used):
                     return ended
 
@@ -124,7 +145,7 @@ class SlotRun:
             raise no_logits(self._model)
         drawn = dict(zip(used, report[0], strict=True))
         over = {slot for slot, ended in zip(used, report[1], strict=True) if ended}
-        told = used if self._stop else [slot for slot in used if slot in over]
+        told = used if self._ends.strings else [slot for slot in used if slot in over]
         if not told:
             return []
         at = torch.tensor(told, device=table.device)
@@ -140,7 +161,7 @@ class SlotRun:
                 reason = "stop"
                 stopped.append(slot)
             else:
-                reason = "eos" if response[-1] in self._stop_ids else "length"
+                reason = "eos" if response[-1] in self._ends.ids else "length"
             place = self._held[slot]
             assert place is not None
             found.append(
@@ -153,24 +174,38 @@ class SlotRun:
 
     def _stop_in(self, slot: int, response: list[int]) -> int | None:
         """How many tokens there are when the first stop string is in the text; None without one."""
-        if not self._stop:
+        if not self._ends.strings:
             return None
         for end in range(self._told[slot] + 1, len(response) + 1):
-            if response[end - 1] in self._stop_ids:
+            if response[end - 1] in self._ends.ids:
                 break  # an end of its own comes first
-            text = self._text_of(response[:end])
-            if any(string in text for string in self._stop):
+            text = self._ends.text_of(response[:end])
+            if any(string in text for string in self._ends.strings):
                 return end
         self._told[slot] = len(response)
         return None
 
 
 class SlotSampler:
-    """Draws jobs in slots, as many as memory holds, and keeps what graphs are made for."""
+    """Draws jobs in slots, as many as memory holds.
+
+    On a GPU slots and the graphs of their steps are kept for the next time, until they are in the
+    way of other work.
+    """
 
     def __init__(self, stop_ids: Sequence[int], text_of: Callable[[list[int]], str]) -> None:
         """Nothing is kept yet."""
         self._stop_ids, self._text_of = stop_ids, text_of
+        self._kept: _Kept | None = None
+        self._keeps = True
+        self._graphs = True  # until one fails
+        SPARE.add(self)
+
+    def release(self) -> bool:
+        """Keep nothing from now on; whether anything was."""
+        kept, self._kept = self._kept, None
+        self._keeps = False
+        return kept is not None
 
     def draw(
         self, model: nn.Module, jobs: Sequence[Job], sampling: Sampling, budget: int
@@ -185,13 +220,18 @@ class SlotSampler:
         """
         needs = [len(job.prompt) + sampling.max_tokens for job in jobs]
         left = sorted(range(len(jobs)), key=lambda place: needs[place], reverse=True)
-        most = len(jobs)  # slots that are tried
+        most = budget  # slots that are tried
         while left:
             longest = needs[left[0]]
             run = [place for place in left if needs[place] * SPREAD > longest]
-            slots = max(1, min(most, len(run), budget // longest))
+            capacity = longest
+            if next(model.parameters()).is_cuda:  # few sizes, so that few graphs are made
+                capacity = min(size for size in SIZES if size >= longest)
+            limit = max(1, min(most, budget // capacity))
+            slots = min(limit, len(run))
+            room = Room(slots, min(_rounded(slots), limit), capacity)
             done: set[int] = set()
-            for found in self._run(model, [jobs[place] for place in run], sampling, slots, longest):
+            for found in self._run(model, [jobs[place] for place in run], sampling, room):
                 if found is None:
                     if slots == 1:
                         raise oom_error("sampling", 1, longest)
@@ -203,19 +243,14 @@ class SlotSampler:
             left = [place for place in left if place not in done]
 
     def _run(
-        self, model: nn.Module, jobs: Sequence[Job], sampling: Sampling, slots: int, capacity: int
+        self, model: nn.Module, jobs: Sequence[Job], sampling: Sampling, room: Room
     ) -> Iterator[list[tuple[int, Completion]] | None]:
         """The responses to some jobs as they end; None and no more where memory ran out."""
         stream: Iterator[list[tuple[int, Completion]]] | None = None
 
         def following() -> list[tuple[int, Completion]]:
             nonlocal stream
-            if stream is None:
-                table = SlotTable(model, sampling, self._stop_ids, slots, capacity)
-                on_gpu = table.device.type == "cuda"
-                every = EVERY if on_gpu else 1
-                run = SlotRun(model, table, self._stop_ids, sampling.stop, self._text_of, every)
-                stream = run.completions(jobs)
+            stream = stream or self._begun(model, sampling, room).completions(jobs)
             return next(stream, [])
 
         while True:
@@ -226,3 +261,48 @@ class SlotSampler:
             yield found
             if found is None:
                 return
+
+    def _begun(self, model: nn.Module, sampling: Sampling, room: Room) -> SlotRun:
+        """Slots that are free: those that are kept, where they will do."""
+        ends = Ends(self._stop_ids, sampling.stop, self._text_of)
+        if not next(model.parameters()).is_cuda:
+            table = SlotTable(model, sampling, self._stop_ids, room.slots, room.capacity)
+            return SlotRun(model, table, room.slots, ends, table.step, every=1)
+        kept, self._kept = self._kept, None
+        key = (*addresses(model), str(sampling), room.capacity)
+        if kept is None or kept.key != key or kept.table.slots < room.slots:
+            del kept  # before others are made
+            table = SlotTable(model, sampling, self._stop_ids, room.rounded, room.capacity)
+            kept = _Kept(key, table, StepGraphs(table))
+        kept.table.ended.fill_(True)
+        if self._keeps:
+            self._kept = kept
+        return SlotRun(model, kept.table, room.slots, ends, partial(self._step, kept), EVERY)
+
+    def _step(self, kept: "_Kept", rows: int) -> None:
+        """A step by its graph; plainly where graphs have failed, which is said once."""
+        if self._graphs:
+            try:
+                kept.graphs.step(rows)
+                return
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                self._graphs = False
+                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                say(f"sampling goes on without CUDA graphs, more slowly: {said}")
+        kept.table.step(rows)
+
+
+def _rounded(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+@dataclass
+class _Kept:
+    """Slots, and the graphs of their steps, which hold good for what the key tells."""
+
+    key: tuple[object, ...]
+    table: SlotTable
+    graphs: StepGraphs

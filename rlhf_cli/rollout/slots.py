@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from rlhf_cli.models.decoder import embedding_rows, matmul_type, taken_by, trunk, unembed
+from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
 from rlhf_cli.models.row_attention import Packing, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
@@ -118,6 +118,7 @@ class SlotTable:
         self.slots, self.capacity = slots, capacity
         self.cache = SlotCache(slots, capacity)
         self.device = next(model.parameters()).device
+        self._layouts: dict[int, Slots] = {}
         self._choose = Chooser(sampling, list(stop_ids), self.device)
         self._stops = torch.tensor(stop_ids, dtype=torch.long, device=self.device)
 
@@ -138,10 +139,11 @@ class SlotTable:
         if self._choose.penalises:
             self.seen = zeros(embedding_rows(model), dtype=torch.bool)
 
-    def state(self) -> list[Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """All that a step changes but keys and values, which it writes alike however often."""
-        own = [self.ids, self.places, self.drawn, self.ended, self.bad, self.tokens, self.logprobs]
-        return own if self.seen is None else [*own, self.seen]
+        names = ("ids", "places", "drawn", "ended", "bad", "tokens", "logprobs", "seen")
+        own = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def start(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], noise: Tensor) -> None:
         """Begin a response to each prompt; one that is the same object several times is read once.
@@ -181,22 +183,26 @@ class SlotTable:
 
     def _hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The last states of the trunk: (B, T) -> (B, T, d)."""
-        with matmul_type(self._model):
-            output = self._trunk(
-                **taken_by(
-                    self._trunk,
-                    input_ids=ids,
-                    position_ids=positions,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
+        output = self._trunk(
+            **taken_by(
+                self._trunk,
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
             )
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def layout(self, rows: int) -> Slots:
-        """How the first so many slots lie, for `laid_out` around steps of them."""
-        return Slots.of(self.lengths[:rows], self.capacity)
+        """How the first so many slots lie, for `laid_out` around steps of them.
+
+        It stays the same one, for a graph of a step holds where its tensors are.
+        """
+        if rows not in self._layouts:
+            self._layouts[rows] = Slots.of(self.lengths[:rows], self.capacity)
+        return self._layouts[rows]
 
     def step(self, rows: int) -> None:
         """Read a token in each of the first slots and draw the next one; within `layout`."""
@@ -234,7 +240,7 @@ class SlotTable:
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What some slots hold goes to others, which are free; the sources have ended then."""
         source, target = (torch.tensor(each, device=self.device) for each in (sources, targets))
-        for own in (*self.state(), self.noise):
+        for own in (*self.state().values(), self.noise):
             own[target] = own[source]
         for keys_and_values in self.cache.kept.values():
             for own in keys_and_values:

@@ -37,6 +37,7 @@ from rlhf_cli.models.dtypes import (
     round_trained,
     type_to_write,
 )
+from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
@@ -232,7 +233,7 @@ class Session:
             return
         began = time.monotonic()
         tensors: dict[str, Tensor] = {
-            f"{name}/{weight}": value
+            f"{name}/{weight}": master_of(value)
             for name, network in networks.items()
             for weight, value in trained(network).items()
         }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.nonfinite import first_nonfinite, is_finite
 from rlhf_cli.training.loss_term import LossTerm
 
@@ -39,7 +40,8 @@ def cause_of(networks: dict[str, nn.Module], parts: Sequence[LossTerm]) -> str:
     }
     if (bad := first_nonfinite(weights)) is not None:
         return f"weight {bad}"
-    trained = {name: weight for name, weight in weights.items() if weight.grad is not None}
+    masters = {name: master_of(weight) for name, weight in weights.items()}
+    trained = {name: weight for name, weight in masters.items() if weight.grad is not None}
     gradient = first_nonfinite({name: weight.grad for name, weight in trained.items()})  # type: ignore[misc]
     ones = [
         One(part, batch[i], batch[i : i + 1])
@@ -57,7 +59,7 @@ def cause_of(networks: dict[str, nn.Module], parts: Sequence[LossTerm]) -> str:
         )
     finally:
         rewind()
-        for weight in weights.values():
+        for weight in masters.values():
             weight.grad = None
 
 

@@ -189,14 +189,14 @@ def test_a_copy_makes_its_logits_by_its_own_weights() -> None:
     torch.testing.assert_close(unembed(reference.model, states), before)
 
 
-def test_bfloat16_rounds_what_is_multiplied_and_nothing_else() -> None:
+def test_logits_of_a_model_in_bfloat16_are_float32() -> None:
     model = model_like("granite")
     find_parts(model)
     states = hidden_states(model, collate([SEQUENCE]))[0]
-    model.compute_dtype = torch.bfloat16
-    ours = unembed(model, states)
+    exact = model.lm_head(states) / 8
+    ours = unembed(model.bfloat16(), states.bfloat16(), temperature=0.7)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, model.lm_head(states) / 8, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ours, exact / 0.7, rtol=0.02, atol=0.02)
 
 
 def test_a_cap_that_only_large_logits_feel_is_found() -> None:

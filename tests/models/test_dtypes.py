@@ -15,13 +15,13 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.folders.manifest import numbers_by_type
 from rlhf_cli.models import dtypes
 from rlhf_cli.models.dtypes import (
-    held_as,
     name_of,
     product_type,
     round_trained,
     source_type,
     type_to_write,
 )
+from rlhf_cli.models.masters import held_as
 from rlhf_cli.runs.session import Session
 from tests.contents import contents_of
 from tests.tiny import WORDS, run_stage

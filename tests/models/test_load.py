@@ -599,9 +599,8 @@ def test_an_adapter_folder_names_its_own_eos_ids(folder: Path, tmp_path: Path) -
     assert stop_ids_of(str(tmp_path), tokenizer) == [eos, turn]
 
 
-def test_bfloat16_products_load_and_score_near_float32(folder: Path, tmp_path: Path) -> None:
+def test_bfloat16_loads_and_scores_near_float32(folder: Path, tmp_path: Path) -> None:
     half = policy_of(folder, model_of(dtype="bfloat16"))
-    assert next(half.parameters()).dtype == torch.float32  # weights stay float32
     exact = outputs(policy_of(folder, FULL))
     assert not torch.equal(outputs(half), exact)
     torch.testing.assert_close(outputs(half), exact, rtol=0.1, atol=0.1)

@@ -237,3 +237,39 @@ def test_the_ends_of_the_noise(entries: int) -> None:
     assert draw(logits.expand(4, -1), noise).ids.tolist() == [1, 1, entries - 2, entries - 2]
     cold = draw(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([0.99]), temperature=0.0)
     assert cold.ids.tolist() == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("type_", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "min_tokens": 3, "absent": (5, 2000)},
+        {"repetition_penalty": 1.3, "absent": (5,)},
+    ],
+)
+def test_kernels_draw_as_the_plain_passes_in_a_graph_too(
+    options: dict[str, Any], type_: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(7)
+    logits = torch.randn(64, 9001, generator=generator, device=device).to(type_) * 3
+    noise = torch.rand(64, generator=generator, device=device)
+    made = torch.arange(64, device=device) % 6
+    seen = seen_in(torch.randint(9001, (64, 99), generator=generator, device=device), 9001)
+    choose = Chooser(Sampling(99, **options), [0, 3], device)
+    assert choose._kernels is not None
+    ours = choose(logits, noise, made, seen)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = choose(logits, noise, made, seen)
+    graph.replay()
+    assert all(map(torch.equal, ours, inside))
+    monkeypatch.setattr(choose, "_kernels", None)
+    plain = choose(logits, noise, made, seen)
+    same = ours.ids == plain.ids
+    assert same.sum() >= 63  # one may lie within rounding of a boundary
+    torch.testing.assert_close(ours.logprobs[same], plain.logprobs[same], rtol=1e-5, atol=1e-5)
+    logits[7, 8000], logits[8, 3], logits[9, 100:] = torch.nan, torch.inf, -torch.inf
+    graph.replay()
+    assert inside.sound.logical_not().nonzero()[:, 0].tolist() == [7, 8]
