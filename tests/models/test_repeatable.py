@@ -42,7 +42,7 @@ def test_work_is_strict_and_nothing_else_is() -> None:
 def test_what_has_no_fixed_order_is_told_once_and_done_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seen = []
+    seen: list[bool | None] = []
 
     def work() -> float:
         seen.append(strict())

@@ -449,7 +449,8 @@ def test_the_weights_that_were_asked_for_are_kept(
     seen: dict[int, Any] = {}
 
     def spy(session: Session, number: int, networks: Any, *args: Any) -> None:
-        seen[number] = snapshot(networks["policy"])
+        weights = snapshot(networks["policy"])
+        seen[number] = {name: weight.cpu() for name, weight in weights.items()}
 
     monkeypatch.setattr(Session, "save", spy)
     out = run("sft", tmp_path / "out", f"algo.keep={keep}")
@@ -475,7 +476,8 @@ def test_a_reward_may_choose_other_weights_than_the_held_out_loss(
     seen: dict[int, Any] = {}
 
     def spy(session: Session, number: int, networks: Any, *args: Any) -> None:
-        seen[number] = snapshot(networks["policy"])
+        weights = snapshot(networks["policy"])
+        seen[number] = {name: weight.cpu() for name, weight in weights.items()}
 
     monkeypatch.setattr(Session, "save", spy)
     by_reward = ["select_by=reward", f"reward={reward}"]
