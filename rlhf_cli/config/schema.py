@@ -572,13 +572,21 @@ class OnlineAlgo(OptimizerConfig):
         "Alarm: share of 4-grams of tokens that the response has had before.", gt=0, lt=1
     )
     max_truncated: float | None = key("Alarm: share of responses that never ended.", ge=0, lt=1)
+    max_sampling_gap: float | None = key(
+        "Alarm: what sampling and training compute differently, mean per token, in nats; or 3 "
+        "times that of the first iteration, and 0.03 at least, where this is less.",
+        gt=0,
+    )
     overoptimised: int | None = key(
         "Alarm: held-out reward up while gold is down for this many evaluations in a row.", ge=1
     )
     alarm_steps: int = key("Iterations in a row that a limit is broken before it counts.", ge=1)
     stop_on: list[str] = key(
         "Alarms that end the run; the others are shown and logged.",
-        choices=("kl", "reward", "entropy", "length", "repetition", "truncated", "overoptimised"),
+        choices=(
+            *("kl", "reward", "entropy", "length", "repetition", "truncated", "sampling_gap"),
+            "overoptimised",
+        ),
     )
     show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
 
