@@ -21,6 +21,7 @@ from rlhf_cli.data.items import Answers
 from rlhf_cli.data.packing import PACKED, PADDED, SHARED, Layout
 from rlhf_cli.models.forward import response_scores, token_logprobs, token_scores
 from rlhf_cli.models.heads import init_head
+from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import (
     logprobs_of,
     mean_nll,
@@ -29,7 +30,6 @@ from rlhf_cli.models.score import (
     trunk_values_of,
     values_of,
 )
-from rlhf_cli.models.recompute import recompute_activations
 from tests.toys import hardware_of, llama
 
 VOCABULARY = 23
