@@ -14,7 +14,7 @@ from math import isfinite, nan
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
@@ -29,12 +29,7 @@ from rlhf_cli.training.diagnosis import cause_of, draws_again
 from rlhf_cli.training.figures import Figures
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.room import Room
-
-SCHEDULES = {
-    "cosine": "cosine_with_min_lr",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-}
+from rlhf_cli.training.schedules import schedule_of
 
 # the first step may have been skipped, which is no mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -72,15 +67,7 @@ class Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._schedule = get_scheduler(
-            SCHEDULES[config.lr_schedule],
-            self._adamw,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=(
-                {"min_lr_rate": config.min_lr_ratio} if config.lr_schedule == "cosine" else {}
-            ),
-        )
+        self._schedule = LambdaLR(self._adamw, schedule_of(config, total_steps))
         self.skipped = 0
         self._skipped_in_a_row = 0
         self._total_steps = total_steps
