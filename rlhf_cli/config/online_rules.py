@@ -12,6 +12,7 @@ ALARMS = {
     "length": "max_length_drift",
     "repetition": "max_repetition",
     "truncated": "max_truncated",
+    "sampling_gap": "max_sampling_gap",
     "overoptimised": "overoptimised",
 }
 _UNSOUND_IN_REWARD = {

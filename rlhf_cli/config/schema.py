@@ -117,17 +117,26 @@ class Hardware:
     )
     keep_checkpoints: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
+    def measured(self, tokens: int, sampled: int) -> None:
+        """What auto means from now on, as runs/budgets.py found it on a GPU."""
+        vars(self)["of_the_gpu"] = tokens, sampled
+
     @property
     def tokens_at_once(self) -> int:
-        """tokens_per_microbatch; a CPU's while runs/budgets.py has measured no GPU."""
+        """tokens_per_microbatch, or what auto means."""
         given = self.tokens_per_microbatch
-        return CPU_TOKENS if given == AUTO else int(given)
+        return self._auto[0] if given == AUTO else int(given)
 
     @property
     def sampled_at_once(self) -> int:
-        """rollout_tokens; a CPU's while runs/budgets.py has measured no GPU."""
+        """rollout_tokens, or what auto means."""
         given = self.rollout_tokens
-        return CPU_ROLLOUT_TOKENS if given == AUTO else int(given)
+        return self._auto[1] if given == AUTO else int(given)
+
+    @property
+    def _auto(self) -> tuple[int, int]:
+        found: tuple[int, int] = vars(self).get("of_the_gpu", (CPU_TOKENS, CPU_ROLLOUT_TOKENS))
+        return found
 
 
 # --------------------------------------------------------------------------- model
@@ -563,13 +572,21 @@ class OnlineAlgo(OptimizerConfig):
         "Alarm: share of 4-grams of tokens that the response has had before.", gt=0, lt=1
     )
     max_truncated: float | None = key("Alarm: share of responses that never ended.", ge=0, lt=1)
+    max_sampling_gap: float | None = key(
+        "Alarm: what sampling and training compute differently, mean per token, in nats; or 3 "
+        "times that of the first iteration, and 0.03 at least, where this is less.",
+        gt=0,
+    )
     overoptimised: int | None = key(
         "Alarm: held-out reward up while gold is down for this many evaluations in a row.", ge=1
     )
     alarm_steps: int = key("Iterations in a row that a limit is broken before it counts.", ge=1)
     stop_on: list[str] = key(
         "Alarms that end the run; the others are shown and logged.",
-        choices=("kl", "reward", "entropy", "length", "repetition", "truncated", "overoptimised"),
+        choices=(
+            *("kl", "reward", "entropy", "length", "repetition", "truncated", "sampling_gap"),
+            "overoptimised",
+        ),
     )
     show_every: int = key("Iterations between tables of sample rollouts.", ge=1)
 

@@ -22,7 +22,7 @@ def show_samples(
     rollouts: Sequence[Rollout],
     rewards: Sequence[float | None],
     parts: Mapping[str, Sequence[float | None]],
-    kls: Sequence[float],
+    kls: Sequence[float] | None,
     file: JsonLines,
 ) -> None:
     """Show the first few rollouts of a step and append all of its rollouts to samples.jsonl.
@@ -30,9 +30,11 @@ def show_samples(
     Args:
         rewards: of each rollout, as it is learnt from; None where it has none.
         parts: the terms that the reward is summed from, by name, where there are several.
+        kls: of each rollout to the reference, if they were measured.
     """
     shown = dict(list(parts.items())[:TERMS])
-    figures = list(zip(rewards, *shown.values(), kls, strict=True))
+    measured = {} if kls is None else {"KL": kls}
+    figures = list(zip(rewards, *shown.values(), *measured.values(), strict=True))
     first = {id(rollout.row): i for i, rollout in reversed(list(enumerate(rollouts)))}
     rows = [
         (
@@ -42,9 +44,11 @@ def show_samples(
         )
         for i in sorted(first.values())[:SHOWN]  # of different prompts
     ]
-    table(f"step {step}", ("prompt", "response", "reward", *map(short_name, shown), "KL"), rows)
-    for i, (rollout, reward, kl) in enumerate(zip(rollouts, rewards, kls, strict=True)):
-        file.write(step, sample_row(rollout, reward, parts_at(parts, i), kl=kl))
+    names = ("prompt", "response", "reward", *map(short_name, shown), *measured)
+    table(f"step {step}", names, rows)
+    for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
+        more = {} if kls is None else {"kl": kls[i]}
+        file.write(step, sample_row(rollout, reward, parts_at(parts, i), **more))
 
 
 def sample_row(

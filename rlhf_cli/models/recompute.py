@@ -1,7 +1,9 @@
 """Gradient checkpointing: backward computes blocks again, not keeping what it needs of them."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.adapters import Acting, is_adapted, unite
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dropout import blocks_of, check_training_mode
+from rlhf_cli.models.row_attention import recomputing
 from rlhf_cli.models.shared import SharedScorer
 
 
@@ -32,10 +35,9 @@ def recompute_activations(model: Any, share: float = 1.0) -> int:
     base = unwrap(model)
     if isinstance(model, SharedScorer) or not hasattr(base, "supports_gradient_checkpointing"):
         return 0
-    settings: dict[str, Any] = {"use_reentrant": False}
+    settings: dict[str, Any] = {"use_reentrant": False, "context_fn": partial(_contexts, model)}
     if is_adapted(model):
         unite(model)
-        settings["context_fn"] = lambda: (nullcontext(), Acting(model, *model.acting))
     if not base.supports_gradient_checkpointing:
         raise UserError(
             f"{type(base).__name__} cannot compute its blocks again in backward; set "
@@ -46,6 +48,25 @@ def recompute_activations(model: Any, share: float = 1.0) -> int:
     count = _keep_to(model, share)
     check_training_mode(model)  # and stay in it: transformers recomputes in no other
     return count
+
+
+Block = AbstractContextManager[object]
+
+
+def _contexts(model: Any) -> tuple[Block, Block]:
+    """Around a block's forward, and around it in backward: there it finds layout and adapter of
+    then.
+    """
+    once, again = recomputing(model)
+    return once, _within(again, Acting(model, *model.acting)) if is_adapted(model) else again
+
+
+@contextmanager
+def _within(*blocks: Block) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block)
+        yield
 
 
 def _keep_to(model: nn.Module, share: float) -> int:

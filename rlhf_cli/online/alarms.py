@@ -8,10 +8,12 @@ from typing import Any
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.online_rules import ALARMS
 from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.online.mismatch import SOUND
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.loss_term import Metrics
 
 MAX_UNSCORED = 3  # iterations in a row without any reward before the run stops
+GROWN = 3  # times what the first iteration had, and above what is SOUND
 
 
 class Alarms:
@@ -29,6 +31,8 @@ class Alarms:
         self._unscored: int = state.get("unscored", 0)  # iterations in a row without any reward
         self._first_length: float | None = state.get("first_length")
         self._last: dict[str, float] | None = state.get("last_evaluation")
+        self._first_gap: float | None = state.get("first_gap")
+        self._warned: bool = state.get("warned", False)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
@@ -37,6 +41,8 @@ class Alarms:
             "unscored": self._unscored,
             "first_length": self._first_length,
             "last_evaluation": self._last,
+            "first_gap": self._first_gap,
+            "warned": self._warned,
         }
 
     def on_rollouts(self, step: int, metrics: Metrics) -> list[str]:
@@ -53,7 +59,7 @@ class Alarms:
             self._first_length = metrics["length"]
         drift = abs(metrics["length"] / self._first_length - 1)
         measured: dict[str, tuple[float, Callable[[float, float], bool]]] = {
-            "kl": (metrics["kl"], gt),
+            "kl": (metrics.get("kl", 0.0), gt),  # with a limit it is measured
             "reward": (metrics["reward"], ge),
             "entropy": (metrics["entropy"], le),
             "length": (drift, gt),
@@ -79,6 +85,31 @@ class Alarms:
             f"no response of {last} got a reward; see the messages of reward functions above, or "
             "the columns and forms that rules need"
         )
+
+    def on_updates(self, step: int, metrics: Metrics) -> bool:
+        """Look at what sampling and training compute differently; True where it ends the run.
+
+        It is too much above its limit and, far below, where it has grown since the run began: what
+        differs then is not the rounding of a model at rest.
+        """
+        gap = metrics.get("sampling_gap")
+        if gap is None:  # there was no update
+            return False
+        if self._first_gap is None:
+            self._first_gap = gap
+        if gap > SOUND and not self._warned:
+            self._warned = True
+            say(
+                f"note: sampling and training differ by {gap:.2g} nats per token; above {SOUND} "
+                "ratios are wrong from the start: model.dtype=float32, or an exact match of both"
+            )
+        limit = self._algo.max_sampling_gap
+        if limit is None:
+            return False
+        grown = GROWN * max(self._first_gap, SOUND)
+        broken = gap > min(limit, grown)
+        patience = self._algo.alarm_steps
+        return self._count(step, "sampling_gap", gap, min(limit, grown), broken, patience, metrics)
 
     def on_evaluation(self, step: int, metrics: Metrics) -> bool:
         """Look at an evaluation: is the reward up while gold is down?"""
@@ -115,6 +146,8 @@ class Alarms:
             meaning = f"algo.{ALARMS[name]}={limit:g}"
             if name == "overoptimised":
                 meaning = f"the reward rises while gold falls, from {limit:.4g}"
+            if name == "sampling_gap" and limit != self._algo.max_sampling_gap:
+                meaning = f"{GROWN} times what it was, or {GROWN * SOUND:g}"
             end = "; the run stops here" if stop else ""
             say(f"alarm at step {step}: {name} {value:.4g} ({meaning}){end}")
         return stop

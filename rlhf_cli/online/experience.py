@@ -7,20 +7,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import Hardware, OnlineConfig
+from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.evaluation.samples import known_or_none, term_columns
+from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.moments import RunningMoments
-from rlhf_cli.online.roles import Roles
+from rlhf_cli.online.roles import Needs, Roles
+from rlhf_cli.online.updates import Trajectory
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rewards.rules import repeated_share
 from rlhf_cli.rewards.shaping import Shaped, shape
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.policy import Policy
+from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Metrics
 
 Figures = list[float | None]
+ALL = Needs(old=True, reference=True)
 REPEATED_TOKENS = 4  # an n-gram that comes again counts as repetition
 
 
@@ -31,14 +35,18 @@ class Experience:
     old, reference: per rollout (len(response),) log-probs of its tokens, under the policy that
         sampled them and under the reference, at the sampling temperature.
     kls: (B,) log pi(y|x) - log ref(y|x) of each response.
+    scored: whether `old` are as training computes them; else as the sampler did.
+
+    reference and kls are None where no reference is asked for.
     """
 
     rollouts: Sequence[Rollout]
     scores: Scores
     rewards: Shaped
     old: list[Tensor]
-    reference: list[Tensor]
-    kls: Tensor
+    reference: list[Tensor] | None
+    kls: Tensor | None
+    scored: bool
 
     def metrics(self, kl_coef: float) -> Metrics:
         """Means over the batch; rewards over the responses that have one, NaN if none has."""
@@ -54,18 +62,51 @@ class Experience:
             "reward": rewards[scored].mean().item(),
             "reward_std": rewards[scored].std(correction=0).item() if scored.any() else math.nan,
             "unscored": self.scores.total.isnan().float().mean().item(),
-            "kl": self.kls.mean().item(),
-            "rlhf_reward": (rewards - kl_coef * self.kls)[scored].mean().item(),
-            "entropy": -torch.cat(self.old).mean().item(),  # -log p of samples has it as its mean
+            **self.of_policy(kl_coef),
             "length": sum(lengths) / len(lengths),
             "ended": sum(rollout.ended for rollout in self.rollouts) / len(self.rollouts),
             "repetition": sum(repeated) / len(repeated),
         }
 
-    def shown(self) -> tuple[Sequence[Rollout], Figures, dict[str, Figures], list[float]]:
+    def of_policy(self, kl_coef: float) -> Metrics:
+        """Those that read the policy's log-probs."""
+        rewards, kls = self.rewards.total, self.kls
+        charged = rewards if kls is None else rewards - kl_coef * kls
+        return {
+            **({} if kls is None else {"kl": kls.mean().item()}),
+            "rlhf_reward": charged[~rewards.isnan()].mean().item(),
+            "entropy": -torch.cat(self.old).mean().item(),  # -log p of samples has it as its mean
+        }
+
+    def shown(self) -> tuple[Sequence[Rollout], Figures, dict[str, Figures], list[float] | None]:
         """What a table of samples shows: rollouts, rewards, their parts if several, and KLs."""
         rewards, columns = known_or_none(self.rewards.total), term_columns(self.scores)
-        return self.rollouts, rewards, columns, self.kls.tolist()
+        return self.rollouts, rewards, columns, None if self.kls is None else self.kls.tolist()
+
+    def logprobs(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Of each rollout as the sampler computed them, `old` as training does if it was scored,
+        and of the reference: as a `Trajectory` has them.
+        """
+        sampled = [torch.tensor(rollout.logprobs) for rollout in self.rollouts]
+        none = [None] * len(sampled)
+        old = self.old if self.scored else none
+        return list(zip(sampled, old, self.reference or none, strict=True))
+
+    def as_trained(self, items: Sequence[Trajectory], kl_coef: float) -> Metrics:
+        """Take the log-probs over that the one update of these items computed; what changes by it.
+
+        Those that sampling kept are a little greater, since it was by them that tokens were drawn.
+        """
+        if self.scored:
+            return {}
+        learnt = {id(item.tokens): item for item in items}
+        for i, rollout in enumerate(self.rollouts):
+            item = learnt.get(id(rollout.tokens))
+            if item is not None and item.gap is not None:
+                self.old[i] = item.sampled + item.gap
+        if self.reference is not None:
+            self.kls = kls_of(self.old, self.reference)
+        return self.of_policy(kl_coef)
 
     def groups(self, picked: Sequence[int], size: int) -> "Experience":
         """The responses of some groups of `size`; their scores are those of the whole batch."""
@@ -84,13 +125,14 @@ class Experience:
                 ends,
             ),
             old=[self.old[i] for i in places],
-            reference=[self.reference[i] for i in places],
-            kls=self.kls[places],
+            reference=self.reference and [self.reference[i] for i in places],
+            kls=None if self.kls is None else self.kls[places],
         )
 
     def joined(self, other: "Experience") -> "Experience":
         """These responses, then the other ones."""
         ours, theirs = self.rewards, other.rewards
+        kls = [each for each in (self.kls, other.kls) if each is not None]
         steps = None if ours.steps is None else [*ours.steps, *(theirs.steps or [])]
         ends = None if ours.ends is None else [*ours.ends, *(theirs.ends or [])]
         return replace(
@@ -104,8 +146,8 @@ class Experience:
                 ends,
             ),
             old=self.old + other.old,
-            reference=self.reference + other.reference,
-            kls=torch.cat([self.kls, other.kls]),
+            reference=self.reference and [*self.reference, *(other.reference or [])],
+            kls=torch.cat(kls) if kls else None,
         )
 
     def learnable(self, mask_truncated: bool) -> list[bool]:
@@ -123,6 +165,7 @@ def measure(
     cfg: OnlineConfig,
     temperature: float,
     running: RunningMoments | None = None,
+    needs: Needs = ALL,
 ) -> Experience:
     """Score rollouts of the policy as it is now, and compare them with the reference.
 
@@ -132,24 +175,22 @@ def measure(
     scores = roles.reward.score(rollouts, by_step=cfg.algo.supervision == "process")
     rewards = shape(scores, rollouts, cfg.algo, running)
     sequences = [rollout.tokens for rollout in rollouts]
-    old = old_logprobs(roles.policy, rollouts, cfg.hardware, temperature)
-    with roles.reference.active() as frozen:
-        ref = logprobs_of(frozen, sequences, cfg.hardware, temperature)
-    kls = [k1(ours, theirs).sum() for ours, theirs in zip(old, ref, strict=True)]
-    return Experience(rollouts, scores, rewards, old, ref, torch.stack(kls))
+    exact = roles.policy.engine.exact  # sampling computes as training does
+    if exact or not needs.old:
+        old = [torch.tensor(rollout.logprobs) for rollout in rollouts]
+    else:
+        old = logprobs_of(roles.policy.model, sequences, cfg.hardware, temperature)
+    ref = kls = None
+    if needs.reference:
+        with roles.reference.active() as frozen:
+            ref = logprobs_of(frozen, sequences, cfg.hardware, temperature)
+        kls = kls_of(old, ref)
+    return Experience(rollouts, scores, rewards, old, ref, kls, exact or needs.old)
 
 
-def old_logprobs(
-    policy: Policy, rollouts: Sequence[Rollout], hardware: Hardware, temperature: float
-) -> list[Tensor]:
-    """(len(response),) log-probs of each rollout under the policy that sampled it.
-
-    Those that sampling kept, where it computes as training does; else they are scored anew.
-    """
-    if policy.engine.exact:
-        return [torch.tensor(rollout.logprobs) for rollout in rollouts]
-    sequences = [rollout.tokens for rollout in rollouts]
-    return logprobs_of(policy.model, sequences, hardware, temperature)
+def kls_of(old: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """(B,) log pi(y|x) - log ref(y|x) of responses, of the log-probs of their tokens."""
+    return torch.stack([k1(*each).sum() for each in zip(old, reference, strict=True)])
 
 
 def by_group(rollouts: Sequence[Rollout], rewards: Tensor) -> Metrics:
@@ -163,3 +204,37 @@ def by_group(rollouts: Sequence[Rollout], rewards: Tensor) -> Metrics:
     for place, rollout in enumerate(rollouts):
         of.setdefault(rollout.row.group, []).append(place)
     return {name: rewards[places].nanmean().item() for name, places in of.items() if name}
+
+
+def check_first_ratio(
+    session: Session, policy: Policy, experience: Experience, temperature: float
+) -> None:
+    """Before the first update the scored policy is the one that sampled, and the reference.
+
+    The log-prob of each sampled token as the layout of training gives it is compared with the
+    sampler's own: every first ratio is 1. The measured KL to the reference, if it is, must be 0.
+    """
+    rollouts = experience.rollouts
+    scored = experience.old
+    if policy.engine.exact or not experience.scored:  # they are the sampler's
+        sequences = [rollout.tokens for rollout in rollouts]
+        scored = logprobs_of(policy.model, sequences, session.cfg.hardware, temperature)
+    sampled = torch.tensor([value for rollout in rollouts for value in rollout.logprobs])
+    gap = (torch.cat(scored) - sampled).abs().max().item()
+    tolerance = 1e-3 if matmul_in_float32(policy.model) else 0.25
+    session.require(
+        "max_abs_log_ratio_at_start",
+        gap,
+        gap < tolerance,
+        "the policy that is scored is not the one that sampled: temperature, dropout, adapter or "
+        "numerics differ between rollout and training",
+    )
+    if experience.reference is None:
+        return
+    kl = kls_of(scored, experience.reference).mean().item()
+    session.require(
+        "kl_to_reference_at_start",
+        kl,
+        abs(kl) < tolerance,
+        "policy and reference are not the same model at the start",
+    )

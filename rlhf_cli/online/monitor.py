@@ -41,6 +41,12 @@ def prompts_to_monitor(
     return prompts
 
 
+def in_short(metrics: Metrics) -> str:
+    """An iteration in a few words."""
+    kl = f"  KL {metrics['kl']:.2f}" if "kl" in metrics else ""
+    return f"reward {metrics['reward']:.3f}{kl}"
+
+
 class Monitor:
     """Logs, tables of samples, evaluations on held-out prompts, alarms, and the weights to write.
 
@@ -107,18 +113,24 @@ class Monitor:
         if algo.eval_every and (last or step % algo.eval_every == 0):
             seen = self.evaluate()
             if self._alarms.on_evaluation(step, seen):
-                stop = True
-                others = self._stopped.get("alarms", [])
-                self._stopped = {"step": step, "alarms": [*others, "overoptimised"]}
+                stop = self._stop(step, "overoptimised")
             metrics = metrics | seen
             if algo.keep in seen and not set(self._stopped.get("alarms", [])) - {"reward"}:
                 self.written.offer(step, metrics)
             clock.lap("evaluation")
+        if self._alarms.on_updates(step, metrics):
+            stop = self._stop(step, "sampling_gap")
         self.metrics = metrics
         self._log.write(step, metrics | clock.seconds)
         if last or stop or step == 1 or step % algo.show_every == 0:
             show_samples(step, *experience.shown(), self._samples)
         return stop
+
+    def _stop(self, step: int, alarm: str) -> bool:
+        """Note that an alarm, perhaps one more, ends the run."""
+        others = self._stopped.get("alarms", [])
+        self._stopped = {"step": step, "alarms": [*others, alarm]}
+        return True
 
     def evaluate(self) -> Metrics:
         """eval/reward, /gold, /kl, /length of the weights that would be written now.
@@ -133,6 +145,7 @@ class Monitor:
             policy.engine.update(policy.model)
             rollouts = policy.engine.sample(self._held_out, sampling, seed=seed)
             experience = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
+        assert experience.kls is not None
         lengths = [len(rollout.tokens.response) for rollout in rollouts]
         metrics = {
             "eval/reward": experience.rewards.total.nanmean().item(),

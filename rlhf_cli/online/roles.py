@@ -1,19 +1,45 @@
 """Who takes part where a policy learns from its own samples."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from rlhf_cli.models.decoder import matmul_in_float32
+from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.models.reference import Reference
-from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.reward import Reward, load_reward
-from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.session import Session
 from rlhf_cli.training.own_loss import OwnLoss, own_loss_of
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Log-probs that must be known before rollouts are learnt from.
+
+    old: of the policy, as training computes them.
+    reference: of the reference.
+    """
+
+    old: bool
+    reference: bool
+
+    @classmethod
+    def of(cls, cfg: OnlineConfig, own: OwnLoss | None) -> "Needs":
+        """What the iterations of a run need.
+
+        A single update of a batch has old log-probs itself, unless the KL is charged before it in
+        the reward, or measured after it. With kl_coef=0 nothing but a limit on the KL, or a loss of
+        the user's, reads the reference.
+        """
+        algo = cfg.algo
+        tied = algo.kl_coef > 0 or bool(algo.kl_coef_end)
+        single = algo.epochs == 1 and algo.minibatch_size == algo.batch_size
+        penalised = getattr(algo, "loss", None) == "klpen"
+        named = own is not None and "reference_logprobs" in own.names
+        return cls(
+            old=not single or penalised or (tied and algo.kl_in == "reward"),
+            reference=tied or algo.max_kl is not None or named,
+        )
 
 
 @dataclass
@@ -22,6 +48,7 @@ class Roles:
 
     gold: a judge that is never learnt from, if there is one.
     loss: of the policy, where algo.loss names one of the user's.
+    needs: of the iterations; evaluations measure all.
     """
 
     policy: Policy
@@ -29,6 +56,7 @@ class Roles:
     reward: Reward
     gold: Reward | None
     loss: OwnLoss | None
+    needs: Needs
 
 
 def load_roles(session: Session) -> Roles:
@@ -41,33 +69,7 @@ def load_roles(session: Session) -> Roles:
     gold = None
     if cfg.gold is not None:
         gold = load_reward(cfg.gold, cfg, policy.tokenizer, session.device)
-    return Roles(policy, reference, reward, gold, loss)
-
-
-def check_first_ratio(
-    session: Session, policy: Policy, rollouts: Sequence[Rollout], temperature: float, kl: float
-) -> None:
-    """Before the first update the scored policy is the one that sampled, and the reference.
-
-    The log-prob of each sampled token is computed once more in the layout of training and
-    compared with the sampler's own: every first ratio is 1. `kl` is the measured KL to the
-    reference, which must be 0.
-    """
-    sequences = [rollout.tokens for rollout in rollouts]
-    scored = torch.cat(logprobs_of(policy.model, sequences, session.cfg.hardware, temperature))
-    sampled = torch.tensor([value for rollout in rollouts for value in rollout.logprobs])
-    gap = (scored - sampled).abs().max().item()
-    tolerance = 1e-3 if matmul_in_float32(policy.model) else 0.25
-    session.require(
-        "max_abs_log_ratio_at_start",
-        gap,
-        gap < tolerance,
-        "the policy that is scored is not the one that sampled: temperature, dropout, adapter or "
-        "numerics differ between rollout and training",
-    )
-    session.require(
-        "kl_to_reference_at_start",
-        kl,
-        abs(kl) < tolerance,
-        "policy and reference are not the same model at the start",
-    )
+    needs = Needs.of(cfg, loss)
+    if not needs.reference:
+        say("algo.kl_coef=0: no KL to the reference is computed; a limit, algo.max_kl, asks for it")
+    return Roles(policy, reference, reward, gold, loss, needs)

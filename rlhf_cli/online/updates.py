@@ -11,7 +11,7 @@ from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import evenly, order_of
 from rlhf_cli.objectives.policy_gradient import clipped
-from rlhf_cli.online.experience import Experience
+from rlhf_cli.online.mismatch import mismatch
 from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer, mean_metrics
@@ -24,16 +24,21 @@ Item = TypeVar("Item")
 class Trajectory:
     """A response as the update sees it; every tensor is (len(response),).
 
-    old, reference: log-probs under the policy that sampled it, and under the reference.
+    sampled: log-probs as the sampler computed them.
+    old, reference: log-probs as training computes them, of the policy that sampled it and of the
+        reference. None: `old` are those of the one update, and no `reference` is asked for.
     values: what the critic said of the state in which each token was drawn; returns: what came.
+    gap: what the first pass of an update gave, less `sampled`.
     """
 
     tokens: Tokens
-    old: Tensor
-    reference: Tensor
+    sampled: Tensor
+    old: Tensor | None
+    reference: Tensor | None
     values: Tensor | None = field(default=None, kw_only=True)
     advantages: Tensor
     returns: Tensor | None = field(default=None, kw_only=True)
+    gap: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,6 +60,34 @@ class Coefficients:
     kl_coef: float
     temperature: float
     old_kl_coef: float = 0.0
+
+
+def old_logprobs(items: Sequence[Trajectory], new: Tensor) -> Tensor:
+    """(N,) of all tokens; where items have none those of this pass, so that each ratio is 1.
+
+    Args:
+        new: (N,) current log-probs.
+    """
+    if any(item.old is None for item in items):
+        return new.detach()
+    return flat(items, "old", new)
+
+
+def keep_gaps(items: Sequence[Trajectory], new: Tensor) -> None:
+    """Note of each item how far (N,) log-probs are from its sampler's, the first time."""
+    gaps = new.detach() - flat(items, "sampled", new)
+    for item, gap in zip(items, gaps.split([len(item.sampled) for item in items]), strict=True):
+        if item.gap is None:
+            item.gap = gap
+
+
+def gaps_of(items: Sequence[Trajectory]) -> list[Tensor]:
+    """What `keep_gaps` has noted, on the CPU from now on; the device is asked once."""
+    seen = [item for item in items if item.gap is not None]
+    gaps = torch.cat([item.gap for item in seen if item.gap is not None]).cpu()
+    for item, gap in zip(seen, gaps.split([len(item.sampled) for item in seen]), strict=True):
+        item.gap = gap
+    return [item.gap for item in seen if item.gap is not None]
 
 
 def own_policy_loss(
@@ -106,27 +139,25 @@ def minibatches(
 
 
 def take_steps(
-    optimizer: Optimizer, updates: Iterable[tuple[int, list[LossTerm]]], written: WrittenWeights
-) -> list[Metrics]:
-    """An optimizer step for each update, by its number and terms; returns their metrics."""
-    metrics = []
+    optimizer: Optimizer,
+    updates: Iterable[tuple[int, list[LossTerm]]],
+    written: WrittenWeights,
+    items: Sequence[Trajectory],
+) -> Metrics:
+    """An optimizer step for each update, by its number and terms.
+
+    Args:
+        items: all that the updates learn from.
+
+    Returns:
+        Means over the updates, and `mismatch` of the items of the first of them: in its passes the
+        policy was still the one that sampled.
+    """
+    metrics: list[Metrics] = []
+    between: Metrics = {}
     for number, terms in updates:
         metrics.append(optimizer.step(terms, number))
         if optimizer.stepped:
             written.after_update()
-    return metrics
-
-
-def update_metrics(updates: list[Metrics], experience: Experience) -> Metrics:
-    """Means over the updates of an iteration; sampling_gap as it was before the first of them.
-
-    Then the policy is still the one that sampled, so that the mean of |log pi - log pi_old| is
-    what sampling and training compute differently. Where old log-probs were scored anew, it is
-    the mean difference to those that sampling kept.
-    """
-    if not updates:
-        return {}
-    kept = torch.tensor([value for rollout in experience.rollouts for value in rollout.logprobs])
-    rescored = (torch.cat(experience.old) - kept).abs().mean().item()
-    gap = rescored or updates[0]["sampling_gap"]
-    return {**mean_metrics(updates), "sampling_gap": gap}
+        between = between or mismatch(gaps_of(items))
+    return mean_metrics(metrics) | between if metrics else {}

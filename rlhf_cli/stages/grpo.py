@@ -50,18 +50,19 @@ from rlhf_cli.objectives.kl import k3, kl_loss, linear
 from rlhf_cli.objectives.likelihood import masked_whiten
 from rlhf_cli.objectives.moments import RunningMoments
 from rlhf_cli.objectives.rounding import differ
-from rlhf_cli.online.experience import Experience, measure
-from rlhf_cli.online.monitor import Monitor, prompts_to_monitor
+from rlhf_cli.online.experience import Experience, check_first_ratio, measure
+from rlhf_cli.online.monitor import Monitor, in_short, prompts_to_monitor
 from rlhf_cli.online.refresh import RewardRefresh
-from rlhf_cli.online.roles import Roles, check_first_ratio, load_roles
+from rlhf_cli.online.roles import Roles, load_roles
 from rlhf_cli.online.updates import (
     Coefficients,
     Trajectory,
     flat,
+    keep_gaps,
     minibatches,
+    old_logprobs,
     own_policy_loss,
     take_steps,
-    update_metrics,
 )
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
@@ -113,8 +114,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
             metrics = {**experience.metrics(kl_coef), **roles.reward.metrics(experience.scores)}
             metrics |= equal_groups(experience, algo)
             if step == 1:
-                sampled = experience.rollouts
-                check_first_ratio(session, policy, sampled, temperature, metrics["kl"])
+                check_first_ratio(session, policy, experience, temperature)
             if refresh:
                 metrics |= refresh.collect(step, experience.rollouts)
             stop = monitor.before_updates(step, metrics)
@@ -124,9 +124,10 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
                 groups, metrics = trajectories_of(learnt, kl_coef, algo), metrics | counts
 
             coefs = Coefficients(kl_coef, temperature)
-            parts = minibatches(groups, algo, cfg.seed, step)
-            updated = take_steps(optimizer, objective.updates(parts, coefs), monitor.written)
-            metrics |= update_metrics(updated, experience)
+            updates = objective.updates(minibatches(groups, algo, cfg.seed, step), coefs)
+            items = [item for group in groups for item in group]
+            metrics |= take_steps(optimizer, updates, monitor.written, items)
+            metrics |= experience.as_trained(items, kl_coef)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             if algo.refresh_reference and step % algo.refresh_reference == 0 and not stop:
                 roles.reference.refresh()
@@ -136,7 +137,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
                 clock.lap("refresh")
 
             stop = monitor.end_of_step(step, experience, metrics, clock, stop)
-            bar.advance(0, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
+            bar.advance(0, in_short(metrics))
             if stop:
                 break
             kept = {"running": asdict(running), **monitor.state()}
@@ -195,8 +196,11 @@ class GrpoObjective:
             reference=self._reference if in_loss and algo.kl_estimator == "full" else None,
         )
         new = scored.logprobs  # (B, T)
-        old, ref, advantages = (
-            on_grid(mask, flat(items, name, new)) for name in ("old", "reference", "advantages")
+        keep_gaps(items, new[mask])
+        old = on_grid(mask, old_logprobs(items, new[mask]))
+        advantages = on_grid(mask, flat(items, "advantages", new))
+        ref = (
+            on_grid(mask, flat(items, "reference", new)) if items[0].reference is not None else old
         )
         if self._own is not None:
             total, metrics = own_policy_loss(self._own, new, old, ref, advantages, mask, algo)
@@ -214,7 +218,7 @@ class GrpoObjective:
         sums = {name: (value.detach() * weights).sum() for name, value in losses.items()}
         per_token = algo.aggregate == "token_mean"
         shares = weigh("token_mean" if per_token else "response_mean", 1).to(new)
-        metrics |= {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new)}
+        metrics["old_kl"] = k3(old, new)
         sums |= {name: (value.detach() * shares).sum() for name, value in metrics.items()}
         return (total * weights).sum(), sums
 
@@ -268,7 +272,7 @@ def sampled_groups(
         seed=derived_seed(cfg.seed, stream if again else "rollout", step),
     )
     clock.lap("rollouts")
-    experience = measure(rollouts, roles, cfg, temperature, running)
+    experience = measure(rollouts, roles, cfg, temperature, running, roles.needs)
     clock.lap("scores")
     return experience
 
@@ -331,11 +335,10 @@ def trajectories_of(
         return []
     advantages = advantages_of(experience, kl_coef, algo)
     usable = experience.learnable(algo.mask_truncated)
-    logprobs = zip(experience.old, experience.reference, strict=True)
-    columns = zip(experience.rollouts, logprobs, advantages, usable, strict=True)
+    columns = zip(experience.rollouts, experience.logprobs(), advantages, usable, strict=True)
     items = [
-        Trajectory(rollout.tokens, *both, worth) if learn else None
-        for rollout, both, worth, learn in columns
+        Trajectory(rollout.tokens, *logprobs, worth) if learn else None
+        for rollout, logprobs, worth, learn in columns
     ]
     size = algo.group_size
     return [
@@ -351,7 +354,7 @@ def advantages_of(experience: Experience, kl_coef: float, algo: GrpoAlgo) -> lis
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
     charged = kl_coef if algo.kl_in == "reward" else 0.0
     if algo.baseline == "none":  # each token is worth what comes from it on, its own KL included
-        columns = experience.old, experience.reference
+        columns = experience.old, experience.reference or experience.old
         old, ref = (pad_sequence(rows, batch_first=True) for rows in columns)
         total = rewards.whole.nan_to_num(0.0)  # without a reward nothing is learnt from it
         shaped = kl_shaped_rewards(at_last(total, mask), old, ref, mask, charged)
@@ -361,7 +364,10 @@ def advantages_of(experience: Experience, kl_coef: float, algo: GrpoAlgo) -> lis
         relative = compare[algo.normalise_advantages]
         if algo.baseline == "leave_one_out":
             relative = leave_one_out
-        grouped = (rewards.whole - charged * experience.kls).view(-1, size)  # (P, G)
+        whole = rewards.whole
+        if charged and experience.kls is not None:
+            whole = whole - charged * experience.kls
+        grouped = whole.view(-1, size)  # (P, G)
         grid = relative(grouped).flatten()[:, None] * mask
         if rewards.steps is not None:
             grid = grid + step_advantages(experience, lengths, algo)

@@ -44,17 +44,18 @@ from rlhf_cli.objectives.kl import k3, kl_loss, linear, schulman_kl_coef, ziegle
 from rlhf_cli.objectives.likelihood import masked_scale, masked_whiten
 from rlhf_cli.objectives.moments import RunningMoments
 from rlhf_cli.online.critic import Critic
-from rlhf_cli.online.experience import Experience, measure
-from rlhf_cli.online.monitor import Monitor, prompts_to_monitor
-from rlhf_cli.online.roles import Roles, check_first_ratio, load_roles
+from rlhf_cli.online.experience import Experience, check_first_ratio, measure
+from rlhf_cli.online.monitor import Monitor, in_short, prompts_to_monitor
+from rlhf_cli.online.roles import Roles, load_roles
 from rlhf_cli.online.updates import (
     Coefficients,
     Trajectory,
     flat,
+    keep_gaps,
     minibatches,
+    old_logprobs,
     own_policy_loss,
     take_steps,
-    update_metrics,
 )
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
@@ -108,10 +109,10 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
                 seed=derived_seed(cfg.seed, "rollout", step),
             )
             clock.lap("rollouts")
-            experience = measure(rollouts, roles, cfg, temperature, running)
+            experience = measure(rollouts, roles, cfg, temperature, running, roles.needs)
             metrics = {**experience.metrics(kl_coef), **roles.reward.metrics(experience.scores)}
             if step == 1:
-                check_first_ratio(session, policy, rollouts, temperature, metrics["kl"])
+                check_first_ratio(session, policy, experience, temperature)
             stop = monitor.before_updates(step, metrics)
             items: list[Trajectory] = []
             if not stop:
@@ -121,10 +122,10 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
 
             parts = minibatches(items, algo, cfg.seed, step)
             updates = ((number, objective.terms(part, number, coefs)) for number, part in parts)
-            updated = take_steps(optimizer, updates, monitor.written)
-            metrics |= update_metrics(updated, experience)
+            metrics |= take_steps(optimizer, updates, monitor.written, items)
+            metrics |= experience.as_trained(items, kl_coef)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
-            kl_coef = next_kl_coef(kl_coef, metrics["kl"], algo)
+            kl_coef = next_kl_coef(kl_coef, metrics.get("kl", 0.0), algo)
             if algo.loss == "klpen" and items:
                 moved = objective.old_kl(items, temperature)
                 metrics |= {"old_kl_after": moved, "old_kl_coef": old_kl_coef}
@@ -132,7 +133,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
             clock.lap("updates")
 
             stop = monitor.end_of_step(step, experience, metrics, clock, stop)
-            bar.advance(0, f"reward {metrics['reward']:.3f}  KL {metrics['kl']:.2f}")
+            bar.advance(0, in_short(metrics))
             if stop:
                 break
             coefficients = {"kl_coef": kl_coef, "old_kl_coef": old_kl_coef}
@@ -216,12 +217,13 @@ class PpoObjective:
             reference=self._reference if in_loss and algo.kl_estimator == "full" else None,
         )
         new = scored.logprobs[batch.response]  # (N,)
-        old = flat(items, "old", new)
+        keep_gaps(items, new)
+        old = old_logprobs(items, new)
         if self._own is not None:
-            total, clips = self._own_loss(self._own, items, scored.logprobs, batch.response)
+            total, clips = self._own_loss(self._own, items, scored.logprobs, old, batch.response)
         else:
             total, clips = policy_loss(new, old, flat(items, "advantages", new), algo, coefs)
-        metrics = {"sampling_gap": (new - old).abs(), "old_kl": k3(old, new), **clips}
+        metrics = {"old_kl": k3(old, new), **clips}
         metrics["loss/policy"] = total
         if critic and algo.vf_coef is not None:
             values = critic.values(batch, scored.values)[batch.response]
@@ -244,13 +246,18 @@ class PpoObjective:
         return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
     def _own_loss(
-        self, own: OwnLoss, items: list[Trajectory], new: Tensor, mask: Tensor
+        self, own: OwnLoss, items: list[Trajectory], new: Tensor, old: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(N,) the losses of all tokens by a function of the user's, from (B, T) log-probs."""
-        old, reference, advantages = (
-            on_grid(mask, flat(items, name, new)) for name in ("old", "reference", "advantages")
+        """(N,) the losses of all tokens by a function of the user's, from (B, T) log-probs.
+
+        Args:
+            old: (N,).
+        """
+        given = old if items[0].reference is None else flat(items, "reference", new)
+        before, reference, advantages = (
+            on_grid(mask, each) for each in (old, given, flat(items, "advantages", new))
         )
-        losses, clips = own_policy_loss(own, new, old, reference, advantages, mask, self._algo)
+        losses, clips = own_policy_loss(own, new, before, reference, advantages, mask, self._algo)
         return losses[mask], {name: value[mask] for name, value in clips.items()}
 
     def ptx_loss(self, sequences: list[Tokens]) -> Loss:
@@ -261,8 +268,8 @@ class PpoObjective:
     def old_kl(self, items: list[Trajectory], temperature: float) -> float:
         """KL(old || new) per token in nats, of the policy as it is after the updates."""
         sequences = [item.tokens for item in items]
-        new = logprobs_of(self._policy, sequences, self._hardware, temperature)
-        return k3(torch.cat([item.old for item in items]), torch.cat(new)).mean().item()
+        new = torch.cat(logprobs_of(self._policy, sequences, self._hardware, temperature))
+        return k3(flat(items, "old", new), new).mean().item()
 
 
 def policy_loss(
@@ -305,7 +312,8 @@ def trajectories_of(
         if critic
         else [torch.zeros(len(tokens.response)) for tokens in sequences]
     )
-    columns = [experience.old[i] for i in places], [experience.reference[i] for i in places], values
+    reference = experience.reference or experience.old
+    columns = [experience.old[i] for i in places], [reference[i] for i in places], values
     old, ref, value = (pad_sequence(rows, batch_first=True) for rows in columns)  # (B, T) each
     charged = kl_coef if algo.kl_in == "reward" else 0.0
     grid = reward_grid(experience, places, mask)
@@ -324,11 +332,11 @@ def trajectories_of(
     metrics["return"] = (returns * mask).sum().item() / int(lengths.sum())
     if algo.normalise_advantages == "batch":
         advantages = masked_whiten(advantages, mask)
+    logprobs = experience.logprobs()
     items = [
         Trajectory(
             tokens,
-            experience.old[place],
-            experience.reference[place],
+            *logprobs[place],
             advantages[i, :n],
             values=values[i],
             returns=returns[i, :n],

@@ -5,14 +5,16 @@ cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So, where mem
 step is done again in another way, with the same result.
 """
 
+import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
@@ -22,16 +24,12 @@ from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
+from rlhf_cli.training.compiling import Compiling
 from rlhf_cli.training.diagnosis import cause_of, draws_again
 from rlhf_cli.training.figures import Figures
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.room import Room
-
-SCHEDULES = {
-    "cosine": "cosine_with_min_lr",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-}
+from rlhf_cli.training.schedules import schedule_of
 
 # the first step may have been skipped, which is no mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -67,17 +65,11 @@ class Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._schedule = get_scheduler(
-            SCHEDULES[config.lr_schedule],
-            self._adamw,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=(
-                {"min_lr_rate": config.min_lr_ratio} if config.lr_schedule == "cosine" else {}
-            ),
-        )
+        self._schedule = LambdaLR(self._adamw, schedule_of(config, total_steps))
         self.skipped = 0
         self._skipped_in_a_row = 0
+        self._total_steps = total_steps
+        self._compiling = Compiling(self._networks, hardware)
         self.room = Room(self._networks, hardware.gradient_checkpointing == AUTO)
         self.stepped = False  # whether the last step changed the weights
 
@@ -95,6 +87,7 @@ class Optimizer:
         """
         if number is not None:
             self._move_schedule(number)
+        began = time.monotonic()
         figures = self._gradient(parts)
         norms = {name: self._norm(weights) for name, weights in self._parameters.items()}
         for name, norm in norms.items():
@@ -109,6 +102,8 @@ class Optimizer:
         else:
             self._skip(parts, report)
         self._schedule.step()
+        left = self._total_steps - self._schedule.last_epoch
+        self._compiling.after_step(time.monotonic() - began, left)
         return {**report, **sizes, "skipped": float(self.skipped)}
 
     def _gradient(self, parts: list[LossTerm]) -> Figures:
@@ -118,13 +113,16 @@ class Optimizer:
         """
         parts = self.room.cut(parts)
         rewind = draws_again()
-        while (
-            figures := if_it_fits(partial(repeatably, partial(self._backward, parts), rewind))
-        ) is None:
+        while (figures := if_it_fits(partial(self._attempt, parts, rewind))) is None:
             self._forget()
             parts = self.room.more(parts)
             rewind()
         return figures
+
+    def _attempt(self, parts: list[LossTerm], rewind: Callable[[], None]) -> Figures:
+        """`_backward`, done again where operators or a compiler do not know what it needs."""
+        work = partial(repeatably, partial(self._backward, parts), rewind)
+        return self._compiling.guarded(work, rewind)
 
     def _backward(self, parts: list[LossTerm]) -> Figures:
         self._forget()
@@ -215,6 +213,7 @@ class Optimizer:
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             **self.room.state(),
+            **self._compiling.state(),
         }
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, int]) -> None:
@@ -229,6 +228,7 @@ class Optimizer:
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.room.load(state)
+        self._compiling.load(state)
         self._move_schedule(state["schedule"])
 
 

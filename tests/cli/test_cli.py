@@ -398,3 +398,38 @@ def test_a_failed_job_fails_the_sweep(error: str, status: int, stand_in: Run) ->
     assert done.stdout == "runs/demo/ppo/seed=2\n"
     assert "lost" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+# --------------------------------------------------------------------------- threads
+
+WAITS = """
+import ctypes, importlib.util
+from pathlib import Path
+from rlhf_cli.cli import let_threads_sleep
+let_threads_sleep()
+folder = Path(importlib.util.find_spec("torch").origin).parent  # whose import takes seconds
+for file in {*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")}:
+    ctypes.CDLL(str(file))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
+)
+def test_threads_that_wait_sleep_unless_the_user_set_how(
+    given: dict[str, str], policy: str
+) -> None:
+    """What PyTorch's own OpenMP takes from the environment that the command line leaves."""
+    own = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    rest = {name: value for name, value in os.environ.items() if name not in own}
+    command = [sys.executable, "-c", WAITS]
+    shown = subprocess.run(
+        command,
+        env={**rest, **given, "OMP_DISPLAY_ENV": "TRUE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    if not shown:
+        pytest.skip("this PyTorch has another OpenMP")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in shown

@@ -81,7 +81,7 @@ def test_what_is_unsound_is_refused_in_a_line(words: str, part: str) -> None:
 @pytest.mark.parametrize("alarm", ALARMS)
 def test_an_alarm_that_stops_needs_its_limit(alarm: str) -> None:
     with pytest.raises(UserError, match=f"its limit algo.{ALARMS[alarm]} is null"):
-        compose("ppo", [f"algo.stop_on=[{alarm}]"])
+        compose("ppo", [f"algo.stop_on=[{alarm}]", f"algo.{ALARMS[alarm]}=null"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Alarms and the weights that are written: by hand, and in whole runs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.online.alarms import Alarms
+from rlhf_cli.online.mismatch import mismatch
 from rlhf_cli.online.monitor import WRITTEN
 from rlhf_cli.online.written import WrittenWeights
 from tests.tiny import run_stage, words_of
@@ -59,6 +61,43 @@ def test_an_alarm_that_is_not_in_stop_on_only_shows(capsys: pytest.CaptureFixtur
     assert [alarms.on_rollouts(step, each) for step, each in enumerate(metrics)] == [[], []]
     assert [each["alarm/kl"] for each in metrics] == [1, 1]
     assert capsys.readouterr().err.count("alarm") == 1  # said once, not at every step
+
+
+def test_a_gap_of_sampling_above_its_limit_or_grown_is_an_alarm(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    algo = algo_of("algo.alarm_steps=2", "algo.stop_on=[sampling_gap]")
+    for course, stopped in (
+        ([0.012, 0.029, 0.029], False),  # rounding of bfloat16, said once
+        ([0.012, 0.06, 0.012, 0.06, 0.06], True),
+        ([1e-6, 0.02, 0.031, 0.031], True),  # grown
+        ([0.04, 0.045, 0.04], False),
+    ):
+        alarms, found = Alarms(algo, {}), []
+        for step, gap in enumerate(course, 1):
+            alarms = Alarms(algo, json.loads(json.dumps(alarms.state())))  # as after a resume
+            found.append(alarms.on_updates(step, {"sampling_gap": gap}))
+        assert found == [False] * (len(course) - 1) + [stopped]
+        said = capsys.readouterr().err
+        assert said.count("note: sampling and training differ") == 1
+        assert ("alarm at step" in said) == stopped
+    assert not Alarms(algo, {}).on_updates(1, {})  # nothing was learnt
+    off: dict[str, float] = {"sampling_gap": 9.0}
+    assert not Alarms(algo_of("algo.max_sampling_gap=null"), {}).on_updates(1, off)
+    assert set(off) == {"sampling_gap"}
+
+
+def test_the_mismatch_of_two_responses_by_hand() -> None:
+    found = mismatch([torch.tensor([0.1, -0.3]), torch.tensor([0.0, 0.8, 0.0])])
+    expected = {
+        "sampling_gap": 1.2 / 5,
+        "sampling_gap_p99": 0.8,
+        "sampling_gap_max": 0.8,
+        "sampling_kl": sum(math.expm1(d) - d for d in (0.1, -0.3, 0.8)) / 5,
+        "sampling_far": 1 / 5,  # above ln 2
+        "sampling_ratio_max": math.exp(0.8),
+    }
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_reward_rising_while_gold_falls_is_over_optimisation() -> None:

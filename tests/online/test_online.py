@@ -1,13 +1,20 @@
 """What the switches of ppo and grpo mean in whole runs: relations between them, single steps."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.online import experience
+from rlhf_cli.rollout.native import NativeEngine
 from tests.tiny import run_stage as run
 
 ONCE = ["algo.epochs=1", "algo.minibatch_size=8", "algo.steps=3", "hardware.save_every=null"]
@@ -63,11 +70,90 @@ def test_the_exact_tie_is_the_mean_of_its_estimate(tmp_path: Path) -> None:
     assert weighted["loss/kl"] == pytest.approx(full["loss/kl"], rel=0.15)
 
 
+class Passes:
+    """Counts the passes that score responses, by whether the reference makes them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_policy = self.of_reference = 0
+        self._within = False
+        score, active = logprobs_of, Reference.active
+
+        def scored(*args: Any, **options: Any) -> Any:
+            if self._within:
+                self.of_reference += 1
+            else:
+                self.of_policy += 1
+            return score(*args, **options)
+
+        @contextlib.contextmanager
+        def acting(reference: Reference) -> Iterator[Any]:
+            with active(reference) as frozen:
+                self._within = True
+                yield frozen
+                self._within = False
+
+        monkeypatch.setattr(experience, "logprobs_of", scored)
+        monkeypatch.setattr(Reference, "active", acting)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "more"),
+    [
+        ("grpo", [], 0),
+        pytest.param(  # charged before the update
+            *("grpo", ["algo.kl_in=reward", "algo.kl_estimator=k1"], 2), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("ppo", ["algo.kl_in=loss", "algo.kl_estimator=k2"], 0), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_single_update_has_old_log_probs_itself(
+    stage: str, words: list[str], more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sampling computes otherwise than training, as in bfloat16: no pass of the policy."""
+    same = [*ONCE, "algo.steps=2", *words]
+    exact = run(stage, tmp_path / "exact", *same)
+    monkeypatch.setattr(NativeEngine, "exact", False)
+    passes = Passes(monkeypatch)
+    found = run(stage, tmp_path / "own", *same)
+    # at the start, and of what was written; where they are needed, of each batch, the first's once
+    assert (passes.of_policy, passes.of_reference) == (max(2, 1 + more), 3)
+    close(tmp_path / "exact", tmp_path / "own", atol=2e-6)
+    for ours, theirs in zip(found, exact, strict=True):
+        for name in ("kl", "rlhf_reward", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5)
+        assert 0 < ours["sampling_gap"] <= ours["sampling_gap_max"] < 1e-5
+        assert ours["old_kl"] == 0 or more
+
+
+@pytest.mark.parametrize("stage", [pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
+def test_without_a_tie_the_reference_makes_no_pass(
+    stage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    passes, said = Passes(monkeypatch), "no KL to the reference is computed"
+    words = [*ONCE, "algo.steps=1", "algo.kl_coef=0"] + FIXED * (stage == "ppo")
+    (line,) = run(stage, tmp_path / "out", *words)
+    assert passes.of_reference == 1  # of what was written
+    assert capsys.readouterr().err.count(said) == 1
+    assert "kl" not in line and line["rlhf_reward"] == line["reward"]
+    assert "kl" not in json.loads((tmp_path / "out/samples.jsonl").read_text().splitlines()[0])
+    (limited,) = run(stage, tmp_path / "limited", *words, "algo.max_kl=9")
+    assert passes.of_reference == 3 and said not in capsys.readouterr().err
+    assert "kl" in limited
+    close(tmp_path / "out", tmp_path / "limited", atol=0)
+
+
 def test_what_sampling_kept_is_what_training_computes(tmp_path: Path) -> None:
     """The mean gap of log-probs, before each iteration's first update, is rounding."""
     for stage in ("ppo", "grpo"):
         found = run(stage, tmp_path / stage)
         assert all(0 < each["sampling_gap"] < 2e-6 for each in found)
+        assert all(each["sampling_gap_max"] < 2e-5 for each in found)
+        assert all(each["sampling_far"] == each["alarm/sampling_gap"] == 0 for each in found)
         assert found[-1]["old_kl"] > 1e-6  # later updates are off policy
 
 
