@@ -117,17 +117,26 @@ class Hardware:
     )
     keep_checkpoints: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
+    def measured(self, tokens: int, sampled: int) -> None:
+        """What auto means from now on, as runs/budgets.py found it on a GPU."""
+        vars(self)["of_the_gpu"] = tokens, sampled
+
     @property
     def tokens_at_once(self) -> int:
-        """tokens_per_microbatch; a CPU's while runs/budgets.py has measured no GPU."""
+        """tokens_per_microbatch, or what auto means."""
         given = self.tokens_per_microbatch
-        return CPU_TOKENS if given == AUTO else int(given)
+        return self._auto[0] if given == AUTO else int(given)
 
     @property
     def sampled_at_once(self) -> int:
-        """rollout_tokens; a CPU's while runs/budgets.py has measured no GPU."""
+        """rollout_tokens, or what auto means."""
         given = self.rollout_tokens
-        return CPU_ROLLOUT_TOKENS if given == AUTO else int(given)
+        return self._auto[1] if given == AUTO else int(given)
+
+    @property
+    def _auto(self) -> tuple[int, int]:
+        found: tuple[int, int] = vars(self).get("of_the_gpu", (CPU_TOKENS, CPU_ROLLOUT_TOKENS))
+        return found
 
 
 # --------------------------------------------------------------------------- model
