@@ -9,8 +9,7 @@ sequence at a time, which is the reference that tests and probes compare with.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -54,21 +53,25 @@ Layout = Packing | Slots
 _layout: Layout | None = None
 
 
-@contextmanager
-def laid_out(model: nn.Module, layout: Layout) -> Iterator[None]:
+class laid_out:  # a block, which may be entered again once it has ended  # noqa: N801
     """The model reads its inputs in this layout within the block."""
-    global _layout
-    found = (getattr(each, "config", None) for each in model.modules())
-    configs = {id(each): each for each in found if isinstance(each, PreTrainedConfig)}
-    names = [(each, each._attn_implementation_internal) for each in configs.values()]
-    before, _layout = _layout, layout
-    try:
-        for config, _ in names:
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        found = (getattr(each, "config", None) for each in model.modules())
+        self._configs = list({id(x): x for x in found if isinstance(x, PreTrainedConfig)}.values())
+        self._layout = layout
+
+    def __enter__(self) -> None:
+        global _layout
+        self._names = [config._attn_implementation_internal for config in self._configs]
+        self._before, _layout = _layout, self._layout
+        for config in self._configs:
             config._attn_implementation_internal = NAME
-        yield
-    finally:
-        _layout = before
-        for config, name in names:
+
+    def __exit__(self, *error: object) -> None:
+        global _layout
+        _layout = self._before
+        for config, name in zip(self._configs, self._names, strict=True):
             config._attn_implementation_internal = name
 
 
@@ -399,7 +402,19 @@ def _slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
     seen = places < ends
     if kind.window is not None:
         seen &= places >= ends - kind.window
+    if key.is_cpu and key.is_contiguous() and kind.softcap is None and kind.sinks is None:
+        return _two_products(query, key, value, kind.scale, seen)
     return _products(query, key, value, kind, seen[:, None, None]).transpose(1, 2)
+
+
+def _two_products(query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor) -> Tensor:
+    """(B, 1, H, d) of one query a slot: on a CPU twice as fast as the fused kernel."""
+    slots, heads = key.shape[:2]
+    queries = query.reshape(slots * heads, -1, query.shape[-1])  # those of a group beside it
+    scores = torch.bmm(queries, key.flatten(0, 1).transpose(1, 2)).mul_(scale)
+    hidden = ~seen.repeat_interleave(heads, 0)[:, None]  # (B * H_kv, 1, S)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    return torch.bmm(weights, value.flatten(0, 1)).reshape(slots, 1, query.shape[1], -1)
 
 
 # --------------------------------------------------------------------------- products
