@@ -20,6 +20,23 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def tensor_on(device: torch.device | str, values: Sequence[Any], **how: Any) -> Tensor:
-    """`torch.tensor(values, **how)` on a device."""
-    return to_device(torch.tensor(values, **how), device)
+def together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors of whole numbers and truth values on a device, by one copy."""
+    if not PINS or torch.device(device).type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    flat = to_device(torch.cat([tensor.flatten().long() for tensor in tensors]), device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [
+        part.view(tensor.shape).to(tensor.dtype)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def tensor_on(device: torch.device, values: Sequence[Any]) -> Tensor:
+    """`torch.tensor(values)` on a device."""
+    return to_device(torch.tensor(values), device)
+
+
+def numbers_like(other: Tensor, values: Sequence[float]) -> Tensor:
+    """Numbers in the type and on the device of a tensor."""
+    return to_device(torch.tensor(values, dtype=other.dtype), other.device)
