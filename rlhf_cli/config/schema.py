@@ -84,8 +84,8 @@ class Hardware:
     )
     threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
     tokens_per_microbatch: Any = key(
-        "Tokens in one forward and backward pass; halve it when memory runs out. auto: as many as "
-        "the memory of the GPU takes, up to 32768; 4096 on a CPU.",
+        "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
+        "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
         ge=1,
         auto=int,
     )
@@ -95,8 +95,13 @@ class Hardware:
         ge=1,
         auto=int,
     )
+    packing: str = key(
+        "auto: sequences stand end to end, without pads, where a short try finds the same result; "
+        "false: each has a padded row.",
+        choices=("auto", "false"),
+    )
     share_prompts: bool = key(
-        "Compute a prompt once for all of its responses where the model and the lengths allow it."
+        "In packed rows compute a prompt once for all of its responses, where the model allows it."
     )
     logprob_chunk: int = key(
         "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1
@@ -117,17 +122,26 @@ class Hardware:
     )
     keep_checkpoints: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
+    def measured(self, tokens: int, sampled: int) -> None:
+        """What auto means from now on, as runs/budgets.py found it on a GPU."""
+        vars(self)["of_the_gpu"] = tokens, sampled
+
     @property
     def tokens_at_once(self) -> int:
-        """tokens_per_microbatch; a CPU's while runs/budgets.py has measured no GPU."""
+        """tokens_per_microbatch, or what auto means."""
         given = self.tokens_per_microbatch
-        return CPU_TOKENS if given == AUTO else int(given)
+        return self._auto[0] if given == AUTO else int(given)
 
     @property
     def sampled_at_once(self) -> int:
-        """rollout_tokens; a CPU's while runs/budgets.py has measured no GPU."""
+        """rollout_tokens, or what auto means."""
         given = self.rollout_tokens
-        return CPU_ROLLOUT_TOKENS if given == AUTO else int(given)
+        return self._auto[1] if given == AUTO else int(given)
+
+    @property
+    def _auto(self) -> tuple[int, int]:
+        found: tuple[int, int] = vars(self).get("of_the_gpu", (CPU_TOKENS, CPU_ROLLOUT_TOKENS))
+        return found
 
 
 # --------------------------------------------------------------------------- model

@@ -15,16 +15,16 @@ are float32 whatever the product's type: sums of chunks in bfloat16 would be bia
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_cli.models.logprob_rows import coefficients, figures_of, gradient_of
+from rlhf_cli.models.logprob_rows import Figures, coefficients, figures_of, gradient_of
 
-CACHED = 2**18  # logits that stay in a CPU's cache between the passes over them
+CACHED = 2**20  # logits that stay in a CPU's cache between the passes over them
 FEW = 64  # rows from which on a product is fast
 
 
@@ -102,12 +102,13 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return rounded.float() if out is None else out.copy_(rounded)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the type of the total."""
+def plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, as `product` has it, in the memory of the total if there is one."""
+    if total is None:
+        return product(left, right)
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(product(left, right))
+        return total.addmm_(left, right)
+    return total.add_(product(left, right))
 
 
 # --------------------------------------------------------------------------- the function
@@ -145,27 +146,24 @@ class _Scores(torch.autograd.Function):
             start = part.start if whole else 0
             logits = rows.logits(part, room, start)
             found.append(figures_of(logits, targets[part], asked.with_entropy))
-        figures = torch.cat(found, 1)  # (5, N)
+        figures = Figures.joined(found)
         ctx.asked, ctx.kept = asked, room if whole else None
-        ctx.save_for_backward(targets, states, weight, bias, figures, *reference)
+        ctx.save_for_backward(*(targets, states, weight, bias, *reference), *vars(figures).values())
         ctx.set_materialize_grads(False)
-        logprobs, entropy, kl = figures[:3].clone()
-        return logprobs, entropy if asked.with_entropy else None, kl if reference else None
+        return figures.logprobs, figures.entropy, figures.kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         asked: _Asked = ctx.asked
-        targets, states, weight, bias, figures, *reference = ctx.saved_tensors
+        (targets, states, weight, bias, *reference), known = _split(ctx.saved_tensors)
+        figures = Figures(*known)
         kept, ctx.kept = ctx.kept, None  # overwritten: a second backward computes them again
         _, _, for_states, for_weight, for_bias, *_ = ctx.needs_input_grad
         rows = _Rows(asked, states, weight, bias, reference)
-        coefs = coefficients(
-            incoming, figures, asked.temperature, asked.with_entropy, bool(reference)
-        )
+        coefs = coefficients(incoming, figures, asked.temperature)
         of_states = torch.empty_like(states) if for_states else None
-        of_weight = torch.zeros_like(weight, dtype=figures.dtype) if for_weight else None
-        of_bias = figures.new_zeros(len(weight)) if for_bias else None
+        of_weight = of_bias = None
         most = min(asked.chunk, len(targets))
         room = kept or rows.room(most)
         slopes = room[0]  # of logits, where they stood
@@ -182,10 +180,11 @@ class _Scores(torch.autograd.Function):
                 if of_states is not None:
                     of_states[part] = product(slopes[into], rows.weight)
             of_chunk = slopes[: chunk.stop - chunk.start]
-            if of_weight is not None:
-                add_product(of_weight, of_chunk.T, states[chunk].to(asked.dtype))
-            if of_bias is not None:
-                of_bias += of_chunk.sum(0, dtype=figures.dtype)
+            if for_weight:
+                of_weight = plus_product(of_weight, of_chunk.T, states[chunk].to(asked.dtype))
+            if for_bias:
+                summed = of_chunk.sum(0, dtype=coefs.every.dtype)
+                of_bias = summed if of_bias is None else of_bias.add_(summed)
         return None, None, of_states, of_weight, of_bias, *(None for _ in reference)
 
 
@@ -225,6 +224,12 @@ class _Rows:
             head.logits(states[part], self._asked.temperature, each[into])
             for (head, states), each in zip(self._each, room, strict=True)
         ]
+
+
+def _split(saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Inputs, and as many figures as there are."""
+    count = len(fields(Figures))
+    return saved[:-count], saved[-count:]
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

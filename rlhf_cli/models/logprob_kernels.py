@@ -5,13 +5,14 @@ figures, and read once and written once, in the type of the product, for the gra
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_cli.models.logprob_rows import Coefficients
+from rlhf_cli.models.logprob_rows import Coefficients, Figures
 
 COLUMNS, WARPS = 4096, 8  # of a row that are taken at once, and threads / 32 that take them
 
@@ -99,16 +100,20 @@ def _gradient(  # type: ignore[no-untyped-def]
     tl.store(out + row * size + place, slope.to(out.dtype.element_ty), mask=there)
 
 
-def figures_of(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) -> Tensor:
+def figures_of(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) -> Figures:
     """As `logprob_rows.figures_of`; logits stay as they are."""
     own = logits[0]
     rows, size = own.shape
-    figures = torch.zeros(5, rows, dtype=own.dtype, device=own.device)
+    figures = torch.empty(5, rows, dtype=own.dtype, device=own.device)
     asked = with_entropy, len(logits) > 1
     _figures[(rows,)](
         own, logits[-1], targets, figures, rows, size, *asked, COLUMNS, num_warps=WARPS
     )
-    return figures
+    logprobs, entropy, kl, lse, their_lse = figures
+    found = Figures(logprobs, lse)
+    if with_entropy:
+        found = replace(found, entropy=entropy)
+    return replace(found, kl=kl, their_lse=their_lse) if len(logits) > 1 else found
 
 
 def gradient_of(

@@ -16,11 +16,34 @@ from rlhf_cli.models.kernels import tried
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Of rows of logits z, and z' of a reference: (n,) each, None for what is not asked.
+
+    logprobs: of the targets; entropy and kl of the distributions.
+    lse, their_lse: the log of the sum of exponentials of z and of z'.
+    """
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    their_lse: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence["Figures"]) -> "Figures":
+        """Of the rows of all parts."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(None if each[0] is None else torch.cat(each) for each in columns))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class Coefficients:
     """Of the gradient target onehot(t) + p (every + own z + other z'): (n,) each.
 
     lse: of z.
-    own: None where only log-probs are wanted; other: None without a reference.
+    own: None where only log-probs are asked for; other: None without a reference.
     """
 
     target: Tensor
@@ -37,32 +60,30 @@ class Coefficients:
 
 
 def coefficients(
-    incoming: Sequence[Tensor | None],
-    figures: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    with_kl: bool,
+    incoming: Sequence[Tensor | None], figures: Figures, temperature: float
 ) -> Coefficients:
     """From what comes back to logprobs, entropy and kl, None for nothing; see `logprob_head`.
 
     Args:
-        figures: (5, N) from `figures_of`.
         temperature: that logits were divided by.
     """
-    none = torch.zeros_like(figures[0])
+    lse, entropy, kl = figures.lse, figures.entropy, figures.kl
     of_logprobs, of_entropy, of_kl = (
-        none if each is None else each / temperature for each in incoming
+        torch.zeros_like(lse) if each is None else each / temperature for each in incoming
     )
-    _, entropy, kl, lse, their_lse = figures
-    if not with_entropy and not with_kl:
-        return Coefficients(of_logprobs, -of_logprobs, lse)
-    every = of_entropy * (lse - entropy) - of_kl * (kl + lse - their_lse) - of_logprobs
-    own, other = of_kl - of_entropy, -of_kl if with_kl else None
-    return Coefficients(of_logprobs, every, lse, own, other)
+    every = -of_logprobs
+    if entropy is None and kl is None:
+        return Coefficients(of_logprobs, every, lse)
+    if entropy is not None:
+        every = every + of_entropy * (lse - entropy)
+    if kl is None or figures.their_lse is None:
+        return Coefficients(of_logprobs, every, lse, -of_entropy)
+    every = every - of_kl * (kl + lse - figures.their_lse)
+    return Coefficients(of_logprobs, every, lse, of_kl - of_entropy, -of_kl)
 
 
-def figures_of(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) -> Tensor:
-    """(5, n): log-prob of the target, entropy, KL, and lse of both; zeros for what is not asked.
+def figures_of(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) -> Figures:
+    """Log-probs of the targets and what else is asked for.
 
     Args:
         logits: (n, V) of the policy and, if there is one, of the reference. They are overwritten
@@ -71,7 +92,7 @@ def figures_of(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) ->
     """
     kernels = _kernels_for(logits[0])
     if kernels is not None:
-        figures: Tensor = kernels.figures_of(logits, targets, with_entropy)
+        figures: Figures = kernels.figures_of(logits, targets, with_entropy)
         return figures
     return plain_figures(logits, targets, with_entropy)
 
@@ -108,7 +129,7 @@ def _kernels() -> Any:
 # --------------------------------------------------------------------------- the plain versions
 
 
-def plain_figures(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) -> Tensor:
+def plain_figures(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool) -> Figures:
     """`figures_of`; leaves the softmax in place of logits where they are asked for nothing more.
 
     The softmax is the fastest pass over a row that there is on a CPU, and its greatest entry gives
@@ -120,14 +141,14 @@ def plain_figures(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool)
     soft = _softmax_(own) if alone else torch.softmax(own, -1)
     beyond = -soft.amax(-1).log()
     lse = highest + beyond
-    entropy = kl = their_lse = torch.zeros_like(lse)
+    entropy = kl = their_lse = None
     if with_entropy:
         apart = own - highest[:, None]  # 0 where most of p is, whose sum is 1 but for rounding
         entropy = beyond - apart.mul_(soft).sum(-1)
     for theirs in others:
         their_lse = theirs.amax(-1) - torch.softmax(theirs, -1).amax(-1).log()
         kl = their_lse - lse + (own - theirs).mul_(soft).sum(-1)
-    return torch.stack([at_target - highest - beyond, entropy, kl, lse, their_lse])
+    return Figures(at_target - highest - beyond, lse, entropy, kl, their_lse)
 
 
 def plain_gradient(

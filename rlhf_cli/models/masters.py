@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 HELD = torch.bfloat16
-_MASTER, _SUMMED = "master", "sums_gradients"
+_MASTER = "master"
 
 
 def master_of(weight: Tensor) -> Tensor:
@@ -90,26 +90,33 @@ def follow(weights: Iterable[Tensor]) -> None:
 # --------------------------------------------------------------------------- gradients
 
 
-def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """Let backward add the gradient of each held weight to that of its master, in float32.
-
-    Each is added as soon as it is whole, and freed: nothing is left in the working copy's own.
-    """
-    for weight in weights:
-        if weight.dtype == HELD and not hasattr(weight, _SUMMED):
-            weight.register_post_accumulate_grad_hook(_add)
-            setattr(weight, _SUMMED, True)
-
-
 @torch.no_grad()
-def _add(weight: Tensor) -> None:
-    master, gradient = master_of(weight), weight.grad
-    assert gradient is not None
-    weight.grad = None
-    if master.grad is None:
-        master.grad = gradient.float()
-    else:
-        master.grad += gradient
+def gather(weights: Iterable[nn.Parameter]) -> None:
+    """Move the gradients that a backward pass left to the masters, and add them up in float32.
+
+    All at once: on a GPU a kernel for each would take longer to launch than to run.
+    """
+    sums: list[Tensor] = []
+    fresh: list[Tensor] = []
+    added: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for weight in weights:
+        master, gradient = master_of(weight), weight.grad
+        if gradient is None or master is weight:
+            continue
+        weight.grad = None
+        if master.grad is not None:
+            added[0].append(master.grad)
+            added[1].append(gradient)
+        elif gradient.dtype == torch.float32:
+            master.grad = gradient
+        else:
+            master.grad = torch.empty_like(master)
+            sums.append(master.grad)
+            fresh.append(gradient)
+    if fresh:
+        torch._foreach_copy_(sums, fresh)
+    if added[0]:
+        torch._foreach_add_(*added)
 
 
 def sum_uses_in_float32(weights: Iterable[nn.Parameter]) -> None:

@@ -1,10 +1,9 @@
 """Gradient checkpointing: backward computes blocks again, not keeping what it needs of them."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -58,15 +57,20 @@ def _contexts(model: Any) -> tuple[Block, Block]:
     then.
     """
     once, again = recomputing(model)
-    return once, _within(again, Acting(model, *model.acting)) if is_adapted(model) else again
+    return once, _Within(again, Acting(model, *model.acting)) if is_adapted(model) else again
 
 
-@contextmanager
-def _within(*blocks: Block) -> Iterator[None]:
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(block)
-        yield
+class _Within(ExitStack):
+    """Several blocks, one in the other, which may be entered again: backward may come twice."""
+
+    def __init__(self, *blocks: Block) -> None:
+        super().__init__()
+        self._blocks = blocks
+
+    def __enter__(self) -> Self:
+        for block in self._blocks:
+            self.enter_context(block)
+        return self
 
 
 def _keep_to(model: nn.Module, share: float) -> int:

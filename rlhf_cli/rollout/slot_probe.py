@@ -138,6 +138,7 @@ class _Trial:
         for slot, (row, place) in self._next.items():
             table.ids[slot], table.places[slot] = self._rows[row][place], place
             self._next[slot] = row, place + 1
+        table.reach(max(place for _, place in self._next.values()))
         with laid_out(self._model, table.layout(count)):
             ours = table.read(count)
         theirs = torch.stack([self._whole[row, place] for row, place in self._expected(count)])

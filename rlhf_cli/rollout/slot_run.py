@@ -129,9 +129,7 @@ class SlotRun:
                 for _ in range(self._every):
                     for slot in used:
                         self._reach[slot] += 1
-                    if not self._on_gpu:  # nothing is read that no slot holds
-                        reach = max(self._reach[slot] for slot in used)
-                        self._table.cache.width = min(reach, self._table.capacity)
+                    self._table.reach(max(self._reach[slot] for slot in used))
                     self._step(rows)
                 if ended := self._look(used):
                     return ended

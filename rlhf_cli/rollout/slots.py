@@ -18,6 +18,7 @@ from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
 from rlhf_cli.models.row_attention import Packing, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
+GROWTH = 32  # tokens by which slots grow
 PASS = 8192  # tokens of prompts that are read in one pass, but for one that is longer
 
 
@@ -30,18 +31,19 @@ class Start:
 
 
 class SlotCache(Cache):
-    """Keys and values of slots: per layer (slots, capacity, H_kv, d) each, made as they first come.
+    """Keys and values of slots: per layer (slots, H_kv, capacity, d) each, made as they first come.
 
-    Windows keep all of their keys; the attention looks at no more than it should.
+    Windows keep all of their keys; the attention looks at no more than it should. In memory the
+    tokens of a slot come first on a GPU, as its kernels want them, and the heads elsewhere.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
         super().__init__(layers=[])
         self.slots, self.capacity = slots, capacity
-        self.width = capacity  # tokens of a slot that attention is shown
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._targets: tuple[Tensor, Tensor, Tensor] | None = None
         self._places: Tensor | None = None
+        self._rows = torch.arange(slots)
 
     def to_copy(self, starts: Sequence[Start], device: torch.device) -> None:
         """The next pass reads these prompts end to end; its keys and values go to their slots."""
@@ -59,31 +61,48 @@ class SlotCache(Cache):
         """The next passes read a token in each of the first slots, at (B,) places."""
         self._targets, self._places = None, places
 
+    def grow(self, tokens: int, most: int) -> None:
+        """Give each slot room for so many tokens, and a few more so that it need not grow soon."""
+        if tokens <= self.capacity:
+            return
+        capacity = min(-(-tokens // GROWTH) * GROWTH, most)
+        for layer, kept in self.kept.items():
+            keys, values = (self._room(each, capacity) for each in kept)
+            for new, old in zip((keys, values), kept, strict=True):
+                new[:, :, : self.capacity] = old
+                new[:, :, self.capacity :] = 0
+            self.kept[layer] = keys, values
+        self.capacity = capacity
+
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        """Room for keys or values like (B, H_kv, T, d): (slots, H_kv, capacity, d) of any value."""
+        _, heads, _, width = like.shape
+        if like.is_cuda:
+            return like.new_empty(self.slots, capacity, heads, width).transpose(1, 2)
+        return like.new_empty(self.slots, heads, capacity, width)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep (B, H_kv, T, d) keys and values; all that the tokens' rows hold is returned."""
+        new = key_states, value_states
         if layer_idx not in self.kept:
-            keys, values = (
-                each.new_zeros(self.slots, self.capacity, each.shape[1], each.shape[3])
-                for each in (key_states, value_states)
-            )
+            keys, values = (self._room(each, self.capacity).zero_() for each in new)
             self.kept[layer_idx] = keys, values
         kept = self.kept[layer_idx]
         if self._targets is not None:
             source, rows, places = self._targets
-            for slots, new in zip(kept, (key_states, value_states), strict=True):
-                slots[rows, places] = new[0].transpose(0, 1)[source]
-            return key_states, value_states
+            for slots, each in zip(kept, new, strict=True):
+                slots[rows, :, places] = each[0].transpose(0, 1)[source]
+            return new
         assert self._places is not None
-        shown = []
-        for slots, new in zip(kept, (key_states, value_states), strict=True):
-            row = new.transpose(1, 2)  # (B, 1, H_kv, d)
-            own = slots[: len(row)]
-            # a scatter, as an assignment by index sorts first where sums are to keep their order
-            own.scatter_(1, self._places[:, None, None, None].expand(row.shape), row)
-            shown.append(own[:, : self.width].transpose(1, 2))  # (B, H_kv, width, d)
-        return shown[0], shown[1]
+        at = self._places
+        for slots, each in zip(kept, new, strict=True):
+            if each.is_cuda:  # where an assignment by index may sort first, to keep an order
+                slots[: len(at)].scatter_(2, at[:, None, None, None].expand(each.shape), each)
+            else:
+                slots[self._rows[: len(at)], :, at] = each[:, :, 0]
+        return kept[0][: len(at)], kept[1][: len(at)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing that is asked for it goes by it: positions and masks are given."""
@@ -116,7 +135,8 @@ class SlotTable:
         """Room for so many slots with so many tokens each; none is in use."""
         self._model, self._trunk = model, trunk(model)
         self.slots, self.capacity = slots, capacity
-        self.cache = SlotCache(slots, capacity)
+        # a graph wants tensors that stay; without one, attention to empty room is saved
+        self.cache = SlotCache(slots, capacity if next(model.parameters()).is_cuda else 0)
         self.device = next(model.parameters()).device
         self._layouts: dict[int, Slots] = {}
         self._choose = Chooser(sampling, list(stop_ids), self.device)
@@ -139,6 +159,10 @@ class SlotTable:
         if self._choose.penalises:
             self.seen = zeros(embedding_rows(model), dtype=torch.bool)
 
+    def reach(self, tokens: int) -> None:
+        """Give each slot room for so many tokens now."""
+        self.cache.grow(tokens, self.capacity)
+
     def state(self) -> dict[str, Tensor]:
         """All that a step changes but keys and values, which it writes alike however often."""
         names = ("ids", "places", "drawn", "ended", "bad", "tokens", "logprobs", "seen")
@@ -151,6 +175,7 @@ class SlotTable:
         Args:
             noise: (N, max_tokens).
         """
+        self.reach(max(map(len, prompts)))
         at = torch.tensor(slots, device=self.device)
 
         def put(own: Tensor, values: Any) -> None:
@@ -244,7 +269,7 @@ class SlotTable:
             own[target] = own[source]
         for keys_and_values in self.cache.kept.values():
             for own in keys_and_values:
-                own[target, : self.cache.width] = own[source, : self.cache.width]
+                own[target] = own[source]
         self.ended[source] = True
 
 

@@ -74,11 +74,14 @@ def _named(shapes: Shapes, said: Any) -> Shapes:
     }
 
 
-def saved_by_bits(shapes: Shapes, model: Model) -> int:
-    """By how many float32 numbers a base is smaller with the matrices of its blocks in few bits.
+def saved_by_bits(shapes: Shapes, model: Model, width: int = 4) -> int:
+    """By how many numbers a base is smaller with the matrices of its blocks in few bits.
 
     nf4 takes 4 bits, a scale of 8 bits for 64 numbers and one of 32 for 256 of these (2305.14314
     sec. 3); int8 takes 8 bits, and a scale of 32 for each row.
+
+    Args:
+        width: bytes of a number.
     """
     if model.quantize is None:
         return 0
@@ -88,7 +91,7 @@ def saved_by_bits(shapes: Shapes, model: Model) -> int:
         bits = numbers * (4 + 8 / 64 + 32 / (64 * 256))
     else:
         bits = numbers * 8 + 32 * sum(shape[0] for shape in matrices)
-    return numbers - math.ceil(bits / 32)
+    return numbers - math.ceil(bits / (8 * width))
 
 
 def _fits(name: str, module: str) -> bool:

@@ -1,10 +1,12 @@
 """How much memory a run will take, told without torch from the sizes in the model folders.
 
-    peak = weights of every role + gradients + AdamW's moments + copies
+    peak = weights of every role + masters + gradients + AdamW's moments + copies
            + the larger of update (activations, logits) and rollout (keys, values)
 
-All is float32, 4 bytes a number. A model's numbers are those in its safetensors headers; shapes of
-activations follow from config.json. What the interpreter and its libraries take comes on top.
+Numbers are float32, 4 bytes each; where model.dtype is bfloat16, weights, activations, keys and
+values have 2, and what is trained has a float32 master (models/masters.py). A model's numbers are
+those in its safetensors headers; shapes of activations follow from config.json. What the
+interpreter and its libraries take comes on top.
 """
 
 import math
@@ -12,11 +14,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import EAGER, Model, Run, SftModel
-from rlhf_cli.config.stages import facts_of, has_reference, row_kind_name
+from rlhf_cli.config.schema import AUTO, EAGER, Model, Run, SftModel
+from rlhf_cli.config.stages import DEMO_SIZE, facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
-from rlhf_cli.folders.geometry import BLOCK, TABLE, Geometry
+from rlhf_cli.folders.geometry import BLOCK, TABLE, Geometry, decoder_of
 from rlhf_cli.folders.linear_shapes import expert_numbers
 from rlhf_cli.folders.manifest import (
     RESPONSE,
@@ -42,13 +44,23 @@ from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
 
-BYTES = 4
+BYTES = 4  # of a number in float32
 HEADS = ("score.", "classifier.")
 EMBEDDINGS = re.compile(r"(embed_tokens|embeddings|wte)\.weight$")
 UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out)\.")
-# Tensors of the size of a chunk's logits at the peak of backward: of log-probs, and how many more
-# an entropy in the loss and the KL over the whole vocabulary take; as measured.
+# Tensors of the size of a chunk's logits at the peak of backward. Of a plain head, in its own
+# backward pass (models/logprob_head.py): the logits, and those of a reference. Of another one, as
+# measured: of log-probs, and how many more an entropy in the loss and the KL over the whole
+# vocabulary take.
+PLAIN, PLAIN_KL = 1, 1
 LOG_PROBS, ENTROPY, FULL_KL = 3, 2, 3
+# What configs call that which is done to logits beside the product.
+DONE_TO_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
 # Beside tensors, as measured: what a stage has imported, and what is held of each row.
 LIBRARIES, ROW = 460 * 2**20, 200
 
@@ -57,16 +69,19 @@ class Unknown(Exception):
     """Why sizes are not known: a model is not on this machine, or its config is silent."""
 
 
-def predicted_memory(cfg: Run, rows: int, attention: str | None = None) -> list[str]:
+def predicted_memory(
+    cfg: Run, rows: int, attention: str | None = None, width: int | None = None
+) -> list[str]:
     """What a stage that trains will hold, a line for each part and one for the peak.
 
     Args:
         attention: how its model computes that, where it is loaded.
+        width: bytes of a number in its products, where that is known.
     """
     if not cfg.trains:
         return []
     try:
-        always, update, rollout = parts_of(cfg, attention)
+        always, update, rollout = parts_of(cfg, attention, width)
     except Unknown as why:
         return [f"predicted peak memory: unknown {why}"]
     transient = max((update, rollout), key=lambda parts: sum(parts.values()))
@@ -101,48 +116,71 @@ def written(size: float) -> str:
 Parts = dict[str, float]
 
 
-def parts_of(cfg: Any, attention: str | None = None) -> tuple[Parts, Parts, Parts]:
+def parts_of(
+    cfg: Any, attention: str | None = None, width: int | None = None
+) -> tuple[Parts, Parts, Parts]:
     """Bytes by part: held all the time, in an update, in a rollout."""
     shapes, geometry = start_of(cfg)
-    weights, trained = roles_of(cfg, shapes)
-    always: Parts = {f"weights of the {role}": BYTES * count for role, count in weights.items()}
-    always["gradients"] = BYTES * sum(trained.values())
-    always["AdamW's moments"] = 2 * BYTES * sum(trained.values())
-    own = next(iter(trained.values()))
-    if getattr(cfg.algo, "ema_decay", None) is not None:
-        always["average of the weights"] = BYTES * own
-    if getattr(cfg.algo, "keep", "last") != "last":
-        always["best weights so far"] = BYTES * own
-
-    hardware, algo = cfg.hardware, cfg.algo
-    longest = longest_sequence(cfg)
+    width = width_of(cfg, shapes) if width is None else width
+    always, trained = held_always(cfg, shapes, width)
+    algo, longest = cfg.algo, longest_sequence(cfg)
     rows = getattr(algo, "minibatch_size", algo.batch_size) * rows_per_item(cfg)
-    tokens = min(hardware.tokens_at_once, rows * longest)
-    graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
+    tokens = min(cfg.hardware.tokens_at_once, rows * longest)
+    several = tokens < rows * longest
+    graphs = 2 if "critic" in trained and algo.critic == "separate" else 1
     update: Parts = {
-        f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens),
+        f"activations of {tokens} tokens": graphs * activations(cfg, geometry, tokens, width),
     }
     if (attention or predicted_attention(cfg)) == EAGER:
         update[f"attention between {tokens} tokens and up to {longest} each"] = (
-            graphs * attention_matrices(cfg, geometry, tokens, longest)
+            graphs * attention_matrices(cfg, geometry, tokens, longest, width)
         )
     fused = cfg.model.lora_rank and not goes_without_experts(cfg.model)
     if fused and (size := adapted_experts(cfg, shapes, geometry.layers)):
-        update["experts together with their adapters"] = graphs * size
-    if facts_of(cfg).writes != "reward":  # which has scores in place of logits
-        chunk = min(hardware.logprob_chunk, tokens)
-        update[f"logits of {chunk} positions"] = (
-            logit_copies(cfg) * BYTES * chunk * geometry.vocabulary
-        )
+        update["experts together with their adapters"] = graphs * size * width / BYTES
+    update |= of_the_head(cfg, geometry, tokens, several, width)
     rollout: Parts = {}
     if cfg.samples_online:
         responses = algo.batch_size * getattr(algo, "group_size", 1)
-        cached = min(hardware.sampled_at_once, responses * longest)
+        cached = min(cfg.hardware.sampled_at_once, responses * longest)
         # a layer's cache is copied when it grows by a column
         rollout[f"keys and values of {cached} sampled tokens"] = (
-            2 * BYTES * cached * geometry.keys * (geometry.layers + 1)
+            2 * width * cached * geometry.keys * (geometry.layers + 1)
         )
     return always, update, rollout
+
+
+def held_always(cfg: Any, shapes: Shapes, width: int) -> tuple[Parts, dict[str, int]]:
+    """Bytes by part that are held all the time, and how many numbers of each role are trained."""
+    weights, trained = roles_of(cfg, shapes, width)
+    numbers = sum(trained.values())
+    held: Parts = {f"weights of the {role}": width * count for role, count in weights.items()}
+    if width < BYTES:
+        held["float32 masters of what is trained"] = BYTES * numbers
+    held["gradients"] = BYTES * numbers
+    held["AdamW's moments"] = 2 * BYTES * numbers
+    own = next(iter(trained.values()))
+    if getattr(cfg.algo, "ema_decay", None) is not None:
+        held["average of the weights"] = BYTES * own
+    if getattr(cfg.algo, "keep", "last") != "last":
+        held["best weights so far"] = BYTES * own
+    return held, trained
+
+
+def width_of(cfg: Any, shapes: Shapes) -> int:
+    """Bytes of a number in the products of a run, as far as can be told without torch."""
+    given = cfg.model.dtype
+    if given != AUTO:
+        return 2 if given == "bfloat16" else BYTES
+    if cfg.start is None or count(shapes) <= DEMO_SIZE:
+        return BYTES
+    return 2 if expects_gpu(cfg) else BYTES
+
+
+def expects_gpu(cfg: Any) -> bool:
+    """Whether a run will find a GPU, as far as can be told without torch."""
+    device: str = cfg.hardware.device
+    return device == "cuda" or (device == AUTO and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def longest_sequence(cfg: Any) -> int:
@@ -160,22 +198,34 @@ def rows_per_item(cfg: Any) -> int:
     return int(getattr(cfg.algo, "group_size", 1))
 
 
-def activations(cfg: Any, geometry: Geometry, tokens: int) -> float:
+def activations(
+    cfg: Any, geometry: Geometry, tokens: int, width: int = BYTES, share: float | None = None
+) -> float:
     """Bytes that backward needs of one pass through a decoder.
 
     A token leaves in each block 8 hidden vectors (inputs and outputs of norms and projections), 2
     of the width of keys, and 4 of the feed-forward; attention by sdpa leaves no matrix of tokens by
     tokens. Frozen blocks leave nothing. Recomputed ones leave their input, and one is whole at a
     time. One more block stands for the gradients of activations.
+
+    Args:
+        share: of the blocks that are recomputed; None is what the config says, where auto is none.
     """
     block = 8 * geometry.hidden + 2 * geometry.keys + 4 * geometry.inner
     blocks = geometry.layers - cfg.model.frozen_layers
-    if cfg.hardware.gradient_checkpointing is True:
-        return BYTES * tokens * (blocks * geometry.hidden + 2 * block)
-    return BYTES * tokens * (blocks + 1) * block
+    again = math.ceil(blocks * (share_of(cfg) if share is None else share))
+    whole = blocks - again + 1 + (again > 0)
+    return width * tokens * (again * geometry.hidden + whole * block)
 
 
-def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) -> float:
+def share_of(cfg: Any) -> float:
+    """The share of blocks that a config has recomputed from the start."""
+    return float(cfg.hardware.gradient_checkpointing is True)
+
+
+def attention_matrices(
+    cfg: Any, geometry: Geometry, tokens: int, longest: int, width: int = BYTES
+) -> float:
     """Bytes of what eager attention keeps for backward: a number for each head and pair of tokens.
 
     Each attending block that is trained keeps one such matrix, and one more where scores are
@@ -183,9 +233,9 @@ def attention_matrices(cfg: Any, geometry: Geometry, tokens: int, longest: int) 
     """
     kept = 2 if geometry.capped else 1
     blocks = max(0, geometry.attending - cfg.model.frozen_layers)
-    if cfg.hardware.gradient_checkpointing is True:
+    if share_of(cfg):
         blocks = min(blocks, 1)
-    return BYTES * geometry.heads * tokens * longest * (kept * blocks + 2)
+    return width * geometry.heads * tokens * longest * (kept * blocks + 2)
 
 
 def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
@@ -194,35 +244,79 @@ def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
     peft adapts what holds several experts by such a sum: one for each layer, and another for its
     gradient; where blocks are recomputed there is one layer's at a time.
     """
-    kept = 1 if cfg.hardware.gradient_checkpointing is True else layers
+    kept = 1 if share_of(cfg) else layers
     return BYTES * expert_numbers(trunk_of(shapes)) * (kept + 1) / layers
+
+
+def of_the_head(cfg: Any, geometry: Geometry, tokens: int, several: bool, width: int) -> Parts:
+    """Bytes of a chunk's logits and, where the unembedding is trained, of the gradient that one of
+    several micro-batches adds.
+    """
+    if facts_of(cfg).writes == "reward":  # which has scores in place of logits
+        return {}
+    chunk = min(cfg.hardware.logprob_chunk, tokens)
+    copies = logit_copies(cfg) + (width < BYTES) / 2  # their gradient in the type of the product
+    parts = {f"logits of {chunk} positions": copies * BYTES * chunk * geometry.vocabulary}
+    if several and not cfg.model.lora_rank and not cfg.model.frozen_layers:
+        part = BYTES * geometry.hidden * geometry.vocabulary
+        parts["gradient of the unembedding from a micro-batch"] = part
+    return parts
 
 
 def logit_copies(cfg: Any) -> int:
     """Tensors of the size of a chunk's logits that exist at once."""
-    if not cfg.samples_online:
-        return LOG_PROBS
-    full = cfg.algo.kl_in == "loss" and cfg.algo.kl_estimator == "full"
-    return LOG_PROBS + ENTROPY * (cfg.algo.entropy_coef > 0) + FULL_KL * full
+    online = cfg.samples_online
+    full = online and cfg.algo.kl_in == "loss" and cfg.algo.kl_estimator == "full"
+    if has_plain_head(cfg):
+        return PLAIN + PLAIN_KL * full
+    return LOG_PROBS + ENTROPY * (online and cfg.algo.entropy_coef > 0) + FULL_KL * full
+
+
+def has_plain_head(cfg: Any) -> bool:
+    """Whether logits are a plain product with the hidden states, by the words of the config."""
+    if cfg.start is None:
+        return True
+    config = decoder_of(read_config(folder_of(adapter_base(cfg.start) or cfg.start)))
+    return not any(config.get(name) for name in DONE_TO_LOGITS)
+
+
+def auto_line(cfg: Any) -> list[str]:
+    """What the keys of hardware that say auto will mean, for --check."""
+    hardware, gpu = cfg.hardware, expects_gpu(cfg)
+    at_once = {
+        "tokens_per_microbatch": hardware.tokens_at_once,
+        "rollout_tokens": hardware.sampled_at_once,
+    }
+    said = {
+        name: "by the GPU's free memory" if gpu else str(tokens) for name, tokens in at_once.items()
+    }
+    said["gradient_checkpointing"] = "once memory runs out"
+    said["compile"] = "if the steps after the fourth take over 5 minutes" if gpu else "false"
+    told = [f"{name} {what}" for name, what in said.items() if getattr(hardware, name) == AUTO]
+    return [f"hardware, auto: {', '.join(told)}"] if told else []
 
 
 # --------------------------------------------------------------------------- roles
 
 
-def roles_of(cfg: Any, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers that each role holds and no other does, and how many of them are trained."""
+def roles_of(cfg: Any, shapes: Shapes, width: int = BYTES) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers that each role holds and no other does, and how many of them are trained.
+
+    Args:
+        width: bytes of a number, which those of few bits are counted in.
+    """
     model: Model = cfg.model
     held: dict[str, int] = {}
     trained: dict[str, int] = {}
     scores = facts_of(cfg).writes == "reward"
     role, own = ("reward model", trunk_of(shapes)) if scores else ("policy", shapes)
     adapter, frozen = trained_adapter(cfg, of_text(own)), count(frozen_of(own, model.frozen_layers))
-    held[role] = count(own) - saved_by_bits(own, model) + adapter + adapter_below(cfg)
+    held[role] = count(own) - saved_by_bits(own, model, width) + adapter + adapter_below(cfg)
     trained[role] = adapter or count(own) - frozen
     if has_reference(cfg):
         held["reference"] = reference_numbers(cfg, shapes, adapter, frozen)
     if getattr(cfg.algo, "baseline", None) == "critic":
-        held["critic"], trained["critic"] = critic_numbers(cfg, shapes)
+        held["critic"], trained["critic"] = critic_numbers(cfg, shapes, width)
     if (reward := getattr(cfg, "reward", None)) is not None:
         held["reward"] = sum(reward_numbers(cfg, path) for path in models_of(reward))
     if (gold := getattr(cfg, "gold", None)) is not None:
@@ -242,7 +336,7 @@ def reference_numbers(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> in
     return adapter if refreshed or not is_switched_off(cfg) else 0
 
 
-def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
+def critic_numbers(cfg: Any, shapes: Shapes, width: int) -> tuple[int, int]:
     """What the critic holds beside the policy, and trains."""
     trunk, model = trunk_of(shapes), cfg.model
     if cfg.algo.critic == "shared":
@@ -266,7 +360,7 @@ def critic_numbers(cfg: Any, shapes: Shapes) -> tuple[int, int]:
     if on_base_of(start, cfg.policy):
         return (adapter := count(adapter_shapes(start))), adapter
     fresh = lora(of_text(reward), model)
-    return count(reward) - saved_by_bits(reward, model) + fresh, fresh
+    return count(reward) - saved_by_bits(reward, model, width) + fresh, fresh
 
 
 def reward_numbers(cfg: Any, path: str) -> int:

@@ -53,6 +53,7 @@ INPUTS = f"{CHECKPOINTS}/inputs.json"
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
+BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"

@@ -22,7 +22,7 @@ from rlhf_cli.runs.checks import (
     row_kind,
 )
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
-from rlhf_cli.runs.memory_estimate import predicted_memory
+from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, provenance_of
 from rlhf_cli.runs.rates import called, choose_rates, size_of
@@ -103,6 +103,8 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     sums = [*taken, *adapter_lines(cfg), *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
     sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
+    if check_only:  # a start tells what is found on its device
+        sums += auto_line(cfg)
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),

@@ -33,6 +33,7 @@ from rlhf_cli.models.dtypes import (
     AUTO,
     name_of,
     product_type,
+    product_type_of,
     products_of,
     round_trained,
     type_to_write,
@@ -47,10 +48,11 @@ from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
+from rlhf_cli.runs.budgets import Budget, keep, settle
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.inherited import longest_learnt
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.memory_estimate import predicted_memory
+from rlhf_cli.runs.memory_estimate import BYTES, predicted_memory
 from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
 from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
@@ -72,6 +74,7 @@ class Session:
     saved: seconds on the clock at the last resume point, or where training began.
     checks: measured values of the hand-off checks, for stage.json.
     stream: the batches of rows that are read while the run goes on.
+    budget: of a GPU, where hardware says auto.
     """
 
     cfg: Run
@@ -88,6 +91,7 @@ class Session:
     log_sizes: dict[str, int] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
     stream: StreamBatches[Any] | None = None
+    budget: Budget | None = None
 
     @property
     def rows(self) -> Rows:
@@ -180,16 +184,20 @@ class Session:
         """
         self.plan.sums += told_of_towers(model) if self.cfg.trains else []
         actual = attention_of(model)
-        if actual != predicted_attention(self.cfg):
+        if other := actual != predicted_attention(self.cfg):
             self.plan.sums += attention_lines(actual, self.cfg.model.attention)
+        width = product_type_of(model).itemsize
+        if other or width < BYTES or self.budget is not None:
             count = expected_rows(self.rows.places(row_kind(self.cfg)))
-            self.plan.memory = predicted_memory(self.cfg, count, actual)
+            self.plan.memory = predicted_memory(self.cfg, count, actual, width)
 
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""
         if not self.claimed:
             assert self.plan.provenance is not None  # a finished or checked run has no session
             claim(self.cfg, self.plan.provenance)
+            if self.budget is not None:
+                keep(self.budget, self.out)
         self.claimed = True
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
@@ -287,6 +295,8 @@ class Session:
         self.saved = time.monotonic()
         newest = load_checkpoint(self.out)
         if newest is None:
+            if self.budget is not None:
+                optimizer.room.start_at(self.budget.level)
             return {}, {}
         tensors, state = newest
         for name, network in networks.items():
@@ -435,10 +445,12 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         torch.set_num_threads(cfg.hardware.threads)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
     device = device_of(cfg.hardware.device)
+    dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
-        dtype = name_of(product_type(AUTO, plan.parameters, device))
-        plan.sums.append(f"model.dtype: {dtype} (auto, on {device.type})")
-    return Session(cfg, Path(cfg.out), device, began, plan)
+        plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")
+    budget, lines = settle(cfg, device, dtype.itemsize)
+    plan.sums += lines
+    return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
 
 
 def watches(cfg: Run) -> bool:

@@ -40,9 +40,10 @@ def cause_of(networks: dict[str, nn.Module], parts: Sequence[LossTerm]) -> str:
     }
     if (bad := first_nonfinite(weights)) is not None:
         return f"weight {bad}"
-    masters = {name: master_of(weight) for name, weight in weights.items()}
-    trained = {name: weight for name, weight in masters.items() if weight.grad is not None}
-    gradient = first_nonfinite({name: weight.grad for name, weight in trained.items()})  # type: ignore[misc]
+    gradients = {name: master_of(weight).grad for name, weight in weights.items()}
+    known = {name: each for name, each in gradients.items() if each is not None}
+    gradient = first_nonfinite(known)
+    trained = [weights[name] for name in known]
     ones = [
         One(part, batch[i], batch[i : i + 1])
         for part in parts
@@ -54,13 +55,13 @@ def cause_of(networks: dict[str, nn.Module], parts: Sequence[LossTerm]) -> str:
         return (
             _in_items(ones)
             or _in_losses(ones)
-            or _in_gradients(ones, list(trained.values()), gradient)
+            or _in_gradients(ones, trained, gradient)
             or f"sum over {len(ones)} rows, though each is"
         )
     finally:
         rewind()
-        for weight in masters.values():
-            weight.grad = None
+        for weight in weights.values():
+            weight.grad = master_of(weight).grad = None
 
 
 def _in_items(ones: Sequence[One]) -> str | None:

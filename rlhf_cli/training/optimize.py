@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
-from rlhf_cli.models.masters import follow, master_of, sum_gradients
+from rlhf_cli.models.masters import follow, gather, master_of
 from rlhf_cli.models.out_of_memory import if_it_fits
 from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
@@ -49,8 +49,6 @@ class Optimizer:
         self._working = {
             name: list(trained(module).values()) for name, (module, _) in networks.items()
         }
-        for weights in self._working.values():
-            sum_gradients(weights)
         # what is stepped: the float32 masters of what backward passes through
         self._parameters = {
             name: [master_of(weight) for weight in weights]
@@ -116,7 +114,7 @@ class Optimizer:
         parts = self.room.cut(parts)
         rewind = draws_again()
         while (figures := if_it_fits(partial(self._attempt, parts, rewind))) is None:
-            self._adamw.zero_grad(set_to_none=True)
+            self._forget()
             parts = self.room.more(parts)
             rewind()
         return figures
@@ -127,7 +125,7 @@ class Optimizer:
         return self._compiling.guarded(work, rewind)
 
     def _backward(self, parts: list[LossTerm]) -> Figures:
-        self._adamw.zero_grad(set_to_none=True)
+        self._forget()
         figures = Figures()
         self._balancing.count(parts)
         for part in parts:
@@ -136,11 +134,20 @@ class Optimizer:
                     loss, metrics = part.loss(batch)
                 scaled = loss * (part.weight / part.count) + self._balancing.loss()
                 scaled.backward()
+                for weights in self._working.values():
+                    gather(weights)
                 figures.add("loss", scaled)
                 for name, value in metrics.items():
                     figures.add(name, value, over=part.count)
         self._balancing.tell(figures)
         return figures
+
+    def _forget(self) -> None:
+        """Drop all gradients, those of a pass that broke off too."""
+        self._adamw.zero_grad(set_to_none=True)
+        for weights in self._working.values():
+            for weight in weights:
+                weight.grad = None
 
     def _move_schedule(self, number: int) -> None:
         """Set the rates to those of a planned step, counted from 0."""

@@ -68,6 +68,11 @@ class Room:
                 continue
         self.level, self.blocks = level, sum(counts)
 
+    def start_at(self, level: int) -> None:
+        """Begin at a level that the estimate of memory asks for."""
+        if level and self._networks:
+            self.recompute(level)
+
     def state(self) -> dict[str, int]:
         """What goes into a resume point."""
         return {"recomputed": self.level, "halvings": self.halvings}
@@ -75,8 +80,7 @@ class Room:
     def load(self, state: Mapping[str, int]) -> None:
         """Go on from what `state` returned."""
         self.halvings = state["halvings"]
-        if level := state.get("recomputed", 0):  # an older resume point has none
-            self.recompute(level)
+        self.start_at(state.get("recomputed", 0))  # an older resume point has none
 
 
 def _least(parts: list[LossTerm]) -> RunError:

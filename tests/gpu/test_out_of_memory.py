@@ -111,7 +111,7 @@ def test_training(share: float, capsys: pytest.CaptureFixture[str]) -> None:
         optimizer = Optimizer({"": (model, 1e-3)}, composed("sft").algo, 3, hardware_of())
 
         def loss(batch: list[Tokens]) -> tuple[Tensor, dict[str, Tensor]]:
-            return response_nll(model, batch, chunk=10**6).sum(), {}
+            return response_nll(model, batch, hardware_of(logprob_chunk=10**6)).sum(), {}
 
         report = optimizer.step([LossTerm([items], loss, count)])
         return report, {name: weight.grad.cpu() for name, weight in model.named_parameters()}

@@ -174,12 +174,20 @@ def test_adapters(from_halved: str, tmp_path: Path) -> None:
     assert stage_json(on)["checks"]["max_abs_log_ratio_at_start"] < 1e-4
 
 
-@pytest.mark.parametrize("reference", ["null", "bootstrap"])
+@pytest.mark.parametrize(
+    ("reference", "dtype"),
+    [
+        ("null", "float32"),
+        ("bootstrap", "float32"),
+        pytest.param("bootstrap", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_writes_the_same_bytes(
-    reference: str, from_halved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: str, dtype: str, from_halved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resume points are float32, whatever is written at the end."""
+    """Resume points are float32, whatever is computed in and written at the end."""
     words = [f"policy={from_halved}", f"reference={reference}", "hardware.save_every=5"]
+    words += [f"model.dtype={dtype}"]
     run_stage("dpo", tmp_path / "whole", *words)
     finish = Session.finish_model
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -241,3 +249,61 @@ def test_the_choice_of_products_is_shown(
     run_stage("dpo", tmp_path / "out", f"policy={from_halved}")
     chosen = name_of(product_type("auto", 1e9, DEVICE))
     assert f"model.dtype: {chosen} (auto, on {DEVICE.type})" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- bfloat16
+
+
+LORA = WORDS["lora"]
+IN_BFLOAT16 = {
+    "sft": ("sft", []),
+    "dpo": ("dpo", ["policy=runs/demo/sft"]),
+    "dpo lora": ("dpo", ["policy=runs/demo/sft", *LORA]),
+    "dpo stacked": ("dpo", ["policy=runs/demo/adapter", "model.adapter=stack", *LORA]),
+    "reward": ("reward", ["policy=runs/demo/sft"]),
+    "ppo": ("ppo", ["policy=runs/demo/sft", "reward=runs/demo/reward"]),
+    "ppo lora": ("ppo", ["policy=runs/demo/sft", "reward=runs/demo/reward_adapter", *LORA]),
+    "ppo averaged": (
+        "ppo",
+        ["policy=runs/demo/sft", "reward=runs/demo/reward", "algo.ema_decay=0.9"],
+    ),
+    "grpo": ("grpo", ["policy=runs/demo/sft"]),
+    "grpo refreshed": (
+        "grpo",
+        [
+            *("policy=runs/demo/sft", "reward=runs/demo/reward", "judge=regex:H"),
+            *("algo.refresh_reward=2", "algo.refresh_lr=1e-3", "algo.refresh_batch_size=4"),
+            *("algo.refresh_replay=0.25", "algo.refresh_reference=2"),
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_a_stage_in_bfloat16_goes_as_in_float32(name: str, inside: None, tmp_path: Path) -> None:
+    """Its checks hold, its first gradient is nearly the same, and it writes float32 masters."""
+    stage, words = IN_BFLOAT16[name]
+    first: list[dict[str, Any]] = []
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        if stage == "sft":
+            log = metrics_of(sft("runs/demo/sft", out, f"model.dtype={dtype}"))
+        else:
+            log = run_stage(stage, out, *words, f"model.dtype={dtype}")
+        first.append(next(each for each in log if "loss" in each))
+        assert types_in(out) == {"F32"}
+    exact, half = (math.hypot(*norms_of(each)) for each in first)
+    sampled = stage in ("ppo", "grpo")  # a few draws fall the other way
+    assert half == pytest.approx(exact, rel=0.5 if sampled else 0.1)
+    (weights,) = (tmp_path / "bfloat16").glob("*.safetensors")
+    moved = [value for value in load_file(weights).values() if value.numel() > 9]
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in moved)
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def norms_of(figures: dict[str, Any]) -> list[float]:
+    return [value for name, value in figures.items() if name.startswith("grad_norm/")]

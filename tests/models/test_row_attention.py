@@ -112,9 +112,10 @@ def test_a_recomputation_finds_the_layout_of_its_forward() -> None:
         forward, again = recomputing(Nothing())
         with forward:
             first, _ = attend(Nothing(), query, key, key, None)
-    with again:
-        second, _ = attend(Nothing(), query, key, key, None)
-    assert torch.equal(first, second)
+    for _ in range(2):  # backward may come twice
+        with again:
+            second, _ = attend(Nothing(), query, key, key, None)
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("window", [None, 2])

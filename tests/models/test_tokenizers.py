@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -15,6 +16,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids, spare_token
 from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.scorers import load_scorer, scorer_from_policy
@@ -164,6 +166,20 @@ def test_the_pad_token_of_a_reward_model_ends_no_response(
 ) -> None:
     tokenizer.chat_template = None
     assert spare_token(tokenizer, [tokenizer.eos_token_id]) == expected
+
+
+def test_a_table_that_grows_as_it_is_written_grows_in_float32(tmp_path: Path) -> None:
+    """In bfloat16, too, a reward model without a token to spare gets one at its end."""
+    path = folder_of(tmp_path / "policy", bare())
+    found = load_tokenizer(path, FROZEN)
+    scorer = scorer_from_policy(path, model_of(dtype="bfloat16"), found, 7, CPU)
+    exact = {name: master_of(weight).clone() for name, weight in scorer.named_parameters()}
+    set_score_pad(scorer, found, [int(found.eos_token_id)], whole=True)
+    save_model(scorer, found, tmp_path / "out", merge=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert len(written[name]) == len(exact[name]) + 1
+    assert all(torch.equal(value, written[each][: len(value)]) for each, value in exact.items())
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])

@@ -80,7 +80,7 @@ def same(ours: list[Completion], theirs: list[Completion], rounding: float = 1e-
         (each.ids, each.finish_reason) for each in theirs
     ]
     for one, other in zip(ours, theirs, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=rounding)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=rounding, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_parts_of_a_run_by_hand(folder: Path) -> None:
     block = 8 * 16 + 2 * 8 + 4 * 32
     # 4 rollouts of 16 tokens, of policy and critic
     assert update["activations of 64 tokens"] == 2 * 4 * 64 * 4 * block
-    assert update["logits of 16 positions"] == 3 * 4 * 16 * len(TOKENIZER)
+    assert update["logits of 16 positions"] == 4 * 16 * len(TOKENIZER)
     assert rollout["keys and values of 100 sampled tokens"] == 2 * 4 * 100 * 8 * 4
     lines = predicted_memory(cfg, 1000)
     assert len(lines) == len(always) + len(update) + len(rollout) + 2
@@ -185,6 +185,25 @@ def test_parts_of_a_run_by_hand(folder: Path) -> None:
     assert (
         lines[-1] == f"predicted peak memory: {predicted_peak(cfg) / 2**20:.1f} MiB, in the update"
     )
+
+
+def test_parts_of_a_run_in_bfloat16_by_hand(folder: Path) -> None:
+    """Weights, activations, keys and values of 2 bytes; masters, gradients and moments of 4."""
+    words = ["policy=policy", "reward=adapter", "data.max_prompt_tokens=10", "algo.batch_size=8"]
+    words += ["data.max_response_tokens=6", "algo.minibatch_size=4", "hardware.rollout_tokens=100"]
+    words += ["hardware.tokens_per_microbatch=32"]
+    plain = parts_of(config_of("ppo", folder, *words))
+    always, update, rollout = parts_of(config_of("ppo", folder, *words, "model.dtype=bfloat16"))
+    halved = {name for name in plain[0] if name.startswith("weights of the ")}
+    for name, size in plain[0].items():
+        assert always.pop(name) == size / (2 if name in halved else 1), name
+    assert always == {"float32 masters of what is trained": plain[0]["gradients"]}
+    (cached,) = rollout.items()
+    assert cached == ("keys and values of 100 sampled tokens", 2 * 2 * 100 * 8 * 4)
+    assert update["activations of 32 tokens"] == plain[1]["activations of 32 tokens"] / 2
+    # logits in float32, their gradient in bfloat16; there are two micro-batches
+    assert update["logits of 32 positions"] == 6 * 32 * len(TOKENIZER)
+    assert update["gradient of the unembedding from a micro-batch"] == 4 * 16 * len(TOKENIZER)
 
 
 def test_hub_models_are_unknown() -> None:

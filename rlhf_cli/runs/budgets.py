@@ -1,0 +1,140 @@
+"""How many tokens a GPU takes at once, where hardware says auto: by its free memory and the sizes.
+
+    tokens = (free memory - what is always held - keys and values - logits) / activations of one
+
+The figures are settled once, before a model is loaded, and kept beside resume points: batches that
+are cut otherwise are rounded otherwise, and a run that goes on is to end with the same bytes.
+"""
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import AUTO, Run
+from rlhf_cli.folders.files import write_json
+from rlhf_cli.folders.json_forms import COUNT, Form
+from rlhf_cli.folders.manifest import read_object
+from rlhf_cli.runs.memory_estimate import (
+    Unknown,
+    activations,
+    geometry_of,
+    held_always,
+    longest_sequence,
+    of_the_head,
+    rows_per_item,
+    share_of,
+    start_of,
+    written,
+)
+from rlhf_cli.runs.out_folder import BUDGET
+from rlhf_cli.training.room import SHARES
+
+USED = 0.9  # of the free memory: estimates are not exact, and allocators leave gaps
+MOST = 32768  # tokens, from which on a GPU gains nothing by more
+ENOUGH = 8192  # tokens that keep it busy: rather than fewer, some blocks are recomputed
+FOR_ROLLOUTS = 0.25  # of what is left: keys and values stay while weights are updated
+MOST_SAMPLED = 2**20  # tokens whose keys are kept, by stages that only sample
+STEP = 256  # budgets are multiples of it
+UNMEASURED = 16384, 131072  # where sizes are not known
+
+_FORM: Form = {"tokens": COUNT, "sampled": COUNT, "level": COUNT}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What hardware's auto means in a run.
+
+    tokens: in a forward and backward pass.
+    sampled: whose keys and values are kept at once.
+    level: the place in SHARES of the share of blocks that are recomputed from the start.
+    """
+
+    tokens: int
+    sampled: int
+    level: int = 0
+
+
+def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, list[str]]:
+    """The budget of a run on a GPU, as it was kept or by the memory that is free now.
+
+    The config's hardware answers with it from then on.
+
+    Args:
+        width: bytes of a number in the products.
+
+    Returns:
+        None on a CPU, which has fixed ones, or where no key says auto; and a line that tells it.
+    """
+    hardware = cfg.hardware
+    if device.type != "cuda" or AUTO not in (
+        hardware.tokens_per_microbatch,
+        hardware.rollout_tokens,
+    ):
+        return None, []
+    kept = Path(cfg.out) / BUDGET
+    why = "as before"
+    budget = None
+    with suppress(UserError):
+        budget = Budget(**read_object(kept, _FORM)) if kept.is_file() else None
+    if budget is None:
+        free = torch.cuda.mem_get_info(device)[0]
+        budget, why = budget_of(cfg, free, width), f"{written(free)} of the GPU are free"
+    hardware.measured(budget.tokens, budget.sampled)
+    told = {
+        "tokens_per_microbatch": budget.tokens,
+        "rollout_tokens": budget.sampled,
+    }
+    words = [f"{name}={value}" for name, value in told.items() if getattr(hardware, name) == AUTO]
+    if budget.level and hardware.gradient_checkpointing == AUTO:
+        words.append(f"{SHARES[budget.level]:.0%} of the blocks recomputed")
+    return budget, [f"hardware, auto: {', '.join(words)} ({why})"]
+
+
+def keep(budget: Budget, out: Path) -> None:
+    """Write a budget beside resume points, for a run that goes on."""
+    write_json(out / BUDGET, asdict(budget))
+
+
+def budget_of(cfg: Any, free: float, width: int) -> Budget:
+    """What a stage can hold at once in so many bytes.
+
+    Args:
+        width: bytes of a number in the products.
+    """
+    room = USED * free
+    try:
+        if not cfg.trains:
+            token = 2 * width * geometry_of(cfg.policy).keys * geometry_of(cfg.policy).layers
+            sampled = min(FOR_ROLLOUTS * room / token, MOST_SAMPLED)
+            return Budget(MOST, _rounded(sampled))
+        shapes, geometry = start_of(cfg)
+        always, trained = held_always(cfg, shapes, width)
+    except Unknown:
+        return Budget(*UNMEASURED)
+    room -= sum(always.values())
+    longest = longest_sequence(cfg)
+    sampled = float(UNMEASURED[1])
+    if cfg.samples_online:
+        token = 2 * width * geometry.keys * geometry.layers
+        responses = cfg.algo.batch_size * getattr(cfg.algo, "group_size", 1)
+        sampled = min(FOR_ROLLOUTS * room / token, responses * longest)
+        room -= max(0.0, sampled) * token
+    room -= sum(of_the_head(cfg, geometry, MOST, True, width).values())
+    graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
+    rows = getattr(cfg.algo, "minibatch_size", cfg.algo.batch_size) * rows_per_item(cfg)
+    enough = min(ENOUGH, rows * longest)
+    levels = range(len(SHARES)) if cfg.hardware.gradient_checkpointing == AUTO else [0]
+    for level in levels:
+        share = SHARES[level] if level else share_of(cfg)
+        tokens = room / (graphs * activations(cfg, geometry, 1, width, share))
+        if tokens >= enough:
+            break
+    return Budget(_rounded(min(tokens, MOST)), _rounded(sampled), level)
+
+
+def _rounded(tokens: float) -> int:
+    return max(STEP, int(tokens) // STEP * STEP)
