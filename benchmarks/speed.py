@@ -153,7 +153,7 @@ def runs(arguments: argparse.Namespace, jobs: dict[str, Job], ceiling: Line) -> 
                     continue
                 words = arguments.overrides if side == "ours" else []
                 spec = {"job": job.stage, "side": side, "folder": str(arguments.folder)}
-                spec |= {"overrides": words, **vars(job)}
+                spec |= {"overrides": words, "kernels": arguments.kernels, **vars(job)}
                 del spec["stage"]
                 result = measured(run(spec, min(arguments.limit, left)), ceiling)
                 yield start | {"overrides": words} | result
@@ -216,6 +216,9 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="HH's JSON lines; else made-up rows")
     parser.add_argument("--steps", type=int, help="of each run, with warm-up")
     parser.add_argument("--batch", type=int, help="rows or pairs of a step")
+    parser.add_argument(
+        "--kernels", action="store_true", help="of the last step, untimed: kernels and calls"
+    )
     parser.add_argument("--sampling", type=sizes, help="prompts,group,length")
     arguments = parser.parse_intermixed_args()
     arguments.jobs = [word for word in arguments.words if "=" not in word]

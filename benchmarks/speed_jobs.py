@@ -139,6 +139,7 @@ class Watch:
         self._first: float | None = None
         self.work: list[Any] = []
         self._peak = 0.0
+        self._profiler: Any = None
 
     def stamp(self) -> None:
         """A step ended."""
@@ -153,6 +154,13 @@ class Watch:
         self._processor.append(time.process_time())
         if self._first is None:
             self._first = time.time() - self._spec["launched"]
+        if len(self._ends) == self._spec["steps"] - 1 and self._spec.get("kernels"):
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif len(self._ends) == self._spec["steps"] and self._profiler is not None:
+            self._profiler.stop()
+            self._ends.pop()  # watching takes time
+            self._processor.pop()
 
     def report(self, **more: Any) -> None:
         """Print the line; the first steps are warm-up."""
@@ -172,14 +180,31 @@ class Watch:
             "device": device,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **({} if self._profiler is None else {"kernels": kernels(self._profiler)}),
             **more,
         }
         print(json.dumps(line), flush=True)
 
 
+def kernels(profiler: Any) -> dict[str, Any]:
+    """What one step asked of the device: kernels and their seconds, the longest, calls of CUDA."""
+    from torch.autograd import DeviceType
+
+    rows = profiler.key_averages()
+    on_device = [row for row in rows if row.device_type == DeviceType.CUDA]
+    longest = sorted(on_device, key=lambda row: -row.self_device_time_total)[:12]
+    return {
+        "count": sum(row.count for row in on_device),
+        "seconds": round(sum(row.self_device_time_total for row in on_device) / 1e6, 5),
+        "longest": {row.key[:70]: [row.count, row.self_device_time_total] for row in longest},
+        "calls": {row.key: row.count for row in rows if row.key.startswith("cuda")},
+    }
+
+
 def trained(watch: Watch, spec: dict[str, Any], works: list[Work], **more: Any) -> None:
     """Report steps of training, with the tokens and operations of each timed one."""
-    shape, timed = shape_of(Path(spec["folder"])), works[spec["warm_up"] :]
+    shape = shape_of(Path(spec["folder"]))
+    timed = works[spec["warm_up"] : spec["steps"] - bool(spec.get("kernels"))]
     watch.report(
         tokens=[work.tokens for work in timed],
         scored=statistics.fmean(work.scored for work in timed),
@@ -208,7 +233,7 @@ def sampled(
         cached = sum(start * own + own**2 / 2 for start, own in zip(prompts, lengths, strict=True))
         return size * (max(lengths) * shape.weights + cached * shape.cached)
 
-    timed = batches[spec["warm_up"] :]
+    timed = batches[spec["warm_up"] : spec["steps"] - bool(spec.get("kernels"))]
     watch.report(
         tokens=[sum(lengths) for lengths in timed],
         longest=statistics.fmean(max(lengths) for lengths in timed),

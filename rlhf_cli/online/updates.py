@@ -44,6 +44,16 @@ class Trajectory:
         return len(self.tokens)
 
     @property
+    def prompt(self) -> list[int]:
+        """Ids of the prompt."""
+        return self.tokens.prompt
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """Ids of the one response."""
+        return self.tokens.responses
+
+    @property
     def source(self) -> str:
         """Where the row of its prompt stands, for messages."""
         return self.tokens.source

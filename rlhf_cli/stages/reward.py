@@ -42,14 +42,9 @@ from rlhf_cli.evaluation.judging import (
 from rlhf_cli.evaluation.report import show_judgement, write_judgement
 from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
 from rlhf_cli.models.decoder import unwrap
-from rlhf_cli.models.forward import (
-    answer_batch,
-    on_grid,
-    response_scores,
-    shares_prompts,
-    token_scores,
-)
+from rlhf_cli.models.forward import on_grid, response_scores, token_scores
 from rlhf_cli.models.heads import head_name, told_of_head
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import scorer_from_policy
@@ -137,16 +132,16 @@ class RewardObjective:
     ) -> None:
         self._scorer, self._reading = scorer, reading
         self._algo, self._hardware = algo, hardware
-        self._share = hardware.share_prompts and shares_prompts(scorer)
+        self._layout = layout_of(scorer, hardware)
 
     def term(self, batch: list[Answers]) -> LossTerm:
         """The loss of an optimizer step: a mean over rows, or over the steps of all rows."""
         count = sum(max(len(item.ends), 1) for item in batch)
-        return LossTerm.of(batch, self.loss, count, self._hardware, rows=responses_in, logits=False)
+        return LossTerm.of(batch, self.loss, count, self._hardware, self._layout, logits=False)
 
     def loss(self, items: list[Answers]) -> Loss:
         """Of a micro-batch, summed over rows or steps."""
-        batch = answer_batch(self._scorer, items, self._share)
+        batch = batch_of(self._scorer, items, self._layout)
         losses, metrics = fit(self._scores_in(batch, items), items, self._algo)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
@@ -164,7 +159,7 @@ class RewardObjective:
         """Per row the scores of its responses, or of its steps; without gradient."""
         counts = [responses_in(item) for item in items]
         if self._reading.level == RESPONSE:
-            scores = scores_of(self._scorer, items, self._hardware, share=self._share)  # (S,)
+            scores = scores_of(self._scorer, items, self._hardware)  # (S,)
             return list(scores.split(counts))
         sequences = [sequence for item in items for sequence in item.sequences]
         if self._reading.level == STEP:
