@@ -22,6 +22,7 @@ from rlhf_cli.rollout.slots import SlotTable
 EVERY = 16  # steps of a GPU between two looks at what was drawn
 SIZES = [part * 2**power // 2 for power in range(6, 26) for part in (2, 3)]  # of slots on a GPU
 SPREAD = 2  # the shortest response of a run may need a slot so much shorter than the longest
+PATIENCE = 3  # times that slots are kept although they were in the way
 PAYS = 30.0  # seconds of sampling after which compiled pieces of a step are worth their making
 
 
@@ -55,15 +56,15 @@ class SlotSampler:
         """
         self._stop_ids, self._text_of = stop_ids, text_of
         self._kept: _Kept | None = None
-        self._keeps = True
+        self._released = 0  # times that other work needed the memory
         self._graphs = True  # until one fails
         self._compiles, self._seconds = compiles, 0.0
         SPARE.add(self)
 
     def release(self) -> bool:
-        """Keep nothing from now on; whether anything was."""
+        """Let go of what is kept, and in the end keep nothing; whether anything was."""
         kept, self._kept = self._kept, None
-        self._keeps = False
+        self._released += kept is not None
         return kept is not None
 
     def draw(
@@ -139,7 +140,7 @@ class SlotSampler:
             table = SlotTable(model, sampling, self._stop_ids, room.rounded, room.capacity)
             kept = _Kept(key, table, StepGraphs(table, Pieces(model) if compiles else None))
         kept.table.ended.fill_(True)
-        if self._keeps:
+        if self._released < PATIENCE:
             self._kept = kept
         step = partial(self._step, model, kept)
         return SlotRun(model, kept.table, room.slots, ends, step, EVERY)

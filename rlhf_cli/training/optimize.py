@@ -20,7 +20,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import follow, gather, master_of
-from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.out_of_memory import if_it_fits, spare
 from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
@@ -113,7 +113,7 @@ class Optimizer:
         """
         parts = self.room.cut(parts)
         rewind = draws_again()
-        while (figures := if_it_fits(partial(self._attempt, parts, rewind))) is None:
+        while (figures := if_it_fits(partial(self._attempt, parts, rewind), rewind)) is None:
             self._forget()
             parts = self.room.more(parts)
             rewind()
@@ -174,6 +174,8 @@ class Optimizer:
                 follow(weights)
             return True
 
+        if not self._adamw.state:
+            spare()  # its moments are made now; a step that broke off could not be done again
         if not if_it_fits(update):
             count = sum(weight.numel() for each in self._parameters.values() for weight in each)
             raise RunError(

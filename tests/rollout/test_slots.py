@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models import out_of_memory
 from rlhf_cli.models.row_attention import laid_out
@@ -309,6 +310,10 @@ def test_graphs_are_made_anew_where_what_they_hold_has_moved() -> None:
     assert addresses(adapted) == on
 
 
+def no_memory(group: list[int]) -> RunError:
+    raise AssertionError(group)
+
+
 def test_kept_slots_make_way_for_other_work() -> None:
     sampler = SlotSampler([2], str)
     sampler._kept = kept = object()  # type: ignore[assignment]
@@ -321,5 +326,8 @@ def test_kept_slots_make_way_for_other_work() -> None:
             raise MemoryError
         return "done"
 
-    assert out_of_memory.if_it_fits(work) == "done"
-    assert sampler._kept is None and kept is not None and not sampler.release()
+    assert out_of_memory.if_it_fits(work) is None  # what may not be done twice is not
+    assert sampler._kept is None and kept is not None
+    sampler._kept, left = kept, 1  # type: ignore[assignment]
+    assert list(out_of_memory.in_groups([[1]], lambda group: work(), no_memory)) == [([1], "done")]
+    assert not sampler.release()
