@@ -13,6 +13,7 @@ from rlhf_cli.models.row_attention import laid_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.decode import Completion, evaluation_mode, no_logits
 from rlhf_cli.rollout.graphs import StepGraphs, addresses
+from rlhf_cli.rollout.prompt_slots import PromptTable
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slots import SlotTable
 
@@ -264,8 +265,8 @@ class SlotSampler:
         """Slots that are free: those that are kept, where they will do."""
         ends = Ends(self._stop_ids, sampling.stop, self._text_of)
         if not next(model.parameters()).is_cuda:
-            table = SlotTable(model, sampling, self._stop_ids, room.slots, room.capacity)
-            return SlotRun(model, table, room.slots, ends, table.step, every=1)
+            own = PromptTable(model, sampling, self._stop_ids, room.slots, room.capacity)
+            return SlotRun(model, own, room.slots, ends, own.step, every=1)
         kept, self._kept = self._kept, None
         key = (*addresses(model), str(sampling), room.capacity)
         if kept is None or kept.key != key or kept.table.slots < room.slots:
