@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
 from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, pack
+from rlhf_cli.data.transfer import to_device, together
 
 Item = TypeVar("Item")
 
@@ -122,18 +123,14 @@ def _collated(
         if sequence.loss is not None:
             start = len(sequence.prompt) if whole else 0
             response[s, start : start + len(sequence.loss)] &= torch.tensor(sequence.loss)
-    pieces = row.pieces
-    return Batch(
-        row.ids.to(device),
-        row.positions.to(device),
-        (row.stands_for > 0).to(device),
-        place(inside).to(device),
-        place((inside - 1).clamp(min=0)).to(device),
-        response.to(device),
-        row.stands_for.to(device),
-        _places(response).to(device),
-        None if pieces is None else _packing(pieces, torch.device(device)),
+    before = place((inside - 1).clamp(min=0))
+    grids = [place(inside), before, response, row.stands_for, _places(response)]
+    ids, positions, attention, *moved = together(
+        [row.ids, row.positions, row.stands_for > 0, *grids], device
     )
+    at, before, response, stands_for, scored = moved
+    packing = None if row.pieces is None else _packing(row.pieces, torch.device(device))
+    return Batch(ids, positions, attention, at, before, response, stands_for, scored, packing)
 
 
 def _packing(pieces: "list[_Piece]", device: torch.device) -> Packing:
@@ -147,7 +144,7 @@ def _packing(pieces: "list[_Piece]", device: torch.device) -> Packing:
         for start, count in ((each.prompt, each.seen), (each.start, each.tokens))
     ]
     key_lengths = [each.seen + each.tokens for each in pieces]
-    return Packing(lengths, device, key_lengths, torch.cat(ranges).to(device))
+    return Packing(lengths, device, key_lengths, to_device(torch.cat(ranges), device))
 
 
 def _places(response: Tensor) -> Tensor:
@@ -249,7 +246,7 @@ def rankings_of(
     ranks = [torch.tensor(item.row.ranks, dtype=torch.float32) for item in items]
     counts = torch.tensor([len(each) for each in ranks])
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    return pad_sequence(ranks, batch_first=True).to(device), mask.to(device)
+    return to_device(pad_sequence(ranks, batch_first=True), device), to_device(mask, device)
 
 
 def one(item: object) -> int:

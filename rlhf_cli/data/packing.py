@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf_cli.data.transfer import to_device
+
 Item = TypeVar("Item")
 SHARED_FROM = 8  # tokens of a prompt that is worth a sequence of its own
 
@@ -82,7 +84,7 @@ class Packing:
 def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(S + 1,) int32, where each sequence begins, and the end of the last."""
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return starts.to(device, non_blocking=True)
+    return to_device(starts, device)
 
 
 def pack(
