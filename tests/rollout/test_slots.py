@@ -23,7 +23,7 @@ from rlhf_cli.rollout.pieces import Pieces
 from rlhf_cli.rollout.prompt_slots import PromptTable
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.rollout.slot_probe import fits_slots
+from rlhf_cli.rollout.slot_probe import fits_slots, table_for
 from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun
 from rlhf_cli.rollout.slot_sampler import SlotSampler
 from rlhf_cli.rollout.slots import SlotCache, SlotTable
@@ -106,7 +106,8 @@ def test_a_family_draws_the_same_or_is_left_to_the_decoder(family: str, tmp_path
         prompts, noise = prompts_of(model), noise_of(5 * SAMPLES)
         expected = by_decoder(model, prompts, noise, Sampling(TOKENS))
         assert len({len(each.ids) for each in expected}) > 2
-        for slots, every, kind in ((5, 1, PromptTable), (7, 4, SlotTable), (15, 1, PromptTable)):
+        own = table_for(model)
+        for slots, every, kind in ((5, 1, own), (7, 4, SlotTable), (15, 1, own)):
             ours = in_slots(model, prompts, noise, Sampling(TOKENS), slots, every, kind)
             same(ours, expected)
 
