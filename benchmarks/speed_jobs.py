@@ -322,15 +322,18 @@ def our_samples(spec: dict[str, Any]) -> None:
     from rlhf_cli.models.load import load_policy
     from rlhf_cli.models.tokenizers import load_tokenizer
     from rlhf_cli.rollout.sampling import Sampling
+    from rlhf_cli.runs.budgets import settle
     from rlhf_cli.runs.policy import Policy
 
     folder, watch = Path(spec["folder"]), Watch(spec)
     gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
     words = [f"policy={folder / 'model'}", "data=rows", f"data.path={folder / 'prompts.jsonl'}"]
     words += ["hardware=gpu", "model.dtype=bfloat16"] if gpu else []
     cfg = compose("generate", [*words, *spec["overrides"]])
+    settle(cfg, device, 2 if gpu else 4)  # as a stage does
     tokenizer = load_tokenizer(cfg.policy, cfg.model)
-    model = load_policy(cfg.policy, cfg.model, tokenizer, torch.device("cuda" if gpu else "cpu"))
+    model = load_policy(cfg.policy, cfg.model, tokenizer, device)
     if spec["job"] == "ragged":
         boost_eos(model, tokenizer.eos_token_id)
     policy = Policy.of(model, Encoder(tokenizer, cfg.data), cfg.hardware)
