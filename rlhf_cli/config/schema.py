@@ -116,8 +116,8 @@ class Hardware:
         auto=bool,
     )
     compile: Any = key(
-        "Compile the decoder's blocks for training passes: faster steps after a minute or more. "
-        "auto: on a GPU, where the steps that are left take longer than 5 minutes.",
+        "Compile the decoder's blocks for training passes: one slow step, then faster ones. "
+        "auto: on a GPU, where the steps that are left take longer than 3 minutes.",
         auto=bool,
     )
     save_every: str | None = key(
