@@ -258,7 +258,10 @@ def boost_eos(model: Any, eos: int) -> None:
 
 def ours(spec: dict[str, Any]) -> None:
     """A stage, as the command line runs it; or the engine that all stages sample with."""
-    gc.disable()  # as the command line does while it imports
+    from rlhf_cli.cli import let_threads_sleep
+
+    gc.disable()  # both as the command line does before it imports torch
+    let_threads_sleep()
     if spec["job"] in ("gen", "ragged"):
         our_samples(spec)
         return
