@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock demo check test test-slow interop bench lint format type wheel
+.PHONY: help install lock demo check test test-slow test-gpu interop bench lint format type wheel
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ check: test ## the same as test
 
 test-slow: install ## the tests that take minutes
 	$(PYTEST) -m slow
+
+test-gpu: install ## what only a GPU can show, in minutes
+	$(PYTEST) -m gpu
 
 # Beside the rest in .venv: nothing of it is another version there.
 $(VENV)/interop: $(VENV)/installed requirements/interop.txt

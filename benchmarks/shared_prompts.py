@@ -1,12 +1,12 @@
-"""Responses to one prompt, computed with the prompt once or with it each time: what each takes.
+"""Responses to one prompt in padded rows, in packed ones, and with the prompt once.
 
     python benchmarks/shared_prompts.py [--model FOLDER --rows FILE] [--lengths PROMPT:RESPONSE ...]
 
 `--rows` are dialogues under chosen and rejected; what goes up to the last "\\n\\nAssistant:" is
 the prompt. Without them the groups are synthetic, for a random Llama of about 20M parameters: pairs
-and rankings of four at each of the lengths. Each micro-batch runs forward and backward in both
-layouts in turn. `tokens` is the padded size of the shared layout over that of the separate one,
-`time` the same of the median times, and `ruled` of the layout that `sharing_pays` picks.
+and rankings of four at each of the lengths. Each step runs forward and backward in all layouts in
+turn. `tokens` is what a layout computes, pads included, over what padded rows do, `time` the same
+of the median times.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf_cli.data.batches import collate_answers, cut, sharing_pays
+from rlhf_cli.data.batches import collate_answers, micro_batches
 from rlhf_cli.data.items import Answers
-from rlhf_cli.models.forward import shares_prompts, token_logprobs
+from rlhf_cli.data.packing import PACKED, PADDED, SHARED, Layout
+from rlhf_cli.models.forward import token_logprobs
+from rlhf_cli.models.layouts import found_layout
 
 TURN = "\n\nAssistant:"
 PROMPT_TOKENS, RESPONSE_TOKENS = 384, 128
@@ -80,13 +82,14 @@ def random_llama(width: int, layers: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def seconds(model: Any, groups: list[Answers], share: bool) -> float:
-    """Forward and backward of one micro-batch; on the CPU, the time that this process got of it."""
+def seconds(model: Any, batches: list[list[Answers]], layout: Layout) -> float:
+    """Forward and backward of one step; on the CPU, the time that this process got of it."""
     on_gpu = next(model.parameters()).is_cuda
     clock = time.perf_counter if on_gpu else time.process_time
     start = clock()
-    batch = collate_answers(groups, next(model.parameters()).device, share)
-    token_logprobs(model, batch, chunk=CHUNK).logprobs.sum().backward()
+    for groups in batches:
+        batch = collate_answers(groups, next(model.parameters()).device, layout)
+        token_logprobs(model, batch, chunk=CHUNK).logprobs.sum().backward()
     model.zero_grad()
     if on_gpu:
         torch.cuda.synchronize()
@@ -94,33 +97,28 @@ def seconds(model: Any, groups: list[Answers], share: bool) -> float:
 
 
 def measure(model: Any, groups: list[Answers], repeats: int, budget: int) -> None:
-    """Print a line per micro-batch and one of the sums."""
-    assert shares_prompts(model)
-    width = model.config.get_text_config().hidden_size
-    separate = shared = ruled = 0.0
+    """Print a line per layout."""
+    assert found_layout(model)[0] == SHARED
+    names = {"padded": PADDED, "packed": PACKED, "shared": SHARED}
+    total = dict.fromkeys(names, 0.0)
+    tokens = dict.fromkeys(names, 0)
     for start in range(0, len(groups), STEP):
         step = groups[start : start + STEP]
-        for batch in cut(step, budget, count=lambda group: len(group.responses)):
-            runs: dict[bool, list[float]] = {True: [], False: []}
-            for _ in range(repeats + 1):
-                for share, times in runs.items():
-                    times.append(seconds(model, batch, share))
-            # the first of each warms up
-            median = {share: statistics.median(times[1:]) for share, times in runs.items()}
-            size = {share: collate_answers(batch, share=share).ids.numel() for share in runs}
-            separate += median[False]
-            shared += median[True]
-            ruled += median[sharing_pays(batch, width)]
-            print(
-                f"  {len(batch):3} groups  tokens {size[True] / size[False]:.2f}  "
-                f"time {median[True] / median[False]:.2f}",
-                flush=True,
-            )
-    print(
-        f"separate {separate:.2f} s  shared {shared:.2f} s  time {shared / separate:.2f}  "
-        f"ruled {ruled / separate:.2f}",
-        flush=True,
-    )
+        batches = {name: micro_batches(step, budget, each) for name, each in names.items()}
+        runs: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(repeats + 1):
+            for name, layout in names.items():
+                runs[name].append(seconds(model, batches[name], layout))
+        for name, layout in names.items():
+            total[name] += statistics.median(runs[name][1:])  # the first warms up
+            sizes = (collate_answers(each, layout=layout).ids.numel() for each in batches[name])
+            tokens[name] += sum(sizes)
+    for name in names:
+        print(
+            f"  {name}  {total[name]:.2f} s  tokens {tokens[name] / tokens['padded']:.2f}  "
+            f"time {total[name] / total['padded']:.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -134,7 +132,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384, help="of the random Llama")
     parser.add_argument("--layers", type=int, default=8, help="of the random Llama")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--budget", type=int, default=4096, help="padded tokens of a micro-batch")
+    parser.add_argument("--budget", type=int, default=4096, help="tokens of a micro-batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

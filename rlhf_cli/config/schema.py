@@ -82,10 +82,14 @@ class Hardware:
     device: str = key(
         "Where tensors live; auto takes cuda if there is one.", choices=(AUTO, "cpu", "cuda")
     )
-    threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
+    threads: int | None = key(
+        "CPU threads of torch; null leaves torch's own choice, and is one for models as small as "
+        "the demo's.",
+        ge=1,
+    )
     tokens_per_microbatch: Any = key(
-        "Tokens in one forward and backward pass; halve it when memory runs out. auto: as many as "
-        "the memory of the GPU takes, up to 32768; 4096 on a CPU.",
+        "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
+        "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
         ge=1,
         auto=int,
     )
@@ -95,8 +99,13 @@ class Hardware:
         ge=1,
         auto=int,
     )
+    packing: str = key(
+        "auto: sequences stand end to end, without pads, where a short try finds the same result; "
+        "false: each has a padded row.",
+        choices=("auto", "false"),
+    )
     share_prompts: bool = key(
-        "Compute a prompt once for all of its responses where the model and the lengths allow it."
+        "In packed rows compute a prompt once for all of its responses, where the model allows it."
     )
     logprob_chunk: int = key(
         "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1

@@ -1,11 +1,11 @@
-"""Batches: sequences as padded tensors, cut by a token budget.
+"""Batches: sequences as tensors, padded or packed, cut by a token budget.
 
 A budget changes speed and memory only: losses are summed per item and divided once, by counts over
 the whole optimizer step (training/optimize.py).
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,30 +15,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
+from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, pack
+from rlhf_cli.data.transfer import to_device, together
 
 Item = TypeVar("Item")
-# A token of hidden width d takes as long as ATTENTION * d pairs of tokens that attention looks at:
-# fits the times of benchmarks/shared_prompts.py for d from 64 to 768 (2 to 4, by case).
-ATTENTION = 3
 
 
 @dataclass
 class Batch:
-    """S sequences in B padded rows, and a grid, (S, R), that says where their tokens stand.
+    """S sequences in B rows, and a grid, (S, R), that says where their tokens stand.
 
-    A row holds one sequence, B = S, or a prompt and then all of its responses, which share it:
-    B < S. The grid is over whole sequences, R = T, or over response tokens only. Whoever reads
-    tokens by the grid need not know which.
+    Each has a padded row of its own, B = S, or all stand end to end in one, B = 1, where responses
+    may share their prompt. The grid is over whole sequences or over response tokens only. Whoever
+    reads tokens by the grid need not know which.
 
     ids: (B, T) token ids, 0 at pads (masked out everywhere).
     positions: (B, T) places in prompt + response, whatever stands between them in the row.
-    attention: (B, T) bool, True at real tokens; of shared prompts (B, 1, T, T) bool, True where
-        the token at [2] may see the token at [3].
+    attention: (B, T) bool, True at real tokens.
     at: (S, R) each token's place in the flat B x T; pads of the grid repeat the last token's.
     before: (S, R) the place of the token that predicts it; means nothing where none does.
     response: (S, R) bool, True at response tokens that carry loss, EOS included; never at a
         sequence's first token.
     stands_for: (B, T) the number of sequences that a token is part of; 0 at pads.
+    scored: (N,) the places of `response` in the flat S x R, so that no device is asked for them.
+    packing: which tokens see which, of a row of several sequences.
     """
 
     ids: Tensor
@@ -48,6 +48,8 @@ class Batch:
     before: Tensor
     response: Tensor
     stands_for: Tensor
+    scored: Tensor
+    packing: Packing | None = None
 
     def __len__(self) -> int:
         return len(self.response)
@@ -55,10 +57,10 @@ class Batch:
     @classmethod
     def of_sequences(cls, ids: Tensor, attention: Tensor, response: Tensor) -> "Batch":
         """A grid over whole sequences, a row each, with pads on either side: (B, T) each."""
-        places = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        places = torch.arange(ids.shape[1])  # (T,)
         last = (places * attention).amax(-1, keepdim=True)  # (B, 1)
         in_row = torch.minimum(places, last)  # (B, T)
-        rows = ids.shape[1] * torch.arange(len(ids), device=ids.device)[:, None]  # (B, 1)
+        rows = ids.shape[1] * torch.arange(len(ids))[:, None]  # (B, 1)
         return cls(
             ids,
             positions=(attention.long().cumsum(-1) - 1).clamp(min=0),  # from the first real token
@@ -67,116 +69,174 @@ class Batch:
             before=rows + (in_row - 1).clamp(min=0),
             response=response,
             stands_for=attention.long(),
+            scored=_places(response),
         )
 
 
-def _lay_out(rows: Sequence[Tokens | Answers]) -> tuple[Tensor, Tensor]:
-    """Each prompt and what follows it in rows that are padded on the right.
+def collate(
+    sequences: Sequence[Tokens], device: torch.device | str = "cpu", layout: Layout = PADDED
+) -> Batch:
+    """A grid over whole sequences. [1 2 | 3] and [1 | 4 5 6] become
 
-    Returns:
-        (B, T) ids, 0 at pads, and (B, T) owners: 0 the prompt, n the n-th response, -1 a pad.
+    padded: ids  1 2 3 0   response 0 0 1 0   at 0 1 2 2   before 0 0 1 1
+                 1 4 5 6            0 1 1 1      4 5 6 7          4 4 5 6
+    packed: ids  1 2 3 1 4 5 6                at 0 1 2 2   before 0 0 1 1
+                                                 3 4 5 6          3 3 4 5
     """
-    ids = torch.zeros(len(rows), _longest(rows), dtype=torch.long)
-    owner = torch.full_like(ids, -1)
-    for b, row in enumerate(rows):
-        start = 0
-        for number, tokens in enumerate([row.prompt, *row.responses]):
-            end = start + len(tokens)
-            ids[b, start:end] = torch.tensor(tokens)
-            owner[b, start:end] = number
-            start = end
-    return ids, owner
-
-
-def _longest(rows: Sequence[Tokens | Answers]) -> int:
-    """Tokens of the longest row: its prompt once, and all of its responses."""
-    return max(len(row.prompt) + sum(map(len, row.responses)) for row in rows)
-
-
-def collate(sequences: Sequence[Tokens], device: torch.device | str = "cpu") -> Batch:
-    """A row and a grid over whole sequences. [1 2 | 3] and [1 | 4 5 6] become
-
-    ids  1 2 3 0   attention 1 1 1 0   response 0 0 1 0   at 0 1 2 2   before 0 0 1 1
-         1 4 5 6             1 1 1 1            0 1 1 1      4 5 6 7          4 4 5 6
-    """
-    ids, owner = _lay_out(sequences)
-    response = owner == 1
-    response[:, 0] = False
-    for b, sequence in enumerate(sequences):
-        if sequence.loss is not None:
-            start = len(sequence.prompt)
-            response[b, start : start + len(sequence.loss)] &= torch.tensor(sequence.loss)
-    return Batch.of_sequences(ids.to(device), (owner >= 0).to(device), response.to(device))
-
-
-def _rows(groups: Sequence[Answers], share: bool) -> list[Tokens | Answers]:
-    """The rows of a layout. An empty prompt leaves nothing to share, nor to predict from."""
-    rows: list[Tokens | Answers] = []
-    for group in groups:
-        rows += [group] if share and group.prompt else group.sequences
-    return rows
-
-
-def sharing_pays(groups: Sequence[Answers], width: int) -> bool:
-    """Whether computing each prompt once is faster, judged by the padded sizes of both layouts.
-
-    A shared row saves tokens, but attention looks at every pair of its tokens, seen or not.
-
-    Args:
-        width: of the model's hidden states; the wider, the less attention weighs.
-    """
-
-    def cost(rows: Sequence[Tokens | Answers]) -> float:
-        longest = _longest(rows)
-        return len(rows) * longest * (1 + longest / (ATTENTION * width))
-
-    return cost(_rows(groups, share=True)) < cost(_rows(groups, share=False))
+    return _collated(sequences, layout, True, device)
 
 
 def collate_answers(
-    groups: Sequence[Answers], device: torch.device | str = "cpu", share: bool = False
+    groups: Sequence[Answers], device: torch.device | str = "cpu", layout: Layout = PADDED
 ) -> Batch:
     """A grid over response tokens, group by group, in each group's order.
 
     Prompt [1 2] with responses [3] and [4 5] becomes
 
-    separate: ids  1 2 3 0   at  2 2   before  1 1      shared: ids  1 2 3 4 5   positions 0 1 2 2 3
-                   1 2 4 5       6 7           5 6              at  2 2   before  1 1
-                                                                    3 4           1 3
+    padded: ids  1 2 3 0   at  2 2   before  1 1      shared: ids  1 2 3 4 5   positions 0 1 2 2 3
+                 1 2 4 5       6 7           5 6              at  2 2   before  1 1
+                                                                  3 4           1 3
 
     In the shared row 4 and 5 see 1, 2 and each other, but not 3.
     """
-    rows = _rows(groups, share)
-    ids, owner = _lay_out(rows)
-    positions = torch.zeros_like(ids)
-    lengths = [len(response) for row in rows for response in row.responses]
-    steps = torch.arange(max(lengths))
-    at = torch.empty(len(lengths), max(lengths), dtype=torch.long)
-    before = torch.empty_like(at)
-    response = torch.empty_like(at, dtype=torch.bool)
-    s = 0
-    for b, row in enumerate(rows):
-        first, prompt = b * ids.shape[1], len(row.prompt)
-        positions[b, :prompt] = torch.arange(prompt)
-        start = prompt
-        for length in map(len, row.responses):
-            positions[b, start : start + length] = prompt + steps[:length]
-            at[s] = first + start + steps.clamp(max=length - 1)
-            before[s] = at[s] - 1
-            before[s, 0] = first + max(prompt - 1, 0)
-            response[s] = steps < length
-            response[s, 0] = prompt > 0
-            start, s = start + length, s + 1
-    attention = owner >= 0
-    stands_for = attention.long()
-    if share:
-        counts = torch.tensor([len(row.responses) for row in rows])
-        stands_for = torch.where(owner == 0, counts[:, None], stands_for)
-        query, key = owner[:, :, None], owner[:, None, :]
-        # a pad sees the prompt and the pads up to itself, so that no softmax is over nothing
-        attention = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T)
-    tensors = (ids, positions, attention, at, before, response, stands_for)
-    return Batch(*(tensor.to(device) for tensor in tensors))
+    sequences = [each for group in groups for each in group.sequences]
+    return _collated(sequences, layout, False, device)
+
+
+def _collated(
+    sequences: Sequence[Tokens], layout: Layout, whole: bool, device: torch.device | str
+) -> Batch:
+    """All is built on the host and moved once; `whole`: the grid is over whole sequences."""
+    row = _packed_row(sequences, layout.shared) if layout.packed else _padded_rows(sequences)
+    prompts = torch.tensor([len(each.prompt) for each in sequences])[:, None]  # (S, 1)
+    lengths = torch.tensor([len(each) for each in sequences])[:, None]
+    first = torch.zeros_like(prompts) if whole else prompts
+    steps = first + torch.arange(int((lengths - first).max()))  # (S, R)
+    inside = torch.minimum(steps, lengths - 1)
+    starts, goes_on = (torch.tensor(each)[:, None] for each in (row.prompts, row.responses))
+
+    def place(step: Tensor) -> Tensor:
+        return torch.where(step < prompts, starts + step, goes_on + step - prompts)
+
+    response = (steps >= prompts.clamp(min=1)) & (steps < lengths)
+    for s, sequence in enumerate(sequences):
+        if sequence.loss is not None:
+            start = len(sequence.prompt) if whole else 0
+            response[s, start : start + len(sequence.loss)] &= torch.tensor(sequence.loss)
+    before = place((inside - 1).clamp(min=0))
+    grids = [place(inside), before, response, row.stands_for, _places(response)]
+    ids, positions, attention, *moved = together(
+        [row.ids, row.positions, row.stands_for > 0, *grids], device
+    )
+    at, before, response, stands_for, scored = moved
+    packing = None if row.pieces is None else _packing(row.pieces, torch.device(device))
+    return Batch(ids, positions, attention, at, before, response, stands_for, scored, packing)
+
+
+def _packing(pieces: "list[_Piece]", device: torch.device) -> Packing:
+    """Who sees whom."""
+    lengths = [each.tokens for each in pieces]
+    if not any(each.seen for each in pieces):
+        return Packing(lengths, device)
+    ranges = [
+        torch.arange(start, start + count)
+        for each in pieces
+        for start, count in ((each.prompt, each.seen), (each.start, each.tokens))
+    ]
+    key_lengths = [each.seen + each.tokens for each in pieces]
+    return Packing(lengths, device, key_lengths, to_device(torch.cat(ranges), device))
+
+
+def _places(response: Tensor) -> Tensor:
+    """(N,) where it is True, in the flat mask."""
+    return response.flatten().nonzero()[:, 0]
+
+
+@dataclass
+class _Rows:
+    """Sequences laid out; (B, T) each, and of each sequence where its prompt and where its
+    response begins in the flat B x T.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    stands_for: Tensor
+    prompts: list[int]
+    responses: list[int]
+    pieces: "list[_Piece] | None" = None
+
+
+@dataclass
+class _Piece:
+    """Tokens on end in a row that see each other, causally, and perhaps a prompt before.
+
+    start, tokens: in the flat row.
+    prompt, seen: where that begins, and its tokens; 0 of them where it is none.
+    stands_for: the sequences that it is part of.
+    """
+
+    start: int
+    tokens: int
+    prompt: int = 0
+    seen: int = 0
+    stands_for: int = 1
+
+
+def _padded_rows(sequences: Sequence[Tokens]) -> _Rows:
+    """A row each, with pads on the right."""
+    rows = [torch.tensor(each.prompt + each.response) for each in sequences]
+    ids = pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(each) for each in sequences])[:, None]
+    places = torch.arange(ids.shape[1])
+    starts = [s * ids.shape[1] for s in range(len(sequences))]
+    return _Rows(
+        ids,
+        torch.minimum(places, lengths - 1),
+        (places < lengths).long(),
+        starts,
+        [start + len(each.prompt) for start, each in zip(starts, sequences, strict=True)],
+    )
+
+
+def _packed_row(sequences: Sequence[Tokens], share: bool) -> _Rows:
+    """All end to end, prompt by prompt; `share`: a prompt once for all of its responses."""
+    ids: list[int] = []
+    pieces: list[_Piece] = []
+    prompts, responses = [0] * len(sequences), [0] * len(sequences)
+    for prompt, members in _by_prompt(sequences, share):
+        start = len(ids)
+        if len(members) > 1:
+            ids += prompt
+            pieces.append(_Piece(start, len(prompt), stands_for=len(members)))
+        for s in members:
+            response = sequences[s].response
+            if len(members) > 1:
+                pieces.append(_Piece(len(ids), len(response), start, len(prompt)))
+            else:
+                pieces.append(_Piece(start, len(prompt) + len(response)))
+                ids += prompt
+            prompts[s], responses[s] = start, len(ids)
+            ids += response
+    lengths = torch.tensor([each.tokens for each in pieces])
+    first = torch.tensor([each.start - each.seen for each in pieces])  # the place of position 0
+    counts = torch.tensor([each.stands_for for each in pieces])
+    return _Rows(
+        torch.tensor(ids)[None],
+        (torch.arange(len(ids)) - first.repeat_interleave(lengths))[None],
+        counts.repeat_interleave(lengths)[None],
+        prompts,
+        responses,
+        pieces,
+    )
+
+
+def _by_prompt(sequences: Sequence[Tokens], share: bool) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompts with the places of the sequences that begin with them; each alone if not shared."""
+    families: dict[Hashable, list[int]] = {}
+    for s, each in enumerate(sequences):
+        key = tuple(each.prompt) if share and len(each.prompt) >= SHARED_FROM else s
+        families.setdefault(key, []).append(s)
+    return ((sequences[members[0]].prompt, members) for members in families.values())
 
 
 def rankings_of(
@@ -186,7 +246,7 @@ def rankings_of(
     ranks = [torch.tensor(item.row.ranks, dtype=torch.float32) for item in items]
     counts = torch.tensor([len(each) for each in ranks])
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    return pad_sequence(ranks, batch_first=True).to(device), mask.to(device)
+    return to_device(pad_sequence(ranks, batch_first=True), device), to_device(mask, device)
 
 
 def one(item: object) -> int:
@@ -218,6 +278,26 @@ def cut(
             groups.append([item])
             rows = count(item)
     return groups
+
+
+def micro_batches(
+    items: Iterable[Item],
+    tokens: int,
+    layout: Layout,
+    of: Callable[[Item], Judged] = lambda item: item,  # type: ignore[assignment,return-value]
+) -> list[list[Item]]:
+    """Groups of at most so many tokens, which are real ones in packed rows, else padded ones.
+
+    Args:
+        of: the responses of an item, and their prompt.
+    """
+    if layout.packed:
+        return pack(items, tokens, layout, of)
+
+    def longest(item: Item) -> int:
+        return len(of(item).prompt) + max(map(len, of(item).responses))
+
+    return cut(items, tokens, longest, lambda item: len(of(item).responses))
 
 
 class EpochBatches(Generic[Item]):

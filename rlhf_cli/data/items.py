@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, overload
 
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.data.packing import Judged
 
 Item = TypeVar("Item")
 
@@ -92,6 +93,6 @@ class Answers:
 Encoded = Tokens | Answers | EncodedPrompt
 
 
-def responses_in(item: Answers) -> int:
+def responses_in(item: Judged) -> int:
     """Sequences that an item takes in a batch."""
     return len(item.responses)

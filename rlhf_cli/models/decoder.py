@@ -7,7 +7,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -22,6 +22,7 @@ from rlhf_cli.data.batches import Batch, collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.logprob_head import LinearHead
 from rlhf_cli.models.router_watch import watched
+from rlhf_cli.models.row_attention import laid_out
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
 OTHER_KERNEL = 1e-3  # of a decoder with and without a mask: many sums in another order
@@ -81,18 +82,18 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 @watched
 def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
-    # a padding mask is 0 and 1; a mask of who sees whom is bool, or it would be added to the logits
-    padding = batch.attention.ndim == 2
+    packing = batch.packing  # tells more than a mask of pads could
     body = trunk(model)
-    output = body(
-        **taken_by(
-            body,
-            input_ids=batch.ids,
-            attention_mask=batch.attention.long() if padding else batch.attention,
-            position_ids=batch.positions,
-            use_cache=False,
-        )
+    inputs = taken_by(
+        body,
+        input_ids=batch.ids,
+        attention_mask=batch.attention.long() if packing is None else None,
+        position_ids=batch.positions,
+        use_cache=False,
     )
+    lender = getattr(model, "lender", model)  # whose modules a scorer on another's base computes by
+    with nullcontext() if packing is None else laid_out(lender, packing):
+        output = body(**inputs)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -259,11 +260,15 @@ def _way_on(base: Any) -> str:
 
 
 def plain_ids(base: Any) -> list[int]:
-    """A few ids that stand for nothing but text: no pad, no place of an image."""
+    """A few ids that stand for nothing but text."""
+    return (text_ids(base) * PROBED)[:PROBED]
+
+
+def text_ids(base: Any) -> list[int]:
+    """All ids that stand for nothing but text: no pad, no place of an image."""
     size = len(_embeddings(base).weight)
     special = set(_special_ids(base.config.to_dict()))
-    ids = [id for id in range(size) if id not in special] or [0]
-    return (ids * PROBED)[:PROBED]
+    return [id for id in range(size) if id not in special] or [0]
 
 
 def _special_ids(config: dict[str, Any]) -> Iterator[int]:

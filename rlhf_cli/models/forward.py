@@ -7,18 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_cli.data.batches import Batch, collate, collate_answers, sharing_pays
-from rlhf_cli.data.items import Answers, Tokens
-from rlhf_cli.models.decoder import (
-    embedding_rows,
-    hidden_states,
-    linear_head,
-    matmul_in_float32,
-    run_trunk,
-    unembed,
-    unwrap,
-)
+from rlhf_cli.config.schema import Hardware
+from rlhf_cli.data.batches import Batch
+from rlhf_cli.data.items import Tokens
+from rlhf_cli.models.decoder import hidden_states, linear_head, unembed, unwrap
 from rlhf_cli.models.heads import scalar_head
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.logprob_head import HeadScores, head_scores
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.objectives.kl import full_kl
@@ -61,9 +55,9 @@ def token_logprobs(
         reference: also the KL to it of each distribution, at the same temperature; it has a pass
             of its own, without gradient.
     """
-    predictors = batch.before[batch.response]  # (N,)
+    predictors = batch.before.flatten()[batch.scored]  # (N,)
+    targets = batch.ids.flatten()[batch.at.flatten()[batch.scored]]  # (N,)
     states = hidden_states(model, batch).flatten(0, 1)[predictors]  # (N, d)
-    targets = batch.ids.flatten()[batch.at[batch.response]]  # (N,)
     theirs = None
     if reference is not None:
         with reference.active() as frozen:
@@ -73,20 +67,21 @@ def token_logprobs(
     )
 
     def grid(values: Tensor | None) -> Tensor | None:
-        return None if values is None else on_grid(batch.response, values)
+        return None if values is None else on_grid(batch.response, values, batch.scored)
 
     return TokenLogprobs(
-        on_grid(batch.response, scored.logprobs),
+        on_grid(batch.response, scored.logprobs, batch.scored),
         grid(scored.entropy),
         None if value_head is None else grid(value_head(states.float())[:, 0]),
         grid(scored.kl),
     )
 
 
-def response_nll(model: nn.Module, sequences: Sequence[Tokens], *, chunk: int) -> Tensor:
+def response_nll(model: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> Tensor:
     """Negative log-likelihood summed over all response tokens of a micro-batch, with gradient."""
-    batch = collate(sequences, next(model.parameters()).device)
-    return nll_sum(token_logprobs(model, batch, chunk=chunk).logprobs, batch.response)
+    batch = batch_of(model, sequences, layout_of(model, hardware))
+    scored = token_logprobs(model, batch, chunk=hardware.logprob_chunk)
+    return nll_sum(scored.logprobs, batch.response)
 
 
 def _score_targets(
@@ -162,11 +157,16 @@ def _by_recomputation(
     return HeadScores(*columns)  # type: ignore[arg-type]
 
 
-def on_grid(mask: Tensor, values: Tensor) -> Tensor:
-    """The values, (N,), where the mask is True; zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
-        mask, values
-    )
+def on_grid(mask: Tensor, values: Tensor, places: Tensor | None = None) -> Tensor:
+    """The values, (N,), where the mask is True; zero elsewhere.
+
+    Args:
+        places: (N,) of True in the flat mask; None asks the device for them, which is waited for.
+    """
+    grid = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
+    if places is None:
+        return grid.masked_scatter(mask, values)
+    return grid.flatten().index_put((places,), values).view(mask.shape)
 
 
 def score_head(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def response_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def state_values(critic: nn.Module, batch: Batch) -> Tensor:
-    """V of the state in which each token was drawn: the head at the token before it, (B, T).
+    """V of the state in which each token was drawn: the head at the token before it, (S, R).
 
     Args:
         batch: with a grid over whole sequences.
@@ -199,51 +199,6 @@ def state_values(critic: nn.Module, batch: Batch) -> Tensor:
 
 
 def trunk_values(policy: nn.Module, head: nn.Linear, batch: Batch) -> Tensor:
-    """What `state_values` gives, by a value head on the policy's trunk: (B, T)."""
-    values = head(hidden_states(policy, batch)[:, :-1].float())[..., 0]  # (B, T - 1)
-    return nn.functional.pad(values, (1, 0))
-
-
-def answer_batch(model: nn.Module, groups: Sequence[Answers], share: bool) -> Batch:
-    """The groups on the model's device, with each prompt once where `share` allows it and it pays.
-
-    Args:
-        share: whether the model computes the same in both layouts, by `shares_prompts`.
-    """
-    width = unwrap(model).config.get_text_config().hidden_size
-    device = next(model.parameters()).device
-    return collate_answers(groups, device, share and sharing_pays(groups, width))
-
-
-@torch.no_grad()
-def shares_prompts(model: nn.Module) -> bool:
-    """Whether a row of several responses to one prompt gives what each response alone gives.
-
-    Attention must follow a mask of who sees whom, positions the given ones, and no state may run
-    along the row. A short probe shows it; windows, which are longer, are read from the config.
-    """
-    config = unwrap(model).config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    full = all(kind == "full_attention" for kind in kinds) and not any(windows)
-    if config._attn_implementation != "sdpa" or not full:
-        return False
-    device = next(model.parameters()).device
-    vocabulary = embedding_rows(model)
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (20,), generator=draw).tolist()
-    groups = [
-        Answers(ids[:5], [ids[5:9], ids[9:12]], None),
-        Answers(ids[12:14], [ids[14:15], ids[15:18], ids[18:]], None),
-    ]
-    states = []
-    try:
-        for share in (True, False):
-            batch = collate_answers(groups, device, share)
-            hidden = run_trunk(model, batch).flatten(0, 1)
-            states.append(hidden[batch.at[batch.response]])  # (N, d)
-    except Exception:  # models refuse a mask that they do not know in many ways
-        return False
-    together, alone = states
-    rounded = 1e-3 if matmul_in_float32(model) else 5e-2  # far below any leak
-    return bool((together - alone).norm() <= rounded * alone.norm())
+    """What `state_values` gives, by a value head on the policy's trunk: (S, R)."""
+    values = head(hidden_states(policy, batch).float()).flatten()  # (B T,)
+    return nn.functional.pad(values[batch.at][:, :-1], (1, 0))

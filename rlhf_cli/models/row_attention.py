@@ -9,10 +9,9 @@ sequence at a time, which is the reference that tests and probes compare with.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from itertools import accumulate, count
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,47 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
+from rlhf_cli.data.packing import Packing as Packing
+
 NAME = "rlhf_rows"
 FLASH_WIDTH = 256  # the widest head that the kernels take
 
 
 class UnknownAttention(Exception):
     """An attention that is not computed here; whoever meets it goes back to padded rows."""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Sequences end to end in one row, (1, T): each sees itself, causally, and no other.
-
-    With `keys` a sequence sees tokens that stand elsewhere before its own, as a response does its
-    prompt: its queries are the last of its keys.
-
-    lengths: the tokens of each sequence; their sum is T.
-    key_lengths: what each sees, its own tokens included; the same where `keys` is None.
-    keys: (K,) places in the row of what each sees, one sequence after the other.
-    """
-
-    lengths: Sequence[int]
-    device: torch.device
-    key_lengths: Sequence[int] = ()
-    keys: Tensor | None = None
-    starts: Tensor = field(init=False)  # (S + 1,) int32
-    key_starts: Tensor = field(init=False)  # (S + 1,) int32
-    longest: int = field(init=False)
-    longest_keys: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        seen = self.lengths if self.keys is None else self.key_lengths
-        starts = _starts(self.lengths, self.device)
-        made = {
-            "key_lengths": seen,
-            "starts": starts,
-            "key_starts": starts if self.keys is None else _starts(seen, self.device),
-            "longest": max(self.lengths),
-            "longest_keys": max(seen),
-        }
-        for name, value in made.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -109,7 +75,9 @@ class laid_out:  # a block, which may be entered again once it has ended  # noqa
             config._attn_implementation_internal = name
 
 
-def recomputing(model: nn.Module) -> tuple[AbstractContextManager[None], ...]:
+def recomputing(
+    model: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The blocks of a checkpoint's forward and of its recomputation, for `context_fn`.
 
     A forward that is done again in the backward pass, when the block has ended, is to find the
@@ -176,12 +144,6 @@ class _Kind:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
-
-
-def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(S + 1,) int32, where each sequence begins, and the end of the last."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return starts.to(device, non_blocking=True)
 
 
 def _has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:

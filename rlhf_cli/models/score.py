@@ -1,8 +1,7 @@
 """Log-probs, values and scores of many items without gradient: a result per response, in order.
 
 Items are sequences, of one response each, or groups of responses to one prompt. All results are on
-the CPU. `share` says of groups whether prompts may be computed once, by `shares_prompts`; where it
-does not pay they are not.
+the CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +11,16 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
-from rlhf_cli.data.batches import Batch, collate, cut
+from rlhf_cli.data.batches import Batch, micro_batches
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.forward import (
-    answer_batch,
     response_scores,
     state_values,
     token_logprobs,
     token_scores,
     trunk_values,
 )
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
 
 Items = Sequence[Tokens] | Sequence[Answers]
@@ -34,7 +33,6 @@ def _each(
     model: nn.Module,
     of_batch: Callable[[Batch], list[Tensor]],
     *,
-    share: bool = False,
     advance: Callable[[int], None] = lambda count: None,
     logits: bool = False,
 ) -> list[Tensor]:
@@ -48,15 +46,12 @@ def _each(
         RunError: memory is too small for the responses of one item.
     """
     of_items: list[list[Tensor]] = [[]] * len(items)
-    places = cut(
-        range(len(items)),
-        hardware.tokens_at_once,
-        length=lambda i: len(items[i]),
-        count=lambda i: len(items[i].responses),
-    )
+    layout = layout_of(model, hardware)
+    budget = hardware.tokens_at_once
+    places = micro_batches(range(len(items)), budget, layout, lambda place: items[place])
 
     def work(group: list[int]) -> list[Tensor]:
-        return of_batch(_batch_of([items[i] for i in group], model, share))
+        return of_batch(batch_of(model, [items[i] for i in group], layout))
 
     def failure(group: list[int]) -> RunError:
         item = items[group[0]]
@@ -71,18 +66,9 @@ def _each(
     return [values for of_item in of_items for values in of_item]
 
 
-def _batch_of(items: Sequence[Tokens | Answers], model: nn.Module, share: bool) -> Batch:
-    """Items of one kind, on the model's device."""
-    sequences = [item for item in items if isinstance(item, Tokens)]
-    if sequences:
-        return collate(sequences, next(model.parameters()).device)
-    groups = [item for item in items if isinstance(item, Answers)]
-    return answer_batch(model, groups, share)
-
-
 def _by_response(grid: Tensor, batch: Batch) -> list[Tensor]:
     """The values at the tokens of each response, of a grid like batch.response."""
-    return list(grid[batch.response].cpu().split(batch.response.sum(-1).tolist()))
+    return list(grid.flatten()[batch.scored].cpu().split(batch.response.sum(-1).tolist()))
 
 
 def logprobs_of(
@@ -91,7 +77,6 @@ def logprobs_of(
     hardware: Hardware,
     temperature: float = 1.0,
     *,
-    share: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Tensor]:
     """(len(response),) log-probs of the tokens of each response.
@@ -104,7 +89,7 @@ def logprobs_of(
         scored = token_logprobs(model, batch, chunk=hardware.logprob_chunk, temperature=temperature)
         return _by_response(scored.logprobs, batch)
 
-    return _each(items, hardware, model, of_batch, share=share, advance=advance, logits=True)
+    return _each(items, hardware, model, of_batch, advance=advance, logits=True)
 
 
 def mean_nll(model: nn.Module, items: Items, hardware: Hardware) -> float:
@@ -133,23 +118,19 @@ def trunk_values_of(
     return _each(sequences, hardware, policy, of_batch)
 
 
-def token_scores_of(
-    scorer: nn.Module, items: Items, hardware: Hardware, *, share: bool = False
-) -> list[Tensor]:
+def token_scores_of(scorer: nn.Module, items: Items, hardware: Hardware) -> list[Tensor]:
     """(len(response),) raw scores at the tokens of each response."""
 
     def of_batch(batch: Batch) -> list[Tensor]:
         return _by_response(token_scores(scorer, batch), batch)
 
-    return _each(items, hardware, scorer, of_batch, share=share)
+    return _each(items, hardware, scorer, of_batch)
 
 
-def scores_of(
-    scorer: nn.Module, items: Items, hardware: Hardware, *, share: bool = False
-) -> Tensor:
+def scores_of(scorer: nn.Module, items: Items, hardware: Hardware) -> Tensor:
     """(S,) raw scores at the last token of each response."""
 
     def of_batch(batch: Batch) -> list[Tensor]:
         return list(response_scores(scorer, batch).cpu())
 
-    return torch.stack(_each(items, hardware, scorer, of_batch, share=share))
+    return torch.stack(_each(items, hardware, scorer, of_batch))

@@ -24,7 +24,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import GrpoConfig
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import EpochBatches
-from rlhf_cli.data.items import Answers, responses_in
+from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Preference, Prompt
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.reading import KindError
@@ -32,7 +32,8 @@ from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
-from rlhf_cli.models.forward import answer_batch, response_scores, shares_prompts
+from rlhf_cli.models.forward import response_scores
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.masters import give_masters, master_of, put
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.save import save_model, save_tokenizer
@@ -92,7 +93,7 @@ class RewardRefresh:
         model = self.source.model
         if cfg.hardware.gradient_checkpointing is True:
             recompute_activations(model)
-        self._share = cfg.hardware.share_prompts and shares_prompts(model)
+        self._layout = layout_of(model, cfg.hardware)
         self._weights = own_weights(model, policy.model)
         give_masters(self._weights.values())
         self._judge = load_reward(cfg.judge, cfg, policy.tokenizer, session.device)
@@ -170,7 +171,7 @@ class RewardRefresh:
 
     def _scores(self, pairs: list[Answers]) -> Tensor:
         """(N, 2) raw scores of better and worse responses."""
-        scores = scores_of(self.source.model, pairs, self._cfg.hardware, share=self._share)
+        scores = scores_of(self.source.model, pairs, self._cfg.hardware)
         return scores.view(-1, 2).double()
 
     def _fit(self, pairs: list[Answers], step: int) -> float:
@@ -187,9 +188,7 @@ class RewardRefresh:
         total = 0.0
         for batch in batches:
             term = LossTerm.of(
-                *(batch, self._loss, len(batch), self._cfg.hardware),
-                rows=responses_in,
-                logits=False,
+                *(batch, self._loss, len(batch), self._cfg.hardware, self._layout), logits=False
             )
             update = optimizer.step([term])
             total += update["loss"] * len(batch)
@@ -201,7 +200,7 @@ class RewardRefresh:
     def _loss(self, pairs: list[Answers]) -> Loss:
         """Summed over pairs."""
         model = self.source.model
-        scores = response_scores(model, answer_batch(model, pairs, self._share))  # (2 N,)
+        scores = response_scores(model, batch_of(model, pairs, self._layout))  # (2 N,)
         chosen, rejected = scores.view(-1, 2).unbind(-1)
         return bradley_terry_loss(chosen, rejected).sum(), {}
 

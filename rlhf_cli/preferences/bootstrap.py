@@ -11,6 +11,7 @@ from rlhf_cli.folders.integrity import fault_in
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.dtypes import type_to_write
 from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.layouts import layout_of
 from rlhf_cli.models.load import load_weights
 from rlhf_cli.models.save import save_model, set_stop_ids
 from rlhf_cli.reporting.console import Bar, say
@@ -47,12 +48,13 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
     optimizer = Optimizer({"policy": (policy.model, rate)}, algo, len(batches), hardware)
 
     def loss(sequences: list[Tokens]) -> Loss:
-        return response_nll(policy.model, sequences, chunk=hardware.logprob_chunk), {}
+        return response_nll(policy.model, sequences, hardware), {}
 
+    layout = layout_of(policy.model, hardware)
     say(f"bootstrap: SFT on {len(chosen)} chosen responses, {len(batches)} steps")
     with Bar("bootstrap", len(batches)) as bar:
         for batch in batches:
-            term = LossTerm.of(batch, loss, response_tokens(batch), hardware)
+            term = LossTerm.of(batch, loss, response_tokens(batch), hardware, layout)
             metrics = optimizer.step([term])
             bar.advance(1, f"loss {metrics['loss']:.3f}")
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig
-from rlhf_cli.data.items import Answers, Lazy, Tokens, responses_in
+from rlhf_cli.data.items import Answers, Lazy, Tokens
 from rlhf_cli.data.kinds import Feedback, Ranking
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.store import prompts_of
@@ -28,6 +28,16 @@ class Compared:
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    @property
+    def prompt(self) -> list[int]:
+        """Ids of the prompt."""
+        return self.answers.prompt
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """Ids of the responses."""
+        return self.answers.responses
 
     @property
     def source(self) -> str:
@@ -137,11 +147,6 @@ def partners(answers: Sequence[Answers], seed: int, side: str) -> "array[int]":
             )
         found[i] = partner
     return found
-
-
-def sequences_in(item: Compared) -> int:
-    """Sequences that an item takes in a batch."""
-    return responses_in(item.answers)
 
 
 def with_partners(items: Sequence[PreferenceItem]) -> list[Compared]:

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
-from rlhf_cli.data.items import Answers
+from rlhf_cli.data.items import Answers, responses_in
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.streaming import Stream
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.dtypes import product_type_of
-from rlhf_cli.models.forward import shares_prompts
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
@@ -30,7 +29,6 @@ from rlhf_cli.preferences.items import (
     PreferenceItem,
     PreferenceItems,
     good_sequences,
-    sequences_in,
     with_partners,
 )
 from rlhf_cli.reporting.console import Bar
@@ -79,7 +77,6 @@ class FrozenReference:
 
     origin: what it is, for stage.json; empty where there is none.
     model: None where there is none, or where all of its log-probs are known and it was freed.
-    share: whether policy and reference may compute a prompt once for all of its responses.
     """
 
     def __init__(
@@ -97,9 +94,6 @@ class FrozenReference:
         made = cfg.reference == BOOTSTRAP
         self.origin = reference_origin(session, cfg) if compares or made else {}
         self.model = reference_of(session, policy, cfg) if compares else None
-        self.share = cfg.hardware.share_prompts and shares_prompts(policy.model)
-        if self.model is not None:  # perhaps of another architecture
-            self.share = self.share and shares_prompts(self.model.model)
 
     @property
     def is_start(self) -> bool:
@@ -164,7 +158,7 @@ class FrozenReference:
     ) -> list[Tensor]:
         assert self.model is not None
         with self.model.active() as model:
-            return sequence_logprobs(model, items, self._cfg.hardware, self.share, advance)
+            return sequence_logprobs(model, items, self._cfg.hardware, advance)
 
     def sampled_kl(self, policy: Policy, held_out: Sequence[Answers]) -> float | None:
         """KL(policy || reference) per response in nats, on sampled responses to the first prompts.
@@ -198,7 +192,7 @@ class FrozenReference:
             before: the first evaluation.
         """
         algo, hardware = self._cfg.algo, self._cfg.hardware
-        gap = log_ratios(policy.model, held_out, hardware, self.share).abs().max().item()
+        gap = log_ratios(policy.model, held_out, hardware).abs().max().item()
         diagnosis = (
             "policy and reference are not the same model: an adapter was not loaded, dropout is "
             "on, or their numerics differ"
@@ -218,11 +212,9 @@ class FrozenReference:
             check_reference(session, self.model)
 
 
-def log_ratios(
-    policy: nn.Module, items: Sequence[Compared], hardware: Hardware, share: bool
-) -> Tensor:
+def log_ratios(policy: nn.Module, items: Sequence[Compared], hardware: Hardware) -> Tensor:
     """(S,) rho = log pi - log ref of all responses, item by item; without gradient."""
-    ours = torch.cat(sequence_logprobs(policy, items, hardware, share))
+    ours = torch.cat(sequence_logprobs(policy, items, hardware))
     return ours - torch.cat([item.reference for item in items if item.reference is not None])
 
 
@@ -230,11 +222,10 @@ def sequence_logprobs(
     model: nn.Module,
     items: Sequence[Compared],
     hardware: Hardware,
-    share: bool,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Tensor]:
     """Per item the (K,) log-probs of its responses, summed over tokens; without gradient."""
     answers = [item.answers for item in items]
-    per_token = logprobs_of(model, answers, hardware, share=share, advance=advance)
+    per_token = logprobs_of(model, answers, hardware, advance=advance)
     sums = torch.stack([each.sum() for each in per_token])  # (S,)
-    return list(sums.split([sequences_in(item) for item in items]))
+    return list(sums.split([responses_in(item) for item in items]))

@@ -24,7 +24,8 @@ from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slot_probe import fits_slots, give_up_slots
-from rlhf_cli.rollout.slot_run import Job, SlotSampler
+from rlhf_cli.rollout.slot_run import Job
+from rlhf_cli.rollout.slot_sampler import SlotSampler
 
 FILLS = 4  # times that the prompts of a group fill all slots
 
@@ -51,7 +52,7 @@ class NativeEngine(Engine):
         self._encoder = encoder
         self._absent = ids_of_no_token(model, encoder.tokenizer)
         self._hardware = hardware
-        self._slots = SlotSampler(encoder.stop_ids, encoder.text)
+        self._slots = SlotSampler(encoder.stop_ids, encoder.text, hardware.compile)
 
     @property
     def exact(self) -> bool:

@@ -3,24 +3,17 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.out_of_memory import SPARE, if_it_fits, oom_error, ran_out
 from rlhf_cli.models.row_attention import laid_out
-from rlhf_cli.reporting.console import say
-from rlhf_cli.rollout.decode import Completion, evaluation_mode, no_logits
-from rlhf_cli.rollout.graphs import StepGraphs, addresses
-from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.decode import Completion, no_logits
 from rlhf_cli.rollout.slots import SlotTable
 
-EVERY = 16  # steps between two looks at a GPU, which waits for the host meanwhile
+AHEAD = 2  # steps that a GPU has to do while the host looks at what was drawn before them
 LEAST = 8  # slots on a GPU, where a step in fewer is no faster
 BEGUN = 8  # prompts are read when one slot in so many is free: all others wait for them
-SIZES = [part * 2**power // 2 for power in range(6, 26) for part in (2, 3)]  # of slots on a GPU
-SPREAD = 2  # the shortest response of a run may need a slot so much shorter than the longest
 
 
 @dataclass
@@ -47,15 +40,6 @@ class Ends:
     ids: Sequence[int]
     strings: Sequence[str]
     text_of: Callable[[list[int]], str]
-
-
-@dataclass(frozen=True)
-class Room:
-    """How many slots are used at once, how many are made where they are kept, and their tokens."""
-
-    slots: int
-    rounded: int
-    capacity: int
 
 
 class SlotRun:
@@ -118,7 +102,7 @@ class SlotRun:
 
     def _rows(self, count: int) -> int:
         """How many slots take part in a step for so many; a graph is kept for few numbers only."""
-        return min(_rounded(max(count, LEAST)), self._table.slots) if self._on_gpu else count
+        return min(rounded(max(count, LEAST)), self._table.slots) if self._on_gpu else count
 
     def _until_some_end(self) -> list[tuple[int, Completion]]:
         """Steps of all slots in use, until some have ended."""
@@ -126,19 +110,41 @@ class SlotRun:
         rows = self._rows(used[-1] + 1)
         with laid_out(self._model, self._table.layout(rows)):
             while True:
-                for _ in range(self._every):
-                    for slot in used:
-                        self._reach[slot] += 1
-                    self._table.reach(max(self._reach[slot] for slot in used))
-                    self._step(rows)
-                if ended := self._look(used):
+                self._advance(self._every, rows, used)
+                noted = self._note(used)
+                if self._on_gpu:
+                    self._advance(AHEAD, rows, used)
+                if ended := self._look(used, noted()):
                     return ended
 
-    def _look(self, used: list[int]) -> list[tuple[int, Completion]]:
-        """The responses of slots that have ended, which are free now."""
+    def _advance(self, steps: int, rows: int, used: list[int]) -> None:
+        """So many steps of the first slots."""
+        for _ in range(steps):
+            for slot in used:
+                self._reach[slot] += 1
+            self._table.reach(max(self._reach[slot] for slot in used))
+            self._step(rows)
+
+    def _note(self, used: list[int]) -> Callable[[], list[list[int]]]:
+        """What waits for the present state of some slots: drawn, ended, bad of each."""
         table = self._table
         at = torch.tensor(used, device=table.device)
-        report = torch.stack([table.drawn[at], table.ended[at], table.bad[at]]).tolist()
+        report = torch.stack([table.drawn[at], table.ended[at], table.bad[at]])
+        if not self._on_gpu or not report.is_cuda:
+            return report.tolist
+        copy, done = report.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record()
+
+        def read() -> list[list[int]]:
+            done.synchronize()
+            values: list[list[int]] = copy.tolist()
+            return values
+
+        return read
+
+    def _look(self, used: list[int], report: list[list[int]]) -> list[tuple[int, Completion]]:
+        """The responses of slots that had ended by a report, which are free now."""
+        table = self._table
         if any(report[2]):
             raise no_logits(self._model)
         drawn = dict(zip(used, report[0], strict=True))
@@ -184,123 +190,6 @@ class SlotRun:
         return None
 
 
-class SlotSampler:
-    """Draws jobs in slots, as many as memory holds.
-
-    On a GPU slots and the graphs of their steps are kept for the next time, until they are in the
-    way of other work.
-    """
-
-    def __init__(self, stop_ids: Sequence[int], text_of: Callable[[list[int]], str]) -> None:
-        """Nothing is kept yet."""
-        self._stop_ids, self._text_of = stop_ids, text_of
-        self._kept: _Kept | None = None
-        self._keeps = True
-        self._graphs = True  # until one fails
-        SPARE.add(self)
-
-    def release(self) -> bool:
-        """Keep nothing from now on; whether anything was."""
-        kept, self._kept = self._kept, None
-        self._keeps = False
-        return kept is not None
-
-    def draw(
-        self, model: nn.Module, jobs: Sequence[Job], sampling: Sampling, budget: int
-    ) -> Iterator[list[tuple[int, Completion]]]:
-        """All responses with the places of their jobs, as they end.
-
-        Args:
-            budget: tokens that all slots may hold together, but for a single one.
-
-        Raises:
-            RunError: memory is too small for one slot, or logits are not finite.
-        """
-        needs = [len(job.prompt) + sampling.max_tokens for job in jobs]
-        left = sorted(range(len(jobs)), key=lambda place: needs[place], reverse=True)
-        most = budget  # slots that are tried
-        while left:
-            longest = needs[left[0]]
-            run = [place for place in left if needs[place] * SPREAD > longest]
-            capacity = longest
-            if next(model.parameters()).is_cuda:  # few sizes, so that few graphs are made
-                capacity = min(size for size in SIZES if size >= longest)
-            limit = max(1, min(most, budget // capacity))
-            slots = min(limit, len(run))
-            room = Room(slots, min(_rounded(slots), limit), capacity)
-            done: set[int] = set()
-            for found in self._run(model, [jobs[place] for place in run], sampling, room):
-                if found is None:
-                    if slots == 1:
-                        raise oom_error("sampling", 1, longest)
-                    most = slots // 2
-                    break
-                made = [(run[place], completion) for place, completion in found]
-                done |= {place for place, _ in made}
-                yield made
-            left = [place for place in left if place not in done]
-
-    def _run(
-        self, model: nn.Module, jobs: Sequence[Job], sampling: Sampling, room: Room
-    ) -> Iterator[list[tuple[int, Completion]] | None]:
-        """The responses to some jobs as they end; None and no more where memory ran out."""
-        stream: Iterator[list[tuple[int, Completion]]] | None = None
-
-        def following() -> list[tuple[int, Completion]]:
-            nonlocal stream
-            stream = stream or self._begun(model, sampling, room).completions(jobs)
-            return next(stream, [])
-
-        while True:
-            with evaluation_mode(model), torch.no_grad():
-                found = if_it_fits(following)
-            if found == []:
-                return
-            yield found
-            if found is None:
-                return
-
-    def _begun(self, model: nn.Module, sampling: Sampling, room: Room) -> SlotRun:
-        """Slots that are free: those that are kept, where they will do."""
-        ends = Ends(self._stop_ids, sampling.stop, self._text_of)
-        if not next(model.parameters()).is_cuda:
-            table = SlotTable(model, sampling, self._stop_ids, room.slots, room.capacity)
-            return SlotRun(model, table, room.slots, ends, table.step, every=1)
-        kept, self._kept = self._kept, None
-        key = (*addresses(model), str(sampling), room.capacity)
-        if kept is None or kept.key != key or kept.table.slots < room.slots:
-            del kept  # before others are made
-            table = SlotTable(model, sampling, self._stop_ids, room.rounded, room.capacity)
-            kept = _Kept(key, table, StepGraphs(table))
-        kept.table.ended.fill_(True)
-        if self._keeps:
-            self._kept = kept
-        return SlotRun(model, kept.table, room.slots, ends, partial(self._step, kept), EVERY)
-
-    def _step(self, kept: "_Kept", rows: int) -> None:
-        """A step by its graph; plainly where graphs have failed, which is said once."""
-        if self._graphs:
-            try:
-                kept.graphs.step(rows)
-                return
-            except Exception as error:
-                if ran_out(error):
-                    raise
-                self._graphs = False
-                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                say(f"sampling goes on without CUDA graphs, more slowly: {said}")
-        kept.table.step(rows)
-
-
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()
-
-
-@dataclass
-class _Kept:
-    """Slots, and the graphs of their steps, which hold good for what the key tells."""
-
-    key: tuple[object, ...]
-    table: SlotTable
-    graphs: StepGraphs

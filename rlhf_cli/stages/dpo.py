@@ -32,9 +32,12 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig, Hardware
 from rlhf_cli.data.batches import rankings_of
+from rlhf_cli.data.items import responses_in
 from rlhf_cli.data.store import by_source
+from rlhf_cli.data.transfer import tensor_on, to_device
 from rlhf_cli.evaluation import judging, report
-from rlhf_cli.models.forward import answer_batch, on_grid, token_logprobs
+from rlhf_cli.models.forward import on_grid, token_logprobs
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.objectives import preference, reward_model
 from rlhf_cli.preferences.implicit_reward import (
     implicit_rewards,
@@ -48,7 +51,6 @@ from rlhf_cli.preferences.items import (
     class_weights,
     good_sequences,
     items_of,
-    sequences_in,
 )
 from rlhf_cli.preferences.reference import (
     FrozenReference,
@@ -83,7 +85,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
     optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches), hardware)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
-    objective = DpoObjective(policy.model, algo, hardware, reference.share, weights, own)
+    objective = DpoObjective(policy.model, algo, hardware, weights, own)
     sampled_kl = partial(reference.sampled_kl, policy, data.held_out)
     parts = by_source(data.held_out, held_out)
     evaluate = partial(evaluated, objective, held_out, parts, sampled_kl)
@@ -150,15 +152,13 @@ class DpoObjective:
         policy: nn.Module,
         algo: DpoAlgo,
         hardware: Hardware,
-        share: bool,
         weights: tuple[float, float],
         own: OwnLoss | None,
     ) -> None:
-        """`share`: whether prompts may be computed once. `weights`: kto's lambda_D, lambda_U.
-        `own`: the user's loss, if algo.loss names one.
-        """
+        """`weights`: kto's lambda_D, lambda_U. `own`: the user's loss, if algo.loss names one."""
         self._policy, self._algo, self._hardware = policy, algo, hardware
-        self._share, self._weights, self._own = share, weights, own
+        self._weights, self._own = weights, own
+        self._layout = layout_of(policy, hardware)
 
     def batchwise(self, items: list[PreferenceItem]) -> Batchwise:
         """Over all items of a step, so that no cut into micro-batches changes the loss."""
@@ -167,22 +167,24 @@ class DpoObjective:
         mismatched = [item.mismatched for item in items if item.mismatched is not None]
         if not mismatched:
             return Batchwise(0.0, scale)
-        rho = log_ratios(self._policy, mismatched, self._hardware, self._share)
+        rho = log_ratios(self._policy, mismatched, self._hardware)
         return Batchwise(preference.kto_baseline(rho).item(), scale)
 
     def term(self, items: list[PreferenceItem], whole: Batchwise) -> LossTerm:
         """The loss of an optimizer step, or of an evaluation."""
         loss = partial(self.loss, whole=whole)
-        return LossTerm.of(items, loss, len(items), self._hardware, rows=sequences_in)
+        return LossTerm.of(items, loss, len(items), self._hardware, self._layout)
 
     def loss(self, items: list[PreferenceItem], whole: Batchwise) -> Loss:
         """Of a micro-batch, summed over items."""
-        batch = answer_batch(self._policy, [item.answers for item in items], self._share)
+        batch = batch_of(self._policy, [item.answers for item in items], self._layout)
         chunk = self._hardware.logprob_chunk
         grid = token_logprobs(self._policy, batch, chunk=chunk).logprobs  # (S, R)
         logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
         known = [item.reference for item in items if item.reference is not None]
-        ref = torch.cat(known).to(logprobs) if known else torch.zeros_like(logprobs)
+        ref = torch.zeros_like(logprobs)
+        if known:
+            ref = to_device(torch.cat(known).to(logprobs.dtype), logprobs.device)
         both = comparison_of(logprobs, ref, lengths, items, self._algo, whole)
         if self._own is not None:
             losses = own_losses(self._own, both, ref, lengths, self._algo)
@@ -193,7 +195,7 @@ class DpoObjective:
 
     def logprobs(self, items: list[PreferenceItem]) -> list[Tensor]:
         """Per item the (K,) log-probs of its responses under the policy, without gradient."""
-        return sequence_logprobs(self._policy, items, self._hardware, self._share)
+        return sequence_logprobs(self._policy, items, self._hardware)
 
 
 @dataclass
@@ -208,8 +210,8 @@ class Comparison:
 
     logprobs: Tensor
     rho: Tensor
-    best: list[int]
-    worst: list[int]
+    best: Tensor
+    worst: Tensor
     good: Tensor
     nll: Tensor
 
@@ -234,10 +236,14 @@ def comparison_of(
             has none.
         lengths: (S,) tokens of the responses.
     """
-    starts = [0, *accumulate(map(sequences_in, items))]
-    best = [start + item.best for start, item in zip(starts, items, strict=False)]
-    worst = [start + item.worst for start, item in zip(starts, items, strict=False)]
-    good = torch.tensor([item.is_good for item in items], device=logprobs.device)
+    starts = [0, *accumulate(map(responses_in, items))]
+    columns = [
+        [start + item.best for start, item in zip(starts, items, strict=False)],
+        [start + item.worst for start, item in zip(starts, items, strict=False)],
+        [item.is_good for item in items],
+    ]
+    best, worst, good = tensor_on(logprobs.device, columns)  # (N,) each
+    good = good.bool()
     rho = per_response(logprobs - reference, lengths, algo)
     nll = -logprobs[best] * good * whole.nll_scale
     return Comparison(logprobs, rho, best, worst, good, nll)

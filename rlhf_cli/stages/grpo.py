@@ -29,12 +29,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import GrpoAlgo, GrpoConfig
-from rlhf_cli.data.batches import collate, draw
+from rlhf_cli.data.batches import draw
 from rlhf_cli.data.items import EncodedPrompt, response_tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Mapped
 from rlhf_cli.models.forward import on_grid, token_logprobs
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.objectives import policy_gradient
 from rlhf_cli.objectives.advantages import (
@@ -101,7 +102,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     if refresh:
         refresh.load(state, tensors)
     monitor = Monitor(cfg, session, roles, held_out, state, tensors)
-    objective = GrpoObjective(cfg, roles, session.device)
+    objective = GrpoObjective(cfg, roles)
 
     with Bar("grpo", algo.steps) as bar:
         for step in session.steps(bar):
@@ -162,9 +163,10 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
 class GrpoObjective:
     """The loss of policy, KL and entropy, per response or, with aggregate=token_mean, per token."""
 
-    def __init__(self, cfg: GrpoConfig, roles: Roles, device: torch.device) -> None:
-        self._algo, self._hardware, self._device = cfg.algo, cfg.hardware, device
+    def __init__(self, cfg: GrpoConfig, roles: Roles) -> None:
+        self._algo, self._hardware = cfg.algo, cfg.hardware
         self._policy, self._reference, self._own = roles.policy.model, roles.reference, roles.loss
+        self._layout = layout_of(self._policy, cfg.hardware)
 
     def updates(
         self, parts: Iterable[tuple[int, list[list[Trajectory]]]], coefs: Coefficients
@@ -179,12 +181,13 @@ class GrpoObjective:
         count = len(minibatch)
         if self._algo.aggregate == "token_mean":
             count = response_tokens([item.tokens for item in minibatch])
-        return [LossTerm.of(minibatch, partial(self.loss, coefs=coefs), count, self._hardware)]
+        loss = partial(self.loss, coefs=coefs)
+        return [LossTerm.of(minibatch, loss, count, self._hardware, self._layout)]
 
     def loss(self, items: list[Trajectory], coefs: Coefficients) -> Loss:
         """Of a micro-batch, summed over responses or tokens: policy, KL and entropy."""
         algo = self._algo
-        batch = collate([item.tokens for item in items], self._device)
+        batch = batch_of(self._policy, [item.tokens for item in items], self._layout)
         mask = batch.response
         in_loss = algo.kl_in == "loss" and coefs.kl_coef > 0
         scored = token_logprobs(
@@ -196,12 +199,13 @@ class GrpoObjective:
             reference=self._reference if in_loss and algo.kl_estimator == "full" else None,
         )
         new = scored.logprobs  # (B, T)
-        keep_gaps(items, new[mask])
-        old = on_grid(mask, old_logprobs(items, new[mask]))
-        advantages = on_grid(mask, flat(items, "advantages", new))
-        ref = (
-            on_grid(mask, flat(items, "reference", new)) if items[0].reference is not None else old
-        )
+        known = new.flatten()[batch.scored]  # (N,)
+        keep_gaps(items, known)
+        old = on_grid(mask, old_logprobs(items, known), batch.scored)
+        advantages = on_grid(mask, flat(items, "advantages", new), batch.scored)
+        ref = old
+        if items[0].reference is not None:
+            ref = on_grid(mask, flat(items, "reference", new), batch.scored)
         if self._own is not None:
             total, metrics = own_policy_loss(self._own, new, old, ref, advantages, mask, algo)
         else:

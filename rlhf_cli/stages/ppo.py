@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema import PpoAlgo, PpoConfig
-from rlhf_cli.data.batches import collate, draw
+from rlhf_cli.data.batches import draw
 from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Mapped
 from rlhf_cli.models.forward import on_grid, response_nll, token_logprobs
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.objectives import policy_gradient
 from rlhf_cli.objectives.advantages import (
@@ -93,7 +94,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     old_kl_coef = state.get("old_kl_coef", algo.old_kl_coef or 0.0)
     running = RunningMoments(**state.get("running", {}))
     monitor = Monitor(cfg, session, roles, held_out, state, tensors)
-    objective = PpoObjective(cfg, roles, critic, texts.train, session.device)
+    objective = PpoObjective(cfg, roles, critic, texts.train)
 
     with Bar("ppo", algo.steps) as bar:
         for step in session.steps(bar):
@@ -178,12 +179,15 @@ class PpoObjective:
         roles: Roles,
         critic: Critic | None,
         texts: Sequence[Tokens],
-        device: torch.device,
     ) -> None:
         """`texts`: plain text for the pretraining mix."""
         self._algo, self._hardware, self._seed = cfg.algo, cfg.hardware, cfg.seed
         self._policy, self._reference, self._own = roles.policy.model, roles.reference, roles.loss
-        self._critic, self._texts, self._device = critic, texts, device
+        self._critic, self._texts = critic, texts
+        self._layout = layout_of(self._policy, cfg.hardware)
+        self._both = self._layout
+        if critic and critic.head is None:  # perhaps of another architecture
+            self._both = self._layout & layout_of(critic.model, cfg.hardware)
 
     def terms(
         self, minibatch: list[Trajectory], update: int, coefs: Coefficients
@@ -195,17 +199,19 @@ class PpoObjective:
         """
         algo, hardware = self._algo, self._hardware
         tokens = response_tokens([item.tokens for item in minibatch])
-        terms = [LossTerm.of(minibatch, partial(self.loss, coefs=coefs), tokens, hardware)]
+        loss = partial(self.loss, coefs=coefs)
+        terms = [LossTerm.of(minibatch, loss, tokens, hardware, self._both)]
         if algo.ptx_coef:
             mix = draw(self._texts, algo.ptx_batch_size, self._seed, "ptx", update)
             count, weight = response_tokens(mix), algo.ptx_coef
-            terms.append(LossTerm.of(mix, self.ptx_loss, count, hardware, weight=weight))
+            term = LossTerm.of(mix, self.ptx_loss, count, hardware, self._layout, weight=weight)
+            terms.append(term)
         return terms
 
     def loss(self, items: list[Trajectory], coefs: Coefficients) -> Loss:
         """Of a micro-batch, summed over tokens: policy, value, KL and entropy."""
         algo, critic = self._algo, self._critic
-        batch = collate([item.tokens for item in items], self._device)
+        batch = batch_of(self._policy, [item.tokens for item in items], self._both)
         in_loss = algo.kl_in == "loss" and coefs.kl_coef > 0
         scored = token_logprobs(
             self._policy,
@@ -216,7 +222,7 @@ class PpoObjective:
             value_head=critic.head if critic else None,
             reference=self._reference if in_loss and algo.kl_estimator == "full" else None,
         )
-        new = scored.logprobs[batch.response]  # (N,)
+        new = scored.logprobs.flatten()[batch.scored]  # (N,)
         keep_gaps(items, new)
         old = old_logprobs(items, new)
         if self._own is not None:
@@ -226,7 +232,7 @@ class PpoObjective:
         metrics = {"old_kl": k3(old, new), **clips}
         metrics["loss/policy"] = total
         if critic and algo.vf_coef is not None:
-            values = critic.values(batch, scored.values)[batch.response]
+            values = critic.values(batch, scored.values).flatten()[batch.scored]
             before, returns = flat(items, "values", new), flat(items, "returns", new)
             value_loss = policy_gradient.clipped_value_loss(
                 values, before, returns, algo.value_clip
@@ -234,13 +240,13 @@ class PpoObjective:
             total = total + algo.vf_coef * value_loss
             metrics["loss/value"] = value_loss
         if in_loss:
-            full = scored.kl[batch.response] if scored.kl is not None else None
+            full = scored.kl.flatten()[batch.scored] if scored.kl is not None else None
             ref = flat(items, "reference", new)
             kl_term = kl_loss(algo.kl_estimator, new, old, ref, full)
             total = total + coefs.kl_coef * kl_term
             metrics["loss/kl"] = kl_term
         if scored.entropy is not None:
-            entropy = scored.entropy[batch.response]
+            entropy = scored.entropy.flatten()[batch.scored]
             total = total - algo.entropy_coef * entropy
             metrics["loss/entropy"] = entropy
         return total.sum(), {name: value.detach().sum() for name, value in metrics.items()}
@@ -262,7 +268,7 @@ class PpoObjective:
 
     def ptx_loss(self, sequences: list[Tokens]) -> Loss:
         """Negative log-likelihood of plain text, summed over tokens."""
-        nll = response_nll(self._policy, sequences, chunk=self._hardware.logprob_chunk)
+        nll = response_nll(self._policy, sequences, self._hardware)
         return nll, {"loss/ptx": nll.detach()}
 
     def old_kl(self, items: list[Trajectory], temperature: float) -> float:

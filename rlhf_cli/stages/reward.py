@@ -31,6 +31,7 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import by_source
 from rlhf_cli.data.streaming import Stream, first
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.data.transfer import numbers_like, tensor_on
 from rlhf_cli.evaluation.judging import (
     Report,
     accuracy,
@@ -42,14 +43,9 @@ from rlhf_cli.evaluation.judging import (
 from rlhf_cli.evaluation.report import show_judgement, write_judgement
 from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
 from rlhf_cli.models.decoder import unwrap
-from rlhf_cli.models.forward import (
-    answer_batch,
-    on_grid,
-    response_scores,
-    shares_prompts,
-    token_scores,
-)
+from rlhf_cli.models.forward import on_grid, response_scores, token_scores
 from rlhf_cli.models.heads import head_name, told_of_head
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import scorer_from_policy
@@ -137,16 +133,16 @@ class RewardObjective:
     ) -> None:
         self._scorer, self._reading = scorer, reading
         self._algo, self._hardware = algo, hardware
-        self._share = hardware.share_prompts and shares_prompts(scorer)
+        self._layout = layout_of(scorer, hardware)
 
     def term(self, batch: list[Answers]) -> LossTerm:
         """The loss of an optimizer step: a mean over rows, or over the steps of all rows."""
         count = sum(max(len(item.ends), 1) for item in batch)
-        return LossTerm.of(batch, self.loss, count, self._hardware, rows=responses_in, logits=False)
+        return LossTerm.of(batch, self.loss, count, self._hardware, self._layout, logits=False)
 
     def loss(self, items: list[Answers]) -> Loss:
         """Of a micro-batch, summed over rows or steps."""
-        batch = answer_batch(self._scorer, items, self._share)
+        batch = batch_of(self._scorer, items, self._layout)
         losses, metrics = fit(self._scores_in(batch, items), items, self._algo)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
@@ -156,7 +152,9 @@ class RewardObjective:
             return response_scores(self._scorer, batch)
         grid = token_scores(self._scorer, batch)  # (S, R)
         if self._reading.level == STEP:
-            return torch.cat([grid[i, item.ends] for i, item in enumerate(items)])
+            width = grid.shape[1]
+            ends = [i * width + end for i, item in enumerate(items) for end in item.ends]
+            return grid.flatten()[tensor_on(grid.device, ends)]
         sums = (grid * batch.response).sum(-1)
         return sums / batch.response.sum(-1) if self._reading.aggregate == "mean" else sums
 
@@ -164,7 +162,7 @@ class RewardObjective:
         """Per row the scores of its responses, or of its steps; without gradient."""
         counts = [responses_in(item) for item in items]
         if self._reading.level == RESPONSE:
-            scores = scores_of(self._scorer, items, self._hardware, share=self._share)  # (S,)
+            scores = scores_of(self._scorer, items, self._hardware)  # (S,)
             return list(scores.split(counts))
         sequences = [sequence for item in items for sequence in item.sequences]
         if self._reading.level == STEP:
@@ -183,7 +181,7 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
     if algo.loss in ("bradley_terry", "token"):
         assert algo.label_smoothing is not None and algo.centring is not None
         chosen, rejected = scores.view(-1, 2).unbind(-1)  # (N,) each
-        margin = scores.new_tensor([row.margin for row in rows]) if algo.row_margin else None
+        margin = numbers_like(scores, [row.margin for row in rows]) if algo.row_margin else None
         losses = reward_model.bradley_terry_loss(chosen, rejected, margin, algo.label_smoothing)
         losses = losses + algo.centring * reward_model.centring_penalty(chosen, rejected)
         return losses, {"accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
@@ -197,14 +195,14 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
     if algo.loss not in ("pointwise", "process"):
         raise ValueError(f"an option of conf/algo has loss={algo.loss}, which is no case here")
     if algo.target == "score":
-        targets = scores.new_tensor([row.score for row in rows])
+        targets = numbers_like(scores, [row.score for row in rows])
         return reward_model.regression_loss(scores, targets), {}
     per_item = (
         [row.labels[: len(item.ends)] for row, item in zip(rows, items, strict=True)]
         if algo.loss == "process"
         else [[float(row.label)] for row in rows]
     )
-    labels = scores.new_tensor([label for labels in per_item for label in labels])
+    labels = numbers_like(scores, [label for labels in per_item for label in labels])
     hits = accuracy(scores, torch.zeros_like(scores))  # 1 where the model says right
     right = hits * labels + (1 - hits) * (1 - labels)
     return reward_model.logistic_loss(scores, labels), {"accuracy": right}

@@ -28,6 +28,7 @@ from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import response_nll
+from rlhf_cli.models.layouts import layout_of
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.recompute import recompute_activations
@@ -106,14 +107,15 @@ class SftObjective:
 
     def __init__(self, policy: nn.Module, hardware: Hardware) -> None:
         self._policy, self._hardware = policy, hardware
+        self._layout = layout_of(policy, hardware)
 
     def term(self, batch: list[Tokens]) -> LossTerm:
         """The loss of an optimizer step, a mean over response tokens."""
-        return LossTerm.of(batch, self.loss, response_tokens(batch), self._hardware)
+        return LossTerm.of(batch, self.loss, response_tokens(batch), self._hardware, self._layout)
 
     def loss(self, sequences: list[Tokens]) -> Loss:
         """Of a micro-batch, summed over response tokens."""
-        return response_nll(self._policy, sequences, chunk=self._hardware.logprob_chunk), {}
+        return response_nll(self._policy, sequences, self._hardware), {}
 
 
 # --------------------------------------------------------------------------- items

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
-from rlhf_cli.data.batches import cut, one
+from rlhf_cli.data.batches import micro_batches, one
+from rlhf_cli.data.items import responses_in
+from rlhf_cli.data.packing import Layout
 from rlhf_cli.models.out_of_memory import halves, in_groups, keys_that_help, oom_error
 from rlhf_cli.training.figures import Figures
 
@@ -46,15 +48,20 @@ class LossTerm:
         loss: Callable[[Any], Loss],
         count: float,
         hardware: Hardware,
+        layout: Layout,
         *,
         weight: float = 1.0,
-        rows: Callable[[Any], int] = one,
         logits: bool = True,
     ) -> "LossTerm":
-        """The items cut into micro-batches as `hardware` allows; `logits`: the loss holds some."""
-        batches = cut(items, hardware.tokens_at_once, count=rows)
+        """Responses to prompts, cut into micro-batches as `hardware` allows.
+
+        Args:
+            layout: in which the loss reads them.
+            logits: whether it holds some.
+        """
+        batches = micro_batches(items, hardware.tokens_at_once, layout)
         helps = partial(keys_that_help, hardware, logits=logits)
-        return cls(batches, loss, count, weight, rows, helps)
+        return cls(batches, loss, count, weight, responses_in, helps)
 
     @torch.no_grad()
     def evaluated(self) -> Metrics:

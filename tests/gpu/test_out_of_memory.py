@@ -108,10 +108,10 @@ def test_training(share: float, capsys: pytest.CaptureFixture[str]) -> None:
 
     def step() -> tuple[dict[str, float], dict[str, Tensor]]:
         model = decoder()
-        optimizer = Optimizer({"": (model, 1e-3)}, composed("sft").algo, total_steps=3)
+        optimizer = Optimizer({"": (model, 1e-3)}, composed("sft").algo, 3, hardware_of())
 
         def loss(batch: list[Tokens]) -> tuple[Tensor, dict[str, Tensor]]:
-            return response_nll(model, batch, chunk=10**6).sum(), {}
+            return response_nll(model, batch, hardware_of(logprob_chunk=10**6)).sum(), {}
 
         report = optimizer.step([LossTerm([items], loss, count)])
         return report, {name: weight.grad.cpu() for name, weight in model.named_parameters()}
@@ -135,6 +135,6 @@ def test_an_item_that_does_not_fit_ends_in_one_line() -> None:
 def test_moments_that_do_not_fit_end_the_run_in_one_line(room: int) -> None:
     """A weight of 64 MiB and its gradient; AdamW wants twice that beside them."""
     layer = nn.Linear(4096, 4096, bias=False, device=DEVICE)
-    optimizer = Optimizer({"": (layer, 1e-3)}, composed("sft").algo, total_steps=3)
+    optimizer = Optimizer({"": (layer, 1e-3)}, composed("sft").algo, 3, hardware_of())
     with at_most(64 * MIB + room), pytest.raises(RunError, match="out of memory in the update"):
         optimizer.step([LossTerm([[Tokens([1], [2])]], lambda items: (layer.weight.sum(), {}), 1)])

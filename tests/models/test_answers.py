@@ -1,6 +1,7 @@
-"""Responses to one prompt: computed with it once, they are what each is alone."""
+"""Responses in every layout, padded, packed and with prompts once: they are what each is alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -13,25 +14,22 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from rlhf_cli.data.batches import Batch, collate, collate_answers
 from rlhf_cli.data.items import Answers
-from rlhf_cli.models.forward import (
-    answer_batch,
-    response_scores,
-    shares_prompts,
-    token_logprobs,
-    token_scores,
-)
+from rlhf_cli.data.packing import PACKED, PADDED, SHARED, Layout
+from rlhf_cli.models.forward import response_scores, token_logprobs, token_scores
 from rlhf_cli.models.heads import init_head
-from rlhf_cli.models.score import logprobs_of, mean_nll, scores_of, token_scores_of
+from rlhf_cli.models.recompute import recompute_activations
+from rlhf_cli.models.score import (
+    logprobs_of,
+    mean_nll,
+    scores_of,
+    token_scores_of,
+    trunk_values_of,
+    values_of,
+)
 from tests.toys import hardware_of, llama
 
 VOCABULARY = 23
@@ -50,7 +48,8 @@ def group_of(prompt: int, *responses: int, seed: int = 0) -> Answers:
 
 
 # pairs, rankings, a response alone; long, short and of one token
-GROUPS = [group_of(6, 4, 7), group_of(1, 1, 1), group_of(9, 3, 1, 5, 2), group_of(4, 6)]
+GROUPS = [group_of(17, 4, 7), group_of(1, 1, 1), group_of(19, 3, 1, 5, 2), group_of(4, 6)]
+LAYOUTS = [PADDED, PACKED, SHARED]
 
 
 def small(kind: Any, **changes: Any) -> Any:
@@ -87,8 +86,15 @@ def lora() -> nn.Module:
 def recomputing() -> nn.Module:
     """A random decoder with gradient checkpointing, in the mode in which it recomputes."""
     model = llama(VOCABULARY)
-    model.gradient_checkpointing_enable()
-    return model.train()
+    recompute_activations(model)
+    return model
+
+
+def recomputing_lora() -> nn.Module:
+    """The same under an adapter."""
+    model = lora()
+    recompute_activations(model)
+    return model
 
 
 def scorer(kind: Any = LlamaForSequenceClassification) -> Any:
@@ -104,6 +110,7 @@ LANGUAGE_MODELS: list[Callable[[], nn.Module]] = [
     gpt2,
     lora,
     recomputing,
+    recomputing_lora,
 ]
 SCORERS = [LlamaForSequenceClassification, LlamaForTokenClassification]
 
@@ -123,39 +130,40 @@ def gradients(model: nn.Module, output: Tensor) -> Tensor:
     return flat
 
 
-def same_in_both_layouts(model: nn.Module, compute: Callable[[Batch], Tensor]) -> None:
+def same_in_all_layouts(model: nn.Module, compute: Callable[[Batch], Tensor]) -> None:
     """Outputs and gradients, relative to the largest."""
     found = []
-    for share in (True, False):
-        output = compute(collate_answers(GROUPS, share=share))
+    for layout in LAYOUTS:
+        output = compute(collate_answers(GROUPS, layout=layout))
         slopes = gradients(model, output)
         found.append((output, slopes / slopes.abs().max()))
-    close(*found)
+    close(found[1], found[0])
+    close(found[2], found[0])
 
 
-# --------------------------------------------------------------------------- both layouts
+# --------------------------------------------------------------------------- all layouts
 
 
 @pytest.mark.parametrize("make", LANGUAGE_MODELS)
 @pytest.mark.parametrize("chunk", [3, WIDE])
-def test_log_probs_and_gradients_are_the_same_in_both_layouts(
+def test_log_probs_and_gradients_are_the_same_in_all_layouts(
     make: Callable[[], nn.Module], chunk: int
 ) -> None:
     model = make()
-    same_in_both_layouts(model, lambda batch: token_logprobs(model, batch, chunk=chunk).logprobs)
+    same_in_all_layouts(model, lambda batch: token_logprobs(model, batch, chunk=chunk).logprobs)
 
 
 @pytest.mark.parametrize("kind", SCORERS)
-def test_scores_and_gradients_are_the_same_in_both_layouts(kind: Any) -> None:
+def test_scores_and_gradients_are_the_same_in_all_layouts(kind: Any) -> None:
     model = scorer(kind)
-    same_in_both_layouts(model, lambda batch: response_scores(model, batch))
-    same_in_both_layouts(model, lambda batch: token_scores(model, batch) * batch.response.float())
+    same_in_all_layouts(model, lambda batch: response_scores(model, batch))
+    same_in_all_layouts(model, lambda batch: token_scores(model, batch) * batch.response.float())
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_answers_are_what_their_sequences_are(share: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_answers_are_what_their_sequences_are(layout: Layout) -> None:
     model, judge = llama(VOCABULARY), scorer()
-    answers = collate_answers(GROUPS, share=share)
+    answers = collate_answers(GROUPS, layout=layout)
     plain = collate([each for group in GROUPS for each in group.sequences])
     ours = token_logprobs(model, answers, chunk=WIDE).logprobs
     close(
@@ -169,14 +177,14 @@ def test_answers_are_what_their_sequences_are(share: bool) -> None:
     close(each_token[:, -1], response_scores(judge, answers))  # pads repeat the last
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_a_group_alone_is_what_it_is_in_a_batch(share: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_group_alone_is_what_it_is_in_a_batch(layout: Layout) -> None:
     model = llama(VOCABULARY)
-    batch = collate_answers(GROUPS, share=share)
+    batch = collate_answers(GROUPS, layout=layout)
     together = token_logprobs(model, batch, chunk=WIDE).logprobs[batch.response]
     alone = []
     for group in GROUPS:
-        single = collate_answers([group], share=share)
+        single = collate_answers([group], layout=layout)
         alone.append(token_logprobs(model, single, chunk=WIDE).logprobs[single.response])
     close(together, torch.cat(alone))
 
@@ -184,7 +192,7 @@ def test_a_group_alone_is_what_it_is_in_a_batch(share: bool) -> None:
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_a_response_does_not_see_the_others(changed: int) -> None:
     model, judge = llama(VOCABULARY), scorer()
-    before = group_of(5, 4, 4, 4)
+    before = group_of(18, 4, 4, 4)
     responses = [list(each) for each in before.responses]
     responses[changed] = [3 + (id - 2) % 20 for id in responses[changed]]
     after = Answers(before.prompt, responses, None)
@@ -193,7 +201,7 @@ def test_a_response_does_not_see_the_others(changed: int) -> None:
         lambda batch: token_logprobs(model, batch, chunk=WIDE).logprobs,
         lambda batch: token_scores(judge, batch),
     ):
-        old, new = (compute(collate_answers([group], share=True)) for group in (before, after))
+        old, new = (compute(collate_answers([group], layout=SHARED)) for group in (before, after))
         assert torch.equal(old[others], new[others])
         assert not torch.allclose(old[changed], new[changed], atol=1e-2)
 
@@ -201,12 +209,14 @@ def test_a_response_does_not_see_the_others(changed: int) -> None:
 def test_a_response_sees_its_prompt_and_itself() -> None:
     """Were the prompt invisible, the layouts could agree in what both leave out."""
     model = llama(VOCABULARY)
-    before = group_of(5, 4, 4)
-    other_prompt = Answers([before.prompt[0], 9, *before.prompt[2:]], before.responses, None)
+    before = group_of(18, 4, 4)
+    other_prompt = Answers(
+        [before.prompt[0], before.prompt[1] % 20 + 3, *before.prompt[2:]], before.responses, None
+    )
     first = [before.responses[1][0] % 20 + 3, *before.responses[1][1:]]
     other_start = Answers(before.prompt, [before.responses[0], first], None)
     base, moved, turned = (
-        token_logprobs(model, collate_answers([group], share=True), chunk=WIDE).logprobs
+        token_logprobs(model, collate_answers([group], layout=SHARED), chunk=WIDE).logprobs
         for group in (before, other_prompt, other_start)
     )
     assert (moved - base).abs().min() > 1e-4
@@ -216,93 +226,39 @@ def test_a_response_sees_its_prompt_and_itself() -> None:
 # --------------------------------------------------------------------------- of many
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("packing", ["auto", "false"])
 @pytest.mark.parametrize("budget", [1, 40, WIDE])
-def test_groups_come_back_in_order_whatever_the_budget(share: bool, budget: int) -> None:
+def test_groups_come_back_in_order_whatever_the_budget(packing: str, budget: int) -> None:
     model, judge = llama(VOCABULARY), scorer()
-    hardware = hardware_of(tokens_per_microbatch=budget, logprob_chunk=3)
+    hardware = hardware_of(tokens_per_microbatch=budget, logprob_chunk=3, packing=packing)
+    apart = replace(hardware, packing="false")
     sequences = [each for group in GROUPS for each in group.sequences]
-    rows = logprobs_of(model, GROUPS, hardware, share=share)
+    rows = logprobs_of(model, GROUPS, hardware)
     assert list(map(len, rows)) == [len(each.response) for each in sequences]
-    close(rows, logprobs_of(model, sequences, hardware))
-    per_token = token_scores_of(judge, GROUPS, hardware, share=share)
-    close(per_token, token_scores_of(judge, sequences, hardware))
-    scores = scores_of(judge, GROUPS, hardware, share=share)
+    close(rows, logprobs_of(model, sequences, apart))
+    per_token = token_scores_of(judge, GROUPS, hardware)
+    close(per_token, token_scores_of(judge, sequences, apart))
+    scores = scores_of(judge, GROUPS, hardware)
     assert len(scores) == len(sequences)
-    close(scores, scores_of(judge, sequences, hardware))
+    close(scores, scores_of(judge, sequences, apart))
     assert mean_nll(model, GROUPS, hardware) == pytest.approx(
-        mean_nll(model, sequences, hardware), abs=1e-6
+        mean_nll(model, sequences, apart), abs=1e-6
     )
 
 
-def test_a_batch_shares_prompts_where_it_may_and_where_it_pays() -> None:
-    for model in (llama(VOCABULARY), gpt2(), lora(), scorer()):
-        assert answer_batch(model, [group_of(20, 3, 2)], share=True).ids.shape == (1, 25)
-        assert answer_batch(model, [group_of(20, 3, 2)], share=False).ids.shape == (2, 23)
-        assert answer_batch(model, [group_of(1, 9, 9)], share=True).ids.shape == (2, 10)
-
-
-# --------------------------------------------------------------------------- which models share
-
-
-@pytest.mark.parametrize("make", LANGUAGE_MODELS)
-def test_decoders_share(make: Callable[[], nn.Module]) -> None:
-    assert shares_prompts(make())
-
-
-@pytest.mark.parametrize("kind", SCORERS)
-def test_scorers_share(kind: Any) -> None:
-    assert shares_prompts(scorer(kind))
-    adapted = peft.get_peft_model(
-        scorer(kind), peft.LoraConfig(target_modules="all-linear", exclude_modules=["score"])
-    )
-    assert shares_prompts(adapted)
-
-
-def test_a_window_that_is_off_is_no_window() -> None:
-    assert shares_prompts(MistralForCausalLM(small(MistralConfig, sliding_window=None)))
-    off = small(Qwen2Config, use_sliding_window=False, sliding_window=32)
-    assert shares_prompts(Qwen2ForCausalLM(off))
-
-
-def test_windows_states_and_other_attention_do_not_share() -> None:
-    assert not shares_prompts(MistralForCausalLM(small(MistralConfig, sliding_window=32)))
-    some = small(Qwen2Config, use_sliding_window=True, sliding_window=32, max_window_layers=1)
-    assert not shares_prompts(Qwen2ForCausalLM(some))
-    assert not shares_prompts(llama(VOCABULARY, attn_implementation="eager"))
-    state_space = MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1
-    )
-    assert not shares_prompts(MambaForCausalLM(state_space))
-
-
-def test_a_model_with_positions_of_its_own_fails_the_probe() -> None:
-    model = llama(VOCABULARY)
-    forward = model.model.forward
-
-    def counted(**inputs: Any) -> Any:
-        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
-        return forward(**inputs)
-
-    model.model.forward = counted
-    assert not shares_prompts(model)
-
-
-def test_a_model_that_refuses_the_mask_fails_the_probe() -> None:
-    model = llama(VOCABULARY)
-    forward = model.model.forward
-
-    def strict(**inputs: Any) -> Any:
-        if inputs["attention_mask"].ndim != 2:
-            raise ValueError("a padding mask has two dimensions")
-        return forward(**inputs)
-
-    model.model.forward = strict
-    assert not shares_prompts(model)
-
-
-def test_a_probe_leaves_the_random_state_alone() -> None:
-    model = llama(VOCABULARY)
-    state = torch.random.get_rng_state()
-    shares_prompts(model)
-    assert torch.equal(torch.random.get_rng_state(), state)
+@pytest.mark.parametrize("packing", ["auto", "false"])
+def test_values_are_those_of_the_states_before_each_token(packing: str) -> None:
+    """Of a network, and of a head on the trunk, which must go by the grid."""
+    critic, hardware = scorer(), hardware_of(packing=packing, tokens_per_microbatch=50)
+    sequences = [each for group in GROUPS for each in group.sequences]
+    alone = [
+        critic.score(critic.model(torch.tensor([each.prompt + each.response])).last_hidden_state)
+        for each in sequences
+    ]
+    expected = [
+        values[0, len(each.prompt) - 1 : -1, 0]
+        for values, each in zip(alone, sequences, strict=True)
+    ]
+    close(values_of(critic, sequences, hardware), [each.detach() for each in expected])
+    on_trunk = trunk_values_of(critic, critic.score, sequences, hardware)
+    close(on_trunk, [each.detach() for each in expected])

@@ -147,11 +147,11 @@ def test_scores_do_not_change_where_less_fits_at_once(most: int) -> None:
     sequences = sequences_of(9)
     whole = score.logprobs_of(model, sequences, hardware)
     told: list[int] = []
-    answers = score.logprobs_of(model, GROUPS, hardware, share=True, advance=told.append)
+    answers = score.logprobs_of(model, GROUPS, hardware, advance=told.append)
     sizes = small_memory(model, most)
     close(score.logprobs_of(model, sequences, hardware), whole)
     told_again: list[int] = []
-    again = score.logprobs_of(model, GROUPS, hardware, share=True, advance=told_again.append)
+    again = score.logprobs_of(model, GROUPS, hardware, advance=told_again.append)
     close(again, answers)
     assert sum(told) == sum(told_again) == len(GROUPS)
     assert max(sizes) <= most and len(sizes) > 2

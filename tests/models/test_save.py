@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.save import save_model, save_tokenizer, set_stop_ids
@@ -133,6 +133,7 @@ def ends_its_turns(place: Path) -> None:
         model.lm_head.weight.mul_(0.1)
         model.lm_head.weight[302, 0] = 9
     settings = generation(place)
+    model.generation_config = GenerationConfig()  # some versions refuse to write ours
     model.save_pretrained(place)
     (place / "generation_config.json").write_text(json.dumps(settings))
 

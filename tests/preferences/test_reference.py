@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
@@ -287,23 +287,20 @@ def test_a_folder_is_the_reference_whatever_the_policy(tmp_path: Path) -> None:
     assert "reference" not in manifest(alone) and "implicit_reward" not in manifest(alone)
 
 
-def test_a_reference_that_cannot_share_prompts_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its window of four tokens would show it other tokens in a shared row."""
-    monkeypatch.setattr("rlhf_cli.models.forward.sharing_pays", lambda groups, width: True)
+def test_a_reference_that_cannot_pack_rows_does_not() -> None:
+    """Its states run along the row."""
     tokenizer = load_tokenizer("runs/demo/sft", FROZEN)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.4}
-    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    config = MistralConfig(vocab_size=len(tokenizer), sliding_window=4, **sizes, **heads)
-    MistralForCausalLM(config).save_pretrained("windowed")
-    tokenizer.save_pretrained("windowed")
-    shared, separate = (
-        metrics(
-            run(f"share-{share}", *ONCE, "reference=windowed", f"hardware.share_prompts={share}")
-        )
-        for share in ("true", "false")
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1
     )
-    assert shared[-1] == pytest.approx(separate[-1], rel=1e-4, abs=1e-4)
+    MambaForCausalLM(config).save_pretrained("recurrent")
+    tokenizer.save_pretrained("recurrent")
+    packed, padded = (
+        metrics(run(f"packing-{each}", *ONCE, "reference=recurrent", f"hardware.packing={each}"))
+        for each in ("auto", "false")
+    )
+    assert packed[-1] == pytest.approx(padded[-1], rel=1e-4, abs=1e-4)
 
 
 def test_a_policy_and_its_reference_may_move_together(tmp_path: Path) -> None:

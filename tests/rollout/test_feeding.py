@@ -18,7 +18,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models.decoder import embedding_rows
-from rlhf_cli.models.forward import shares_prompts
+from rlhf_cli.models.layouts import found_layout
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.tokenizers import load_tokenizer
@@ -169,9 +169,9 @@ def test_ways(tmp_path: Path) -> None:
     way = way_of(griffin)
     assert way.argument == "past_key_values" and not way.padded  # its convolution sees pads
     assert {each.rpartition(".")[2] for each in way.held} == {"conv1d_state", "recurrent_states"}
-    assert not reorders(griffin) and not shares_prompts(griffin)
+    assert not reorders(griffin) and not found_layout(griffin)[0].packed
     rwkv = loaded("rwkv", tmp_path)
-    assert way_of(rwkv).alone and not reorders(rwkv) and not shares_prompts(rwkv)
+    assert way_of(rwkv).alone and not reorders(rwkv) and not found_layout(rwkv)[0].packed
     plain = llama()
     assert way_of(plain).padded and reorders(plain)
 

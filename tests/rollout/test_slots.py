@@ -9,7 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.llama import modeling_llama
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models import out_of_memory
 from rlhf_cli.models.row_attention import laid_out
@@ -17,10 +19,12 @@ from rlhf_cli.rollout import native, slot_run
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.graphs import GraphDiffers, addresses, check_alike
 from rlhf_cli.rollout.native import NativeEngine
+from rlhf_cli.rollout.pieces import Pieces
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slot_probe import fits_slots
-from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun, SlotSampler
+from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun
+from rlhf_cli.rollout.slot_sampler import SlotSampler
 from rlhf_cli.rollout.slots import SlotCache, SlotTable
 from tests.model_families import names
 from tests.rollout.test_feeding import MORE, loaded, prompts_of, stops_of
@@ -253,11 +257,42 @@ def test_a_graph_that_differs_is_refused() -> None:
     check_alike(plain, plain, plain)
     idle = {**plain, "tokens": torch.tensor([[4, 5, 0], [6, 7, 9]])}
     check_alike(plain, plain, idle)  # nobody reads what an ended slot draws
-    for name, value in (("tokens", 9), ("logprobs", 0)):
-        other = {**plain, name: plain[name].clone()}
-        other[name][0, 1] = value
-        with pytest.raises(GraphDiffers):
-            check_alike(plain, plain, other)
+    other = {**plain, "logprobs": torch.zeros(2, 3)}
+    with pytest.raises(GraphDiffers):
+        check_alike(plain, plain, other)
+    many = {name: each[:1].expand(20, *each.shape[1:]).clone() for name, each in plain.items()}
+    others = {**many, "tokens": many["tokens"].clone()}
+    others["tokens"][:2] += 1  # as rounding does to one in ten
+    check_alike(many, many, others)
+    others["tokens"][:3] += 1
+    with pytest.raises(GraphDiffers):
+        check_alike(many, many, others)
+
+
+def test_pieces_stand_in_for_parts_within_a_block_alone() -> None:
+    model = llama(90)
+    calls: list[str] = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        calls.append("piece")
+        return graph.forward
+
+    pieces = Pieces(model, backend=noted)
+    assert len(pieces) == 1 + 2 + 5  # the rotation, MLPs, norms
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        before = modeling_llama.apply_rotary_pos_emb
+        with pieces:
+            found = model(ids).logits
+            assert len(set(calls)) == 1 and modeling_llama.apply_rotary_pos_emb is not before
+        made = len(calls)
+        assert torch.equal(model(ids).logits, expected) and len(calls) == made
+    torch.testing.assert_close(found, expected)
+    assert modeling_llama.apply_rotary_pos_emb is before
+    assert not any("forward" in vars(module) for module in model.modules())
+    adapted: Any = get_peft_model(llama(90), LoraConfig(r=2, target_modules="all-linear"))
+    assert len(Pieces(adapted)) == 1 + 5
 
 
 def test_graphs_are_made_anew_where_what_they_hold_has_moved() -> None:
@@ -275,6 +310,10 @@ def test_graphs_are_made_anew_where_what_they_hold_has_moved() -> None:
     assert addresses(adapted) == on
 
 
+def no_memory(group: list[int]) -> RunError:
+    raise AssertionError(group)
+
+
 def test_kept_slots_make_way_for_other_work() -> None:
     sampler = SlotSampler([2], str)
     sampler._kept = kept = object()  # type: ignore[assignment]
@@ -287,5 +326,8 @@ def test_kept_slots_make_way_for_other_work() -> None:
             raise MemoryError
         return "done"
 
-    assert out_of_memory.if_it_fits(work) == "done"
-    assert sampler._kept is None and kept is not None and not sampler.release()
+    assert out_of_memory.if_it_fits(work) is None  # what may not be done twice is not
+    assert sampler._kept is None and kept is not None
+    sampler._kept, left = kept, 1  # type: ignore[assignment]
+    assert list(out_of_memory.in_groups([[1]], lambda group: work(), no_memory)) == [([1], "done")]
+    assert not sampler.release()

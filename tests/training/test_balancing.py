@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate, collate_answers
 from rlhf_cli.data.items import Answers, Tokens
+from rlhf_cli.data.packing import PADDED, SHARED, SHARED_FROM, Layout
 from rlhf_cli.models.adapters import POLICY, REFERENCE, Acting, add_adapter
 from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.lora_places import lora_places, peft_targets
@@ -107,12 +108,13 @@ def test_micro_batches_of_any_cut_take_the_same_step() -> None:
 
 def test_a_shared_prompt_counts_as_often_as_it_is_read() -> None:
     model = model_of("qwen3_moe", **ASKS, router_aux_loss_coef=3.0)
-    groups = [Answers([5, 6, 7, 8], [[9, 10], [11, 12, 13]], None), Answers([14], [[15]], None)]
+    prompt = [5 + i % 9 for i in range(SHARED_FROM)]
+    groups = [Answers(prompt, [[9, 10], [11, 12, 13]], None), Answers([14], [[15]], None)]
     found = []
-    for share in (False, True):
+    for layout in (PADDED, SHARED):
 
-        def loss(items: list[Answers], share: bool = share) -> Loss:
-            batch = collate_answers(items, share=share)
+        def loss(items: list[Answers], layout: Layout = layout) -> Loss:
+            batch = collate_answers(items, layout=layout)
             return nll_sum(token_logprobs(model, batch, chunk=50).logprobs, batch.response), {}
 
         found.append(step_of(model, [groups], loss, 6))

@@ -21,7 +21,7 @@ from rlhf_cli.data.rows import read_split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.adapters import snapshot
-from rlhf_cli.models.forward import answer_batch, shares_prompts
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.tokenizers import load_tokenizer
@@ -33,7 +33,7 @@ from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import sft
 from tests.contents import contents_of, without_times
 from tests.tiny import DATA, WORDS, manifest, words_of
-from tests.toys import FROZEN, bpe, llama
+from tests.toys import FROZEN, bpe, hardware_of, llama
 
 RANKINGS, FEEDBACK = "data.path=rankings.jsonl", "data.path=feedback.jsonl"
 ONCE = "algo.epochs=1"
@@ -295,7 +295,7 @@ def test_hardware_changes_no_metric(name: str, tmp_path: Path) -> None:
         *("hardware.tokens_per_microbatch=48", "hardware.logprob_chunk=3"),
         *("hardware.gradient_checkpointing=true", "hardware.save_every=null"),
         *(["hardware.rollout_tokens=70"] if stage in ("dpo", "ppo", "grpo") else []),
-        *(["hardware.share_prompts=false"] if stage in ("reward", "dpo") else []),
+        "hardware.packing=false",
     )
     ours, theirs = untimed(one / "metrics.jsonl"), untimed(other / "metrics.jsonl")
     assert len(ours) == len(theirs) >= 5
@@ -311,14 +311,14 @@ def test_hardware_changes_no_metric(name: str, tmp_path: Path) -> None:
 
 
 def test_what_the_runs_above_share_is_shared() -> None:
-    """Otherwise hardware.share_prompts=false would have changed nothing."""
+    """Otherwise hardware.packing=false would have changed less than it may."""
     tokenizer = load_tokenizer("runs/demo/sft", FROZEN)
     model = load_policy("runs/demo/sft", FROZEN, tokenizer, torch.device("cpu"))
-    assert shares_prompts(model)
+    layout = layout_of(model, hardware_of())
     for kind, file in ((Preference, "rows"), (Ranking, "rankings")):
         data = compose("dpo", [*words_of("dpo"), f"data.path={file}.jsonl"]).data
         items = Encoder(tokenizer, data).answers(read_split(data, kind).train)
-        assert len(answer_batch(model, items, share=True).ids) == len(items)
+        assert (batch_of(model, items, layout).stands_for > 1).any()
 
 
 # --------------------------------------------------------------------------- hand-offs
