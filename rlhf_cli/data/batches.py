@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
-from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, pack
+from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, moved, pack
 
 Item = TypeVar("Item")
 
@@ -124,14 +124,14 @@ def _collated(
             response[s, start : start + len(sequence.loss)] &= torch.tensor(sequence.loss)
     pieces = row.pieces
     return Batch(
-        row.ids.to(device),
-        row.positions.to(device),
-        (row.stands_for > 0).to(device),
-        place(inside).to(device),
-        place((inside - 1).clamp(min=0)).to(device),
-        response.to(device),
-        row.stands_for.to(device),
-        _places(response).to(device),
+        moved(row.ids, device),
+        moved(row.positions, device),
+        moved(row.stands_for > 0, device),
+        moved(place(inside), device),
+        moved(place((inside - 1).clamp(min=0)), device),
+        moved(response, device),
+        moved(row.stands_for, device),
+        moved(_places(response), device),
         None if pieces is None else _packing(pieces, torch.device(device)),
     )
 
@@ -147,7 +147,7 @@ def _packing(pieces: "list[_Piece]", device: torch.device) -> Packing:
         for start, count in ((each.prompt, each.seen), (each.start, each.tokens))
     ]
     key_lengths = [each.seen + each.tokens for each in pieces]
-    return Packing(lengths, device, key_lengths, torch.cat(ranges).to(device))
+    return Packing(lengths, device, key_lengths, torch.cat(ranges))
 
 
 def _places(response: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def rankings_of(
     ranks = [torch.tensor(item.row.ranks, dtype=torch.float32) for item in items]
     counts = torch.tensor([len(each) for each in ranks])
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    return pad_sequence(ranks, batch_first=True).to(device), mask.to(device)
+    return moved(pad_sequence(ranks, batch_first=True), device), moved(mask, device)
 
 
 def one(item: object) -> int:

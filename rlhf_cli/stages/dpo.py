@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig, Hardware
 from rlhf_cli.data.batches import rankings_of
 from rlhf_cli.data.items import responses_in
+from rlhf_cli.data.packing import moved
 from rlhf_cli.data.store import by_source
 from rlhf_cli.evaluation import judging, report
 from rlhf_cli.models.forward import on_grid, token_logprobs
@@ -181,7 +182,9 @@ class DpoObjective:
         grid = token_logprobs(self._policy, batch, chunk=chunk).logprobs  # (S, R)
         logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
         known = [item.reference for item in items if item.reference is not None]
-        ref = torch.cat(known).to(logprobs) if known else torch.zeros_like(logprobs)
+        ref = torch.zeros_like(logprobs)
+        if known:
+            ref = moved(torch.cat(known), ref.device).to(ref.dtype)
         both = comparison_of(logprobs, ref, lengths, items, self._algo, whole)
         if self._own is not None:
             losses = own_losses(self._own, both, ref, lengths, self._algo)
