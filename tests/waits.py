@@ -1,5 +1,6 @@
 """Where a host waits for a device: told on a CPU, by the operators that need a value."""
 
+import sys
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ WAITING = {
 class Waits(TorchDispatchMode):
     """Notes, within its block, what would wait if the tensors were on a GPU.
 
-    What copies a whole tensor, as `tolist` does, is no operator on a CPU and goes unseen.
+    What copies a whole tensor, as `tolist` does, is no operator on a CPU and goes unseen. What
+    builds batches works on the host, and may ask for values.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,13 @@ class Waits(TorchDispatchMode):
         by_mask = func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) and (
             any(each is not None and each.dtype == torch.bool for each in args[1])
         )
-        if func in WAITING or by_mask:
+        if (func in WAITING or by_mask) and not _builds_batches():
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def _builds_batches() -> bool:
+    frame = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith("data/batches.py"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
-from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, moved, pack
+from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, pack
+from rlhf_cli.data.transfer import to_device, together
 
 Item = TypeVar("Item")
 
@@ -122,18 +123,14 @@ def _collated(
         if sequence.loss is not None:
             start = len(sequence.prompt) if whole else 0
             response[s, start : start + len(sequence.loss)] &= torch.tensor(sequence.loss)
-    pieces = row.pieces
-    return Batch(
-        moved(row.ids, device),
-        moved(row.positions, device),
-        moved(row.stands_for > 0, device),
-        moved(place(inside), device),
-        moved(place((inside - 1).clamp(min=0)), device),
-        moved(response, device),
-        moved(row.stands_for, device),
-        moved(_places(response), device),
-        None if pieces is None else _packing(pieces, torch.device(device)),
+    before = place((inside - 1).clamp(min=0))
+    grids = [place(inside), before, response, row.stands_for, _places(response)]
+    ids, positions, attention, *moved = together(
+        [row.ids, row.positions, row.stands_for > 0, *grids], device
     )
+    at, before, response, stands_for, scored = moved
+    packing = None if row.pieces is None else _packing(row.pieces, torch.device(device))
+    return Batch(ids, positions, attention, at, before, response, stands_for, scored, packing)
 
 
 def _packing(pieces: "list[_Piece]", device: torch.device) -> Packing:
@@ -249,7 +246,7 @@ def rankings_of(
     ranks = [torch.tensor(item.row.ranks, dtype=torch.float32) for item in items]
     counts = torch.tensor([len(each) for each in ranks])
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    return moved(pad_sequence(ranks, batch_first=True), device), moved(mask, device)
+    return to_device(pad_sequence(ranks, batch_first=True), device), to_device(mask, device)
 
 
 def one(item: object) -> int:

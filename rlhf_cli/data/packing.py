@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf_cli.data.transfer import to_device
+
 Item = TypeVar("Item")
 SHARED_FROM = 8  # tokens of a prompt that is worth a sequence of its own
 
@@ -75,8 +77,8 @@ class Packing:
         starts = _starts(self.lengths, self.device)
         keys, repeated, whence = self.keys, None, None
         if keys is not None:
-            repeated, whence = (moved(each, self.device) for each in _back_from(keys.cpu()))
-            keys = moved(keys, self.device)
+            repeated, whence = (to_device(each, self.device) for each in _back_from(keys.cpu()))
+            keys = to_device(keys, self.device)
         made = {
             "keys": keys,
             "repeated": repeated,
@@ -110,14 +112,8 @@ def _back_from(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(S + 1,) int32, where each sequence begins, and the end of the last."""
-    return moved(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
-
-
-def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on a device, without waiting for what a GPU is at."""
-    if torch.device(device).type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return to_device(starts, device)
 
 
 def pack(

@@ -67,10 +67,10 @@ def token_logprobs(
     )
 
     def grid(values: Tensor | None) -> Tensor | None:
-        return None if values is None else on_grid(batch.response, values)
+        return None if values is None else on_grid(batch.response, values, batch.scored)
 
     return TokenLogprobs(
-        on_grid(batch.response, scored.logprobs),
+        on_grid(batch.response, scored.logprobs, batch.scored),
         grid(scored.entropy),
         None if value_head is None else grid(value_head(states.float())[:, 0]),
         grid(scored.kl),
@@ -157,11 +157,16 @@ def _by_recomputation(
     return HeadScores(*columns)  # type: ignore[arg-type]
 
 
-def on_grid(mask: Tensor, values: Tensor) -> Tensor:
-    """The values, (N,), where the mask is True; zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
-        mask, values
-    )
+def on_grid(mask: Tensor, values: Tensor, places: Tensor | None = None) -> Tensor:
+    """The values, (N,), where the mask is True; zero elsewhere.
+
+    Args:
+        places: (N,) of True in the flat mask; None asks the device for them, which is waited for.
+    """
+    grid = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
+    if places is None:
+        return grid.masked_scatter(mask, values)
+    return grid.flatten().index_put((places,), values).view(mask.shape)
 
 
 def score_head(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from rlhf_cli.models.logprob_rows import Figures, coefficients, figures_of, gradient_of
 
 CACHED = 2**20  # logits that stay in a CPU's cache between the passes over them
-FEW = 64  # rows from which on a product is fast
+FEW, MANY = 64, 1024  # rows from which on a product is fast on a CPU, and on a GPU
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         return product(left, right)
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
+    if left.is_cuda:
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     return total.add_(product(left, right))
 
 
@@ -143,8 +145,7 @@ class _Scores(torch.autograd.Function):
         room = rows.room(len(targets) if whole else rows.block)
         found = []
         for part in _parts(0, len(targets), rows.block):
-            start = part.start if whole else 0
-            logits = rows.logits(part, room, start)
+            logits = rows.logits(part, _at(part, room))
             found.append(figures_of(logits, targets[part], asked.with_entropy))
         figures = Figures.joined(found)
         ctx.asked, ctx.kept = asked, room if whole else None
@@ -164,26 +165,24 @@ class _Scores(torch.autograd.Function):
         coefs = coefficients(incoming, figures, asked.temperature)
         of_states = torch.empty_like(states) if for_states else None
         of_weight = of_bias = None
-        most = min(asked.chunk, len(targets))
-        room = kept or rows.room(most)
+        room = kept or rows.room(rows.together)
         slopes = room[0]  # of logits, where they stood
         if asked.dtype != slopes.dtype:
-            slopes = torch.empty_like(slopes, dtype=asked.dtype)
-        for chunk in _parts(0, len(targets), asked.chunk):
-            for part in _parts(chunk.start, chunk.stop, rows.block):
-                start = part.start - chunk.start
-                into = slice(start, part.stop - chunk.start)
-                logits = [each[into] for each in room]
+            slopes = torch.empty_like(slopes[: rows.together], dtype=asked.dtype)
+        for span in _parts(0, len(targets), rows.together):
+            for part in _parts(span.start, span.stop, rows.block):
+                logits = _at(part, room)
                 if kept is None:
-                    rows.logits(part, room, start)
-                gradient_of(logits, targets[part], coefs.of(part), kept is not None, slopes[into])
+                    rows.logits(part, logits)
+                (slope,) = _at(part, [slopes])
+                gradient_of(logits, targets[part], coefs.of(part), kept is not None, slope)
                 if of_states is not None:
-                    of_states[part] = product(slopes[into], rows.weight)
-            of_chunk = slopes[: chunk.stop - chunk.start]
+                    of_states[part] = product(slope, rows.weight)
+            (of_span,) = _at(span, [slopes])
             if for_weight:
-                of_weight = plus_product(of_weight, of_chunk.T, states[chunk].to(asked.dtype))
+                of_weight = plus_product(of_weight, of_span.T, states[span].to(asked.dtype))
             if for_bias:
-                summed = of_chunk.sum(0, dtype=coefs.every.dtype)
+                summed = of_span.sum(0, dtype=coefs.every.dtype)
                 of_bias = summed if of_bias is None else of_bias.add_(summed)
         return None, None, of_states, of_weight, of_bias, *(None for _ in reference)
 
@@ -191,7 +190,8 @@ class _Scores(torch.autograd.Function):
 class _Rows:
     """Logits of the policy's rows and, with a reference, of its rows.
 
-    block: rows to take at once; weight: of the policy's head, in the type of the product.
+    block: rows to take at once; together: those that add to the weight's gradient at once.
+    weight: of the policy's head, in the type of the product.
     """
 
     def __init__(
@@ -208,20 +208,21 @@ class _Rows:
         if reference:
             theirs, their_weight, their_bias = reference
             self._each.append((LinearHead(their_weight, their_bias, theirs.dtype), theirs))
-        self.block = min(asked.chunk, len(states))
-        if states.device.type == "cpu":
-            self.block = min(self.block, max(FEW, CACHED // len(weight)))
+        self.together = min(asked.chunk, len(states))
+        if states.is_cuda:
+            self.block = self.together = min(self.together, MANY)
+        else:
+            self.block = min(self.together, max(FEW, CACHED // len(weight)))
 
     def room(self, rows: int) -> list[Tensor]:
         """For the logits of so many rows: (rows, V) each."""
         wide = torch.promote_types(self._asked.dtype, torch.float32)
         return [self.weight.new_empty(rows, len(head.weight), dtype=wide) for head, _ in self._each]
 
-    def logits(self, part: slice, room: list[Tensor], start: int) -> list[Tensor]:
-        """Those of some rows, in the room from `start` on."""
-        into = slice(start, start + part.stop - part.start)
+    def logits(self, part: slice, room: list[Tensor]) -> list[Tensor]:
+        """Those of some rows, in the room for just them."""
         return [
-            head.logits(states[part], self._asked.temperature, each[into])
+            head.logits(states[part], self._asked.temperature, each)
             for (head, states), each in zip(self._each, room, strict=True)
         ]
 
@@ -230,6 +231,12 @@ def _split(saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Inputs, and as many figures as there are."""
     count = len(fields(Figures))
     return saved[:-count], saved[-count:]
+
+
+def _at(part: slice, room: Sequence[Tensor]) -> list[Tensor]:
+    """Where some rows stand, in room for all or for so many that are taken at once."""
+    first = part.start % len(room[0])
+    return [each[first : first + part.stop - part.start] for each in room]
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -42,25 +42,35 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-def if_it_fits(work: Callable[[], Result]) -> Result | None:
+def if_it_fits(
+    work: Callable[[], Result], again: Callable[[], object] | None = None
+) -> Result | None:
     """What `work` gives; None where memory ran out, and then all that it held is free again.
 
-    It is done again where somebody could spare memory.
+    Args:
+        again: what to do before work is done once more, where somebody could spare memory; None
+            where it must not be.
     """
-    again = True
-    while again:
-        try:
-            return work()
-        except Exception as error:
-            if not ran_out(error):
-                raise
-        # Here, and not before, the error's frames are gone, and with them their tensors.
-        spared = [each.release() for each in list(SPARE)]
-        again = any(spared)
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-    return None
+    try:
+        return work()
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    # Here, and not before, the error's frames are gone, and with them their tensors.
+    spared = spare()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if not spared or again is None:
+        return None
+    again()
+    return if_it_fits(work)
+
+
+def spare() -> bool:
+    """Have everybody let go of what can be made again; whether there was any."""
+    found = [each.release() for each in list(SPARE)]
+    return any(found)
 
 
 def halves(group: Group) -> list[Group]:
@@ -83,7 +93,7 @@ def in_groups(
     waiting = deque(groups)
     while waiting:
         group = waiting[0]
-        result = if_it_fits(lambda group=group: work(group))  # type: ignore[misc]
+        result = if_it_fits(lambda group=group: work(group), _nothing)  # type: ignore[misc]
         if result is not None:
             waiting.popleft()
             yield group, result
@@ -91,6 +101,10 @@ def in_groups(
             raise failure(group)
         else:
             waiting = deque(part for each in waiting for part in halve(each))
+
+
+def _nothing() -> None:
+    pass
 
 
 # --------------------------------------------------------------------------- messages

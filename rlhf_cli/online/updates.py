@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import OnlineAlgo
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import evenly, order_of
-from rlhf_cli.data.packing import moved
+from rlhf_cli.data.transfer import to_device
 from rlhf_cli.objectives.policy_gradient import clipped
 from rlhf_cli.online.mismatch import mismatch
 from rlhf_cli.online.written import WrittenWeights
@@ -129,8 +129,8 @@ def flat(trajectories: Sequence[Trajectory], name: str, like: Tensor) -> Tensor:
     """(N,) a tensor of all trajectories, token after token, on the device and in the type of
     another.
     """
-    joined = torch.cat([getattr(each, name) for each in trajectories])
-    return moved(joined, like.device).to(like.dtype)
+    values = torch.cat([getattr(each, name) for each in trajectories])
+    return to_device(values.to(dtype=like.dtype), like.device)
 
 
 def minibatches(

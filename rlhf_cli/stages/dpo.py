@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from rlhf_cli.config.schema import DpoAlgo, DpoConfig, Hardware
 from rlhf_cli.data.batches import rankings_of
 from rlhf_cli.data.items import responses_in
-from rlhf_cli.data.packing import moved
 from rlhf_cli.data.store import by_source
+from rlhf_cli.data.transfer import tensor_on, to_device
 from rlhf_cli.evaluation import judging, report
 from rlhf_cli.models.forward import on_grid, token_logprobs
 from rlhf_cli.models.layouts import batch_of, layout_of
@@ -184,7 +184,7 @@ class DpoObjective:
         known = [item.reference for item in items if item.reference is not None]
         ref = torch.zeros_like(logprobs)
         if known:
-            ref = moved(torch.cat(known), ref.device).to(ref.dtype)
+            ref = to_device(torch.cat(known).to(logprobs.dtype), logprobs.device)
         both = comparison_of(logprobs, ref, lengths, items, self._algo, whole)
         if self._own is not None:
             losses = own_losses(self._own, both, ref, lengths, self._algo)
@@ -210,8 +210,8 @@ class Comparison:
 
     logprobs: Tensor
     rho: Tensor
-    best: list[int]
-    worst: list[int]
+    best: Tensor
+    worst: Tensor
     good: Tensor
     nll: Tensor
 
@@ -237,9 +237,13 @@ def comparison_of(
         lengths: (S,) tokens of the responses.
     """
     starts = [0, *accumulate(map(responses_in, items))]
-    best = [start + item.best for start, item in zip(starts, items, strict=False)]
-    worst = [start + item.worst for start, item in zip(starts, items, strict=False)]
-    good = torch.tensor([item.is_good for item in items], device=logprobs.device)
+    columns = [
+        [start + item.best for start, item in zip(starts, items, strict=False)],
+        [start + item.worst for start, item in zip(starts, items, strict=False)],
+        [item.is_good for item in items],
+    ]
+    best, worst, good = tensor_on(logprobs.device, columns)  # (N,) each
+    good = good.bool()
     rho = per_response(logprobs - reference, lengths, algo)
     nll = -logprobs[best] * good * whole.nll_scale
     return Comparison(logprobs, rho, best, worst, good, nll)

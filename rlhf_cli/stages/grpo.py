@@ -199,12 +199,13 @@ class GrpoObjective:
             reference=self._reference if in_loss and algo.kl_estimator == "full" else None,
         )
         new = scored.logprobs  # (B, T)
-        keep_gaps(items, new[mask])
-        old = on_grid(mask, old_logprobs(items, new[mask]))
-        advantages = on_grid(mask, flat(items, "advantages", new))
-        ref = (
-            on_grid(mask, flat(items, "reference", new)) if items[0].reference is not None else old
-        )
+        known = new.flatten()[batch.scored]  # (N,)
+        keep_gaps(items, known)
+        old = on_grid(mask, old_logprobs(items, known), batch.scored)
+        advantages = on_grid(mask, flat(items, "advantages", new), batch.scored)
+        ref = old
+        if items[0].reference is not None:
+            ref = on_grid(mask, flat(items, "reference", new), batch.scored)
         if self._own is not None:
             total, metrics = own_policy_loss(self._own, new, old, ref, advantages, mask, algo)
         else:

@@ -31,6 +31,7 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import by_source
 from rlhf_cli.data.streaming import Stream, first
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.data.transfer import numbers_like, tensor_on
 from rlhf_cli.evaluation.judging import (
     Report,
     accuracy,
@@ -151,7 +152,9 @@ class RewardObjective:
             return response_scores(self._scorer, batch)
         grid = token_scores(self._scorer, batch)  # (S, R)
         if self._reading.level == STEP:
-            return torch.cat([grid[i, item.ends] for i, item in enumerate(items)])
+            width = grid.shape[1]
+            ends = [i * width + end for i, item in enumerate(items) for end in item.ends]
+            return grid.flatten()[tensor_on(grid.device, ends)]
         sums = (grid * batch.response).sum(-1)
         return sums / batch.response.sum(-1) if self._reading.aggregate == "mean" else sums
 
@@ -178,7 +181,7 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
     if algo.loss in ("bradley_terry", "token"):
         assert algo.label_smoothing is not None and algo.centring is not None
         chosen, rejected = scores.view(-1, 2).unbind(-1)  # (N,) each
-        margin = scores.new_tensor([row.margin for row in rows]) if algo.row_margin else None
+        margin = numbers_like(scores, [row.margin for row in rows]) if algo.row_margin else None
         losses = reward_model.bradley_terry_loss(chosen, rejected, margin, algo.label_smoothing)
         losses = losses + algo.centring * reward_model.centring_penalty(chosen, rejected)
         return losses, {"accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
@@ -192,14 +195,14 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
     if algo.loss not in ("pointwise", "process"):
         raise ValueError(f"an option of conf/algo has loss={algo.loss}, which is no case here")
     if algo.target == "score":
-        targets = scores.new_tensor([row.score for row in rows])
+        targets = numbers_like(scores, [row.score for row in rows])
         return reward_model.regression_loss(scores, targets), {}
     per_item = (
         [row.labels[: len(item.ends)] for row, item in zip(rows, items, strict=True)]
         if algo.loss == "process"
         else [[float(row.label)] for row in rows]
     )
-    labels = scores.new_tensor([label for labels in per_item for label in labels])
+    labels = numbers_like(scores, [label for labels in per_item for label in labels])
     hits = accuracy(scores, torch.zeros_like(scores))  # 1 where the model says right
     right = hits * labels + (1 - hits) * (1 - labels)
     return reward_model.logistic_loss(scores, labels), {"accuracy": right}

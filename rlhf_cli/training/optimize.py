@@ -20,7 +20,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import follow, gather, master_of
-from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.out_of_memory import if_it_fits, spare
 from rlhf_cli.models.repeatable import repeatably
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
@@ -97,7 +97,7 @@ class Optimizer:
         report["lr"] = self._adamw.param_groups[0]["lr"]
         self.stepped = all(map(isfinite, [report["loss"], *sizes.values()]))
         if self.stepped:
-            self._update(norms)
+            self._update(norms, sizes)
             self._skipped_in_a_row = 0
         else:
             self._skip(parts, report)
@@ -113,7 +113,7 @@ class Optimizer:
         """
         parts = self.room.cut(parts)
         rewind = draws_again()
-        while (figures := if_it_fits(partial(self._attempt, parts, rewind))) is None:
+        while (figures := if_it_fits(partial(self._attempt, parts, rewind), rewind)) is None:
             self._forget()
             parts = self.room.more(parts)
             rewind()
@@ -160,11 +160,13 @@ class Optimizer:
     def _norm(self, weights: list[Tensor]) -> Tensor:
         return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
-    def _update(self, norms: dict[str, Tensor]) -> None:
-        """Clip and step."""
-        if self._max_grad_norm is not None:
-            for name, weights in self._parameters.items():
-                clip_grads_with_norm_(weights, self._max_grad_norm, norms[name])
+    def _update(self, norms: dict[str, Tensor], sizes: Metrics) -> None:
+        """Clip and step; `sizes` are the same norms on the host."""
+        limit = self._max_grad_norm
+        for name, weights in self._parameters.items():
+            # far enough below, all would be multiplied by 1
+            if limit is not None and sizes[f"grad_norm/{name}"] > 0.99 * limit:
+                clip_grads_with_norm_(weights, limit, norms[name])
 
         def update() -> bool:
             self._adamw.step()
@@ -172,6 +174,8 @@ class Optimizer:
                 follow(weights)
             return True
 
+        if not self._adamw.state:
+            spare()  # its moments are made now; a step that broke off could not be done again
         if not if_it_fits(update):
             count = sum(weight.numel() for each in self._parameters.values() for weight in each)
             raise RunError(

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models import out_of_memory
 from rlhf_cli.models.row_attention import laid_out
@@ -25,9 +26,10 @@ from rlhf_cli.rollout.slot_probe import fits_slots
 from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun
 from rlhf_cli.rollout.slot_sampler import SlotSampler
 from rlhf_cli.rollout.slots import SlotCache, SlotTable
+from rlhf_cli.runs.policy import compiles_sampling
 from tests.model_families import names
 from tests.rollout.test_feeding import MORE, loaded, prompts_of, stops_of
-from tests.toys import hardware_of, llama
+from tests.toys import composed, hardware_of, llama
 
 FAST = ("gpt2", "gemma2", "gpt_oss", "deepseek_v3")  # in the fast tests
 PLAIN = {  # what is not sampled in slots: attention or states of their own
@@ -246,6 +248,14 @@ def test_rows_of_a_graph_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(taken) <= {2, 4, 8, 16} and taken[0] == 16 and taken == sorted(taken, reverse=True)
 
 
+def test_long_runs_compile_what_they_sample_with() -> None:
+    words = ("algo.steps=100", "algo.max_tokens=100")
+    assert compiles_sampling(composed("grpo", *words, "algo.batch_size=64", "algo.group_size=8"))
+    assert not compiles_sampling(composed("ppo", *words, "algo.batch_size=64"))
+    assert compiles_sampling(composed("ppo", *words, "hardware.compile=true"))
+    assert not compiles_sampling(composed("sft", "hardware.compile=auto"))
+
+
 def test_a_graph_that_differs_is_refused() -> None:
     plain = {
         "ended": torch.tensor([False, True]),
@@ -309,6 +319,10 @@ def test_graphs_are_made_anew_where_what_they_hold_has_moved() -> None:
     assert addresses(adapted) == on
 
 
+def no_memory(group: list[int]) -> RunError:
+    raise AssertionError(group)
+
+
 def test_kept_slots_make_way_for_other_work() -> None:
     sampler = SlotSampler([2], str)
     sampler._kept = kept = object()  # type: ignore[assignment]
@@ -321,5 +335,8 @@ def test_kept_slots_make_way_for_other_work() -> None:
             raise MemoryError
         return "done"
 
-    assert out_of_memory.if_it_fits(work) == "done"
-    assert sampler._kept is None and kept is not None and not sampler.release()
+    assert out_of_memory.if_it_fits(work) is None  # what may not be done twice is not
+    assert sampler._kept is None and kept is not None
+    sampler._kept, left = kept, 1  # type: ignore[assignment]
+    assert list(out_of_memory.in_groups([[1]], lambda group: work(), no_memory)) == [([1], "done")]
+    assert not sampler.release()
