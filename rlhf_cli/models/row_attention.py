@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +52,18 @@ class Slots:
 
 Layout = Packing | Slots
 _layout: Layout | None = None
+_configs: WeakKeyDictionary[nn.Module, list[PreTrainedConfig]] = WeakKeyDictionary()
 
 
 class laid_out:  # a block, which may be entered again once it has ended  # noqa: N801
     """The model reads its inputs in this layout within the block."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        found = (getattr(each, "config", None) for each in model.modules())
-        self._configs = list({id(x): x for x in found if isinstance(x, PreTrainedConfig)}.values())
+        if model not in _configs:
+            found = (getattr(each, "config", None) for each in model.modules())
+            unique = {id(each): each for each in found if isinstance(each, PreTrainedConfig)}
+            _configs[model] = list(unique.values())
+        self._configs = _configs[model]
         self._layout = layout
 
     def __enter__(self) -> None:
