@@ -46,13 +46,19 @@ class NativeEngine(Engine):
     prompts of like length.
     """
 
-    def __init__(self, model: nn.Module, encoder: Encoder, hardware: Hardware) -> None:
-        """The encoder says which ids end a response."""
+    def __init__(
+        self, model: nn.Module, encoder: Encoder, hardware: Hardware, compiles: bool = False
+    ) -> None:
+        """The encoder says which ids end a response.
+
+        Args:
+            compiles: whether pieces of a GPU's steps are compiled.
+        """
         self._model = model
         self._encoder = encoder
         self._absent = ids_of_no_token(model, encoder.tokenizer)
         self._hardware = hardware
-        self._slots = SlotSampler(encoder.stop_ids, encoder.text, hardware.compile)
+        self._slots = SlotSampler(encoder.stop_ids, encoder.text, compiles)
 
     @property
     def exact(self) -> bool:
@@ -247,7 +253,7 @@ class NativeEngine(Engine):
         samples: int,
     ) -> Iterator[dict[int, list[Completion]]]:
         """The best hypotheses of a beam search for each prompt that is left, by place."""
-        chunk = self._hardware.logprob_chunk
+        chunk = self._hardware.logits_at_once
 
         def search(one: list[list[int]]) -> list[Completion]:
             return beam_search(

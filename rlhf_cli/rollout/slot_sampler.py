@@ -1,6 +1,5 @@
 """Draws in slots as many as memory holds, which a GPU keeps with the graphs of their steps."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +7,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from rlhf_cli.config.schema import AUTO
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.out_of_memory import SPARE, if_it_fits, oom_error, ran_out
 from rlhf_cli.reporting.console import say
@@ -23,7 +21,6 @@ EVERY = 16  # steps of a GPU between two looks at what was drawn
 SIZES = [part * 2**power // 2 for power in range(6, 26) for part in (2, 3)]  # of slots on a GPU
 SPREAD = 2  # the shortest response of a run may need a slot so much shorter than the longest
 PATIENCE = 3  # times that slots are kept although they were in the way
-PAYS = 30.0  # seconds of sampling after which compiled pieces of a step are worth their making
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,19 @@ class SlotSampler:
         self,
         stop_ids: Sequence[int],
         text_of: Callable[[list[int]], str],
-        compiles: bool | str = False,
+        compiles: bool = False,
     ) -> None:
         """Nothing is kept yet.
 
         Args:
             text_of: ids to text, for stop strings.
-            compiles: whether pieces of the steps are; auto: once sampling has taken a while.
+            compiles: whether pieces of a GPU's steps are, in products of 16 bits.
         """
         self._stop_ids, self._text_of = stop_ids, text_of
         self._kept: _Kept | None = None
         self._released = 0  # times that other work needed the memory
         self._graphs = True  # until one fails
-        self._compiles, self._seconds = compiles, 0.0
+        self._compiles = compiles
         SPARE.add(self)
 
     def release(self) -> bool:
@@ -115,10 +112,8 @@ class SlotSampler:
             return next(stream, [])
 
         while True:
-            began = time.monotonic()
             with evaluation_mode(model), torch.no_grad():
                 found = if_it_fits(following)
-            self._seconds += time.monotonic() - began
             if found == []:
                 return
             yield found
@@ -132,8 +127,7 @@ class SlotSampler:
             table = SlotTable(model, sampling, self._stop_ids, room.slots, room.capacity)
             return SlotRun(model, table, room.slots, ends, table.step, every=1)
         kept, self._kept = self._kept, None
-        compiles = self._compiles is True or self._compiles == AUTO and self._seconds > PAYS
-        compiles = compiles and not matmul_in_float32(model)  # which stays as it is
+        compiles = self._compiles and not matmul_in_float32(model)
         key = (*addresses(model), str(sampling), room.capacity, compiles)
         if kept is None or kept.key != key or kept.table.slots < room.slots:
             del kept  # before others are made

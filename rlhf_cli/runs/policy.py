@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema import AUTO, Hardware
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.load import load_policy
@@ -19,6 +19,8 @@ from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.runs.inherited import KEYS, check_context, told
 from rlhf_cli.runs.session import Session
+
+MANY = 2_000_000  # tokens that a run samples, whose compiled steps are worth the wait for them
 
 
 @dataclass
@@ -34,9 +36,12 @@ class Policy:
     engine: Engine
 
     @classmethod
-    def of(cls, model: nn.Module, encoder: Encoder, hardware: Hardware) -> "Policy":
-        """A policy that is sampled from in this process."""
-        return cls(model, encoder.tokenizer, encoder, NativeEngine(model, encoder, hardware))
+    def of(
+        cls, model: nn.Module, encoder: Encoder, hardware: Hardware, compiles: bool = False
+    ) -> "Policy":
+        """A policy that is sampled from in this process, by compiled steps if it `compiles`."""
+        engine = NativeEngine(model, encoder, hardware, compiles)
+        return cls(model, encoder.tokenizer, encoder, engine)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -69,7 +74,21 @@ def policy_of(session: Session, path: str) -> Policy:
         )
     encoder.ends_with(stop_ids)
     saying_how(path, encoder)
-    return Policy.of(model, encoder, cfg.hardware)
+    return Policy.of(model, encoder, cfg.hardware, compiles_sampling(cfg))
+
+
+def compiles_sampling(cfg: Any) -> bool:
+    """Whether pieces of sampling steps are compiled: where asked, or where enough is sampled.
+
+    It goes by the config, not by the clock: what is compiled rounds otherwise, and a run that goes
+    on is to end as one that was never ended.
+    """
+    if cfg.hardware.compile != AUTO:
+        return bool(cfg.hardware.compile)
+    if not cfg.samples_online:
+        return False
+    responses = cfg.algo.steps * cfg.algo.batch_size * getattr(cfg.algo, "group_size", 1)
+    return bool(responses * (cfg.algo.max_tokens or 0) >= MANY)
 
 
 def saying_how(path: str, encoder: Encoder) -> None:

@@ -26,9 +26,10 @@ from rlhf_cli.rollout.slot_probe import fits_slots
 from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun
 from rlhf_cli.rollout.slot_sampler import SlotSampler
 from rlhf_cli.rollout.slots import SlotCache, SlotTable
+from rlhf_cli.runs.policy import compiles_sampling
 from tests.model_families import names
 from tests.rollout.test_feeding import MORE, loaded, prompts_of, stops_of
-from tests.toys import hardware_of, llama
+from tests.toys import composed, hardware_of, llama
 
 FAST = ("gpt2", "gemma2", "gpt_oss", "deepseek_v3")  # in the fast tests
 PLAIN = {  # what is not sampled in slots: attention or states of their own
@@ -245,6 +246,14 @@ def test_rows_of_a_graph_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         found = dict(pair for part in run.completions(jobs_of(prompts, noise)) for pair in part)
     same([found[place] for place in range(33)], expected)
     assert set(taken) <= {2, 4, 8, 16} and taken[0] == 16 and taken == sorted(taken, reverse=True)
+
+
+def test_long_runs_compile_what_they_sample_with() -> None:
+    words = ("algo.steps=100", "algo.max_tokens=100")
+    assert compiles_sampling(composed("grpo", *words, "algo.batch_size=64", "algo.group_size=8"))
+    assert not compiles_sampling(composed("ppo", *words, "algo.batch_size=64"))
+    assert compiles_sampling(composed("ppo", *words, "hardware.compile=true"))
+    assert not compiles_sampling(composed("sft", "hardware.compile=auto"))
 
 
 def test_a_graph_that_differs_is_refused() -> None:
