@@ -83,7 +83,11 @@ class Hardware:
     device: str = key(
         "Where tensors live; auto takes cuda if there is one.", choices=(AUTO, "cpu", "cuda")
     )
-    threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
+    threads: int | None = key(
+        "CPU threads of torch; null leaves torch's own choice, and is one for models as small as "
+        "the demo's.",
+        ge=1,
+    )
     tokens_per_microbatch: Any = key(
         "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
         "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
