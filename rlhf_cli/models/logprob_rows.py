@@ -121,7 +121,8 @@ def _kernels_for(logits: Tensor) -> Any:
 def _kernels() -> Any:
     def trial(kernels: Any) -> None:
         targets = torch.zeros(1, dtype=torch.long, device="cuda")
-        kernels.figures_of([torch.zeros(1, 2, device="cuda")], targets, False)
+        # of a width that compiles what most vocabularies use
+        kernels.figures_of([torch.zeros(1, 16, device="cuda")], targets, False)
 
     return tried("rlhf_cli.models.logprob_kernels", trial, "log-probs")
 

@@ -7,6 +7,7 @@ nothing of the device, so that a graph of it can be replayed (rollout/graphs.py)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
+from rlhf_cli.models.kernels import tried
 from rlhf_cli.models.row_attention import Layout, Packing, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
@@ -97,16 +99,39 @@ class SlotCache(Cache):
             return new
         assert self._places is not None
         at = self._places
-        for slots, each in zip(kept, new, strict=True):
-            if each.is_cuda:  # where an assignment by index may sort first, to keep an order
-                slots[: len(at)].scatter_(2, at[:, None, None, None].expand(each.shape), each)
-            else:
+        if key_states.is_cuda:
+            _append(kept, new, at)
+        else:
+            for slots, each in zip(kept, new, strict=True):
                 slots[self._rows[: len(at)], :, at] = each[:, :, 0]
         return kept[0][: len(at)], kept[1][: len(at)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing that is asked for it goes by it: positions and masks are given."""
         return 0
+
+
+def _append(kept: Sequence[Tensor], new: Sequence[Tensor], places: Tensor) -> None:
+    """Write (B, H_kv, 1, d) keys and values to places of the first slots, on CUDA."""
+    kernels = _kernels()
+    if kernels is not None and all(each.stride(-1) == 1 for each in new):
+        kernels.append(*kept, *new, places)
+        return
+    for slots, each in zip(kept, new, strict=True):
+        # a scatter, as an assignment by index sorts first where sums are to keep their order
+        own = slots[: len(places)]
+        own.scatter_(2, places[:, None, None, None].expand(each.shape), each)
+
+
+@cache
+def _kernels() -> Any:
+    """The kernel that writes keys and values, if it runs."""
+
+    def trial(kernels: Any) -> None:
+        kept, new = (torch.zeros(2, 1, 1, 8, device="cuda") for _ in range(2))
+        kernels.append(kept[:1], kept[1:], new[:1], new[1:], torch.zeros(1, device="cuda").long())
+
+    return tried("rlhf_cli.rollout.slot_kernels", trial, "keys and values are kept")
 
 
 class SlotTable:
