@@ -258,7 +258,10 @@ def boost_eos(model: Any, eos: int) -> None:
 
 def ours(spec: dict[str, Any]) -> None:
     """A stage, as the command line runs it; or the engine that all stages sample with."""
-    gc.disable()  # as the command line does while it imports
+    from rlhf_cli.cli import let_threads_sleep
+
+    gc.disable()  # both as the command line does before it imports torch
+    let_threads_sleep()
     if spec["job"] in ("gen", "ragged"):
         our_samples(spec)
         return
@@ -313,28 +316,26 @@ def our_words(spec: dict[str, Any]) -> list[str]:
 
 
 def our_samples(spec: dict[str, Any]) -> None:
-    """Batches of responses from the engine."""
+    """Batches of responses from the engine, set up as `generate` does."""
     import torch
 
     from rlhf_cli.config.compose import compose
     from rlhf_cli.data.kinds import Prompt
-    from rlhf_cli.data.tokens import Encoder
-    from rlhf_cli.models.load import load_policy
-    from rlhf_cli.models.tokenizers import load_tokenizer
     from rlhf_cli.rollout.sampling import Sampling
-    from rlhf_cli.runs.policy import Policy
+    from rlhf_cli.runs.policy import policy_of
+    from rlhf_cli.runs.session import begin
 
     folder, watch = Path(spec["folder"]), Watch(spec)
-    gpu = torch.cuda.is_available()
-    words = [f"policy={folder / 'model'}", "data=rows", f"data.path={folder / 'prompts.jsonl'}"]
-    words += ["hardware=gpu", "model.dtype=bfloat16"] if gpu else []
-    cfg = compose("generate", [*words, *spec["overrides"]])
-    tokenizer = load_tokenizer(cfg.policy, cfg.model)
-    model = load_policy(cfg.policy, cfg.model, tokenizer, torch.device("cuda" if gpu else "cpu"))
-    if spec["job"] == "ragged":
-        boost_eos(model, tokenizer.eos_token_id)
-    policy = Policy.of(model, Encoder(tokenizer, cfg.data), cfg.hardware)
     count, group, length = spec["sampling"]
+    words = [f"policy={folder / 'model'}", "data=rows", f"data.path={folder / 'prompts.jsonl'}"]
+    words += [f"out={folder / 'out' / 'generate'}", "overwrite=true", f"algo.samples={group}"]
+    words += [f"algo.max_tokens={length}"]
+    words += ["hardware=gpu", "model.dtype=bfloat16"] if torch.cuda.is_available() else []
+    session = begin(compose("generate", [*words, *spec["overrides"]]))
+    assert session is not None
+    policy = policy_of(session, str(folder / "model"))
+    if spec["job"] == "ragged":
+        boost_eos(policy.model, policy.tokenizer.eos_token_id)
     rows = rows_of(folder / "prompts.jsonl")[:count]
     prompts = policy.encoder.prompts([Prompt(row["prompt"], {}, "") for row in rows])
     batches = []

@@ -83,7 +83,11 @@ class Hardware:
     device: str = key(
         "Where tensors live; auto takes cuda if there is one.", choices=(AUTO, "cpu", "cuda")
     )
-    threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
+    threads: int | None = key(
+        "CPU threads of torch; null leaves torch's own choice, and is one for models as small as "
+        "the demo's.",
+        ge=1,
+    )
     tokens_per_microbatch: Any = key(
         "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
         "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
@@ -116,8 +120,8 @@ class Hardware:
         auto=bool,
     )
     compile: Any = key(
-        "Compile the decoder's blocks for training passes: faster steps after a minute or more. "
-        "auto: on a GPU, where the steps that are left take longer than 5 minutes.",
+        "Compile the decoder's blocks for training passes: one slow step, then faster ones. "
+        "auto: on a GPU, where the steps that are left take longer than 3 minutes.",
         auto=bool,
     )
     save_every: str | None = key(

@@ -101,6 +101,8 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
         return head.logits(hidden, temperature)  # not rounded to bfloat16, as training has them
     base = unwrap(model)
     stands = parts_of(base).stands
+    if not matmul_in_float32(model):
+        hidden = hidden.to(torch.bfloat16)  # Mamba's residuals are float32 all the same
     if stands is None:
         logits = base.get_output_embeddings()(hidden)
     else:

@@ -193,7 +193,31 @@ def _flash_forward(
 def _rows(layout: Packing, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Queries (T, H, d), keys and values (K, H_kv, d), as each sequence sees them."""
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-    return (q, k, v) if layout.keys is None else (q, k[layout.keys], v[layout.keys])
+    if layout.keys is None:
+        return q, k, v
+    both: Tensor = _AsSeen.apply(torch.cat([k, v], -1), layout)
+    return q, both[..., : k.shape[-1]], both[..., k.shape[-1] :]
+
+
+class _AsSeen(torch.autograd.Function):
+    """(T, H, d) -> (K, H, d): keys or values as each sequence sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, layout: Packing) -> Tensor:
+        ctx.layout = layout
+        return tokens[layout.keys]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _of_tokens(ctx.layout, grad), None
+
+
+def _of_tokens(layout: Packing, grad: Tensor) -> Tensor:
+    """(K, H, d) gradients of what sequences see -> (T, H, d), the sums of those of each token."""
+    assert layout.repeated is not None
+    filled = torch.cat([grad, torch.zeros_like(grad[:1])])
+    sums = filled[layout.repeated].sum(1, dtype=torch.float32).to(grad.dtype)
+    return torch.cat([filled, sums])[layout.whence]
 
 
 def _sizes(layout: Packing) -> tuple[Tensor, Tensor, int, int]:
@@ -210,8 +234,7 @@ def _settings(kind: _Kind) -> dict[str, Any]:
 
 def _packed(layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
     """(1, T, H, d) a sequence at a time."""
-    if layout.keys is not None:
-        key, value = key[:, :, layout.keys], value[:, :, layout.keys]
+    query, key, value = (x.transpose(0, 1)[None] for x in _rows(layout, query, key, value))
     queries = query.split(list(layout.lengths), 2)
     keys = key.split(list(layout.key_lengths), 2)
     values = value.split(list(layout.key_lengths), 2)
@@ -312,13 +335,12 @@ def _in_graph_backward(
         )
     else:
         of_rows = _packed_backward(layout, grad, query, key, value, kind)
-    grads = [of_rows[0].transpose(0, 1)[None]]
-    for of_row, like in zip(of_rows[1:], (key, value), strict=True):
-        own = of_row.transpose(0, 1)[None]  # (1, H_kv, K, d)
-        if layout.keys is not None:  # what several sequences see has a gradient from each
-            own = torch.zeros_like(like).index_add_(2, layout.keys, own)
-        grads.append(own)
-    query_grad, key_grad, value_grad = (each.contiguous() for each in grads)
+    of_queries, of_keys, of_values = of_rows
+    if layout.keys is not None:  # what several sequences see has a gradient from each
+        both = _of_tokens(layout, torch.cat([of_keys, of_values], -1))
+        of_keys, of_values = both[..., : key.shape[-1]], both[..., key.shape[-1] :]
+    grads = (each.transpose(0, 1)[None].contiguous() for each in (of_queries, of_keys, of_values))
+    query_grad, key_grad, value_grad = grads
     return query_grad, key_grad, value_grad
 
 

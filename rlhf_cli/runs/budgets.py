@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, Run
+from rlhf_cli.config.schema import AUTO, EAGER, Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object
+from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.memory_estimate import (
     BYTES,
     Unknown,
     activations,
+    attention_matrices,
     geometry_of,
     has_plain_head,
     held_always,
@@ -86,7 +88,7 @@ def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, l
     with suppress(UserError):
         budget = Budget(**read_object(kept, _FORM)) if kept.is_file() else None
     if budget is None:
-        free = torch.cuda.mem_get_info(device)[0]
+        free = free_memory(device)
         budget, why = budget_of(cfg, free, width), f"{written(free)} of the GPU are free"
     hardware.measured(budget.tokens, budget.sampled, budget.chunk)
     told = {
@@ -98,6 +100,12 @@ def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, l
     if budget.level and hardware.gradient_checkpointing == AUTO:
         words.append(f"{SHARES[budget.level]:.0%} of the blocks recomputed")
     return budget, [f"hardware, auto: {', '.join(words)} ({why})"]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that no tensor takes: what the driver has, and what torch holds in reserve."""
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserve
 
 
 def keep(budget: Budget, out: Path) -> None:
@@ -134,10 +142,12 @@ def budget_of(cfg: Any, free: float, width: int) -> Budget:
     graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
     rows = getattr(cfg.algo, "minibatch_size", cfg.algo.batch_size) * rows_per_item(cfg)
     enough = min(ENOUGH, rows * longest)
+    eager = predicted_attention(cfg) == EAGER
+    beside = attention_matrices(cfg, geometry, 1, longest, width) if eager else 0.0
     levels = range(len(SHARES)) if cfg.hardware.gradient_checkpointing == AUTO else [0]
     for level in levels:
         share = SHARES[level] if level else share_of(cfg)
-        tokens = room / (graphs * activations(cfg, geometry, 1, width, share))
+        tokens = room / (graphs * (activations(cfg, geometry, 1, width, share) + beside))
         if tokens >= enough:
             break
     return Budget(_rounded(min(tokens, MOST)), _rounded(sampled), chunk, level)

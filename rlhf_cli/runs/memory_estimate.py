@@ -292,7 +292,7 @@ def auto_line(cfg: Any) -> list[str]:
         name: "by the GPU's free memory" if gpu else str(tokens) for name, tokens in at_once.items()
     }
     said["gradient_checkpointing"] = "once memory runs out"
-    said["compile"] = "if the steps after the fourth take over 5 minutes" if gpu else "false"
+    said["compile"] = "if the steps after the fourth take over 3 minutes" if gpu else "false"
     told = [f"{name} {what}" for name, what in said.items() if getattr(hardware, name) == AUTO]
     return [f"hardware, auto: {', '.join(told)}"] if told else []
 
