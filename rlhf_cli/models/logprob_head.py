@@ -185,8 +185,7 @@ class _Scores(torch.autograd.Function):
             if for_bias:
                 summed = of_span.sum(0, dtype=coefs.every.dtype)
                 of_bias = summed if of_bias is None else of_bias.add_(summed)
-        joined = torch.cat(of_states) if len(of_states) > 1 else (of_states or [None])[0]
-        return None, None, joined, of_weight, of_bias, *(None for _ in reference)
+        return None, None, _whole(of_states), of_weight, of_bias, *(None for _ in reference)
 
 
 class _Rows:
@@ -227,6 +226,12 @@ class _Rows:
             head.logits(rows_of(states, part), self._asked.temperature, each)
             for (head, states), each in zip(self._each, room, strict=True)
         ]
+
+
+def _whole(parts: list[Tensor]) -> Tensor | None:
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0] if parts else None
 
 
 def _split(saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
