@@ -17,7 +17,7 @@ from transformers import Cache
 
 from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
 from rlhf_cli.models.kernels import tried
-from rlhf_cli.models.row_attention import Packing, Slots, laid_out
+from rlhf_cli.models.row_attention import Layout, Packing, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
 GROWTH = 32  # tokens by which slots grow
@@ -215,11 +215,18 @@ class SlotTable:
         if self.seen is not None:
             size = self.seen.shape[1]
             put(self.seen, torch.cat([seen_in(torch.tensor([ids]), size) for ids in prompts]))
+        self._fill(slots, prompts)
+
+    def _fill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Read each prompt once, into all of its slots."""
         shared: dict[int, Start] = {}
         for slot, ids in zip(slots, prompts, strict=True):
             known = shared.setdefault(id(ids), Start(ids[:-1], []))
             shared[id(ids)] = Start(known.ids, [*known.slots, slot])
-        for part in _passes([each for each in shared.values() if each.ids]):
+        self._read_all([each for each in shared.values() if each.ids])
+
+    def _read_all(self, starts: Sequence[Start]) -> None:
+        for part in _passes(starts):
             self._read(part)
 
     def _read(self, starts: Sequence[Start]) -> None:
@@ -245,7 +252,7 @@ class SlotTable:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def layout(self, rows: int) -> Slots:
+    def layout(self, rows: int) -> Layout:
         """How the first so many slots lie, for `laid_out` around steps of them.
 
         It stays the same one, for a graph of a step holds where its tensors are.
