@@ -72,7 +72,8 @@ def key(
 # --------------------------------------------------------------------------- hardware
 
 
-CPU_TOKENS, CPU_ROLLOUT_TOKENS = 4096, 16384  # where hardware says auto
+OF_A_CPU = 4096, 16384, 1024
+"""What auto means there: tokens in a micro-batch, tokens sampled at once, positions of logits."""
 
 
 @dataclass
@@ -82,7 +83,11 @@ class Hardware:
     device: str = key(
         "Where tensors live; auto takes cuda if there is one.", choices=(AUTO, "cpu", "cuda")
     )
-    threads: int | None = key("CPU threads of torch; null leaves torch's own choice.", ge=1)
+    threads: int | None = key(
+        "CPU threads of torch; null leaves torch's own choice, and is one for models as small as "
+        "the demo's.",
+        ge=1,
+    )
     tokens_per_microbatch: Any = key(
         "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
         "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
@@ -103,8 +108,11 @@ class Hardware:
     share_prompts: bool = key(
         "In packed rows compute a prompt once for all of its responses, where the model allows it."
     )
-    logprob_chunk: int = key(
-        "Positions whose logits exist at once; memory is this times the vocabulary.", ge=1
+    logprob_chunk: Any = key(
+        "Positions whose logits exist at once; memory is this times the vocabulary. auto: on a GPU "
+        "as many as a tenth of its free memory takes, 1024 to 8192; 1024 on a CPU.",
+        ge=1,
+        auto=int,
     )
     gradient_checkpointing: Any = key(
         "Recompute activations in backward: less memory, slower. auto: in as many blocks as it "
@@ -112,8 +120,8 @@ class Hardware:
         auto=bool,
     )
     compile: Any = key(
-        "Compile the decoder's blocks for training passes: faster steps after a minute or more. "
-        "auto: on a GPU, where the steps that are left take longer than 5 minutes.",
+        "Compile the decoder's blocks for training passes: one slow step, then faster ones. "
+        "auto: on a GPU, where the steps that are left take longer than 3 minutes.",
         auto=bool,
     )
     save_every: str | None = key(
@@ -122,9 +130,9 @@ class Hardware:
     )
     keep_checkpoints: int | None = key("Resume points that are kept, the newest ones.", ge=1)
 
-    def measured(self, tokens: int, sampled: int) -> None:
+    def measured(self, tokens: int, sampled: int, chunk: int) -> None:
         """What auto means from now on, as runs/budgets.py found it on a GPU."""
-        vars(self)["of_the_gpu"] = tokens, sampled
+        vars(self)["of_the_gpu"] = tokens, sampled, chunk
 
     @property
     def tokens_at_once(self) -> int:
@@ -139,8 +147,14 @@ class Hardware:
         return self._auto[1] if given == AUTO else int(given)
 
     @property
-    def _auto(self) -> tuple[int, int]:
-        found: tuple[int, int] = vars(self).get("of_the_gpu", (CPU_TOKENS, CPU_ROLLOUT_TOKENS))
+    def logits_at_once(self) -> int:
+        """logprob_chunk, or what auto means."""
+        given = self.logprob_chunk
+        return self._auto[2] if given == AUTO else int(given)
+
+    @property
+    def _auto(self) -> tuple[int, int, int]:
+        found: tuple[int, int, int] = vars(self).get("of_the_gpu", OF_A_CPU)
         return found
 
 

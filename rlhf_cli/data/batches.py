@@ -144,7 +144,7 @@ def _packing(pieces: "list[_Piece]", device: torch.device) -> Packing:
         for start, count in ((each.prompt, each.seen), (each.start, each.tokens))
     ]
     key_lengths = [each.seen + each.tokens for each in pieces]
-    return Packing(lengths, device, key_lengths, to_device(torch.cat(ranges), device))
+    return Packing(lengths, device, key_lengths, torch.cat(ranges))
 
 
 def _places(response: Tensor) -> Tensor:

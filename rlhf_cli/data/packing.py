@@ -45,6 +45,9 @@ class Packing:
     lengths: the tokens of each sequence; their sum is T.
     key_lengths: what each sees, its own tokens included; the same where `keys` is None.
     keys: (K,) places in the row of what each sees, one sequence after the other.
+    repeated: (P, M) of each token that several see its places in `keys`, filled up with K.
+    whence: (T,) where the gradient of each token is: its one place in `keys`, or K + 1 + its row of
+        `repeated`.
     """
 
     lengths: Sequence[int]
@@ -55,11 +58,20 @@ class Packing:
     key_starts: Tensor = field(init=False)  # (S + 1,) int32
     longest: int = field(init=False)
     longest_keys: int = field(init=False)
+    repeated: Tensor | None = field(init=False)
+    whence: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         seen = self.lengths if self.keys is None else self.key_lengths
         starts = _starts(self.lengths, self.device)
+        keys, repeated, whence = self.keys, None, None
+        if keys is not None:
+            repeated, whence = (to_device(each, self.device) for each in _back_from(keys.cpu()))
+            keys = to_device(keys, self.device)
         made = {
+            "keys": keys,
+            "repeated": repeated,
+            "whence": whence,
             "key_lengths": seen,
             "starts": starts,
             "key_starts": starts if self.keys is None else _starts(seen, self.device),
@@ -68,6 +80,23 @@ class Packing:
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
+
+
+def _back_from(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """`repeated` and `whence` of a packing: its gradients are read by them, which is faster than to
+    add them up by `keys`, and always in the same order.
+    """
+    counts = keys.bincount()  # (T,)
+    order = keys.argsort(stable=True)  # (K,)
+    starts = counts.cumsum(0) - counts
+    several = counts > 1
+    rows = several.cumsum(0) - 1
+    repeated = torch.full((int(several.sum()), int(counts.max())), len(keys))
+    tokens = keys[order]
+    turns = torch.arange(len(keys)) - starts[tokens]
+    chosen = several[tokens]
+    repeated[rows[tokens[chosen]], turns[chosen]] = order[chosen]
+    return repeated, torch.where(several, len(keys) + 1 + rows, order[starts])
 
 
 def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -75,13 +75,9 @@ def matmul_in_float32(model: nn.Module) -> bool:
     return bool(getattr(unwrap(model), "compute_dtype", torch.float32) == torch.float32)
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states, (B, T, d)."""
-    return run_trunk(model, batch)
-
-
 @watched
-def run_trunk(model: nn.Module, batch: Batch) -> Tensor:
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states, (B, T, d), in the type that the model computes in."""
     packing = batch.packing  # tells more than a mask of pads could
     body = trunk(model)
     inputs = taken_by(
@@ -105,6 +101,8 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
         return head.logits(hidden, temperature)  # not rounded to bfloat16, as training has them
     base = unwrap(model)
     stands = parts_of(base).stands
+    if not matmul_in_float32(model):
+        hidden = hidden.to(torch.bfloat16)  # Mamba's residuals are float32 all the same
     if stands is None:
         logits = base.get_output_embeddings()(hidden)
     else:
@@ -243,7 +241,7 @@ def find_parts(model: nn.Module) -> None:
             if hidden is None or (found := _head_of(base, path, hidden[0], plain[0])) is None:
                 continue
             base.found_parts = found
-            ours = _try(lambda: run_trunk(model, batch)[:, :-1])
+            ours = _try(lambda: hidden_states(model, batch)[:, :-1])
             if _same(ours, hidden, OTHER_KERNEL):
                 found.head = _weights_behind(base, hidden[0])
                 return

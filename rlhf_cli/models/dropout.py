@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import run_trunk, unwrap
+from rlhf_cli.models.decoder import hidden_states, unwrap
 from rlhf_cli.models.experts import decoder_of
 from rlhf_cli.models.lora_places import in_short
 from rlhf_cli.reporting.console import say
@@ -105,7 +105,7 @@ def check_training_mode(model: nn.Module) -> None:
             _drop_by(block, _kept)
     for mode in (nn.Module.eval, _blocks_in_training, _blocks_in_training):
         mode(model)
-        outcomes.append(run_trunk(model, _probe(model)))
+        outcomes.append(hidden_states(model, _probe(model)))
     for block, drop in dropping.items():
         if callable(drop):
             _drop_by(block, drop)
@@ -211,7 +211,7 @@ def reach_of(model: nn.Module) -> tuple[int, list[str]]:
         _drop_by(block, drop_all)
     training_mode(model)
     with torch.enable_grad():
-        beyond = _that_matter(model, run_trunk(model, _probe(model)))
+        beyond = _that_matter(model, hidden_states(model, _probe(model)))
     for block in blocks:
         _drop_by(block, None)
     model.eval()

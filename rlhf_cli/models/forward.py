@@ -80,7 +80,7 @@ def token_logprobs(
 def response_nll(model: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> Tensor:
     """Negative log-likelihood summed over all response tokens of a micro-batch, with gradient."""
     batch = batch_of(model, sequences, layout_of(model, hardware))
-    scored = token_logprobs(model, batch, chunk=hardware.logprob_chunk)
+    scored = token_logprobs(model, batch, chunk=hardware.logits_at_once)
     return nll_sum(scored.logprobs, batch.response)
 
 

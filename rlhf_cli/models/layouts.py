@@ -6,7 +6,7 @@ model.dtype, as a leak is to hide behind no rounding; where a GPU computes in bf
 its own, these are held against the same float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from rlhf_cli.data.packing import PACKED, PADDED, SHARED, SHARED_FROM, Layout
 from rlhf_cli.models.decoder import (
     hidden_states,
     matmul_in_float32,
-    run_trunk,
     text_ids,
     unwrap,
 )
@@ -111,34 +110,30 @@ class _Probe:
         by_others = self._device.type == "cuda" and not matmul_in_float32(self._model)
         if exact and not by_others:
             return True
-        return exact is not False and self._same(layout, hidden_states, ROUNDED)
+        return exact is not False and self._same(layout, ROUNDED)
 
     def _agrees_exactly(self, layout: Layout) -> bool:
         with _in_float32(self._model):
-            if not self._same(layout, run_trunk, SAME):
+            if not self._same(layout, SAME):
                 return False
             with _narrow(self._model) as narrowed:
-                return not narrowed or self._same(layout, run_trunk, SAME)
+                return not narrowed or self._same(layout, SAME)
 
-    def _same(
-        self, layout: Layout, run: Callable[[nn.Module, Batch], Tensor], limit: float
-    ) -> bool:
-        ours, theirs = (self._states_and_slopes(each, run) for each in (layout, PADDED))
+    def _same(self, layout: Layout, limit: float) -> bool:
+        ours, theirs = (self._states_and_slopes(each) for each in (layout, PADDED))
         return all(
             bool((mine - other).norm() <= limit * other.norm())
             for mine, other in zip(ours, theirs, strict=True)
         )
 
-    def _states_and_slopes(
-        self, layout: Layout, run: Callable[[nn.Module, Batch], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _states_and_slopes(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """States of all tokens, and the gradient of a sum of them by what each id is embedded as.
 
         (N, d), and (U, d) for the ids that come.
         """
         batch = collate(self._sequences, self._device, layout)
         with _quietly(self._model), _embedded(self._model) as embedded:
-            hidden = run(self._model, batch).flatten(0, 1)
+            hidden = hidden_states(self._model, batch).flatten(0, 1)
             steps = torch.arange(batch.at.shape[1])
             real = (steps < self._lengths[:, None]).to(self._device)  # (S, R)
             states = hidden[batch.at[real]].float()  # (N, d)

@@ -139,7 +139,7 @@ def keys_that_help(
         gradient: whether it keeps activations for a backward pass.
     """
     keys = []
-    positions = min(hardware.logprob_chunk, longest)  # whose logits exist at once
+    positions = min(hardware.logits_at_once, longest)  # whose logits exist at once
     if logits and positions > 1:
         keys.append(f"hardware.logprob_chunk={positions // 2}")
     if gradient and hardware.gradient_checkpointing is False:

@@ -86,7 +86,9 @@ def logprobs_of(
     """
 
     def of_batch(batch: Batch) -> list[Tensor]:
-        scored = token_logprobs(model, batch, chunk=hardware.logprob_chunk, temperature=temperature)
+        scored = token_logprobs(
+            model, batch, chunk=hardware.logits_at_once, temperature=temperature
+        )
         return _by_response(scored.logprobs, batch)
 
     return _each(items, hardware, model, of_batch, advance=advance, logits=True)

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import outputs_of, parts_of, run_trunk, trunk, unwrap
+from rlhf_cli.models.decoder import hidden_states, outputs_of, parts_of, trunk, unwrap
 from rlhf_cli.models.heads import head_name
 
 PROCESSORS = (
@@ -72,7 +72,7 @@ def _inside(base: Any, trunk_path: str) -> Iterator[str]:
         return
     batch = collate([Tokens([0], [0])], next(base.parameters()).device)
     with torch.no_grad(), outputs_of(base, models) as seen:
-        run_trunk(base, batch)
+        hidden_states(base, batch)
     yield from (path for path in models if path not in seen)
 
 

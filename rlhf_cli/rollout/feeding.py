@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import embedding_rows, run_trunk, trunk, unwrap
+from rlhf_cli.models.decoder import embedding_rows, hidden_states, trunk, unwrap
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.state import State, Way
@@ -131,7 +131,7 @@ class _Probe:
     def _whole(self) -> Tensor:
         """The last hidden states of both rows, as training has them: (2, LONG, d)."""
         rows = [Tokens(ids[:1], ids[1:]) for ids in self._ids.tolist()]
-        return run_trunk(self._model, collate(rows, self._ids.device))
+        return hidden_states(self._model, collate(rows, self._ids.device))
 
     def _with_axes(self, way: Way) -> Way:
         """The way, and where the rows are: along the axis that is twice as long for two of them."""

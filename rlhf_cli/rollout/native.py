@@ -253,7 +253,7 @@ class NativeEngine(Engine):
         samples: int,
     ) -> Iterator[dict[int, list[Completion]]]:
         """The best hypotheses of a beam search for each prompt that is left, by place."""
-        chunk = self._hardware.logprob_chunk
+        chunk = self._hardware.logits_at_once
 
         def search(one: list[list[int]]) -> list[Completion]:
             return beam_search(

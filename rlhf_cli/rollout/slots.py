@@ -7,6 +7,7 @@ nothing of the device, so that a graph of it can be replayed (rollout/graphs.py)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
-from rlhf_cli.models.row_attention import Packing, Slots, laid_out
+from rlhf_cli.models.kernels import tried
+from rlhf_cli.models.row_attention import Layout, Packing, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
 GROWTH = 32  # tokens by which slots grow
@@ -97,16 +99,39 @@ class SlotCache(Cache):
             return new
         assert self._places is not None
         at = self._places
-        for slots, each in zip(kept, new, strict=True):
-            if each.is_cuda:  # where an assignment by index may sort first, to keep an order
-                slots[: len(at)].scatter_(2, at[:, None, None, None].expand(each.shape), each)
-            else:
+        if key_states.is_cuda:
+            _append(kept, new, at)
+        else:
+            for slots, each in zip(kept, new, strict=True):
                 slots[self._rows[: len(at)], :, at] = each[:, :, 0]
         return kept[0][: len(at)], kept[1][: len(at)]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing that is asked for it goes by it: positions and masks are given."""
         return 0
+
+
+def _append(kept: Sequence[Tensor], new: Sequence[Tensor], places: Tensor) -> None:
+    """Write (B, H_kv, 1, d) keys and values to places of the first slots, on CUDA."""
+    kernels = _kernels()
+    if kernels is not None and all(each.stride(-1) == 1 for each in new):
+        kernels.append(*kept, *new, places)
+        return
+    for slots, each in zip(kept, new, strict=True):
+        # a scatter, as an assignment by index sorts first where sums are to keep their order
+        own = slots[: len(places)]
+        own.scatter_(2, places[:, None, None, None].expand(each.shape), each)
+
+
+@cache
+def _kernels() -> Any:
+    """The kernel that writes keys and values, if it runs."""
+
+    def trial(kernels: Any) -> None:
+        kept, new = (torch.zeros(2, 1, 1, 8, device="cuda") for _ in range(2))
+        kernels.append(kept[:1], kept[1:], new[:1], new[1:], torch.zeros(1, device="cuda").long())
+
+    return tried("rlhf_cli.rollout.slot_kernels", trial, "keys and values are kept")
 
 
 class SlotTable:
@@ -119,8 +144,8 @@ class SlotTable:
     drawn: (S,) tokens of the response so far.
     ended: (S,) whether nothing is to be drawn any more.
     bad: (S,) whether logits were not finite before the end.
-    noise: (S, max_tokens) uniform numbers that decide the draws.
-    tokens, logprobs: (S, max_tokens) of the response.
+    noise: (S, max_tokens + 1) uniform numbers that decide the draws, and one that nobody reads.
+    tokens, logprobs: (S, max_tokens + 1) of the response, and one that nobody reads.
     seen: (S, V) the ids of prompt and response, where the repetition penalty asks for them.
     """
 
@@ -145,7 +170,7 @@ class SlotTable:
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(slots, *size, dtype=dtype, device=self.device)
 
-        longest = sampling.max_tokens
+        longest = sampling.max_tokens + 1
         self.ids = zeros(dtype=torch.long)
         self.places = zeros(dtype=torch.long)
         self.lengths = zeros(dtype=torch.int32)
@@ -186,15 +211,22 @@ class SlotTable:
         put(self.drawn, [0] * len(prompts))
         put(self.ended, [False] * len(prompts))
         put(self.bad, [False] * len(prompts))
-        put(self.noise, noise)
+        put(self.noise, nn.functional.pad(noise, (0, 1)))
         if self.seen is not None:
             size = self.seen.shape[1]
             put(self.seen, torch.cat([seen_in(torch.tensor([ids]), size) for ids in prompts]))
+        self._fill(slots, prompts)
+
+    def _fill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Read each prompt once, into all of its slots."""
         shared: dict[int, Start] = {}
         for slot, ids in zip(slots, prompts, strict=True):
             known = shared.setdefault(id(ids), Start(ids[:-1], []))
             shared[id(ids)] = Start(known.ids, [*known.slots, slot])
-        for part in _passes([each for each in shared.values() if each.ids]):
+        self._read_all([each for each in shared.values() if each.ids])
+
+    def _read_all(self, starts: Sequence[Start]) -> None:
+        for part in _passes(starts):
             self._read(part)
 
     def _read(self, starts: Sequence[Start]) -> None:
@@ -220,7 +252,7 @@ class SlotTable:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def layout(self, rows: int) -> Slots:
+    def layout(self, rows: int) -> Layout:
         """How the first so many slots lie, for `laid_out` around steps of them.
 
         It stays the same one, for a graph of a step holds where its tensors are.
@@ -244,23 +276,22 @@ class SlotTable:
     def _write(self, rows: int, logits: Tensor) -> None:
         """Draw from (B, V) logits and move on where a slot has not ended."""
         drawn, ended = self.drawn[:rows], self.ended[:rows]
-        tokens, logprobs = self.tokens[:rows], self.logprobs[:rows]
-        live = ~ended
-        at = drawn.clamp(max=tokens.shape[1] - 1)[:, None]  # (B, 1)
+        most = self.tokens.shape[1] - 1
+        at = drawn.masked_fill(ended, most)[
+            :, None
+        ]  # (B, 1); what has ended writes where none read
         noise = self.noise[:rows].gather(1, at)[:, 0]
         seen = None if self.seen is None else self.seen[:rows]
         token, logprob, sound = self._choose(logits, noise, drawn, seen)
-        self.bad[:rows] |= live & ~sound
-        tokens.scatter_(1, at, torch.where(live, token, tokens.gather(1, at)[:, 0])[:, None])
-        kept = torch.where(live, logprob, logprobs.gather(1, at)[:, 0])
-        logprobs.scatter_(1, at, kept[:, None])
+        self.bad[:rows] |= ~sound
+        self.tokens[:rows].scatter_(1, at, token[:, None])
+        self.logprobs[:rows].scatter_(1, at, logprob[:, None])
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
-        drawn += live
-        ended |= (token[:, None] == self._stops).any(-1) | (drawn >= tokens.shape[1])
-        going = ~ended
-        self.ids[:rows] = torch.where(going, token, self.ids[:rows])
-        self.places[:rows] += going
+        drawn += ~ended
+        ended |= (token[:, None] == self._stops).any(-1) | (drawn >= most)
+        self.ids[:rows] = torch.where(ended, self.ids[:rows], token)
+        self.places[:rows] += ~ended
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What some slots hold goes to others, which are free; the sources have ended then."""

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, Run
+from rlhf_cli.config.schema import AUTO, EAGER, Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object
+from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.memory_estimate import (
+    BYTES,
     Unknown,
     activations,
+    attention_matrices,
     geometry_of,
+    has_plain_head,
     held_always,
     longest_sequence,
     of_the_head,
@@ -41,7 +45,10 @@ MOST_SAMPLED = 2**20  # tokens whose keys are kept, by stages that only sample
 STEP = 256  # budgets are multiples of it
 UNMEASURED = 16384, 131072  # where sizes are not known
 
-_FORM: Form = {"tokens": COUNT, "sampled": COUNT, "level": COUNT}
+FOR_LOGITS = 0.1  # of what is left: those that are kept are not computed again in backward
+CHUNKS = 1024, 8192  # positions, at least and at most
+
+_FORM: Form = {"tokens": COUNT, "sampled": COUNT, "chunk": COUNT, "level": COUNT}
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,13 @@ class Budget:
 
     tokens: in a forward and backward pass.
     sampled: whose keys and values are kept at once.
+    chunk: positions whose logits exist at once.
     level: the place in SHARES of the share of blocks that are recomputed from the start.
     """
 
     tokens: int
     sampled: int
+    chunk: int = CHUNKS[0]
     level: int = 0
 
 
@@ -70,10 +79,8 @@ def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, l
         None on a CPU, which has fixed ones, or where no key says auto; and a line that tells it.
     """
     hardware = cfg.hardware
-    if device.type != "cuda" or AUTO not in (
-        hardware.tokens_per_microbatch,
-        hardware.rollout_tokens,
-    ):
+    keys = ("tokens_per_microbatch", "rollout_tokens", "logprob_chunk")
+    if device.type != "cuda" or AUTO not in [getattr(hardware, key) for key in keys]:
         return None, []
     kept = Path(cfg.out) / BUDGET
     why = "as before"
@@ -81,17 +88,24 @@ def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, l
     with suppress(UserError):
         budget = Budget(**read_object(kept, _FORM)) if kept.is_file() else None
     if budget is None:
-        free = torch.cuda.mem_get_info(device)[0]
+        free = free_memory(device)
         budget, why = budget_of(cfg, free, width), f"{written(free)} of the GPU are free"
-    hardware.measured(budget.tokens, budget.sampled)
+    hardware.measured(budget.tokens, budget.sampled, budget.chunk)
     told = {
         "tokens_per_microbatch": budget.tokens,
         "rollout_tokens": budget.sampled,
+        "logprob_chunk": budget.chunk,
     }
     words = [f"{name}={value}" for name, value in told.items() if getattr(hardware, name) == AUTO]
     if budget.level and hardware.gradient_checkpointing == AUTO:
         words.append(f"{SHARES[budget.level]:.0%} of the blocks recomputed")
     return budget, [f"hardware, auto: {', '.join(words)} ({why})"]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that no tensor takes: what the driver has, and what torch holds in reserve."""
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserve
 
 
 def keep(budget: Budget, out: Path) -> None:
@@ -123,17 +137,30 @@ def budget_of(cfg: Any, free: float, width: int) -> Budget:
         responses = cfg.algo.batch_size * getattr(cfg.algo, "group_size", 1)
         sampled = min(FOR_ROLLOUTS * room / token, responses * longest)
         room -= max(0.0, sampled) * token
-    room -= sum(of_the_head(cfg, geometry, MOST, True, width).values())
+    chunk = chunk_of(cfg, room, geometry.vocabulary)
+    room -= sum(of_the_head(cfg, geometry, chunk, True, width).values())
     graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
     rows = getattr(cfg.algo, "minibatch_size", cfg.algo.batch_size) * rows_per_item(cfg)
     enough = min(ENOUGH, rows * longest)
+    eager = predicted_attention(cfg) == EAGER
+    beside = attention_matrices(cfg, geometry, 1, longest, width) if eager else 0.0
     levels = range(len(SHARES)) if cfg.hardware.gradient_checkpointing == AUTO else [0]
     for level in levels:
         share = SHARES[level] if level else share_of(cfg)
-        tokens = room / (graphs * activations(cfg, geometry, 1, width, share))
+        tokens = room / (graphs * (activations(cfg, geometry, 1, width, share) + beside))
         if tokens >= enough:
             break
-    return Budget(_rounded(min(tokens, MOST)), _rounded(sampled), level)
+    return Budget(_rounded(min(tokens, MOST)), _rounded(sampled), chunk, level)
+
+
+def chunk_of(cfg: Any, room: float, vocabulary: int) -> int:
+    """Positions whose logits exist at once; those of a head that is no plain product are costly."""
+    if cfg.hardware.logprob_chunk != AUTO:
+        return int(cfg.hardware.logprob_chunk)
+    if not has_plain_head(cfg):
+        return CHUNKS[0]
+    fitting = _rounded(FOR_LOGITS * room / (BYTES * vocabulary))
+    return min(max(fitting, CHUNKS[0]), CHUNKS[1])
 
 
 def _rounded(tokens: float) -> int:

@@ -138,7 +138,8 @@ def parts_of(
     fused = cfg.model.lora_rank and not goes_without_experts(cfg.model)
     if fused and (size := adapted_experts(cfg, shapes, geometry.layers)):
         update["experts together with their adapters"] = graphs * size * width / BYTES
-    update |= of_the_head(cfg, geometry, tokens, several, width)
+    chunk = min(cfg.hardware.logits_at_once, tokens)
+    update |= of_the_head(cfg, geometry, chunk, several, width)
     rollout: Parts = {}
     if cfg.samples_online:
         responses = algo.batch_size * getattr(algo, "group_size", 1)
@@ -248,13 +249,12 @@ def adapted_experts(cfg: Any, shapes: Shapes, layers: int) -> float:
     return BYTES * expert_numbers(trunk_of(shapes)) * (kept + 1) / layers
 
 
-def of_the_head(cfg: Any, geometry: Geometry, tokens: int, several: bool, width: int) -> Parts:
+def of_the_head(cfg: Any, geometry: Geometry, chunk: int, several: bool, width: int) -> Parts:
     """Bytes of a chunk's logits and, where the unembedding is trained, of the gradient that one of
     several micro-batches adds.
     """
     if facts_of(cfg).writes == "reward":  # which has scores in place of logits
         return {}
-    chunk = min(cfg.hardware.logprob_chunk, tokens)
     copies = logit_copies(cfg) + (width < BYTES) / 2  # their gradient in the type of the product
     parts = {f"logits of {chunk} positions": copies * BYTES * chunk * geometry.vocabulary}
     if several and not cfg.model.lora_rank and not cfg.model.frozen_layers:
@@ -286,12 +286,13 @@ def auto_line(cfg: Any) -> list[str]:
     at_once = {
         "tokens_per_microbatch": hardware.tokens_at_once,
         "rollout_tokens": hardware.sampled_at_once,
+        "logprob_chunk": hardware.logits_at_once,
     }
     said = {
         name: "by the GPU's free memory" if gpu else str(tokens) for name, tokens in at_once.items()
     }
     said["gradient_checkpointing"] = "once memory runs out"
-    said["compile"] = "if the steps after the fourth take over 5 minutes" if gpu else "false"
+    said["compile"] = "if the steps after the fourth take over 3 minutes" if gpu else "false"
     told = [f"{name} {what}" for name, what in said.items() if getattr(hardware, name) == AUTO]
     return [f"hardware, auto: {', '.join(told)}"] if told else []
 

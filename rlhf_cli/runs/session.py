@@ -1,5 +1,6 @@
 """One run of one stage: its folder, device, logs, resume point, checks and manifest."""
 
+import os
 import platform
 import shutil
 import time
@@ -441,8 +442,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         return None
     for line in plan.code:
         say(line)
-    if cfg.hardware.threads is not None:
-        torch.set_num_threads(cfg.hardware.threads)
+    set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
     device = device_of(cfg.hardware.device)
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
@@ -451,6 +451,17 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     budget, lines = settle(cfg, device, dtype.itemsize)
     plan.sums += lines
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
+
+
+def set_threads(threads: int | None, parameters: float) -> None:
+    """Take so many CPU threads; None leaves them to torch, but for models as small as the demo's.
+
+    What those compute is done sooner than a second thread has woken up. OMP_NUM_THREADS holds.
+    """
+    if threads is None and parameters <= DEMO_SIZE and "OMP_NUM_THREADS" not in os.environ:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def watches(cfg: Run) -> bool:

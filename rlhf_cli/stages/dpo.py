@@ -178,7 +178,7 @@ class DpoObjective:
     def loss(self, items: list[PreferenceItem], whole: Batchwise) -> Loss:
         """Of a micro-batch, summed over items."""
         batch = batch_of(self._policy, [item.answers for item in items], self._layout)
-        chunk = self._hardware.logprob_chunk
+        chunk = self._hardware.logits_at_once
         grid = token_logprobs(self._policy, batch, chunk=chunk).logprobs  # (S, R)
         logprobs, lengths = grid.sum(-1), batch.response.sum(-1)  # (S,)
         known = [item.reference for item in items if item.reference is not None]

@@ -193,7 +193,7 @@ class GrpoObjective:
         scored = token_logprobs(
             self._policy,
             batch,
-            chunk=self._hardware.logprob_chunk,
+            chunk=self._hardware.logits_at_once,
             temperature=coefs.temperature,
             with_entropy=algo.entropy_coef > 0,
             reference=self._reference if in_loss and algo.kl_estimator == "full" else None,

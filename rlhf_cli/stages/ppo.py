@@ -216,7 +216,7 @@ class PpoObjective:
         scored = token_logprobs(
             self._policy,
             batch,
-            chunk=self._hardware.logprob_chunk,
+            chunk=self._hardware.logits_at_once,
             temperature=coefs.temperature,
             with_entropy=algo.entropy_coef > 0,
             value_head=critic.head if critic else None,

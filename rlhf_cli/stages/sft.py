@@ -77,13 +77,17 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     objective = SftObjective(policy.model, hardware)
     log = session.log()
 
+    learning = False  # a switch of every module: as often as it takes
     with Bar("sft", steps) as bar:
         for step in session.steps(bar):
             torch.manual_seed(derived_seed(cfg.seed, "dropout", step))
-            training_mode(policy.model)
+            if not learning:
+                training_mode(policy.model)
+                learning = True
             metrics = optimizer.step([objective.term(batches[step - 1])])
-            policy.model.eval()
             if step % algo.eval_every == 0 or step == steps:
+                policy.model.eval()
+                learning = False
                 metrics |= evaluate(policy, held_out, judge, hardware)
                 metrics |= by_part(policy, parts, hardware)
                 bar.advance(0, held_out_line(metrics))

@@ -1,6 +1,6 @@
 """When training passes are compiled, and what happens where they cannot be.
 
-It takes a minute or more before it makes steps faster, so hardware.compile=auto waits for the times
+It takes time before it makes steps faster, so hardware.compile=auto waits for the times
 of the first steps.
 """
 
@@ -19,7 +19,7 @@ from rlhf_cli.reporting.console import say
 Result = TypeVar("Result")
 
 FIRST = 4  # steps; the very first is left out of their mean, as much happens once in it
-LONG = 300.0  # seconds that the steps that are left must take
+LONG = 180.0  # seconds that the steps that are left must take
 
 
 class Compiling:

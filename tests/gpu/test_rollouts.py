@@ -37,10 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def engine_of(folder: Path, dtype: str) -> tuple[NativeEngine, Encoder]:
+def engine_of(folder: Path, dtype: str, compiles: bool = False) -> tuple[NativeEngine, Encoder]:
     model = load_policy(str(folder), model_of(dtype=dtype, lora_rank=0), bpe(), DEVICE)
     encoder = Encoder(bpe(), data_of(max_prompt_tokens=96, max_response_tokens=LONGEST))
-    return NativeEngine(model, encoder, hardware_of(rollout_tokens=40 * 160)), encoder
+    hardware = hardware_of(rollout_tokens=40 * 160)
+    return NativeEngine(model, encoder, hardware, compiles), encoder
 
 
 def sampled(engine: NativeEngine, encoder: Encoder, way: str) -> list[Rollout]:
@@ -83,6 +84,19 @@ def test_in_bfloat16_a_graph_does_what_a_step_does(way: str, folder: Path) -> No
     by_steps, encoder = engine_of(folder, "bfloat16")
     by_steps._slots._graphs = False
     alike(first, sampled(by_steps, encoder, way), 1e-3)
+
+
+def test_compiled_pieces_draw_by_the_same_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They round otherwise, so that draws part in time; log-probs are those of a pass."""
+    engine, encoder = engine_of(folder, "bfloat16", compiles=True)
+    found = sampled(engine, encoder, "plain")
+    assert engine._slots._compiles and "compiled" not in capsys.readouterr().err  # nothing failed
+    scored = logprobs_of(engine._model, [each.tokens for each in found], hardware_of())
+    pairs = zip(found, scored, strict=True)
+    apart = torch.cat([torch.tensor(a.logprobs) - b for a, b in pairs]).abs()
+    assert apart.mean() < 0.02 and apart.max() < 0.5
 
 
 def test_graphs_follow_weights_that_are_changed_in_place(folder: Path) -> None:

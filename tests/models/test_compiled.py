@@ -21,8 +21,9 @@ LAYOUTS = ([5, 7], [3, 9, 4], [20])
 
 def gradients(model: nn.Module, lengths: list[int]) -> dict[str, Tensor]:
     model.zero_grad()
-    ids = torch.arange(sum(lengths))[None] % 20
-    positions = torch.cat([torch.arange(each) for each in lengths])[None]
+    device = next(model.parameters()).device
+    ids = torch.arange(sum(lengths), device=device)[None] % 20
+    positions = torch.cat([torch.arange(each) for each in lengths])[None].to(device)
     with laid_out(model, Packing(lengths, ids.device)):
         states = trunk(model)(input_ids=ids, position_ids=positions, use_cache=False)
     states.last_hidden_state.pow(2).sum().backward()

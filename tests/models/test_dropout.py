@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.models.decoder import run_trunk
+from rlhf_cli.models.decoder import hidden_states
 from rlhf_cli.models.dropout import (
     blocks_of,
     disable_dropout,
@@ -42,7 +42,7 @@ def rates_of(family: str) -> dict[str, float]:
 
 @torch.no_grad()
 def states_of(model: nn.Module) -> Tensor:
-    return run_trunk(model, BATCH)
+    return hidden_states(model, BATCH)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,7 +111,7 @@ def test_recomputed_blocks_drop_the_same() -> None:
         residual_dropout(model, 0.4)
         training_mode(model)
         torch.manual_seed(1)
-        run_trunk(model, BATCH).square().sum().backward()
+        hidden_states(model, BATCH).square().sum().backward()
         grads = {name: weight.grad for name, weight in model.named_parameters()}
         gradients.append({name: grad for name, grad in grads.items() if grad is not None})
     torch.testing.assert_close(gradients[0], gradients[1])

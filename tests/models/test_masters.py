@@ -24,10 +24,13 @@ from rlhf_cli.models.load import load_policy, load_weights
 from rlhf_cli.models.masters import gather, give_masters, held_as, hold, master_of
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model
+from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.scorers import load_critic, scorer_from_policy
 from rlhf_cli.models.shared import SharedScorer
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.objectives.likelihood import nll_sum
+from rlhf_cli.rollout.decode import decode
+from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
 from tests.model_families import build, names
@@ -351,7 +354,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(config: Model, folder: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("family", names())
 def test_a_family_trains_in_bfloat16(family: str, tmp_path: Path) -> None:
-    """Log-probs near those of float32, and a step that changes the same weights."""
+    """Log-probs near those of float32 and of sampling, and a step that changes the same weights."""
     build(family, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), FROZEN)
     found: list[Tensor] = []
@@ -365,6 +368,12 @@ def test_a_family_trains_in_bfloat16(family: str, tmp_path: Path) -> None:
         after = masters(model)
         moved.append({name for name in after if not torch.equal(after[name], before[name])})
         assert follows(model)
+        noise = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+        drawn = decode(model, [[5, 9, 30], [7]], noise, Sampling(6), [1], lambda ids: "")
+        rows = [Tokens(ids, each.ids) for ids, each in zip([[5, 9, 30], [7]], drawn, strict=True)]
+        scored = logprobs_of(model, rows, hardware_of())
+        sampled = torch.tensor([value for each in drawn for value in each.logprobs])
+        assert (torch.cat(scored) - sampled).abs().mean() < 0.03
     mean = (found[0] - found[1]).abs().mean().item()
     assert mean < (0.2 if "moe" in family or "deepseek" in family else 0.1)  # routers may turn
     assert moved[0] == moved[1]

@@ -33,9 +33,9 @@ def dpo(policy: str, *words: str) -> Any:
 
 def test_blocks_are_recomputed_only_where_too_few_tokens_fit(policy: str) -> None:
     """What is held and what activations take are those of the estimate."""
-    cfg = dpo(policy)
+    cfg = dpo(policy, "hardware.logprob_chunk=1024")
     held = sum(parts_of(cfg)[0].values())
-    assert budget_of(cfg, 1e12, 4) == Budget(MOST, UNMEASURED[1], 0)
+    assert budget_of(dpo(policy), 1e12, 4) == Budget(MOST, UNMEASURED[1], 8192, 0)
     geometry = Geometry.of(llama(len(bpe()), num_hidden_layers=16).config.to_dict())
     token = {share: activations(cfg, geometry, 1, 4, share) for share in (0.0, 0.25, 0.5, 1.0)}
     head = 4 * 1024 * len(bpe()) + 4 * 16 * len(bpe())
@@ -47,10 +47,10 @@ def test_blocks_are_recomputed_only_where_too_few_tokens_fit(policy: str) -> Non
             if at == level:
                 assert found.tokens == tokens // 256 * 256
     free = (held + head + 1000 * token[0.0]) / 0.9
-    assert budget_of(dpo(policy, "hardware.gradient_checkpointing=false"), free, 4) == Budget(
-        768, UNMEASURED[1]
-    )
-    assert budget_of(cfg, 1.0, 4) == Budget(256, UNMEASURED[1], 3)
+    assert budget_of(
+        dpo(policy, "hardware.logprob_chunk=1024", "hardware.gradient_checkpointing=false"), free, 4
+    ) == Budget(768, UNMEASURED[1])
+    assert budget_of(cfg, 1.0, 4) == Budget(256, UNMEASURED[1], 1024, 3)
     assert budget_of(dpo("someone/model"), 1e12, 2) == Budget(*UNMEASURED)
 
 
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_keeps_its_budget(
     policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def free(size: float) -> None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(size), int(1e12)))
+        monkeypatch.setattr(budgets, "free_memory", lambda device: int(size))
 
     cfg = dpo(policy, f"out={tmp_path}")
     assert settle(cfg, torch.device("cpu"), 4) == (None, [])
@@ -75,16 +75,19 @@ def test_a_run_that_goes_on_keeps_its_budget(
     budget, told = settle(cfg, GPU, 4)
     assert budget is not None and cfg.hardware.tokens_at_once == budget.tokens == MOST
     assert told == [
-        "hardware, auto: tokens_per_microbatch=32768, rollout_tokens=131072 "
+        "hardware, auto: tokens_per_microbatch=32768, rollout_tokens=131072, logprob_chunk=8192 "
         "(256.00 GiB of the GPU are free)"
     ]
     (tmp_path / BUDGET).parent.mkdir()
     keep(budget, tmp_path)
     free(2**20)
     again = dpo(policy, f"out={tmp_path}", "hardware.rollout_tokens=7")
-    assert settle(again, GPU, 4)[1] == ["hardware, auto: tokens_per_microbatch=32768 (as before)"]
+    assert settle(again, GPU, 4)[1] == [
+        "hardware, auto: tokens_per_microbatch=32768, logprob_chunk=8192 (as before)"
+    ]
     assert (again.hardware.tokens_at_once, again.hardware.sampled_at_once) == (MOST, 7)
     fixed = ["hardware.tokens_per_microbatch=5", "hardware.rollout_tokens=7"]
+    fixed.append("hardware.logprob_chunk=9")
     assert settle(dpo(policy, *fixed), GPU, 4) == (None, [])
     (tmp_path / BUDGET).write_text("{}")
     assert settle(cfg, GPU, 4)[0] == budgets.budget_of(cfg, 2**20, 4)
@@ -92,11 +95,11 @@ def test_a_run_that_goes_on_keeps_its_budget(
 
 def test_a_check_tells_what_auto_will_mean() -> None:
     assert auto_line(compose("sft", ["hardware.device=cpu"])) == [
-        "hardware, auto: tokens_per_microbatch 4096, rollout_tokens 16384, "
+        "hardware, auto: tokens_per_microbatch 4096, rollout_tokens 16384, logprob_chunk 1024, "
         "gradient_checkpointing once memory runs out, compile false"
     ]
     told = auto_line(compose("sft", ["hardware=gpu"]))
     assert told[0].startswith("hardware, auto: tokens_per_microbatch by the GPU's free memory, ")
     assert auto_line(compose("generate", [*DATA, "hardware.rollout_tokens=9"])) == [
-        "hardware, auto: tokens_per_microbatch 4096"
+        "hardware, auto: tokens_per_microbatch 4096, logprob_chunk 1024"
     ]

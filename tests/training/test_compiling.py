@@ -42,7 +42,7 @@ def test_a_long_run_is_compiled_after_its_first_steps(
         long.after_step(100.0 if left == 400 else 1.0, left)
     assert len(counted) == 1 and long.state() == {"compiled": 1, "steps_timed": 4}
     assert capsys.readouterr().err.startswith("397 steps would take 7 minutes: training passes")
-    for left in range(290, 280, -1):
+    for left in range(170, 160, -1):
         short.after_step(1.0, left)
     again = Timed(compile="auto")
     again.load(short.state())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Preference
+from rlhf_cli.models.adapting import place
 from rlhf_cli.online.updates import Coefficients, Trajectory
 from rlhf_cli.preferences.items import PreferenceItem
 from rlhf_cli.stages.dpo import DpoObjective
@@ -18,7 +19,7 @@ from rlhf_cli.stages.sft import SftObjective
 from rlhf_cli.training import figures
 from rlhf_cli.training.figures import Figures
 from rlhf_cli.training.loss_term import Loss, LossTerm
-from tests.toys import composed, hardware_of, llama, sequences_of
+from tests.toys import DEVICE, FROZEN, composed, hardware_of, llama, sequences_of
 from tests.training.test_optimize import optimizer_of
 from tests.waits import Waits
 
@@ -60,9 +61,11 @@ def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert (waits.seen, reads) == ([], [5])  # loss and metric of two batches, a norm
 
 
-def term_of(stage: str) -> LossTerm:
+def term_of(stage: str, dtype: torch.dtype = torch.float32) -> LossTerm:
     """The term of a step of a stage, on a small model."""
-    model, hardware = llama(40, num_hidden_layers=1), hardware_of()
+    model: Any = llama(40, num_hidden_layers=2, head_dim=8)
+    place(model, FROZEN, dtype, DEVICE)
+    hardware = hardware_of()
     sequences = sequences_of(4)
     if stage == "sft":
         return SftObjective(model, hardware).term(sequences)
