@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import Decoding
 from rlhf_cli.models.kernels import tried
 
-BLOCK = 256  # columns that are summed before the draw looks into one of these blocks
+BLOCK = 256  # columns of large vocabularies that the draw sums before it looks into one block
 HALVINGS = 30  # of the bit patterns between 0 and 1 in float32, until one is left
 
 
@@ -178,22 +178,23 @@ class Chooser:
         The block of columns is found first, then the column in it. Sums of a block are taken in
         float32, as exact as the weights themselves; sums of blocks and all within one in float64.
         """
-        whole = weights.shape[-1] // BLOCK * BLOCK
-        sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+        size = BLOCK if weights.shape[-1] > BLOCK**2 // 4 else BLOCK // 4  # near the root of V
+        whole = weights.shape[-1] // size * size
+        sums = weights[:, :whole].unflatten(-1, (-1, size)).sum(-1)
         if whole < weights.shape[-1]:
             sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], -1)
         ends = sums.double().cumsum(-1)
         target = noise.double()[:, None] * ends[:, -1:]
         block = _first_above(ends, target)
         start = ends.gather(-1, (block - 1).clamp(min=0)).where(block > 0, 0)
-        columns = block * BLOCK + self._within
+        columns = block * size + self._within[:size]
         last = weights.shape[-1] - 1
         inside = weights.gather(-1, columns.clamp(max=last)).double()
         inside = torch.where(columns <= last, inside, 0).cumsum(-1)
         place = _first_above(inside, target - start)
         # the last weight, if a sum in another order is below what is left of the target
         place = place.minimum((inside < inside[:, -1:]).sum(-1, keepdim=True))
-        return (block * BLOCK + place)[:, 0].clamp(max=last), ends[:, -1]
+        return (block * size + place)[:, 0].clamp(max=last), ends[:, -1]
 
     def _logprobs(self, scaled: Tensor, weights: Tensor, ids: Tensor, made: Tensor) -> Tensor:
         """Log-probs of the ids by the logits before filters, by way of their weights: (B,)."""
