@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_cli.models.logprob_rows import Figures, coefficients, figures_of, gradient_of
+from rlhf_cli.models.logprob_rows import Figures, coefficients, figures_of, gradient_of, rows_of
 
 CACHED = 2**20  # logits that stay in a CPU's cache between the passes over them
 FEW, MANY = 64, 1024  # rows from which on a product is fast on a CPU, and on a GPU
@@ -41,11 +41,10 @@ class LinearHead:
     dtype: torch.dtype
 
     def logits(self, states: Tensor, temperature: float = 1.0, out: Tensor | None = None) -> Tensor:
-        """Of (n, d) states, without gradient: (n, V) in float32, or float64 where `dtype` is."""
-        weight = self.weight.detach().to(self.dtype)
-        logits = product(states.detach().to(self.dtype), weight.T, out)
+        """Of (n, d) states: (n, V) in float32, or float64 where `dtype` is; with no_grad only."""
+        logits = product(states.to(self.dtype), self.weight.to(self.dtype).T, out)
         if self.bias is not None:
-            logits.add_(self.bias.detach())
+            logits.add_(self.bias)
         return logits if temperature == 1 else logits.div_(temperature)
 
 
@@ -146,7 +145,7 @@ class _Scores(torch.autograd.Function):
         found = []
         for part in _parts(0, len(targets), rows.block):
             logits = rows.logits(part, _at(part, room))
-            found.append(figures_of(logits, targets[part], asked.with_entropy))
+            found.append(figures_of(logits, rows_of(targets, part), asked.with_entropy))
         figures = Figures.joined(found)
         ctx.asked, ctx.kept = asked, room if whole else None
         ctx.save_for_backward(*(targets, states, weight, bias, *reference), *vars(figures).values())
@@ -163,7 +162,7 @@ class _Scores(torch.autograd.Function):
         _, _, for_states, for_weight, for_bias, *_ = ctx.needs_input_grad
         rows = _Rows(asked, states, weight, bias, reference)
         coefs = coefficients(incoming, figures, asked.temperature)
-        of_states = torch.empty_like(states) if for_states else None
+        of_states: list[Tensor] = []
         of_weight = of_bias = None
         room = kept or rows.room(rows.together)
         slopes = room[0]  # of logits, where they stood
@@ -175,16 +174,18 @@ class _Scores(torch.autograd.Function):
                 if kept is None:
                     rows.logits(part, logits)
                 (slope,) = _at(part, [slopes])
-                gradient_of(logits, targets[part], coefs.of(part), kept is not None, slope)
-                if of_states is not None:
-                    of_states[part] = product(slope, rows.weight)
+                those = rows_of(targets, part)
+                gradient_of(logits, those, coefs.of(part), kept is not None, slope)
+                if for_states:
+                    of_states.append(product(slope, rows.weight).to(states.dtype))
             (of_span,) = _at(span, [slopes])
             if for_weight:
-                of_weight = plus_product(of_weight, of_span.T, states[span].to(asked.dtype))
+                those = rows_of(states, span).to(asked.dtype)
+                of_weight = plus_product(of_weight, of_span.T, those)
             if for_bias:
                 summed = of_span.sum(0, dtype=coefs.every.dtype)
                 of_bias = summed if of_bias is None else of_bias.add_(summed)
-        return None, None, of_states, of_weight, of_bias, *(None for _ in reference)
+        return None, None, _whole(of_states), of_weight, of_bias, *(None for _ in reference)
 
 
 class _Rows:
@@ -222,9 +223,15 @@ class _Rows:
     def logits(self, part: slice, room: list[Tensor]) -> list[Tensor]:
         """Those of some rows, in the room for just them."""
         return [
-            head.logits(states[part], self._asked.temperature, each)
+            head.logits(rows_of(states, part), self._asked.temperature, each)
             for (head, states), each in zip(self._each, room, strict=True)
         ]
+
+
+def _whole(parts: list[Tensor]) -> Tensor | None:
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0] if parts else None
 
 
 def _split(saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -236,7 +243,7 @@ def _split(saved: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 def _at(part: slice, room: Sequence[Tensor]) -> list[Tensor]:
     """Where some rows stand, in room for all or for so many that are taken at once."""
     first = part.start % len(room[0])
-    return [each[first : first + part.stop - part.start] for each in room]
+    return [rows_of(each, slice(first, first + part.stop - part.start)) for each in room]
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

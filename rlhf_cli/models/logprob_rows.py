@@ -15,6 +15,11 @@ from torch import Tensor
 from rlhf_cli.models.kernels import tried
 
 
+def rows_of(table: Tensor, part: slice) -> Tensor:
+    """Some rows of it; itself where they are all: a view costs the host a microsecond or two."""
+    return table if part.start == 0 and part.stop == len(table) else table[part]
+
+
 @dataclass(frozen=True)
 class Figures:
     """Of rows of logits z, and z' of a reference: (n,) each, None for what is not asked.
@@ -54,9 +59,8 @@ class Coefficients:
 
     def of(self, part: slice) -> "Coefficients":
         """Those of some rows."""
-        own = None if self.own is None else self.own[part]
-        other = None if self.other is None else self.other[part]
-        return Coefficients(self.target[part], self.every[part], self.lse[part], own, other)
+        columns = vars(self).values()
+        return Coefficients(*(None if each is None else rows_of(each, part) for each in columns))  # type: ignore[arg-type]
 
 
 def coefficients(
@@ -68,12 +72,17 @@ def coefficients(
         temperature: that logits were divided by.
     """
     lse, entropy, kl = figures.lse, figures.entropy, figures.kl
-    of_logprobs, of_entropy, of_kl = (
-        torch.zeros_like(lse) if each is None else each / temperature for each in incoming
-    )
+
+    def of(each: Tensor | None) -> Tensor:
+        if each is None:
+            return torch.zeros_like(lse)
+        return each if temperature == 1 else each / temperature
+
+    of_logprobs = of(incoming[0])
     every = -of_logprobs
     if entropy is None and kl is None:
         return Coefficients(of_logprobs, every, lse)
+    of_entropy, of_kl = of(incoming[1]), of(incoming[2])
     if entropy is not None:
         every = every + of_entropy * (lse - entropy)
     if kl is None or figures.their_lse is None:
@@ -140,16 +149,16 @@ def plain_figures(logits: Sequence[Tensor], targets: Tensor, with_entropy: bool)
     alone = not with_entropy and not others
     at_target, highest = own.gather(-1, targets[:, None])[:, 0], own.amax(-1)
     soft = _softmax_(own) if alone else torch.softmax(own, -1)
-    beyond = -soft.amax(-1).log()
-    lse = highest + beyond
+    likeliest = soft.amax(-1).log()
+    lse = highest - likeliest
     entropy = kl = their_lse = None
     if with_entropy:
         apart = own - highest[:, None]  # 0 where most of p is, whose sum is 1 but for rounding
-        entropy = beyond - apart.mul_(soft).sum(-1)
+        entropy = -likeliest - apart.mul_(soft).sum(-1)
     for theirs in others:
         their_lse = theirs.amax(-1) - torch.softmax(theirs, -1).amax(-1).log()
         kl = their_lse - lse + (own - theirs).mul_(soft).sum(-1)
-    return Figures(at_target - highest - beyond, lse, entropy, kl, their_lse)
+    return Figures((at_target - highest).add_(likeliest), lse, entropy, kl, their_lse)
 
 
 def plain_gradient(
