@@ -26,8 +26,6 @@ from speed_inputs import Shape, rows_of, shape_of
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-ENDS_AT = 5.0  # standard deviation of the logit of EOS in `ragged`, so that lengths vary
-
 # --------------------------------------------------------------------------- what is counted
 
 
@@ -241,16 +239,27 @@ def sampled(
     )
 
 
-def boost_eos(model: Any, eos: int) -> None:
-    """Let a random model end its responses at all lengths: the logit of EOS varies with the state.
+def sampled_model(spec: dict[str, Any]) -> Path:
+    """The folder of the model that is sampled; that of `ragged` ends responses at all lengths.
 
-    A random model's logits are nearly equal, so one entry in 150,000 is never drawn.
+    A random model's entries are nearly equally likely, so that the one of EOS is never drawn: there
+    a share of all entries ends a response, on average after half of the most tokens.
     """
-    import torch
-
-    weight = model.get_input_embeddings().weight
-    with torch.no_grad():
-        weight[eos] *= ENDS_AT / weight.shape[1] ** 0.5 / weight[eos].std()
+    plain = Path(spec["folder"], "model")
+    if spec["job"] != "ragged":
+        return plain
+    length = spec["sampling"][2]
+    folder = plain.with_name(f"ragged{length}")
+    if not folder.exists():
+        folder.mkdir()
+        for file in plain.iterdir():
+            if file.name != "generation_config.json":
+                (folder / file.name).symlink_to(file.resolve())
+        settings = json.loads((plain / "generation_config.json").read_text())
+        vocabulary = shape_of(plain.parent).vocabulary
+        settings["eos_token_id"] = [1, *range(2, vocabulary, length // 2)]
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 # --------------------------------------------------------------------------- ours
@@ -296,7 +305,7 @@ def our_words(spec: dict[str, Any]) -> list[str]:
     prompts, group, length = spec["sampling"]
     kind = {"sft": "demonstrations", "dpo": "pairs", "reward": "pairs"}.get(job, "prompts")
     words = [f"data.path={folder / kind}.jsonl", "data=rows", "data.eval_rows=20", "overwrite=true"]
-    words += ["hardware.save_every=null", "algo.warmup_steps=0", "data.max_prompt_tokens=384"]
+    words += ["hardware.save_every=null", "algo.warmup_steps=0", "data.max_prompt_tokens=448"]
     if torch.cuda.is_available():
         words += ["hardware=gpu", "model.dtype=bfloat16"]
     response = length if job in ("grpo", "ppo") else 128
@@ -327,15 +336,14 @@ def our_samples(spec: dict[str, Any]) -> None:
 
     folder, watch = Path(spec["folder"]), Watch(spec)
     count, group, length = spec["sampling"]
-    words = [f"policy={folder / 'model'}", "data=rows", f"data.path={folder / 'prompts.jsonl'}"]
+    model = sampled_model(spec)
+    words = [f"policy={model}", "data=rows", f"data.path={folder / 'prompts.jsonl'}"]
     words += [f"out={folder / 'out' / 'generate'}", "overwrite=true", f"algo.samples={group}"]
     words += [f"algo.max_tokens={length}"]
     words += ["hardware=gpu", "model.dtype=bfloat16"] if torch.cuda.is_available() else []
     session = begin(compose("generate", [*words, *spec["overrides"]]))
     assert session is not None
-    policy = policy_of(session, str(folder / "model"))
-    if spec["job"] == "ragged":
-        boost_eos(policy.model, policy.tokenizer.eos_token_id)
+    policy = policy_of(session, str(model))
     rows = rows_of(folder / "prompts.jsonl")[:count]
     prompts = policy.encoder.prompts([Prompt(row["prompt"], {}, "") for row in rows])
     batches = []
@@ -439,12 +447,10 @@ def hf(spec: dict[str, Any]) -> None:
 
     folder, watch = Path(spec["folder"]), Watch(spec)
     gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(sampled_model(spec), padding_side="left")
     dtype = torch.bfloat16 if gpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(sampled_model(spec), dtype=dtype)
     model = model.to("cuda" if gpu else "cpu").eval()
-    if spec["job"] == "ragged":
-        boost_eos(model, tokenizer.eos_token_id)
     count, group, length = spec["sampling"]
     rows = rows_of(folder / "prompts.jsonl")[:count]
     texts = [row["prompt"] for row in rows for _ in range(group)]

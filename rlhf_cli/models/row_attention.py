@@ -8,6 +8,7 @@ On a GPU with 16-bit numbers the flash kernels of torch compute it; else its pla
 sequence at a time, which is the reference that tests and probes compare with.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -50,7 +51,15 @@ class Slots:
         return cls(lengths, starts, starts * capacity)
 
 
-Layout = Packing | Slots
+class OwnLayout(ABC):
+    """A layout that computes attention by itself."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: "Kind") -> Tensor:
+        """(B, H, T, d) queries, (B, H_kv, S, d) keys and values -> (B, T, H, d)."""
+
+
+Layout = Packing | Slots | OwnLayout
 _layout: Layout | None = None
 _configs: WeakKeyDictionary[nn.Module, list[PreTrainedConfig]] = WeakKeyDictionary()
 
@@ -127,7 +136,7 @@ def attend(
         raise UnknownAttention(f"{type(module).__name__} masks, biases or drops what it sees")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None
-    kind = _Kind(scale, sliding_window, softcap, s_aux)
+    kind = Kind(scale, sliding_window, softcap, s_aux)
     flash = plain and _has_flash(query, key, value)
     if isinstance(_layout, Packing):
         if plain and torch.compiler.is_compiling():
@@ -135,6 +144,8 @@ def attend(
         return (_flash_packed if flash else _packed)(_layout, query, key, value, kind), None
     if isinstance(_layout, Slots):
         return (_flash_slots if flash else _slots)(_layout, query, key, value, kind), None
+    if isinstance(_layout, OwnLayout):
+        return _layout.attend(query, key, value, kind), None
     raise UnknownAttention("no layout is set")
 
 
@@ -142,7 +153,7 @@ AttentionInterface.register(NAME, attend)
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """How scores are made and which count."""
 
     scale: float
@@ -168,16 +179,14 @@ def _has_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
 # --------------------------------------------------------------------------- packed
 
 
-def _flash_packed(
-    layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
-) -> Tensor:
+def _flash_packed(layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """(1, T, H, d) by the kernels for sequences of any lengths, causal from the last key back."""
     out: Tensor = _flash_forward(layout, query, key, value, kind)[0]
     return out[None]
 
 
 def _flash_forward(
-    layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
+    layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: Kind
 ) -> tuple[Tensor, ...]:
     """(T, H, d) and what its backward needs."""
     return torch.ops.aten._flash_attention_forward(
@@ -225,14 +234,14 @@ def _sizes(layout: Packing) -> tuple[Tensor, Tensor, int, int]:
     return layout.starts, layout.key_starts, layout.longest, layout.longest_keys
 
 
-def _settings(kind: _Kind) -> dict[str, Any]:
+def _settings(kind: Kind) -> dict[str, Any]:
     """The kernels' words for a scale and a window."""
     left = None if kind.window is None else kind.window - 1
     right = None if kind.window is None else 0
     return {"scale": kind.scale, "window_size_left": left, "window_size_right": right}
 
 
-def _packed(layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
+def _packed(layout: Packing, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """(1, T, H, d) a sequence at a time."""
     query, key, value = (x.transpose(0, 1)[None] for x in _rows(layout, query, key, value))
     queries = query.split(list(layout.lengths), 2)
@@ -287,7 +296,7 @@ def _in_graph(
         (1, T, H, d) the result, (H, T) log of the sums of the kernels, () number of the layout.
     """
     assert isinstance(_layout, Packing)
-    number, kind = _remembered(_layout), _Kind(scale, window, None, None)
+    number, kind = _remembered(_layout), Kind(scale, window, None, None)
     if _has_flash(query, key, value):
         out, sums = _flash_forward(_layout, query, key, value, kind)[:2]
         return out[None], sums, number
@@ -320,7 +329,7 @@ def _in_graph_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, like them."""
-    layout, kind = _recent[int(number)], _Kind(scale, window, None, None)
+    layout, kind = _recent[int(number)], Kind(scale, window, None, None)
     if _has_flash(query, key, value):
         work = torch.ops.aten._flash_attention_backward
         of_rows = work(
@@ -345,7 +354,7 @@ def _in_graph_backward(
 
 
 def _packed_backward(
-    layout: Packing, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kind: _Kind
+    layout: Packing, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kind: Kind
 ) -> list[Tensor]:
     """Gradients of what `_rows` gives, by the products of attention; grad: (1, T, H, d)."""
     rows = _rows(layout, query, key, value)
@@ -409,7 +418,7 @@ _in_graph.register_autograd(_backward, setup_context=_keep_for_backward)
 # --------------------------------------------------------------------------- slots
 
 
-def _flash_slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
+def _flash_slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """(B, 1, H, d) by the same kernels, which look at no more of a slot than it holds."""
     q = query[:, :, 0]  # (B, H, d)
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # (B * capacity, H_kv, d)
@@ -422,7 +431,7 @@ def _flash_slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind:
     return out[:, None]
 
 
-def _slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind: _Kind) -> Tensor:
+def _slots(layout: Slots, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """(B, 1, H, d) with a mask of what each slot holds."""
     places = torch.arange(key.shape[2], device=key.device)
     ends = layout.lengths[:, None]  # (B, 1)
@@ -447,9 +456,7 @@ def _two_products(query: Tensor, key: Tensor, value: Tensor, scale: float, seen:
 # --------------------------------------------------------------------------- products
 
 
-def _products(
-    query: Tensor, key: Tensor, value: Tensor, kind: _Kind, seen: Tensor | None
-) -> Tensor:
+def _products(query: Tensor, key: Tensor, value: Tensor, kind: Kind, seen: Tensor | None) -> Tensor:
     """Attention as it is defined: (B, H, T, d), of keys and values (B, H_kv, S, d).
 
     Args:
@@ -475,7 +482,7 @@ def _products(
 
 
 def _by_scores(
-    query: Tensor, key: Tensor, value: Tensor, kind: _Kind, seen: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, kind: Kind, seen: Tensor | None
 ) -> Tensor:
     """The same by the scores themselves, for what is done to them before they are weighed."""
     groups = query.shape[1] // key.shape[1]

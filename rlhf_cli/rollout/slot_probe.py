@@ -8,7 +8,7 @@ wrong in it leaves the model to the plain decoder (rollout/decode.py).
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.models.row_attention import laid_out
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.feeding import LEAK, ROUNDED
+from rlhf_cli.rollout.prompt_slots import PromptTable
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slots import SlotTable
 
@@ -34,6 +35,7 @@ SHORT = 6  # tokens that windows are made of meanwhile
 WINDOWS = ("sliding_window", "attention_chunk_size")  # as configs and attentions call them
 BY_LENGTH = ("dynamic", "longrope")  # positions that change with the longest row of a batch
 
+_APART: WeakSet[nn.Module] = WeakSet()  # decoders whose slots share nothing
 _FITS: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
 
@@ -70,27 +72,41 @@ def _say_padded(model: nn.Module) -> None:
     )
 
 
-@torch.no_grad()
+def table_for(model: nn.Module) -> type[SlotTable]:
+    """The slots that fit this model: on a CPU those that share what they keep of a prompt."""
+    on_gpu = next(model.parameters()).is_cuda
+    return SlotTable if on_gpu or trunk(model) in _APART else PromptTable
+
+
 def _tried(model: nn.Module, beyond: bool) -> bool | None:
     """Whether slots give what whole rows give; None where that is not finite or memory runs out.
 
     Args:
         beyond: whether windows are to end within the rows.
     """
+    found = _tried_in(table_for(model), model, beyond)
+    if found is False and table_for(model) is PromptTable:
+        _APART.add(trunk(model))  # such as one that makes its keys of what the cache returns
+        found = _tried_in(SlotTable, model, beyond)
+    return found
+
+
+@torch.no_grad()
+def _tried_in(table: type[SlotTable], model: nn.Module, beyond: bool) -> bool | None:
     try:
         with _short_windows(model) if beyond else nullcontext():
             types = {each.dtype for each in model.parameters() if each.is_floating_point()}
             if types == {torch.float32}:  # where rounding hides nothing
                 with _in_float32(model):
-                    found = _same(model, LEAK)
+                    found = _same(table, model, LEAK)
                 if not found or matmul_in_float32(model):
                     return found
-            return _same(model, ROUNDED)
+            return _same(table, model, ROUNDED)
     except Exception as error:  # models refuse what they do not know in many ways
         return None if ran_out(error) else False
 
 
-def _same(model: nn.Module, limit: float) -> bool | None:
+def _same(table: type[SlotTable], model: nn.Module, limit: float) -> bool | None:
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding_rows(model), (2, TRIED), generator=draw)
@@ -98,7 +114,7 @@ def _same(model: nn.Module, limit: float) -> bool | None:
     whole = hidden_states(model, collate([Tokens(row[:1], row[1:]) for row in rows], device))
     if not whole.isfinite().all():
         return None
-    trial = _Trial(model, rows, whole)
+    trial = _Trial(table, model, rows, whole)
     trial.begin([(0, 0, 9), (1, 0, 9), (2, 1, 1)])  # two of one prompt, and one to begin with
     found = [trial.near(3, limit) for _ in range(3)]
     trial.begin([(3, 1, 8)])  # beside those that run
@@ -111,10 +127,12 @@ def _same(model: nn.Module, limit: float) -> bool | None:
 class _Trial:
     """Slots that read what stands in some rows."""
 
-    def __init__(self, model: nn.Module, rows: list[list[int]], whole: Tensor) -> None:
+    def __init__(
+        self, table: type[SlotTable], model: nn.Module, rows: list[list[int]], whole: Tensor
+    ) -> None:
         """`whole`: (R, TRIED, d) states of a pass over them."""
         self._model, self._rows, self._whole = model, rows, whole
-        self._table = SlotTable(model, Sampling(TRIED), [], 4, TRIED + 3)
+        self._table = table(model, Sampling(TRIED), [], 4, 2 * TRIED)
         self._next: dict[int, tuple[int, int]] = {}  # row and place of what a slot reads next
 
     def begin(self, starts: list[tuple[int, int, int]]) -> None:

@@ -13,6 +13,7 @@ from rlhf_cli.rollout.slots import SlotTable
 
 AHEAD = 2  # steps that a GPU has to do while the host looks at what was drawn before them
 LEAST = 8  # slots on a GPU, where a step in fewer is no faster
+IDLE = 16  # slots move together when one in so many is not in use: each that moves takes time
 BEGUN = 8  # prompts are read when one slot in so many is free: all others wait for them
 
 
@@ -92,7 +93,8 @@ class SlotRun:
         used = [slot for slot, job in enumerate(self._held) if job is not None]
         rows = self._rows(len(used))
         beyond = [slot for slot in used if slot >= rows]
-        if not beyond:
+        idle = self._rows(used[-1] + 1) - rows
+        if not beyond or idle * IDLE < rows:
             return
         free = [slot for slot in range(rows) if self._held[slot] is None][: len(beyond)]
         self._table.move(beyond, free)

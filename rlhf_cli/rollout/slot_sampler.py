@@ -14,6 +14,7 @@ from rlhf_cli.rollout.decode import Completion, evaluation_mode
 from rlhf_cli.rollout.graphs import StepGraphs, addresses
 from rlhf_cli.rollout.pieces import Pieces
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import table_for
 from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun, rounded
 from rlhf_cli.rollout.slots import SlotTable
 
@@ -124,7 +125,8 @@ class SlotSampler:
         """Slots that are free: those that are kept, where they will do."""
         ends = Ends(self._stop_ids, sampling.stop, self._text_of)
         if not next(model.parameters()).is_cuda:
-            table = SlotTable(model, sampling, self._stop_ids, room.slots, room.capacity)
+            size = room.slots, room.capacity
+            table = table_for(model)(model, sampling, self._stop_ids, *size)
             return SlotRun(model, table, room.slots, ends, table.step, every=1)
         kept, self._kept = self._kept, None
         compiles = self._compiles and not matmul_in_float32(model)

@@ -17,7 +17,7 @@ from transformers import Cache
 
 from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
 from rlhf_cli.models.kernels import tried
-from rlhf_cli.models.row_attention import Packing, Slots, laid_out
+from rlhf_cli.models.row_attention import Layout, Packing, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
 GROWTH = 32  # tokens by which slots grow
@@ -144,8 +144,8 @@ class SlotTable:
     drawn: (S,) tokens of the response so far.
     ended: (S,) whether nothing is to be drawn any more.
     bad: (S,) whether logits were not finite before the end.
-    noise: (S, max_tokens) uniform numbers that decide the draws.
-    tokens, logprobs: (S, max_tokens) of the response.
+    noise: (S, max_tokens + 1) uniform numbers that decide the draws, and one that nobody reads.
+    tokens, logprobs: (S, max_tokens + 1) of the response, and one that nobody reads.
     seen: (S, V) the ids of prompt and response, where the repetition penalty asks for them.
     """
 
@@ -170,7 +170,7 @@ class SlotTable:
         def zeros(*size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(slots, *size, dtype=dtype, device=self.device)
 
-        longest = sampling.max_tokens
+        longest = sampling.max_tokens + 1
         self.ids = zeros(dtype=torch.long)
         self.places = zeros(dtype=torch.long)
         self.lengths = zeros(dtype=torch.int32)
@@ -211,15 +211,22 @@ class SlotTable:
         put(self.drawn, [0] * len(prompts))
         put(self.ended, [False] * len(prompts))
         put(self.bad, [False] * len(prompts))
-        put(self.noise, noise)
+        put(self.noise, nn.functional.pad(noise, (0, 1)))
         if self.seen is not None:
             size = self.seen.shape[1]
             put(self.seen, torch.cat([seen_in(torch.tensor([ids]), size) for ids in prompts]))
+        self._fill(slots, prompts)
+
+    def _fill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Read each prompt once, into all of its slots."""
         shared: dict[int, Start] = {}
         for slot, ids in zip(slots, prompts, strict=True):
             known = shared.setdefault(id(ids), Start(ids[:-1], []))
             shared[id(ids)] = Start(known.ids, [*known.slots, slot])
-        for part in _passes([each for each in shared.values() if each.ids]):
+        self._read_all([each for each in shared.values() if each.ids])
+
+    def _read_all(self, starts: Sequence[Start]) -> None:
+        for part in _passes(starts):
             self._read(part)
 
     def _read(self, starts: Sequence[Start]) -> None:
@@ -245,7 +252,7 @@ class SlotTable:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def layout(self, rows: int) -> Slots:
+    def layout(self, rows: int) -> Layout:
         """How the first so many slots lie, for `laid_out` around steps of them.
 
         It stays the same one, for a graph of a step holds where its tensors are.
@@ -269,23 +276,22 @@ class SlotTable:
     def _write(self, rows: int, logits: Tensor) -> None:
         """Draw from (B, V) logits and move on where a slot has not ended."""
         drawn, ended = self.drawn[:rows], self.ended[:rows]
-        tokens, logprobs = self.tokens[:rows], self.logprobs[:rows]
-        live = ~ended
-        at = drawn.clamp(max=tokens.shape[1] - 1)[:, None]  # (B, 1)
+        most = self.tokens.shape[1] - 1
+        at = drawn.masked_fill(ended, most)[
+            :, None
+        ]  # (B, 1); what has ended writes where none read
         noise = self.noise[:rows].gather(1, at)[:, 0]
         seen = None if self.seen is None else self.seen[:rows]
         token, logprob, sound = self._choose(logits, noise, drawn, seen)
-        self.bad[:rows] |= live & ~sound
-        tokens.scatter_(1, at, torch.where(live, token, tokens.gather(1, at)[:, 0])[:, None])
-        kept = torch.where(live, logprob, logprobs.gather(1, at)[:, 0])
-        logprobs.scatter_(1, at, kept[:, None])
+        self.bad[:rows] |= ~sound
+        self.tokens[:rows].scatter_(1, at, token[:, None])
+        self.logprobs[:rows].scatter_(1, at, logprob[:, None])
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
-        drawn += live
-        ended |= (token[:, None] == self._stops).any(-1) | (drawn >= tokens.shape[1])
-        going = ~ended
-        self.ids[:rows] = torch.where(going, token, self.ids[:rows])
-        self.places[:rows] += going
+        drawn += ~ended
+        ended |= (token[:, None] == self._stops).any(-1) | (drawn >= most)
+        self.ids[:rows] = torch.where(ended, self.ids[:rows], token)
+        self.places[:rows] += ~ended
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What some slots hold goes to others, which are free; the sources have ended then."""

@@ -20,9 +20,10 @@ from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.graphs import GraphDiffers, addresses, check_alike
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.pieces import Pieces
+from rlhf_cli.rollout.prompt_slots import PromptTable
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.rollout.slot_probe import fits_slots
+from rlhf_cli.rollout.slot_probe import fits_slots, table_for
 from rlhf_cli.rollout.slot_run import Ends, Job, SlotRun
 from rlhf_cli.rollout.slot_sampler import SlotSampler
 from rlhf_cli.rollout.slots import SlotCache, SlotTable
@@ -63,10 +64,11 @@ def in_slots(
     sampling: Sampling,
     slots: int,
     every: int,
+    kind: type[SlotTable] = SlotTable,
 ) -> list[Completion]:
     """Drawn in so many slots that are looked at every so many steps."""
     capacity = max(map(len, prompts)) + sampling.max_tokens
-    table = SlotTable(model, sampling, stops_of(model), slots, capacity)
+    table = kind(model, sampling, stops_of(model), slots, capacity)
     ends = Ends(stops_of(model), sampling.stop, lambda ids: " ".join(map(str, ids)))
     run = SlotRun(model, table, slots, ends, table.step, every)
     found = dict(pair for part in run.completions(jobs_of(prompts, noise)) for pair in part)
@@ -104,19 +106,25 @@ def test_a_family_draws_the_same_or_is_left_to_the_decoder(family: str, tmp_path
         prompts, noise = prompts_of(model), noise_of(5 * SAMPLES)
         expected = by_decoder(model, prompts, noise, Sampling(TOKENS))
         assert len({len(each.ids) for each in expected}) > 2
-        for slots, every in ((5, 1), (7, 4), (15, 1)):
-            same(in_slots(model, prompts, noise, Sampling(TOKENS), slots, every), expected)
+        own = table_for(model)
+        for slots, every, kind in ((5, 1, own), (7, 4, SlotTable), (15, 1, own)):
+            ours = in_slots(model, prompts, noise, Sampling(TOKENS), slots, every, kind)
+            same(ours, expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize(("slots", "every"), [(1, 1), (4, 3)])
-def test_options_draw_the_same(options: dict[str, Any], slots: int, every: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "every", "kind"), [(1, 1, PromptTable), (4, 3, SlotTable), (4, 3, PromptTable)]
+)
+def test_options_draw_the_same(
+    options: dict[str, Any], slots: int, every: int, kind: type[SlotTable]
+) -> None:
     model = llama(90)
     prompts = [[7, 30, 31], [8], [9, 40, 41, 42, 43, 44, 45]]
     sampling = Sampling(TOKENS, **options)
     noise = noise_of(6)
     expected = by_decoder(model, prompts, noise, sampling)
-    same(in_slots(model, prompts, noise, sampling, slots, every), expected)
+    same(in_slots(model, prompts, noise, sampling, slots, every, kind), expected)
 
 
 @pytest.mark.parametrize("every", [1, 4])
