@@ -99,8 +99,8 @@ class Chooser:
         self._ruled = torch.tensor(list(until), device=device) if until else None  # (R,)
         self._until = torch.tensor(list(until.values()), dtype=torch.int32, device=device)  # (R,)
         self._within = torch.arange(BLOCK, device=device)
-        fast = device.type == "cuda" and sampling.temperature > 0 and not sampling.cuts
-        self._kernels = _kernels() if fast else None
+        self._kernels = _kernels() if device.type == "cuda" else None
+        self._whole = sampling.temperature > 0 and not sampling.cuts  # kernels do all of it
 
     def __call__(
         self, logits: Tensor, noise: Tensor, made: Tensor, seen: Tensor | None = None
@@ -114,7 +114,7 @@ class Chooser:
             seen: (B, V) whether an id is in a row's prompt or response so far.
         """
         temperature = self._sampling.scored_at
-        if self._kernels is not None:
+        if self._kernels is not None and self._whole:
             until, penalty = self._until_each(logits), self._sampling.repetition_penalty
             drawn = self._kernels.draw(logits, noise, made, until, seen, temperature, penalty)
             return Drawn(*drawn)
@@ -155,7 +155,8 @@ class Chooser:
             weights = torch.where(allowed >= last, weights, 0)
         if sampling.top_p < 1.0:
             share = sampling.top_p * weights.sum(-1, keepdim=True)
-            weights = torch.where(weights.float() >= _least_of(weights, share), weights, 0)
+            find = _least_of if self._kernels is None else self._kernels.least_of
+            weights = torch.where(weights.float() >= find(weights.float(), share), weights, 0)
         if sampling.min_p > 0.0:
             least = sampling.min_p * weights.amax(-1, keepdim=True)
             weights = torch.where(weights >= least, weights, 0)
@@ -213,11 +214,12 @@ class Chooser:
 
 @cache
 def _kernels() -> Any:
-    """The draw without cuts as kernels, if they run."""
+    """The draw without cuts, and the search of top-p, as kernels, if they run."""
 
     def trial(kernels: Any) -> None:
         one = torch.zeros(1, 1, device="cuda")
         kernels.draw(one, one[0], one[0].long(), None, None, 1.0, 1.0)
+        kernels.least_of(one, one)
 
     return tried("rlhf_cli.rollout.draw_kernels", trial, "draws")
 
@@ -239,7 +241,6 @@ def _least_of(weights: Tensor, share: Tensor) -> Tensor:
     A weight belongs to them if those above it sum up to less. Halving the range of bit patterns
     finds the least such number, which costs less than to sort.
     """
-    weights = weights.float()
     low = torch.zeros_like(share, dtype=torch.int32)
     high = weights.amax(-1, keepdim=True).view(torch.int32)  # floats are in the order of their bits
     for _ in range(HALVINGS):
