@@ -105,7 +105,8 @@ class _Probe:
 
         In float32, if the weights can be held so, and as the model runs, if that is otherwise.
         """
-        as_floats = all(weight.is_floating_point() for weight in self._model.parameters())
+        weights = _lender(self._model).parameters()
+        as_floats = all(weight.is_floating_point() for weight in weights)
         exact = if_it_fits(lambda: self._agrees_exactly(layout)) if as_floats else None
         by_others = self._device.type == "cuda" and not matmul_in_float32(self._model)
         if exact and not by_others:

@@ -247,12 +247,12 @@ def test_a_reward_model_that_is_wrong_is_put_right(tmp_path: Path) -> None:
     folder = reward.run(compose("reward", [*words, f"out={tmp_path / 'wrong'}"]))
     more = ["algo.steps=16", "algo.max_tokens=1", "algo.group_size=6", "algo.kl_coef=0"]
     more += [f"reward={folder}", "algo.refresh_lr=2e-2", "algo.refresh_replay=0"]
-    more += ["algo.lr=5e-3", "hardware.save_every=null", "seed=1"]
+    more += ["algo.lr=5e-3", "hardware.save_every=null", "seed=5"]
     refreshed = untimed(run(tmp_path / "refreshed", *more))
     never = untimed(run(tmp_path / "never", *more, "algo.refresh_reward=100"))
     before, after = (refreshed[1][f"refresh/accuracy{when}"] for when in ("_before", ""))
     assert after > max(before, 0.5)
-    assert refreshed[0]["judge"] == never[0]["judge"]  # 0.4
+    assert refreshed[0]["judge"] == never[0]["judge"]  # 0.3
     assert never[-1]["judge"] < 0.2 and refreshed[-1]["judge"] > 0.8
 
 

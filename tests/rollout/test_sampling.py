@@ -247,6 +247,7 @@ def test_the_ends_of_the_noise(entries: int) -> None:
         {},
         {"temperature": 0.7, "min_tokens": 3, "absent": (5, 2000)},
         {"repetition_penalty": 1.3, "absent": (5,)},
+        {"top_p": 0.8, "min_tokens": 3},
     ],
 )
 def test_kernels_draw_as_the_plain_passes_in_a_graph_too(

@@ -467,7 +467,7 @@ def test_a_reward_may_choose_other_weights_than_the_held_out_loss(
     unlearn = ["data.columns.chosen=rejected", "data.columns.rejected=chosen", "algo.text_mix=0"]
     words = [
         *unlearn,
-        "seed=1",
+        "seed=2",
         "model.dropout=0",
         "algo.lr=1e-2",
         "algo.eval_every=2",
