@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ def make_models(folder: Path) -> None:
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     policy = LlamaForCausalLM(LlamaConfig(**SIZE, **ends))
     save_model(policy, tokenizer, folder / "policy", merge=True)
+    plain: Model = compose("dpo", ["data=demo"]).model
     for name, rank in (("reward", 0), ("adapter", 16)):
-        config = Model("float32", False, "auto", rank, 32.0, rank == 0, 0, "source")
+        config = replace(plain, lora_rank=rank, lora_alpha=32.0, merge_lora=rank == 0)
         cpu = torch.device("cpu")
         scorer = scorer_from_policy(str(folder / "policy"), config, tokenizer, 1, cpu)
         save_model(scorer, tokenizer, folder / name, merge=rank == 0)

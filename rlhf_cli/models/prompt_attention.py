@@ -34,6 +34,8 @@ class PromptRows(OwnLayout):
         self._places = torch.zeros_like(before)  # of each row in that order
         for prompt, rows in enumerate(members):
             self._places[list(rows)] = torch.arange(len(rows)) + prompt * most
+        # as all are that begin together, until the first ends
+        self._in_order = self._order.flatten().tolist() == list(range(len(before)))
 
     def begin(self, own: Tensor) -> None:
         """A step at which rows have so many tokens of their own, (B,)."""
@@ -50,7 +52,7 @@ class PromptRows(OwnLayout):
         scores = torch.cat([of_prompt, q @ key.transpose(-1, -2)], -1)  # (B, H_kv, G, S)
         if kind.softcap is not None:
             scores = kind.softcap * torch.tanh(scores / kind.softcap)
-        scores = scores + self._mask(kind.window, keys.shape[2], key.shape[2])
+        scores += self._mask(kind.window, keys.shape[2], key.shape[2])
         if kind.sinks is not None:
             nothing = kind.sinks.view(1, heads, -1, 1).expand(len(q), -1, -1, 1)
             scores = torch.cat([scores, nothing], -1)
@@ -63,13 +65,13 @@ class PromptRows(OwnLayout):
     def _together(self, rows: Tensor) -> Tensor:
         """(B, H, G, x) -> (P, H, R G, x), the rows of each prompt beside each other."""
         prompts, most = self._order.shape
-        grouped = rows[self._order.flatten()].unflatten(0, (prompts, most))
-        return grouped.transpose(1, 2).flatten(2, 3)
+        ordered = rows if self._in_order else rows[self._order.flatten()]
+        return ordered.unflatten(0, (prompts, most)).transpose(1, 2).flatten(2, 3)
 
     def _apart(self, grouped: Tensor, like: Tensor) -> Tensor:
         """(P, H, R G, x) -> (B, H, G, x)."""
         rows = grouped.unflatten(2, (-1, like.shape[2])).transpose(1, 2).flatten(0, 1)
-        return rows[self._places]
+        return rows if self._in_order else rows[self._places]
 
     def _mask(self, window: int | None, prompt: int, own: int) -> Tensor:
         """(B, 1, 1, S), -inf where a row does not see a place; the same for all layers of a step.

@@ -1,4 +1,4 @@
-"""The draw as two kernels for CUDA, where no filter sorts: see `Chooser`.
+"""The draw as two kernels for CUDA, where no filter cuts, and the search of top-p: see `Chooser`.
 
 Triton comes with torch on CUDA. The first kernel reads each logit once, in the type of the product,
 and leaves a sum of each block of columns; the second finds the block, then the column in it.
@@ -11,6 +11,7 @@ from torch import Tensor
 
 BLOCK = 256  # columns of a sum
 PART, WARPS = 4096, 8  # columns that a program of the first kernel takes, and threads / 32 of it
+SEARCH_WARPS, BITS = 16, 2  # threads / 32 that search a row, and bits of the result in a pass
 
 
 @triton.jit
@@ -172,6 +173,38 @@ def _pick(  # type: ignore[no-untyped-def]
     tl.store(ids + row, id.to(tl.int64))
     tl.store(logprobs + row, drawn - whole)
     tl.store(sound + row, fine.to(tl.int8))
+
+
+@triton.jit
+def _search(  # type: ignore[no-untyped-def]
+    weights, shares, found, stride, size, PART: tl.constexpr, BITS: tl.constexpr
+):
+    """The greatest bit pattern at or above which weights sum up to a share, some bits a pass."""
+    row = tl.program_id(0).to(tl.int64)
+    share = tl.load(shares + row)
+    ways = tl.arange(0, 1 << BITS)
+    low = tl.zeros((), tl.int32)
+    for turn in tl.static_range(30 // BITS):
+        step = 1 << (30 - (turn + 1) * BITS)
+        least = (low + ways * step).to(tl.float32, bitcast=True)
+        total = tl.zeros((1 << BITS,), tl.float64)
+        for start in range(0, size, PART):
+            at = start + tl.arange(0, PART)
+            own = tl.load(weights + row * stride + at, mask=at < size, other=0.0)[None, :]
+            total += tl.sum(tl.where(own >= least[:, None], own, 0.0), 1).to(tl.float64)
+        enough = tl.sum((total >= share).to(tl.int32), 0)
+        low += (tl.maximum(enough, 1) - 1) * step  # 0 has all, whatever the rounding of the share
+    tl.store(found + row, low.to(tl.float32, bitcast=True))
+
+
+def least_of(weights: Tensor, share: Tensor) -> Tensor:
+    """As in `sampling`, of (B, V) float32 rows without gaps and (B, 1) shares: (B, 1)."""
+    rows, size = weights.shape
+    found = torch.empty_like(share)
+    _search[(rows,)](
+        weights, share, found, weights.stride(0), size, PART, BITS, num_warps=SEARCH_WARPS
+    )
+    return found
 
 
 def draw(

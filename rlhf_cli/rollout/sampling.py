@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import Decoding
 from rlhf_cli.models.kernels import tried
 
-BLOCK = 256  # columns that are summed before the draw looks into one of these blocks
+BLOCK = 256  # columns of large vocabularies that the draw sums before it looks into one block
 HALVINGS = 30  # of the bit patterns between 0 and 1 in float32, until one is left
 
 
@@ -99,8 +99,8 @@ class Chooser:
         self._ruled = torch.tensor(list(until), device=device) if until else None  # (R,)
         self._until = torch.tensor(list(until.values()), dtype=torch.int32, device=device)  # (R,)
         self._within = torch.arange(BLOCK, device=device)
-        fast = device.type == "cuda" and sampling.temperature > 0 and not sampling.cuts
-        self._kernels = _kernels() if fast else None
+        self._kernels = _kernels() if device.type == "cuda" else None
+        self._whole = sampling.temperature > 0 and not sampling.cuts  # kernels do all of it
 
     def __call__(
         self, logits: Tensor, noise: Tensor, made: Tensor, seen: Tensor | None = None
@@ -114,7 +114,7 @@ class Chooser:
             seen: (B, V) whether an id is in a row's prompt or response so far.
         """
         temperature = self._sampling.scored_at
-        if self._kernels is not None:
+        if self._kernels is not None and self._whole:
             until, penalty = self._until_each(logits), self._sampling.repetition_penalty
             drawn = self._kernels.draw(logits, noise, made, until, seen, temperature, penalty)
             return Drawn(*drawn)
@@ -155,7 +155,8 @@ class Chooser:
             weights = torch.where(allowed >= last, weights, 0)
         if sampling.top_p < 1.0:
             share = sampling.top_p * weights.sum(-1, keepdim=True)
-            weights = torch.where(weights.float() >= _least_of(weights, share), weights, 0)
+            find = _least_of if self._kernels is None else self._kernels.least_of
+            weights = torch.where(weights.float() >= find(weights.float(), share), weights, 0)
         if sampling.min_p > 0.0:
             least = sampling.min_p * weights.amax(-1, keepdim=True)
             weights = torch.where(weights >= least, weights, 0)
@@ -178,22 +179,23 @@ class Chooser:
         The block of columns is found first, then the column in it. Sums of a block are taken in
         float32, as exact as the weights themselves; sums of blocks and all within one in float64.
         """
-        whole = weights.shape[-1] // BLOCK * BLOCK
-        sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+        size = BLOCK if weights.shape[-1] > BLOCK**2 // 4 else BLOCK // 4  # near the root of V
+        whole = weights.shape[-1] // size * size
+        sums = weights[:, :whole].unflatten(-1, (-1, size)).sum(-1)
         if whole < weights.shape[-1]:
             sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], -1)
         ends = sums.double().cumsum(-1)
         target = noise.double()[:, None] * ends[:, -1:]
         block = _first_above(ends, target)
         start = ends.gather(-1, (block - 1).clamp(min=0)).where(block > 0, 0)
-        columns = block * BLOCK + self._within
+        columns = block * size + self._within[:size]
         last = weights.shape[-1] - 1
         inside = weights.gather(-1, columns.clamp(max=last)).double()
         inside = torch.where(columns <= last, inside, 0).cumsum(-1)
         place = _first_above(inside, target - start)
         # the last weight, if a sum in another order is below what is left of the target
         place = place.minimum((inside < inside[:, -1:]).sum(-1, keepdim=True))
-        return (block * BLOCK + place)[:, 0].clamp(max=last), ends[:, -1]
+        return (block * size + place)[:, 0].clamp(max=last), ends[:, -1]
 
     def _logprobs(self, scaled: Tensor, weights: Tensor, ids: Tensor, made: Tensor) -> Tensor:
         """Log-probs of the ids by the logits before filters, by way of their weights: (B,)."""
@@ -212,11 +214,12 @@ class Chooser:
 
 @cache
 def _kernels() -> Any:
-    """The draw without cuts as kernels, if they run."""
+    """The draw without cuts, and the search of top-p, as kernels, if they run."""
 
     def trial(kernels: Any) -> None:
         one = torch.zeros(1, 1, device="cuda")
         kernels.draw(one, one[0], one[0].long(), None, None, 1.0, 1.0)
+        kernels.least_of(one, one)
 
     return tried("rlhf_cli.rollout.draw_kernels", trial, "draws")
 
@@ -238,7 +241,6 @@ def _least_of(weights: Tensor, share: Tensor) -> Tensor:
     A weight belongs to them if those above it sum up to less. Halving the range of bit patterns
     finds the least such number, which costs less than to sort.
     """
-    weights = weights.float()
     low = torch.zeros_like(share, dtype=torch.int32)
     high = weights.amax(-1, keepdim=True).view(torch.int32)  # floats are in the order of their bits
     for _ in range(HALVINGS):
