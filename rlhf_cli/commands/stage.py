@@ -230,6 +230,7 @@ def _hydra_main(
     stage: str, flags: Flags, settings: Sequence[str], task: "Callable[[DictConfig], None]"
 ) -> None:
     import hydra
+    from hydra._internal.hydra import Hydra
 
     from rlhf_cli.config.compose import hydras_words, register_schemas
 
@@ -245,6 +246,8 @@ def _hydra_main(
     ]
     sys.argv[1:] = [*flags.show, *mode, *folder, *words]
     path = str(catalog.shipped("conf"))
+    # Else all is composed once more before, to look for hydra.mode; -m alone makes several runs.
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     with _one_line(stage):
         hydra.main(version_base="1.3", config_path=path, config_name=stage)(task)()
 
@@ -328,6 +331,7 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
     # collector walking through them again and again it takes a third less time.
     gc.disable()
     plan = preflight(cfg, check_only=check)
+    gc.freeze()  # nor as the process ends
     if check:
         _tell(plan.lines())
         return None

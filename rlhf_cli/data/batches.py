@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.data.items import Answers, Tokens
+from rlhf_cli.data.items import Answers, Judged, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
-from rlhf_cli.data.packing import PADDED, SHARED_FROM, Judged, Layout, Packing, pack
+from rlhf_cli.data.packing import PADDED, SHARED_FROM, Layout, Packing, pack
 from rlhf_cli.data.transfer import to_device, together
 
 Item = TypeVar("Item")

@@ -3,12 +3,23 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.data.packing import Judged
 
 Item = TypeVar("Item")
+
+
+class Judged(Protocol):
+    """Responses to one prompt, in token ids."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """That they respond to."""
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """One or more."""
 
 
 class Lazy(Sequence[Item], Generic[Item]):

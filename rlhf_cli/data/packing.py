@@ -4,27 +4,16 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rlhf_cli.data.items import Judged
 from rlhf_cli.data.transfer import to_device
 
 Item = TypeVar("Item")
 SHARED_FROM = 8  # tokens of a prompt that is worth a sequence of its own
-
-
-class Judged(Protocol):
-    """Responses to one prompt, in token ids."""
-
-    @property
-    def prompt(self) -> list[int]:
-        """That they respond to."""
-
-    @property
-    def responses(self) -> list[list[int]]:
-        """One or more."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ them, and with a router beside it: what scores the experts for each token.
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -94,15 +94,22 @@ def _stacks(decoder: nn.Module) -> dict[str, nn.Module]:
 
 
 def _like_routers(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Linear layers beside experts that have an output for each of them."""
+    """Layers beside experts that have an output for each of them; not all are plain linear ones."""
     return [
         (_joined(block, child), module)
         for name, stack in _stacks(decoder).items()
         for block in [name.rpartition(".")[0]]
         for child, module in decoder.get_submodule(block).named_children()
-        if isinstance(module, nn.Linear)
-        and any(module.out_features == len(weight) for weight in stacked(stack).values())
+        if any(_outputs(module) == len(weight) for weight in stacked(stack).values())
     ]
+
+
+def _outputs(module: nn.Module) -> int | None:
+    """The outputs of a module with one matrix; None of others."""
+    if isinstance(module, nn.Linear):  # of few bits its matrix has another shape
+        return module.out_features
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 def _joined(block: str, name: str) -> str:

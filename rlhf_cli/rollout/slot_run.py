@@ -180,16 +180,22 @@ class SlotRun:
 
     def _stop_in(self, slot: int, response: list[int]) -> int | None:
         """How many tokens there are when the first stop string is in the text; None without one."""
-        if not self._ends.strings:
+        told, self._told[slot] = self._told[slot], len(response)
+        if self._without_stop(response):  # nor has it one a few tokens before
             return None
-        for end in range(self._told[slot] + 1, len(response) + 1):
+        for end in range(told + 1, len(response) + 1):
             if response[end - 1] in self._ends.ids:
                 break  # an end of its own comes first
-            text = self._ends.text_of(response[:end])
-            if any(string in text for string in self._ends.strings):
+            if not self._without_stop(response[:end]):
                 return end
-        self._told[slot] = len(response)
         return None
+
+    def _without_stop(self, response: list[int]) -> bool:
+        strings = self._ends.strings
+        if not strings:
+            return True
+        text = self._ends.text_of(response)
+        return not any(string in text for string in strings)
 
 
 def rounded(count: int) -> int:

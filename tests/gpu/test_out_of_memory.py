@@ -59,14 +59,14 @@ def taken(work: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def decoder() -> Any:
-    size = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
-    model: Any = llama(300, **size, max_position_embeddings=2048, initializer_range=0.1)
+    size = {"hidden_size": 512, "intermediate_size": 2048, "num_key_value_heads": 4}
+    model: Any = llama(300, **size, max_position_embeddings=2048, initializer_range=0.05)
     return model.to(DEVICE)
 
 
-def sequences(count: int = 64) -> list[Tokens]:
+def sequences(count: int = 128) -> list[Tokens]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 300, (count, 400), generator=generator).tolist()
+    ids = torch.randint(3, 300, (count, 500), generator=generator).tolist()
     return [Tokens(row[:100], row[100 : 300 + i]) for i, row in enumerate(ids)]
 
 

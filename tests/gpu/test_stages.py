@@ -19,8 +19,12 @@ from tests.tiny import DATA, WORDS, words_of
 pytestmark = pytest.mark.gpu
 GPU = ["hardware=gpu", "hardware.save_every=2", "model.dtype=bfloat16"]
 SAMPLED = ["policy=runs/demo/sft", "reward=runs/demo/reward", "algo.prompts=9", *DATA]
+SIZES = ("vocab_size", "hidden_size", "layers", "heads", "context")
 RUNS = {
-    "sft": ["sft", *words_of("sft")],
+    "sft": [  # on a model, as one from scratch is trained in float32
+        *("sft", "model=pretrained", "model.path=runs/demo/sft"),
+        *(word for word in words_of("sft") if not any(size in word for size in SIZES)),
+    ],
     "reward": ["reward", *words_of("reward")],
     "dpo": ["dpo", *words_of("dpo")],
     "dpo lora": ["dpo", *words_of("dpo"), *WORDS["lora"]],
@@ -53,6 +57,7 @@ def test_a_stage_ends_on_the_gpu(
 
 # --------------------------------------------------------------------------- kills
 
+PLAIN = "import sys; from rlhf_cli.cli import main; sys.exit(main())"
 DYING = """
 import os, signal, sys
 from rlhf_cli.cli import main
@@ -68,50 +73,55 @@ def dying(log, number, values):
 JsonLines.write = dying
 sys.exit(main())
 """
-SIZES = {  # heads that the flash kernels take, and rows so long that several of their blocks add up
-    "vocab_size": 280,
-    "hidden_size": 256,
-    "layers": 2,
-    "heads": 4,
-    "context": 1024,
-}
+SCRATCH = [  # heads that the flash kernels take
+    *("model.vocab_size=280", "model.hidden_size=256", "model.layers=2", "model.heads=4"),
+    *("model.context=1024", "algo.max_steps=4", "algo.eval_every=4", "algo.lr=1e-3"),
+]
 LONG = [
     *("data=jsonl", "data.path=rows.jsonl", "data.eval_rows=8", "data.long_responses=cut"),
     *("data.max_prompt_tokens=64", "data.max_response_tokens=900", "hardware=gpu"),
-    *("model.dtype=bfloat16", "hardware.save_every=2", "algo.batch_size=8"),
+    *("hardware.save_every=2", "algo.batch_size=8"),
 ]
+HALF = "model.dtype=bfloat16"
 KILLED = {
     "sft": [
-        *(f"model.{name}={value}" for name, value in SIZES.items()),
-        *("algo.max_steps=8", "algo.epochs=9", "algo.eval_every=4", "algo.lr=1e-3"),
+        *("model=pretrained", "model.path=long", "algo.max_steps=8", "algo.epochs=9", HALF),
+        *("algo.eval_every=4", "algo.lr=1e-4"),
     ],
-    "dpo": ["policy=long", "algo.epochs=1", "algo.eval_every=null"],
+    "dpo": ["policy=long", "algo.epochs=1", "algo.eval_every=4", HALF],
     "grpo": [
-        *("policy=long", "algo.steps=7", "algo.group_size=4", "algo.epochs=2", "reward=regex:a"),
-        *("algo.minibatch_size=16", "data.max_response_tokens=120"),
+        *(
+            "policy=long",
+            HALF,
+            "algo.steps=7",
+            "algo.group_size=4",
+            "algo.epochs=2",
+            "reward=regex:a",
+        ),
+        *("algo.minibatch_size=4", "data.max_response_tokens=120"),
     ],
 }
 
 
 @pytest.fixture(scope="module")
 def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows of 200 to 850 tokens, and a policy in `long` that was trained on them."""
+    """A folder with rows of 200 to 850 tokens, on which several blocks of the kernels add up, and a
+    policy in `long` that was trained on them.
+    """
     place = tmp_path_factory.mktemp("long")
     rows: list[dict[str, Any]] = []
     for i in range(72):
         words = " ".join(str((i * j) % 97) for j in range(1, 80 + 3 * i))
         rows.append({"prompt": f"Count by {i}: ", "chosen": words, "rejected": words[::-1][:400]})
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert ended(place, ["sft", *LONG, *KILLED["sft"], "out=long"]) == 0
+    assert ended(place, ["sft", *LONG, *SCRATCH, "out=long"]) == 0
     return place
 
 
-def ended(place: Path, words: list[str], script: str | None = None) -> int:
-    """The status of the console script, or of one around it."""
-    own = str(Path(sys.executable).parent / "rlhf-cli")
-    start = [own] if script is None else [sys.executable, "-c", script]
+def ended(place: Path, words: list[str], script: str = PLAIN) -> int:
+    """The status of a stage in a process of its own, started by a script."""
     done = subprocess.run(
-        [*start, *words],
+        [sys.executable, "-c", script, *words],
         cwd=place,
         env={**os.environ},
         stdin=subprocess.DEVNULL,
@@ -128,11 +138,8 @@ def ended(place: Path, words: list[str], script: str | None = None) -> int:
 def test_a_killed_run_goes_on_to_the_same_bytes(stage: str, long_rows: Path) -> None:
     """In bfloat16, by the flash kernels, in another process."""
     words = [stage, *LONG, *KILLED[stage]]
-    whole = long_rows / "long"
-    if stage != "sft":
-        whole = long_rows / f"{stage}_whole"
-        ended(long_rows, [*words, f"out={whole.name}"])
-    killed = long_rows / f"{stage}_killed"
+    whole, killed = (long_rows / f"{stage}_{how}" for how in ("whole", "killed"))
+    ended(long_rows, [*words, f"out={whole.name}"])
     assert ended(long_rows, [*words, f"out={killed.name}"], DYING) == -signal.SIGKILL
     assert (killed / "checkpoints").exists() and not (killed / "stage.json").exists()
     ended(long_rows, [*words, f"out={killed.name}"])

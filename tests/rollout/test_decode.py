@@ -174,7 +174,8 @@ def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
     for one, other in zip(whole, cut, strict=True):
         assert one.tokens == other.tokens
         assert one.text == other.text
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        # either is within 7e-6 of float64, as this toy's large weights have it
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1.5e-5)
     assert sum(told) == 15 and (budget > 60 or len(told) > 1)
     responses = {tuple(each.tokens.response) for each in whole}
     assert len(responses) > 10  # samples of one prompt differ

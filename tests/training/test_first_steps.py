@@ -182,7 +182,7 @@ def test_a_step_of_ppo(whiten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert entry["loss/ptx"] == pytest.approx(nll, rel=1e-4)
         total = entry["loss/policy"] + 0.3 * entry["loss/value"] - 0.7 * entry["loss/entropy"]
         assert entry["loss"] == pytest.approx(total + 0.4 * entry["loss/ptx"], abs=1e-4)
-    assert entries[1]["kl"] > 1e-4  # the second iteration had something to pay
+    assert abs(entries[1]["kl"]) > 1e-4  # the second iteration had something to pay or to gain
 
 
 def test_a_step_of_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -463,7 +463,7 @@ def test_the_weights_that_were_asked_for_are_kept(
 def test_a_reward_may_choose_other_weights_than_the_held_out_loss(
     reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy greets, and unlearns it: each evaluation has a lower loss and a lower reward."""
+    """The policy greets, and unlearns it: each evaluation has a lower loss, and less reward."""
     unlearn = ["data.columns.chosen=rejected", "data.columns.rejected=chosen", "algo.text_mix=0"]
     words = [
         *unlearn,
@@ -481,19 +481,20 @@ def test_a_reward_may_choose_other_weights_than_the_held_out_loss(
 
     monkeypatch.setattr(Session, "save", spy)
     by_reward = ["select_by=reward", f"reward={reward}"]
-    for name, more, step in (("loss", [], 6), ("reward", by_reward, 2)):
+    for name, more in (("loss", []), ("reward", by_reward)):
         out = run("sft on a model", tmp_path / name, *words, *more)
-        found = load_file(out / "model.safetensors")
-        assert all(torch.equal(found[key], weight) for key, weight in seen[step].items())
         log = [each for each in lines(out / "metrics.jsonl") if "eval/loss" in each]
         losses = [each["eval/loss"] for each in log]
         assert losses == sorted(losses, reverse=True) and len(set(losses)) == 3
-        kept = manifest(out)["metrics"]
-        assert kept["eval/loss"] == pytest.approx(losses[0 if more else -1], rel=1e-5)
-        if more:
+        kept, place = manifest(out)["metrics"], 2
+        if more:  # the first evaluation has the most, but for what little a GPU rounds otherwise
             rewards = [each["eval/reward"] for each in log]
-            assert max(rewards[1:]) < rewards[0] == pytest.approx(kept["eval/reward"])
+            place = rewards.index(max(rewards))
+            assert place < 2 and kept["eval/reward"] == pytest.approx(rewards[place])
             assert ("reward" in manifest(out)["parents"]) == ("/" in reward)
+        assert kept["eval/loss"] == pytest.approx(losses[place], rel=1e-5)
+        found, best = load_file(out / "model.safetensors"), seen[log[place]["step"]]
+        assert all(torch.equal(found[key], weight) for key, weight in best.items())
 
 
 def test_a_chat_policy_ends_its_turns_in_every_tool(tmp_path: Path) -> None:
