@@ -348,3 +348,14 @@ def test_kept_slots_make_way_for_other_work() -> None:
     sampler._kept, left = kept, 1  # type: ignore[assignment]
     assert list(out_of_memory.in_groups([[1]], lambda group: work(), no_memory)) == [([1], "done")]
     assert not sampler.release()
+
+
+def test_what_a_graph_holds_stays_where_steps_go_on_beyond_the_last_token() -> None:
+    """As a GPU's do until somebody looks: its slots have all the room that there is."""
+    cache = SlotCache(2, 8)
+    cache.to_append(torch.zeros(2, dtype=torch.long))
+    kept = cache.update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4), 0)
+    before = [each.data_ptr() for each in kept]
+    for tokens in (8, 9, 27):
+        cache.grow(tokens, 8)
+        assert [each.data_ptr() for each in cache.kept[0]] == before
