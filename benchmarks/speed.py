@@ -121,10 +121,11 @@ def measured(result: Line, ceiling: Line) -> Line:
         "processor_s": round(statistics.median(processor), 4),
     }
 
-    def rate(amounts: list[float]) -> float:
-        return statistics.median(each / own for each, own in zip(amounts, steps, strict=True))
+    def rate(amounts: list[float], times: list[float] = steps) -> float:
+        return statistics.median(each / own for each, own in zip(amounts, times, strict=True))
 
     line["tokens_per_s"] = round(rate(result["tokens"]), 1)
+    line["tokens_per_processor_s"] = round(rate(result["tokens"], processor), 1)
     result["tokens"] = round(statistics.fmean(result["tokens"]))
     if "operations" in result:
         share = rate(result.pop("operations")) / ceiling["operations_per_s"]
@@ -185,7 +186,9 @@ def table(lines: Sequence[Line]) -> str:
             if side != "ours" and found["ours"]:
                 ratios = [
                     f"{middle(found['ours'], of) / middle(own, of):.2f}"
-                    for of in (itemgetter("tokens_per_s"), of_processor, itemgetter("peak_gib"))
+                    for of in map(
+                        itemgetter, ("tokens_per_s", "tokens_per_processor_s", "peak_gib")
+                    )
                 ]
             rows.append(f"| {' | '.join([*cells, *ratios])} |")
     return "\n".join(rows)
@@ -194,11 +197,6 @@ def table(lines: Sequence[Line]) -> str:
 def middle(lines: Sequence[Line], of: Callable[[Line], float]) -> float:
     """The median of a figure."""
     return statistics.median(map(of, lines))
-
-
-def of_processor(line: Line) -> float:
-    """Tokens per second of processor time."""
-    return float(line["tokens"] / line["processor_s"])
 
 
 def main() -> None:

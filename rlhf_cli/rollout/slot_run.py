@@ -54,18 +54,22 @@ class SlotRun:
         ends: Ends,
         step: Callable[[int], None],
         every: int,
+        most: int | None = None,
     ) -> None:
         """The first so many slots of a table, none of them in use.
 
         Args:
             step: a step of the first so many of them.
             every: steps between two looks at what they have drawn.
+            most: slots that take part in a step, whatever a table has that was made for more: 16
+                bits round by how many they are, and a run that goes on makes its tables anew.
         """
         self._model, self._table, self._ends = model, table, ends
         self._step, self._every = step, every
         self._held: list[int | None] = [None] * slots  # the job of each slot
         self._told = [0] * slots  # tokens of each that stop strings were looked for in
         self._reach = [0] * slots  # tokens that each may hold by now
+        self._most = most or table.slots
         self._on_gpu = table.device.type == "cuda"
 
     def completions(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
@@ -104,7 +108,7 @@ class SlotRun:
 
     def _rows(self, count: int) -> int:
         """How many slots take part in a step for so many; a graph is kept for few numbers only."""
-        return min(rounded(max(count, LEAST)), self._table.slots) if self._on_gpu else count
+        return min(rounded(max(count, LEAST)), self._most) if self._on_gpu else count
 
     def _until_some_end(self) -> list[tuple[int, Completion]]:
         """Steps of all slots in use, until some have ended."""

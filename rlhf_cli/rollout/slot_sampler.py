@@ -139,7 +139,7 @@ class SlotSampler:
         if self._released < PATIENCE:
             self._kept = kept
         step = partial(self._step, model, kept)
-        return SlotRun(model, kept.table, room.slots, ends, step, EVERY)
+        return SlotRun(model, kept.table, room.slots, ends, step, EVERY, room.rounded)
 
     def _step(self, model: nn.Module, kept: "_Kept", rows: int) -> None:
         """A step by its graph, of compiled pieces; without what fails, which is said once."""

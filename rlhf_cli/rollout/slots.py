@@ -64,8 +64,12 @@ class SlotCache(Cache):
         self._targets, self._places = None, places
 
     def grow(self, tokens: int, most: int) -> None:
-        """Give each slot room for so many tokens, and a few more so that it need not grow soon."""
-        if tokens <= self.capacity:
+        """Give each slot room for so many tokens, and a few more so that it need not grow soon.
+
+        What is beyond `most` is of slots that have ended: nothing moves then, as graphs of a step
+        hold where keys and values are.
+        """
+        if min(tokens, most) <= self.capacity:
             return
         capacity = min(-(-tokens // GROWTH) * GROWTH, most)
         for layer, kept in self.kept.items():

@@ -67,13 +67,16 @@ class Budget:
     level: int = 0
 
 
-def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, list[str]]:
+def settle(
+    cfg: Run, device: torch.device, width: int, goes_on: bool
+) -> tuple[Budget | None, list[str]]:
     """The budget of a run on a GPU, as it was kept or by the memory that is free now.
 
     The config's hardware answers with it from then on.
 
     Args:
         width: bytes of a number in the products.
+        goes_on: whether what is in `out` is its own, and not of a run that it will replace.
 
     Returns:
         None on a CPU, which has fixed ones, or where no key says auto; and a line that tells it.
@@ -86,7 +89,7 @@ def settle(cfg: Run, device: torch.device, width: int) -> tuple[Budget | None, l
     why = "as before"
     budget = None
     with suppress(UserError):
-        budget = Budget(**read_object(kept, _FORM)) if kept.is_file() else None
+        budget = Budget(**read_object(kept, _FORM)) if goes_on and kept.is_file() else None
     if budget is None:
         free = free_memory(device)
         budget, why = budget_of(cfg, free, width), f"{written(free)} of the GPU are free"

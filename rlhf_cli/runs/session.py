@@ -54,7 +54,15 @@ from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.inherited import longest_learnt
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import BYTES, predicted_memory
-from rlhf_cli.runs.out_folder import FINISHED, begun_with, claim, publish, staging, tidy
+from rlhf_cli.runs.out_folder import (
+    FINISHED,
+    RESUMABLE,
+    begun_with,
+    claim,
+    publish,
+    staging,
+    tidy,
+)
 from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.training.optimize import Optimizer
@@ -448,7 +456,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
         plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")
-    budget, lines = settle(cfg, device, dtype.itemsize)
+    budget, lines = settle(cfg, device, dtype.itemsize, plan.state == RESUMABLE)
     plan.sums += lines
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
 

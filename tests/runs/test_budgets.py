@@ -70,9 +70,9 @@ def test_a_run_that_goes_on_keeps_its_budget(
         monkeypatch.setattr(budgets, "free_memory", lambda device: int(size))
 
     cfg = dpo(policy, f"out={tmp_path}")
-    assert settle(cfg, torch.device("cpu"), 4) == (None, [])
+    assert settle(cfg, torch.device("cpu"), 4, False) == (None, [])
     free(2**38)
-    budget, told = settle(cfg, GPU, 4)
+    budget, told = settle(cfg, GPU, 4, False)
     assert budget is not None and cfg.hardware.tokens_at_once == budget.tokens == MOST
     assert told == [
         "hardware, auto: tokens_per_microbatch=32768, rollout_tokens=131072, logprob_chunk=8192 "
@@ -82,15 +82,17 @@ def test_a_run_that_goes_on_keeps_its_budget(
     keep(budget, tmp_path)
     free(2**20)
     again = dpo(policy, f"out={tmp_path}", "hardware.rollout_tokens=7")
-    assert settle(again, GPU, 4)[1] == [
+    assert settle(again, GPU, 4, True)[1] == [
         "hardware, auto: tokens_per_microbatch=32768, logprob_chunk=8192 (as before)"
     ]
     assert (again.hardware.tokens_at_once, again.hardware.sampled_at_once) == (MOST, 7)
     fixed = ["hardware.tokens_per_microbatch=5", "hardware.rollout_tokens=7"]
     fixed.append("hardware.logprob_chunk=9")
-    assert settle(dpo(policy, *fixed), GPU, 4) == (None, [])
+    assert settle(dpo(policy, *fixed), GPU, 4, True) == (None, [])
+    afresh = settle(dpo(policy, f"out={tmp_path}"), GPU, 4, False)[0]  # as overwrite=true does
+    assert afresh == budgets.budget_of(cfg, 2**20, 4)
     (tmp_path / BUDGET).write_text("{}")
-    assert settle(cfg, GPU, 4)[0] == budgets.budget_of(cfg, 2**20, 4)
+    assert settle(cfg, GPU, 4, True)[0] == budgets.budget_of(cfg, 2**20, 4)
 
 
 def test_a_check_tells_what_auto_will_mean() -> None:
