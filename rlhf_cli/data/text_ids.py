@@ -17,7 +17,6 @@ PROBES = ("a", "the cat  sat.\nOn 12 mats", " a\u00e9\u4e2d")
 ANCHORS = ("\n", ":", ".", "a")  # texts after which a response is tokenised as if after a prompt
 WINDOW = 64  # characters before and after a boundary that are looked at
 CHARACTERS, MORE = 8, 256  # of a text to look at for a token, and for all; few texts need more
-LAST_WORD = re.compile(r"(?<=\S)\s+\S+\s*\Z")
 FIRST_WORD = re.compile(r"\s*\S*")
 BREAK = re.compile(r"(?<=\S)\s")
 REMEMBERED = 10_000  # meetings of two texts, and short texts
@@ -224,8 +223,9 @@ class TextIds:
             start = match.start()
         if start >= 0:
             return window[start:]
-        word = LAST_WORD.search(window)
-        return prompt if word is None else window[word.start() :]
+        bare = window.rstrip()
+        before = bare[: len(bare) - len(bare.split()[-1])].rstrip() if bare else ""
+        return window[len(before) :] if before else prompt
 
     # ------------------------------------------------------------------ special tokens in rows
 
