@@ -121,7 +121,8 @@ def test_training(share: float, capsys: pytest.CaptureFixture[str]) -> None:
     with at_most(share * size):
         found, ours = step()
     assert found["loss"] == pytest.approx(report["loss"], rel=1e-5)
-    torch.testing.assert_close(ours, gradients, rtol=1e-3, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
     assert "out of memory" in capsys.readouterr().err
 
 
