@@ -125,7 +125,7 @@ def test_what_keeps_rows_padded_is_said_once(capsys: pytest.CaptureFixture[str])
 
 
 def test_compiled_blocks_are_tried_as_they_are_written() -> None:
-    """Where no compiler is, passes will run so, too; where one is, a trial is not worth its time."""
+    """Without a compiler passes will run so, too; with one a trial is not worth its time."""
 
     def refuses(graph: Any, inputs: Any) -> Any:
         raise ValueError("no compiler here")
