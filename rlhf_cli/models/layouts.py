@@ -149,12 +149,12 @@ class _Probe:
 
 @contextmanager
 def _quietly(model: nn.Module) -> Iterator[None]:
-    """With gradient and without dropout, whatever mode the model is in."""
+    """With gradient, without dropout and not compiled, whatever mode the model is in."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

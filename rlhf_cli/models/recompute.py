@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.adapters import Acting, is_adapted, unite
 from rlhf_cli.models.decoder import unwrap
-from rlhf_cli.models.dropout import blocks_of, check_training_mode
+from rlhf_cli.models.dropout import blocks_of, check_training_mode, training_mode
 from rlhf_cli.models.row_attention import recomputing
 from rlhf_cli.models.shared import SharedScorer
 
@@ -45,7 +45,12 @@ def recompute_activations(model: Any, share: float = 1.0) -> int:
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     base.disable_input_require_grads()
     count = _keep_to(model, share)
-    check_training_mode(model)  # and stay in it: transformers recomputes in no other
+    try:
+        check_training_mode(model)  # and stay in it: transformers recomputes in no other
+    except UserError:  # where it goes on, it goes on as it was
+        base.gradient_checkpointing_disable()
+        training_mode(model)
+        raise
     return count
 
 

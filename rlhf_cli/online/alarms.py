@@ -93,7 +93,7 @@ class Alarms:
         differs then is not the rounding of a model at rest.
         """
         gap = metrics.get("sampling_gap")
-        if gap is None:  # there was no update
+        if gap is None or not math.isfinite(gap):  # there was no update, or it was skipped
             return False
         if self._first_gap is None:
             self._first_gap = gap

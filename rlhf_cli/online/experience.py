@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.evaluation.samples import known_or_none, term_columns
 from rlhf_cli.models.decoder import matmul_in_float32
+from rlhf_cli.models.nonfinite import is_finite
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.moments import RunningMoments
@@ -102,7 +103,7 @@ class Experience:
         learnt = {id(item.tokens): item for item in items}
         for i, rollout in enumerate(self.rollouts):
             item = learnt.get(id(rollout.tokens))
-            if item is not None and item.gap is not None:
+            if item is not None and item.gap is not None and is_finite(item.gap):
                 self.old[i] = item.sampled + item.gap
         if self.reference is not None:
             self.kls = kls_of(self.old, self.reference)

@@ -16,6 +16,7 @@ from rlhf_cli.rollout.slots import SlotTable
 WARM = 2  # steps in which libraries set up their workspaces
 OTHERS = 0.1  # share of the slots that may draw otherwise than in a step without a graph, but for
 # one: noise may lie between what 16 bits make of two sums
+ROUNDED = 5e-2  # share of the states that rounding to 16 bits may make
 NEAR = 5e-2  # mean gap of the log-probs of the same draws, as 16 bits round
 
 
@@ -44,13 +45,14 @@ class StepGraphs:
             self._graphs[rows] = self._captured(rows)
 
     def _captured(self, rows: int) -> torch.cuda.CUDAGraph:
-        """A graph that has been replayed once, and has done what a plain step does."""
+        """A graph that has been replayed once, and has done what the step in it does.
+
+        That step draws from states that are those of a plain one.
+        """
         table = self._table
         before = _copy(table, table.slots)
         try:
-            table.step(rows)
-            plain = _copy(table, rows)
-            _restore(table, before)
+            states = table.read(rows)
             graph = torch.cuda.CUDAGraph()
             with self.pieces or nullcontext():
                 stream = torch.cuda.Stream()
@@ -60,6 +62,10 @@ class StepGraphs:
                         table.step(rows)
                 torch.cuda.current_stream().wait_stream(stream)
                 _restore(table, before)
+                check_near(states, table.read(rows))
+                table.step(rows)
+                plain = _copy(table, rows)
+                _restore(table, before)
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     table.step(rows)
             graph.replay()
@@ -68,6 +74,19 @@ class StepGraphs:
             _restore(table, before)
             raise
         return graph
+
+
+def check_near(plain: Tensor, ours: Tensor) -> None:
+    """Compare the (R, d) states that two steps draw from; compiled pieces round otherwise.
+
+    Draws tell less: from flat logits the least rounding makes them others.
+
+    Raises:
+        GraphDiffers: they are further apart than rounding to 16 bits makes them.
+    """
+    plain, ours = plain.float(), ours.float()
+    if plain.isfinite().all() and not (ours - plain).norm() <= ROUNDED * plain.norm():
+        raise GraphDiffers("compiled, its states are others")
 
 
 def check_alike(

@@ -24,6 +24,11 @@ SPREAD = 2  # the shortest response of a run may need a slot so much shorter tha
 PATIENCE = 3  # times that slots are kept although they were in the way
 
 
+def size_of(tokens: int) -> int:
+    """Tokens of a GPU's slots that are to hold so many: one of few sizes, so of few graphs."""
+    return min(size for size in SIZES if size >= tokens)
+
+
 @dataclass(frozen=True)
 class Room:
     """How many slots are used at once, how many are made where they are kept, and their tokens."""
@@ -81,11 +86,12 @@ class SlotSampler:
         most = budget  # slots that are tried
         while left:
             longest = needs[left[0]]
-            run = [place for place in left if needs[place] * SPREAD > longest]
-            capacity = longest
-            if next(model.parameters()).is_cuda:  # few sizes, so that few graphs are made
-                capacity = min(size for size in SIZES if size >= longest)
+            on_gpu = next(model.parameters()).is_cuda
+            capacity = size_of(longest) if on_gpu else longest
             limit = max(1, min(most, budget // capacity))
+            run = left
+            if not on_gpu or len(left) > limit:  # on a GPU long slots take room and no time
+                run = [place for place in left if needs[place] * SPREAD > longest]
             slots = min(limit, len(run))
             room = Room(slots, min(rounded(slots), limit), capacity)
             done: set[int] = set()

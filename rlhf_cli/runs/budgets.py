@@ -18,6 +18,7 @@ from rlhf_cli.config.schema import AUTO, EAGER, Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object
+from rlhf_cli.rollout.slot_sampler import size_of
 from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.memory_estimate import (
     BYTES,
@@ -138,7 +139,7 @@ def budget_of(cfg: Any, free: float, width: int) -> Budget:
     if cfg.samples_online:
         token = 2 * width * geometry.keys * geometry.layers
         responses = cfg.algo.batch_size * getattr(cfg.algo, "group_size", 1)
-        sampled = min(FOR_ROLLOUTS * room / token, responses * longest)
+        sampled = min(FOR_ROLLOUTS * room / token, responses * size_of(longest))
         room -= max(0.0, sampled) * token
     chunk = chunk_of(cfg, room, geometry.vocabulary)
     room -= sum(of_the_head(cfg, geometry, chunk, True, width).values())

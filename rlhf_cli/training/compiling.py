@@ -26,7 +26,12 @@ class Compiling:
     """Compiles the blocks of networks, at once, after the first steps, or never."""
 
     def __init__(self, networks: Mapping[str, nn.Module], hardware: Hardware) -> None:
+        """Networks that an earlier optimizer has compiled run plainly at first: a run that goes on
+        finds them so.
+        """
         self._networks = list(networks.values())
+        for network in self._networks:
+            run_plainly(network)
         on_gpu = any(each.is_cuda for one in self._networks for each in one.parameters())
         self._waits = hardware.compile == AUTO and on_gpu
         self._seen, self._seconds = 0, list[float]()

@@ -18,6 +18,7 @@ from transformers import (
 
 from rlhf_cli.data.packing import PACKED, PADDED, SHARED
 from rlhf_cli.models import row_attention
+from rlhf_cli.models.compiled import compile_blocks
 from rlhf_cli.models.layouts import found_layout, layout_of
 from tests.model_families import FAMILIES, model_of
 from tests.models.test_answers import LANGUAGE_MODELS, VOCABULARY, scorer, small
@@ -121,6 +122,17 @@ def test_what_keeps_rows_padded_is_said_once(capsys: pytest.CaptureFixture[str])
     assert said.splitlines() == ["note: rows of LlamaForCausalLM stay padded: a mask is needed"]
     assert layout_of(llama(), hardware_of(packing="false")) == PADDED
     assert layout_of(llama(), hardware_of(share_prompts=False)) == PACKED
+
+
+def test_compiled_blocks_are_tried_as_they_are_written() -> None:
+    """Without a compiler passes will run so, too; with one a trial is not worth its time."""
+
+    def refuses(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no compiler here")
+
+    model = llama(VOCABULARY)
+    compile_blocks(model, refuses)
+    assert found_layout(model) == (SHARED, "")
 
 
 def test_a_probe_leaves_the_random_state_and_the_mode_alone() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
 from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import token_logprobs
@@ -52,3 +53,16 @@ def test_dropout_stays_where_it_is_while_recomputation_is_tried() -> None:
         draws.append(token_logprobs(model, BATCH, chunk=99).logprobs)
     other = token_logprobs(model, BATCH, chunk=99).logprobs
     assert torch.equal(*draws) and not torch.equal(other, draws[0])
+
+
+def test_a_model_that_computes_something_else_in_training_mode_is_left_as_it_was() -> None:
+    """A run whose memory ran out goes on without."""
+    model: Any = llama()
+    before = gradients(model)
+    block = model.model.layers[0].mlp
+    block.register_forward_hook(
+        lambda *each: each[2] * 2 if model.model.layers[0].training else None
+    )
+    with pytest.raises(UserError, match="in training mode"):
+        recompute_activations(model)
+    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)

@@ -82,6 +82,9 @@ def test_a_gap_of_sampling_above_its_limit_or_grown_is_an_alarm(
         assert said.count("note: sampling and training differ") == 1
         assert ("alarm at step" in said) == stopped
     assert not Alarms(algo, {}).on_updates(1, {})  # nothing was learnt
+    skipped = Alarms(algo, {})
+    assert not skipped.on_updates(1, {"sampling_gap": math.nan})
+    assert skipped.state() == Alarms(algo, {}).state()
     off: dict[str, float] = {"sampling_gap": 9.0}
     assert not Alarms(algo_of("algo.max_sampling_gap=null"), {}).on_updates(1, off)
     assert set(off) == {"sampling_gap"}

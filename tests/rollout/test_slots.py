@@ -17,7 +17,7 @@ from rlhf_cli.models import out_of_memory
 from rlhf_cli.models.row_attention import laid_out
 from rlhf_cli.rollout import native, slot_run
 from rlhf_cli.rollout.decode import Completion, decode
-from rlhf_cli.rollout.graphs import GraphDiffers, addresses, check_alike
+from rlhf_cli.rollout.graphs import GraphDiffers, addresses, check_alike, check_near
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.pieces import Pieces
 from rlhf_cli.rollout.prompt_slots import PromptTable
@@ -287,6 +287,14 @@ def test_a_graph_that_differs_is_refused() -> None:
     others["tokens"][:3] += 1
     with pytest.raises(GraphDiffers):
         check_alike(many, many, others)
+
+
+def test_states_of_another_step_are_told_from_rounded_ones() -> None:
+    states = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    check_near(states, states.bfloat16())
+    for other in (states.flip(0), 1.2 * states, torch.full_like(states, torch.nan)):
+        with pytest.raises(GraphDiffers):
+            check_near(states, other)
 
 
 def test_pieces_stand_in_for_parts_within_a_block_alone() -> None:

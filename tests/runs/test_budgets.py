@@ -59,6 +59,9 @@ def test_keys_and_values_take_a_quarter_at_most(policy: str) -> None:
     cfg = compose("grpo", [*words, "algo.batch_size=4", "algo.minibatch_size=4"])
     responses = 4 * cfg.algo.group_size
     assert budget_of(cfg, 1e12, 2).sampled == responses * 128 // 256 * 256
+    words[-1] = "data.max_response_tokens=29"  # in slots of the next size
+    cfg = compose("grpo", [*words, "algo.batch_size=4", "algo.minibatch_size=4"])
+    assert budget_of(cfg, 1e12, 2).sampled == responses * 192 // 256 * 256
     cfg = compose("generate", [*DATA, f"policy={policy}", "algo.max_tokens=28"])
     assert budget_of(cfg, 2e5 * 2 * 2 * 8 * 16, 2).sampled == 45000 // 256 * 256
 

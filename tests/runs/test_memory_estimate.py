@@ -198,8 +198,7 @@ def test_parts_of_a_run_in_bfloat16_by_hand(folder: Path) -> None:
     for name, size in plain[0].items():
         assert always.pop(name) == size / (2 if name in halved else 1), name
     assert always == {"float32 masters of what is trained": plain[0]["gradients"]}
-    (cached,) = rollout.items()
-    assert cached == ("keys and values of 100 sampled tokens", 2 * 2 * 100 * 8 * 4)
+    assert rollout == {"keys and values of 100 sampled tokens": 2 * 2 * 100 * 8 * 4}
     assert update["activations of 32 tokens"] == plain[1]["activations of 32 tokens"] / 2
     # logits in float32, their gradient in bfloat16; there are two micro-batches
     assert update["logits of 32 positions"] == 6 * 32 * len(TOKENIZER)

@@ -61,6 +61,16 @@ def test_a_cpu_and_a_key_that_says_so_decide_at_once(counted: list[int]) -> None
     assert counted
 
 
+def test_what_was_compiled_before_runs_plainly_at_first() -> None:
+    """As after a resume, where an earlier optimizer, as of a bootstrap, has not been."""
+    model = llama()
+    kinds = [type(each) for each in model.modules()]
+    compiled.compile_blocks(model, "eager")
+    assert [type(each) for each in model.modules()] != kinds
+    Compiling({"policy": model}, hardware_of())
+    assert [type(each) for each in model.modules()] == kinds
+
+
 def test_passes_that_cannot_be_compiled_run_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
