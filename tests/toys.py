@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, PpoConfig
+from rlhf_cli.data.batches import Batch
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import walked
@@ -106,6 +107,24 @@ def llama(vocabulary: int = 23, seed: int = 0, **changes: Any) -> LlamaForCausal
     }
     model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     return model
+
+
+def grid_of(ids: Tensor, attention: Tensor, response: Tensor) -> Batch:
+    """Whole sequences in a row each, with pads on either side: (B, T) each."""
+    places = torch.arange(ids.shape[1])  # (T,)
+    last = (places * attention).amax(-1, keepdim=True)  # (B, 1)
+    in_row = torch.minimum(places, last)  # (B, T)
+    rows = ids.shape[1] * torch.arange(len(ids))[:, None]  # (B, 1)
+    return Batch(
+        ids,
+        positions=(attention.long().cumsum(-1) - 1).clamp(min=0),  # from the first real token
+        attention=attention,
+        at=rows + in_row,
+        before=rows + (in_row - 1).clamp(min=0),
+        response=response,
+        stands_for=attention.long(),
+        scored=response.flatten().nonzero()[:, 0],
+    )
 
 
 def bigram(table: Tensor) -> LlamaForCausalLM:

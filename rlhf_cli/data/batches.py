@@ -54,24 +54,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.response)
 
-    @classmethod
-    def of_sequences(cls, ids: Tensor, attention: Tensor, response: Tensor) -> "Batch":
-        """A grid over whole sequences, a row each, with pads on either side: (B, T) each."""
-        places = torch.arange(ids.shape[1])  # (T,)
-        last = (places * attention).amax(-1, keepdim=True)  # (B, 1)
-        in_row = torch.minimum(places, last)  # (B, T)
-        rows = ids.shape[1] * torch.arange(len(ids))[:, None]  # (B, 1)
-        return cls(
-            ids,
-            positions=(attention.long().cumsum(-1) - 1).clamp(min=0),  # from the first real token
-            attention=attention,
-            at=rows + in_row,
-            before=rows + (in_row - 1).clamp(min=0),
-            response=response,
-            stands_for=attention.long(),
-            scored=_places(response),
-        )
-
 
 def collate(
     sequences: Sequence[Tokens], device: torch.device | str = "cpu", layout: Layout = PADDED

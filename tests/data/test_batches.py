@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_cli.data.batches import Batch, collate, collate_answers, cut, micro_batches
+from rlhf_cli.data.batches import collate, collate_answers, cut, micro_batches
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.packing import PACKED, PADDED, SHARED, SHARED_FROM, Layout
 
@@ -23,15 +23,6 @@ def test_a_worked_collate() -> None:
     assert batch.at.tolist() == [[0, 1, 2, 2], [4, 5, 6, 7], [8, 9, 9, 9]]
     assert batch.before[batch.response].tolist() == [1, 4, 5, 6, 8]
     assert len(batch) == 3
-
-
-def test_whole_sequences_may_be_padded_on_either_side() -> None:
-    ids = torch.tensor([[0, 0, 1, 2], [0, 3, 4, 0]])
-    response = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0]]).bool()
-    batch = Batch.of_sequences(ids, ids > 0, response)
-    assert batch.positions.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
-    assert batch.at.tolist() == [[0, 1, 2, 3], [4, 5, 6, 6]]
-    assert batch.before[response].tolist() == [2, 5]
 
 
 def test_a_worked_collate_of_answers_apart() -> None:

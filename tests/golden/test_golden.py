@@ -108,7 +108,7 @@ from rlhf_cli.rollout.decode import decode
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 from rlhf_cli.training.loss_term import LossTerm
 from rlhf_cli.training.optimize import Optimizer
-from tests.toys import GivenLogits, bigram, characters, composed, data_of, hardware_of
+from tests.toys import GivenLogits, bigram, characters, composed, data_of, grid_of, hardware_of
 
 HERE = Path(__file__).parent
 FILE = json.loads((HERE / "vectors.json").read_text())
@@ -169,7 +169,7 @@ def labelled(labels: Tensor) -> Batch:
     """Labels with -100 as a batch; the first token is never predicted."""
     response = labels != -100
     response[:, 0] = False
-    return Batch.of_sequences(labels.clamp(min=0), torch.ones_like(response), response)
+    return grid_of(labels.clamp(min=0), torch.ones_like(response), response)
 
 
 # --------------------------------------------------------------------------- preferences
@@ -212,7 +212,7 @@ def dpo(case: Case) -> Compared:
 
 def dpo_from_logits(case: Case) -> Compared:
     ids, attention, response = case.all("input_ids", "attention_mask", "completion_mask")
-    batch = Batch.of_sequences(ids, attention, response)
+    batch = grid_of(ids, attention, response)
     policy = GivenLogits(case.read("policy_logits"))
     reference = GivenLogits(case.read("reference_logits"))
     ours, theirs = (token_logprobs(model, batch, chunk=3).logprobs for model in (policy, reference))
@@ -646,7 +646,7 @@ def shifted(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Te
     every = torch.ones(len(ids), ids.shape[1] + 1, dtype=torch.bool)
     response = every.clone()
     response[:, 0] = False
-    batch = Batch.of_sequences(torch.cat([first, ids], -1), every, response)
+    batch = grid_of(torch.cat([first, ids], -1), every, response)
     logits = torch.cat([logits, logits[:, -1:]], 1)
     scored = token_logprobs(
         GivenLogits(logits), batch, chunk=4, temperature=temperature, with_entropy=True
@@ -685,8 +685,10 @@ def masks(case: Case) -> Compared:
         return
     ids = case.read("query_responses")
     attention = torch.tensor(case.out["attention_mask"]).bool()
-    ours = Batch.of_sequences(ids, attention, attention).positions
-    yield "positions", ours * attention, torch.tensor(case.out["position_ids"]) * attention
+    rows = zip(ids, attention, strict=True)
+    batch = collate([Tokens([], row[real].tolist()) for row, real in rows])
+    expected = torch.tensor(case.out["position_ids"])[attention]
+    yield "positions", batch.positions[batch.attention], expected
 
 
 def labels_truncation(case: Case) -> Compared:
@@ -816,13 +818,13 @@ def tiny_llama() -> Any:
 def model_forward(case: Case) -> Compared:
     model = tiny_llama()
     ids, attention = case.all("input_ids", "attention_mask")
-    batch = Batch.of_sequences(ids, attention, attention)
+    batch = grid_of(ids, attention, attention)
     hidden = hidden_states(model, batch)
     yield "logits", unembed(model, hidden) * attention[..., None], case.out["logits"]
     yield "hidden", hidden[1], case.out["last_hidden_row1"]
 
     labels = case.read("sft_labels_for_row_1")
-    row = Batch.of_sequences(ids[1:], attention[1:], labels != -100)
+    row = grid_of(ids[1:], attention[1:], labels != -100)
     loss = nll_sum(token_logprobs(model, row, chunk=2).logprobs, row.response) / 4
     loss.backward()
     weights = [weight for weight in model.parameters() if weight.grad is not None]

@@ -22,7 +22,7 @@ from rlhf_cli.models.score import (
     values_of,
 )
 from rlhf_cli.objectives.kl import k1, k3
-from tests.toys import GivenLogits, bigram, hardware_of, llama, sequences_of
+from tests.toys import GivenLogits, bigram, grid_of, hardware_of, llama, sequences_of
 
 SEQUENCES = sequences_of(7)
 WIDE = 10_000
@@ -48,7 +48,7 @@ def padded(sequence: Tokens, left: int, right: int) -> Batch:
     start = left + len(sequence.prompt)
     trained = [start <= place < left + len(ids) for place in range(len(real))]
     filled = [9] * left + ids + [9] * right
-    return Batch.of_sequences(torch.tensor([filled]), torch.tensor([real]), torch.tensor([trained]))
+    return grid_of(torch.tensor([filled]), torch.tensor([real]), torch.tensor([trained]))
 
 
 # --------------------------------------------------------------------------- log-probs
@@ -139,7 +139,7 @@ def test_a_uniform_model_is_as_bad_as_the_vocabulary_is_large() -> None:
 def test_entropy_does_not_see_a_shift_of_the_logits() -> None:
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
     ids, every = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)
-    batch = Batch.of_sequences(ids, every, torch.arange(4) > torch.tensor([[0], [1]]))
+    batch = grid_of(ids, every, torch.arange(4) > torch.tensor([[0], [1]]))
     found = [
         token_logprobs(GivenLogits(values), batch, chunk=3, with_entropy=True).entropy
         for values in (logits, logits + 7.5)
