@@ -27,7 +27,7 @@ def offences(source: str) -> Iterator[str]:
             module = node.module or ""
             whole = {f"{module}.{alias.name}" for alias in node.names}
             found = {module.partition(".")[0]} & MODULES | whole & ATTRIBUTES
-        elif isinstance(node, ast.Name):
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             found = {node.id} & NAMES
         elif isinstance(node, ast.Attribute):
             found = {ast.unparse(node)} & ATTRIBUTES
