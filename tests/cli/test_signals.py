@@ -81,7 +81,7 @@ def ppo(body: str, *words: str, cwd: Path) -> "subprocess.CompletedProcess[str]"
         "torch._C",
         "torch.nn",
     ]
-    + ["transformers", "transformers.generation.utils", "tokenizers", "peft", "safetensors.torch"],
+    + ["transformers", "transformers.generation.utils", "tokenizers", "safetensors.torch"],
 )
 @pytest.mark.slow
 def test_a_signal_while_a_library_is_imported(module: str, tmp_path: Path) -> None:
