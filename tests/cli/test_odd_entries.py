@@ -52,6 +52,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("name", [*MODEL_FILES, *OTHERS])
+@pytest.mark.slow
 def test_in_a_model_folder(name: str, kind: str, cli: Cli, place: Path) -> None:
     put(place / POLICY / name, kind)
     refused(cli, f"{REWARD} out=new", POLICY)

@@ -266,6 +266,7 @@ def test_flipped_parquet(flips: list[tuple[int, int]], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ROWS)
 @settings(ANY, max_examples=FEW)
 @given(data=st.data())
+@pytest.mark.slow
 def test_changed_rows(name: str, data: st.DataObject, tmp_path: Path) -> None:
     check_changed(name, data, tmp_path)
 

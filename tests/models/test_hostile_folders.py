@@ -98,6 +98,7 @@ USES: dict[str, Callable[[Path, Path], object]] = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
 @pytest.mark.usefixtures("short")
+@pytest.mark.slow
 def test_a_pattern_of_layers_that_never_ends(
     key: str, use: str, folder: Path, tmp_path: Path
 ) -> None:

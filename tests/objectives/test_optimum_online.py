@@ -180,6 +180,7 @@ IN_REWARD = {
 
 
 @pytest.mark.parametrize("name", IN_REWARD)
+@pytest.mark.slow
 def test_with_the_tie_in_the_reward_expected_steps_lead_to_the_optimum(name: str) -> None:
     """grad E[r - beta u] is the true gradient; centring in a group scales it by (G - 1) / G.
 

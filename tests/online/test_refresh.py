@@ -319,6 +319,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("saved", "killed_at"), [(3, 4), (5, 6)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(
     kind: str, saved: int, killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_a_bootstrap_is_sft_on_the_chosen_side(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["full", "lora"])
 @pytest.mark.parametrize("when", ["early", "late", "after"])
+@pytest.mark.slow
 def test_a_run_killed_while_it_bootstraps_ends_the_same(
     when: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

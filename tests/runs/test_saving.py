@@ -76,6 +76,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.slow
 def test_a_damaged_resume_point_is_named_and_the_one_before_is_used(
     name: str, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_damaged_last_line_of_a_log_costs_the_newest_resume_point_alone(
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_text("{}")])
 @pytest.mark.parametrize("name", ["inputs.json", "inputs.copy.json"])
+@pytest.mark.slow
 def test_damage_to_what_a_run_is_made_from_is_healed(
     name: str, damage: Callable[[Path], object], killed: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def first_line(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("reward", FOLDERS, indirect=True)
+@pytest.mark.slow
 def test_every_stage_takes_every_reward(reward: str, tmp_path: Path) -> None:
     spec = f'reward="{reward}"'
     ppo = run("ppo", tmp_path / "ppo", *UPDATES, spec)

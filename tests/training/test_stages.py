@@ -189,6 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_its_model_goes_on(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +220,7 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo lora", "ppo", "grpo", *SAMPLED])
+@pytest.mark.slow
 def test_the_seed_alone_decides(name: str, tmp_path: Path) -> None:
     """All that is left in `out` is the same the second time, and with another seed it is not."""
     out = tmp_path / "out"
