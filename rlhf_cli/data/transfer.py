@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PINS = True
-
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the CPU on a device; what is on it already stays."""
-    if PINS and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Tensors of whole numbers and truth values on a device, by one copy."""
-    if not PINS or torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     flat = to_device(torch.cat([tensor.flatten().long() for tensor in tensors]), device)
     parts = flat.split([tensor.numel() for tensor in tensors])
