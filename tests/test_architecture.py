@@ -27,6 +27,7 @@ STOREYS = (
     ("data",),
     ("objectives", "demo"),
     ("config",),
+    ("ranks",),
 )
 HEIGHT = {room: -storey for storey, rooms in enumerate(STOREYS) for room in rooms}
 LONGEST, LONG, MOST_LONG = 80, 60, 3  # lines of a function

@@ -1,0 +1,146 @@
+"""Several processes through torch.distributed: nccl on GPUs, gloo else."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from itertools import groupby
+from math import prod
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf_cli.ranks.world import World
+
+Value = TypeVar("Value")
+BUCKET = 32 * 2**20  # bytes that are summed at once
+
+
+class Group(World):
+    """The ranks of an initialised process group."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: of this rank, on which sums are made."""
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.device = device
+
+    @torch.no_grad()
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """In buckets, all on their way at once.
+
+        Each element is summed in the same order, whatever lies beside it: two ranks give the bits
+        of one process that adds the two.
+        """
+        waiting = []
+        for _, alike in groupby(tensors, lambda tensor: (tensor.dtype, tensor.device)):
+            for bucket in _buckets(list(alike)):
+                flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self.device)
+                waiting.append((dist.all_reduce(flat, async_op=True), flat, bucket))
+        for work, flat, bucket in waiting:
+            work.wait()
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """By their lengths and one padded row of numbers from each rank."""
+        counts = torch.tensor([len(tensor) for tensor in tensors], dtype=torch.int64)
+        lengths = self._rows(counts)
+        shape = self._agreed_shape(tensors)
+        if shape is None:
+            return []
+        dtype, rest = shape
+        width = prod(rest)
+        whole = self._rows(
+            torch.cat([tensor.reshape(-1).cpu() for tensor in tensors])
+            if tensors
+            else torch.empty(0, dtype=dtype)
+        )
+        gathered: list[Tensor] = []
+        for row, sizes in zip(whole, lengths, strict=True):
+            parts = row.split([int(size) * width for size in sizes])
+            gathered += [
+                part.view(int(size), *rest) for part, size in zip(parts, sizes, strict=True)
+            ]
+        return gathered
+
+    def any(self, flag: bool) -> bool:
+        """One small sum."""
+        total = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(total)
+        return bool(total.item() > 0)
+
+    def from_main(self, value: Value) -> Value:
+        """As JSON, never as a pickle."""
+        text = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(size, 0)
+        own = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            own.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(own, 0)
+        received: Value = json.loads(bytes(own.cpu().tolist()))
+        return received
+
+    def main_first(self, work: Callable[[], Value]) -> Value:
+        """The others wait for rank 0."""
+        if self.is_main:
+            done = work()
+            self.barrier("rank 0 has written what all read")
+            return done
+        self.barrier("rank 0 has written what all read")
+        return work()
+
+    def barrier(self, until: str) -> None:
+        """A sum that nobody reads."""
+        self.any(False)
+
+    def _agreed_shape(self, tensors: Sequence[Tensor]) -> tuple[torch.dtype, list[int]] | None:
+        """Type and further dimensions of what any rank gives; None where none gives anything."""
+        types = [torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]
+        own: list[int] = []
+        if tensors:
+            own = [types.index(tensors[0].dtype), *tensors[0].shape[1:]]
+        for row in self._rows(torch.tensor(own, dtype=torch.int64)):
+            if len(row):
+                kind, *rest = row.tolist()
+                return types[kind], rest
+        return None
+
+    def _rows(self, own: Tensor) -> list[Tensor]:
+        """The (n,) tensors of all ranks, of any lengths, on the CPU."""
+        size = torch.tensor([len(own)], device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(self.size)]
+        dist.all_gather(sizes, size)
+        counts = [int(each.item()) for each in sizes]
+        padded = torch.zeros(max(counts), dtype=own.dtype, device=self.device)
+        padded[: len(own)] = own
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        if max(counts):
+            dist.all_gather(rows, padded)
+        return [row[:count].cpu() for row, count in zip(rows, counts, strict=True)]
+
+
+def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Tensors in order, in groups of at most BUCKET bytes or of one."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if not buckets or size > room:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(tensor)
+        room -= size
+    return buckets
+
+
+def join(device: torch.device, timeout: timedelta) -> Group:
+    """The group that the environment names: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    return Group(device)
