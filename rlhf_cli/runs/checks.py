@@ -292,6 +292,12 @@ def check_frozen_layers(cfg: Run) -> None:
         raise UserError(f"model.frozen_layers={frozen}, but {path} has {blocks} blocks")
 
 
+def check_sampler(cfg: Run) -> None:
+    """Where the stage is to start a vLLM server, there is one to start."""
+    if cfg.hardware.rollout_devices is not None:
+        program()
+
+
 def arithmetic(cfg: Run) -> list[str]:
     """The batch arithmetic, spelled out."""
     algo: Any = cfg.algo
