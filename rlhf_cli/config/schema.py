@@ -545,6 +545,18 @@ class OnlineAlgo(OptimizerConfig):
         gt=1,
         used_by="algo.loss=clip",
     )
+    rollout_correction: str | None = key(
+        "What is learnt from a sample weighs pi_old / pi_sampler, of each token or of the whole "
+        "response, up to rollout_correction_cap. auto: token (sequence where the loss has a ratio "
+        "of responses) where an engine of its own sampled, else as null, which weighs all alike.",
+        choices=(AUTO, "token", "sequence"),
+    )
+    rollout_correction_cap: float = key(
+        "The largest such weight; verl takes 2, TRL 3.",
+        ge=1,
+        used_by="algo.rollout_correction",
+        unused=2.0,
+    )
     entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
     supervision: str = key(
         "Rewards of whole responses, or of each step of a response (step model or function).",
