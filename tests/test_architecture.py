@@ -26,8 +26,8 @@ STOREYS = (
     ("folders",),
     ("data",),
     ("objectives", "demo"),
-    ("config",),
     ("ranks",),
+    ("config",),
 )
 HEIGHT = {room: -storey for storey, rooms in enumerate(STOREYS) for room in rooms}
 LONGEST, LONG, MOST_LONG = 80, 60, 3  # lines of a function
