@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlhf_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; those of one line are neighbours, which do not look into each other.
 STOREYS = (
+    ("__main__",),
     ("cli",),
     ("commands",),
     ("stages",),
