@@ -88,6 +88,22 @@ class Hardware:
         "the demo's.",
         ge=1,
     )
+    processes: Any = key(
+        "Processes that this command starts to share the work, each with a GPU of its own or with "
+        "its share of the CPU's cores; auto: one for each GPU. Those of torchrun and srun are "
+        "started already.",
+        ge=1,
+        auto=int,
+    )
+    max_restarts: int = key(
+        "How often processes that died are started again from the newest resume point.",
+        ge=0,
+    )
+    rank_timeout: int = key(
+        "Seconds that processes wait for each other before the run ends, and names the one that "
+        "did not come; more than rank 0 takes to read and tokenise the rows, or to write.",
+        ge=1,
+    )
     tokens_per_microbatch: Any = key(
         "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
         "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
