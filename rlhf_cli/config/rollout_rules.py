@@ -63,6 +63,11 @@ def _temperatures(cfg: Run) -> Iterator[str]:
 def _decoding(algo: Decoding) -> Iterator[str]:
     if algo.beams > 1:
         yield f"algo.beams={algo.beams} is for hardware.rollout=native; vLLM searches otherwise"
+    if algo.stop and algo.min_tokens:
+        yield (
+            f"algo.stop and algo.min_tokens={algo.min_tokens}: vLLM looks for no string before so "
+            "many tokens, rlhf-cli does; give one of them, or hardware.rollout=native"
+        )
     if algo.min_p > 0 and algo.top_p < 1:
         yield (
             f"algo.top_p={algo.top_p:g} and algo.min_p={algo.min_p:g}: vLLM cuts by min_p first, "

@@ -223,13 +223,13 @@ class Served:
     # ------------------------------------------------------------------ proof
 
     def _probe_of(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[int]:
-        """The first prompts, one after the other, as far as there is room for them."""
+        """The first prompts, each once, one after the other, as far as there is room for them."""
         limits = [each for each in (self.longest, positions_of(model)) if each]
         room = min([PROBE_PROMPT, *(each - PROBE_SAMPLE - 1 for each in limits)])
         if room < 1:
             raise RunError(f"{self._url} takes {self.longest} tokens of a sequence: too few")
         joined: list[int] = []
-        for ids in prompts:
+        for ids in dict.fromkeys(map(tuple, prompts)):
             joined += ids
             if len(joined) >= room:
                 break

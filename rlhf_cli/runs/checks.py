@@ -295,6 +295,8 @@ def check_frozen_layers(cfg: Run) -> None:
 def check_sampler(cfg: Run) -> None:
     """Where the stage is to start a vLLM server, there is one to start."""
     if cfg.hardware.rollout_devices is not None:
+        from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
+
         program()
 
 
