@@ -17,8 +17,8 @@ VLLM = ["hardware.rollout=vllm", URL]
         ("grpo", [*VLLM, "hardware.rollout_devices=[1]"], "give one of them"),
         ("grpo", [URL], "hardware.rollout_server is not used by hardware.rollout=native"),
         ("ppo", ["hardware.rollout_timeout=5"], "hardware.rollout_timeout is not used by"),
-        ("ppo", [*VLLM, "hardware.rollout_timeout=0"], "hardware.rollout_timeout="),
-        ("ppo", ["hardware.rollout=sglang"], "hardware.rollout=sglang"),
+        ("ppo", [*VLLM, "hardware.rollout_timeout=0"], "hardware.rollout_timeout must be"),
+        ("ppo", ["hardware.rollout=sglang"], "must be native|vllm, got sglang"),
         *(
             ("ppo", ["hardware.rollout=vllm", f"hardware.rollout_server={url}"], message)
             for url, message in [

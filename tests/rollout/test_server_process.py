@@ -1,4 +1,4 @@
-"""A vLLM server of the stage's own: how it is started, and that it is gone whatever ends the stage."""
+"""A vLLM server of the stage's own: how it is started, and that it is gone when the stage is."""
 
 import json
 import os
