@@ -1,9 +1,12 @@
 """The tables that `evaluate` ends with, and those on how good a scorer is."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.judging import Report, calibration_of
 from rlhf_cli.folders.manifest import read_manifest
@@ -36,9 +39,9 @@ BUCKETS = {"score margin": "by_score_margin", "row margin": "by_row_margin", "gr
 """What a judgement's accuracies are told by, and where its report has them."""
 
 
-def show_report(policy: str, reference: str | None, results: Results, wins: Results) -> None:
-    """Every stage of the policy's chain with its figures, then the policy against baselines."""
-    home = Path(policy).parent
+def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
+    """Every stage of the policy's chain with its figures, then who wins against whom."""
+    policy, home = str(Path(cfg.policy)), Path(cfg.policy).parent
 
     def brief(path: str) -> str:
         return Path(path).name if Path(path).parent == home else path
@@ -46,7 +49,7 @@ def show_report(policy: str, reference: str | None, results: Results, wins: Resu
     def place(path: str) -> int:
         return place_in_chain((read_manifest(path) or {}).get("stage"))
 
-    chain = {**other_stages(home), **results}
+    chain = {**other_stages(home), **report["policies"]}
     rows = [
         [
             brief(path),
@@ -57,15 +60,63 @@ def show_report(policy: str, reference: str | None, results: Results, wins: Resu
         for path in sorted(chain, key=place)
     ]
     title = "held-out prompts, mean ± standard error clustered by prompt"
-    kl = "KL" if reference is None else f"KL to {brief(reference)}"
+    kl = "KL" if cfg.reference is None else f"KL to {brief(cfg.reference)}"
     table(title, ["stage", "seconds", "gold", "reward", kl, "held-out loss"], rows)
-    if wins:
-        shares = [
-            [brief(path), w["win"], w["tie"], w["loss"], f"{w['low']:.3f} to {w['high']:.3f}"]
-            for path, w in wins.items()
+    if wins := report["win_rates"]:
+        show_wins(f"{brief(policy)}, response by response", "against", wins, brief)
+    if wins := report["against_references"]:
+        show_wins("against the references, response by response", "policy", wins, brief)
+    show_temperatures(report["by_temperature"], brief)
+    if ratings := report["ratings"]:
+        rows = [
+            [
+                brief(path),
+                round(each["rating"]),
+                f"{each['low']:.0f} to {each['high']:.0f}",
+                ", ".join(map(brief, each["not_separable"])) or "-",
+            ]
+            for path, each in ratings.items()
         ]
-        heads = ["against", "win", "tie", "loss", "wins + ties/2, 95%"]
-        table(f"{brief(policy)}, response by response", heads, shares)
+        title = f"ratings on Elo's scale, {brief(report['anchor'])} at 0"
+        count = report["prompts"]
+        table(title, ["", "rating", "95%", f"not separable at {count} prompts"], rows)
+
+
+def show_wins(title: str, who: str, wins: Results, brief: Callable[[str], str]) -> None:
+    """Win rates, a line each; of several with the corrected chance that they are even."""
+    corrected = "p" if len(wins) == 1 else f"p (Holm, of {len(wins)})"
+    shares = [
+        [
+            brief(path),
+            *(f"{w[each]:.3f}" for each in ("win", "tie", "loss")),
+            f"{w['low']:.3f} to {w['high']:.3f}",
+            None if math.isnan(w["p_holm"]) else f"{w['p_holm']:.2g}",
+        ]
+        for path, w in wins.items()
+    ]
+    table(title, [who, "win", "tie", "loss", "wins + ties/2, 95%", corrected], shares)
+
+
+def show_temperatures(by_temperature: dict[str, Any], brief: Callable[[str], str]) -> None:
+    """Wins + ties / 2 of each policy at each temperature, against the references or the policy."""
+    for against in ("against_references", "win_rates"):
+        columns = {t: each[against] for t, each in by_temperature.items() if each[against]}
+        if columns:
+            names = dict.fromkeys(name for each in columns.values() for name in each)
+            rows = [
+                [brief(name), *(score(each.get(name)) for each in columns.values())]
+                for name in names
+            ]
+            what = "the references" if against == "against_references" else "each baseline"
+            title = f"wins + ties/2 against {what}, by temperature"
+            table(title, ["", *columns], rows)
+
+
+def score(won: dict[str, float] | None) -> str | None:
+    """0.61 (0.55 to 0.67)."""
+    if won is None:
+        return None
+    return f"{won['win'] + won['tie'] / 2:.2f} ({won['low']:.2f} to {won['high']:.2f})"
 
 
 def plus_minus(estimate: dict[str, float] | None) -> str | None:
