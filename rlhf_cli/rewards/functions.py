@@ -19,7 +19,7 @@ from typing import Any
 from rlhf_cli.config.own_code import function_in, said_by, trace_of
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.ranks.world import world
-from rlhf_cli.reporting.agreement import on_main
+from rlhf_cli.ranks.agreement import on_main
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.specs import OF_ALL, OF_ONE, function_of, signature_of, value_of
 
