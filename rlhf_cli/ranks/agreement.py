@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,10 +45,11 @@ def on_every_rank(work: Callable[[], Value]) -> Value:
     return together(own)
 
 
-def on_main(work: Callable[[], Value]) -> Value | None:
-    """What `work` gives on rank 0, None on all others; errors are those of all."""
-    is_main = world().is_main
-    return on_every_rank(lambda: work() if is_main else None)
+def by_main(work: Callable[[], Value]) -> Value:
+    """What `work` gives on rank 0, which alone does it: a value of JSON. Errors are of all."""
+    done: Any = together(lambda: work() if world().is_main else None)
+    given: Value = world().from_main(done)
+    return given
 
 
 def check_alike(step: int, metrics: Mapping[str, object]) -> None:

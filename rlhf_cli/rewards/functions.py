@@ -18,8 +18,8 @@ from typing import Any
 
 from rlhf_cli.config.own_code import function_in, said_by, trace_of
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.world import world
-from rlhf_cli.ranks.agreement import on_main
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.specs import OF_ALL, OF_ONE, function_of, signature_of, value_of
 
@@ -85,7 +85,9 @@ class UserFunction:
         self._file, name = named
         self.spec, self.timeout = spec, timeout
         self.signature = signature_of(self._file, name)
-        self._function: Any = on_main(lambda: function_in("reward", self._file, name))
+        self._function: Any = together(
+            lambda: function_in("reward", self._file, name) if world().is_main else None
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shown: set[tuple[str, ...]] = set()  # what exceptions came from
 
@@ -96,8 +98,7 @@ class UserFunction:
         """
         if not responses:
             return []
-        values: list[Any] = world().from_main(on_main(lambda: self._judged(responses)) or [])
-        return values
+        return by_main(lambda: self._judged(responses))
 
     def _judged(self, responses: Sequence[Response]) -> list[Any]:
         columns = self._columns(responses)

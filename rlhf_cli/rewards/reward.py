@@ -14,8 +14,8 @@ from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
 from rlhf_cli.folders.manifest import RESPONSE
-from rlhf_cli.ranks.world import world
 from rlhf_cli.ranks.agreement import on_every_rank
+from rlhf_cli.ranks.world import world
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rewards.functions import Response, UserFunction
 from rlhf_cli.rewards.models import CheckpointReward, load_model_reward

@@ -14,8 +14,8 @@ from torch import nn
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.ranks.world import world
 from rlhf_cli.ranks.agreement import on_every_rank
+from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.decode import Completion
 from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.native import FILLS
