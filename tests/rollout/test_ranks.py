@@ -1,5 +1,6 @@
 """Ranks that share prompts make the responses of one process."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -73,8 +74,8 @@ class Broken(Exception):
 class Memory:
     """What `keep` was given, round by round."""
 
-    def __init__(self, done: dict[int, list[Rollout]]) -> None:
-        self.done = done
+    def __init__(self, done: Mapping[int, list[Rollout]]) -> None:
+        self.done: Mapping[int, list[Rollout]] = done
         self.rounds: list[list[int]] = []
 
     def keep(self, made: Any) -> None:

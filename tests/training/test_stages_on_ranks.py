@@ -5,6 +5,8 @@ import importlib
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from rlhf_cli.config.compose import compose
 from rlhf_cli.ranks.world import world
 from tests.ranks import on_ranks
@@ -20,7 +22,9 @@ def run_all(folder: Path, out: Path, runs: dict[str, list[str]]) -> None:
     with contextlib.chdir(folder):
         for name, (stage, *words) in runs.items():
             place = out / name if world().is_main else out / f"rank {world().rank}" / name
-            given = [each for each in words_of(stage) if not any(key in each for key in UNREAD[name])]
+            given = [
+                each for each in words_of(stage) if not any(key in each for key in UNREAD[name])
+            ]
             cfg = compose(stage, [*given, *words, f"out={place}"])
             importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
 
@@ -30,9 +34,7 @@ TO_THE_BIT: dict[str, list[str]] = {
     "reward": ["reward", "algo.batch_size=2", "algo.epochs=1", "algo.max_steps=6"],
     "dpo": [*RUNS["dpo"], "algo.batch_size=2", "algo.epochs=1", "algo.max_steps=6"],
     "kto": [*RUNS["kto"], "algo.batch_size=2", "algo.max_steps=6"],
-    "ppo": [
-        *("ppo", "algo.batch_size=4", "algo.minibatch_size=2", "algo.steps=3")
-    ],
+    "ppo": [*("ppo", "algo.batch_size=4", "algo.minibatch_size=2", "algo.steps=3")],
     "dapo": [
         *(*RUNS["dapo"], "algo.batch_size=2", "algo.minibatch_size=1", "algo.group_size=2"),
         "algo.steps=3",
@@ -40,10 +42,13 @@ TO_THE_BIT: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "names", [["dapo"], pytest.param([*TO_THE_BIT], marks=pytest.mark.slow)], ids=["grpo", "all"]
+)
 def test_with_a_micro_batch_each_two_ranks_end_with_the_bytes_of_one(
-    chain: Path, tmp_path: Path
+    names: list[str], chain: Path, tmp_path: Path
 ) -> None:
-    runs = {name: [*words, *EACH_ALONE] for name, words in TO_THE_BIT.items()}
+    runs = {name: [*TO_THE_BIT[name], *EACH_ALONE] for name in names}
     run_all(chain, tmp_path / "1", runs)
     on_ranks(2, run_all, chain, tmp_path / "2", runs)
     for name in runs:
