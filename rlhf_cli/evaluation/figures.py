@@ -84,7 +84,7 @@ def mean_of_known(judge: str, values: Tensor) -> Figures:
 
     Args: values (N, K), NaN where there is none.
     """
-    per_prompt = values.nanmean(-1, keepdim=True)  # (N, 1)
+    per_prompt = values.double().nanmean(-1, keepdim=True)  # (N, 1)
     known = per_prompt[~per_prompt.isnan().squeeze(-1)]
     figures: Figures = {judge: asdict(clustered_mean(known)) if len(known) else None}
     if (share := values.isnan().float().mean().item()) > 0:

@@ -21,9 +21,7 @@ POLICY, BEST_OF, TRAINING = "policy", "best of n", "training"
 JUDGES = ("gold", "reward")
 
 
-def frontier_of(
-    results: Mapping[str, Mapping[str, Any]], reference: str | None
-) -> list[Point]:
+def frontier_of(results: Mapping[str, Mapping[str, Any]], reference: str | None) -> list[Point]:
     """The points, policy by policy; empty where no KL was measured.
 
     Args:

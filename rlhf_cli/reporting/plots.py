@@ -82,7 +82,9 @@ def curves_picture(
     from matplotlib.figure import Figure
 
     wide, high = INCHES
-    figure = Figure((1.4 * wide, 0.75 * high * len(panels)), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(
+        (1.4 * wide, 0.75 * high * len(panels)), dpi=DOTS_PER_INCH, layout="constrained"
+    )
     FigureCanvasAgg(figure)  # draws without a display
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))

@@ -8,7 +8,6 @@ Gold is a scorer that training never saw: a fooled reward model shows.
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,21 +32,21 @@ from rlhf_cli.evaluation.figures import (
     figures_of,
     held_out_loss,
 )
+from rlhf_cli.evaluation.frontier import frontier_of
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.references import references_of, scored_references
-from rlhf_cli.evaluation.report import show_judgement, show_report
+from rlhf_cli.evaluation.report import show_judgement, show_report, write_report
 from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
-from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.out_folder import SAMPLES, staging
+from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import baselines_of, siblings_of
@@ -99,13 +98,14 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
             contest.scores[REFERENCES] = references.decisive
     report = {
         "policies": with_gains(cfg, results, main),
+        "frontier": frontier_of(results, cfg.reference),
         **compared(cfg, paths, contests),
         "references": None if references is None else figures_of(references, {}),
         "prompts": len(prompts),
         **settings(cfg),
         "reward_model": judgement,
     }
-    write(staging(session.out), report, written.lines)
+    by_main(lambda: write_report(staging(session.out), cfg, report, written.lines))
     show_report(cfg, report)
     if judgement is not None and scorer is not None:
         show_judgement(f"{scorer.path} on held-out rows", judgement)
@@ -251,16 +251,6 @@ class Lines:
             row = generated_row(rollout, i % sampled.samples, reward, parts_at(parts, i))
             whose = {"policy": referenced(path), "temperature": temperature}
             self.lines.append({**whose, **row, **gold})
-
-
-def write(folder: Path, report: dict[str, Any], samples: list[dict[str, object]]) -> None:
-    """report.json and samples.jsonl."""
-    write_text(
-        folder / "report.json", json.dumps(round_figures(referenced(report)), indent=2) + "\n"
-    )
-    file = JsonLines(folder / SAMPLES)
-    for line in samples:
-        file.append(line)
 
 
 def policies(cfg: EvaluateConfig) -> list[str]:

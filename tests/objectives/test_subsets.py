@@ -58,7 +58,7 @@ def test_each_formula_is_the_mean_over_all_subsets(n: int) -> None:
     assert voted  # of each row
 
 
-def best_of_n_probs(probs: Tensor, scores: Tensor, n: int) -> Tensor:
+def best_of_n_probs(probs: torch.Tensor, scores: torch.Tensor, n: int) -> torch.Tensor:
     """The distribution of the best of n on a space that can be enumerated: F(y)^n - F(y-)^n.
 
     Args:
