@@ -106,66 +106,46 @@ def _option(text: str) -> str:
     return option
 
 
+FLAGS: dict[str, tuple[Callable[[str], object], str, str]] = {
+    "partition": (_like(NAME, "a name"), "NAME", "where it is queued"),
+    "account": (_like(NAME, "a name"), "NAME", "whom it is counted to"),
+    "time": (_like(TIME, "a time as 24:00:00 or 2-12"), "TIME", "limit of a turn, as 24:00:00"),
+    "nodes": (_count(1), "N", "machines (1)"),
+    "gpus": (_count(0), "N", "GPUs of a machine, with a process each (1)"),
+    "processes": (_count(1), "N", "processes of a machine, with --gpus=0"),
+    "cpus": (_count(1), "N", "cores of a process"),
+    "mem": (_like(MEMORY, "a size as 200G"), "SIZE", "memory of a machine, as 200G; 0 is all"),
+    "job-name": (_like(NAME, "a name"), "NAME", "name of job and log (rlhf-STAGE)"),
+    "warn": (_count(1), "SECONDS", "before the limit: more than a step and saving take (300)"),
+    "after": (
+        _like(NAME, "the number of a job"),
+        "JOB",
+        "wait for that job, which makes what this one reads: it is not looked for yet",
+    ),
+    "config": (str, "FILE", "a config of your own, as for a stage"),
+    "config-dir": (str, "DIR", "options of your own, as for a stage"),
+}
+"""Flags with a value: how it is read, its name and its meaning."""
+REPEATED: dict[str, tuple[Callable[[str], object], str, str]] = {
+    "sbatch": (_option, "OPTION", "one more #SBATCH line, as --sbatch=--qos=long; again for more"),
+    "setup": (_line, "LINE", "shell before the stage: --setup='module load cuda'; again for more"),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    name, found = (
-        _like(NAME, "a name"),
-        _Parser(prog="rlhf-cli slurm", description=DESCRIPTION, usage=USAGE, allow_abbrev=False),
-    )
-    add = found.add_argument
-    add("stage", metavar="STAGE", help=", ".join(STAGES))
-    add("--check", action="store_true", help="print the job on stdout, what would run on stderr")
-    add("--partition", type=name, help="where it is queued")
-    add("--account", type=name, help="whom it is counted to")
-    add(
-        "--time",
-        type=_like(TIME, "a time as 24:00:00 or 2-12"),
-        help="limit of each turn, as 24:00:00",
-    )
-    add("--nodes", type=_count(1), default=1, help="machines (%(default)s)")
-    add(
-        "--gpus",
-        type=_count(0),
-        default=1,
-        help="GPUs of a machine, with a process each (%(default)s)",
-    )
-    add("--processes", type=_count(1), metavar="N", help="processes of a machine, with --gpus=0")
-    add("--cpus", type=_count(1), metavar="N", help="cores of a process")
-    add(
-        "--mem", type=_like(MEMORY, "a size as 200G"), help="memory of a machine, as 200G; 0 is all"
-    )
-    add("--job-name", type=name, help="name of job and log (rlhf-STAGE)")
-    add(
-        "--warn",
-        type=_count(1),
-        default=300,
-        metavar="SECONDS",
-        help="before its time is up: more than a step and saving take (%(default)s)",
-    )
-    add(
-        "--after",
-        type=name,
-        metavar="JOB",
-        help="wait for that job, which makes what this one reads: it is not looked for yet",
-    )
-    add(
-        "--sbatch",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="one more #SBATCH line, as --sbatch=--qos=long; may be given again",
-    )
-    add(
-        "--setup",
-        type=_line,
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="shell before the stage, as --setup='module load cuda'; may be given again",
-    )
-    add("--config", help="a config of your own, as for a stage")
-    add("--config-dir", "-cd", help="options of your own, as for a stage")
+    found = _Parser(prog="rlhf-cli slurm", description=DESCRIPTION, usage=USAGE, allow_abbrev=False)
+    found.add_argument("stage", metavar="STAGE", help=", ".join(STAGES))
+    what = "print the job on stdout, and on stderr what would run; submit nothing"
+    found.add_argument("--check", action="store_true", help=what)
+    for name, (read, value, meaning) in FLAGS.items():
+        found.add_argument(f"--{name}", type=read, metavar=value, help=meaning)
+    for name, (read, value, meaning) in REPEATED.items():
+        flag = f"--{name}"
+        found.add_argument(
+            flag, type=read, metavar=value, help=meaning, action="append", default=[]
+        )
+    found.set_defaults(nodes=1, gpus=1, warn=300)
     return found
 
 
