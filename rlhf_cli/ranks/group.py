@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_cli.ranks.world import World
 
@@ -27,6 +28,20 @@ class Group(World):
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = device
+
+    def shard(self, over: str) -> None:
+        """From now on models that are loaded are sharded.
+
+        Args:
+            over: what hardware.shard says: full is all ranks, hybrid those of a machine, between
+                which all that a machine holds is replicated.
+        """
+        kind = self.device.type
+        if over == "hybrid":
+            shape = (self.size // self.local_size, self.local_size)
+            self.mesh = init_device_mesh(kind, shape, mesh_dim_names=("machines", "ranks"))
+        elif over == "full":
+            self.mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("ranks",))
 
     @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:

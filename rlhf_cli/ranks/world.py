@@ -16,7 +16,7 @@ from contextlib import contextmanager
 TYPE_CHECKING = False  # as type checkers read it
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from torch import Tensor
 
@@ -28,12 +28,14 @@ class World:
 
     rank, size: of this process, and how many there are.
     local_rank, local_size: the same among those of its machine.
+    mesh: of torch.distributed, over which weights are sharded; None where each rank holds all.
     """
 
     rank = 0
     size = 1
     local_rank = 0
     local_size = 1
+    mesh: Any = None
 
     @property
     def is_main(self) -> bool:
