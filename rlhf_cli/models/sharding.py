@@ -158,6 +158,17 @@ def let_go(model: nn.Module) -> None:
         base.reset_iter_state()
 
 
+def norm_of_all(of_parts: Tensor, of_rest: Tensor) -> Tensor:
+    """The norm of what is sharded, of this rank's parts, and of what each rank holds whole.
+
+    In float64 between them, so that a single part has the norm that it had.
+    """
+    copies = world().mesh.size(0) if world().mesh.ndim > 1 else 1
+    total = of_parts.double().square()
+    world().sum([total])
+    return (total / copies + of_rest.double().square()).sqrt().to(of_parts)
+
+
 def hash_of_ranks(own: bytes) -> str:
     """One hash of those that the ranks have of their parts."""
     hashes = world().gather([torch.frombuffer(bytearray(own), dtype=torch.uint8).long()])

@@ -4,6 +4,7 @@ They are parameters of sharded models, their gradients and their moments. A plai
 here, and nothing of torch.distributed is imported for it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def like(weight: Tensor, part: Tensor) -> Tensor:
-    """A tensor that is cut as a weight is, of this rank's part of it; of a plain weight the part."""
+    """A tensor cut as a weight is, of this rank's part of it; of a plain weight the part."""
     if not is_sharded(weight):
         return part
     from torch.distributed.tensor import DTensor
@@ -71,6 +72,13 @@ def whole_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor
     whole: Tensor = _Whole.apply(tensor, dtype or tensor.dtype)
     return whole
+
+
+def hand_down(weights: Iterable[Tensor], parts: Iterable[Tensor]) -> None:
+    """Give the parts of sharded weights, as `own_part` has them, those of the gradients."""
+    for weight, part in zip(weights, parts, strict=True):
+        if is_sharded(weight):
+            part.grad = None if weight.grad is None else own_part(weight.grad)
 
 
 class _Whole(torch.autograd.Function):

@@ -50,6 +50,14 @@ class World:
         """The groups that are this rank's work: they are dealt one by one, round and round."""
         return groups[self.rank :: self.size]
 
+    def idle(self, groups: Sequence[Value]) -> Sequence[Value]:
+        """A group to do for nothing, where weights are sharded and others have one more to do.
+
+        They gather the weights for each pass together.
+        """
+        left = len(groups) % self.size
+        return groups[:1] if self.mesh is not None and left and self.rank >= left else []
+
     def place(self, turn: int) -> int:
         """The place among all groups of the one that `dealt` has at `turn`."""
         return turn * self.size + self.rank
