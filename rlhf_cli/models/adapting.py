@@ -161,7 +161,7 @@ def head_of(base: Any) -> nn.Module | None:
 
 
 def _heads_and_norms(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that stay in float32 in bfloat16: scalar heads, and what transformers keeps so."""
+    """The weights that stay float32 in bfloat16: scalar heads, and what transformers keeps so."""
     base = unwrap(model)
     head = head_of(base)
     always = [re.escape(each) for each in getattr(base, FLOAT32, None) or ()]

@@ -23,7 +23,7 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.logprob_head import LinearHead
 from rlhf_cli.models.router_watch import watched
 from rlhf_cli.models.row_attention import laid_out
-from rlhf_cli.models.shards import whole_of
+from rlhf_cli.models.shards import whole
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
 OTHER_KERNEL = 1e-3  # of a decoder with and without a mask: many sums in another order
@@ -138,8 +138,8 @@ def linear_head(model: nn.Module) -> LinearHead | None:
     ):
         return None
     dtype = head.weight.dtype if matmul_in_float32(model) else torch.bfloat16
-    weight = whole_of(head.weight, dtype)
-    return LinearHead(weight, head.bias if head.bias is None else whole_of(head.bias), dtype)
+    weight = whole(head.weight, dtype)
+    return LinearHead(weight, head.bias if head.bias is None else whole(head.bias), dtype)
 
 
 # --------------------------------------------------------------------------- the model's own head

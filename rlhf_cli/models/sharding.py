@@ -1,10 +1,10 @@
 """Weights that are sharded over ranks by FSDP2: each holds a part, and gathers what it computes by.
 
 A block is gathered for its own pass, what is beside blocks (embeddings, norms) for a whole pass,
-and the unembedding where it is used; each again in backward. Adapters and scalar heads stay whole on each
-rank, so that roles can share a base: their gradients are summed as those of any weight that is not
-sharded. What is trained is sharded in float32; with model.dtype=bfloat16 it is gathered in that
-type, and its gradients are summed in float32.
+and the unembedding where it is used; each again in backward. Adapters and scalar heads stay whole
+on each rank, so that roles can share a base: their gradients are summed as those of any weight that
+is not sharded. What is trained is sharded in float32; with model.dtype=bfloat16 it is gathered in
+that type, and its gradients are summed in float32.
 
 In one process nothing here does anything, and nothing of torch.distributed is imported.
 """
@@ -100,9 +100,13 @@ def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
     types = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     apart = [base.get_submodule(path) for path in getattr(base, "towers", [])]
     for group in [*blocks, *apart, base]:
-        # the root, too, is gathered for passes only: what a module holds between them is its part
-        settings = {"reshard_after_forward": True, "mp_policy": types, "ignored_params": left}
-        fully_shard(group, mesh=world().mesh, **settings)
+        fully_shard(
+            group,
+            mesh=world().mesh,
+            reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
+            mp_policy=types,
+            ignored_params=left,
+        )
     for group in _groups(base):
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
@@ -152,7 +156,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def let_go(model: nn.Module) -> None:
-    """Forget passes that no backward pass follows, and what of a pass that broke off is gathered."""
+    """Forget passes that no backward pass follows, and free what one that broke off gathered."""
     base = _root_of(model)
     if base is not None and not getattr(base, "is_gathered", False):
         base.reset_iter_state()
@@ -184,7 +188,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
         id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
         for weight in model.parameters()
     }
-    return copy.deepcopy(model, shapes)  # type: ignore[arg-type]
+    return copy.deepcopy(model, shapes)
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -33,45 +33,33 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, cut.device_mesh, cut.placements, run_check=False, **shape)
 
 
-def rows_of(tensor: Tensor) -> range:
-    """The rows of the whole that this rank holds."""
-    if not is_sharded(tensor):
-        return range(len(tensor))
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """The first row of a sharded tensor that this rank holds, and how many."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     cut: Any = tensor
     where = cut.shape, cut.device_mesh, cut.placements
     shape, offset = compute_local_shape_and_global_offset(*where)
-    return range(offset[0], offset[0] + shape[0])
+    return offset[0], shape[0]
 
 
-def is_first_copy(tensor: Tensor) -> bool:
-    """Whether no rank before this one holds the same part, as those of other machines may."""
-    cut: Any = tensor
-    return (
-        not is_sharded(tensor)
-        or cut.device_mesh.ndim == 1
-        or not cut.device_mesh.get_coordinate()[0]
-    )
-
-
-def part_of(whole: Tensor, weight: Tensor) -> Tensor:
-    """A whole tensor cut as a weight is."""
+def part_of(value: Tensor, weight: Tensor) -> Tensor:
+    """This rank's part of a whole value, as `own_part` has it of a weight that is cut alike."""
     if not is_sharded(weight):
-        return whole
-    rows = rows_of(weight)
-    return like(weight, whole[rows.start : rows.stop].to(own_part(weight).device))
+        return value
+    first, rows = rows_of(weight)
+    return value[first : first + rows]
 
 
-def whole_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """All of a tensor, gathered by all ranks, in a type; a plain one itself.
 
     With gradient, which is summed over the ranks in its own type.
     """
     if not is_sharded(tensor):
         return tensor
-    whole: Tensor = _Whole.apply(tensor, dtype or tensor.dtype)
-    return whole
+    gathered: Tensor = _Whole.apply(tensor, dtype or tensor.dtype)
+    return gathered
 
 
 def hand_down(weights: Iterable[Tensor], parts: Iterable[Tensor]) -> None:

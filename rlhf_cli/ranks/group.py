@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.ranks.world import World
 
 Value = TypeVar("Value")
@@ -30,14 +31,18 @@ class Group(World):
         self.device = device
 
     def shard(self, over: str) -> None:
-        """From now on models that are loaded are sharded.
+        """Over all ranks, or over those of a machine with copies on the others.
 
-        Args:
-            over: what hardware.shard says: full is all ranks, hybrid those of a machine, between
-                which all that a machine holds is replicated.
+        Raises:
+            UserError: machines have different numbers of ranks.
         """
         kind = self.device.type
         if over == "hybrid":
+            if self.size % self.local_size:
+                raise UserError(
+                    f"hardware.shard=hybrid: {self.local_size} of {self.size} processes are on "
+                    "this machine; it takes as many on each"
+                )
             shape = (self.size // self.local_size, self.local_size)
             self.mesh = init_device_mesh(kind, shape, mesh_dim_names=("machines", "ranks"))
         elif over == "full":

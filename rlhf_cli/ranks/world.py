@@ -42,6 +42,12 @@ class World:
         """Whether it is rank 0, which alone writes files and speaks."""
         return self.rank == 0
 
+    def shard(self, over: str) -> None:
+        """From now on models that are loaded are sharded, as hardware.shard says.
+
+        One process holds all of them, whatever it says.
+        """
+
     def share(self, count: int) -> range:
         """The places of this rank among `count`: runs as even as can be, in the order of ranks."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)

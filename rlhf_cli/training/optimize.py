@@ -249,7 +249,9 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts, by network and parameter."""
         return {
-            f"{name}.{i}.{moment}": torch.as_tensor(value if moment == STEP else like(weight, value))
+            f"{name}.{i}.{moment}": torch.as_tensor(
+                value if moment == STEP else like(weight, value)
+            )
             for name, weights in self._working.items()
             for i, (weight, own) in enumerate(zip(weights, self._parameters[name], strict=True))
             for moment, value in self._adamw.state[own].items()
