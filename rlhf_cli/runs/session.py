@@ -456,7 +456,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
     device = device_of(cfg.hardware.device)
-    join_others(device)
+    join_others(device, cfg.hardware.rank_timeout)
     world().shard(cfg.hardware.shard)
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
@@ -466,15 +466,18 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
 
 
-def join_others(device: torch.device) -> None:
+def join_others(device: torch.device, seconds: int) -> None:
     """Where this process is one of several, wait for all of them: from here on they work together.
 
     What was checked before was seen by each alone, so that none has yet written anything.
+
+    Args:
+        seconds: that they then wait for each other at most.
     """
     if place() is not None:
         from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
 
-        enter(join(device, timedelta(minutes=30)))
+        enter(join(device, timedelta(seconds=seconds)))
 
 
 def set_threads(threads: int | None, parameters: float) -> None:
