@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.ranks.watch import Watch
@@ -49,6 +50,24 @@ class Group(World):
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = device
         self.watch = watch
+
+    def shard(self, over: str) -> None:
+        """Over all ranks, or over those of a machine with copies on the others.
+
+        Raises:
+            UserError: machines have different numbers of ranks.
+        """
+        kind = self.device.type
+        if over == "hybrid":
+            if self.size % self.local_size:
+                raise UserError(
+                    f"hardware.shard=hybrid: {self.local_size} of {self.size} processes are on "
+                    "this machine; it takes as many on each"
+                )
+            shape = (self.size // self.local_size, self.local_size)
+            self.mesh = init_device_mesh(kind, shape, mesh_dim_names=("machines", "ranks"))
+        elif over == "full":
+            self.mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("ranks",))
 
     @_meeting
     @torch.no_grad()
