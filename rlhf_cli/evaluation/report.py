@@ -83,10 +83,10 @@ def temperature_panels(
                 point = float(temperature), w["win"] + w["tie"] / 2, w["low"], w["high"]
                 won.setdefault(path, []).append(point)
         if won:
-            panels[f"score against {against}"] = [
-                Curve(name_of(path), *map(list, zip(*points, strict=True)))
-                for path, points in won.items()
-            ]
+            curves = panels[f"score against {against}"] = []
+            for path, points in won.items():
+                x, y, low, high = (list(each) for each in zip(*points, strict=True))
+                curves.append(Curve(name_of(path), x, y, low, high))
     return panels
 
 
@@ -175,7 +175,7 @@ def score(won: dict[str, float] | None) -> str | None:
 
 def show_best_of(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     """What the best of n samples of the reference would have, or of the policy without one."""
-    reference = str(Path(cfg.reference)) if cfg.reference else None
+    reference = str(Path(cfg.reference or ""))
     path = reference if reference in report["policies"] else str(Path(cfg.policy))
     if best := report["policies"][path].get("best_of"):
         rows = [
