@@ -159,6 +159,11 @@ class Hardware:
         "auto: on a GPU, where the steps that are left take longer than 3 minutes.",
         auto=bool,
     )
+    shard: str = key(
+        "Of several processes, what each holds of weights, gradients and moments: none: all; full: "
+        "its part of all processes' one copy; hybrid: its part of that of its machine.",
+        choices=("none", "full", "hybrid"),
+    )
     save_every: str | None = key(
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
         "10min; null saves when the run is interrupted only."
@@ -909,6 +914,11 @@ class EvaluateAlgo(Decoding):
 
     prompts: int | None = key("Held-out prompts; null uses all.", ge=2)
     tie: float = key("Reward differences up to this are ties in win rates.", ge=0)
+    temperatures: list[float] = key(
+        "Temperatures at which win rates are measured, too, beside algo.temperature, which all "
+        "other figures are of; 0 is greedy.",
+        ge=0,
+    )
 
 
 # --------------------------------------------------------------------------- stages
@@ -1066,11 +1076,15 @@ class EvaluateConfig(SamplingConfig):
     """Evaluation: policy, baselines, reward -> report.json."""
 
     baselines: list[str] | None = key(
-        "Policies to compare with; null takes the finished policies beside `policy`.",
+        "Policies to compare with, or patterns of them as runs/sweep/*/ppo; null takes the "
+        "finished policies beside `policy`.",
         role="policy",
     )
     reference: str | None = key("Policy that KL is measured to; null measures none.", role="policy")
     gold: str | None = key(
         "Scorer that training never saw; null reports the reward only.", role="reward"
+    )
+    anchor: str | None = key(
+        "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."
     )
     algo: EvaluateAlgo
