@@ -51,9 +51,11 @@ def _address(url: str | None) -> Iterator[str]:
 
 
 def _temperatures(cfg: Run) -> Iterator[str]:
-    for name in ("temperature", "temperature_end"):
-        value = getattr(cfg.algo, name, None)
-        if value is not None and 0 < value < COLDEST:
+    for name in ("temperature", "temperature_end", "temperatures"):
+        given = getattr(cfg.algo, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is None or not 0 < value < COLDEST:
+                continue
             yield (
                 f"algo.{name}={value:g}: vLLM samples at {COLDEST:g} or above; take that, or 0, "
                 "which is greedy"

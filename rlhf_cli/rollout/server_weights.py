@@ -91,6 +91,9 @@ class Served:
         if self._connected and stale:
             self._give(model)
         elif not self._connected:
+            if self._own:
+                on_main(self._begin)
+                self._write(model)
             self._url, self._name, self.longest = on_main(lambda: self._find(model))
             self._prompt = self._probe_of(model, prompts)
             self._connected = True
@@ -132,10 +135,6 @@ class Served:
         devices = self._hardware.rollout_devices
         assert devices is not None  # config/rollout_rules.py
         _check_devices(devices, model)
-        end_others()
-        remove([self._folder])
-        self._folder.mkdir(parents=True)
-        self._write(model)
         folder = self._folder_of(self._version)
         save_tokenizer(self._encoder.tokenizer, folder)
         words = ["--served-model-name", "policy", "--max-model-len", "auto"]
@@ -151,21 +150,26 @@ class Served:
     def _folder_of(self, version: int) -> Path:
         return self._folder / f"v{version:08d}"
 
+    def _begin(self) -> None:
+        """An empty folder, and GPUs that the server before has left."""
+        end_others()
+        remove([self._folder])
+
     def _write(self, model: nn.Module) -> None:
         """The weights of the model in the folder of the newest version."""
-        with whole_folder(self._folder_of(self._version)) as folder:
-            save_working(model, folder, product_type_of(model))
+
+        def write() -> None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with whole_folder(self._folder_of(self._version)) as folder:
+                save_working(model, folder, product_type_of(model))
+
+        on_main(write)
 
     def _give(self, model: nn.Module) -> None:
         """Write the model's weights, have the server load them, and prove that it did."""
         self._version += 1
-
-        def give() -> None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._write(model)
-            self._persistently_loaded()
-
-        on_main(give)
+        self._write(model)
+        on_main(self._persistently_loaded)
         self._prove(model)
 
     def _persistently_loaded(self) -> None:

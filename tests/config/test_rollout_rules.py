@@ -40,6 +40,7 @@ VLLM = ["hardware.rollout=vllm", URL]
         ("grpo", [*VLLM, "model=qlora", "model.lora_rank=2"], "has no whole weights to give"),
         ("grpo", [*VLLM, "algo.temperature=0.005"], "vLLM samples at 0.01 or above"),
         ("grpo", [*VLLM, "algo.temperature_end=0.001"], "algo.temperature_end=0.001: vLLM"),
+        ("evaluate", [*VLLM, "algo.temperatures=[0.7,0.002]"], "algo.temperatures=0.002: vLLM"),
         ("generate", [*VLLM, "algo.beams=3", "algo.temperature=1"], "vLLM searches otherwise"),
         ("generate", [*VLLM, "algo.top_p=0.9", "algo.min_p=0.1"], "vLLM cuts by min_p first"),
         ("evaluate", [*VLLM, "algo.stop=[x]", "algo.min_tokens=2"], "vLLM looks for no string"),
