@@ -1,0 +1,281 @@
+"""One command as several processes: how it ends, what is said, and that nothing is left behind.
+
+The stage is a body of a few lines that joins the ranks, and so starts within seconds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Found by every Python that is started with this folder in PYTHONPATH, so in each worker.
+PUT_IN = """
+import sys
+from importlib.util import spec_from_file_location
+
+class Stage:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rlhf_cli.stages.sft":
+            return spec_from_file_location(name, {file!r})
+
+sys.meta_path.insert(0, Stage())
+"""
+STAGE = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.ranks.worker import join_others
+from rlhf_cli.ranks.world import world
+from rlhf_cli.runs import interrupts
+
+def run(cfg, plan):
+    from rlhf_cli.reporting.console import say
+    join_others(torch.device("cpu"), cfg.hardware.rank_timeout, say)
+    rank = world().rank
+    print("printed by", rank)
+    print("said by", rank, file=sys.stderr)
+    Path(f"pid-{{rank}}").write_text(str(os.getpid()))
+{body}
+    return Path(cfg.out)
+"""
+ROWS = "".join(f'{{"prompt": "{each}", "completion": "b"}}\n' for each in "aceg")
+WORDS = ("sft", "data=jsonl", "data.path=rows.jsonl", "data.eval_rows=1")
+
+
+class Runs:
+    """Starts `rlhf-cli sft` with a body in its place, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "rows.jsonl").write_text(ROWS)
+        (folder / "tmp").mkdir()
+        (folder / "put").mkdir()
+        self.stage = folder / "put" / "stage.py"
+        self.put_in = folder / "put" / "sitecustomize.py"
+        self.put_in.write_text(PUT_IN.format(file=str(self.stage)))
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self, body: str, *words: str, agent: tuple[str, ...] = (), **env: str
+    ) -> "subprocess.Popen[str]":
+        """Two ranks, unless `words` say otherwise; `agent` starts them instead of our own."""
+        self.stage.write_text(STAGE.format(body=textwrap.indent(textwrap.dedent(body), "    ")))
+        own = () if agent else ("hardware.processes=2",)
+        path = os.pathsep.join([str(self.put_in.parent), os.environ.get("PYTHONPATH", "")])
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", *agent, "rlhf_cli", *WORDS, *own, *words],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.folder / "tmp"), **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def __call__(self, body: str, *words: str, **more: object) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr; no worker outlives the command."""
+        return self.end(self.start(body, *words, **more))  # type: ignore[arg-type]
+
+    def end(self, process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+        """The same of one that was started."""
+        out, err = process.communicate(timeout=150)
+        assert self.left() == []
+        return process.returncode, out, err
+
+    def pid(self, rank: int) -> int:
+        """Of a rank that has joined."""
+        file = self.folder / f"pid-{rank}"
+        for _ in range(600):
+            if file.is_file() and file.read_text():
+                return int(file.read_text())
+            time.sleep(0.1)
+        raise AssertionError(f"rank {rank} did not join")
+
+    def left(self) -> list[int]:
+        """Processes of ranks that are still there, soon after the command ended."""
+        pids = [int(file.read_text()) for file in self.folder.glob("pid-*")]
+        for _ in range(50):
+            alive = [pid for pid in pids if _is_alive(pid)]
+            if not alive:
+                break
+            time.sleep(0.1)
+        return alive
+
+    def logs(self) -> list[Path]:
+        """What is left in the folder for temporary files."""
+        return [file for file in (self.folder / "tmp").rglob("*.log") if file.is_file()]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    each = Runs(tmp_path)
+    yield each
+    for process in each.started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def test_two_ranks_are_one_command(runs: Runs) -> None:
+    code, out, err = runs("assert world().any(rank == 1) and world().size == 2")
+    assert (code, out) == (0, "printed by 0\nruns/demo/sft\n"), err
+    assert err == "said by 0\n"
+    assert runs.logs() == [] and list((runs.folder / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        # every rank raises the same: it is told once, as of one process
+        ("raise UserError('rows are odd')", 2, "rows are odd"),
+        ("raise RunError('loss is nan')", 1, "loss is nan"),
+        # one rank does, and the others lose it
+        ("if rank: raise UserError('odd here')\nworld().any(True)", 2, "rank 1: odd here"),
+        ("if rank: sys.exit(3)\nworld().any(True)", 3, "rank 1 left with exit status 3"),
+        (
+            "if rank: os.kill(os.getpid(), signal.SIGKILL)\nworld().any(True)",
+            1,
+            "rank 1 was ended by SIGKILL, by hand or for want of memory",
+        ),
+        ("if rank == 0: os._exit(7)\nworld().any(True)", 7, "rank 0 left with exit status 7"),
+    ],
+)
+@pytest.mark.slow
+def test_the_first_cause_is_one_line(runs: Runs, body: str, code: int, line: str) -> None:
+    done, out, err = runs(body)
+    assert done == code, err
+    assert out == "printed by 0\n"
+    first, last = err.splitlines()
+    assert first == "said by 0"
+    assert last.partition(" (what it said before: ")[0] == f"rlhf-cli: error: {line}"
+
+
+@pytest.mark.slow
+def test_an_unforeseen_error_names_the_file_of_its_rank(runs: Runs) -> None:
+    code, _, err = runs("if rank: raise ValueError('odd')\nworld().barrier('never')")
+    assert code == 1
+    assert "rank 1: ValueError: odd" in err and len(err.splitlines()) == 2
+    (log,) = runs.logs()
+    assert str(log) in err and "said by 1" in log.read_text()
+
+
+SLOWLY = """
+interrupts.wait_for_steps()
+for step in range(600):
+    time.sleep(0.1)
+    asked = interrupts.asked()
+    if world().any(asked is not None):
+        Path(f"saved-{rank}").write_text("")
+        time.sleep(2 * (rank == 0))
+        raise Interrupted(f"{asked}: saved after step {step}; the same command goes on")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_lets_all_ranks_save(runs: Runs, number: signal.Signals) -> None:
+    process = runs.start(SLOWLY)
+    runs.pid(0), runs.pid(1)
+    time.sleep(0.5)
+    process.send_signal(number)
+    code, out, err = runs.end(process)
+    assert code == 75, err
+    assert (runs.folder / "saved-0").exists() and (runs.folder / "saved-1").exists()
+    said, first, last = err.splitlines()
+    assert first == (
+        f"{number.name}: a step that is under way is finished and saved first; Ctrl-C ends at once"
+    )
+    assert last.startswith(f"rlhf-cli: {number.name}: saved after step ")
+    assert runs.logs() == []
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_at_once(runs: Runs) -> None:
+    process = runs.start("interrupts.wait_for_steps()\ntime.sleep(100)")
+    runs.pid(0), runs.pid(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, _, err = runs.end(process)
+    assert code == 130 and time.monotonic() - began < 3
+    assert err.splitlines()[-1] == "ended at once; what was saved before is whole"
+    assert list((runs.folder / "tmp").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_its_agent(runs: Runs) -> None:
+    process = runs.start("time.sleep(100)")
+    runs.pid(0), runs.pid(1)
+    process.kill()
+    runs.end(process)
+
+
+@pytest.mark.slow
+def test_dead_ranks_are_started_again(runs: Runs) -> None:
+    """Twice at most, and no error of the user's."""
+    body = """
+        life = Path(f"life-{rank}")
+        lives = life.read_text() if life.exists() else ""
+        life.write_text(lives + "x")
+        if rank == 1 and len(lives) < 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world().any(True)
+        if rank == 0 and Path("wrong").exists():
+            raise UserError("wrong")
+    """
+    code, out, err = runs(body, "hardware.max_restarts=2")
+    assert code == 0, err
+    assert (runs.folder / "life-1").read_text() == "xxx"
+    assert err.count("all ranks are started again") == 2
+    assert "rank 1 was ended by SIGKILL" in err and "(2 of 2), from the start" in err
+    (runs.folder / "wrong").touch()
+    code, out, err = runs(body, "hardware.max_restarts=2")
+    assert (code, err.count("started again")) == (2, 0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_is_named(runs: Runs) -> None:
+    body = """
+        world().any(False)
+        if rank:
+            time.sleep(100)
+        world().barrier("all have read")
+    """
+    code, _, err = runs(body, "hardware.rank_timeout=6")
+    assert code == 1
+    said, note, last = err.splitlines()
+    assert "waited" in note and "for rank 1, which is in" in note
+    assert "time.sleep" not in note and "(all have read); the run ends after 6 s" in note
+    assert "(all have read); hardware.rank_timeout=6 is over" in last
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_ranks(runs: Runs) -> None:
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
+    code, out, err = runs("assert world().size == 2", agent=torchrun)
+    assert (code, out) == (0, "printed by 0\nruns/demo/sft\n"), err
+    body = "if rank: raise UserError('odd here')\nworld().any(True)"
+    code, out, err = runs(body, agent=torchrun)
+    assert code == 1 and err.count("odd here") == 1
+    assert [line for line in err.splitlines() if line.startswith("rlhf-cli")] == [
+        "rlhf-cli: error: rank 1: odd here"
+    ]
