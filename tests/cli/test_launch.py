@@ -5,12 +5,14 @@ The stage is a body of a few lines that joins the ranks, and so starts within se
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -21,7 +23,7 @@ from importlib.util import spec_from_file_location
 
 class Stage:
     def find_spec(self, name, path=None, target=None):
-        if name == "rlhf_cli.stages.sft":
+        if name in ("rlhf_cli.stages.sft", "rlhf_cli.stages.generate"):
             return spec_from_file_location(name, {file!r})
 
 sys.meta_path.insert(0, Stage())
@@ -46,11 +48,11 @@ def run(cfg, plan):
     return Path(cfg.out)
 """
 ROWS = "".join(f'{{"prompt": "{each}", "completion": "b"}}\n' for each in "aceg")
-WORDS = ("sft", "data=jsonl", "data.path=rows.jsonl", "data.eval_rows=1")
+SFT = "sft data=jsonl data.path=rows.jsonl data.eval_rows=1"
 
 
 class Runs:
-    """Starts `rlhf-cli sft` with a body in its place, in a folder of its own."""
+    """Starts `rlhf-cli sft`, or generate, with a body in its place, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,17 +65,23 @@ class Runs:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(
-        self, body: str, *words: str, agent: tuple[str, ...] = (), **env: str
+        self,
+        body: str,
+        *words: str,
+        stage: str = SFT,
+        agent: tuple[str, ...] = (),
+        stdin: int | IO[str] = subprocess.DEVNULL,
+        **env: str,
     ) -> "subprocess.Popen[str]":
         """Two ranks, unless `words` say otherwise; `agent` starts them instead of our own."""
         self.stage.write_text(STAGE.format(body=textwrap.indent(textwrap.dedent(body), "    ")))
         own = () if agent else ("hardware.processes=2",)
         path = os.pathsep.join([str(self.put_in.parent), os.environ.get("PYTHONPATH", "")])
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", *agent, "rlhf_cli", *WORDS, *own, *words],
+            [sys.executable, "-P", "-m", *agent, "rlhf_cli", *stage.split(), *own, *words],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.folder / "tmp"), **env},
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -275,7 +283,129 @@ def test_torchrun_starts_the_same_ranks(runs: Runs) -> None:
     assert (code, out) == (0, "printed by 0\nruns/demo/sft\n"), err
     body = "if rank: raise UserError('odd here')\nworld().any(True)"
     code, out, err = runs(body, agent=torchrun)
-    assert code == 1 and err.count("odd here") == 1
+    assert code == 1
     assert [line for line in err.splitlines() if line.startswith("rlhf-cli")] == [
         "rlhf-cli: error: rank 1: odd here"
     ]
+
+
+@pytest.mark.slow
+def test_two_agents_on_one_host_are_two_nodes(runs: Runs) -> None:
+    """The words are the same on each, and so are the causes that they end with."""
+    port = free_port()
+    body = "assert world().size == 2 and world().local_size == 1\nworld().any(True)\n"
+    body += "if Path('odd').exists() and rank: raise UserError('odd here')\nworld().any(True)"
+    node = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x")
+    agent = ("torch.distributed.run", *node, "--rdzv-endpoint", f"localhost:{port}")
+    agent += ("--local-addr", "localhost", "-m")
+    nodes = [runs.start(body, agent=agent) for _ in range(2)]
+    ended = [runs.end(each) for each in nodes]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert sorted(out for _, out, _ in ended) == ["", "printed by 0\nruns/demo/sft\n"]
+    (runs.folder / "odd").touch()
+    nodes = [runs.start(body, agent=agent) for _ in range(2)]
+    ended = [runs.end(each) for each in nodes]
+    said = [line for _, _, err in ended for line in err.splitlines() if line[:8] == "rlhf-cli"]
+    assert said == ["rlhf-cli: error: rank 1: odd here"]
+
+
+@pytest.mark.slow
+def test_tasks_of_srun_are_ranks(runs: Runs) -> None:
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
+    body = "assert world().size == world().local_size == 2\nworld().any(True)\n"
+    body += "if Path('odd').exists(): raise RunError('odd')"
+    for code in (0, 1):
+        tasks = [
+            runs.start(body, "hardware.processes=1", SLURM_PROCID=rank, SLURM_LOCALID=rank, **step)
+            for rank in "01"
+        ]
+        ended = [runs.end(each) for each in tasks]
+        assert [status for status, _, _ in ended] == [code, code], ended
+        assert ended[0][2].splitlines()[1:] == ["rlhf-cli: error: odd"][:code]
+        assert ended[1][1:] == ("", "")
+        (runs.folder / "odd").touch()
+
+
+READS = """
+from rlhf_cli.data.stdin import stdin_lines
+world().any(True)
+Path(f"read-{rank}").write_text("".join(stdin_lines()))
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_a_pipe_reach_every_rank(place: Path) -> None:
+    runs = Runs(place)
+    generate = "generate policy=runs/demo/sft data=jsonl data.path=-"
+    with (place / "rows.jsonl").open() as rows:
+        code, _, err = runs(READS, stage=generate, stdin=rows)
+    assert code == 0, err
+    for rank in range(2):
+        assert (runs.folder / f"read-{rank}").read_text() == ROWS
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
+    with (runs.folder / "rows.jsonl").open() as rows:
+        code, _, err = runs(READS, stage=generate, agent=torchrun, stdin=rows)
+    said = [line for line in err.splitlines() if line[:8] == "rlhf-cli"]
+    assert code == 1 and len(said) == 1 and "write the rows to a file" in said[0]
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_has_its_ranks(runs: Runs) -> None:
+    body = "world().any(True)\nif cfg.seed == 2: raise RunError('odd')"
+    code, out, err = runs(body, "-m", "seed=1,2,3")
+    places = [f"runs/demo/sft/seed={seed}" for seed in (1, 3)]
+    assert [line for line in out.splitlines() if line[:4] == "runs"] == places, err
+    assert code == 1 and "job 1, out=runs/demo/sft/seed=2: error: odd" in err
+
+
+@pytest.mark.slow
+def test_runs_beside_each_other_do_not_meet(
+    runs: Runs, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = Runs(tmp_path_factory.mktemp("other"))
+    body = "for _ in range(20): assert world().size == 2 and world().any(True); time.sleep(0.05)"
+    both = [each.start(body) for each in (runs, other)]
+    for each, process in zip((runs, other), both, strict=True):
+        code, out, err = each.end(process)
+        assert (code, out.splitlines()[-1]) == (0, "runs/demo/sft"), err
+
+
+def test_what_is_wrong_is_said_before_any_rank_starts(runs: Runs) -> None:
+    (runs.folder / "rows.jsonl").write_text("{")
+    code, out, err = runs("assert False")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "rows.jsonl" in err
+    assert list(runs.folder.glob("pid-*")) == list((runs.folder / "tmp").iterdir()) == []
+
+
+ALONE = """
+import sys
+sys.argv = ["rlhf-cli", "sft", "data=jsonl", "data.path=rows.jsonl", "data.eval_rows=1"]
+from rlhf_cli.cli import main
+status = main()
+unused = ("rlhf_cli.ranks.group", "rlhf_cli.ranks.watch", "torch.distributed.elastic")
+print([each for each in sys.modules if each.startswith(unused)])
+sys.exit(status)
+"""
+
+
+def test_one_process_loads_nothing_of_this(runs: Runs) -> None:
+    runs.stage.write_text("from pathlib import Path\ndef run(cfg, plan): return Path(cfg.out)")
+    path = os.pathsep.join([str(runs.put_in.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        cwd=runs.folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "[]"
+
+
+def free_port() -> int:
+    """One that nobody has at this moment."""
+    with socket.socket() as each:
+        each.bind(("localhost", 0))
+        port: int = each.getsockname()[1]
+        return port
