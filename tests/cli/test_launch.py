@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -71,7 +71,7 @@ class Runs:
         stage: str = SFT,
         agent: tuple[str, ...] = (),
         stdin: int | IO[str] = subprocess.DEVNULL,
-        **env: str,
+        env: Mapping[str, str] | None = None,
     ) -> "subprocess.Popen[str]":
         """Two ranks, unless `words` say otherwise; `agent` starts them instead of our own."""
         self.stage.write_text(STAGE.format(body=textwrap.indent(textwrap.dedent(body), "    ")))
@@ -80,7 +80,12 @@ class Runs:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", *agent, "rlhf_cli", *stage.split(), *own, *words],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self.folder / "tmp"), **env},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "TMPDIR": str(self.folder / "tmp"),
+                **(env or {}),
+            },
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -296,8 +301,8 @@ def test_two_agents_on_one_host_are_two_nodes(runs: Runs) -> None:
     body = "assert world().size == 2 and world().local_size == 1\nworld().any(True)\n"
     body += "if Path('odd').exists() and rank: raise UserError('odd here')\nworld().any(True)"
     node = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x")
-    agent = ("torch.distributed.run", *node, "--rdzv-endpoint", f"localhost:{port}")
-    agent += ("--local-addr", "localhost", "-m")
+    met = ("--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost")
+    agent = ("torch.distributed.run", *node, *met, "-m")
     nodes = [runs.start(body, agent=agent) for _ in range(2)]
     ended = [runs.end(each) for each in nodes]
     assert [code for code, _, _ in ended] == [0, 0], ended
@@ -317,7 +322,11 @@ def test_tasks_of_srun_are_ranks(runs: Runs) -> None:
     body += "if Path('odd').exists(): raise RunError('odd')"
     for code in (0, 1):
         tasks = [
-            runs.start(body, "hardware.processes=1", SLURM_PROCID=rank, SLURM_LOCALID=rank, **step)
+            runs.start(
+                body,
+                "hardware.processes=1",
+                env={**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            )
             for rank in "01"
         ]
         ended = [runs.end(each) for each in tasks]
