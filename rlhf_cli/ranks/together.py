@@ -1,0 +1,77 @@
+"""What ranks tell each other in words: an error of one ends all, and what one did the others know."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+
+from rlhf_cli.ranks.world import world
+
+TYPE_CHECKING = False  # as type checkers read it; this is read at start-up
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    Value = TypeVar("Value")
+
+
+def together(work: Callable[[], Value]) -> Value:
+    """What `work` gives on this rank. An error is raised on all ranks, wherever it was.
+
+    Of several it is that of the lowest rank. So no rank waits for one that is gone, and all of them
+    say the same.
+    """
+    if world().size == 1:
+        return work()
+    own: Exception | None = None
+    try:
+        done = work()
+    except Exception as error:
+        own = error
+    told = from_all(None if own is None else _told(own))
+    first = next((rank for rank, error in enumerate(told) if error is not None), None)
+    if first is None:
+        return done
+    raise _raised(told[first]) if own is None or first != world().rank else own
+
+
+def by_main(work: Callable[[], Value]) -> Value:
+    """What `work` gives on rank 0, which alone does it: a value of JSON.
+
+    An error is raised on all ranks.
+    """
+    done: Any = together(lambda: work() if world().is_main else None)
+    given: Value = world().from_main(done)
+    return given
+
+
+def from_all(value: Value) -> list[Value]:
+    """A value of JSON from each rank, rank by rank."""
+    if world().size == 1:
+        return [value]
+    import torch
+
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.int64)
+    return [json.loads(bytes(each.tolist())) for each in world().gather([text])]
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """An error as JSON: its class by name, and what that is made from."""
+    kind, arguments = type(error), list(error.args)
+    if isinstance(error, OSError):
+        arguments = [error.errno, error.strerror, error.filename and str(error.filename)]
+    try:
+        json.dumps(arguments)
+    except TypeError:
+        arguments = [str(error)]
+    return {"module": kind.__module__, "name": kind.__qualname__, "arguments": arguments}
+
+
+def _raised(told: dict[str, Any]) -> Exception:
+    """The error that another rank told; of a class that cannot be made of it, its words."""
+    try:
+        error = getattr(import_module(told["module"]), told["name"])(*told["arguments"])
+        assert isinstance(error, Exception)
+    except Exception:
+        return RuntimeError(*map(str, told["arguments"]))
+    return error
