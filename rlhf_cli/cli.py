@@ -35,6 +35,10 @@ def main() -> int:
     if show_traceback:
         sys.excepthook = _print_traceback
     try:
+        if "RANK" in os.environ:
+            from rlhf_cli.ranks import worker
+
+            worker.become()
         status = _dispatch(words)
         if sys.stdout is not None:
             sys.stdout.flush()

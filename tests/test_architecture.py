@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlhf_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; those of one line are neighbours, which do not look into each other.
 STOREYS = (
+    ("__main__",),
     ("cli",),
     ("commands",),
     ("stages",),
@@ -26,8 +27,8 @@ STOREYS = (
     ("folders",),
     ("data",),
     ("objectives", "demo"),
-    ("config",),
     ("ranks",),
+    ("config",),
 )
 HEIGHT = {room: -storey for storey, rooms in enumerate(STOREYS) for room in rooms}
 LONGEST, LONG, MOST_LONG = 80, 60, 3  # lines of a function

@@ -267,19 +267,28 @@ def micro_batches(
     tokens: int,
     layout: Layout,
     of: Callable[[Item], Judged] = lambda item: item,  # type: ignore[assignment,return-value]
+    ranks: int = 1,
 ) -> list[list[Item]]:
     """Groups of at most so many tokens, which are real ones in packed rows, else padded ones.
 
     Args:
         of: the responses of an item, and their prompt.
+        ranks: that share them: there are as many for each, if there are enough items.
     """
     if layout.packed:
-        return pack(items, tokens, layout, of)
+        return pack(items, tokens, layout, of, ranks)
 
     def longest(item: Item) -> int:
         return len(of(item).prompt) + max(map(len, of(item).responses))
 
-    return cut(items, tokens, longest, lambda item: len(of(item).responses))
+    groups = cut(items, tokens, longest, lambda item: len(of(item).responses))
+    while len(groups) % ranks:
+        largest = max(groups, key=lambda group: len(group) * longest(group[0]))
+        if len(largest) == 1:
+            break
+        groups.remove(largest)
+        groups += [largest[::2], largest[1::2]]  # of like lengths both
+    return groups
 
 
 class EpochBatches(Generic[Item]):

@@ -110,6 +110,7 @@ def pack(
     tokens: int,
     layout: Layout,
     of: Callable[[Item], Judged] = lambda item: item,  # type: ignore[assignment,return-value]
+    ranks: int = 1,
 ) -> list[list[Item]]:
     """Groups of at most so many real tokens and of about equal size, the largest first.
 
@@ -117,6 +118,7 @@ def pack(
 
     Args:
         of: the responses of an item, and their prompt.
+        ranks: that share them: there are as many for each, if there is as much to part.
     """
     families: dict[Hashable, tuple[int, list[Item]]] = {}
     pieces: list[tuple[int, list[Item]]] = []  # tokens, and what is never parted
@@ -132,10 +134,11 @@ def pack(
             family = []
         families[tuple(prompt)] = (size + before if family else size + len(prompt), [*family, item])
     pieces = sorted([*pieces, *families.values()], key=lambda piece: piece[0], reverse=True)
-    count = min(-(-sum(size for size, _ in pieces) // tokens), len(pieces))
+    count = -(-sum(size for size, _ in pieces) // tokens)
+    count = min(-(-count // ranks) * ranks, len(pieces))
     groups = _even(pieces, count)
     while any(size > tokens and len(group) > 1 for size, group in groups):
-        count += 1
+        count = min(count + ranks, len(pieces))
         groups = _even(pieces, count)
     return [group for _, group in groups]
 

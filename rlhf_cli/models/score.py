@@ -22,6 +22,7 @@ from rlhf_cli.models.forward import (
 )
 from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
+from rlhf_cli.ranks.world import world
 
 Items = Sequence[Tokens] | Sequence[Answers]
 
@@ -45,10 +46,9 @@ def _each(
     Raises:
         RunError: memory is too small for the responses of one item.
     """
-    of_items: list[list[Tensor]] = [[]] * len(items)
     layout = layout_of(model, hardware)
-    budget = hardware.tokens_at_once
-    places = micro_batches(range(len(items)), budget, layout, lambda place: items[place])
+    budget, ranks = hardware.tokens_at_once, world().size
+    places = micro_batches(range(len(items)), budget, layout, lambda i: items[i], ranks)
 
     def work(group: list[int]) -> list[Tensor]:
         return of_batch(batch_of(model, [items[i] for i in group], layout))
@@ -58,12 +58,14 @@ def _each(
         keys = keys_that_help(hardware, len(item), logits=logits)
         return oom_error("scoring", len(item.responses), len(item), keys)
 
-    for group, of_group in in_groups(places, work, failure):
-        of_responses = iter(of_group)
-        for i in group:
-            of_items[i] = [next(of_responses) for _ in items[i].responses]
-        advance(len(group))
-    return [values for of_item in of_items for values in of_item]
+    found: list[Tensor] = []
+    for group, of_group in in_groups(world().dealt(places), work, failure):
+        found += of_group
+        advance(len(group) * ranks)  # the others are about as far
+    order = [place for rank in range(ranks) for group in places[rank::ranks] for place in group]
+    values = iter(world().gather(found))
+    of_items = {i: [next(values) for _ in items[i].responses] for i in order}
+    return [each for i in range(len(items)) for each in of_items[i]]
 
 
 def _by_response(grid: Tensor, batch: Batch) -> list[Tensor]:
@@ -133,6 +135,6 @@ def scores_of(scorer: nn.Module, items: Items, hardware: Hardware) -> Tensor:
     """(S,) raw scores at the last token of each response."""
 
     def of_batch(batch: Batch) -> list[Tensor]:
-        return list(response_scores(scorer, batch).cpu())
+        return list(response_scores(scorer, batch).cpu().split(1))  # (1,) each
 
-    return torch.stack(_each(items, hardware, scorer, of_batch))
+    return torch.cat(_each(items, hardware, scorer, of_batch))

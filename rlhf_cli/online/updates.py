@@ -14,6 +14,7 @@ from rlhf_cli.data.transfer import to_device
 from rlhf_cli.objectives.policy_gradient import clipped
 from rlhf_cli.online.mismatch import mismatch
 from rlhf_cli.online.written import WrittenWeights
+from rlhf_cli.ranks.world import world
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer, mean_metrics
 from rlhf_cli.training.own_loss import OwnLoss
@@ -93,12 +94,17 @@ def keep_gaps(items: Sequence[Trajectory], new: Tensor) -> None:
 
 
 def gaps_of(items: Sequence[Trajectory]) -> list[Tensor]:
-    """What `keep_gaps` has noted, on the CPU from now on; the device is asked once."""
-    seen = [item for item in items if item.gap is not None]
-    gaps = torch.cat([item.gap for item in seen if item.gap is not None]).cpu()
-    for item, gap in zip(seen, gaps.split([len(item.sampled) for item in seen]), strict=True):
-        item.gap = gap
-    return [item.gap for item in seen if item.gap is not None]
+    """What `keep_gaps` has noted on any rank, on the CPU from now on; the device is asked once."""
+    seen = [place for place, item in enumerate(items) if item.gap is not None]
+    own = [items[place].gap for place in seen]
+    noted = [torch.cat([gap for gap in own if gap is not None])] if own else []
+    places = [place for of_rank in world().from_all(seen) for place in of_rank]
+    gaps = torch.cat(world().gather(noted))
+    for place, gap in zip(
+        places, gaps.split([len(items[place].sampled) for place in places]), strict=True
+    ):
+        items[place].gap = gap
+    return [item.gap for item in items if item.gap is not None]
 
 
 def own_policy_loss(

@@ -74,8 +74,13 @@ class Group(World):
         dist.all_reduce(total)
         return bool(total.item() > 0)
 
+    def from_all(self, value: Value) -> list[Value]:
+        """As JSON, never as a pickle; floats keep every digit."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(row.tolist())) for row in self._rows(text)]
+
     def from_main(self, value: Value) -> Value:
-        """As JSON, never as a pickle."""
+        """As JSON too."""
         text = json.dumps(value).encode() if self.is_main else b""
         size = torch.tensor([len(text)], device=self.device)
         dist.broadcast(size, 0)
@@ -101,7 +106,7 @@ class Group(World):
 
     def _agreed_shape(self, tensors: Sequence[Tensor]) -> tuple[torch.dtype, list[int]] | None:
         """Type and further dimensions of what any rank gives; None where none gives anything."""
-        types = [torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]
+        types = [torch.uint8, torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]
         own: list[int] = []
         if tensors:
             own = [types.index(tensors[0].dtype), *tensors[0].shape[1:]]

@@ -44,14 +44,22 @@ class World:
         """The places of this rank among `count`: runs as even as can be, in the order of ranks."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def dealt(self, groups: Sequence[Value]) -> Sequence[Value]:
+        """The groups that are this rank's work: they are dealt one by one, round and round."""
+        return groups[self.rank :: self.size]
+
+    def place(self, turn: int) -> int:
+        """The place among all groups of the one that `dealt` has at `turn`."""
+        return turn * self.size + self.rank
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in place."""
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of all ranks, rank by rank, on the CPU.
 
-        Those of one call have one type and at least one dimension, of which all but the first are
-        the same; each rank may give any number of them.
+        Those of one call have one type and one number of dimensions, at least one, of which all
+        but the first are the same; each rank may give any number of them.
         """
         return [tensor.cpu() for tensor in tensors]
 
@@ -62,6 +70,10 @@ class World:
     def all(self, flag: bool) -> bool:
         """Whether it holds on every rank."""
         return not self.any(not flag)
+
+    def from_all(self, value: Value) -> list[Value]:
+        """What each rank has, by rank: values of JSON."""
+        return [value]
 
     def from_main(self, value: Value) -> Value:
         """What rank 0 has: a value of JSON, for what a clock or a disk decides."""

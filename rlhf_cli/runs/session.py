@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.towers import told_of_towers
+from rlhf_cli.ranks.environment import place
+from rlhf_cli.ranks.world import enter
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
@@ -453,12 +456,24 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
     device = device_of(cfg.hardware.device)
+    join_others(device)
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
         plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")
     budget, lines = settle(cfg, device, dtype.itemsize, plan.state == RESUMABLE)
     plan.sums += lines
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
+
+
+def join_others(device: torch.device) -> None:
+    """Where this process is one of several, wait for all of them: from here on they work together.
+
+    What was checked before was seen by each alone, so that none has yet written anything.
+    """
+    if place() is not None:
+        from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
+
+        enter(join(device, timedelta(minutes=30)))
 
 
 def set_threads(threads: int | None, parameters: float) -> None:
@@ -481,6 +496,12 @@ def device_of(name: str) -> torch.device:
     """The device that hardware.device names, which then sums in the same order each time."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        ask_for_repeatable_sums()
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    ask_for_repeatable_sums()
+    if (here := place()) is None:
+        return torch.device(name)
+    # a scheduler may show each rank its own device only
+    device = torch.device(name, here.local_rank if torch.cuda.device_count() > 1 else 0)
+    torch.cuda.set_device(device)
+    return device

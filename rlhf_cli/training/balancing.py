@@ -22,9 +22,10 @@ from rlhf_cli.objectives.routing import (
     loads,
     probability_sums,
 )
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.diagnosis import draws_again
-from rlhf_cli.training.figures import Figures
+from rlhf_cli.training.figures import EVERYWHERE, Figures
 from rlhf_cli.training.loss_term import LossTerm
 
 COEFFICIENT = re.compile(r"(.*_)?aux_loss_(coef|alpha)|moe_loss_weight")  # in configs
@@ -61,6 +62,17 @@ class Balanced:
             self._tokens = self._tokens + weights.sum()
         self.watch.seen = []
 
+    def sum_over_ranks(self) -> None:
+        """The counts are those of all ranks, of which some may have had nothing to count."""
+        if world().size == 1:
+            return
+        own = None if self._counts is None else [float(self._tokens), *self._counts.tolist()]
+        known = [row for row in world().from_all(own) if row is not None]
+        if known:
+            device = None if self._counts is None else self._counts.device
+            total = torch.tensor(known, dtype=torch.float64, device=device).sum(0)
+            self._tokens, self._counts = total[0].item(), total[1:]
+
     def loss(self) -> Tensor | float:
         """The part of the objective that was seen last, with gradient."""
         if self._counts is None or not self.watch.seen:
@@ -75,8 +87,9 @@ class Balanced:
         """Add the loss of the step without its weight, and the loads of the busiest and idlest."""
         if self._counts is None:
             return
-        for part in self._losses:
+        for part in self._losses:  # of this rank; the counts are of all
             figures.add(f"{prefix}router/aux_loss", part)
+        figures.place = EVERYWHERE
         each = loads(self._counts)
         figures.add(f"{prefix}router/load_max", each.max())
         figures.add(f"{prefix}router/load_min", each.min())
@@ -107,12 +120,14 @@ class LoadBalancing:
             return
         rewind = draws_again()
         for part in parts:
-            for batch in part.batches:
+            for batch in world().dealt(part.batches):
                 with self.watching():
                     part.loss(batch)
                 for one in self._each.values():
                     one.count()
         rewind()
+        for one in self._each.values():
+            one.sum_over_ranks()
 
     def loss(self) -> Tensor | float:
         """What a micro-batch that was watched adds to the objective."""
@@ -120,7 +135,9 @@ class LoadBalancing:
 
     def tell(self, figures: Figures) -> None:
         """Add those of the step; of a critic's routers they begin with its name."""
+        place = figures.place
         for name, one in self._each.items():
+            figures.place = place
             one.tell(figures, "critic/" if name == "critic" else "")
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from rlhf_cli.config.schema import AUTO, Hardware
 from rlhf_cli.models.compiled import compile_blocks, run_plainly
 from rlhf_cli.models.out_of_memory import ran_out
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 
 Result = TypeVar("Result")
@@ -53,7 +54,7 @@ class Compiling:
         if not self._waits:
             return
         self._seen += 1
-        self._seconds += [seconds] if self._seen > 1 else []
+        self._seconds += [world().from_main(seconds)] if self._seen > 1 else []
         if self._seen < FIRST or not self._seconds:
             return
         self._waits = False

@@ -4,15 +4,18 @@ Looked for from the cause to its effects: a weight; what an item brings along, s
 advantages; the loss of an item by itself; the gradient of an item by itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.nonfinite import first_nonfinite, is_finite
+from rlhf_cli.ranks.world import world
 from rlhf_cli.training.loss_term import LossTerm
 
 NAMED = 3  # rows that are named; of more there is the number
@@ -137,3 +140,20 @@ def draws_again() -> Callable[[], None]:
             torch.cuda.set_rng_state_all(cuda)
 
     return rewind
+
+
+@contextmanager
+def draws_of_rank() -> Iterator[None]:
+    """Within this block each of several ranks draws its own masks of dropout; afterwards all go on
+    from the random states that they had.
+    """
+    if world().size == 1:
+        yield
+        return
+    rewind = draws_again()
+    if not world().is_main:
+        torch.manual_seed(derived_seed(torch.initial_seed(), "rank", world().rank))
+    try:
+        yield
+    finally:
+        rewind()

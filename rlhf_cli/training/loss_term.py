@@ -14,6 +14,7 @@ from rlhf_cli.data.batches import micro_batches, one
 from rlhf_cli.data.items import responses_in
 from rlhf_cli.data.packing import Layout
 from rlhf_cli.models.out_of_memory import halves, in_groups, keys_that_help, oom_error
+from rlhf_cli.ranks.world import world
 from rlhf_cli.training.figures import Figures
 
 Metrics = dict[str, float]
@@ -59,7 +60,8 @@ class LossTerm:
             layout: in which the loss reads them.
             logits: whether it holds some.
         """
-        batches = micro_batches(items, hardware.tokens_at_once, layout)
+        ranks = world().size
+        batches = micro_batches(items, hardware.tokens_at_once, layout, ranks=ranks)
         helps = partial(keys_that_help, hardware, logits=logits)
         return cls(batches, loss, count, weight, responses_in, helps)
 
@@ -72,7 +74,9 @@ class LossTerm:
         """
         failure = partial(self.too_large, phase="the evaluation", gradient=False)
         figures = Figures()
-        for _, (total, metrics) in in_groups(self.batches, self.loss, failure):
+        own = in_groups(world().dealt(self.batches), self.loss, failure)
+        for turn, (_, (total, metrics)) in enumerate(own):
+            figures.place = world().place(turn)
             for name, value in {"loss": total, **metrics}.items():
                 figures.add(name, value)
         return {name: total / self.count for name, total in figures.read().items()}

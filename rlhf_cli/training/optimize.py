@@ -1,8 +1,8 @@
 """The optimizer step: the only place that normalises, accumulates, clips and steps.
 
 A loss is a sum over items; it is divided by the count over the whole step, so micro-batches of any
-cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So, where memory runs out, the
-step is done again in another way, with the same result.
+cut give the gradient of the one large batch (1 x 8 equals 8 x 1). So ranks may share them, and
+where memory runs out on any of them the step is done again in another way, with the same result.
 """
 
 import time
@@ -22,11 +22,12 @@ from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import follow, gather, master_of
 from rlhf_cli.models.out_of_memory import if_it_fits, spare
 from rlhf_cli.models.repeatable import repeatably
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
 from rlhf_cli.training.compiling import Compiling
-from rlhf_cli.training.diagnosis import cause_of, draws_again
-from rlhf_cli.training.figures import Figures
+from rlhf_cli.training.diagnosis import cause_of, draws_again, draws_of_rank
+from rlhf_cli.training.figures import EVERYWHERE, Figures
 from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.room import Room
 from rlhf_cli.training.schedules import schedule_of
@@ -112,12 +113,30 @@ class Optimizer:
         Where memory runs out it is done again, in the way that takes less.
         """
         parts = self.room.cut(parts)
-        rewind = draws_again()
-        while (figures := if_it_fits(partial(self._attempt, parts, rewind), rewind)) is None:
-            self._forget()
-            parts = self.room.more(parts)
-            rewind()
+        with draws_of_rank():
+            rewind = draws_again()
+            figures = if_it_fits(partial(self._attempt, parts, rewind), rewind)
+            while not world().all(figures is not None):
+                self._forget()
+                parts = self.room.more(parts)
+                rewind()
+                figures = if_it_fits(partial(self._attempt, parts, rewind), rewind)
+        assert figures is not None
+        self._sum_over_ranks()
         return figures
+
+    def _sum_over_ranks(self) -> None:
+        """Of gradients that only some ranks have the others add 0."""
+        if world().size == 1:
+            return
+        weights = [weight for each in self._parameters.values() for weight in each]
+        known = torch.tensor([float(weight.grad is not None) for weight in weights])
+        world().sum([known])
+        shared = [weight for weight, ranks in zip(weights, known.tolist(), strict=True) if ranks]
+        for weight in shared:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        world().sum([weight.grad for weight in shared if weight.grad is not None])
 
     def _attempt(self, parts: list[LossTerm], rewind: Callable[[], None]) -> Figures:
         """`_backward`, done again where operators or a compiler do not know what it needs."""
@@ -128,8 +147,10 @@ class Optimizer:
         self._forget()
         figures = Figures()
         self._balancing.count(parts)
+        before = 0  # micro-batches of the parts before
         for part in parts:
-            for batch in part.batches:
+            for turn, batch in enumerate(world().dealt(part.batches)):
+                figures.place = before + world().place(turn)
                 with self._balancing.watching():
                     loss, metrics = part.loss(batch)
                 scaled = loss * (part.weight / part.count) + self._balancing.loss()
@@ -139,7 +160,9 @@ class Optimizer:
                 figures.add("loss", scaled)
                 for name, value in metrics.items():
                     figures.add(name, value, over=part.count)
+            before += len(part.batches)
         self._balancing.tell(figures)
+        figures.place = EVERYWHERE
         return figures
 
     def _forget(self) -> None:
