@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rlhf_cli.models.sharding import own_part
+
 
 @torch.no_grad()
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -14,10 +16,11 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
 
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is a NaN or an infinity.
+    """Whether no value is a NaN or an infinity; of what is sharded, none on this rank.
 
     The extremes tell, for a NaN is both; isfinite() takes a mask as large, and 30 times as long.
     """
+    tensor = own_part(tensor)
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     least, most = tensor.aminmax()

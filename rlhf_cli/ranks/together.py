@@ -1,4 +1,4 @@
-"""What ranks tell each other in words: an error of one ends all, and what one did the others know."""
+"""Work of ranks that counts only if it was done by each: an error of one is an error of all."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def together(work: Callable[[], Value]) -> Value:
         done = work()
     except Exception as error:
         own = error
-    told = from_all(None if own is None else _told(own))
-    first = next((rank for rank, error in enumerate(told) if error is not None), None)
-    if first is None:
-        return done
-    raise _raised(told[first]) if own is None or first != world().rank else own
+    told = world().from_all(None if own is None else _told(own))
+    for rank, error_there in enumerate(told):
+        if error_there is not None:
+            raise own if own is not None and rank == world().rank else _raised(error_there)
+    return done
 
 
 def by_main(work: Callable[[], Value]) -> Value:
@@ -43,16 +43,6 @@ def by_main(work: Callable[[], Value]) -> Value:
     done: Any = together(lambda: work() if world().is_main else None)
     given: Value = world().from_main(done)
     return given
-
-
-def from_all(value: Value) -> list[Value]:
-    """A value of JSON from each rank, rank by rank."""
-    if world().size == 1:
-        return [value]
-    import torch
-
-    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.int64)
-    return [json.loads(bytes(each.tolist())) for each in world().gather([text])]
 
 
 def _told(error: Exception) -> dict[str, Any]:

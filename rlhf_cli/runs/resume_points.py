@@ -23,7 +23,7 @@ from rlhf_cli.folders.files import flush, library_errors, remove, whole_folder, 
 from rlhf_cli.folders.integrity import Files, begins_as, described, fault_in
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
 from rlhf_cli.models.sharding import is_sharded
-from rlhf_cli.ranks.together import by_main, from_all, together
+from rlhf_cli.ranks.together import by_main, together
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.lock import check_lock
@@ -87,7 +87,7 @@ def _write_shared(out: Path, step: int, tensors: dict[str, Tensor], state: dict[
             return str(stack.enter_context(whole_folder(folder)))
 
         part = Path(by_main(begin))
-        files = from_all(together(partial(_own_file, part, tensors)))
+        files = world().from_all(together(partial(_own_file, part, tensors)))
 
         def end() -> None:
             entries = {name: entry for own in files for name, entry in own.items()}
@@ -144,7 +144,8 @@ def load_checkpoint(
     for step in by_main(lambda: [*reversed(resume_points(out))]):
         folder = resume_point(out, step)
         together(partial(_require_sight, folder))
-        fault = next(filter(None, from_all(together(partial(fault_of, folder)))), None)
+        faults = world().from_all(together(partial(fault_of, folder)))
+        fault = next(filter(None, faults), None)
         if fault is None:
             state = by_main(partial(read_state, folder))
             fault = by_main(partial(fault_in_logs, out, state))

@@ -74,35 +74,38 @@ class Pieces:
         """`opened`: what `opened_files` gives."""
         self._opened = opened
         self._at: dict[str, list[tuple[int, int, Path]]] = {}  # first row, end, file
-        self._shapes: dict[str, list[int]] = {}
+        self._forms: dict[str, tuple[list[int], str]] = {}  # shape and type
         for file, stored in opened.items():
             rows = json.loads((stored.metadata() or {}).get(ROWS, "{}"))
             for name in stored.keys():  # noqa: SIM118 - a safetensors file is no dict
-                shape = list(stored.get_slice(name).get_shape())
-                first, height = rows.get(name, (0, shape[0] if shape else 1))
-                end = first + (shape[0] if shape else 1)
+                part = stored.get_slice(name)
+                here = list(part.get_shape())
+                first, height = rows.get(name, (0, here[0] if here else 1))
+                end = first + (here[0] if here else 1)
                 self._at.setdefault(name, []).append((first, end, file))
-                self._shapes.setdefault(name, [height, *shape[1:]] if shape else [])
+                form = ([height, *here[1:]] if here else [], part.get_dtype())
+                if self._forms.setdefault(name, form) != form:
+                    raise ValueError(f"{name} has another shape or type in {file.name}")
         for places in self._at.values():
             places.sort(key=lambda place: place[:2])
 
     def fault(self) -> str | None:
         """A tensor that is not there once, with all its rows; None if there is none."""
         for name, places in self._at.items():
-            shape = self._shapes[name]
+            shape, _ = self._forms[name]
             reached = 0
             for first, end, file in places:
                 if first != reached:
-                    return f"{file}: {name} has row {reached} {'twice' if first < reached else 'nowhere'}"
+                    return f"{file}: row {min(first, reached)} of {name} is not there once"
                 reached = end
             if reached != (shape[0] if shape else 1):
-                return f"{places[-1][2]}: {name} ends with row {reached}"
+                return f"{places[-1][2]}: row {reached} of {name} is not there"
         return None
 
     def read(self, wanted: Wanted) -> dict[str, Tensor]:
         """Each tensor: whole, or of one that is to be sharded as another the rows of this rank."""
         tensors = {}
-        for name, shape in self._shapes.items():
+        for name, (shape, _) in self._forms.items():
             target = wanted(name, shape)
             if target is None or not is_sharded(target):
                 tensors[name] = self._rows(name, 0, shape[0] if shape else 1)
