@@ -90,6 +90,11 @@ def ratios(cfg: OnlineConfig) -> Iterator[str]:
             f"algo.loss=sequence_clip has one ratio per response: algo.aggregate=response_mean "
             f"gives each the same weight, {cfg.algo.aggregate} does not"
         )
+    if loss == "sequence_clip" and algo.rollout_correction == "token":
+        yield (
+            "algo.loss=sequence_clip has one ratio per response, whose tokens cannot weigh "
+            "differently: take algo.rollout_correction=sequence"
+        )
 
 
 def groups(cfg: OnlineConfig) -> Iterator[str]:

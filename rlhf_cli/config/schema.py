@@ -88,6 +88,22 @@ class Hardware:
         "the demo's.",
         ge=1,
     )
+    processes: Any = key(
+        "Processes that this command starts to share the work, each with a GPU of its own or with "
+        "its share of the CPU's cores; auto: one for each GPU. Those of torchrun and srun are "
+        "started already.",
+        ge=1,
+        auto=int,
+    )
+    max_restarts: int = key(
+        "How often processes that died are started again from the newest resume point.",
+        ge=0,
+    )
+    rank_timeout: int = key(
+        "Seconds that processes wait for each other before the run ends, and names the one that "
+        "did not come; more than rank 0 takes to read and tokenise the rows, or to write.",
+        ge=1,
+    )
     tokens_per_microbatch: Any = key(
         "Tokens in one forward and backward pass, pads included; halve it when memory runs out. "
         "auto: as many as the memory of the GPU takes, up to 32768; 4096 on a CPU.",
@@ -544,6 +560,18 @@ class OnlineAlgo(OptimizerConfig):
         "Where A < 0 the loss is at most this times -A (1912.09729: 3); null: unbounded.",
         gt=1,
         used_by="algo.loss=clip",
+    )
+    rollout_correction: str | None = key(
+        "What is learnt from a sample weighs pi_old / pi_sampler, of each token or of the whole "
+        "response, up to rollout_correction_cap. auto: token (sequence where the loss has a ratio "
+        "of responses) where an engine of its own sampled, else as null, which weighs all alike.",
+        choices=(AUTO, "token", "sequence"),
+    )
+    rollout_correction_cap: float = key(
+        "The largest such weight; verl takes 2, TRL 3.",
+        ge=1,
+        used_by="algo.rollout_correction",
+        unused=2.0,
     )
     entropy_coef: float = key("Weight of the entropy bonus.", ge=0)
     supervision: str = key(

@@ -218,6 +218,14 @@ def _resume_points(cfg: Run) -> Iterator[str]:
         yield "hardware.keep_checkpoints=null is for stages that do not train; give 1 or more"
 
 
+def _processes(cfg: Run) -> Iterator[str]:
+    if cfg.hardware.max_restarts and cfg.hardware.processes == 1:
+        yield (
+            f"hardware.max_restarts={cfg.hardware.max_restarts} is for processes that this command "
+            "starts: give hardware.processes, or set it to 0 (torchrun has --max-restarts)"
+        )
+
+
 def _decoding(cfg: Run) -> Iterator[str]:
     algo = getattr(cfg, "algo", None)
     if not isinstance(algo, Decoding):
@@ -280,6 +288,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _plain_text,
     _no_training,
     _resume_points,
+    _processes,
     _decoding,
     _reward_model,
     _preferences,

@@ -71,7 +71,12 @@ def full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
 
 
 def kl_loss(
-    estimator: str, logprobs: Tensor, old: Tensor, reference: Tensor, full: Tensor | None
+    estimator: str,
+    logprobs: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    full: Tensor | None,
+    weights: Tensor | float = 1.0,
 ) -> Tensor:
     """The KL of each token as a term of the loss.
 
@@ -80,13 +85,14 @@ def kl_loss(
         logprobs: current log-probs, with gradient.
         old, reference: log-probs of the policy that sampled, and of the reference.
         full: for `full`, what `full_kl` gave at each token.
+        weights: of samples that another one than `old` drew; `full` takes no sample.
     """
     if estimator == "full":
         assert full is not None
         return full
     if estimator == "weighted_k3":
-        return weighted_k3(logprobs, old, reference)
-    return {"k2": k2, "k3": k3}[estimator](logprobs, reference)
+        return weights * weighted_k3(logprobs, old, reference)
+    return weights * {"k2": k2, "k3": k3}[estimator](logprobs, reference)
 
 
 def ziegler_kl_coef(kl_coef: float, kl: float, target: float, rollouts: int, horizon: int) -> float:

@@ -4,6 +4,8 @@ Losses are elementwise on (B, T) or (N,) tokens; advantages broadcast, so that (
 response one. log_ratio is log w = log pi - log pi_old, and sg() stops the gradient.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,32 @@ def penalised_policy_loss(
     it is negative. The tie is to the policy that sampled, not to the reference.
     """
     return -torch.exp(logprobs - old) * advantages + old_kl_coef * k3(old, logprobs)
+
+
+def rollout_weights(log_ratio: Tensor, lengths: Sequence[int], level: str, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap): what a sample weighs in a loss that is a mean over pi_old.
+
+    The sampler is pi_old but for its arithmetic, and what it draws is a little off. Without a cap a
+    whole response's ratio makes every mean the right one: E_sampler[weight f] = E_old[f]. With it
+    that is sum_y min(pi_old, cap pi_sampler) f, less than it should be and of a bounded spread
+    (truncated importance sampling, Ionides 2008). A token's own ratio is right for what the token
+    itself is worth, in contexts that the sampler came to; its spread does not grow with the length.
+
+    Args:
+        log_ratio: (N,) log pi_old - log pi_sampler of all tokens, response after response.
+        lengths: tokens of each response.
+        level: token (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy
+            RL Training"), or sequence, the ratio of the response at each of its tokens (Liu et al.
+            2025, "When Speed Kills Stability").
+
+    Returns:
+        (N,), without gradient.
+    """
+    logs = log_ratio.detach()
+    if level == "sequence":
+        parts = logs.split(list(lengths))
+        logs = torch.cat([part.sum().expand(len(part)) for part in parts])
+    return logs.clamp(max=LARGEST_LOG_RATIO).exp().clamp(max=cap)
 
 
 def clipped_value_loss(

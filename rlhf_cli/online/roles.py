@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.models.reference import Reference
+from rlhf_cli.online.correction import Correction
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.runs.policy import Policy, policy_of
@@ -49,6 +50,7 @@ class Roles:
     gold: a judge that is never learnt from, if there is one.
     loss: of the policy, where algo.loss names one of the user's.
     needs: of the iterations; evaluations measure all.
+    correction: of samples that another engine drew.
     """
 
     policy: Policy
@@ -57,6 +59,7 @@ class Roles:
     gold: Reward | None
     loss: OwnLoss | None
     needs: Needs
+    correction: Correction
 
 
 def load_roles(session: Session) -> Roles:
@@ -72,4 +75,7 @@ def load_roles(session: Session) -> Roles:
     needs = Needs.of(cfg, loss)
     if not needs.reference:
         say("algo.kl_coef=0: no KL to the reference is computed; a limit, algo.max_kl, asks for it")
-    return Roles(policy, reference, reward, gold, loss, needs)
+    correction = Correction.of(cfg.algo, policy.engine)
+    if correction.level is not None:
+        say(correction.said())
+    return Roles(policy, reference, reward, gold, loss, needs, correction)

@@ -31,6 +31,13 @@ class Engine(ABC):
     def exact(self) -> bool:
         """Whether its log-probs are those that training computes, up to float32 rounding."""
 
+    @property
+    def foreign(self) -> bool:
+        """Whether another program samples, whose arithmetic is its own even where the weights are
+        the same; algo.rollout_correction=auto corrects for it.
+        """
+        return False
+
     @abstractmethod
     def update(self, model: nn.Module) -> None:
         """Sample from the weights that the policy has now."""

@@ -485,7 +485,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     if plan is None or (plan.provenance is None and plan.state != FINISHED):
         plan = preflight(cfg)
     device = device_of(cfg.hardware.device)
-    join_others(device)
+    join_others(device, cfg.hardware.rank_timeout)
     agree(cfg, plan)
     if plan.state == FINISHED:
         by_main(lambda: tidy(Path(cfg.out)))
@@ -503,15 +503,18 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
 
 
-def join_others(device: torch.device) -> None:
+def join_others(device: torch.device, seconds: int) -> None:
     """Where this process is one of several, wait for all of them: from here on they work together.
 
     What was checked before was seen by each alone, so that none has yet written anything.
+
+    Args:
+        seconds: that they then wait for each other at most.
     """
     if place() is not None:
         from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
 
-        enter(join(device, timedelta(minutes=30)))
+        enter(join(device, timedelta(seconds=seconds)))
 
 
 def set_threads(threads: int | None, parameters: float) -> None:

@@ -128,7 +128,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
             updates = objective.updates(minibatches(groups, algo, cfg.seed, step), coefs)
             items = [item for group in groups for item in group]
             metrics |= take_steps(optimizer, updates, monitor.written, items)
-            metrics |= experience.as_trained(items, kl_coef)
+            metrics |= experience.as_trained(items, kl_coef) | roles.correction.metrics(items)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             if algo.refresh_reference and step % algo.refresh_reference == 0 and not stop:
                 roles.reference.refresh()
@@ -166,6 +166,7 @@ class GrpoObjective:
     def __init__(self, cfg: GrpoConfig, roles: Roles) -> None:
         self._algo, self._hardware = cfg.algo, cfg.hardware
         self._policy, self._reference, self._own = roles.policy.model, roles.reference, roles.loss
+        self._correction = roles.correction
         self._layout = layout_of(self._policy, cfg.hardware)
 
     def updates(
@@ -201,7 +202,9 @@ class GrpoObjective:
         new = scored.logprobs  # (B, T)
         known = new.flatten()[batch.scored]  # (N,)
         keep_gaps(items, known)
-        old = on_grid(mask, old_logprobs(items, known), batch.scored)
+        before = old_logprobs(items, known)
+        old = on_grid(mask, before, batch.scored)
+        factors = on_grid(mask, self._correction.weights(items, before), batch.scored)
         advantages = on_grid(mask, flat(items, "advantages", new), batch.scored)
         ref = old
         if items[0].reference is not None:
@@ -210,9 +213,10 @@ class GrpoObjective:
             total, metrics = own_policy_loss(self._own, new, old, ref, advantages, mask, algo)
         else:
             total, metrics = policy_loss(new, old, advantages, mask, algo)
+        total = total * factors
         losses = {"loss/policy": total}
         if in_loss:
-            losses["loss/kl"] = kl_loss(algo.kl_estimator, new, old, ref, scored.kl)
+            losses["loss/kl"] = kl_loss(algo.kl_estimator, new, old, ref, scored.kl, factors)
             total = total + coefs.kl_coef * losses["loss/kl"]
         if scored.entropy is not None:
             losses["loss/entropy"] = scored.entropy

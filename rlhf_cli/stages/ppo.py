@@ -124,7 +124,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
             parts = minibatches(items, algo, cfg.seed, step)
             updates = ((number, objective.terms(part, number, coefs)) for number, part in parts)
             metrics |= take_steps(optimizer, updates, monitor.written, items)
-            metrics |= experience.as_trained(items, kl_coef)
+            metrics |= experience.as_trained(items, kl_coef) | roles.correction.metrics(items)
             metrics |= {"kl_coef": kl_coef, "temperature": temperature}
             kl_coef = next_kl_coef(kl_coef, metrics.get("kl", 0.0), algo)
             if algo.loss == "klpen" and items:
@@ -183,7 +183,7 @@ class PpoObjective:
         """`texts`: plain text for the pretraining mix."""
         self._algo, self._hardware, self._seed = cfg.algo, cfg.hardware, cfg.seed
         self._policy, self._reference, self._own = roles.policy.model, roles.reference, roles.loss
-        self._critic, self._texts = critic, texts
+        self._critic, self._texts, self._correction = critic, texts, roles.correction
         self._layout = layout_of(self._policy, cfg.hardware)
         self._both = self._layout
         if critic and critic.head is None:  # perhaps of another architecture
@@ -230,7 +230,8 @@ class PpoObjective:
         else:
             total, clips = policy_loss(new, old, flat(items, "advantages", new), algo, coefs)
         metrics = {"old_kl": k3(old, new), **clips}
-        metrics["loss/policy"] = total
+        weights = self._correction.weights(items, old)
+        metrics["loss/policy"] = total = total * weights
         if critic and algo.vf_coef is not None:
             values = critic.values(batch, scored.values).flatten()[batch.scored]
             before, returns = flat(items, "values", new), flat(items, "returns", new)
@@ -242,7 +243,7 @@ class PpoObjective:
         if in_loss:
             full = scored.kl.flatten()[batch.scored] if scored.kl is not None else None
             ref = flat(items, "reference", new)
-            kl_term = kl_loss(algo.kl_estimator, new, old, ref, full)
+            kl_term = kl_loss(algo.kl_estimator, new, old, ref, full, weights)
             total = total + coefs.kl_coef * kl_term
             metrics["loss/kl"] = kl_term
         if scored.entropy is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Preference
 from rlhf_cli.models.adapting import place
+from rlhf_cli.online.correction import Correction
 from rlhf_cli.online.updates import Coefficients, Trajectory
 from rlhf_cli.preferences.items import PreferenceItem
 from rlhf_cli.stages.dpo import DpoObjective
@@ -75,7 +76,8 @@ def term_of(stage: str, dtype: torch.dtype = torch.float32) -> LossTerm:
         items = [PreferenceItem(each, torch.tensor([-3.0, -2.0])) for each in pairs]
         dpo = DpoObjective(model, composed("dpo").algo, hardware, (1.0, 1.0), None)
         return dpo.term(items, dpo.batchwise(items))
-    roles: Any = SimpleNamespace(policy=SimpleNamespace(model=model), reference=None, loss=None)
+    policy, correction = SimpleNamespace(model=model), Correction("sequence", 2.0)
+    roles: Any = SimpleNamespace(policy=policy, reference=None, loss=None, correction=correction)
     trajectories = []
     for each in sequences:
         own = torch.full((len(each.response),), -1.0)
