@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.ranks.together import by_main
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 
 

@@ -18,7 +18,7 @@ from rlhf_cli.config.schema import AUTO, EAGER, Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object
-from rlhf_cli.ranks.together import by_main
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.slot_sampler import size_of
 from rlhf_cli.runs.attention import predicted_attention

@@ -12,8 +12,8 @@ from rlhf_cli.config.switches import written
 from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.ranks.agreement import together
 from rlhf_cli.ranks.environment import place
-from rlhf_cli.ranks.together import together
 from rlhf_cli.ranks.world import world
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention

@@ -22,8 +22,8 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.folders.files import flush, library_errors, remove, whole_folder, write_json
 from rlhf_cli.folders.integrity import Files, begins_as, described, fault_in
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
-from rlhf_cli.models.sharding import is_sharded
-from rlhf_cli.ranks.together import by_main, together
+from rlhf_cli.models.shards import is_sharded
+from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.lock import check_lock

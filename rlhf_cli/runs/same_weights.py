@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.models.sharding import is_sharded, own_part, rows_of
+from rlhf_cli.models.shards import is_sharded, own_part, rows_of
 from rlhf_cli.ranks.world import world
 
 AT_ONCE = 2**22  # numbers of a weight

@@ -30,6 +30,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
 from rlhf_cli.models.adapters import is_adapted, restore, trained
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.attention import attention_of
 from rlhf_cli.models.dtypes import (
     AUTO,
@@ -40,13 +41,13 @@ from rlhf_cli.models.dtypes import (
     round_trained,
     type_to_write,
 )
-from rlhf_cli.models.gathered import gathered
+from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
-from rlhf_cli.models.sharding import is_sharded
+from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.environment import place
-from rlhf_cli.ranks.together import by_main
 from rlhf_cli.ranks.world import enter, world
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
@@ -70,12 +71,7 @@ from rlhf_cli.runs.out_folder import (
 from rlhf_cli.runs.preflight import Plan, agree, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.runs.same_weights import require_same
-from rlhf_cli.runs.weights import (
-    all_weights,
-    first_nonfinite_of_all,
-    trained_weights,
-    wanted_by,
-)
+from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
 MANY = 50_000  # rows that take a while to read
@@ -297,7 +293,7 @@ class Session:
         return step % int(every) == 0
 
     def _require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        if (name := first_nonfinite_of_all(tensors)) is not None:
+        if (name := first_nonfinite(tensors)) is not None:
             raise RunError(
                 f"{name} is not finite {when}, and is not saved; what was saved before is whole. "
                 "Lower algo.lr, or set algo.max_grad_norm"
@@ -367,7 +363,7 @@ class Session:
         if self.cfg.model.merge_lora and is_adapted(model):  # type: ignore[attr-defined]
             return
         round_trained(model, dtype)
-        if (name := first_nonfinite_of_all(trained(model))) is not None:
+        if (name := first_nonfinite(trained(model))) is not None:
             raise RunError(
                 f"{name} is too large for {name_of(dtype)}; the same command goes on with "
                 "model.save_dtype=float32 or bfloat16"
@@ -394,7 +390,7 @@ class Session:
         """
         self._require_finite(trained(model), "at the end")
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
-        with gathered(model, adapter_alone=not merge):
+        with assembled(model, adapter_alone=not merge):
             identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
         scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
         times = {"seconds": self.seconds(), "seconds of saving": self.saving}
@@ -495,6 +491,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         say(line)
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
+    world().shard(cfg.hardware.shard)
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
         plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_cli.models.sharding import is_sharded, like, own_part, rows_of
+from rlhf_cli.models.shards import is_sharded, like, own_part, rows_of
 from rlhf_cli.ranks.world import world
 
 TENSORS = "tensors.safetensors"  # of a point that rank 0 writes alone

@@ -6,18 +6,8 @@ from torch import Tensor, nn
 
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import master_of
-from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.models.sharding import is_sharded
-from rlhf_cli.ranks.world import world
+from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.runs.slices import Wanted
-
-
-def first_nonfinite_of_all(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first name of a tensor that is not finite on any rank."""
-    names = list(tensors)
-    own = first_nonfinite(tensors)
-    first = min(world().from_all(len(names) if own is None else names.index(own)))
-    return names[first] if first < len(names) else None
 
 
 def all_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

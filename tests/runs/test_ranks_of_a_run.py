@@ -1,22 +1,17 @@
 """Runs that several ranks share: one folder, one end, and the same bytes after a stop."""
 
 import contextlib
-import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import Interrupted, UserError
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.out_folder import newest_step
 from rlhf_cli.stages import sft
 from tests.contents import contents_of, faults_of
 from tests.ranks import on_ranks

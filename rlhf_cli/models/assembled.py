@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.models.adapters import is_adapted, trained
-from rlhf_cli.models.sharding import is_sharded, whole
+from rlhf_cli.models.shards import is_sharded, whole
 from rlhf_cli.ranks.world import world
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # which gather blocks as they compute
 
 
 @contextmanager
-def gathered(model: nn.Module, adapter_alone: bool = False) -> Iterator[None]:
+def assembled(model: nn.Module, adapter_alone: bool = False) -> Iterator[None]:
     """Within this block a model on rank 0 is a plain one, with whole weights on the CPU.
 
     All ranks enter it; weights are gathered one by one, so that no device holds the model twice. It
