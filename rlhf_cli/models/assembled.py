@@ -11,7 +11,9 @@ from rlhf_cli.models.adapters import is_adapted, trained
 from rlhf_cli.models.shards import is_sharded, whole
 from rlhf_cli.ranks.world import world
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # which gather blocks as they compute
+# where fully_shard puts what gathers a module, none of which can be copied
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks")
+STATE = "__composable_api_state_key"
 
 
 @contextmanager
@@ -73,8 +75,12 @@ def _make_plain(
     hooks: dict[str, object] = {}
     if own_class.__name__.startswith("FSDP"):  # made by fully_shard of (FSDPModule, the class)
         module.__class__ = own_class.__bases__[1]
-        hooks = {name: vars(module)[name] for name in HOOKS}
-        vars(module).update({name: OrderedDict() for name in HOOKS})
+        hooks = {
+            name: value
+            for name, value in vars(module).items()
+            if name in HOOKS or name.startswith(STATE)
+        }
+        vars(module).update({name: OrderedDict() for name in hooks})
     for name, weight in weights.items():
         module._parameters[name] = full[id(weight)]
     return own_class, weights, hooks

@@ -45,8 +45,9 @@ _STATE: Form = {
     "step": COUNT,
     "logs": {"*": {"size": COUNT, "sha256": str}},
     "checks?": dict,
+    "placed?": [COUNT],
     **{f"{name}?": REAL for name in ("seconds", "saving", "kl_coef", "old_kl_coef")},
-    **{f"{name}?": COUNT for name in ("schedule", "skipped", "skipped_in_a_row", "ranks")},
+    **{f"{name}?": COUNT for name in ("schedule", "skipped", "skipped_in_a_row")},
 }
 
 
@@ -59,8 +60,7 @@ def save_checkpoint(
     on all, and leaves nothing.
     """
     sharded = any(map(is_sharded, tensors.values()))
-    cut = {"ranks": world().size, "sharded": sharded} if sharded or world().size > 1 else {}
-    state = {**state, **cut, "step": step}
+    state = {**state, "step": step}
     if sharded:
         _write_shared(out, step, tensors, state)
     else:

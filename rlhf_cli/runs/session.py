@@ -76,6 +76,7 @@ from rlhf_cli.training.optimize import Optimizer
 
 MANY = 50_000  # rows that take a while to read
 FEW = 10  # held-out rows
+ALONE = [1, 1]  # ranks, and those over which weights are sharded: one process
 
 
 @dataclass
@@ -272,6 +273,8 @@ class Session:
             "checks": self.checks,
             "logs": {log.file.name: log.described() for log in self.logs},
         }
+        if (placed := _placed(networks)) != ALONE:
+            own["placed"] = placed
         keep = self.cfg.hardware.keep_checkpoints
         assert keep is not None  # validate() asks for it where a stage trains
         if self.stream is not None:
@@ -328,25 +331,11 @@ class Session:
         self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
         say(f"resuming after step {self.start}")
         require_same(all_weights(networks), f"after step {self.start}, where they go on")
-        self._note_ranks(state, any(map(is_sharded, all_weights(networks).values())))
+        _note_ranks(state.get("placed", ALONE), _placed(networks))
         before, now = state.get("products"), products_of(next(iter(networks.values())))
         if before not in (None, now):
             say(f"note: matrix products were {before} up to there and are {now} from here on")
         return state, tensors_of(tensors, "extra")
-
-    def _note_ranks(self, state: dict[str, Any], sharded: bool) -> None:
-        """Say where a run goes on on other ranks than before: sums are rounded otherwise there."""
-        before = state.get("ranks", 1), state.get("sharded", False)
-        now = world().size, sharded
-        if before != now:
-            told = [
-                f"{count} process{'es' * (count > 1)}{', sharded' * cut}"
-                for count, cut in (before, now)
-            ]
-            say(
-                f"note: this run was on {told[0]} up to there and is on {told[1]} from here on: it "
-                "ends equal up to rounding, not to the last bit"
-            )
 
     # ------------------------------------------------------------------ the end
 
@@ -462,6 +451,28 @@ class Session:
                 },
             },
         )
+
+
+def _placed(networks: Mapping[str, nn.Module]) -> list[int]:
+    """How many ranks train networks, and over how many of them weights are sharded, frozen ones
+    included.
+    """
+    sharded = any(map(is_sharded, all_weights(networks).values()))
+    return [world().size, world().mesh.size(-1) if sharded else 1]
+
+
+def _note_ranks(before: list[int], now: list[int]) -> None:
+    """Say where a run goes on on other ranks than before: sums are rounded otherwise there."""
+    if before == now:
+        return
+    told = [
+        f"{size} process{'es' * (size > 1)}{f', sharded over {over}' * (over > 1)}"
+        for size, over in (before, now)
+    ]
+    say(
+        f"note: this run was on {told[0]} up to there and is on {told[1]} from here on: it ends "
+        "equal up to rounding, not to the last bit"
+    )
 
 
 def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
