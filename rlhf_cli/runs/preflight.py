@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.ranks.agreement import together
 from rlhf_cli.ranks.environment import place
+from rlhf_cli.ranks.worker import STDIN as PIPED
 from rlhf_cli.ranks.world import world
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
@@ -23,6 +25,7 @@ from rlhf_cli.runs.checks import (
     check_frozen_layers,
     check_models,
     check_rows,
+    check_sampler,
     own_loss_lines,
     reward_lines,
     row_kind,
@@ -94,8 +97,11 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     """
     stage, out = stage_name(cfg), Path(cfg.out)
     own = place()
-    if own is not None and own.size > 1 and cfg.data.path == STDIN:
-        raise UserError(f"data.path={STDIN}: several processes cannot read one standard input")
+    if own is not None and own.size > 1 and cfg.data.path == STDIN and PIPED not in os.environ:
+        raise UserError(
+            f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
+            "start them by hardware.processes"
+        )
     decides = world().is_main if own is None else own.rank == 0
     taken = [*inherit(cfg), *choose_rates(cfg)]
     state = state_of(cfg, check_only) if decides else FREE  # what rank 0 finds counts: see `agree`
@@ -111,6 +117,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_models(cfg)
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
+    check_sampler(cfg)
     check_adapter_use(cfg)
     provenance: Provenance | None = {}
     if decides:
