@@ -9,7 +9,7 @@ import pytest
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.evaluation.choices import by_chance, questions_of
 
-GOOD = {"prompt": "2 + 2 = ", "choices": ["3", "4"], "answer": "4"}
+GOOD: dict[str, Any] = {"prompt": "2 + 2 = ", "choices": ["3", "4"], "answer": "4"}
 
 
 def written(folder: Path, *rows: dict[str, Any]) -> str:
@@ -19,7 +19,7 @@ def written(folder: Path, *rows: dict[str, Any]) -> str:
 
 
 def test_an_answer_is_a_text_or_a_number(tmp_path: Path) -> None:
-    rows = [GOOD, {**GOOD, "choices": ["a", "b", "c", "d"], "answer": 2, "topic": "x"}]
+    rows: list[dict[str, Any]] = [GOOD, {**GOOD, "choices": ["a", "b", "c", "d"], "answer": 2, "topic": "x"}]
     found = questions_of(written(tmp_path, *rows))
     assert [question.answer for question in found] == [1, 2]
     assert found[1].row.columns == {"topic": "x"}
