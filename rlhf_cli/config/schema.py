@@ -164,6 +164,11 @@ class Hardware:
         "its part of all processes' one copy; hybrid: its part of that of its machine.",
         choices=("none", "full", "hybrid"),
     )
+    device_memory: float | None = key(
+        "GiB of each device that --check and the start of a run compare its peak with; null: those "
+        "of the device at hand.",
+        gt=0,
+    )
     save_every: str | None = key(
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
         "10min; null saves when the run is interrupted only."

@@ -210,7 +210,7 @@ def _plain_text(cfg: Run) -> Iterator[str]:
 
 def _no_training(cfg: Run) -> Iterator[str]:
     if not cfg.trains:
-        for name in ("save_every", "keep_checkpoints"):
+        for name in ("save_every", "keep_checkpoints", "device_memory"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
         for name in ("gradient_checkpointing", "compile"):
