@@ -19,7 +19,10 @@ def written(folder: Path, *rows: dict[str, Any]) -> str:
 
 
 def test_an_answer_is_a_text_or_a_number(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [GOOD, {**GOOD, "choices": ["a", "b", "c", "d"], "answer": 2, "topic": "x"}]
+    rows: list[dict[str, Any]] = [
+        GOOD,
+        {**GOOD, "choices": ["a", "b", "c", "d"], "answer": 2, "topic": "x"},
+    ]
     found = questions_of(written(tmp_path, *rows))
     assert [question.answer for question in found] == [1, 2]
     assert found[1].row.columns == {"topic": "x"}
