@@ -31,6 +31,7 @@ from rlhf_cli.runs.checks import (
     row_kind,
 )
 from rlhf_cli.runs.config_diff import flatten
+from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory
 from rlhf_cli.runs.out_folder import (
@@ -45,6 +46,7 @@ from rlhf_cli.runs.out_folder import (
 from rlhf_cli.runs.provenance import Provenance, provenance_of
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
+from rlhf_cli.runs.sharing import Ranks
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Plan:
         return [*self.doing, *self.sums, *self.memory[-1:]]
 
 
-def preflight(cfg: Run, check_only: bool = False) -> Plan:
+def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) -> Plan:
     """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
     Learning rates that it leaves open are filled in, so that config.yaml has them.
@@ -91,6 +93,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     Args:
         check_only: nothing will run, so that what it is made from need not be hashed, but to tell
             the state of `out`.
+        ranks: that would share it; None for those that this command starts, or is one of.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
@@ -136,7 +139,8 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     if check_only:  # a start tells what is found on its device
         sums += auto_line(cfg)
-    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
+    sums += sharing_lines(cfg, ranks)
+    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))), ranks=ranks)
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),
         parameters=math.inf if parameters is None else parameters,

@@ -45,10 +45,10 @@ from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
-from rlhf_cli.ranks import worker
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.environment import place
-from rlhf_cli.ranks.world import enter, world
+from rlhf_cli.ranks.worker import join_others
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
@@ -492,7 +492,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     if plan is None or (plan.provenance is None and plan.state != FINISHED):
         plan = preflight(cfg)
     device = device_of(cfg.hardware.device)
-    join_others(device, cfg.hardware.rank_timeout)
+    join_others(device, cfg.hardware.rank_timeout, say)
     agree(cfg, plan)
     if plan.state == FINISHED:
         by_main(lambda: tidy(Path(cfg.out)))
@@ -509,22 +509,6 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     budget, lines = settle(cfg, device, dtype.itemsize, plan.state == RESUMABLE)
     plan.sums += lines
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
-
-
-def join_others(device: torch.device, seconds: int) -> None:
-    """Where this process is one of several, wait for all of them: from here on they work together.
-
-    What was checked before was seen by each alone, so that none has yet written anything.
-
-    Args:
-        seconds: that they then wait for each other at most.
-    """
-    if place() is not None:
-        from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
-
-        group = join(device, seconds, say, worker.end)
-        worker.watched_by(group.watch)
-        enter(group)
 
 
 def set_threads(threads: int | None, parameters: float) -> None:
