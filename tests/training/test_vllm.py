@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
+from rlhf_cli.rollout.server_process import end_others
 from rlhf_cli.stages import evaluate, generate
 from tests.conftest import Cli
-from tests.tiny import DATA, run_stage, words_of
+from tests.ranks import on_ranks
+from tests.tiny import DATA, WORDS, run_stage
 from tests.vllm_stub import Stub, install, listening
 
 SHORT = ["algo.steps=2", "algo.show_every=2", "hardware.save_every=1", "hardware.packing=false"]
@@ -137,19 +139,29 @@ def test_each_policy_has_a_server_in_its_turn(
     assert not running(tmp_path)
 
 
+def on_a_rank(chain: Path, out: Path, words: list[str], variables: dict[str, str]) -> list[float]:
+    os.environ.update(
+        variables
+    )  # ranks are forked off a process that another test may have started
+    with contextlib.chdir(chain):
+        return [line["reward"] for line in run_stage("grpo", out, *words) if "reward" in line]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], WORDS["lora"]], ids=["full", "lora"])
 def test_several_processes_share_one_server(
-    own: list[str], stub: Stub, cli: Cli, tmp_path: Path
+    more: list[str], own: list[str], stub: Stub, tmp_path: Path
 ) -> None:
-    """The same responses, and the same figures up to rounding."""
-    words = [*words_of("grpo"), *SHORT, f"policy={POLICY}", "hardware.device=cpu", *own]
-    found = []
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        done = cli("grpo", *words, f"hardware.processes={count}", f"out={out}", cwd=Path.cwd())
-        assert done.returncode == 0, done.stderr
-        found.append([line["reward"] for line in lines_of(out / "metrics.jsonl")])
-    assert found[0] == found[1] and not running(tmp_path)
+    """Rank 0 asks, and puts sharded weights together for it; responses are those of one process."""
+    words = [*SHORT, *more, "hardware.device=cpu", *own]
+    variables = {name: os.environ[name] for name in ("PATH", "STUB_URL")}
+    expected = on_a_rank(Path.cwd(), tmp_path / "1", words, variables)
+    for way in ("none", "full"):
+        given = [*words, f"hardware.shard={way}"]
+        found = on_ranks(2, on_a_rank, Path.cwd(), tmp_path / way, given, variables)
+        assert found == [expected, expected] and len(expected) == 2
+    end_others()
+    until(lambda: not running(tmp_path))
 
 
 @pytest.mark.slow
