@@ -1,7 +1,6 @@
 """The text of `rlhf-cli --help` and `rlhf-cli STAGE --help`, made from the schema and conf/."""
 
 import json
-import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.own_config import OwnConfig
 from rlhf_cli.config.stages import STAGES, rows_with
 from rlhf_cli.config.switches import used_by
+from rlhf_cli.reporting.terminal import width
 
 _OVERVIEW = """\
 rlhf-cli: align a language model with feedback, one stage per command.
@@ -121,7 +121,7 @@ def shown(value: Any) -> str:
 
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows in columns as wide as the terminal; the last column is wrapped, wide cells stick out."""
-    total = min(shutil.get_terminal_size((100, 24)).columns, 140)
+    total = min(width(), 140)
     count = len(rows[0]) - 1
     widths = [min(max(len(row[i]) for row in rows), total // 3) + 2 for i in range(count)]
     indent = 2 + sum(widths)

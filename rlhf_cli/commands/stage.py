@@ -339,6 +339,7 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
         tidy(Path(cfg.out))
         _tell([f"{cfg.out}: already finished; nothing to do"])
         return Path(cfg.out)
+    _tell(plan.at_once())
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()
     gc.enable()

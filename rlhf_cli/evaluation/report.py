@@ -7,7 +7,8 @@ from typing import Any
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.judging import Report, calibration_of
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.reporting.console import say, show, table
+from rlhf_cli.reporting.console import say, table
+from rlhf_cli.reporting.grid import show
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.reporting.plots import reliability_picture
 

@@ -451,7 +451,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         tidy(Path(cfg.out))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
-    for line in plan.code:
+    for line in [*plan.at_once(), *plan.code]:
         say(line)
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
