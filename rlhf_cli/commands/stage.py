@@ -44,8 +44,9 @@ _UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
 class Flags:
     """The words after the stage, sorted."""
 
-    help: bool
+    help: str | None  # what it is asked about: nothing, all, a group or a key
     check: bool
+    json: bool
     multirun: bool
     config: str | None
     config_dir: str | None
@@ -70,8 +71,9 @@ def parse(stage: str, words: list[str]) -> Flags:
         UserError: a flag that does not exist, or `--key=value`.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
-    for names in (("--help", "-h"), ("--check",), ("--multirun", "-m"), ("--resolve",)):
+    for names in (("--check",), ("--json",), ("--multirun", "-m"), ("--resolve",)):
         parser.add_argument(*names, action="store_true")
+    parser.add_argument("--help", "-h", nargs="?", const="")
     parser.add_argument("--config")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
@@ -79,6 +81,9 @@ def parse(stage: str, words: list[str]) -> Flags:
     parser.add_argument("--info", "-i", nargs="?", const="all")
     parser.add_argument("--hydra-help", action="store_true")
     flags, rest = parser.parse_known_args(words)
+    if "=" in (flags.help or ""):  # an override that stands behind --help
+        rest.append(flags.help)
+        flags.help = ""
     for word in rest:
         if word.startswith("-"):
             raise UserError(_wrong_flag(stage, word, list(parser._option_string_actions)))
@@ -97,10 +102,13 @@ def parse(stage: str, words: list[str]) -> Flags:
         raise UserError(
             "--check, -m, --cfg, --info and --hydra-help: take one (--check -m is fine)"
         )
+    if flags.json and not flags.check:
+        raise UserError("--json goes with --check")
     show += ["--resolve"] if flags.resolve else []
     show += [f"--package={flags.package}"] if flags.package else []
     return Flags(
-        flags.help, flags.check, flags.multirun, flags.config, flags.config_dir, show, rest
+        *(flags.help, flags.check, flags.json, flags.multirun, flags.config, flags.config_dir),
+        *(show, rest),
     )
 
 
@@ -126,10 +134,10 @@ def run(stage: str, words: list[str]) -> None:
         from rlhf_cli.config.own_config import read_config
 
         own = read_config(stage, flags.config, flags.overrides, dirs)
-    if flags.help:
+    if flags.help is not None:
         from rlhf_cli.commands.help import stage_help
 
-        print(stage_help(stage, flags.overrides, dirs, own))
+        print(stage_help(stage, flags.overrides, dirs, own, flags.help))
         return
     if own is not None:
         from rlhf_cli.config.compose import register_config
