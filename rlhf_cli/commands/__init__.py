@@ -1,6 +1,6 @@
-"""What the command line offers besides stages: help, data, export, ls, cp, env and completion."""
+"""What the command line offers besides stages: help, data, export, ls, compare, cp, ..."""
 
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
-COMMANDS = ("data", "export", *SHORT, "ls", "cp", "env", "completion")
+COMMANDS = ("data", "export", *SHORT, "ls", "compare", "cp", "env", "completion")

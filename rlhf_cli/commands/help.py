@@ -78,7 +78,11 @@ def overview() -> str:
 
 
 def stage_help(
-    stage: str, overrides: list[str], dirs: list[Path], own: OwnConfig | None = None, about: str = ""
+    stage: str,
+    overrides: list[str],
+    dirs: list[Path],
+    own: OwnConfig | None = None,
+    about: str = "",
 ) -> str:
     """The help of a stage: groups with their options, then keys with value and meaning.
 
@@ -135,7 +139,9 @@ def _about(stage: str, word: str, values: dict[str, Any]) -> str:
     for key in named:
         group = catalog.group_of(key)
         of_options = catalog.shipped_options(stage, group) if group else {}
-        told = [(f"{group}={name}", f"{key}={shown(each[key])}") for name, each in of_options.items()]
+        told = [
+            (f"{group}={name}", f"{key}={shown(each[key])}") for name, each in of_options.items()
+        ]
         if len({value for _, value in told}) > 1:
             lines.append(f"What options of {group} say\n{columns(sorted(told))}")
     return "\n\n".join(lines)

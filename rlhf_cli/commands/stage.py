@@ -4,12 +4,15 @@ import argparse
 import gc
 import importlib
 import io
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_cli.config import catalog
@@ -22,18 +25,16 @@ from rlhf_cli.reporting.terminal import print_path, printable, show_controls
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from rlhf_cli.runs.preflight import Plan
+
 # Hydra must leave nothing behind: stages write their own folder, after their own checks.
-_SETTINGS = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none")
-_SINGLE = (*_SETTINGS, "hydra/hydra_logging=none")
-# A sweep's folder gets Hydra's multirun.yaml, and what a cluster launcher keeps. Hydra announces
-# jobs on stdout, where only artifact paths belong; other libraries' chatter stays off.
-_SWEEP = (
-    *_SETTINGS,
-    "hydra.sweep.subdir=.",
-    "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr",
-    "hydra.hydra_logging.root.level=WARNING",
-    "+hydra.hydra_logging.loggers.hydra.level=INFO",
+# What it logs goes to stdout, where only artifact paths belong.
+_SINGLE = (
+    *("hydra.output_subdir=null", "hydra.run.dir=."),
+    *("hydra/job_logging=none", "hydra/hydra_logging=none"),
 )
+# A sweep's folder gets Hydra's multirun.yaml, and what a cluster launcher keeps.
+_SWEEP = (*_SINGLE, "hydra.sweep.subdir=.")
 
 _PARAMS = "hydra.sweeper.params"
 # How the processes of a launcher are told which keys the folder of a job does not name.
@@ -169,7 +170,7 @@ def _single(stage: str, flags: Flags) -> None:
         composed.append(cfg)
 
     _hydra_main(stage, flags, _SINGLE, keep)
-    _execute(stage, typed(composed[0], stage), flags.check)
+    _execute(stage, typed(composed[0], stage), flags.check, flags.json)
 
 
 def _sweep(stage: str, flags: Flags) -> None:
@@ -196,16 +197,23 @@ def _sweep(stage: str, flags: Flags) -> None:
     configs = [typed_config(stage, job, flags.config_dir) for job in jobs]
     outs = [cfg.out for cfg in configs]
     unnamed = sweeps.unnamed_keys(jobs, outs) if jobs else [*fixed]
+    found = []
     for number, (job, cfg) in enumerate(zip(jobs, configs, strict=True)):
         cfg.out = sweeps.place(cfg.out, job, unnamed)
         plan = preflight(cfg, check_only=True)
-        if flags.check:
-            swept = [word for word in job if word not in fixed.values()]
-            _tell([f"job {number}: {' '.join(swept) or 'nothing is swept'}", *plan.lines()])
+        swept = " ".join(word for word in job if word not in fixed.values())
+        if flags.json:
+            found.append({"job": number, "swept": swept, **_as_json(stage, cfg, plan)})
+        elif flags.check:
+            _tell([f"job {number}: {swept or 'nothing is swept'}", *plan.lines()])
+    if flags.json:
+        print(json.dumps(found, indent=2))
     if not flags.check:
         home = sweeps.home([cfg.out for cfg in configs]) if jobs else "${out}"
         keys = ",".join(f'"{key}"' for key in unnamed)
         settings += [f'hydra.sweep.dir="{home}"', f"{_UNNAMED}=[{keys}]"]
+        if jobs:
+            _tell([f"sweep: {len(jobs)} jobs in {home}; then rlhf-cli compare {quote(home)}"])
         _hydra_main(stage, flags, settings, sweep_job)
 
 
@@ -224,6 +232,7 @@ def sweep_job(cfg: "DictConfig") -> None:
     unnamed = hydra.job.config.override_dirname.exclude_keys
     config.out = place(config.out, hydra.overrides.task, unnamed)
     interrupts.take()  # a launcher may run this in a process of its own
+    _tell([f"job {hydra.job.num}: {config.out}"])
     try:
         _execute(stage, config, check=False)
     except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
@@ -274,6 +283,8 @@ def _one_line(stage: str) -> Iterator[None]:
 
 def _tell(lines: list[str]) -> None:
     """Lines on stderr, fit to be seen; nobody need hear them."""
+    if not lines:
+        return
     try:
         shown = (printable(redacted(line)) for line in lines)
         print(*shown, sep="\n", file=sys.stderr, flush=True)
@@ -281,9 +292,9 @@ def _tell(lines: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _execute(stage: str, cfg: Any, check: bool) -> None:
+def _execute(stage: str, cfg: Any, check: bool, as_json: bool = False) -> None:
     with _disk_faults(cfg):
-        out = _checked_run(stage, cfg, check)
+        out = _checked_run(stage, cfg, check, as_json)
     if out is not None:
         _tell_path(out)
 
@@ -330,7 +341,31 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
         ) from error
 
 
-def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
+def _as_json(stage: str, cfg: Any, plan: "Plan") -> dict[str, Any]:
+    """What a check found, for programs: the facts, then the lines that people are shown.
+
+    Numbers are null where they are not known.
+    """
+    from rlhf_cli.runs.memory_estimate import Unknown, predicted_peak
+
+    peak = None
+    with suppress(Unknown):
+        peak = round(predicted_peak(cfg)) if cfg.trains and plan.counted else None
+    return {
+        "stage": stage,
+        "out": cfg.out,
+        "state": plan.state,
+        "parameters": int(plan.parameters) if 0 < plan.parameters < math.inf else None,
+        "peak_bytes": peak,
+        "doing": plan.doing,
+        "rows": plan.counted,
+        "code": plan.code,
+        "plan": plan.sums,
+        "memory": plan.memory,
+    }
+
+
+def _checked_run(stage: str, cfg: Any, check: bool, as_json: bool) -> Path | None:
     """The folder that the stage wrote, now or before; None after a check."""
     from rlhf_cli.runs.out_folder import FINISHED, tidy
     from rlhf_cli.runs.preflight import preflight
@@ -340,6 +375,9 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
     gc.disable()
     plan = preflight(cfg, check_only=check)
     gc.freeze()  # nor as the process ends
+    if as_json:
+        print(json.dumps(_as_json(stage, cfg, plan), indent=2))
+        return None
     if check:
         _tell(plan.lines())
         return None

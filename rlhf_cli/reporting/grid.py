@@ -1,5 +1,6 @@
 """Tables that fit: cells wrap at words, and where even that is too wide each row becomes a block."""
 
+import math
 from collections.abc import Sequence
 
 from rich.cells import cell_len
@@ -22,6 +23,14 @@ def show(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    """0.745 ± 0.023: as many decimals as tell two digits of the error; without one, four digits."""
+    if not stderr or not math.isfinite(stderr):
+        return show(value)
+    decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 
 def laid_out(heads: Sequence[str], rows: Sequence[Sequence[str]], limit: int) -> list[str]:
@@ -98,7 +107,7 @@ def _side_by_side(row: Sequence[str], widths: Sequence[int], numeric: Sequence[b
 
 def _blocks(heads: Sequence[str], rows: Sequence[Sequence[str]], limit: int) -> list[str]:
     """Each row as lines of its own, with an empty line between two rows."""
-    label = min(max(map(cell_len, heads)), limit // 3)
+    label = min(max(map(cell_len, heads)), limit // 2)
     lines: list[str] = []
     for row in rows:
         lines += [""] * bool(lines)
