@@ -13,7 +13,7 @@ from rlhf_cli.reporting.terminal import print_path
 USAGE = """\
 rlhf-cli cp: copy what `rlhf-cli ls` names, to change it. Nothing is overwritten.
 
-Usage: rlhf-cli cp NAME DEST, as in rlhf-cli cp demo.sh . or rlhf-cli cp algo/ppo mine/algo/mine.yaml"""
+Usage: rlhf-cli cp NAME DEST, as in rlhf-cli cp algo/ppo mine/algo/mine.yaml"""
 
 
 def run(words: list[str]) -> None:

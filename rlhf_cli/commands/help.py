@@ -106,9 +106,12 @@ def stage_help(
         (f"{group}={option}", ", ".join(_fitting(stage, group, dirs)))
         for group, option in chosen.items()
     ]
+    about_it = (f"rlhf-cli {stage}: {STAGES[stage].sentence}", _reads_and_writes(stage, values))
     parts = [
-        f"rlhf-cli {stage}: {STAGES[stage].sentence}\n{_reads_and_writes(stage, values)}",
-        f"Usage: rlhf-cli {stage} [GROUP=OPTION ...] [KEY=VALUE ...] [FLAG ...]",
+        "\n".join(textwrap.fill(line, _total()) for line in about_it),
+        textwrap.fill(
+            f"Usage: rlhf-cli {stage} [GROUP=OPTION ...] [KEY=VALUE ...] [FLAG ...]", _total()
+        ),
         "Flags\n" + columns(list(_FLAGS)),
         "Groups, as chosen now, and the options of each\n" + columns(groups),
     ]
@@ -197,9 +200,13 @@ def shown(value: Any) -> str:
     return json.dumps(value) if "\n" in value else str(value)
 
 
+def _total() -> int:
+    return min(width(), 140)
+
+
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows in columns as wide as the terminal; the last column is wrapped, wide cells stick out."""
-    total = min(width(), 140)
+    total = _total()
     count = len(rows[0]) - 1
     widths = [min(max(len(row[i]) for row in rows), total // 3) + 2 for i in range(count)]
     indent = 2 + sum(widths)

@@ -25,8 +25,8 @@ Usage: rlhf-cli ls [GROUP]
        rlhf-cli ls runs [--json] [FOLDER ...]
 
   GROUP   algo, model, data, hardware: its options, their stages and what sets them apart; recipes
-  runs    what was made from what: a tree of the runs in and below FOLDER (runs), with state, working
-          time, end, main metric and seed, and notes on sources that have changed or are gone
+  runs    what was made from what: a tree of the runs in and below FOLDER (runs), with state, time,
+          end, main metric and seed, and notes on sources that have changed or are gone
   --json  the same for programs: a list of runs, each with the folder that it hangs under"""
 RUNS = "runs"  # the folder that stages write to by default, and the word for what is in it
 RECIPES = "recipes"

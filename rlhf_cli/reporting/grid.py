@@ -1,4 +1,4 @@
-"""Tables that fit: cells wrap at words, and where even that is too wide each row becomes a block."""
+"""Tables that fit: cells wrap at words; where even that is too wide each row becomes a block."""
 
 import math
 from collections.abc import Sequence
