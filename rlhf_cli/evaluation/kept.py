@@ -17,6 +17,8 @@ from rlhf_cli.evaluation.samples import generated_row
 from rlhf_cli.folders.journal import Journal, Placed, Record
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
 from rlhf_cli.folders.manifest import content_hash, file_hash
+from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.world import world
 from rlhf_cli.rewards.reward import Reward, Scores
 from rlhf_cli.rewards.specs import files_of, models_of
 from rlhf_cli.rollout.rollouts import Rollout
@@ -43,7 +45,10 @@ _SCORES: Form = {
 
 
 class KeptSamples:
-    """The responses and scores of a run, on disk; `out` is the run's own from here on."""
+    """The responses and scores of a run, on disk; `out` is the run's own from here on.
+
+    Of several ranks all read what was kept before, and the first keeps what is made.
+    """
 
     def __init__(self, session: Session) -> None:
         session.claim()
@@ -60,8 +65,10 @@ class KeptSamples:
             if not _fault([record for _, record in block], _RESPONSE):
                 self._lines |= _by_prompt(block)
         self._said = [block for block in self.scores.blocks() if not _fault(block, _SCORES)]
-        with suppress(OSError):  # it is to be seen as it grows, and is replaced at the end
-            (out / SAMPLES).symlink_to(f"{CHECKPOINTS}/{SAMPLES}")
+        world().barrier("all ranks have read what is kept")
+        if world().is_main:
+            with suppress(OSError):  # it is to be seen as it grows, and is replaced at the end
+                (out / SAMPLES).symlink_to(f"{CHECKPOINTS}/{SAMPLES}")
 
     def of(
         self, policy: str, prompts: Sequence[EncodedPrompt], samples: int, first: int = 0
@@ -134,7 +141,7 @@ class SamplesOfPolicy:
             for number, rollout in enumerate(rollouts)
         ]
         if block:
-            self._kept.responses.append(block)
+            by_main(lambda: self._kept.responses.append(block))
         self._stop_if_asked()
 
     def scored(self, name: str, judge: Reward, rollouts: Sequence[Rollout]) -> Scores:
@@ -163,13 +170,13 @@ class SamplesOfPolicy:
                 "seconds": scores.seconds,
             }
             if not scores.total.isnan().all():  # else it is asked again: a service may be back
-                self._kept.scores.append([record])
+                by_main(lambda record=record: self._kept.scores.append([record]))  # type: ignore[misc]
             parts.append(scores)
             self._stop_if_asked()
         return _joined(parts)
 
     def _stop_if_asked(self) -> None:
-        if (name := interrupts.asked()) is not None:
+        for name in filter(None, world().from_all(interrupts.asked())):
             raise Interrupted(f"{name}: what was sampled is kept; the same command goes on")
 
 

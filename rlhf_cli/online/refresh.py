@@ -41,6 +41,7 @@ from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.shared import SharedScorer, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
 from rlhf_cli.objectives.rounding import EQUAL, differ
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.rewards.models import CheckpointReward
@@ -230,8 +231,10 @@ class RewardRefresh:
 
     def write(self) -> None:
         """`out/reward`: the reward model as it is now, a folder that any stage takes as reward."""
-        if not self._metrics:
-            return
+        if self._metrics:
+            by_main(self._write)
+
+    def _write(self) -> None:
         cfg, source = self._cfg, self.source
         folder = self._session.out / "reward"
         before = read_manifest(source.path) or {}

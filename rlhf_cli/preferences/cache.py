@@ -15,6 +15,8 @@ from rlhf_cli.data.items import Answers
 from rlhf_cli.folders.files import as_umask_says, disk_fault, library_errors
 from rlhf_cli.models.dtypes import name_of
 from rlhf_cli.preferences.bootstrap import BOOTSTRAP
+from rlhf_cli.ranks.agreement import together
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 
 
@@ -23,7 +25,8 @@ class ReferenceCache:
 
     The file is named after the reference's folder, the token ids of all responses (which rows,
     template, tokenizer and limits make) and the type of matrix products. It holds the hash of the
-    reference's weights: one that was written for other weights is stale, and computed again.
+    reference's weights: one that was written for other weights is stale, and computed again. Of
+    several ranks the first reads and writes it.
     """
 
     def __init__(
@@ -51,6 +54,12 @@ class ReferenceCache:
 
     def read(self) -> list[Tensor] | None:
         """Per item the (K,) log-probs of its responses; None where they must be computed."""
+        own = together(lambda: self._stored() if world().is_main else None)
+        stored = world().gather([] if own is None else [own])
+        return list(stored[0].split(self._counts)) if stored else None
+
+    def _stored(self) -> Tensor | None:
+        """The log-probs of all responses."""
         if not self.file.is_file():
             return None
         try:
@@ -66,10 +75,12 @@ class ReferenceCache:
             say(f"{self.file}: stale, made with another reference; it is scored again")
             return None
         say(f"reference log-probs: read from {self.file}")
-        return list(values.split(self._counts))
+        return values
 
     def write(self, values: list[Tensor]) -> None:
         """Keep them, in the order of `read`; a disk that takes no cache is no failure."""
+        if not world().is_main:
+            return
         joined = torch.cat(values)
         part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")  # a sweep has several
         try:

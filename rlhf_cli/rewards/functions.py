@@ -18,6 +18,8 @@ from typing import Any
 
 from rlhf_cli.config.own_code import function_in, said_by, trace_of
 from rlhf_cli.data.kinds import Prompt
+from rlhf_cli.ranks.agreement import by_main, together
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.specs import OF_ALL, OF_ONE, function_of, signature_of, value_of
 
@@ -66,7 +68,11 @@ class Response:
 
 
 class UserFunction:
-    """The function that `path/to/file.py:function` names."""
+    """The function that `path/to/file.py:function` names.
+
+    Of several ranks the first alone runs it and its file, which may ask services or hold a model,
+    and tells the others what it says.
+    """
 
     def __init__(self, spec: str, timeout: float) -> None:
         """Loads the file; `timeout` is in seconds, for each call of an async function.
@@ -79,7 +85,9 @@ class UserFunction:
         self._file, name = named
         self.spec, self.timeout = spec, timeout
         self.signature = signature_of(self._file, name)
-        self._function = function_in("reward", self._file, name)
+        self._function: Any = together(
+            lambda: function_in("reward", self._file, name) if world().is_main else None
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shown: set[tuple[str, ...]] = set()  # what exceptions came from
 
@@ -90,6 +98,9 @@ class UserFunction:
         """
         if not responses:
             return []
+        return by_main(lambda: self._judged(responses))
+
+    def _judged(self, responses: Sequence[Response]) -> list[Any]:
         columns = self._columns(responses)
         with redirect_stdout(sys.stderr):  # standard output is for the path of what was made
             if self.signature.one_by_one:

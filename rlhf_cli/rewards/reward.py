@@ -14,6 +14,8 @@ from rlhf_cli.config.schema import Run
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
 from rlhf_cli.folders.manifest import RESPONSE
+from rlhf_cli.ranks.agreement import on_every_rank
+from rlhf_cli.ranks.world import world
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
 from rlhf_cli.rewards.functions import Response, UserFunction
 from rlhf_cli.rewards.models import CheckpointReward, load_model_reward
@@ -23,7 +25,11 @@ from rlhf_cli.rollout.rollouts import Rollout
 
 
 class RuleReward(RewardSource):
-    """A plain function of row and text."""
+    """A plain function of row and text.
+
+    Each rank judges some responses: some rules are slow, and some go by a clock, which must decide
+    once for all.
+    """
 
     def __init__(self, rule: Rule) -> None:
         super().__init__(rule.spec)
@@ -35,7 +41,9 @@ class RuleReward(RewardSource):
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
         """(B,) the rule's value for each rollout."""
-        return floats([self.rule.score(rollout.row, rollout.text) for rollout in rollouts])
+        own = [rollouts[place] for place in world().share(len(rollouts))]
+        judged = on_every_rank(lambda: [self.rule.score(each.row, each.text) for each in own])
+        return torch.cat(world().gather([floats(judged)]))
 
 
 class FunctionReward(RewardSource):

@@ -14,9 +14,11 @@ from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine
+from rlhf_cli.rollout.ranks import RankedEngine
 from rlhf_cli.runs.inherited import KEYS, check_context, told
 from rlhf_cli.runs.session import Session
 
@@ -39,8 +41,12 @@ class Policy:
     def of(
         cls, model: nn.Module, encoder: Encoder, hardware: Hardware, compiles: bool = False
     ) -> "Policy":
-        """A policy that is sampled from in this process, by compiled steps if it `compiles`."""
-        engine = NativeEngine(model, encoder, hardware, compiles)
+        """A policy that is sampled from in this process, by compiled steps if it `compiles`, or in
+        each of several.
+        """
+        engine: Engine = NativeEngine(model, encoder, hardware, compiles)
+        if world().size > 1:
+            engine = RankedEngine(engine, encoder, hardware)
         return cls(model, encoder.tokenizer, encoder, engine)
 
     @property

@@ -34,6 +34,7 @@ from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
 from rlhf_cli.objectives.kl import k1
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.models import ModelReward
@@ -104,7 +105,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
         **settings(cfg),
         "reward_model": judgement,
     }
-    write(staging(session.out), report, samples)
+    by_main(lambda: write(staging(session.out), report, samples))
     show_report(paths[0], cfg.reference, results, wins)
     if judgement is not None and scorer is not None:
         show_judgement(f"{scorer.path} on held-out rows", judgement)

@@ -1,0 +1,169 @@
+"""The engine of several ranks: prompts are dealt out, and every rank has all responses.
+
+Each draw is fixed by the place of its prompt among all, so that in float32 texts are the same
+whoever makes them; log-probs differ by the rounding of what was sampled beside them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import nn
+
+from rlhf_cli.config.schema import Hardware
+from rlhf_cli.data.items import EncodedPrompt
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.ranks.agreement import on_every_rank
+from rlhf_cli.ranks.world import world
+from rlhf_cli.rollout.decode import Completion
+from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.native import FILLS
+from rlhf_cli.rollout.rollouts import Rollout, as_rollout
+from rlhf_cli.rollout.sampling import Sampling
+
+REASONS = ("length", "eos", "stop")
+
+
+@dataclass
+class Done:
+    """The responses to some prompts of a run that need not be sampled again, by place in it."""
+
+    done: Mapping[int, list[Rollout]]
+
+    def keep(self, made: Mapping[int, list[Rollout]]) -> None:
+        """Nothing: they are kept once they are gathered."""
+
+
+class RankedEngine(Engine):
+    """Deals prompts to the engine that each rank has of its own."""
+
+    def __init__(self, own: Engine, encoder: Encoder, hardware: Hardware) -> None:
+        """`own`: of this rank. The encoder reads the ids that other ranks have drawn."""
+        self._own, self._encoder, self._hardware = own, encoder, hardware
+
+    @property
+    def exact(self) -> bool:
+        """Whether the engines of all ranks are, which are alike."""
+        return self._own.exact
+
+    def update(self, model: nn.Module) -> None:
+        """Every rank samples from these weights; all have the same."""
+        self._own.update(model)
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        samples: int = 1,
+        first: int = 0,
+        seed: int,
+        advance: Callable[[int], None] = lambda count: None,
+        kept: Kept | None = None,
+    ) -> list[Rollout]:
+        """All responses, on every rank; where they are kept, in rounds.
+
+        Rounds and shares are those of all prompts, whatever is left of them, so that a run that
+        goes on on as many ranks ends with the same digits.
+        """
+        rollouts = dict(kept.done) if kept is not None else {}
+        needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
+        rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))
+
+        def draw(run: range, told: Callable[[int], None]) -> list[Rollout]:
+            """The responses to those of a run that are left."""
+            there = {place - run.start: rollouts[place] for place in run if place in rollouts}
+            if len(there) == len(run):
+                return []
+            drawn = self._own.sample(
+                prompts[run.start : run.stop],
+                sampling,
+                samples=samples,
+                first=first + run.start,
+                seed=seed,
+                advance=told,
+                kept=None if kept is None else Done(there),
+            )
+            left = (place for place in range(len(run)) if place not in there)
+            return [drawn[place * samples + k] for place in left for k in range(samples)]
+
+        for places in rounds:
+            left = [place for place in places if place not in rollouts]
+            if not left:
+                continue
+            run = even_runs(places, needs, world().size)[world().rank]
+            bar = _Share(advance, len(left), sum(i not in rollouts for i in run), samples)
+            own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
+            completions = iter(gathered(own))
+            made = {
+                place: [
+                    as_rollout(*prompts[place], next(completions), self._encoder, sampling)
+                    for _ in range(samples)
+                ]
+                for place in left
+            }
+            rollouts |= made
+            if kept is not None:
+                kept.keep(made)
+            bar.finish()
+        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    def _rounds(self, needs: Sequence[int]) -> Iterator[range]:
+        """Runs of places that give each rank about what one process samples between two looks."""
+        budget = world().size * FILLS * self._hardware.sampled_at_once
+        start = tokens = 0
+        for place, need in enumerate(needs):
+            if tokens and tokens + need > budget:
+                yield range(start, place)
+                start, tokens = place, 0
+            tokens += need
+        if tokens:
+            yield range(start, len(needs))
+
+
+class _Share:
+    """A bar of all responses, told of by the progress of this rank's own."""
+
+    def __init__(
+        self, advance: Callable[[int], None], prompts: int, own: int, samples: int
+    ) -> None:
+        """`own`: of so many prompts, each with so many samples, those of this rank."""
+        self._advance, self._all, self._own = advance, prompts * samples, own * samples
+        self._done = self._told = 0
+
+    def advance(self, count: int) -> None:
+        """So many more of this rank's own are done."""
+        self._done += count
+        self._tell(self._all * self._done // self._own)
+
+    def finish(self) -> None:
+        """All are."""
+        self._tell(self._all)
+
+    def _tell(self, upto: int) -> None:
+        self._advance(upto - self._told)
+        self._told = upto
+
+
+def even_runs(places: range, needs: Sequence[int], count: int) -> list[range]:
+    """Places in so many runs, in order, that need about as much as each other; some may be empty.
+
+    So no rank has all of the long prompts.
+    """
+    own = [needs[place] for place in places]
+    total = sum(own)
+    middles = [2 * upto - need for upto, need in zip(accumulate(own), own, strict=True)]
+    ends = [sum(each * count < 2 * total * part for each in middles) for part in range(count + 1)]
+    return [places[start:end] for start, end in pairwise(ends)]
+
+
+def gathered(own: Sequence[Rollout]) -> list[Completion]:
+    """The completions of all ranks, rank by rank."""
+    reasons = torch.tensor([REASONS.index(each.finish_reason) for each in own], dtype=torch.int64)
+    ids = [torch.tensor(each.tokens.response, dtype=torch.int64) for each in own]
+    # float64 holds what an engine says to the last digit
+    logprobs = [torch.tensor(each.logprobs, dtype=torch.float64) for each in own]
+    all_reasons = torch.cat(world().gather([reasons])).tolist()
+    columns = zip(all_reasons, world().gather(ids), world().gather(logprobs), strict=True)
+    return [Completion(row.tolist(), of_row.tolist(), REASONS[i]) for i, row, of_row in columns]
