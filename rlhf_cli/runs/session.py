@@ -47,8 +47,8 @@ from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.world import enter, world
-from rlhf_cli.reporting.console import Bar, say, table
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.metrics import JsonLines, defined, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
@@ -68,6 +68,7 @@ from rlhf_cli.runs.out_folder import (
 )
 from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
+from rlhf_cli.runs.summary import last_lines
 from rlhf_cli.training.optimize import Optimizer
 
 MANY = 50_000  # rows that take a while to read
@@ -395,17 +396,21 @@ class Session:
                 "longest_response": encoder.lengths.response or longest_learnt(self.cfg) or 0,
             },
         }
-        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
-        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
-        shown = {**metrics, **scale, **self.checks, **times}
         if self.stream is not None:
             for line in self.stream.notes():
                 say(f"of the rows that were streamed: {line}")
-        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 
-    def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
-        """Publish what is staged, with stage.json last."""
+    def finish(
+        self, kind: str, metrics: dict[str, Any], told: str | None = None, **more: Any
+    ) -> Path:
+        """Publish what is staged, with stage.json last, and say how it went.
+
+        Args:
+            told: a sentence on that, where summary.py does not know one.
+            more: further entries of stage.json.
+        """
+        known, reasons = defined(metrics)
         for log in self.logs:
             log.described()  # so that it is on disk before stage.json says that all is there
         publish(
@@ -417,7 +422,8 @@ class Session:
                 "seed": self.cfg.seed,
                 **more,
                 "checks": round_figures(self.checks),
-                "metrics": round_figures(metrics),
+                "metrics": round_figures(known),
+                **({"undefined": reasons} if reasons else {}),
                 "seconds": round(self.seconds(), 1),
                 "versions": {
                     "rlhf-cli": rlhf_cli.__version__,
@@ -427,7 +433,11 @@ class Session:
                 },
             },
         )
-        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
+        rows = self.logs[0].rows() if self.logs and world().is_main else []
+        for line in last_lines(self.cfg, known, rows, told):
+            say(line)
+        saving = f", {self.saving:.1f} s of it saving" if self.saving >= 1 else ""
+        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s{saving}")
         return self.out
 
 

@@ -24,9 +24,9 @@ from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.reading import KindError
-from rlhf_cli.evaluation.judging import Report, judge
+from rlhf_cli.evaluation.judging import Report, figures, judge
 from rlhf_cli.evaluation.kept import KeptSamples
-from rlhf_cli.evaluation.report import show_judgement, show_report
+from rlhf_cli.evaluation.report import show_report, verdict
 from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
@@ -46,6 +46,7 @@ from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import baselines_of, siblings_of
 from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.summary import of_scores
 
 Samples = list[dict[str, object]]
 
@@ -108,8 +109,9 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     by_main(lambda: write(staging(session.out), report, samples))
     show_report(paths[0], cfg.reference, results, wins)
     if judgement is not None and scorer is not None:
-        show_judgement(f"{scorer.path} on held-out rows", judgement)
-    return session.finish("report", {"policies": results, "win_rates": wins})
+        say(of_scores(figures(judgement), f"scores of {scorer.path}"))
+    sentence = verdict(paths[0], cfg.reference, results)
+    return session.finish("report", {"policies": results, "win_rates": wins}, sentence)
 
 
 def check_scored(judges: dict[str, Reward], said: list[dict[str, Scores]]) -> None:
