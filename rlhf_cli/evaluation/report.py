@@ -15,7 +15,7 @@ from rlhf_cli.reporting.plots import reliability_picture
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""
 
-MOST = 6  # policies in a table; report.json has them all
+MOST = 5  # policies in a table; report.json has them all
 
 
 def show_report(policy: str, reference: str | None, results: Results, wins: Results) -> None:

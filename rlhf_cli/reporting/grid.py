@@ -11,6 +11,7 @@ GAP = "  "  # between columns
 INDENT = "  "  # of a block
 LONGEST_WORD = 40  # characters that stay on one line; longer ones are folded
 LEAST_TEXT = 16  # a column of text is never narrower, if it has that much
+MOST_DECIMALS = 5  # with more zeros than digits a number has an exponent
 LEAST_LIMIT = 20  # no terminal is taken for narrower
 
 _console = Console(width=80)  # by whose rules text wraps; it prints nothing
@@ -30,6 +31,8 @@ def with_error(value: float, stderr: float | None) -> str:
     if not stderr or not math.isfinite(stderr):
         return show(value)
     decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    if decimals > MOST_DECIMALS:
+        return f"{value:.2g} ± {stderr:.2g}"
     return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 

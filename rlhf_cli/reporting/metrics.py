@@ -11,7 +11,7 @@ from typing import Any
 
 NOTHING = "not a number: there was nothing to take it from"
 UNDEFINED = {
-    "_stderr": "all rows have the same prompt, so nothing tells how it varies",
+    "stderr": "all rows have one prompt, so nothing tells how it varies",
     "length_correlation": "scores or lengths do not vary",
     "longer_chosen": "all pairs are of equal length",
     "longer_preferred": "all pairs are of equal length",

@@ -56,19 +56,30 @@ AFTER = {
 
 
 class Moved(NamedTuple):
-    """A figure when it was first measured, after a step, and at the end."""
+    """A figure when it was first measured, after a step, and at the end, with its error there."""
 
     step: int
     first: float
     last: float
+    stderr: float | None
 
     @property
-    def way(self) -> str:
-        """`rose from 0.34 (step 1) to`, `fell ...` or `stayed at`; what it came to follows."""
+    def rose(self) -> bool:
+        """By more than its error."""
+        return self.last - self.first > (self.stderr or 0.0)
+
+    @property
+    def fell(self) -> bool:
+        """By more than its error."""
+        return self.first - self.last > (self.stderr or 0.0)
+
+    def __str__(self) -> str:
+        """`rose from 0.34 (step 1) to 0.50 ± 0.03`, and so on."""
+        verb = "rose" if self.rose else "fell" if self.fell else "went"
+        last = with_error(self.last, self.stderr)
         if show(self.first) == show(self.last):
-            return "stayed at"
-        verb = "rose" if self.last > self.first else "fell"
-        return f"{verb} from {show(self.first)} (step {self.step}) to"
+            return f"stayed at {last}"
+        return f"{verb} from {show(self.first)} (step {self.step}) to {last}"
 
 
 def last_lines(cfg: Run, metrics: Metrics, rows: Rows, told: str | None = None) -> list[str]:
@@ -82,9 +93,9 @@ def last_lines(cfg: Run, metrics: Metrics, rows: Rows, told: str | None = None) 
     stage, out = stage_name(cfg), Path(cfg.out)
     sentence = told or _SENTENCES[stage](metrics, rows)
     numbers = [
-        f"{name} {with_error(value, metrics.get(f'{name}_stderr'))}"
+        f"{name} {with_error(metrics[name], metrics.get(f'{name}_stderr'))}"
         for name in NUMBERS[stage]
-        if _is_number(value := metrics.get(name))
+        if _is_number(metrics.get(name))
     ]
     files = [f"{name} ({what})" for name, what in FILES.items() if (out / name).is_file()]
     return [
@@ -100,7 +111,7 @@ def moved(name: str, metrics: Metrics, rows: Rows) -> Moved | None:
     first = next((row for row in rows if _is_number(row.get(name))), None)
     if first is None or not _is_number(metrics.get(name)) or len(rows) < 2:
         return None
-    return Moved(first["step"], first[name], metrics[name])
+    return Moved(first["step"], first[name], metrics[name], metrics.get(f"{name}_stderr"))
 
 
 def _is_number(value: object) -> bool:
@@ -111,12 +122,16 @@ def _is_number(value: object) -> bool:
 
 
 def _of_sft(metrics: Metrics, rows: Rows) -> str:
-    loss = moved("eval/loss", metrics, rows)
-    way = loss.way if loss else "is"
-    line = f"the held-out loss {way} {show(metrics['eval/loss'])} nats per token"
-    if (reward := moved("eval/reward", metrics, rows)) is not None:
-        line += f", the reward of responses {reward.way} {show(reward.last)}"
+    line = f"the held-out loss {_went('eval/loss', metrics, rows)} nats per token"
+    if _is_number(metrics.get("eval/reward")):
+        line += f", the reward of responses {_went('eval/reward', metrics, rows)}"
     return line
+
+
+def _went(name: str, metrics: Metrics, rows: Rows) -> str:
+    """How a figure went, or what it is."""
+    how = moved(name, metrics, rows)
+    return str(how or f"is {with_error(metrics[name], metrics.get(f'{name}_stderr'))}")
 
 
 def of_scores(metrics: Metrics, whose: str) -> str:
@@ -155,9 +170,7 @@ def _of_reward(metrics: Metrics, rows: Rows) -> str:
 
 def _of_dpo(metrics: Metrics, rows: Rows) -> str:
     line = of_scores(metrics, "its implicit rewards")
-    if not line:
-        loss = moved("eval/loss", metrics, rows)
-        line = f"the held-out loss {loss.way if loss else 'is'} {show(metrics['eval/loss'])}"
+    line = line or f"the held-out loss {_went('eval/loss', metrics, rows)}"
     if _is_number(kl := metrics.get("eval/kl")):
         line += f"; the KL to the reference is {show(kl)} nats per response"
     return line
@@ -165,20 +178,18 @@ def _of_dpo(metrics: Metrics, rows: Rows) -> str:
 
 def _online(metrics: Metrics, rows: Rows) -> str:
     """The reward, and gold beside it where it was measured: one that rises alone is fooled."""
-    place, held_out = "reward", moved("eval/reward", metrics, rows)
-    if held_out is not None:
-        place = "eval/reward"
-    reward, gold = moved(place, metrics, rows), moved("eval/gold", metrics, rows)
-    value = with_error(metrics[place], metrics.get(f"{place}_stderr"))
-    line = f"the reward {reward.way if reward else 'is'} {value}"
-    if held_out is not None:
+    held_out = _is_number(metrics.get("eval/reward"))
+    place = "eval/reward" if held_out else "reward"
+    if not _is_number(metrics.get(place)):
+        return "no response of what was written has a reward"
+    line = f"the reward {_went(place, metrics, rows)}"
+    if held_out:
         line = f"on held-out prompts {line}"
-    if gold is not None:
-        fooled = gold.last < gold.first and reward is not None and reward.last > reward.first
-        score = with_error(gold.last, metrics.get("eval/gold_stderr"))
-        line += f" {'while' if fooled else 'and'} gold {gold.way} {score}"
-        if fooled:
-            line += ": the reward is fooled; algo.keep=eval/gold, or more algo.kl_coef"
+    if _is_number(metrics.get("eval/gold")):
+        reward, gold = moved(place, metrics, rows), moved("eval/gold", metrics, rows)
+        fooled = bool(reward and reward.rose and gold and gold.fell)
+        line += f" {'while' if fooled else 'and'} gold {_went('eval/gold', metrics, rows)}"
+        line += ": the reward is fooled; algo.keep=eval/gold, or more algo.kl_coef" * fooled
     return line
 
 

@@ -86,6 +86,7 @@ def test_figures_have_as_many_digits_as_are_known() -> None:
     assert with_error(-1234.5, 31.0) == "-1234 ± 31"
     assert with_error(0.3263111, None) == "0.3263"
     assert with_error(400, 0.0) == "400"
+    assert with_error(4.21e-7, 2.91e-7) == "4.2e-07 ± 2.9e-07"
     assert (show(None), show(1.23456), show("x")) == ("-", "1.235", "x")
 
 
