@@ -23,6 +23,7 @@ from rlhf_cli.config.secrets import redacted
 from rlhf_cli.reporting.terminal import print_path, printable, show_controls
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
     from rlhf_cli.runs.preflight import Plan
@@ -156,10 +157,10 @@ def run(stage: str, words: list[str]) -> None:
             text = shown.getvalue()
             print(redacted(requoted(text) if flags.show_yaml else text), end="")
     else:
-        (_sweep if flags.multirun else _single)(stage, flags)
+        (_sweep if flags.multirun else _single)(stage, flags, words)
 
 
-def _single(stage: str, flags: Flags) -> None:
+def _single(stage: str, flags: Flags, words: list[str]) -> None:
     # The task only hands the config over: errors of the stage then pass no frame of Hydra's, which
     # would print a line of its own.
     from rlhf_cli.config.compose import typed
@@ -170,10 +171,10 @@ def _single(stage: str, flags: Flags) -> None:
         composed.append(cfg)
 
     _hydra_main(stage, flags, _SINGLE, keep)
-    _execute(stage, typed(composed[0], stage), flags.check, flags.json)
+    _execute(stage, typed(composed[0], stage), flags.check, words, flags.json)
 
 
-def _sweep(stage: str, flags: Flags) -> None:
+def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
     """Check every job before the first one starts, then let Hydra run them."""
     from rlhf_cli.commands import sweeps
     from rlhf_cli.config.compose import hydras_words, params_of_sweep, typed_config
@@ -234,13 +235,23 @@ def sweep_job(cfg: "DictConfig") -> None:
     interrupts.take()  # a launcher may run this in a process of its own
     _tell([f"job {hydra.job.num}: {config.out}"])
     try:
-        _execute(stage, config, check=False)
+        _execute(stage, config, False, _words_of_job(hydra, config.out))
     except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
         _tell([f"job {hydra.job.num}, out={config.out}: error: {error}"])
         interrupts.wait_no_more(f"{config.out} failed")
         raise
     # too late for this job, not for the others
     interrupts.wait_no_more(f"{config.out} is finished")
+
+
+def _words_of_job(hydra: "HydraConf", out: str) -> list[str]:
+    """The words that run a job by itself."""
+    own = [
+        f"--config-dir={source.path}"
+        for source in hydra.runtime.config_sources
+        if source.provider == "command-line"
+    ]
+    return [*own, *hydra.overrides.task, f"out={out}"]
 
 
 def _hydra_main(
@@ -292,9 +303,10 @@ def _tell(lines: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _execute(stage: str, cfg: Any, check: bool, as_json: bool = False) -> None:
+def _execute(stage: str, cfg: Any, check: bool, words: list[str], as_json: bool = False) -> None:
+    """Check or run a config; `words` after the stage make it again, for further processes."""
     with _disk_faults(cfg):
-        out = _checked_run(stage, cfg, check, as_json)
+        out = _checked_run(stage, cfg, check, words, as_json)
     if out is not None:
         _tell_path(out)
 
@@ -365,8 +377,10 @@ def _as_json(stage: str, cfg: Any, plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _checked_run(stage: str, cfg: Any, check: bool, as_json: bool) -> Path | None:
-    """The folder that the stage wrote, now or before; None after a check."""
+def _checked_run(stage: str, cfg: Any, check: bool, words: list[str], as_json: bool) -> Path | None:
+    """The folder that the stage wrote, now or before; None after a check, and where another
+    process has told it.
+    """
     from rlhf_cli.runs.out_folder import FINISHED, tidy
     from rlhf_cli.runs.preflight import preflight
 
@@ -385,6 +399,12 @@ def _checked_run(stage: str, cfg: Any, check: bool, as_json: bool) -> Path | Non
         tidy(Path(cfg.out))
         _tell([f"{cfg.out}: already finished; nothing to do"])
         return Path(cfg.out)
+    if cfg.hardware.processes != 1:
+        from rlhf_cli.commands.launch import launch, processes_of
+
+        if (processes := processes_of(cfg)) > 1:
+            launch(cfg, plan, [stage, *words], processes)
+            return None
     _tell(plan.at_once())
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()

@@ -141,10 +141,13 @@ class Bar:
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table as wide as the terminal takes; floats with four digits, None as a dash."""
+    """A table as wide as the terminal takes; floats with four digits, None as a dash.
+
+    Args:
+        title: stands above it; "" where its heads say enough.
+    """
     cells = [[printable(redacted(show(value))) for value in row] for row in rows]
     names = [printable(redacted(head)) for head in heads]
-    lines = [
-        f"[bold]{escape(line)}[/bold]" for line in wrapped(printable(redacted(title)), width())
-    ]
+    above = wrapped(printable(redacted(title)), width()) if title else []
+    lines = [f"[bold]{escape(line)}[/bold]" for line in above]
     console.print("\n".join([*lines, *map(escape, laid_out(names, cells, width()))]))
