@@ -40,6 +40,24 @@ def run(words: list[str]) -> None:
     if {"--help", "-h"} & set(words):
         print(USAGE)
         return
+    places, flag = parse(words)
+    from rlhf_cli.runs.comparison import compared
+
+    runs = compared(places)
+    if flag == "--json":
+        print(json.dumps([_as_json(each, runs) for each in runs], indent=2))
+    elif flag == "--csv":
+        _print_csv(runs)
+    else:
+        _print_tables(runs)
+
+
+def parse(words: list[str]) -> tuple[list[Path], str | None]:
+    """The folders, and the flag where there is one.
+
+    Raises:
+        UserError: there is no folder, or no such flag.
+    """
     flags = [word for word in words if word.startswith("-")]
     places = [Path(word) for word in words if not word.startswith("-")]
     if wrong := [flag for flag in flags if flag not in FLAGS]:
@@ -50,15 +68,7 @@ def run(words: list[str]) -> None:
         raise UserError(
             "compare takes folders of runs: rlhf-cli compare RUN RUN, or one of a sweep"
         )
-    from rlhf_cli.runs.comparison import compared
-
-    runs = compared(places)
-    if "--json" in flags:
-        print(json.dumps([_as_json(each, runs) for each in runs], indent=2))
-    elif "--csv" in flags:
-        _print_csv(runs)
-    else:
-        _print_tables(runs)
+    return places, flags[0] if flags else None
 
 
 def _print_tables(runs: Sequence["Compared"]) -> None:

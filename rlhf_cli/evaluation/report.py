@@ -22,7 +22,7 @@ from rlhf_cli.runs.out_folder import SAMPLES
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""
 
-MOST = 5  # policies in a table; report.json has them all
+MOST, MOST_PAIRS = 5, 3  # policies in a table, and pairs of them; report.json has them all
 
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
@@ -77,8 +77,9 @@ def brief(cfg: EvaluateConfig, path: str) -> str:
 
 
 def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
-    """Every policy in the order of the chain, with its figures, wins and rating; then, where they
-    were asked for, win rates over temperature and the best of n samples.
+    """Every policy in the order of the chain, with its figures, wins and rating.
+
+    Then win rates over temperature, where several were asked for.
     """
     name_of, results = partial(brief, cfg), report["policies"]
 
@@ -103,7 +104,6 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     table("", heads, [[row[i] for i in used] for row in rows[:MOST]])
     say(remarks(cfg, report, len(rows) - MOST))
     show_temperatures(report["by_temperature"], name_of)
-    show_best_of(cfg, report)
 
 
 def _estimate(results: Results, name: str, path: str) -> str | None:
@@ -136,8 +136,9 @@ def remarks(cfg: EvaluateConfig, report: dict[str, Any], left: int) -> str:
             for path, each in ratings.items()
             for other in each["not_separable"]
         }
-        alike = ", ".join(f"{one} and {other}" for one, other in sorted(pairs)[:MOST])
-        told += [f"not separable at {report['prompts']} prompts: {alike}"] if alike else []
+        alike = ", ".join(f"{one} and {other}" for one, other in sorted(pairs)[:MOST_PAIRS])
+        more = f", {len(pairs) - MOST_PAIRS} more" if len(pairs) > MOST_PAIRS else ""
+        told += [f"not separable at {report['prompts']} prompts: {alike}{more}"] if alike else []
     if left > 0:
         told.append(f"{left} more policies in report.json")
     return "; ".join(told)
@@ -187,19 +188,6 @@ def score(won: dict[str, float] | None) -> str | None:
     if won is None:
         return None
     return f"{won['win'] + won['tie'] / 2:.2f} ({won['low']:.2f} to {won['high']:.2f})"
-
-
-def show_best_of(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
-    """What the best of n samples of the reference would have, or of the policy without one."""
-    reference = str(Path(cfg.reference or ""))
-    path = reference if reference in report["policies"] else str(Path(cfg.policy))
-    if best := report["policies"][path].get("best_of"):
-        rows = [
-            [n, *(plus_minus(of.get(judge)) for judge in JUDGES), f"{of['kl_bound']:.2f}"]
-            for n, of in best.items()
-        ]
-        title = f"best of n samples of {brief(cfg, path)}, chosen by reward"
-        table(title, ["n", *JUDGES, "KL to one sample, at most"], rows)
 
 
 def plus_minus(estimate: dict[str, float] | None) -> str | None:

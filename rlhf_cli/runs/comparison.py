@@ -54,6 +54,8 @@ def compared(places: Sequence[Path]) -> list[Compared]:
         UserError: a place holds none, or there is only one.
     """
     folders = list(dict.fromkeys(run for place in places for run in _runs_of(place)))
+    if len(folders) == 1:  # a sweep of a stage that has run alone, too
+        folders += [run for run in _below(folders[0]) if run != folders[0]]
     if len(folders) < 2:
         raise UserError(
             f"compare: {places[0]} is one run; name another beside it, or the folder of a sweep"
@@ -106,10 +108,14 @@ def _runs_of(place: Path) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise UserError(f"compare: no folder {place}")
-    found = sorted(run for run in runs_in([place]) if is_claimed(run))
+    found = _below(place)
     if not found:
         raise UserError(f"compare: no runs in {place}; see rlhf-cli ls runs")
     return found
+
+
+def _below(place: Path) -> list[Path]:
+    return sorted(run for run in runs_in([place]) if is_claimed(run))
 
 
 def _read(folder: Path, name: str) -> Compared:

@@ -39,6 +39,8 @@ NUMBERS = {
 
 FILES = {
     "report.json": "tables",
+    "frontier.png": "scores over KL",
+    "win_rates.png": "over temperature",
     "reliability.png": "calibration",
     "metrics.jsonl": "each step",
     "samples.jsonl": "samples",

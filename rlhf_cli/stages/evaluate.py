@@ -111,7 +111,7 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     if judgement is not None and scorer is not None:
         say(of_scores(figures(judgement), f"scores of {scorer.path}"))
     shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
-    return session.finish("report", shown, verdict(cfg, results))
+    return session.finish("report", shown, verdict(cfg, report["policies"]))
 
 
 def answered(

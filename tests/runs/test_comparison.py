@@ -169,6 +169,12 @@ def test_a_damaged_run_is_said_to_be() -> None:
     assert damaged.state == "damaged" and damaged.figures == {}
 
 
+def test_a_run_may_hold_a_sweep_of_its_stage() -> None:
+    write_run("ppo", metrics=METRICS)
+    write_run("ppo/lr=2", lr=2, metrics=METRICS)
+    assert [run.name for run in compared([Path("ppo")])] == [".", "lr=2"]
+
+
 def test_names_tell_folders_apart() -> None:
     assert names_of([Path("x/a/ppo"), Path("x/b/ppo")]) == ["a/ppo", "b/ppo"]
     assert names_of([Path("x"), Path("x/y")]) == [".", "y"]
