@@ -72,6 +72,7 @@ def key(
 # --------------------------------------------------------------------------- hardware
 
 
+VLLM = "vllm"
 OF_A_CPU = 4096, 16384, 1024
 """What auto means there: tokens in a micro-batch, tokens sampled at once, positions of logits."""
 
@@ -116,6 +117,24 @@ class Hardware:
         ge=1,
         auto=int,
     )
+    rollout: str = key(
+        "Who samples for ppo, grpo, generate and evaluate: this process, or a vLLM server.",
+        choices=("native", VLLM),
+    )
+    rollout_server: str | None = key(
+        "Address of a running server, as http://host:8000; its machine sees the folder `out`.",
+        used_by="hardware.rollout=vllm",
+    )
+    rollout_devices: list[int] | None = key(
+        "GPUs of this machine on which the stage starts a server of its own.",
+        used_by="hardware.rollout=vllm",
+    )
+    rollout_timeout: float = key(
+        "Seconds within which a server starts, loads weights or answers a request.",
+        gt=0,
+        used_by="hardware.rollout=vllm",
+        unused=600.0,
+    )
     packing: str = key(
         "auto: sequences stand end to end, without pads, where a short try finds the same result; "
         "false: each has a padded row.",
@@ -144,6 +163,11 @@ class Hardware:
         "Of several processes, what each holds of weights, gradients and moments: none: all; full: "
         "its part of all processes' one copy; hybrid: its part of that of its machine.",
         choices=("none", "full", "hybrid"),
+    )
+    device_memory: float | None = key(
+        "GiB of each device that --check and the start of a run compare its peak with; null: those "
+        "of the device at hand.",
+        gt=0,
     )
     save_every: str | None = key(
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "

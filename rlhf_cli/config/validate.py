@@ -12,6 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
+from rlhf_cli.config.rollout_rules import rollouts
 from rlhf_cli.config.schema import (
     AUTO,
     Decoding,
@@ -207,7 +208,7 @@ def _plain_text(cfg: Run) -> Iterator[str]:
 
 def _no_training(cfg: Run) -> Iterator[str]:
     if not cfg.trains:
-        for name in ("save_every", "keep_checkpoints"):
+        for name in ("save_every", "keep_checkpoints", "device_memory"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
         for name in ("gradient_checkpointing", "compile"):
@@ -311,6 +312,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _shards,
     _processes,
     _decoding,
+    rollouts,
     _reward_model,
     _preferences,
     _selection,

@@ -18,16 +18,19 @@ from rlhf_cli.runs.checks import (
     check_frozen_layers,
     check_models,
     check_rows,
+    check_sampler,
     own_loss_lines,
     reward_lines,
     row_kind,
 )
+from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory, written
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
 from rlhf_cli.runs.provenance import Provenance, models_read, provenance_of, size_of_parents
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
+from rlhf_cli.runs.sharing import Ranks
 
 HEAVY = 4 * 2**30  # bytes that take seconds to hash
 NAMED = 4  # models in the line on what is loaded
@@ -77,7 +80,7 @@ class Plan:
         return [*self.sums, *self.memory[-1:]]
 
 
-def preflight(cfg: Run, check_only: bool = False) -> Plan:
+def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) -> Plan:
     """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
     Learning rates that it leaves open are filled in, so that config.yaml has them.
@@ -85,6 +88,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     Args:
         check_only: nothing will run, so that what it is made from need not be hashed, but to tell
             the state of `out`.
+        ranks: that would share it; None for those that this command starts, or is one of.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
@@ -105,6 +109,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_models(cfg)
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
+    check_sampler(cfg)
     check_adapter_use(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
@@ -119,7 +124,8 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     if check_only:  # a start tells what is found on its device
         sums += auto_line(cfg)
-    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
+    sums += sharing_lines(cfg, ranks)
+    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))), ranks=ranks)
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),
         loading=loading_line(cfg),
