@@ -359,10 +359,11 @@ def _as_json(stage: str, cfg: Any, plan: "Plan") -> dict[str, Any]:
     Numbers are null where they are not known.
     """
     from rlhf_cli.runs.memory_estimate import Unknown, predicted_peak
+    from rlhf_cli.runs.out_folder import FINISHED
 
     peak = None
     with suppress(Unknown):
-        peak = round(predicted_peak(cfg)) if cfg.trains and plan.counted else None
+        peak = round(predicted_peak(cfg)) if cfg.trains and plan.state != FINISHED else None
     return {
         "stage": stage,
         "out": cfg.out,

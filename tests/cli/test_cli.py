@@ -1,5 +1,6 @@
 """The console script, in a subprocess: help, ls, cp, env, completion, --check, sweeps, statuses."""
 
+import json
 import os
 import re
 import subprocess
@@ -433,6 +434,27 @@ def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> Non
     ]
     assert "HYDRA" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_check_as_json(cli: Cli) -> None:
+    done = cli("sft", "--check", "--json", "seed=4")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert {key: found[key] for key in ("stage", "out", "state", "parameters")} == {
+        "stage": "sft",
+        "out": "runs/demo/sft",
+        "state": "free",
+        "parameters": None,  # it is built from scratch
+    }
+    assert found["peak_bytes"] > 2**20
+    assert found["memory"][-1].startswith("predicted peak memory: ")
+    jobs = json.loads(cli("sft", "--check", "--json", "-m", "seed=1,2").stdout)
+    assert [(job["job"], job["swept"], job["out"]) for job in jobs] == [
+        (0, "seed=1", "runs/demo/sft/seed=1"),
+        (1, "seed=2", "runs/demo/sft/seed=2"),
+    ]
+    wrong = cli("sft", "--check", "--json", "algo.epochs=0")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "algo.epochs" in wrong.stderr
 
 
 def test_a_sweep_can_be_checked(stand_in: Run, tmp_path: Path) -> None:
