@@ -24,6 +24,8 @@ Results = dict[str, dict[str, Any]]
 
 MOST, MOST_PAIRS = 5, 3  # policies in a table, and pairs of them; report.json has them all
 
+LOSSES = ("text_loss", "demonstration_loss")
+
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
 
@@ -103,6 +105,8 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     heads = [list(columns)[i] for i in used]
     table("", heads, [[row[i] for i in used] for row in rows[:MOST]])
     say(remarks(cfg, report, len(rows) - MOST))
+    if report["choices_by_chance"] is not None:
+        show_tax(report, name_of)
     show_temperatures(report["by_temperature"], name_of)
 
 
@@ -169,6 +173,22 @@ def verdict(cfg: EvaluateConfig, results: Results) -> str:
     return line
 
 
+def show_tax(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
+    """What of the reference was forgotten: losses, and the choices that were asked for."""
+    rows = [
+        [
+            name_of(path),
+            *(plus_minus(each.get(f"{name}_change"), 3) for name in LOSSES),
+            plus_minus(each.get("choices"), 3),
+            plus_minus(each.get("choices_change"), 3),
+        ]
+        for path, each in report["policies"].items()
+        if "text_loss_change" in each or "choices" in each
+    ]
+    heads = ["policy", "text loss", "demonstration loss", "choices right", "change"]
+    table("tax: change of losses from the reference, paired by row", heads, rows)
+
+
 def show_temperatures(by_temperature: dict[str, Any], name_of: Callable[[str], str]) -> None:
     """Wins + ties / 2 of each policy at each temperature, against the references or the policy."""
     for against, what in AGAINST.items():
@@ -190,9 +210,11 @@ def score(won: dict[str, float] | None) -> str | None:
     return f"{won['win'] + won['tie'] / 2:.2f} ({won['low']:.2f} to {won['high']:.2f})"
 
 
-def plus_minus(estimate: dict[str, float] | None) -> str | None:
+def plus_minus(estimate: dict[str, float] | None, digits: int = 2) -> str | None:
     """1.23 ± 0.04."""
-    return f"{estimate['mean']:.2f} ± {estimate['stderr']:.2f}" if estimate else None
+    if not estimate:
+        return None
+    return f"{estimate['mean']:.{digits}f} ± {estimate['stderr']:.{digits}f}"
 
 
 def write_judgement(folder: Path, report: Report, title: str) -> None:
