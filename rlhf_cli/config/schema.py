@@ -140,6 +140,11 @@ class Hardware:
         "auto: on a GPU, where the steps that are left take longer than 3 minutes.",
         auto=bool,
     )
+    shard: str = key(
+        "Of several processes, what each holds of weights, gradients and moments: none: all; full: "
+        "its part of all processes' one copy; hybrid: its part of that of its machine.",
+        choices=("none", "full", "hybrid"),
+    )
     save_every: str | None = key(
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
         "10min; null saves when the run is interrupted only."

@@ -206,6 +206,17 @@ def _no_training(cfg: Run) -> Iterator[str]:
         for name in ("gradient_checkpointing", "compile"):
             if getattr(cfg.hardware, name) is not False:
                 yield f"hardware.{name} is for stages that train; set it to false"
+        if cfg.hardware.shard != "none":
+            yield "hardware.shard is for stages that train; set it to none"
+
+
+def _shards(cfg: Run) -> Iterator[str]:
+    quantize = getattr(cfg.model, "quantize", None)
+    if quantize is not None and cfg.hardware.shard != "none":
+        yield (
+            f"model.quantize={quantize} holds weights that cannot be cut: set hardware.shard=none, "
+            "or model.quantize=null"
+        )
 
 
 def _resume_points(cfg: Run) -> Iterator[str]:
@@ -288,6 +299,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _plain_text,
     _no_training,
     _resume_points,
+    _shards,
     _processes,
     _decoding,
     _reward_model,

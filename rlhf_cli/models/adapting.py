@@ -22,6 +22,7 @@ from rlhf_cli.models.adapters import (
     PREFIX,
     adapter_config,
     adapter_weights,
+    can_lend,
     check_patterns,
     is_adapted,
     merge,
@@ -36,11 +37,13 @@ from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import HEAD_NAMES, head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
-from rlhf_cli.models.masters import hold, sum_uses_in_float32
+from rlhf_cli.models.masters import HELD, hold, sum_uses_in_float32
 from rlhf_cli.models.quantized import compute_in_bfloat16
+from rlhf_cli.models.sharding import shard
 from rlhf_cli.models.shared import freeze_lowest
 from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
 from rlhf_cli.models.towers import freeze, processor_files, towers
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 
 FLOAT32 = "_keep_in_fp32_modules_strict"  # how classes of transformers name weights that stay so
@@ -93,40 +96,84 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
 
 
 def place(model: nn.Module, config: FrozenModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Move a model to its device, in the type that it computes in.
+    """Move a model to its device, in the type that it computes in; of a sharded run, its parts.
 
     In bfloat16 scalar heads stay float32, as scores would be rounded into ties, and so do the few
     weights that transformers keeps so. What is not trained has float32 values beside it only where
     it is written.
     """
+
+    def prepare() -> None:
+        unwrap(model).compute_dtype = dtype
+        if dtype == torch.bfloat16:
+            _narrow(model, config, device)
+
+    if world().mesh is None:
+        prepare()
+        model.to(device)
+        return
+    plain = [*_heads_and_norms(model), *_of_adapters(model)]
+    copied = isinstance(config, Model) and not (is_adapted(model) and can_lend(model))
+    shard(model, device, dtype, plain, prepare, copied)
+
+
+def _narrow(model: nn.Module, config: FrozenModel, device: torch.device) -> None:
+    """Hold in bfloat16 what is computed with in it.
+
+    Not what is to be sharded and trained, or written: its parts stay float32, and are cast as they
+    are gathered.
+    """
     base = unwrap(model)
-    base.compute_dtype = dtype
-    if dtype == torch.bfloat16:
-        head = getattr(base, head_name(base) or "", None)
-        spared = set() if head is None else set(map(id, head.parameters()))
-        always = [re.escape(each) for each in getattr(base, FLOAT32, None) or ()]
-        kept = re.compile("|".join(rf"(^|\.){each}(\.|$)" for each in always) or "(?!)")
-        whole = isinstance(config, Model) and (
-            not is_adapted(model) or config.merge_lora or base.embeddings_in_adapter
-        )
-        hold(
-            {
-                name: weight
-                for name, weight in model.named_parameters()
-                if id(weight) not in spared and not kept.search(name)
-            },
-            trained=isinstance(config, Model),
-            written=lambda name: whole or BELOW in name.split("."),
-            device=device,
-        )
-        for part in trunk(model).children():  # a table of positions is added to embeddings (XGLM)
-            for buffer in part.buffers(recurse=False):
-                if buffer.ndim == 2 and buffer.dtype == torch.float32:
-                    buffer.data = buffer.to(dtype)
-        compute_in_bfloat16(model)
-        if head is None and (unembedding := base.get_output_embeddings()) is not None:
-            sum_uses_in_float32(unembedding.parameters())
-    model.to(device)
+    whole = isinstance(config, Model) and (
+        not is_adapted(model) or config.merge_lora or base.embeddings_in_adapter
+    )
+
+    def written(name: str) -> bool:
+        return whole or BELOW in name.split(".")
+
+    spared = {id(weight) for weight in _heads_and_norms(model)}
+    if world().mesh is not None:
+        adapters = {id(weight) for weight in _of_adapters(model)}
+        spared |= {
+            id(weight)
+            for name, weight in model.named_parameters()
+            if id(weight) not in adapters and (weight.requires_grad or written(name))
+        }
+    hold(
+        {name: weight for name, weight in model.named_parameters() if id(weight) not in spared},
+        trained=isinstance(config, Model),
+        written=written,
+        device=device,
+    )
+    for part in trunk(model).children():  # a table of positions is added to embeddings (XGLM)
+        for buffer in part.buffers(recurse=False):
+            if buffer.ndim == 2 and buffer.dtype == torch.float32:
+                buffer.data = buffer.to(HELD)
+    compute_in_bfloat16(model)
+    if head_of(base) is None and (unembedding := base.get_output_embeddings()) is not None:
+        sum_uses_in_float32(unembedding.parameters())
+
+
+def head_of(base: Any) -> nn.Module | None:
+    """The scalar head of a classifier."""
+    head: nn.Module | None = getattr(base, head_name(base) or "", None)
+    return head
+
+
+def _heads_and_norms(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that stay float32 in bfloat16: scalar heads, and what transformers keeps so."""
+    base = unwrap(model)
+    head = head_of(base)
+    always = [re.escape(each) for each in getattr(base, FLOAT32, None) or ()]
+    kept = re.compile("|".join(rf"(^|\.){each}(\.|$)" for each in always) or "(?!)")
+    named = [weight for name, weight in base.named_parameters() if kept.search(name)]
+    return [*(() if head is None else head.parameters()), *named]
+
+
+def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of all adapters of a model."""
+    names = getattr(model, "peft_config", {})
+    return [weight for name in names for weight in weights_of(model, name).values()]
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:

@@ -23,10 +23,13 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.logprob_head import LinearHead
 from rlhf_cli.models.router_watch import watched
 from rlhf_cli.models.row_attention import laid_out
+from rlhf_cli.models.shards import whole
 
 ROUNDING = 1e-5  # of one computation in float32, relative to the whole
 OTHER_KERNEL = 1e-3  # of a decoder with and without a mask: many sums in another order
 PROBED = 5  # tokens
+# attributes of sharded models: passes through decoder and head that gather weights for themselves
+PASS, HEAD = "sharded_pass", "sharded_head"
 
 
 @dataclass
@@ -54,6 +57,12 @@ def trunk(model: nn.Module) -> nn.Module:
     base = unwrap(model)
     body: nn.Module = attrgetter(parts_of(base).trunk)(base)
     return body
+
+
+def passing(model: nn.Module) -> Callable[..., Any]:
+    """The decoder without its head, to be called; of a sharded model by way of all its groups."""
+    through: Callable[..., Any] | None = getattr(unwrap(model), PASS, None)
+    return trunk(model) if through is None else through
 
 
 def embedding_rows(model: nn.Module) -> int:
@@ -89,7 +98,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     )
     lender = getattr(model, "lender", model)  # whose modules a scorer on another's base computes by
     with nullcontext() if packing is None else laid_out(lender, packing):
-        output = body(**inputs)
+        output = passing(model)(**inputs)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -104,7 +113,7 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
     if not matmul_in_float32(model):
         hidden = hidden.to(torch.bfloat16)  # Mamba's residuals are float32 all the same
     if stands is None:
-        logits = base.get_output_embeddings()(hidden)
+        logits = (getattr(base, HEAD, None) or base.get_output_embeddings())(hidden)
     else:
         logits = own_logits(base, stands, hidden)
     logits = logits.float()
@@ -129,7 +138,8 @@ def linear_head(model: nn.Module) -> LinearHead | None:
     ):
         return None
     dtype = head.weight.dtype if matmul_in_float32(model) else torch.bfloat16
-    return LinearHead(head.weight, head.bias, dtype)
+    weight = whole(head.weight, dtype)
+    return LinearHead(weight, head.bias if head.bias is None else whole(head.bias), dtype)
 
 
 # --------------------------------------------------------------------------- the model's own head
@@ -255,6 +265,12 @@ def _way_on(base: Any) -> str:
     """What is left to do with a model that has a text model inside it."""
     inside = hasattr(base.config, "text_config")
     return "; its text model may be trained once it is saved on its own" if inside else ""
+
+
+def probe_of(model: nn.Module) -> Batch:
+    """A batch of a few tokens."""
+    tokens = plain_ids(unwrap(model))
+    return collate([Tokens(tokens[:1], tokens[1:])], next(model.parameters()).device)
 
 
 def plain_ids(base: Any) -> list[int]:

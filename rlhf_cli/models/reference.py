@@ -24,6 +24,8 @@ from rlhf_cli.models.adapters import (
     unite,
     weights_of,
 )
+from rlhf_cli.models.sharding import hash_of_ranks, is_in_parts, twin
+from rlhf_cli.models.shards import own_part
 
 
 class Reference:
@@ -42,8 +44,7 @@ class Reference:
         self._adapted: Any = policy if lends else None
         self.switched_off = self._adapted is not None and is_fresh(policy)
         if self._adapted is None:
-            shared = {id(weight): weight for weight in policy.parameters() if is_frozen(weight)}
-            self.model: nn.Module = copy.deepcopy(policy, shared).requires_grad_(False)
+            self.model: nn.Module = _copy_of(policy)
         else:
             self.model = policy
             unite(self._adapted)
@@ -90,7 +91,7 @@ class Reference:
         else:
             ours = dict(self._policy.named_parameters())
             for name, weight in self._own().items():
-                weight.copy_(ours[name])
+                own_part(weight).copy_(own_part(ours[name]))
         self._refreshed = True
         self.hash = self.digest()
 
@@ -129,10 +130,16 @@ class Reference:
         # sorted: peft takes experts out of their module for a pass, and puts them back at its end
         for name, weight in sorted(self.model.named_parameters()):
             if others.isdisjoint(name.split(".")):
-                digest.update(
-                    weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                )
-        return digest.hexdigest()
+                part = own_part(weight.detach()).cpu().contiguous()
+                digest.update(part.view(torch.uint8).numpy().tobytes())
+        return hash_of_ranks(digest.digest()) if is_in_parts(self.model) else digest.hexdigest()
+
+
+def _copy_of(policy: nn.Module) -> nn.Module:
+    if is_in_parts(policy):
+        return twin(policy)
+    shared = {id(weight): weight for weight in policy.parameters() if is_frozen(weight)}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
 
 
 def is_frozen(weight: nn.Parameter) -> bool:

@@ -28,7 +28,7 @@ from rlhf_cli.models.adapters import (
     saved_weights,
     weights_of,
 )
-from rlhf_cli.models.decoder import trunk, unwrap
+from rlhf_cli.models.decoder import passing, trunk, unwrap
 from rlhf_cli.models.dropout import blocks_of
 from rlhf_cli.models.heads import HEAD_NAMES
 from rlhf_cli.models.masters import held_as
@@ -63,7 +63,7 @@ class SharedScorer(nn.Module):
     def trunk(self, **inputs: Tensor) -> Any:
         """The decoder's output under this scorer's adapter."""
         with Acting(self.lender, *self.acting):
-            return trunk(self.lender)(**inputs)
+            return passing(self.lender)(**inputs)
 
     @property
     def config(self) -> Any:

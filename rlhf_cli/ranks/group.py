@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.ranks.world import World
 
 Value = TypeVar("Value")
@@ -27,6 +29,24 @@ class Group(World):
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = device
+
+    def shard(self, over: str) -> None:
+        """Over all ranks, or over those of a machine with copies on the others.
+
+        Raises:
+            UserError: machines have different numbers of ranks.
+        """
+        kind = self.device.type
+        if over == "hybrid":
+            if self.size % self.local_size:
+                raise UserError(
+                    f"hardware.shard=hybrid: {self.local_size} of {self.size} processes are on "
+                    "this machine; it takes as many on each"
+                )
+            shape = (self.size // self.local_size, self.local_size)
+            self.mesh = init_device_mesh(kind, shape, mesh_dim_names=("machines", "ranks"))
+        elif over == "full":
+            self.mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("ranks",))
 
     @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 TYPE_CHECKING = False  # as type checkers read it
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from torch import Tensor
 
@@ -28,17 +28,25 @@ class World:
 
     rank, size: of this process, and how many there are.
     local_rank, local_size: the same among those of its machine.
+    mesh: of torch.distributed, over which weights are sharded; None where each rank holds all.
     """
 
     rank = 0
     size = 1
     local_rank = 0
     local_size = 1
+    mesh: Any = None
 
     @property
     def is_main(self) -> bool:
         """Whether it is rank 0, which alone writes files and speaks."""
         return self.rank == 0
+
+    def shard(self, over: str) -> None:
+        """From now on models that are loaded are sharded, as hardware.shard says.
+
+        One process holds all of them, whatever it says.
+        """
 
     def share(self, count: int) -> range:
         """The places of this rank among `count`: runs as even as can be, in the order of ranks."""
@@ -47,6 +55,14 @@ class World:
     def dealt(self, groups: Sequence[Value]) -> Sequence[Value]:
         """The groups that are this rank's work: they are dealt one by one, round and round."""
         return groups[self.rank :: self.size]
+
+    def idle(self, groups: Sequence[Value]) -> Sequence[Value]:
+        """A group to do for nothing, where weights are sharded and others have one more to do.
+
+        They gather the weights for each pass together.
+        """
+        left = len(groups) % self.size
+        return groups[:1] if self.mesh is not None and left and self.rank >= left else []
 
     def place(self, turn: int) -> int:
         """The place among all groups of the one that `dealt` has at `turn`."""

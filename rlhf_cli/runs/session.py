@@ -46,7 +46,7 @@ from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.ranks.environment import place
-from rlhf_cli.ranks.world import enter
+from rlhf_cli.ranks.world import enter, world
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
@@ -457,6 +457,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
     device = device_of(cfg.hardware.device)
     join_others(device, cfg.hardware.rank_timeout)
+    world().shard(cfg.hardware.shard)
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
         plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")

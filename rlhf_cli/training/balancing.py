@@ -125,6 +125,8 @@ class LoadBalancing:
                     part.loss(batch)
                 for one in self._each.values():
                     one.count()
+            for batch in world().idle(part.batches):
+                part.loss(batch)
         rewind()
         for one in self._each.values():
             one.sum_over_ranks()

@@ -79,6 +79,8 @@ class LossTerm:
             figures.place = world().place(turn)
             for name, value in {"loss": total, **metrics}.items():
                 figures.add(name, value)
+        for batch in world().idle(self.batches):
+            self.loss(batch)
         return {name: total / self.count for name, total in figures.read().items()}
 
     def too_large(self, batch: Sequence[Any], phase: str, gradient: bool) -> RunError:

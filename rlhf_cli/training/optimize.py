@@ -22,6 +22,8 @@ from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import follow, gather, master_of
 from rlhf_cli.models.out_of_memory import if_it_fits, spare
 from rlhf_cli.models.repeatable import repeatably
+from rlhf_cli.models.sharding import let_go, norm_of_all
+from rlhf_cli.models.shards import hand_down, is_sharded, like, own_part
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.balancing import LoadBalancing
@@ -32,6 +34,7 @@ from rlhf_cli.training.loss_term import LossTerm, Metrics
 from rlhf_cli.training.room import Room
 from rlhf_cli.training.schedules import schedule_of
 
+STEP = "step"  # a count among AdamW's moments
 # the first step may have been skipped, which is no mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
@@ -50,9 +53,9 @@ class Optimizer:
         self._working = {
             name: list(trained(module).values()) for name, (module, _) in networks.items()
         }
-        # what is stepped: the float32 masters of what backward passes through
+        # what is stepped: the float32 masters of what backward passes through, or a rank's parts
         self._parameters = {
-            name: [master_of(weight) for weight in weights]
+            name: [own_part(master_of(weight)) for weight in weights]
             for name, weights in self._working.items()
         }
         self._networks = {name: module for name, (module, _) in networks.items()}
@@ -90,7 +93,7 @@ class Optimizer:
             self._move_schedule(number)
         began = time.monotonic()
         figures = self._gradient(parts)
-        norms = {name: self._norm(weights) for name, weights in self._parameters.items()}
+        norms = {name: self._norm(name) for name in self._networks}
         for name, norm in norms.items():
             figures.add(f"grad_norm/{name}", norm)
         report = figures.read()
@@ -129,7 +132,12 @@ class Optimizer:
         """Of gradients that only some ranks have the others add 0."""
         if world().size == 1:
             return
-        weights = [weight for each in self._parameters.values() for weight in each]
+        weights = [
+            own
+            for name, each in self._working.items()
+            for weight, own in zip(each, self._parameters[name], strict=True)
+            if not is_sharded(weight)
+        ]
         known = torch.tensor([float(weight.grad is not None) for weight in weights])
         world().sum([known])
         shared = [weight for weight, ranks in zip(weights, known.tolist(), strict=True) if ranks]
@@ -160,7 +168,13 @@ class Optimizer:
                 figures.add("loss", scaled)
                 for name, value in metrics.items():
                     figures.add(name, value, over=part.count)
+            for batch in world().idle(part.batches):
+                (part.loss(batch)[0] * 0).backward()
+                for weights in self._working.values():
+                    gather(weights)
             before += len(part.batches)
+        for name, weights in self._working.items():
+            hand_down(weights, self._parameters[name])
         self._balancing.tell(figures)
         figures.place = EVERYWHERE
         return figures
@@ -171,6 +185,8 @@ class Optimizer:
         for weights in self._working.values():
             for weight in weights:
                 weight.grad = None
+        for network in self._networks.values():
+            let_go(network)
 
     def _move_schedule(self, number: int) -> None:
         """Set the rates to those of a planned step, counted from 0."""
@@ -180,8 +196,14 @@ class Optimizer:
         for group, (base, factor) in zip(self._adamw.param_groups, bases, strict=True):
             group["lr"] = base * factor(number)
 
-    def _norm(self, weights: list[Tensor]) -> Tensor:
-        return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    def _norm(self, name: str) -> Tensor:
+        """Of a network's gradient, over all ranks."""
+        pairs = zip(self._working[name], self._parameters[name], strict=True)
+        grads = [(weight, own.grad) for weight, own in pairs if own.grad is not None]
+        parts = [grad for weight, grad in grads if is_sharded(weight)]
+        rest = [grad for weight, grad in grads if not is_sharded(weight)]
+        norm = get_total_norm(rest)
+        return norm if not parts else norm_of_all(get_total_norm(parts), norm)
 
     def _update(self, norms: dict[str, Tensor], sizes: Metrics) -> None:
         """Clip and step; `sizes` are the same norms on the host."""
@@ -227,10 +249,12 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts, by network and parameter."""
         return {
-            f"{name}.{i}.{moment}": torch.as_tensor(value)
-            for name, weights in self._parameters.items()
-            for i, weight in enumerate(weights)
-            for moment, value in self._adamw.state[weight].items()
+            f"{name}.{i}.{moment}": torch.as_tensor(
+                value if moment == STEP else like(weight, value)
+            )
+            for name, weights in self._working.items()
+            for i, (weight, own) in enumerate(zip(weights, self._parameters[name], strict=True))
+            for moment, value in self._adamw.state[own].items()
         }
 
     def state(self) -> dict[str, int]:
@@ -250,7 +274,7 @@ class Optimizer:
                 start = f"{name}.{i}."
                 moments = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
                 self._adamw.state[weight] = {
-                    moment: value.to(weight.device) for moment, value in moments.items()
+                    moment: own_part(value).to(weight.device) for moment, value in moments.items()
                 }
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]

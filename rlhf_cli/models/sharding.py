@@ -1,0 +1,222 @@
+"""Weights that are sharded over ranks by FSDP2: each holds a part, and gathers what it computes by.
+
+A block is gathered for its own pass, what is beside blocks (embeddings, norms) for a whole pass,
+and the unembedding where it is used; each again in backward. Adapters and scalar heads stay whole
+on each rank, so that roles can share a base: their gradients are summed as those of any weight that
+is not sharded. What is trained is sharded in float32; with model.dtype=bfloat16 it is gathered in
+that type, and its gradients are summed in float32.
+
+In one process nothing here does anything, and nothing of torch.distributed is imported.
+"""
+
+import copy
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.models.decoder import HEAD, PASS, hidden_states, parts_of, probe_of, unwrap
+from rlhf_cli.models.dropout import blocks_of
+from rlhf_cli.models.shards import is_sharded, like, own_part
+from rlhf_cli.ranks.world import world
+
+SAME = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # share of the norm that rounding may make
+
+
+# --------------------------------------------------------------------------- a model
+
+
+def shard(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    plain: Collection[Tensor],
+    prepare: Callable[[], None],
+    copied: bool,
+) -> None:
+    """Move a model to the device, each rank its parts.
+
+    It is tried whether it computes the same afterwards, which it does not where blocks are used
+    otherwise than by their forward.
+
+    Args:
+        model: whole and in float32, the same on each rank.
+        dtype: that it is to compute in.
+        plain: weights that each rank is to hold whole.
+        prepare: casts what is not trained to the type in which it is held.
+        copied: whether `twin` may be asked for.
+
+    Raises:
+        UserError: it computes something else.
+    """
+    base = unwrap(model)
+    cpu = probe_of(model)
+    with torch.no_grad():
+        before = hidden_states(model, cpu)
+    prepare()
+    if copied:
+        base.skeleton = (_skeleton(model),)
+    base.compute_dtype = dtype
+    try:
+        _wrap(model, {id(each) for each in plain}, dtype)
+        model.to(device)
+        with torch.no_grad():
+            after = hidden_states(model, probe_of(model)).to(before)
+        let_go(model)
+    except Exception as error:  # models refuse what they do not know in many ways
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{_refused(base)}: {said}") from error
+    if not (after - before).norm() <= SAME[dtype] * before.norm():
+        raise UserError(f"{_refused(base)}: sharded, it computes something else")
+
+
+def _refused(base: nn.Module) -> str:
+    return f"{type(base).__name__} cannot be sharded (hardware.shard=none keeps it whole)"
+
+
+def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
+    """Make a group of each block, of each tower, and of the rest."""
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    base = unwrap(model)
+    blocks = blocks_of(model)
+    uses = Counter(id(weight) for block in blocks for weight in block.parameters())
+    left = {
+        weight
+        for weight in model.parameters()
+        if id(weight) in plain or uses[id(weight)] > 1 or not weight.ndim
+    }
+    narrow = None if dtype == torch.float32 else dtype
+    types = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+    apart = [base.get_submodule(path) for path in getattr(base, "towers", [])]
+    for group in [*blocks, *apart, base]:
+        fully_shard(
+            group,
+            mesh=world().mesh,
+            reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
+            mp_policy=types,
+            ignored_params=left,
+        )
+    for group in _groups(base):
+        group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
+        group.set_force_sum_reduction_for_comms(True)
+    setattr(base, PASS, lambda **inputs: attrgetter(parts_of(base).trunk)(base)(**inputs))
+    setattr(base, HEAD, lambda hidden: base.get_output_embeddings()(hidden))
+    for name in (PASS, HEAD):
+        register_fsdp_forward_method(base, name)
+
+
+def _groups(base: nn.Module) -> list[Any]:
+    """The modules that are gathered one by one, the root first."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in base.modules() if isinstance(module, FSDPModule)]
+
+
+def _root_of(model: nn.Module) -> Any:
+    """The base whose weights a model computes with, if they are sharded; else None."""
+    base = unwrap(getattr(model, "lender", model))
+    return base if hasattr(base, PASS) else None
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether its weights are sharded; of a scorer on another's base, whether those are."""
+    return _root_of(model) is not None
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """A block in which each rank holds all of a model, and can compute by itself."""
+    base = _root_of(model)
+    if base is None or getattr(base, "is_gathered", False):
+        yield
+        return
+    groups = _groups(base)
+    base.is_gathered = True
+    try:
+        for group in groups:
+            group.unshard()
+            group.set_reshard_after_forward(False, recurse=False)
+        yield
+    finally:
+        base.is_gathered = False
+        for group in groups:
+            group.set_reshard_after_forward(True, recurse=False)
+        let_go(model)
+
+
+def let_go(model: nn.Module) -> None:
+    """Forget passes that no backward pass follows, and free what one that broke off gathered."""
+    base = _root_of(model)
+    if base is not None and not getattr(base, "is_gathered", False):
+        base.reset_iter_state()
+
+
+def norm_of_all(of_parts: Tensor, of_rest: Tensor) -> Tensor:
+    """The norm of what is sharded, of this rank's parts, and of what each rank holds whole.
+
+    In float64 between them, so that a single part has the norm that it had.
+    """
+    copies = world().mesh.size(0) if world().mesh.ndim > 1 else 1
+    total = of_parts.double().square()
+    world().sum([total])
+    return (total / copies + of_rest.double().square()).sqrt().to(of_parts)
+
+
+def hash_of_ranks(own: bytes) -> str:
+    """One hash of those that the ranks have of their parts."""
+    hashes = world().gather([torch.frombuffer(bytearray(own), dtype=torch.uint8).long()])
+    return hashlib.sha256(bytes(byte for each in hashes for byte in each.tolist())).hexdigest()
+
+
+# --------------------------------------------------------------------------- a frozen copy
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model whose weights have shapes only."""
+    shapes = {
+        id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, shapes)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A frozen copy of a sharded model, sharded alike; what is not trained is held once for both.
+
+    In bfloat16 it is held in that type.
+    """
+    dtype = unwrap(model).compute_dtype
+    other: nn.Module = copy.deepcopy(unwrap(model).skeleton[0])
+    copies = {id(weight): _frozen(weight, dtype) for weight in model.parameters()}
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    places = [(name, copies[id(weight)]) for name, weight in ours.items()]
+    _set(other, [(name, weight) for name, weight in places if not is_sharded(weight)])
+    _wrap(other, {id(weight) for _, weight in places}, dtype)
+    _set(other, [(name, weight) for name, weight in places if is_sharded(weight)])
+    other.to(unwrap(model).device)
+    return other
+
+
+def _frozen(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A weight itself, if nothing trains it; else a copy."""
+    part = own_part(weight.detach())
+    if weight.requires_grad:
+        part = part.to(dtype, copy=True) if is_sharded(weight) else part.clone()
+    return nn.Parameter(like(weight, part), requires_grad=False)
+
+
+def _set(model: nn.Module, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+    for name, weight in weights:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, weight)
