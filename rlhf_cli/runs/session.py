@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.towers import told_of_towers
+from rlhf_cli.ranks import worker
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.world import enter, world
 from rlhf_cli.reporting.console import Bar, say, table
@@ -477,7 +477,9 @@ def join_others(device: torch.device, seconds: int) -> None:
     if place() is not None:
         from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
 
-        enter(join(device, timedelta(seconds=seconds)))
+        group = join(device, seconds, say, worker.end)
+        worker.watched_by(group.watch)
+        enter(group)
 
 
 def set_threads(threads: int | None, parameters: float) -> None:
