@@ -20,9 +20,9 @@ from tests.training.test_stages import RUNS, same, untimed, weights
 
 UNREAD = defaultdict(list, {"ppo to the bit": ["ptx"]})  # of the words of each stage
 EACH_ALONE = ["hardware.tokens_per_microbatch=1", "hardware.rollout_tokens=1"]
-ALIKE = 1e-5  # largest distance of a weight
-# what follows the KL of a step, which is a millionth here, takes its rounding for more
-LESS_ALIKE = {"ppo_klpen": 1e-4}
+# Largest distance of a weight, and of figures in relation to their size. A penalty of old_kl_coef is
+# steep: one process whose micro-batches are cut otherwise is as far off.
+NEAR = defaultdict(lambda: (1e-5, 1e-4), ppo_klpen=(1e-4, 5e-3))
 
 
 def run_all(folder: Path, out: Path, runs: dict[str, list[str]]) -> None:
@@ -83,7 +83,7 @@ def test_ranks_end_as_one_process_up_to_rounding(
     on_ranks(size, run_all, chain, tmp_path / "n", runs, seconds=300)
     for name in names:
         one, other = tmp_path / "1" / name, tmp_path / "n" / name
-        far = LESS_ALIKE.get(name, ALIKE)
+        far, share = NEAR[name]
         assert weights(one).keys() == weights(other).keys()
         for file in weights(one):
             torch.testing.assert_close(
@@ -91,21 +91,21 @@ def test_ranks_end_as_one_process_up_to_rounding(
             )
         for log in (one / "metrics.jsonl", one / "samples.jsonl"):
             if log.exists():
-                near(untimed(log), untimed(other / log.name))
+                near(untimed(log), untimed(other / log.name), share)
 
 
-def near(one: object, other: object) -> None:
+def near(one: object, other: object, share: float) -> None:
     """The same but for rounding, in all that JSON may hold."""
     if isinstance(one, float):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+        assert other == pytest.approx(one, rel=share, abs=1e-4)
     elif isinstance(one, dict):
         assert isinstance(other, dict) and one.keys() == other.keys()
         for name, value in one.items():
-            near(value, other[name])
+            near(value, other[name], share)
     elif isinstance(one, list):
         assert isinstance(other, list)
         for ours, theirs in zip(one, other, strict=True):
-            near(ours, theirs)
+            near(ours, theirs, share)
     else:
         assert one == other
 
