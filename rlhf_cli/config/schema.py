@@ -895,6 +895,11 @@ class EvaluateAlgo(Decoding):
 
     prompts: int | None = key("Held-out prompts; null uses all.", ge=2)
     tie: float = key("Reward differences up to this are ties in win rates.", ge=0)
+    temperatures: list[float] = key(
+        "Temperatures at which win rates are measured, too, beside algo.temperature, which all "
+        "other figures are of; 0 is greedy.",
+        ge=0,
+    )
 
 
 # --------------------------------------------------------------------------- stages
@@ -1052,11 +1057,15 @@ class EvaluateConfig(SamplingConfig):
     """Evaluation: policy, baselines, reward -> report.json."""
 
     baselines: list[str] | None = key(
-        "Policies to compare with; null takes the finished policies beside `policy`.",
+        "Policies to compare with, or patterns of them as runs/sweep/*/ppo; null takes the "
+        "finished policies beside `policy`.",
         role="policy",
     )
     reference: str | None = key("Policy that KL is measured to; null measures none.", role="policy")
     gold: str | None = key(
         "Scorer that training never saw; null reports the reward only.", role="reward"
+    )
+    anchor: str | None = key(
+        "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."
     )
     algo: EvaluateAlgo

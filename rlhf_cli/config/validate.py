@@ -31,7 +31,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
 # Where a file or folder is named, or may be.
 _PATHS = (
-    *("out", "name", "policy", "reference", "reference_cache", "baselines"),
+    *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 
@@ -108,10 +108,17 @@ def _check_bounds(stage: str, key: str, value: Any) -> None:
             return
         if type(value) is not kind:
             raise UserError(wrong_value(stage, key, value))
+    for each in value if isinstance(value, list) else [value]:
+        _check_number(stage, key, each)
+
+
+def _check_number(stage: str, key: str, value: Any) -> None:
+    """A number, or an entry of a list of them, within the bounds of its key."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(f"{key} must be below 2^53, got {value}")
+    limits = catalog.keys(stage)[key].metadata
     within = {
         "ge": lambda bound: value >= bound,
         "gt": lambda bound: value > bound,
@@ -255,6 +262,8 @@ def _decoding(cfg: Run) -> Iterator[str]:
             yield f"algo.samples={algo.samples} exceeds algo.beams={algo.beams}"
         if algo.stop:
             yield f"algo.stop works with sampling only, but algo.beams={algo.beams}"
+        if getattr(algo, "temperatures", []):
+            yield f"algo.temperatures is for sampling, but algo.beams={algo.beams}; set it to []"
 
 
 _AGGREGATES = {"process": ("product", "min"), "token": ("mean", "sum")}

@@ -8,46 +8,49 @@ Gold is a scorer that training never saw: a fooled reward model shows.
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
 
-import json
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.held_out import identity
-from rlhf_cli.data.items import Answers, Tokens
+from rlhf_cli.data.items import Answers, EncodedPrompt, Tokens
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.reading import KindError
+from rlhf_cli.evaluation.contest import REFERENCES, Contest
+from rlhf_cli.evaluation.figures import (
+    Figures,
+    Sampled,
+    entropy_of,
+    estimated_kl,
+    figures_of,
+    held_out_loss,
+)
+from rlhf_cli.evaluation.frontier import frontier_of
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.kept import KeptSamples
-from rlhf_cli.evaluation.report import show_judgement, show_report
-from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
-from rlhf_cli.folders.files import write_text
+from rlhf_cli.evaluation.references import references_of, scored_references
+from rlhf_cli.evaluation.report import show_judgement, show_report, write_report
+from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
-from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
-from rlhf_cli.objectives.kl import k1
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.reward import Reward, Scores, load_reward
+from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.out_folder import SAMPLES, staging
+from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import baselines_of, siblings_of
 from rlhf_cli.runs.session import Session, begin
-
-Samples = list[dict[str, object]]
 
 
 def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
@@ -61,13 +64,14 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     check_tokens(cfg, paths)
     reference = policy_of(session, cfg.reference) if cfg.reference else None
 
+    contests = {temperature: Contest(cfg.algo.tie) for temperature in temperatures(cfg)}
+    main = contests[cfg.algo.temperature]
     judges: dict[str, Reward] = {}
-    results: dict[str, dict[str, Any]] = {}
-    scores: dict[str, Tensor] = {}
-    every: list[dict[str, Scores]] = []
-    samples: Samples = []
-    with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
-        for number, path in enumerate(paths):
+    results: dict[str, Figures] = {}
+    every: list[Sampled] = []
+    total = sum(samples_at(cfg, temperature) for temperature in contests)
+    with Bar("evaluate", len(paths) * len(held_out) * total) as bar:
+        for path in paths:
             policy = policy_of(session, path)
             prompts = policy.encoder.prompts(held_out)
             unseen = held_out_sequences(session, policy)
@@ -78,51 +82,87 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
                 scorer = model_in(judges.get("reward"))
                 judgement = None if scorer is None else judged(session, scorer, policy)
                 session.note([*rows.notes, *policy.encoder.report()])
-                kept = KeptSamples(session)
-            own = kept.of(path, prompts, cfg.algo.samples)
-            bar.skip(len(own.done) * cfg.algo.samples)
-            rollouts = policy.engine.sample(
-                prompts,
-                Sampling.of(cfg.algo),
-                samples=cfg.algo.samples,
-                seed=derived_seed(cfg.seed, "evaluate", number),  # independent responses
-                advance=bar.advance,
-                kept=own,
-            )
-            said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
-            every.append(said)
-            decisive = said.get("gold") or said["reward"]  # gold decides wins where there is one
-            scores[path] = decisive.total.view(-1, cfg.algo.samples)  # (N, K)
-            results[path] = result_of(cfg, path, policy, reference, rollouts, said, unseen)
-            samples += samples_of(path, rollouts, said)
+                kept, written = KeptSamples(session), Lines()
+                references = referred(session, policy, prompts, judges, kept)
+            for temperature, contest in contests.items():
+                sampled = answered(cfg, path, temperature, policy, prompts, judges, kept, bar)
+                every.append(sampled)
+                written.add(path, temperature, sampled)
+                contest.scores[path] = sampled.decisive
+                if contest is main:
+                    results[path] = result_of(cfg, path, policy, reference, sampled, unseen)
 
     check_scored(judges, every)
-    wins = compared(cfg, paths, scores, results)
+    for contest in contests.values():
+        if references is not None:
+            contest.scores[REFERENCES] = references.decisive
     report = {
-        "policies": results,
-        "win_rates": wins,
+        "policies": with_gains(cfg, results, main),
+        "frontier": frontier_of(results, cfg.reference),
+        **compared(cfg, paths, contests),
+        "references": None if references is None else figures_of(references, {}),
         "prompts": len(prompts),
         **settings(cfg),
         "reward_model": judgement,
     }
-    by_main(lambda: write(staging(session.out), report, samples))
-    show_report(paths[0], cfg.reference, results, wins)
+    by_main(lambda: write_report(staging(session.out), cfg, report, written.lines))
+    show_report(cfg, report)
     if judgement is not None and scorer is not None:
         show_judgement(f"{scorer.path} on held-out rows", judgement)
-    return session.finish("report", {"policies": results, "win_rates": wins})
+    shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
+    return session.finish("report", shown)
 
 
-def check_scored(judges: dict[str, Reward], said: list[dict[str, Scores]]) -> None:
+def answered(
+    cfg: EvaluateConfig,
+    path: str,
+    temperature: float,
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    judges: dict[str, Reward],
+    kept: KeptSamples,
+    bar: Bar,
+) -> Sampled:
+    """What a policy responds at a temperature, and what each judge says of it.
+
+    Its draws hang on its own path and the temperature: neither the policies beside it nor its place
+    among them move a figure of it, and the responses of two policies are independent.
+    """
+    samples = samples_at(cfg, temperature)
+    at = () if temperature == cfg.algo.temperature else (temperature,)
+    own = kept.of(path if not at else f"{path} at temperature {temperature:g}", prompts, samples)
+    bar.skip(len(own.done) * samples)
+    rollouts = policy.engine.sample(
+        prompts,
+        replace(Sampling.of(cfg.algo), temperature=temperature),
+        samples=samples,
+        seed=derived_seed(cfg.seed, "evaluate", path, *at),
+        advance=bar.advance,
+        kept=own,
+    )
+    said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
+    return Sampled(rollouts, said, samples)
+
+
+def temperatures(cfg: EvaluateConfig) -> list[float]:
+    """Where policies are sampled: first where all figures are, then for win rates alone."""
+    return list(dict.fromkeys([cfg.algo.temperature, *cfg.algo.temperatures]))
+
+
+def samples_at(cfg: EvaluateConfig, temperature: float) -> int:
+    """Responses to a prompt: greedy ones beside sampled ones would all be the same."""
+    greedy = temperature == 0 and temperature != cfg.algo.temperature
+    return 1 if greedy else cfg.algo.samples
+
+
+def check_scored(judges: dict[str, Reward], every: list[Sampled]) -> None:
     """Each judge has scored something.
-
-    Args:
-        said: what each of them says of the rollouts of each policy.
 
     Raises:
         RunError: naming the one that has not.
     """
     for name, reward in judges.items():
-        reward.check_scored(name, torch.cat([scores[name].total for scores in said]))
+        reward.check_scored(name, torch.cat([sampled.said[name].total for sampled in every]))
 
 
 def result_of(
@@ -130,76 +170,87 @@ def result_of(
     path: str,
     policy: Policy,
     reference: Policy | None,
-    rollouts: list[Rollout],
-    said: dict[str, Scores],
+    sampled: Sampled,
     unseen: dict[str, list[Tokens]],
-) -> dict[str, Any]:
+) -> Figures:
     """The figures of one policy.
 
     Args:
-        said: what each judge says of the rollouts.
         unseen: what its held-out losses are measured on, by their names.
     """
-    result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
-    for name, scores in said.items():
-        result |= mean_of_known(name, scores.total.view(-1, cfg.algo.samples))
-    if reference is not None and Sampling.of(cfg.algo).unfiltered:
-        result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
+    result: Figures = {"seconds": (read_manifest(path) or {}).get("seconds")}
+    specs = {"reward": cfg.reward, "gold": cfg.gold}
+    result |= figures_of(sampled, {name: spec for name, spec in specs.items() if spec is not None})
+    if Sampling.of(cfg.algo).unfiltered:
+        result["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
+        if reference is not None:
+            result["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
     for name, sequences in unseen.items():
-        nll = mean_nll(policy.model, sequences, cfg.hardware) if sequences else None
-        result[name] = nll
-    result["length"] = mean_length(rollouts)
-    result["ended"] = sum(rollout.ended for rollout in rollouts) / len(rollouts)
+        result |= held_out_loss(name, policy, sequences, cfg)
     return result
 
 
-def compared(
-    cfg: EvaluateConfig,
-    paths: list[str],
-    scores: dict[str, Tensor],
-    results: dict[str, dict[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """Win rates of the policy against each baseline; gains over the reference go into results.
-
-    Args:
-        scores: by policy (N, K), NaN where a response has none; all answer the same prompts.
-    """
+def with_gains(
+    cfg: EvaluateConfig, results: dict[str, Figures], contest: Contest
+) -> dict[str, Figures]:
+    """The same with what each policy gains over the reference, where that is one of them."""
     base = str(Path(cfg.reference)) if cfg.reference else ""
-    if base in scores:
-        for path in paths:
-            ours, theirs = scored_alike(scores[path], scores[base])
-            gain = asdict(clustered_mean(ours - theirs)) if len(ours) else None
-            results[path]["gain_over_reference"] = gain
-    wins = {}
-    for path in paths[1:]:
-        ours, theirs = scored_alike(scores[paths[0]], scores[path])
-        if len(ours):
-            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie))
-    return wins
+    if base not in results:
+        return results
+    gains = Contest(contest.tie, {path: contest.scores[path] for path in results}).gains(base)
+    return {path: {**each, "gain_over_reference": gains[path]} for path, each in results.items()}
 
 
-def samples_of(path: str, rollouts: list[Rollout], said: dict[str, Scores]) -> Samples:
-    """The lines of samples.jsonl of one policy: what it wrote, and what each judge says of it."""
-    columns = {name: known_or_none(scores.total) for name, scores in said.items()}
-    parts = term_columns(said["reward"]) if "reward" in said else {}
-    lines = []
-    for i, rollout in enumerate(rollouts):
-        reward = columns["reward"][i] if "reward" in columns else None
-        gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
-        lines.append(
-            {"policy": referenced(path), **sample_row(rollout, reward, parts_at(parts, i), **gold)}
-        )
-    return lines
+def compared(
+    cfg: EvaluateConfig, paths: list[str], contests: dict[float, Contest]
+) -> dict[str, Any]:
+    """Who wins against whom, and ratings of all; then win rates at each temperature."""
+    main = contests[cfg.algo.temperature]
+    anchor = anchor_of(cfg, paths)
+    return {
+        **won_by(main, paths),
+        "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
+        "anchor": anchor,
+        "by_temperature": {
+            f"{temperature:g}": won_by(contests[temperature], paths)
+            for temperature in sorted(contests)
+            if len(contests) > 1
+        },
+    }
 
 
-def write(folder: Path, report: dict[str, Any], samples: Samples) -> None:
-    """report.json and samples.jsonl."""
-    write_text(
-        folder / "report.json", json.dumps(round_figures(referenced(report)), indent=2) + "\n"
-    )
-    file = JsonLines(folder / SAMPLES)
-    for line in samples:
-        file.append(line)
+def won_by(contest: Contest, paths: list[str]) -> dict[str, dict[str, Figures]]:
+    """Win rates of the policy against each baseline, and of all against the references."""
+    has_references = REFERENCES in contest.scores
+    return {
+        "win_rates": contest.win_rates(paths[0], paths[1:]),
+        "against_references": contest.against(REFERENCES, paths) if has_references else {},
+    }
+
+
+def anchor_of(cfg: EvaluateConfig, paths: list[str]) -> str:
+    """The policy whose rating is 0: the one that the config names, the reference, or the last."""
+    named = cfg.anchor or cfg.reference
+    return str(Path(named)) if named and str(Path(named)) in paths else paths[-1]
+
+
+@dataclass
+class Lines:
+    """The lines of samples.jsonl: what each policy wrote, and what each judge says of it."""
+
+    lines: list[dict[str, object]] = field(default_factory=list)
+
+    def add(self, path: str, temperature: float, sampled: Sampled) -> None:
+        """All responses of a policy at a temperature."""
+        said = sampled.said
+        columns = {name: known_or_none(scores.total) for name, scores in said.items()}
+        parts = term_columns(said["reward"]) if "reward" in said else {}
+        for i, rollout in enumerate(sampled.rollouts):
+            reward = columns["reward"][i] if "reward" in columns else None
+            gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
+            row = generated_row(rollout, i % sampled.samples, reward, parts_at(parts, i))
+            whose = {"policy": referenced(path), "temperature": temperature}
+            self.lines.append({**whose, **row, **gold})
 
 
 def policies(cfg: EvaluateConfig) -> list[str]:
@@ -238,23 +289,16 @@ def load_judges(cfg: EvaluateConfig, policy: Policy, session: Session) -> dict[s
     }
 
 
-def mean_of_known(judge: str, values: Tensor) -> dict[str, Any]:
-    """The mean over responses that have a reward, and the share of those that have none, if any.
-
-    Args: values (N, K), NaN where there is none.
-    """
-    per_prompt = values.nanmean(-1, keepdim=True)  # (N, 1)
-    known = per_prompt[~per_prompt.isnan().squeeze(-1)]
-    figures: dict[str, Any] = {judge: asdict(clustered_mean(known)) if len(known) else None}
-    if (share := values.isnan().float().mean().item()) > 0:
-        figures[f"{judge}_none"] = share
-    return figures
-
-
-def scored_alike(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """The prompts to which every response of both policies has a reward: (N', K) each."""
-    known = ~(ours.isnan() | theirs.isnan()).any(-1)
-    return ours[known], theirs[known]
+def referred(
+    session: Session,
+    policy: Policy,
+    prompts: list[EncodedPrompt],
+    judges: dict[str, Reward],
+    kept: KeptSamples,
+) -> Sampled | None:
+    """The responses that the data has, judged; None where it has none."""
+    texts = references_of(prompts, session.rows)
+    return scored_references(texts, prompts, policy.encoder, judges, kept)
 
 
 def model_in(reward: Reward | None) -> ModelReward | None:
@@ -291,22 +335,6 @@ def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
     ]
 
 
-def estimated_kl(
-    cfg: EvaluateConfig, policy: Policy, reference: Policy, rollouts: list[Rollout]
-) -> dict[str, float]:
-    """KL(policy || reference) per response in nats, both at the sampling temperature.
-
-    Unbiased for samples of the unfiltered policy only, so there is none under top-k and the like.
-    """
-    sequences = [rollout.tokens for rollout in rollouts]
-    temperature = Sampling.of(cfg.algo).scored_at
-    ours = logprobs_of(policy.model, sequences, cfg.hardware, temperature)
-    theirs = logprobs_of(reference.model, sequences, cfg.hardware, temperature)
-    sums = [k1(ours[i], theirs[i]).sum() for i in range(len(sequences))]
-    estimate: Estimate = clustered_mean(torch.stack(sums).view(-1, cfg.algo.samples))
-    return asdict(estimate)
-
-
 def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Tokens]]:
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
     demonstrations = []
@@ -316,11 +344,6 @@ def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Token
         "text_loss": list(session.texts(policy.encoder).held_out),
         "demonstration_loss": policy.encoder.demonstrations(demonstrations),
     }
-
-
-def mean_length(rollouts: list[Rollout]) -> float:
-    """Response tokens, EOS included."""
-    return sum(len(rollout.tokens.response) for rollout in rollouts) / len(rollouts)
 
 
 def settings(cfg: EvaluateConfig) -> dict[str, Any]:
