@@ -20,7 +20,7 @@ from tests.training.test_stages import RUNS, same, untimed, weights
 
 UNREAD = defaultdict(list, {"ppo to the bit": ["ptx"]})  # of the words of each stage
 EACH_ALONE = ["hardware.tokens_per_microbatch=1", "hardware.rollout_tokens=1"]
-# Largest distance of a weight, and of figures in relation to their size. A penalty of old_kl_coef is
+# Largest distance of a weight, and of figures in relation to their size. That of klpen is
 # steep: one process whose micro-batches are cut otherwise is as far off.
 NEAR = defaultdict(lambda: (1e-5, 1e-4), ppo_klpen=(1e-4, 5e-3))
 
