@@ -72,6 +72,7 @@ def key(
 # --------------------------------------------------------------------------- hardware
 
 
+VLLM = "vllm"
 OF_A_CPU = 4096, 16384, 1024
 """What auto means there: tokens in a micro-batch, tokens sampled at once, positions of logits."""
 
@@ -115,6 +116,24 @@ class Hardware:
         "quarter of the GPU's free memory takes, up to those of a batch; 16384 on a CPU.",
         ge=1,
         auto=int,
+    )
+    rollout: str = key(
+        "Who samples for ppo, grpo, generate and evaluate: this process, or a vLLM server.",
+        choices=("native", VLLM),
+    )
+    rollout_server: str | None = key(
+        "Address of a running server, as http://host:8000; its machine sees the folder `out`.",
+        used_by="hardware.rollout=vllm",
+    )
+    rollout_devices: list[int] | None = key(
+        "GPUs of this machine on which the stage starts a server of its own.",
+        used_by="hardware.rollout=vllm",
+    )
+    rollout_timeout: float = key(
+        "Seconds within which a server starts, loads weights or answers a request.",
+        gt=0,
+        used_by="hardware.rollout=vllm",
+        unused=600.0,
     )
     packing: str = key(
         "auto: sequences stand end to end, without pads, where a short try finds the same result; "

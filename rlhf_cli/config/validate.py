@@ -12,6 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
+from rlhf_cli.config.rollout_rules import rollouts
 from rlhf_cli.config.schema import (
     AUTO,
     Decoding,
@@ -311,6 +312,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _shards,
     _processes,
     _decoding,
+    rollouts,
     _reward_model,
     _preferences,
     _selection,

@@ -301,6 +301,14 @@ def check_frozen_layers(cfg: Run) -> None:
         raise UserError(f"model.frozen_layers={frozen}, but {path} has {blocks} blocks")
 
 
+def check_sampler(cfg: Run) -> None:
+    """Where the stage is to start a vLLM server, there is one to start."""
+    if cfg.hardware.rollout_devices is not None:
+        from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
+
+        program()
+
+
 def arithmetic(cfg: Run) -> list[str]:
     """The batch arithmetic, spelled out."""
     algo: Any = cfg.algo

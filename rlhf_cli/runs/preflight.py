@@ -17,6 +17,7 @@ from rlhf_cli.runs.checks import (
     check_frozen_layers,
     check_models,
     check_rows,
+    check_sampler,
     own_loss_lines,
     reward_lines,
     row_kind,
@@ -91,6 +92,7 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_models(cfg)
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
+    check_sampler(cfg)
     check_adapter_use(cfg)
     provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
     counted = check_rows(cfg, rows)
