@@ -64,13 +64,14 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_samples_are_kept_in_rounds_and_gone_on_from_on_any_number_of_ranks(
     chain: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "1", tmp_path / "2"
     total = sum(live(chain, "generate", one / "generate"))
     live(chain, "evaluate", one / "evaluate")
-    begun = live(chain, "generate", tmp_path / "begun on 1", 2)
+    (begun,) = on_ranks(1, live, chain, "generate", tmp_path / "begun on 1", 2)  # whose lock goes
     first, second = on_ranks(2, lives, chain, two)
     assert first == second
     ended = live(chain, "generate", tmp_path / "begun on 2")

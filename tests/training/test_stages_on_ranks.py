@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.ranks.world import world
 from rlhf_cli.training.diagnosis import draws_of_rank
 from tests.online.test_refresh import REFRESH
 from tests.ranks import on_ranks
@@ -29,9 +28,8 @@ def run_all(folder: Path, out: Path, runs: dict[str, list[str]]) -> None:
     """Run stages one after the other, each into a folder of its name."""
     with contextlib.chdir(folder):
         for name, (stage, *words) in runs.items():
-            place = out / name if world().is_main else out / f"rank {world().rank}" / name
             given = [each for each in words_of(stage) if not any(k in each for k in UNREAD[name])]
-            cfg = compose(stage, [*given, *words, f"out={place}"])
+            cfg = compose(stage, [*given, *words, f"out={out / name}"])
             importlib.import_module(f"rlhf_cli.stages.{stage}").run(cfg)
 
 
