@@ -88,4 +88,4 @@ def test_samples_are_kept_in_rounds_and_gone_on_from_on_any_number_of_ranks(
     for report in reports:
         for policy in report["policies"].values():
             del policy["seconds"]
-    near(*reports, 1e-5)
+    near(reports[0], reports[1], 1e-5)
