@@ -218,14 +218,18 @@ def checked(order: argparse.Namespace, overrides: list[str]) -> list[str]:
     if order.after is not None:
         return [f"after job {order.after}: what the stage reads is looked for when it starts"]
     from rlhf_cli.runs.preflight import preflight
+    from rlhf_cli.runs.sharing import Ranks
 
-    return preflight(cfg, check_only=True).lines()
+    if cfg.hardware.device == AUTO:  # there need be no GPU here
+        cfg.hardware.device = "cuda" if order.gpus else "cpu"
+    ranks = Ranks(order.nodes * order.tasks, order.tasks)
+    return preflight(cfg, check_only=True, ranks=ranks).lines()
 
 
 def stage_words(order: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
     """The command of each process."""
     here = shutil.which("rlhf-cli") or order.setup
-    program = ["rlhf-cli"] if here else [sys.executable, "-m", "rlhf_cli"]
+    program = ["rlhf-cli"] if here else [sys.executable, "-P", "-m", "rlhf_cli"]
     own = {"--config": order.config, "--config-dir": order.config_dir}
     given = [f"{flag}={value}" for flag, value in own.items() if value is not None]
     return [*program, order.stage, *given, *overrides]
