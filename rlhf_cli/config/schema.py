@@ -924,6 +924,9 @@ class EvaluateAlgo(Decoding):
         "other figures are of; 0 is greedy.",
         ge=0,
     )
+    overlap: bool = key(
+        "Count what responses copy from the training rows of `data`, which are then read."
+    )
 
 
 # --------------------------------------------------------------------------- stages
@@ -1088,6 +1091,24 @@ class EvaluateConfig(SamplingConfig):
     reference: str | None = key("Policy that KL is measured to; null measures none.", role="policy")
     gold: str | None = key(
         "Scorer that training never saw; null reports the reward only.", role="reward"
+    )
+    prompted: str | None = key(
+        "Policy that is shown demonstrations before each prompt, as InstructGPT's prompted GPT-3; "
+        "null judges none.",
+        role="policy",
+    )
+    few_shot: str | None = key(
+        "What it is shown: a file of demonstrations, or how many of the first that `data` has to "
+        "learn from.",
+        used_by="prompted",
+        needed=True,
+    )
+    samples: str | None = key(
+        "File of responses to judge in place of policies: rows of prompt, response and policy, as "
+        "samples.jsonl has them. `policy` then gives the tokenizer alone."
+    )
+    choices: str | None = key(
+        "File of multiple-choice or cloze rows {prompt, choices, answer} that each policy is asked."
     )
     anchor: str | None = key(
         "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."

@@ -17,6 +17,7 @@ from rlhf_cli.config.schema import (
     AUTO,
     Decoding,
     DpoConfig,
+    EvaluateConfig,
     Model,
     PpoConfig,
     RewardConfig,
@@ -33,6 +34,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 # Where a file or folder is named, or may be.
 _PATHS = (
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
+    *("prompted", "few_shot", "samples", "choices"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 
@@ -294,6 +296,17 @@ def _preferences(cfg: Run) -> Iterator[str]:
             yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
 
 
+def _evaluation(cfg: Run) -> Iterator[str]:
+    """What samples that are there already cannot tell."""
+    if not isinstance(cfg, EvaluateConfig) or cfg.samples is None:
+        return
+    for key, value in {"prompted": cfg.prompted, "choices": cfg.choices}.items():
+        if value is not None:
+            yield f"{key}={value} asks a policy, but samples={cfg.samples} has all; set it to null"
+    if cfg.algo.temperatures:
+        yield f"algo.temperatures samples, but samples={cfg.samples} has all; set it to []"
+
+
 def _selection(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, SftConfig):
         return
@@ -316,5 +329,6 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _reward_model,
     _preferences,
     _selection,
+    _evaluation,
     data_rules,
 )

@@ -40,6 +40,17 @@ FIGURES = {
 }
 """What the headline of a judgement names, and how."""
 
+LOSSES = ("text_loss", "demonstration_loss")
+
+TEXT = {
+    "distinct_2": "distinct",
+    "repetition": "repeated",
+    "copied": "copied",
+    "self_bleu": "self-BLEU",
+    "bleu": "BLEU",
+}
+"""Of the figures of text those that the table has, and how they are called there."""
+
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
 
@@ -103,11 +114,11 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     def place(path: str) -> int:
         return place_in_chain((read_manifest(path) or {}).get("stage"))
 
-    chain = {**other_stages(home), **report["policies"]}
+    chain = {**({} if cfg.samples else other_stages(home)), **report["policies"]}
     rows = [
         [
             name_of(path),
-            chain[path]["seconds"],
+            chain[path].get("seconds"),
             *(plus_minus(chain[path].get(name)) for name in ("gold", "reward", "kl")),
             chain[path].get("text_loss"),
         ]
@@ -116,6 +127,8 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     title = "held-out prompts, mean ± standard error clustered by prompt"
     kl = "KL" if cfg.reference is None else f"KL to {name_of(cfg.reference)}"
     table(title, ["stage", "seconds", "gold", "reward", kl, "held-out loss"], rows)
+    show_tax(report, name_of)
+    show_text(report, name_of)
     if wins := report["win_rates"]:
         show_wins(f"{name_of(policy)}, response by response", "against", wins, name_of)
     if wins := report["against_references"]:
@@ -135,6 +148,44 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
         title = f"ratings on Elo's scale, {name_of(report['anchor'])} at 0"
         count = report["prompts"]
         table(title, ["", "rating", "95%", f"not separable at {count} prompts"], rows)
+
+
+def show_tax(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
+    """What of the reference was forgotten, where choices were asked or losses have changed."""
+    rows = [
+        [
+            name_of(path),
+            *(plus_minus(each.get(f"{name}_change"), 3) for name in LOSSES),
+            plus_minus(each.get("choices"), 3),
+            plus_minus(each.get("choices_change"), 3),
+        ]
+        for path, each in report["policies"].items()
+        if "text_loss_change" in each or "choices" in each
+    ]
+    if len(rows) > 1 or report["choices_by_chance"] is not None:
+        heads = ["text loss", "demonstration loss", "choices right", "change"]
+        table("tax: change of losses from the reference, paired by row", ["", *heads], rows)
+
+
+def show_text(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
+    """The health of what each policy writes."""
+    names = [name for name in TEXT if any(name in of["text"] for of in report["policies"].values())]
+    rows = [
+        [
+            name_of(path),
+            f"{each['length']:.1f}",
+            f"{each['ended']:.3f}",
+            *(decimals(mean_in(each["text"].get(name))) for name in names),
+        ]
+        for path, each in report["policies"].items()
+    ]
+    heads = [TEXT[name] for name in names]
+    table("health of the text", ["", "tokens", "ended", *heads], rows)
+
+
+def mean_in(figure: float | dict[str, float] | None) -> float | None:
+    """A figure, or the mean of an estimate."""
+    return figure["mean"] if isinstance(figure, dict) else figure
 
 
 def show_wins(title: str, who: str, wins: Results, name_of: Callable[[str], str]) -> None:
@@ -186,9 +237,11 @@ def show_best_of(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
         table(title, ["n", *JUDGES, "KL to one sample, at most"], rows)
 
 
-def plus_minus(estimate: dict[str, float] | None) -> str | None:
+def plus_minus(estimate: dict[str, float] | None, digits: int = 2) -> str | None:
     """1.23 ± 0.04."""
-    return f"{estimate['mean']:.2f} ± {estimate['stderr']:.2f}" if estimate else None
+    if not estimate:
+        return None
+    return f"{estimate['mean']:.{digits}f} ± {estimate['stderr']:.{digits}f}"
 
 
 def other_stages(folder: Path) -> Results:

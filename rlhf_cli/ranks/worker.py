@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, PeerLost, RunError, UserError
 from rlhf_cli.ranks import environment
 from rlhf_cli.ranks.causes import Cause, is_echo, write_cause
+from rlhf_cli.ranks.world import enter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from rlhf_cli.ranks.watch import Watch
 
 AGENT, LOGS, STDIN = "RLHF_CLI_AGENT", "RLHF_CLI_LOGS", "RLHF_CLI_STDIN"
@@ -75,9 +80,22 @@ def has_agent() -> bool:
     return is_one() and AGENT in os.environ
 
 
-def watched_by(watch: Watch | None) -> None:
-    """From now on it is one of a group, whose meetings are watched."""
-    _Self.watch = watch
+def join_others(device: torch.device, seconds: int, say: Callable[[str], None]) -> None:
+    """Where this process is one of several, wait for all of them: from here on they work together.
+
+    What was checked before was seen by each alone, so that none has yet written anything.
+
+    Args:
+        device: of this rank.
+        seconds: that ranks then wait for each other at most.
+        say: takes a line, of rank 0 that waits for another.
+    """
+    if environment.place() is not None:
+        from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
+
+        group = join(device, seconds, say, end)
+        _Self.watch = group.watch
+        enter(group)
 
 
 def leave(status: int) -> None:

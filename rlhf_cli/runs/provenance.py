@@ -128,6 +128,8 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
+    for key in ("few_shot", "samples", "choices"):  # of evaluate
+        inputs[key] = getattr(cfg, key, None)
     for key, role, value in named_models(cfg):
         if role == "reward":
             inputs |= {f"{key} {file}": str(file) for file in files_of(value)}
