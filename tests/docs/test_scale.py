@@ -47,7 +47,7 @@ def test_bytes_that_are_sent_by_hand(scale: Any) -> None:
     """A model of 1.5 billion numbers on two machines of two."""
     cluster, step = scale.Cluster(2, 2, inside=100e9, between=10e9), scale.Step(1000, 3, False)
 
-    class Sized(scale.Model):  # type: ignore[misc, name-defined]
+    class Sized(scale.Model):
         numbers = 1_500_000_000
 
     model = Sized("toy", 1, 1, 1, 1, 1)
