@@ -222,7 +222,7 @@ class Session:
             keep(self.budget, self.out)
 
     def log(self, file: str = METRICS) -> JsonLines:
-        """A JSON-lines file in `out`, cut back to the resume point; metrics are those of all ranks."""
+        """A JSON-lines file in `out`, cut back to the resume point; all ranks have its metrics."""
         size = self.log_sizes.get(file, 0)
         alike = file == METRICS
         self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out), alike))
