@@ -338,6 +338,7 @@ def _checked_run(stage: str, cfg: Any, check: bool, words: list[str]) -> Path | 
     """The folder that the stage wrote, now or before; None after a check, and where another
     process has told it.
     """
+    from rlhf_cli.ranks.environment import place
     from rlhf_cli.runs.out_folder import FINISHED, tidy
     from rlhf_cli.runs.preflight import preflight
 
@@ -349,7 +350,7 @@ def _checked_run(stage: str, cfg: Any, check: bool, words: list[str]) -> Path | 
     if check:
         _tell(plan.lines())
         return None
-    if plan.state == FINISHED:  # known without torch, so a chain that runs again flies by
+    if plan.state == FINISHED and place() is None:  # known without torch: a chain flies by again
         tidy(Path(cfg.out))
         _tell([f"{cfg.out}: already finished; nothing to do"])
         return Path(cfg.out)
