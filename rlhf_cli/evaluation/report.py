@@ -26,6 +26,10 @@ MOST, MOST_PAIRS = 5, 3  # policies in a table, and pairs of them; report.json h
 
 LOSSES = ("text_loss", "demonstration_loss")
 
+BIASES = ("consistency", "first_slot", "longer_wins")
+
+CONSISTENT = 0.6  # share of pairs; a judge below it is warned of
+
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
 
@@ -107,6 +111,8 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     say(remarks(cfg, report, len(rows) - MOST))
     if report["choices_by_chance"] is not None:
         show_tax(report, name_of)
+    if "judge" in report:
+        show_judge(report["judge"], name_of(str(Path(cfg.policy))), name_of)
     show_temperatures(report["by_temperature"], name_of)
 
 
@@ -189,6 +195,36 @@ def show_tax(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
     table("tax: change of losses from the reference, paired by row", heads, rows)
 
 
+def show_judge(judge: dict[str, Any], policy: str, name_of: Callable[[str], str]) -> None:
+    """Win rates by a language model, raw and at equal length, and what it goes by."""
+    rows = [
+        [
+            name_of(path),
+            *(f"{w[each]:.3f}" for each in ("win", "tie", "loss")),
+            f"{w['low']:.3f} to {w['high']:.3f}",
+            plus_minus(w["at_equal_length"], 3),
+            w["failed"],
+        ]
+        for path, w in judge["win_rates"].items()
+    ]
+    heads = ["against", "win", "tie", "loss", "wins + ties/2, 95%", "at equal length", "failed"]
+    table(f"{policy} as {judge['judge']} judges", heads, rows)
+    words = {"consistency": "both orders agree", "first_slot": "first shown preferred"}
+    shown = [
+        f"{words.get(name, 'longer one wins')} {decimals(each['mean'])} "
+        f"(95% {decimals(each['low'])} to {decimals(each['high'])})"
+        for name in BIASES
+        if (each := judge[name])
+    ]
+    counts = f"{judge['calls']} calls, {judge['cached']} answers kept before"
+    say(f"judge: {'; '.join([*shown, counts])}")
+    if (same := judge["consistency"]) and same["mean"] < CONSISTENT:
+        say(
+            "note: the judge often changes its mind with the order of two responses: what it says "
+            "of them is little"
+        )
+
+
 def show_temperatures(by_temperature: dict[str, Any], name_of: Callable[[str], str]) -> None:
     """Wins + ties / 2 of each policy at each temperature, against the references or the policy."""
     for against, what in AGAINST.items():
@@ -223,3 +259,8 @@ def write_judgement(folder: Path, report: Report, title: str) -> None:
     (folder / "report.json").write_text(text, encoding="utf-8")
     if "calibration_bins" in report:
         reliability_picture(folder / "reliability.png", calibration_of(report), title)
+
+
+def decimals(value: float | None) -> str:
+    """0.712; a dash for None."""
+    return "-" if value is None else f"{value:.3f}"
