@@ -51,6 +51,10 @@ TEXT = {
 }
 """Of the figures of text those that the table has, and how they are called there."""
 
+BIASES = ("consistency", "first_slot", "longer_wins")
+
+CONSISTENT = 0.6  # share of pairs; a judge below it is warned of
+
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
 
@@ -133,6 +137,8 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
         show_wins(f"{name_of(policy)}, response by response", "against", wins, name_of)
     if wins := report["against_references"]:
         show_wins("against the references, response by response", "policy", wins, name_of)
+    if "judge" in report:
+        show_judge(report["judge"], name_of(policy), name_of)
     show_temperatures(report["by_temperature"], name_of)
     show_best_of(cfg, report)
     if ratings := report["ratings"]:
@@ -201,6 +207,36 @@ def show_wins(title: str, who: str, wins: Results, name_of: Callable[[str], str]
         for path, w in wins.items()
     ]
     table(title, [who, "win", "tie", "loss", "wins + ties/2, 95%", corrected], shares)
+
+
+def show_judge(judge: dict[str, Any], policy: str, name_of: Callable[[str], str]) -> None:
+    """Win rates by a language model, raw and at equal length, and what it goes by."""
+    rows = [
+        [
+            name_of(path),
+            *(f"{w[each]:.3f}" for each in ("win", "tie", "loss")),
+            f"{w['low']:.3f} to {w['high']:.3f}",
+            plus_minus(w["at_equal_length"], 3),
+            w["failed"],
+        ]
+        for path, w in judge["win_rates"].items()
+    ]
+    heads = ["against", "win", "tie", "loss", "wins + ties/2, 95%", "at equal length", "failed"]
+    table(f"{policy} as {judge['judge']} judges", heads, rows)
+    words = {"consistency": "both orders agree", "first_slot": "first shown preferred"}
+    shown = [
+        f"{words.get(name, 'longer one wins')} {decimals(each['mean'])} "
+        f"(95% {decimals(each['low'])} to {decimals(each['high'])})"
+        for name in BIASES
+        if (each := judge[name])
+    ]
+    counts = f"{judge['calls']} calls, {judge['cached']} answers kept before"
+    say(f"judge: {'; '.join([*shown, counts])}")
+    if (same := judge["consistency"]) and same["mean"] < CONSISTENT:
+        say(
+            "note: the judge often changes its mind with the order of two responses: what it says "
+            "of them is little"
+        )
 
 
 def show_temperatures(by_temperature: dict[str, Any], name_of: Callable[[str], str]) -> None:

@@ -40,6 +40,8 @@ def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
         if isinstance(value, list):
             value = [path for each in value for path in policies_like(each)]
             yield from ((f"{key}[{i}]", role, each) for i, each in enumerate(value))
+        elif value is not None and "://" in value:
+            continue  # an endpoint
         elif value is not None and not (cfg.trains and (key, value) == ("reference", "bootstrap")):
             yield key, role, value
 
@@ -128,7 +130,7 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
-    for key in ("few_shot", "samples", "choices"):  # of evaluate
+    for key in ("few_shot", "samples", "choices", "judge_prompt"):  # of evaluate
         inputs[key] = getattr(cfg, key, None)
     for key, role, value in named_models(cfg):
         if role == "reward":
