@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.tokens import Encoder
@@ -26,6 +26,7 @@ from rlhf_cli.models.dtypes import name_of, product_type_of
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.save import save_tokenizer, save_working
 from rlhf_cli.models.score import logprobs_of
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import alone, world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.sampling import Sampling
@@ -289,25 +290,20 @@ class Served:
 
 
 def on_main(work: Callable[[], Value]) -> Value:
-    """What rank 0 finds, a value of JSON, on every rank; what it fails with, too.
+    """What rank 0 finds, a value of JSON, on every rank.
 
     Raises:
-        RunError: a server did not do what it was asked for.
+        RunError: a server did not do what it was asked for; on every rank, too.
     """
-    told: list[Any] = []
-    if world().is_main:
+
+    def told() -> Value:
         try:
             with alone():
-                told = ["", work()]
-        except UserError as error:
-            told = ["UserError", str(error)]
-        except (RunError, ServerFault) as error:
-            told = ["RunError", str(error)]
-    kind, value = world().from_main(told)
-    if kind:
-        raise (UserError if kind == "UserError" else RunError)(value)
-    found: Value = value
-    return found
+                return work()
+        except ServerFault as fault:
+            raise RunError(str(fault)) from None
+
+    return by_main(told)
 
 
 def _check_devices(devices: Sequence[int], model: nn.Module) -> None:
