@@ -188,18 +188,25 @@ def entropy_of(rollouts: Sequence[Rollout], samples: int) -> Figures:
     return asdict(estimate)
 
 
-def held_out_loss(
-    name: str, policy: Policy, sequences: Sequence[Tokens], cfg: EvaluateConfig
-) -> Figures:
-    """NLL per token in nats; what comes of one row is one cluster. None without any."""
-    if not sequences:
-        return {name: None}
+def losses_of(policy: Policy, sequences: Sequence[Tokens], cfg: EvaluateConfig) -> Tensor:
+    """(2, R) of each row the sum of the NLL of its tokens in nats, and their number."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for place, logprobs in enumerate(logprobs_of(policy.model, sequences, cfg.hardware)):
         row = sequences[place].source or str(place)
         sums[row] = sums.get(row, 0.0) - logprobs.double().sum().item()
         counts[row] = counts.get(row, 0) + len(logprobs)
-    of_rows = torch.tensor([list(sums.values()), list(counts.values())], dtype=torch.double)
-    estimate = ratio_mean(*of_rows)
+    return torch.tensor([list(sums.values()), list(counts.values())], dtype=torch.double)
+
+
+def mean_loss(name: str, losses: Tensor | None) -> Figures:
+    """NLL per token in nats, clustered by row; None without any."""
+    if losses is None:
+        return {name: None}
+    estimate = ratio_mean(losses[0], losses[1])
     return {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+
+
+def change_of(ours: Tensor, theirs: Tensor) -> Figures:
+    """By how much the NLL per token of the same rows is above another policy's, paired by row."""
+    return asdict(ratio_mean(ours[0] - theirs[0], ours[1]))

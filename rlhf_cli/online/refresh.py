@@ -31,6 +31,7 @@ from rlhf_cli.data.reading import KindError
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import response_scores
 from rlhf_cli.models.layouts import batch_of, layout_of
@@ -232,7 +233,8 @@ class RewardRefresh:
     def write(self) -> None:
         """`out/reward`: the reward model as it is now, a folder that any stage takes as reward."""
         if self._metrics:
-            by_main(self._write)
+            with assembled(self.source.model):
+                by_main(self._write)
 
     def _write(self) -> None:
         cfg, source = self._cfg, self.source

@@ -20,6 +20,7 @@ import select
 import signal
 
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted
+from rlhf_cli.ranks.world import world
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than the rest
 if TYPE_CHECKING:
@@ -90,8 +91,13 @@ def told_by(tell: Callable[[str, int | None], object]) -> None:
 
 
 def asked() -> str | None:
-    """The name of the signal that asked for an end; None if none did."""
-    return _Stop.asked
+    """The name of the signal that asked for an end, this process or another rank; None if none did.
+
+    All ranks ask at the same place, and get the same answer.
+    """
+    if not world().any(_Stop.asked is not None):
+        return None
+    return next(each.name for each in _SIGNALS if world().any(_Stop.asked == each.name))
 
 
 def before_the_end(act: Callable[[], object]) -> Callable[[], object]:

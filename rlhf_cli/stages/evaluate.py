@@ -2,15 +2,15 @@
 
 Mean reward and gold with a standard error clustered by prompt; KL(policy || reference) per
 response, estimated on the samples of the policy itself; held-out loss; head-to-head win rates with
-ties and a 95% interval. Where the data has comparisons, a reward model is judged by them, too.
-Gold is a scorer that training never saw: a fooled reward model shows.
+ties and a 95% interval, corrected for their number; ratings of all from all head-to-heads; best of
+n, pass@n and maj@n from one set of samples; the health of the text. Where the data has comparisons,
+a reward model is judged by them, too. Gold is a scorer that training never saw: a fooled reward
+model shows.
 
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,243 +19,284 @@ import torch
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.held_out import identity
-from rlhf_cli.data.items import Answers, EncodedPrompt, Tokens
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
+from rlhf_cli.data.items import Tokens
+from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.reading import KindError
+from rlhf_cli.evaluation import judging
+from rlhf_cli.evaluation.bench import Bench, samples_at
+from rlhf_cli.evaluation.choices import by_chance, right_answers
 from rlhf_cli.evaluation.contest import REFERENCES, Contest
+from rlhf_cli.evaluation.entrants import Entrant, entrants_of, given_samples
 from rlhf_cli.evaluation.figures import (
     Figures,
     Sampled,
+    change_of,
     entropy_of,
     estimated_kl,
     figures_of,
-    held_out_loss,
+    losses_of,
+    mean_loss,
 )
 from rlhf_cli.evaluation.frontier import frontier_of
-from rlhf_cli.evaluation.judging import Report, judge
-from rlhf_cli.evaluation.kept import KeptSamples
-from rlhf_cli.evaluation.references import references_of, scored_references
-from rlhf_cli.evaluation.report import show_judgement, show_report, write_report
+from rlhf_cli.evaluation.judge_asks import asked_text, identity_of, judge_of
+from rlhf_cli.evaluation.pair_judge import Text, cost_of, judged_report
+from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
+from rlhf_cli.evaluation.text_health import text_figures
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
+from rlhf_cli.objectives.comparisons import paired_difference
+from rlhf_cli.objectives.estimates import clustered_mean
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.provenance import baselines_of, siblings_of
+from rlhf_cli.runs.provenance import siblings_of
 from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.summary import of_scores
 
 
 def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
-    """Write report.json and samples.jsonl, and show tables; returns `out`."""
+    """Write report.json, samples.jsonl and pictures, and show tables; returns `out`."""
     session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
+    found = Findings(cfg)
+    bench = judge_file(session, found) if cfg.samples else judge_policies(session, found)
+    report = found.report(bench)
+    if cfg.judge is not None:
+        report["judge"] = judged_by_model(session, found, bench)
+    by_main(lambda: write_report(staging(session.out), cfg, report, found.lines))
+    show_report(cfg, report)
+    if bench.judgement is not None and bench.scorer is not None:
+        say(of_scores(judging.figures(bench.judgement), f"scores of {bench.scorer.path}"))
+    shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
+    return session.finish("report", shown, verdict(cfg, report["policies"]))
+
+
+def judge_policies(session: Session, found: "Findings") -> Bench:
+    """Each policy on the same held-out prompts, at each temperature."""
+    cfg = found.cfg
     rows = session.rows.held_out(Prompt)
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
-    paths = policies(cfg)
-    check_tokens(cfg, paths)
+    entrants = entrants_of(cfg, session.rows)
+    check_tokens(cfg, [entrant.path for entrant in entrants])
     reference = policy_of(session, cfg.reference) if cfg.reference else None
+    bench: Bench | None = None
+    total = sum(samples_at(cfg, temperature) for temperature in found.contests)
+    with Bar("evaluate", len(entrants) * len(held_out) * total) as bar:
+        for entrant in entrants:
+            policy = policy_of(session, entrant.path)
+            if bench is None:
+                prompts = policy.encoder.prompts(held_out)
+                bench = Bench.of(session, policy.encoder, prompts, rows.notes)
+            for temperature in found.contests:
+                sampled = bench.answered(entrant, policy, temperature, bar)
+                found.add(entrant.name, sampled, temperature)
+                if temperature == cfg.algo.temperature:
+                    found.results[entrant.name] = {
+                        "seconds": (read_manifest(entrant.path) or {}).get("seconds"),
+                        **figures_by(bench, sampled),
+                        **with_model(cfg, entrant, policy, reference, sampled),
+                        **found.knows(entrant, policy, held_out_sequences(session, policy), bench),
+                    }
+    assert bench is not None  # there is a policy
+    return bench
 
-    contests = {temperature: Contest(cfg.algo.tie) for temperature in temperatures(cfg)}
-    main = contests[cfg.algo.temperature]
-    judges: dict[str, Reward] = {}
-    results: dict[str, Figures] = {}
-    every: list[Sampled] = []
-    total = sum(samples_at(cfg, temperature) for temperature in contests)
-    with Bar("evaluate", len(paths) * len(held_out) * total) as bar:
-        for path in paths:
-            policy = policy_of(session, path)
-            prompts = policy.encoder.prompts(held_out)
-            unseen = held_out_sequences(session, policy)
-            if not judges:
-                judges = load_judges(cfg, policy, session)
-                for each in judges.values():
-                    each.check([row for row, _ in prompts], session.require)
-                scorer = model_in(judges.get("reward"))
-                judgement = None if scorer is None else judged(session, scorer, policy)
-                session.note([*rows.notes, *policy.encoder.report()])
-                kept, written = KeptSamples(session), Lines()
-                references = referred(session, policy, prompts, judges, kept)
-            for temperature, contest in contests.items():
-                sampled = answered(cfg, path, temperature, policy, prompts, judges, kept, bar)
-                every.append(sampled)
-                written.add(path, temperature, sampled)
-                contest.scores[path] = sampled.decisive
-                if contest is main:
-                    results[path] = result_of(cfg, path, policy, reference, sampled, unseen)
 
-    check_scored(judges, every)
-    for contest in contests.values():
-        if references is not None:
-            contest.scores[REFERENCES] = references.decisive
-    report = {
-        "policies": with_gains(cfg, results, main),
-        "frontier": frontier_of(results, cfg.reference),
-        **compared(cfg, paths, contests),
-        "references": None if references is None else figures_of(references, {}),
-        "prompts": len(prompts),
-        **settings(cfg),
-        "reward_model": judgement,
+def judge_file(session: Session, found: "Findings") -> Bench:
+    """The responses that samples=FILE has; no model is loaded but those that judge."""
+    cfg = found.cfg
+    assert cfg.samples is not None
+    given, encoder = given_samples(cfg.samples), encoder_of(cfg, session.rows)
+    found.names = list(given.responses)
+    bench = Bench.of(session, encoder, encoder.prompts(given.prompts), [])
+    for name in found.names:
+        sampled = bench.given(name, given.rollouts(name, encoder))
+        found.add(name, sampled, cfg.algo.temperature)
+        found.results[name] = figures_by(bench, sampled)
+    return bench
+
+
+def judged_by_model(session: Session, found: "Findings", bench: Bench) -> Figures:
+    """What a language model says of the first response of the policy beside those of all others."""
+    cfg, texts = found.cfg, dict(found.first)
+    if bench.references is not None:
+        rollouts = iter(bench.references.rollouts)
+        texts[REFERENCES] = [
+            None if text is None else text_of(next(rollouts)) for text in bench.texts
+        ]
+    judge = judge_of(cfg, lambda path: policy_of(session, path))
+    prompts = [asked_text(row.prompt) for row, _ in bench.prompts]
+    judged = judged_report(judge, prompts, texts, found.names[0], cfg.judge_tie)
+    return {**identity_of(cfg), **judged, **cost_of(judge.counts, cfg.judge_prices)}
+
+
+def text_of(rollout: Rollout) -> Text:
+    """A response as a judge sees it."""
+    return Text(rollout.text, len(rollout.tokens.response))
+
+
+def figures_by(bench: Bench, sampled: Sampled) -> Figures:
+    """What the samples of a policy tell."""
+    specs = {"reward": bench.cfg.reward, "gold": bench.cfg.gold}
+    named = {name: spec for name, spec in specs.items() if spec is not None}
+    return {
+        **figures_of(sampled, named),
+        "text": text_figures(sampled, bench.texts, bench.seen),
     }
-    by_main(lambda: write_report(staging(session.out), cfg, report, written.lines))
-    show_report(cfg, report)
-    if judgement is not None and scorer is not None:
-        show_judgement(f"{scorer.path} on held-out rows", judgement)
-    shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
-    return session.finish("report", shown)
 
 
-def answered(
+def with_model(
     cfg: EvaluateConfig,
-    path: str,
-    temperature: float,
-    policy: Policy,
-    prompts: Sequence[EncodedPrompt],
-    judges: dict[str, Reward],
-    kept: KeptSamples,
-    bar: Bar,
-) -> Sampled:
-    """What a policy responds at a temperature, and what each judge says of it.
-
-    Its draws hang on its own path and the temperature: neither the policies beside it nor its place
-    among them move a figure of it, and the responses of two policies are independent.
-    """
-    samples = samples_at(cfg, temperature)
-    at = () if temperature == cfg.algo.temperature else (temperature,)
-    own = kept.of(path if not at else f"{path} at temperature {temperature:g}", prompts, samples)
-    bar.skip(len(own.done) * samples)
-    rollouts = policy.engine.sample(
-        prompts,
-        replace(Sampling.of(cfg.algo), temperature=temperature),
-        samples=samples,
-        seed=derived_seed(cfg.seed, "evaluate", path, *at),
-        advance=bar.advance,
-        kept=own,
-    )
-    said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
-    return Sampled(rollouts, said, samples)
-
-
-def temperatures(cfg: EvaluateConfig) -> list[float]:
-    """Where policies are sampled: first where all figures are, then for win rates alone."""
-    return list(dict.fromkeys([cfg.algo.temperature, *cfg.algo.temperatures]))
-
-
-def samples_at(cfg: EvaluateConfig, temperature: float) -> int:
-    """Responses to a prompt: greedy ones beside sampled ones would all be the same."""
-    greedy = temperature == 0 and temperature != cfg.algo.temperature
-    return 1 if greedy else cfg.algo.samples
-
-
-def check_scored(judges: dict[str, Reward], every: list[Sampled]) -> None:
-    """Each judge has scored something.
-
-    Raises:
-        RunError: naming the one that has not.
-    """
-    for name, reward in judges.items():
-        reward.check_scored(name, torch.cat([sampled.said[name].total for sampled in every]))
-
-
-def result_of(
-    cfg: EvaluateConfig,
-    path: str,
+    entrant: Entrant,
     policy: Policy,
     reference: Policy | None,
     sampled: Sampled,
-    unseen: dict[str, list[Tokens]],
 ) -> Figures:
-    """The figures of one policy.
-
-    Args:
-        unseen: what its held-out losses are measured on, by their names.
-    """
-    result: Figures = {"seconds": (read_manifest(path) or {}).get("seconds")}
-    specs = {"reward": cfg.reward, "gold": cfg.gold}
-    result |= figures_of(sampled, {name: spec for name, spec in specs.items() if spec is not None})
-    if Sampling.of(cfg.algo).unfiltered:
-        result["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
+    """What its log-probs tell; nothing where it was asked otherwise than they would say."""
+    figures: Figures = {}
+    if Sampling.of(cfg.algo).unfiltered and entrant.shots is None:
+        figures["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
         if reference is not None:
-            result["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
-    for name, sequences in unseen.items():
-        result |= held_out_loss(name, policy, sequences, cfg)
-    return result
-
-
-def with_gains(
-    cfg: EvaluateConfig, results: dict[str, Figures], contest: Contest
-) -> dict[str, Figures]:
-    """The same with what each policy gains over the reference, where that is one of them."""
-    base = str(Path(cfg.reference)) if cfg.reference else ""
-    if base not in results:
-        return results
-    gains = Contest(contest.tie, {path: contest.scores[path] for path in results}).gains(base)
-    return {path: {**each, "gain_over_reference": gains[path]} for path, each in results.items()}
-
-
-def compared(
-    cfg: EvaluateConfig, paths: list[str], contests: dict[float, Contest]
-) -> dict[str, Any]:
-    """Who wins against whom, and ratings of all; then win rates at each temperature."""
-    main = contests[cfg.algo.temperature]
-    anchor = anchor_of(cfg, paths)
-    return {
-        **won_by(main, paths),
-        "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
-        "anchor": anchor,
-        "by_temperature": {
-            f"{temperature:g}": won_by(contests[temperature], paths)
-            for temperature in sorted(contests)
-            if len(contests) > 1
-        },
-    }
-
-
-def won_by(contest: Contest, paths: list[str]) -> dict[str, dict[str, Figures]]:
-    """Win rates of the policy against each baseline, and of all against the references."""
-    has_references = REFERENCES in contest.scores
-    return {
-        "win_rates": contest.win_rates(paths[0], paths[1:]),
-        "against_references": contest.against(REFERENCES, paths) if has_references else {},
-    }
-
-
-def anchor_of(cfg: EvaluateConfig, paths: list[str]) -> str:
-    """The policy whose rating is 0: the one that the config names, the reference, or the last."""
-    named = cfg.anchor or cfg.reference
-    return str(Path(named)) if named and str(Path(named)) in paths else paths[-1]
+            figures["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
+    return figures
 
 
 @dataclass
-class Lines:
-    """The lines of samples.jsonl: what each policy wrote, and what each judge says of it."""
+class Findings:
+    """What has been found of each policy, and in the end the report.
 
+    names: of the policies, the one that is judged first.
+    contests: the scores of all, by temperature.
+    results: the figures of each.
+    first: the first response of each to each prompt, for a judge that reads them.
+    lines: of samples.jsonl: what each wrote, and what each judge says of it.
+    """
+
+    cfg: EvaluateConfig
+    names: list[str] = field(default_factory=list)
+    contests: dict[float, Contest] = field(default_factory=dict)
+    results: dict[str, Figures] = field(default_factory=dict)
+    first: dict[str, list[Text | None]] = field(default_factory=dict)
     lines: list[dict[str, object]] = field(default_factory=list)
+    _every: list[Sampled] = field(default_factory=list)
+    _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _right: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, path: str, temperature: float, sampled: Sampled) -> None:
-        """All responses of a policy at a temperature."""
+    def __post_init__(self) -> None:
+        """At first the temperature of all figures, then those for win rates alone."""
+        algo = self.cfg.algo
+        for temperature in [algo.temperature, *algo.temperatures]:
+            self.contests[temperature] = Contest(algo.tie)
+
+    def add(self, name: str, sampled: Sampled, temperature: float) -> None:
+        """All responses of a policy at a temperature, judged."""
+        self.names += [name] if name not in self.names else []
+        self.contests[temperature].scores[name] = sampled.decisive
+        self._every.append(sampled)
+        if temperature == self.cfg.algo.temperature:
+            self.first[name] = list(map(text_of, sampled.rollouts[:: sampled.samples]))
         said = sampled.said
-        columns = {name: known_or_none(scores.total) for name, scores in said.items()}
+        columns = {judge: known_or_none(scores.total) for judge, scores in said.items()}
         parts = term_columns(said["reward"]) if "reward" in said else {}
         for i, rollout in enumerate(sampled.rollouts):
             reward = columns["reward"][i] if "reward" in columns else None
             gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
             row = generated_row(rollout, i % sampled.samples, reward, parts_at(parts, i))
-            whose = {"policy": referenced(path), "temperature": temperature}
+            whose = {"policy": referenced(name), "temperature": temperature}
             self.lines.append({**whose, **row, **gold})
 
+    def knows(
+        self, entrant: Entrant, policy: Policy, unseen: dict[str, list[Tokens]], bench: Bench
+    ) -> Figures:
+        """Held-out losses and right answers: what alignment may have cost.
 
-def policies(cfg: EvaluateConfig) -> list[str]:
-    """The policy, then its baselines: those given, or the finished policies beside it."""
-    return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)]))
+        Args:
+            unseen: what losses are measured on, by their names.
+        """
+        figures: Figures = {}
+        if entrant.shots is not None:  # its weights are those of a policy without demonstrations
+            return figures
+        own = {each: losses_of(policy, rows, self.cfg) for each, rows in unseen.items() if rows}
+        self._losses[entrant.name] = own
+        for each in unseen:
+            figures |= mean_loss(each, own.get(each))
+        if bench.questions:
+            right = right_answers(bench.questions, policy, self.cfg)
+            self._right[entrant.name] = right
+            figures["choices"] = vars(clustered_mean(right))
+        return figures
+
+    def report(self, bench: Bench) -> dict[str, Any]:
+        """All that report.json has.
+
+        Raises:
+            RunError: a judge has scored nothing.
+        """
+        for judge, reward in bench.judges.items():
+            said = [sampled.said[judge].total for sampled in self._every]
+            reward.check_scored(judge, torch.cat(said))
+        for contest in self.contests.values():
+            if bench.references is not None:
+                contest.scores[REFERENCES] = bench.references.decisive
+        cfg, main = self.cfg, self.contests[self.cfg.algo.temperature]
+        anchor = anchor_of(cfg, self.names)
+        return {
+            "policies": self.over_reference(),
+            "frontier": frontier_of(self.results, cfg.reference),
+            **won_by(main, self.names),
+            "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
+            "anchor": anchor,
+            "by_temperature": {
+                f"{temperature:g}": won_by(self.contests[temperature], self.names)
+                for temperature in sorted(self.contests)
+                if len(self.contests) > 1
+            },
+            "references": figures_of(bench.references, {}) if bench.references else None,
+            "choices_by_chance": by_chance(bench.questions) if bench.questions else None,
+            "prompts": len(bench.prompts),
+            **settings(cfg),
+            "reward_model": bench.judgement,
+        }
+
+    def over_reference(self) -> dict[str, Figures]:
+        """The figures of each policy, and by how much they differ from those of the reference."""
+        base = str(Path(self.cfg.reference)) if self.cfg.reference else ""
+        if base not in self.results:
+            return self.results
+        scores = self.contests[self.cfg.algo.temperature].scores
+        ours = Contest(self.cfg.algo.tie, {name: scores[name] for name in self.names})
+        gains = ours.gains(base)
+        changed: dict[str, Figures] = {}
+        for name, figures in self.results.items():
+            changes: Figures = {"gain_over_reference": gains[name]}
+            for each, losses in self._losses.get(name, {}).items():
+                changes[f"{each}_change"] = change_of(losses, self._losses[base][each])
+            if name in self._right:
+                difference = paired_difference(self._right[name], self._right[base])
+                changes["choices_change"] = vars(difference)
+            changed[name] = {**figures, **changes}
+        return changed
+
+
+def won_by(contest: Contest, names: list[str]) -> dict[str, dict[str, Figures]]:
+    """Win rates of the policy against each baseline, and of all against the references."""
+    has_references = REFERENCES in contest.scores
+    return {
+        "win_rates": contest.win_rates(names[0], names[1:]),
+        "against_references": contest.against(REFERENCES, names) if has_references else {},
+    }
+
+
+def anchor_of(cfg: EvaluateConfig, names: list[str]) -> str:
+    """The policy whose rating is 0: the one that the config names, the reference, or the last."""
+    named = cfg.anchor or cfg.reference
+    return str(Path(named)) if named and str(Path(named)) in names else names[-1]
 
 
 def check_tokens(cfg: EvaluateConfig, paths: list[str]) -> None:
@@ -277,62 +318,6 @@ def check_tokens(cfg: EvaluateConfig, paths: list[str]) -> None:
 def unique_prompts(rows: list[Prompt]) -> list[Prompt]:
     """Each prompt once: several pairs of one prompt are not several prompts to judge by."""
     return list({identity(row): row for row in reversed(rows)}.values())[::-1]
-
-
-def load_judges(cfg: EvaluateConfig, policy: Policy, session: Session) -> dict[str, Reward]:
-    """Reward, then gold, as far as the config names them."""
-    specs = {"reward": cfg.reward, "gold": cfg.gold}
-    return {
-        name: load_reward(spec, cfg, policy.tokenizer, session.device)
-        for name, spec in specs.items()
-        if spec is not None
-    }
-
-
-def referred(
-    session: Session,
-    policy: Policy,
-    prompts: list[EncodedPrompt],
-    judges: dict[str, Reward],
-    kept: KeptSamples,
-) -> Sampled | None:
-    """The responses that the data has, judged; None where it has none."""
-    texts = references_of(prompts, session.rows)
-    return scored_references(texts, prompts, policy.encoder, judges, kept)
-
-
-def model_in(reward: Reward | None) -> ModelReward | None:
-    """The first model among the terms of a reward, which held-out rows judge."""
-    sources = [term.source for term in reward.terms] if reward is not None else []
-    return next((source for source in sources if isinstance(source, ModelReward)), None)
-
-
-def judged(session: Session, source: ModelReward, policy: Policy) -> Report | None:
-    """How a reward model orders held-out pairs, or rankings; None without either."""
-    for kind in (Preference, Ranking):
-        with suppress(KindError):
-            items = policy.encoder.answers(session.rows.held_out(kind).held_out)
-            written = [rollout for item in items for rollout in as_rollouts(item, policy)]
-            scores = source.raw_of(written).split([len(item.responses) for item in items])
-            scored = [pair for pair in zip(items, scores, strict=True) if pair[1].isfinite().all()]
-            if scored:
-                return judge([item for item, _ in scored], [each for _, each in scored])
-    return None
-
-
-def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
-    """The responses of a row as if the policy had written them."""
-    row = Prompt(item.row.prompt, item.row.columns, item.row.source)
-    return [
-        Rollout(
-            row,
-            sequence,
-            [],
-            "eos" if sequence.response[-1] in policy.encoder.stop_ids else "length",
-            policy.encoder.text(sequence.response),
-        )
-        for sequence in item.sequences
-    ]
 
 
 def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Tokens]]:

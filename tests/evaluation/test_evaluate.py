@@ -71,3 +71,52 @@ def test_what_is_refused_before_anything_is_sampled(
 ) -> None:
     with pytest.raises(UserError, match=line):
         evaluated(tmp_path, *words)
+
+
+def test_samples_of_a_file_are_judged_as_those_of_the_policies_were(tmp_path: Path) -> None:
+    made = evaluated(tmp_path / "made", "baselines=[runs/demo/adapter]")
+    words = [f"samples={tmp_path}/made/samples.jsonl", "baselines=[]"]
+    report = evaluated(tmp_path / "again", *words)
+    for name, figures in made["policies"].items():
+        again = report["policies"][name]
+        for each in ("reward", "gold", "best_of", "text", "gold_pass_at", "gain_over_reference"):
+            assert again[each] == figures[each], each
+        assert "kl" not in again
+    for each in ("win_rates", "against_references", "ratings", "references"):
+        assert report[each] == made[each], each
+    with pytest.raises(UserError, match="choices=x asks a policy, but samples="):
+        evaluated(tmp_path / "no", *words, "choices=x")
+
+
+def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
+    words = ["baselines=[]", "prompted=runs/demo/adapter", "algo.prompts=3"]
+    report = evaluated(tmp_path / "out", *words, "few_shot=1", "data.max_response_tokens=7")
+    name = "runs/demo/adapter 1-shot"
+    assert list(report["policies"]) == ["runs/demo/sft", name]
+    assert list(report["win_rates"]) == [name]
+    assert "kl" not in report["policies"][name] and "text_loss" not in report["policies"][name]
+    lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    theirs = [each for each in lines if each["policy"] == name]
+    assert len(theirs) == 6 and all(each["prompt"].startswith("Greet") for each in theirs)
+    assert not any("\n\n" in each["response"] for each in theirs)
+    with pytest.raises(UserError, match="prompted=runs/demo/adapter needs few_shot=VALUE"):
+        evaluated(tmp_path / "no", *words)
+    with pytest.raises(UserError, match="few_shot is not used by prompted=null"):
+        evaluated(tmp_path / "no", "few_shot=2")
+
+
+def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Greet {name}: ", "choices": [f"Hi {name}!", "zq#@ 99"], "answer": 0}
+        for name in ("Ana", "Bdo", "Cla")
+    ]
+    file = tmp_path / "choices.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluated(tmp_path / "out", "baselines=[runs/demo/adapter]", f"choices={file}")
+    assert report["choices_by_chance"] == 0.5
+    for figures in report["policies"].values():
+        assert figures["choices"]["mean"] == 1
+        assert figures["choices_change"]["mean"] == 0
+    changed = report["policies"]["runs/demo/adapter"]["text_loss_change"]
+    ours, base = (each["text_loss"] for each in report["policies"].values())
+    assert changed["mean"] == pytest.approx(base - ours, abs=1e-4)
