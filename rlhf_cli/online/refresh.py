@@ -14,6 +14,7 @@ pass (2203.02155 sec. 3.5), and most would be between near equals, where a judge
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from rlhf_cli.data.reading import KindError
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import response_scores
 from rlhf_cli.models.layouts import batch_of, layout_of
@@ -231,7 +233,10 @@ class RewardRefresh:
 
     def write(self) -> None:
         """`out/reward`: the reward model as it is now, a folder that any stage takes as reward."""
-        if self._metrics:
+        if not self._metrics:
+            return
+        model = self.source.model  # a scorer on the policy's base is whole on each rank
+        with nullcontext() if isinstance(model, SharedScorer) else assembled(model):
             by_main(self._write)
 
     def _write(self) -> None:
