@@ -14,7 +14,6 @@ pass (2203.02155 sec. 3.5), and most would be between near equals, where a judge
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -233,11 +232,9 @@ class RewardRefresh:
 
     def write(self) -> None:
         """`out/reward`: the reward model as it is now, a folder that any stage takes as reward."""
-        if not self._metrics:
-            return
-        model = self.source.model  # a scorer on the policy's base is whole on each rank
-        with nullcontext() if isinstance(model, SharedScorer) else assembled(model):
-            by_main(self._write)
+        if self._metrics:
+            with assembled(self.source.model):
+                by_main(self._write)
 
     def _write(self) -> None:
         cfg, source = self._cfg, self.source

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.agreement import by_main, check_alike
 from rlhf_cli.ranks.world import world
 
 
@@ -17,14 +17,19 @@ class JsonLines:
     """An append-only file of objects, each with its `step`; of several ranks rank 0 writes it."""
 
     def __init__(
-        self, file: Path, size: int = 0, before_write: Callable[[], None] = lambda: None
+        self,
+        file: Path,
+        size: int = 0,
+        before_write: Callable[[], None] = lambda: None,
+        alike: bool = False,
     ) -> None:
         """The first `size` bytes stay, of the steps that a resumed run does not do again.
 
         Args:
             before_write: raises where the file is no longer this run's to write.
+            alike: whether what `write` gets must be the same on all ranks.
         """
-        self.file = file
+        self.file, self._alike = file, alike
         self._writes = world().is_main
         self._before_write = before_write
         self._size, self._digest = size, hashlib.sha256()
@@ -46,7 +51,13 @@ class JsonLines:
         )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append {"step": step, **values}."""
+        """Append {"step": step, **values}.
+
+        Raises:
+            RunError: the numbers of a rank are others, where all must be alike.
+        """
+        if self._alike:
+            check_alike(step, values)
         self.append({"step": step, **values})
 
     def append(self, row: dict[str, Any], digits: int | None = 6) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, EAGER, Run
+from rlhf_cli.config.schema import AUTO, EAGER, VLLM, Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object
@@ -151,7 +151,7 @@ def budget_of(cfg: Any, free: float, width: int) -> Budget:
     room -= sum(gathered(cfg, shapes, width, graphs).values()) if parts > 1 else 0
     longest = longest_sequence(cfg)
     sampled = float(UNMEASURED[1])
-    if cfg.samples_online:
+    if cfg.samples_online and cfg.hardware.rollout != VLLM:
         token = 2 * width * geometry.keys * geometry.layers
         responses = ranks.share(responses_of(cfg))
         sampled = min(FOR_ROLLOUTS * room / token, responses * size_of(longest))

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import AUTO, EAGER, Model, Run, SftModel
+from rlhf_cli.config.schema import AUTO, EAGER, VLLM, Model, Run, SftModel
 from rlhf_cli.config.stages import DEMO_SIZE, facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
@@ -172,7 +172,7 @@ def parts_of(
     rollout: Parts = {}
     if parts > 1:
         update |= gathered(cfg, shapes, width, graphs)
-    if cfg.samples_online:
+    if cfg.samples_online and cfg.hardware.rollout != VLLM:
         if parts > 1:
             rollout["weights that are gathered to sample"] = width * count(shapes)
         responses = ranks.share(responses_of(cfg))

@@ -74,6 +74,7 @@ from rlhf_cli.runs.same_weights import require_same
 from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
+METRICS = "metrics.jsonl"
 MANY = 50_000  # rows that take a while to read
 FEW = 10  # held-out rows
 ALONE = [1, 1]  # ranks, and those over which weights are sharded: one process
@@ -220,10 +221,11 @@ class Session:
         if self.budget is not None:
             keep(self.budget, self.out)
 
-    def log(self, file: str = "metrics.jsonl") -> JsonLines:
-        """A JSON-lines file in `out`, cut back to the resume point."""
+    def log(self, file: str = METRICS) -> JsonLines:
+        """A JSON-lines file in `out`, cut back to the resume point; all ranks have its metrics."""
         size = self.log_sizes.get(file, 0)
-        self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out)))
+        alike = file == METRICS
+        self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out), alike))
         return self.logs[-1]
 
     def steps(self, bar: Bar) -> Iterator[int]:

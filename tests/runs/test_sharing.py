@@ -169,6 +169,8 @@ def test_parts_of_a_sharded_run_by_hand(folder: Path) -> None:
     assert "activations of 256 tokens" in update
     assert rollout["weights that are gathered to sample"] == 2 * size
     assert rollout["keys and values of 256 sampled tokens"] == 2 * 2 * 256 * 8 * 4
+    server = ["hardware.rollout=vllm", "hardware.rollout_server=http://here:8000"]
+    assert parts_of(ppo(folder, *words, *server), ranks=Ranks(4, 4))[2] == {}
     lines = predicted_memory(cfg, 0, ranks=Ranks(4, 4))
     assert lines[-1].startswith("predicted peak memory of each rank: ")
 
