@@ -35,10 +35,9 @@ from rlhf_cli.models.attention import asked_for, check_attention, check_device, 
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
-from rlhf_cli.models.masters import held_as, put
+from rlhf_cli.models.masters import held_as
 from rlhf_cli.models.norms import fuse_norms
 from rlhf_cli.models.quantized import keep_layout, quantization
-from rlhf_cli.models.shards import is_sharded, like, own_part, part_of
 from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
 from rlhf_cli.reporting.console import say
 
@@ -192,10 +191,5 @@ def load_weights(model: nn.Module, folder: str, config: Model) -> None:
         if is_adapted(model):
             put_weights(model, POLICY, adapter_weights(folder), folder)
         else:
-            read = load_base(folder, config, None, allowed_missing=set()).state_dict()
-            if not any(map(is_sharded, model.parameters())):
-                model.load_state_dict(read)
-                return
-            for name, weight in model.named_parameters():
-                part = part_of(read[name], weight).to(own_part(weight))
-                put(weight, like(weight, part))
+            read = load_base(folder, config, None, allowed_missing=set())
+            model.load_state_dict(read.state_dict())
