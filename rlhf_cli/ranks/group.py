@@ -209,7 +209,7 @@ def join(
     Args:
         device: of this rank.
         seconds: that ranks wait for one that does not come.
-        say: takes a line, of rank 0 that waits.
+        say: takes a line, of the first rank that waits.
         end: ends the process with a line.
 
     Raises:
