@@ -164,11 +164,11 @@ def check_models(cfg: Run) -> None:
             check_folder(
                 key, value, role, "a pretrained model" if key == "model.path" else a_policy
             )
-            if cfg.start is not None and value != cfg.start:
+            if cfg.start is not None and value != cfg.start and key != "judge":  # it reads text
                 check_tokenizers(key, value, cfg.start)
     if cfg.samples_online:
         check_supervision(cfg)
-    if (judge := getattr(cfg, "judge", None)) is not None:
+    if cfg.trains and (judge := getattr(cfg, "judge", None)) is not None:
         check_judge(cfg, judge)
     cache = getattr(cfg, "reference_cache", None)
     if Path(cache or ".").is_file():
