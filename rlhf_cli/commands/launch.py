@@ -74,9 +74,14 @@ def launch(cfg: Run, plan: Plan, words: Sequence[str], processes: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
     interrupts.before_the_end(clear)
-    os.environ.update(_environment(cfg, plan, processes, folder))
     command = [sys.executable, "-P", "-m", "rlhf_cli", *words]
-    cause = run_workers(command, processes, cfg.hardware.max_restarts, Path(cfg.out), folder)
+    before = dict(os.environ)
+    os.environ.update(_environment(cfg, plan, processes, folder))
+    try:
+        cause = run_workers(command, processes, cfg.hardware.max_restarts, Path(cfg.out), folder)
+    finally:  # the next job of a sweep may have other processes
+        os.environ.clear()
+        os.environ.update(before)
     if cause is None or not cause.shows_log():
         clear()
     if cause is not None:

@@ -14,7 +14,7 @@ from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.ranks.agreement import together
-from rlhf_cli.ranks.environment import place
+from rlhf_cli.ranks.environment import is_first, place
 from rlhf_cli.ranks.worker import STDIN as PIPED
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
@@ -119,7 +119,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
             f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
             "start them by hardware.processes"
         )
-    decides = world().is_main if own is None else own.rank == 0
+    decides = is_first()
     taken = [*inherit(cfg), *choose_rates(cfg)]
     if not check_only and (size := size_of_parents(cfg)) > HEAVY:
         say(f"reading {in_bytes(size)} of weights, by whose hash stage.json names them")
