@@ -135,7 +135,7 @@ def is_in_parts(model: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def held_whole(model: nn.Module) -> Iterator[None]:
     """A block in which each rank holds all of a model, and can compute by itself."""
     base = _root_of(model)
     if base is None or getattr(base, "is_gathered", False):
