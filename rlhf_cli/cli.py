@@ -17,7 +17,7 @@ from rlhf_cli.runs import interrupts
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than all of this
 if TYPE_CHECKING:
-    from types import TracebackType
+    from types import ModuleType, TracebackType
 
 LONGEST_LINE = 1000  # characters of an error
 
@@ -35,20 +35,23 @@ def main() -> int:
     if show_traceback:
         sys.excepthook = _print_traceback
     try:
-        if "RANK" in os.environ:
-            from rlhf_cli.ranks import worker
-
-            worker.become()
+        if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+            _become_one_of_several()
         status = _dispatch(words)
         if sys.stdout is not None:
             sys.stdout.flush()
         elif not _is_stage(words):  # a stage says itself what it could not say there
             return _fail("standard output is closed, so nothing is shown", 1)
+        if (worker := _worker()) is not None:
+            worker.leave(status)
         return status
     except BrokenPipeError:
         drop_stdout()  # its reader left, as `head` does
         return 1
     except Interrupted as error:
+        if (worker := _worker()) is not None:
+            worker.tell(str(error), EXIT_TRY_AGAIN)
+            return EXIT_TRY_AGAIN
         from contextlib import suppress
 
         with suppress(OSError):  # a terminal or `tee` that the same signal ended
@@ -60,14 +63,16 @@ def main() -> int:
         return _fail("interrupted; the same command resumes", 130)
     except Exception as error:
         if show_traceback:
+            if _worker() is not None:  # the one who started it knows of no traceback
+                _fail(f"{type(error).__name__}: {error}", 1, error)
             raise
         _flush_or_drop()
         if isinstance(error, UserError):
-            return _fail(str(error), 2)
+            return _fail(str(error), 2, error)
         if isinstance(error, RunError):
-            return _fail(str(error), 1)
+            return _fail(str(error), 1, error)
         hint = "set RLHF_TRACEBACK=1 for the traceback"
-        return _fail(f"{type(error).__name__}: {error} ({hint})", 1)
+        return _fail(f"{type(error).__name__}: {error} ({hint})", 1, error)
 
 
 def open_closed_streams() -> None:
@@ -122,13 +127,31 @@ def _is_stage(words: list[str]) -> bool:
     return bool(words) and words[0] in STAGES
 
 
-def _fail(message: str, status: int) -> int:
+def _become_one_of_several() -> None:
+    """Where the environment says that this process is a rank of a run, be it."""
+    from rlhf_cli.ranks import worker
+
+    worker.become()
+    if worker.has_agent():
+        interrupts.told_by(worker.tell_agent)
+
+
+def _worker() -> "ModuleType | None":
+    """What a process does that is one of several; None where it is alone."""
+    worker = sys.modules.get("rlhf_cli.ranks.worker")
+    return worker if worker is not None and worker.is_one() else None
+
+
+def _fail(message: str, status: int, error: BaseException | None = None) -> int:
     from rlhf_cli.config.secrets import redacted
 
     line = redacted(" ".join(message.split()))
     if len(line) > LONGEST_LINE:  # some value in it is no more readable in full
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
-    print(f"rlhf-cli: error: {line}", file=sys.stderr)
+    if (worker := _worker()) is not None:
+        worker.tell(line, status, error)
+    else:
+        print(f"rlhf-cli: error: {line}", file=sys.stderr)
     return status
 
 

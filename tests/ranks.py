@@ -6,7 +6,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any, seconds: int = 120
             each.start()
         answers: list[Any] = []
         try:
-            for answer, _ in pipes:
-                answers.append(answer.recv() if answer.poll(seconds) else (None, "still at work"))
+            for (answer, _), each in zip(pipes, ranks, strict=True):
+                wait([answer, each.sentinel], seconds)
+                gone = "killed" if each.exitcode else "still at work"
+                answers.append(answer.recv() if answer.poll() else (None, gone))
         finally:
             for each in ranks:
                 each.join(5)
@@ -59,8 +61,8 @@ def _rank(
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     store = dist.FileStore(str(Path(folder) / "store"), size)  # type: ignore[attr-defined]
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     enter(Group(torch.device("cpu")))
     try:
         answer.send((work(*args), None))

@@ -1,6 +1,8 @@
-"""What the command line offers besides stages: help, data, export, ls, cp, env and completion."""
+"""What the command line offers besides stages: help, data, export, slurm, ls, cp, env and
+completion.
+"""
 
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
-COMMANDS = ("data", "export", *SHORT, "ls", "cp", "env", "completion")
+COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "cp", "env", "completion")

@@ -8,7 +8,7 @@ ends in a space; one that still needs a value ends in `=`.
 import os
 from pathlib import Path
 
-from rlhf_cli.commands import COMMANDS, SHORT
+from rlhf_cli.commands import COMMANDS, SHORT, slurm
 from rlhf_cli.commands.export import KEYS
 from rlhf_cli.commands.ls import NAMES
 from rlhf_cli.config import catalog
@@ -128,6 +128,12 @@ def _command_words(words: list[str], word: str) -> list[str]:
         if not equals:
             return [f"{name}=" for name in KEYS]
         return [f"{key}={value} " for value in KEYS[key].words] if key in KEYS else []
+    if command == "slurm":
+        if not more:
+            return [f"{stage} " for stage in STAGES]
+        if more[0] not in STAGES:
+            return []
+        return slurm.flags() if word.startswith("-") else _stage_words(more, word)
     if command == "ls":  # what follows `ls runs` are folders, which shells complete themselves
         return [] if more else [f"{name} " for name in NAMES]
     if command == "completion":

@@ -21,6 +21,7 @@ Stages
 Commands
   data STAGE ...    what a stage will see of its rows: counts, lengths, tokens in colour
   export DIR DEST   a finished model for other tools: merged, cast, sharded, with a model card
+  slurm STAGE ...   the stage as a job of SLURM, which is queued again until it is done
   ls [GROUP]        options of the groups algo, model, data, hardware, and recipes
   ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
   cp NAME DEST      copy a shipped recipe or option, to change it

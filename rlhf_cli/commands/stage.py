@@ -20,6 +20,7 @@ from rlhf_cli.config.secrets import redacted
 from rlhf_cli.reporting.terminal import print_path, printable, show_controls
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
 # Hydra must leave nothing behind: stages write their own folder, after their own checks.
@@ -147,10 +148,10 @@ def run(stage: str, words: list[str]) -> None:
             text = shown.getvalue()
             print(redacted(requoted(text) if flags.show_yaml else text), end="")
     else:
-        (_sweep if flags.multirun else _single)(stage, flags)
+        (_sweep if flags.multirun else _single)(stage, flags, words)
 
 
-def _single(stage: str, flags: Flags) -> None:
+def _single(stage: str, flags: Flags, words: list[str]) -> None:
     # The task only hands the config over: errors of the stage then pass no frame of Hydra's, which
     # would print a line of its own.
     from rlhf_cli.config.compose import typed
@@ -161,10 +162,10 @@ def _single(stage: str, flags: Flags) -> None:
         composed.append(cfg)
 
     _hydra_main(stage, flags, _SINGLE, keep)
-    _execute(stage, typed(composed[0], stage), flags.check)
+    _execute(stage, typed(composed[0], stage), flags.check, words)
 
 
-def _sweep(stage: str, flags: Flags) -> None:
+def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
     """Check every job before the first one starts, then let Hydra run them."""
     from rlhf_cli.commands import sweeps
     from rlhf_cli.config.compose import hydras_words, params_of_sweep, typed_config
@@ -217,13 +218,23 @@ def sweep_job(cfg: "DictConfig") -> None:
     config.out = place(config.out, hydra.overrides.task, unnamed)
     interrupts.take()  # a launcher may run this in a process of its own
     try:
-        _execute(stage, config, check=False)
+        _execute(stage, config, False, _words_of_job(hydra, config.out))
     except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
         _tell([f"job {hydra.job.num}, out={config.out}: error: {error}"])
         interrupts.wait_no_more(f"{config.out} failed")
         raise
     # too late for this job, not for the others
     interrupts.wait_no_more(f"{config.out} is finished")
+
+
+def _words_of_job(hydra: "HydraConf", out: str) -> list[str]:
+    """The words that run a job by itself."""
+    own = [
+        f"--config-dir={source.path}"
+        for source in hydra.runtime.config_sources
+        if source.provider == "command-line"
+    ]
+    return [*own, *hydra.overrides.task, f"out={out}"]
 
 
 def _hydra_main(
@@ -273,9 +284,10 @@ def _tell(lines: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _execute(stage: str, cfg: Any, check: bool) -> None:
+def _execute(stage: str, cfg: Any, check: bool, words: list[str]) -> None:
+    """Check or run a config; `words` after the stage make it again, for further processes."""
     with _disk_faults(cfg):
-        out = _checked_run(stage, cfg, check)
+        out = _checked_run(stage, cfg, check, words)
     if out is not None:
         _tell_path(out)
 
@@ -322,8 +334,11 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
         ) from error
 
 
-def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
-    """The folder that the stage wrote, now or before; None after a check."""
+def _checked_run(stage: str, cfg: Any, check: bool, words: list[str]) -> Path | None:
+    """The folder that the stage wrote, now or before; None after a check, and where another
+    process has told it.
+    """
+    from rlhf_cli.ranks.environment import place
     from rlhf_cli.runs.out_folder import FINISHED, tidy
     from rlhf_cli.runs.preflight import preflight
 
@@ -335,10 +350,16 @@ def _checked_run(stage: str, cfg: Any, check: bool) -> Path | None:
     if check:
         _tell(plan.lines())
         return None
-    if plan.state == FINISHED:  # known without torch, so a chain that runs again flies by
+    if plan.state == FINISHED and place() is None:  # known without torch: a chain flies by again
         tidy(Path(cfg.out))
         _tell([f"{cfg.out}: already finished; nothing to do"])
         return Path(cfg.out)
+    if cfg.hardware.processes != 1:
+        from rlhf_cli.commands.launch import launch, processes_of
+
+        if (processes := processes_of(cfg)) > 1:
+            launch(cfg, plan, [stage, *words], processes)
+            return None
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()
     gc.enable()

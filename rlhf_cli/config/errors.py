@@ -9,6 +9,10 @@ class RunError(Exception):
     """The run itself failed: a hand-off check, a non-finite loss, a full disk. Exit status 1."""
 
 
+class PeerLost(RunError):
+    """Another rank of the run is gone or did not come, which is told where it happened."""
+
+
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: queues run the command again
 
 

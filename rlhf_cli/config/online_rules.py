@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from rlhf_cli.config.schema import GrpoConfig, OnlineConfig, PpoConfig, Run
+from rlhf_cli.config import catalog
+from rlhf_cli.config.schema import AUTO, VLLM, GrpoConfig, OnlineConfig, PpoConfig, Run
+from rlhf_cli.config.stages import stage_name
 
 # The limit of each alarm, and whether it reads evaluations on held-out prompts.
 ALARMS = {
@@ -90,10 +92,23 @@ def ratios(cfg: OnlineConfig) -> Iterator[str]:
             f"algo.loss=sequence_clip has one ratio per response: algo.aggregate=response_mean "
             f"gives each the same weight, {cfg.algo.aggregate} does not"
         )
-    if loss == "sequence_clip" and algo.rollout_correction == "token":
+
+
+def correction(cfg: OnlineConfig) -> Iterator[str]:
+    """Samples are weighed as the loss allows, and a cap caps something."""
+    algo, cap = cfg.algo, "algo.rollout_correction_cap"
+    if getattr(algo, "loss", None) == "sequence_clip" and algo.rollout_correction == "token":
         yield (
             "algo.loss=sequence_clip has one ratio per response, whose tokens cannot weigh "
             "differently: take algo.rollout_correction=sequence"
+        )
+    off = algo.rollout_correction == AUTO and cfg.hardware.rollout != VLLM
+    unused = catalog.keys(stage_name(cfg))[cap].metadata["unused"]
+    if off and algo.rollout_correction_cap != unused:
+        yield (
+            f"{cap}={algo.rollout_correction_cap:g} is not used by algo.rollout_correction=auto "
+            f"with hardware.rollout={cfg.hardware.rollout}; set it to {unused:g}, or take "
+            "algo.rollout_correction=token or sequence"
         )
 
 
@@ -213,6 +228,7 @@ _ONLINE: tuple[Callable[[OnlineConfig], Iterator[str]], ...] = (
     kl,
     kl_controller,
     ratios,
+    correction,
     groups,
     refreshing,
     responses,

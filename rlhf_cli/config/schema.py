@@ -72,6 +72,7 @@ def key(
 # --------------------------------------------------------------------------- hardware
 
 
+VLLM = "vllm"
 OF_A_CPU = 4096, 16384, 1024
 """What auto means there: tokens in a micro-batch, tokens sampled at once, positions of logits."""
 
@@ -116,6 +117,24 @@ class Hardware:
         ge=1,
         auto=int,
     )
+    rollout: str = key(
+        "Who samples for ppo, grpo, generate and evaluate: this process, or a vLLM server.",
+        choices=("native", VLLM),
+    )
+    rollout_server: str | None = key(
+        "Address of a running server, as http://host:8000; its machine sees the folder `out`.",
+        used_by="hardware.rollout=vllm",
+    )
+    rollout_devices: list[int] | None = key(
+        "GPUs of this machine on which the stage starts a server of its own.",
+        used_by="hardware.rollout=vllm",
+    )
+    rollout_timeout: float = key(
+        "Seconds within which a server starts, loads weights or answers a request.",
+        gt=0,
+        used_by="hardware.rollout=vllm",
+        unused=600.0,
+    )
     packing: str = key(
         "auto: sequences stand end to end, without pads, where a short try finds the same result; "
         "false: each has a padded row.",
@@ -144,6 +163,11 @@ class Hardware:
         "Of several processes, what each holds of weights, gradients and moments: none: all; full: "
         "its part of all processes' one copy; hybrid: its part of that of its machine.",
         choices=("none", "full", "hybrid"),
+    )
+    device_memory: float | None = key(
+        "GiB of each device that --check and the start of a run compare its peak with; null: those "
+        "of the device at hand.",
+        gt=0,
     )
     save_every: str | None = key(
         "Between resume points: optimizer steps (ppo, grpo: iterations), as 25, or minutes, as "
@@ -895,6 +919,14 @@ class EvaluateAlgo(Decoding):
 
     prompts: int | None = key("Held-out prompts; null uses all.", ge=2)
     tie: float = key("Reward differences up to this are ties in win rates.", ge=0)
+    temperatures: list[float] = key(
+        "Temperatures at which win rates are measured, too, beside algo.temperature, which all "
+        "other figures are of; 0 is greedy.",
+        ge=0,
+    )
+    overlap: bool = key(
+        "Count what responses copy from the training rows of `data`, which are then read."
+    )
 
 
 # --------------------------------------------------------------------------- stages
@@ -1052,11 +1084,33 @@ class EvaluateConfig(SamplingConfig):
     """Evaluation: policy, baselines, reward -> report.json."""
 
     baselines: list[str] | None = key(
-        "Policies to compare with; null takes the finished policies beside `policy`.",
+        "Policies to compare with, or patterns of them as runs/sweep/*/ppo; null takes the "
+        "finished policies beside `policy`.",
         role="policy",
     )
     reference: str | None = key("Policy that KL is measured to; null measures none.", role="policy")
     gold: str | None = key(
         "Scorer that training never saw; null reports the reward only.", role="reward"
+    )
+    prompted: str | None = key(
+        "Policy that is shown demonstrations before each prompt, as InstructGPT's prompted GPT-3; "
+        "null judges none.",
+        role="policy",
+    )
+    few_shot: str | None = key(
+        "What it is shown: a file of demonstrations, or how many of the first that `data` has to "
+        "learn from.",
+        used_by="prompted",
+        needed=True,
+    )
+    samples: str | None = key(
+        "File of responses to judge in place of policies: rows of prompt, response and policy, as "
+        "samples.jsonl has them. `policy` then gives the tokenizer alone."
+    )
+    choices: str | None = key(
+        "File of multiple-choice or cloze rows {prompt, choices, answer} that each policy is asked."
+    )
+    anchor: str | None = key(
+        "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."
     )
     algo: EvaluateAlgo

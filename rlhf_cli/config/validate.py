@@ -12,10 +12,12 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
+from rlhf_cli.config.rollout_rules import rollouts
 from rlhf_cli.config.schema import (
     AUTO,
     Decoding,
     DpoConfig,
+    EvaluateConfig,
     Model,
     PpoConfig,
     RewardConfig,
@@ -31,7 +33,8 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
 # Where a file or folder is named, or may be.
 _PATHS = (
-    *("out", "name", "policy", "reference", "reference_cache", "baselines"),
+    *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
+    *("prompted", "few_shot", "samples", "choices"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 
@@ -108,10 +111,17 @@ def _check_bounds(stage: str, key: str, value: Any) -> None:
             return
         if type(value) is not kind:
             raise UserError(wrong_value(stage, key, value))
+    for each in value if isinstance(value, list) else [value]:
+        _check_number(stage, key, each)
+
+
+def _check_number(stage: str, key: str, value: Any) -> None:
+    """A number, or an entry of a list of them, within the bounds of its key."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} must be finite, got {value}")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(f"{key} must be below 2^53, got {value}")
+    limits = catalog.keys(stage)[key].metadata
     within = {
         "ge": lambda bound: value >= bound,
         "gt": lambda bound: value > bound,
@@ -200,7 +210,7 @@ def _plain_text(cfg: Run) -> Iterator[str]:
 
 def _no_training(cfg: Run) -> Iterator[str]:
     if not cfg.trains:
-        for name in ("save_every", "keep_checkpoints"):
+        for name in ("save_every", "keep_checkpoints", "device_memory"):
             if getattr(cfg.hardware, name) is not None:
                 yield f"hardware.{name} is for stages that train; set it to null"
         for name in ("gradient_checkpointing", "compile"):
@@ -255,6 +265,8 @@ def _decoding(cfg: Run) -> Iterator[str]:
             yield f"algo.samples={algo.samples} exceeds algo.beams={algo.beams}"
         if algo.stop:
             yield f"algo.stop works with sampling only, but algo.beams={algo.beams}"
+        if getattr(algo, "temperatures", []):
+            yield f"algo.temperatures is for sampling, but algo.beams={algo.beams}; set it to []"
 
 
 _AGGREGATES = {"process": ("product", "min"), "token": ("mean", "sum")}
@@ -284,6 +296,17 @@ def _preferences(cfg: Run) -> Iterator[str]:
             yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
 
 
+def _evaluation(cfg: Run) -> Iterator[str]:
+    """What samples that are there already cannot tell."""
+    if not isinstance(cfg, EvaluateConfig) or cfg.samples is None:
+        return
+    for key, value in {"prompted": cfg.prompted, "choices": cfg.choices}.items():
+        if value is not None:
+            yield f"{key}={value} asks a policy, but samples={cfg.samples} has all; set it to null"
+    if cfg.algo.temperatures:
+        yield f"algo.temperatures samples, but samples={cfg.samples} has all; set it to []"
+
+
 def _selection(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, SftConfig):
         return
@@ -302,8 +325,10 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _shards,
     _processes,
     _decoding,
+    rollouts,
     _reward_model,
     _preferences,
     _selection,
+    _evaluation,
     data_rules,
 )

@@ -273,6 +273,10 @@ class Encoder:
             sequences.append(Tokens([*start, *prompt], response, row.source))
         return sequences
 
+    def shown(self, row: Prompt | Demonstration) -> Written:
+        """A prompt as its template writes it, without a response."""
+        return self._written(row, [])
+
     def _judged(self, row: Judgement) -> list[Reply]:
         """The responses that a row judges."""
         if isinstance(row, Preference):

@@ -176,7 +176,7 @@ class SamplesOfPolicy:
         return _joined(parts)
 
     def _stop_if_asked(self) -> None:
-        for name in filter(None, world().from_all(interrupts.asked())):
+        if (name := interrupts.asked()) is not None:
             raise Interrupted(f"{name}: what was sampled is kept; the same command goes on")
 
 

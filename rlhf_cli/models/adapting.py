@@ -137,7 +137,8 @@ def _narrow(model: nn.Module, config: FrozenModel, device: torch.device) -> None
         spared |= {
             id(weight)
             for name, weight in model.named_parameters()
-            if id(weight) not in adapters and (weight.requires_grad or written(name))
+            if id(weight) not in adapters
+            and ((isinstance(config, Model) and weight.requires_grad) or written(name))
         }
     hold(
         {name: weight for name, weight in model.named_parameters() if id(weight) not in spared},

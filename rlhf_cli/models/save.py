@@ -86,6 +86,26 @@ def save_model(
     save_tokenizer(tokenizer, folder)
 
 
+def save_working(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """The weights that a model computes with, for another program; it is trained on as it is.
+
+    Args:
+        dtype: that they are written in; adapters are merged into a copy before.
+    """
+    whole: Any = merged_copy(model) if is_adapted(model) else model
+    known: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied ones stay one
+    state = {
+        name: known.setdefault((value.data_ptr(), value.shape), value.to(dtype))
+        for name, value in whole.state_dict().items()
+    }
+    before = whole.generation_config
+    try:
+        whole.generation_config = GenerationConfig()
+        whole.save_pretrained(folder, state_dict=state)
+    finally:
+        whole.generation_config = before
+
+
 def resized(adapted: nn.Module) -> list[nn.Parameter]:
     """The frozen embeddings that an adapter's folder holds, as they are no longer its base's."""
     base = unwrap(adapted)

@@ -29,6 +29,23 @@ def clustered_mean(values: Tensor) -> Estimate:
     return Estimate(per_prompt.mean().item(), (spread / len(per_prompt) ** 0.5).item())
 
 
+def ratio_mean(sums: Tensor, counts: Tensor) -> Estimate:
+    """Mean over all values of N clusters of unlike size, such as the tokens of a prompt.
+
+    The error is that of a ratio of means: sqrt(N / (N - 1) * sum of (sum_i - mean * count_i)^2)
+    over the number of values; `clustered_mean` where all clusters are of one size.
+
+    Args: sums (N,) over each cluster, counts (N,) of its values.
+    """
+    total, clusters = counts.double().sum(), len(sums)
+    mean = sums.double().sum() / total
+    squares = (sums.double() - mean * counts.double()).square().sum()
+    spread = (
+        (squares * clusters / (clusters - 1)).sqrt() if clusters > 1 else torch.tensor(math.nan)
+    )
+    return Estimate(mean.item(), (spread / total).item())
+
+
 def clustered_stderr(values: Tensor, clusters: Sequence[Hashable]) -> float:
     """Standard error of the mean of (N,) values whose G clusters (prompts) are independent.
 
@@ -104,14 +121,20 @@ def win_rate(ours: Tensor, theirs: Tensor, tie: float) -> WinRate:
         ours, theirs: (N, K) and (N, L) scores.
         tie: differences up to this are ties, and such as rounding makes (objectives/rounding.py).
     """
+    wins, ties, losses = outcomes(ours, theirs, tie)
+    interval = points_interval(wins + ties / 2, ours.shape[1] * theirs.shape[1])
+    return WinRate(wins.mean().item(), ties.mean().item(), losses.mean().item(), *interval)
+
+
+def outcomes(ours: Tensor, theirs: Tensor, tie: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of N prompts the shares of wins, ties and losses of ours, (N,) each; as win_rate."""
     size = torch.maximum(ours.abs().amax(), theirs.abs().amax()).clamp(min=1).item()
     even = tie + EQUAL * size
     difference = (ours[:, :, None] - theirs[:, None, :]).double().flatten(1)  # (N, K * L)
-    wins = (difference > even).double().mean(-1)  # (N,)
+    wins = (difference > even).double().mean(-1)
     ties = (difference.abs() <= even).double().mean(-1)
     losses = (difference < -even).double().mean(-1)
-    interval = points_interval(wins + ties / 2, difference.shape[1])
-    return WinRate(wins.mean().item(), ties.mean().item(), losses.mean().item(), *interval)
+    return wins, ties, losses
 
 
 def points_interval(points: Tensor, comparisons: int) -> tuple[float, float]:

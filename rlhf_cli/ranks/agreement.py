@@ -1,16 +1,15 @@
 """What ranks must be at one about: errors, which end all of them alike, and metrics."""
 
+import json
 import zlib
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, TypeVar
 
-import torch
-
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.ranks.world import alone, world
 
 Value = TypeVar("Value")
-FAILURES = {each.__name__: each for each in (RunError, UserError)}
 BITS = 24  # of a checksum: squares of it, summed over many ranks, are still whole numbers of int64
 BY_CLOCK = ("seconds", "tokens_per_second")  # what the names of metrics that differ begin with
 
@@ -18,21 +17,48 @@ BY_CLOCK = ("seconds", "tokens_per_second")  # what the names of metrics that di
 def together(work: Callable[[], Value]) -> Value:
     """What this rank's `work` gives, once that of all others is done, too.
 
-    Raises:
-        RunError, UserError: what the first rank raised whose work failed, on all ranks alike.
+    An error is raised on all ranks alike, wherever it was; of several that of the lowest rank. So
+    none waits for one that is gone, and all say the same.
     """
     if world().size == 1:
         return work()
-    failure: RunError | UserError | None = None
+    failure: Exception | None = None
     try:
         done = work()
-    except (RunError, UserError) as error:
+    except Exception as error:
         failure = error
     if not world().any(failure is not None):
         return done
-    told = world().from_all(None if failure is None else [type(failure).__name__, str(failure)])
-    kind, text = next(each for each in told if each is not None)
-    raise FAILURES[kind](text) from failure
+    told = world().from_all(None if failure is None else _told(failure))
+    for rank, error_there in enumerate(told):
+        if error_there is not None and rank != world().rank:
+            raise _raised(error_there) from failure
+        if error_there is not None:
+            break
+    assert failure is not None
+    raise failure
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """An error as JSON: its class by name, and what that is made from."""
+    kind, arguments = type(error), list(error.args)
+    if isinstance(error, OSError):
+        arguments = [error.errno, error.strerror, error.filename and str(error.filename)]
+    try:
+        json.dumps(arguments)
+    except TypeError:
+        arguments = [str(error)]
+    return {"module": kind.__module__, "name": kind.__qualname__, "arguments": arguments}
+
+
+def _raised(told: dict[str, Any]) -> Exception:
+    """The error that another rank told; of a class that cannot be made of it, its words."""
+    try:
+        error = getattr(import_module(told["module"]), told["name"])(*told["arguments"])
+        assert isinstance(error, Exception)
+    except Exception:
+        return RunError(" ".join(map(str, told["arguments"])))
+    return error
 
 
 def on_every_rank(work: Callable[[], Value]) -> Value:
@@ -68,6 +94,8 @@ def check_alike(step: int, metrics: Mapping[str, object]) -> None:
         for name, value in sorted(metrics.items())
         if isinstance(value, int | float) and not name.startswith(BY_CLOCK)
     }
+    import torch  # this module is read before it
+
     check = zlib.crc32(repr(known).encode()) % 2**BITS
     sums = torch.tensor([check, check**2])
     world().sum([sums])

@@ -4,31 +4,52 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import wraps
 from itertools import groupby
 from math import prod
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.ranks.watch import Watch
 from rlhf_cli.ranks.world import World
 
 Value = TypeVar("Value")
+Given = ParamSpec("Given")
 BUCKET = 32 * 2**20  # bytes that are summed at once
+GRACE = 60  # seconds that torch waits longer than the watch, which tells who is missing
+
+
+def _meeting(
+    method: "Callable[Concatenate[Group, Given], Value]",
+) -> "Callable[Concatenate[Group, Given], Value]":
+    """A method that all ranks call, in the same order: the watch looks who has not come."""
+
+    @wraps(method)
+    def meet(self: "Group", *args: Given.args, **kwargs: Given.kwargs) -> Value:
+        if self.watch is None:
+            return method(self, *args, **kwargs)
+        with self.watch.meeting(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return meet
 
 
 class Group(World):
     """The ranks of an initialised process group."""
 
-    def __init__(self, device: torch.device) -> None:
-        """`device`: of this rank, on which sums are made."""
+    def __init__(self, device: torch.device, watch: Watch | None = None) -> None:
+        """`device`: of this rank, on which sums are made. `watch`: on who comes to them."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = device
+        self.watch = watch
 
     def shard(self, over: str) -> None:
         """Over all ranks, or over those of a machine with copies on the others.
@@ -48,6 +69,7 @@ class Group(World):
         elif over == "full":
             self.mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("ranks",))
 
+    @_meeting
     @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """In buckets, all on their way at once.
@@ -66,6 +88,7 @@ class Group(World):
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    @_meeting
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """By their lengths and one padded row of numbers from each rank."""
         counts = torch.tensor([len(tensor) for tensor in tensors], dtype=torch.int64)
@@ -88,17 +111,20 @@ class Group(World):
             ]
         return gathered
 
+    @_meeting
     def any(self, flag: bool) -> bool:
         """One small sum."""
         total = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(total)
         return bool(total.item() > 0)
 
+    @_meeting
     def from_all(self, value: Value) -> list[Value]:
         """As JSON, never as a pickle; floats keep every digit."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         return [json.loads(bytes(row.tolist())) for row in self._rows(text)]
 
+    @_meeting
     def from_main(self, value: Value) -> Value:
         """As JSON too."""
         text = json.dumps(value).encode() if self.is_main else b""
@@ -122,7 +148,11 @@ class Group(World):
 
     def barrier(self, until: str) -> None:
         """A sum that nobody reads."""
-        self.any(False)
+        if self.watch is None:
+            self.any(False)
+        else:
+            with self.watch.meeting(until):
+                dist.all_reduce(torch.zeros(1, device=self.device))
 
     def _agreed_shape(self, tensors: Sequence[Tensor]) -> tuple[torch.dtype, list[int]] | None:
         """Type and further dimensions of what any rank gives; None where none gives anything."""
@@ -164,8 +194,40 @@ def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def join(device: torch.device, timeout: timedelta) -> Group:
-    """The group that the environment names: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+def join(
+    device: torch.device,
+    seconds: int,
+    say: Callable[[str], None],
+    end: Callable[[str], None],
+) -> Group:
+    """The group that the environment names: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        device: of this rank.
+        seconds: that ranks wait for one that does not come.
+        say: takes a line, of rank 0 that waits.
+        end: ends the process with a line.
+
+    Raises:
+        RunError: not all ranks came.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
-    return Group(device)
+    own = device if device.type == "cuda" else None
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    at_most, later = timedelta(seconds=seconds), timedelta(seconds=seconds + GRACE)
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        raise UserError("RANK is set, but not MASTER_ADDR and MASTER_PORT; torchrun sets all three")
+    try:
+        dist.init_process_group(backend, timeout=later, device_id=own)
+        # a client of its own, for a thread that waits in one keeps others out
+        store = TCPStore(host, int(port), is_master=False, timeout=at_most)
+    except dist.DistError as error:
+        text = str(error).partition("\n")[0]
+        raise RunError(
+            f"rank {rank} waited {seconds} s (hardware.rank_timeout) for all {size} ranks at "
+            f"{host}:{port}: {text}"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    run = PrefixStore(f"rlhf-cli/{attempt}", store)
+    return Group(device, Watch(run, rank, size, seconds, say, end))

@@ -1,7 +1,8 @@
 """A process that is one of several: what it does otherwise than one that runs alone.
 
-It ends with the process that started it, and only rank 0 speaks: what others write to standard
-output and error goes to a file.
+It ends with the process that started it. Only rank 0 speaks: what others write to standard output
+and error goes to a file. Why a run ended is said by our own agent, which hears it of all ranks, or
+without one, as under torchrun, by the rank that it happened to.
 """
 
 from __future__ import annotations
@@ -10,20 +11,148 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from rlhf_cli.ranks.environment import Place, place
+from rlhf_cli.config.errors import EXIT_TRY_AGAIN, PeerLost, RunError, UserError
+from rlhf_cli.ranks import environment
+from rlhf_cli.ranks.causes import Cause, is_echo, write_cause
+from rlhf_cli.ranks.world import enter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from rlhf_cli.ranks.watch import Watch
+
+AGENT, LOGS, STDIN = "RLHF_CLI_AGENT", "RLHF_CLI_LOGS", "RLHF_CLI_STDIN"
+"""What our own agent says: that there is one, a folder for logs, a file to read in place of stdin.
+"""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+AFTER_RANK_0 = (
+    0.5  # seconds that others wait before they leave: rank 0 may fail for the same reason
+)
 
 
-def become() -> Place | None:
-    """Be the rank that the environment says; None where there is only this process."""
-    own = place()
+class _Self:
+    """place: where this process stands; None where it is alone.
+
+    shown: the standard error that it was given; logged: the file that has taken its place.
+    watch: on the meetings of the ranks, once there is a group.
+    told: whether it has said why it ends.
+    """
+
+    place: environment.Place | None = None
+    shown = 2
+    logged = ""
+    watch: Watch | None = None
+    told = False
+
+
+def become() -> None:
+    """Be the rank that the environment says, if it says one.
+
+    Raises:
+        UserError: it says what cannot be.
+    """
+    environment.map_scheduler()
+    own = _Self.place = environment.place()
     if own is None:
-        return None
+        return
     _end_with(os.getppid())
+    if file := os.environ.get(STDIN):
+        handle = os.open(file, os.O_RDONLY)
+        os.dup2(handle, 0)
+        os.close(handle)
     if own.rank:
-        _say_nothing(own)
-    return own
+        _say_nothing(own.rank)
+
+
+def is_one() -> bool:
+    """Whether this process is one of several."""
+    return _Self.place is not None
+
+
+def has_agent() -> bool:
+    """Whether our own agent started it."""
+    return is_one() and AGENT in os.environ
+
+
+def join_others(device: torch.device, seconds: int, say: Callable[[str], None]) -> None:
+    """Where this process is one of several, wait for all of them: from here on they work together.
+
+    What was checked before was seen by each alone, so that none has yet written anything.
+
+    Args:
+        device: of this rank.
+        seconds: that ranks then wait for each other at most.
+        say: takes a line, of rank 0 that waits for another.
+    """
+    if environment.place() is not None:
+        from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
+
+        group = join(device, seconds, say, end)
+        _Self.watch = group.watch
+        enter(group)
+
+
+def leave(status: int) -> None:
+    """Take leave of the others at the end of a command."""
+    if _Self.watch is not None:
+        _Self.watch.end()
+        import torch.distributed as dist
+
+        if status == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+    if status == 0 and _Self.logged and AGENT not in os.environ:
+        os.unlink(_Self.logged)
+
+
+def tell(line: str, status: int, error: BaseException | None = None, again: bool = False) -> None:
+    """Say why this rank ends, once: to the agent, or where there is none to people.
+
+    Args:
+        status: the exit status that it means for the run.
+        error: what was raised; an echo of another rank's end is not shown.
+        again: see `Cause`; of an exception it is told by its kind.
+    """
+    assert _Self.place is not None
+    if _Self.told:
+        return
+    _Self.told = True
+    rank = _Self.place.rank
+    echo = error is not None and (isinstance(error, PeerLost) or is_echo(error))
+    again = again or not (error is None or isinstance(error, (UserError, RunError)))
+    cause = Cause(rank, status, line, time.time(), echo, again, _Self.logged)
+    if file := os.environ.get(ERROR_FILE):
+        with suppress(OSError):
+            write_cause(file, cause)
+    if AGENT not in os.environ:
+        if _Self.watch is None:  # nobody knows of the others yet, who were checked alike
+            speaks = _Self.place.local_rank == 0
+        else:
+            speaks = _Self.watch.is_first(line, echo)
+        if speaks:
+            prefix = f"rank {rank}: " if rank else ""
+            kind = "" if status == EXIT_TRY_AGAIN else "error: "
+            with suppress(OSError):
+                os.write(_Self.shown, f"rlhf-cli: {kind}{prefix}{line}\n".encode())
+    elif rank and error is not None and not echo:
+        time.sleep(AFTER_RANK_0)
+
+
+def tell_agent(line: str, status: int | None) -> None:
+    """What a signal does to this rank: the agent was told of the signal, and has said so itself."""
+    if status is not None:
+        tell(line.removeprefix("rlhf-cli: "), status)
+
+
+def end(line: str) -> None:
+    """End this rank from any of its threads, as its main thread waits for what never comes."""
+    tell(line, 1, again=True)
+    os._exit(1)
 
 
 def _end_with(parent: int) -> None:
@@ -37,12 +166,16 @@ def _end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _say_nothing(own: Place) -> None:
+def _say_nothing(rank: int) -> None:
     """Let standard output and error go to a file of this rank."""
-    handle, _ = tempfile.mkstemp(prefix=f"rlhf-cli-rank-{own.rank}-", suffix=".log")
+    folder = os.environ.get(LOGS)
+    handle, _Self.logged = tempfile.mkstemp(
+        prefix=f"rlhf-cli-rank-{rank}-", suffix=".log", dir=folder
+    )
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+    _Self.shown = os.dup(2)
     for number in (1, 2):
         os.dup2(handle, number)
     os.close(handle)

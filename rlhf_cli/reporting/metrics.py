@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.world import world
+
 
 class JsonLines:
-    """An append-only file of objects, each with its `step`."""
+    """An append-only file of objects, each with its `step`; of several ranks rank 0 writes it."""
 
     def __init__(
         self, file: Path, size: int = 0, before_write: Callable[[], None] = lambda: None
@@ -21,19 +24,26 @@ class JsonLines:
         Args:
             before_write: raises where the file is no longer this run's to write.
         """
-        before_write()
         self.file = file
+        self._writes = world().is_main
         self._before_write = before_write
+        self._size, self._digest = size, hashlib.sha256()
+        if not self._writes:
+            return
+        before_write()
         if size:
             os.truncate(file, size)
         else:
             file.write_bytes(b"")
-        self._size = size
-        self._digest = hashlib.sha256(file.read_bytes())
+        self._digest.update(file.read_bytes())
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        return by_main(
+            lambda: [
+                json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()
+            ]
+        )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append {"step": step, **values}."""
@@ -41,6 +51,8 @@ class JsonLines:
 
     def append(self, row: dict[str, Any], digits: int | None = 6) -> None:
         """Append a row, of whose floats so many digits are kept; None keeps them all."""
+        if not self._writes:
+            return
         line = (json.dumps(round_figures(row, digits), default=str) + "\n").encode()
         self._before_write()
         with self.file.open("ab") as stream:
@@ -49,9 +61,10 @@ class JsonLines:
         self._digest.update(line)
 
     def described(self) -> dict[str, int | str]:
-        """Size and SHA-256 of all lines so far, which are on disk then."""
-        with self.file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        """Size and SHA-256 of all lines so far, which are on disk then; of use to rank 0."""
+        if self._writes:
+            with self.file.open("rb") as stream:
+                os.fsync(stream.fileno())
         return {"size": self._size, "sha256": self._digest.hexdigest()}
 
 

@@ -1,6 +1,7 @@
 """Pictures of reports; matplotlib is imported where one is drawn, for it is slow to import."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.objectives.estimates import Calibration
@@ -49,4 +50,59 @@ def lengths_picture(file: Path, lengths: Mapping[str, Sequence[int]]) -> None:
         axes.hist(values, bins=40, edgecolor="white")
         axes.set(xlabel=name.replace("_", " "), ylabel="count")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+@dataclass
+class Curve:
+    """Points of a picture under one name, from left to right.
+
+    low, high: ends of their error bars; none without.
+    joined: whether a line goes through them.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = field(default_factory=list)
+    high: Sequence[float] = field(default_factory=list)
+    joined: bool = True
+
+
+def curves_picture(
+    file: Path, title: str, across: str, panels: Mapping[str, Sequence[Curve]]
+) -> None:
+    """A PNG with a panel above the other for each thing that is measured, over the same x.
+
+    Args:
+        across: what x is.
+        panels: curves by what their y is; a name has one colour in all of them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wide, high = INCHES
+    figure = Figure(
+        (1.4 * wide, 0.75 * high * len(panels)), dpi=DOTS_PER_INCH, layout="constrained"
+    )
+    FigureCanvasAgg(figure)  # draws without a display
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
+    for axes, (measured, curves) in zip(grid, panels.items(), strict=True):
+        for curve in curves:
+            look = {"color": f"C{names.index(curve.name) % 10}", "label": curve.name}
+            line = "-" if curve.joined else "none"
+            if curve.low:
+                down = [y - low for y, low in zip(curve.y, curve.low, strict=True)]
+                up = [high - y for y, high in zip(curve.y, curve.high, strict=True)]
+                bars = {"yerr": [down, up], "capsize": 2}
+                axes.errorbar(curve.x, curve.y, marker="o", linestyle=line, **bars, **look)
+            else:
+                axes.plot(curve.x, curve.y, marker=".", linestyle=line, alpha=0.6, **look)
+        axes.set(ylabel=measured)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[-1].set(xlabel=across)
+    grid[0].set_title(title, wrap=True, parse_math=False)
+    for label in grid[0].legend(loc="best", frameon=False, fontsize="small").get_texts():
+        label.set_parse_math(False)  # a path may hold a dollar
     figure.savefig(file, format="png", metadata={"Software": None})

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, EAGER, Run
+from rlhf_cli.config.schema import AUTO, EAGER, VLLM, Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object
+from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.slot_sampler import size_of
 from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.memory_estimate import (
@@ -25,17 +27,20 @@ from rlhf_cli.runs.memory_estimate import (
     Unknown,
     activations,
     attention_matrices,
+    gathered,
     geometry_of,
     has_plain_head,
     held_always,
     longest_sequence,
     of_the_head,
-    rows_per_item,
+    responses_of,
+    rows_of_update,
     share_of,
     start_of,
     written,
 )
 from rlhf_cli.runs.out_folder import BUDGET
+from rlhf_cli.runs.sharing import ranks_of
 from rlhf_cli.training.room import SHARES
 
 USED = 0.9  # of the free memory: estimates are not exact, and allocators leave gaps
@@ -88,11 +93,10 @@ def settle(
         return None, []
     kept = Path(cfg.out) / BUDGET
     why = "as before"
-    budget = None
-    with suppress(UserError):
-        budget = Budget(**read_object(kept, _FORM)) if goes_on and kept.is_file() else None
+    said = by_main(lambda: _kept(kept) if goes_on else None)
+    budget = None if said is None else Budget(**said)
     if budget is None:
-        free = free_memory(device)
+        free = min(world().from_all(free_memory(device)))
         budget, why = budget_of(cfg, free, width), f"{written(free)} of the GPU are free"
     hardware.measured(budget.tokens, budget.sampled, budget.chunk)
     told = {
@@ -104,6 +108,13 @@ def settle(
     if budget.level and hardware.gradient_checkpointing == AUTO:
         words.append(f"{SHARES[budget.level]:.0%} of the blocks recomputed")
     return budget, [f"hardware, auto: {', '.join(words)} ({why})"]
+
+
+def _kept(file: Path) -> dict[str, int] | None:
+    """What `keep` wrote; None where it is not there, or damaged."""
+    with suppress(UserError):
+        return read_object(file, _FORM) if file.is_file() else None
+    return None
 
 
 def free_memory(device: torch.device) -> int:
@@ -130,21 +141,24 @@ def budget_of(cfg: Any, free: float, width: int) -> Budget:
             sampled = min(FOR_ROLLOUTS * room / token, MOST_SAMPLED)
             return Budget(MOST, _rounded(sampled))
         shapes, geometry = start_of(cfg)
-        always, trained = held_always(cfg, shapes, width)
+        ranks = ranks_of(cfg)
+        parts = ranks.parts(cfg.hardware.shard)
+        always, trained = held_always(cfg, shapes, width, parts)
     except Unknown:
         return Budget(*UNMEASURED)
+    graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
     room -= sum(always.values())
+    room -= sum(gathered(cfg, shapes, width, graphs).values()) if parts > 1 else 0
     longest = longest_sequence(cfg)
     sampled = float(UNMEASURED[1])
-    if cfg.samples_online:
+    if cfg.samples_online and cfg.hardware.rollout != VLLM:
         token = 2 * width * geometry.keys * geometry.layers
-        responses = cfg.algo.batch_size * getattr(cfg.algo, "group_size", 1)
+        responses = ranks.share(responses_of(cfg))
         sampled = min(FOR_ROLLOUTS * room / token, responses * size_of(longest))
         room -= max(0.0, sampled) * token
     chunk = chunk_of(cfg, room, geometry.vocabulary)
     room -= sum(of_the_head(cfg, geometry, chunk, True, width).values())
-    graphs = 2 if "critic" in trained and cfg.algo.critic == "separate" else 1
-    rows = getattr(cfg.algo, "minibatch_size", cfg.algo.batch_size) * rows_per_item(cfg)
+    rows = rows_of_update(cfg, ranks)
     enough = min(ENOUGH, rows * longest)
     eager = predicted_attention(cfg) == EAGER
     beside = attention_matrices(cfg, geometry, 1, longest, width) if eager else 0.0

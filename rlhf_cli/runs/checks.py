@@ -44,7 +44,7 @@ from rlhf_cli.rewards.specs import (
     terms_of,
 )
 from rlhf_cli.runs.out_folder import is_claimed
-from rlhf_cli.runs.provenance import named_models, own_loss
+from rlhf_cli.runs.provenance import baselines_of, named_models, own_loss
 
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
 
@@ -175,6 +175,17 @@ def check_models(cfg: Run) -> None:
         raise UserError(f"reference_cache={cache} is a file; name a folder, or null")
     if facts_of(cfg).writes == "report" and not rewards_of(cfg):
         raise UserError("evaluate needs reward=... or gold=... to judge by")
+    if (anchor := getattr(cfg, "anchor", None)) is not None:
+        check_anchor(cfg, anchor)
+
+
+def check_anchor(cfg: Any, anchor: str) -> None:
+    """The policy whose rating is 0 is one of those that are rated."""
+    if cfg.samples is not None:
+        return  # their names stand in the file
+    rated = [str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)]]
+    if str(Path(anchor)) not in rated:
+        raise UserError(f"anchor={anchor} is none of the policies: {', '.join(rated)}")
 
 
 def either(names: Sequence[str]) -> str:
@@ -290,6 +301,14 @@ def check_frozen_layers(cfg: Run) -> None:
     blocks = blocks_of(config)
     if blocks is not None and frozen > blocks:
         raise UserError(f"model.frozen_layers={frozen}, but {path} has {blocks} blocks")
+
+
+def check_sampler(cfg: Run) -> None:
+    """Where the stage is to start a vLLM server, there is one to start."""
+    if cfg.hardware.rollout_devices is not None:
+        from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
+
+        program()
 
 
 def arithmetic(cfg: Run) -> list[str]:

@@ -20,6 +20,7 @@ import select
 import signal
 
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted
+from rlhf_cli.ranks.world import world
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than the rest
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ class _Stop:
     """waits: a step is under way, whose end is waited for. asked: the signal that came.
 
     taken: the signals that are ours; one that is ignored, as SIGHUP under nohup, stays so.
+    passed_on: takes signals for the processes that this one waits for.
+    told_by: takes lines, with the exit status of one that is the last.
     process: whose they are. acts: what is done before the process ends where it is.
     """
 
     waits = False
     asked: str | None = None
     taken: tuple[signal.Signals, ...] = ()
+    passed_on: Callable[[int], object] | None = None
+    told_by: Callable[[str, int | None], object] | None = None
     process = 0
     acts: list[Callable[[], object]] = []
 
@@ -72,9 +77,27 @@ def wait_no_more(done: str) -> None:
         raise Interrupted(f"{_Stop.asked}: {done}; the same command goes on")
 
 
+def pass_on(send: Callable[[int], object] | None) -> None:
+    """From now on signals are for processes that this one has started and waits for; None ends it.
+
+    A second Ctrl-C ends this one at once, and with it the others.
+    """
+    _Stop.passed_on = send
+
+
+def told_by(tell: Callable[[str, int | None], object]) -> None:
+    """Let somebody else say what signals do."""
+    _Stop.told_by = tell
+
+
 def asked() -> str | None:
-    """The name of the signal that asked for an end; None if none did."""
-    return _Stop.asked
+    """The name of the signal that asked for an end, this process or another rank; None if none did.
+
+    All ranks ask at the same place, and get the same answer.
+    """
+    if not world().any(_Stop.asked is not None):
+        return None
+    return next(each.name for each in _SIGNALS if world().any(_Stop.asked == each.name))
 
 
 def before_the_end(act: Callable[[], object]) -> Callable[[], object]:
@@ -97,9 +120,15 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     if _Stop.asked is not None:
         if number == signal.SIGINT:
+            if _Stop.passed_on is not None:
+                _Stop.passed_on(number)
             _end("ended at once; what was saved before is whole", EXIT_AT_ONCE)
         return
     _Stop.asked = name
+    if _Stop.passed_on is not None:
+        _Stop.passed_on(number)
+        _tell(f"{name}: a step that is under way is finished and saved first; Ctrl-C ends at once")
+        return
     if not _Stop.waits:
         _end(f"rlhf-cli: interrupted by {name}; run the same command again", EXIT_TRY_AGAIN)
     again = "another Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
@@ -123,12 +152,15 @@ def _end(line: str, status: int) -> None:
             act()
         except OSError:  # a disk that is read-only now
             continue
-    _tell(line)
+    _tell(line, status)
     os._exit(status)
 
 
-def _tell(line: str) -> None:
+def _tell(line: str, status: int | None = None) -> None:
     """A line on stderr, past whatever was begun there, if somebody takes it: none is waited for."""
+    if _Stop.told_by is not None:
+        _Stop.told_by(line, status)
+        return
     begun = f"{SHOW_CURSOR}\n" if os.isatty(2) else ""
     try:
         if select.select((), (2,), (), 0)[1]:

@@ -7,6 +7,11 @@ Numbers are float32, 4 bytes each; where model.dtype is bfloat16, weights, activ
 values have 2, and what is trained has a float32 master (models/masters.py). A model's numbers are
 those in its safetensors headers; shapes of activations follow from config.json. What the
 interpreter and its libraries take comes on top.
+
+Of several ranks it is what each of them takes: its share of the sequences and, where weights are
+sharded (models/sharding.py), its part of the weights, gradients and moments, and what it gathers
+for a pass. Adapters and heads stay whole. What is trained, or written with an adapter merged into
+it, is then held in float32 alone.
 """
 
 import math
@@ -14,7 +19,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import AUTO, EAGER, Model, Run, SftModel
+from rlhf_cli.config.schema import AUTO, EAGER, VLLM, Model, Run, SftModel
 from rlhf_cli.config.stages import DEMO_SIZE, facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of
@@ -43,6 +48,7 @@ from rlhf_cli.runs.adapter_sizes import (
 from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.provenance import models_read
+from rlhf_cli.runs.sharing import ALONE, Ranks, expects_gpu, ranks_of
 
 BYTES = 4  # of a number in float32
 HEADS = ("score.", "classifier.")
@@ -70,18 +76,24 @@ class Unknown(Exception):
 
 
 def predicted_memory(
-    cfg: Run, rows: int, attention: str | None = None, width: int | None = None
+    cfg: Run,
+    rows: int,
+    attention: str | None = None,
+    width: int | None = None,
+    ranks: Ranks | None = None,
 ) -> list[str]:
     """What a stage that trains will hold, a line for each part and one for the peak.
 
     Args:
         attention: how its model computes that, where it is loaded.
         width: bytes of a number in its products, where that is known.
+        ranks: that share the run; None for those of this process.
     """
     if not cfg.trains:
         return []
+    ranks = ranks_of(cfg) if ranks is None else ranks
     try:
-        always, update, rollout = parts_of(cfg, attention, width)
+        always, update, rollout = parts_of(cfg, attention, width, ranks)
     except Unknown as why:
         return [f"predicted peak memory: unknown {why}"]
     transient = max((update, rollout), key=lambda parts: sum(parts.values()))
@@ -91,20 +103,27 @@ def predicted_memory(
         f"memory, {name}: {written(size)}" for name, size in (always | update | rollout).items()
     ]
     beside = LIBRARIES + ROW * rows
+    each = " of each rank" if ranks.size > 1 else ""
     return [
         *lines,
         f"with Python, its libraries and about {rows:,} rows: {written(peak + beside)} on a CPU",
-        f"predicted peak memory: {written(peak)}, in the {when}",
+        f"predicted peak memory{each}: {written(peak)}, in the {when}",
     ]
 
 
-def predicted_peak(cfg: Run) -> float:
-    """The sum in bytes, for benchmarks/memory.py.
+def predicted_peak(
+    cfg: Run,
+    attention: str | None = None,
+    width: int | None = None,
+    ranks: Ranks | None = None,
+    shard: str | None = None,
+) -> float:
+    """The sum in bytes, as `parts_of` has it.
 
     Raises:
         Unknown: a model is not on this machine.
     """
-    always, update, rollout = parts_of(cfg)
+    always, update, rollout = parts_of(cfg, attention, width, ranks, shard)
     return sum(always.values()) + max(sum(update.values()), sum(rollout.values()))
 
 
@@ -117,14 +136,24 @@ Parts = dict[str, float]
 
 
 def parts_of(
-    cfg: Any, attention: str | None = None, width: int | None = None
+    cfg: Any,
+    attention: str | None = None,
+    width: int | None = None,
+    ranks: Ranks | None = None,
+    shard: str | None = None,
 ) -> tuple[Parts, Parts, Parts]:
-    """Bytes by part: held all the time, in an update, in a rollout."""
+    """Bytes of a rank by part: held all the time, in an update, in a rollout.
+
+    Args:
+        shard: in place of hardware.shard.
+    """
+    ranks = ranks_of(cfg) if ranks is None else ranks
+    parts = ranks.parts(cfg.hardware.shard if shard is None else shard)
     shapes, geometry = start_of(cfg)
     width = width_of(cfg, shapes) if width is None else width
-    always, trained = held_always(cfg, shapes, width)
+    always, trained = held_always(cfg, shapes, width, parts)
     algo, longest = cfg.algo, longest_sequence(cfg)
-    rows = getattr(algo, "minibatch_size", algo.batch_size) * rows_per_item(cfg)
+    rows = rows_of_update(cfg, ranks)
     tokens = min(cfg.hardware.tokens_at_once, rows * longest)
     several = tokens < rows * longest
     graphs = 2 if "critic" in trained and algo.critic == "separate" else 1
@@ -141,8 +170,12 @@ def parts_of(
     chunk = min(cfg.hardware.logits_at_once, tokens)
     update |= of_the_head(cfg, geometry, chunk, several, width)
     rollout: Parts = {}
-    if cfg.samples_online:
-        responses = algo.batch_size * getattr(algo, "group_size", 1)
+    if parts > 1:
+        update |= gathered(cfg, shapes, width, graphs)
+    if cfg.samples_online and cfg.hardware.rollout != VLLM:
+        if parts > 1:
+            rollout["weights that are gathered to sample"] = width * count(shapes)
+        responses = ranks.share(responses_of(cfg))
         cached = min(cfg.hardware.sampled_at_once, responses * longest)
         # a layer's cache is copied when it grows by a column
         rollout[f"keys and values of {cached} sampled tokens"] = (
@@ -151,21 +184,94 @@ def parts_of(
     return always, update, rollout
 
 
-def held_always(cfg: Any, shapes: Shapes, width: int) -> tuple[Parts, dict[str, int]]:
-    """Bytes by part that are held all the time, and how many numbers of each role are trained."""
+def rows_of_update(cfg: Any, ranks: Ranks = ALONE) -> int:
+    """Sequences of an update, or the most of them that one of several ranks has."""
+    items, rows = items_of_update(cfg), rows_per_item(cfg)
+    if cfg.samples_online:
+        rows = 1  # responses are dealt out one by one
+    return ranks.share(items) * rows
+
+
+def items_of_update(cfg: Any) -> int:
+    """What an update has that no two ranks share: responses, or rows with all of theirs."""
+    items: int = getattr(cfg.algo, "minibatch_size", cfg.algo.batch_size)
+    return items * rows_per_item(cfg) if cfg.samples_online else items
+
+
+def responses_of(cfg: Any) -> int:
+    """Responses that an iteration samples."""
+    group: int = getattr(cfg.algo, "group_size", 1)
+    return int(cfg.algo.batch_size) * group
+
+
+def held_always(
+    cfg: Any, shapes: Shapes, width: int, parts: int = 1
+) -> tuple[Parts, dict[str, int]]:
+    """Bytes by part that are held all the time, and how many numbers of each role are trained.
+
+    Args:
+        parts: that weights are cut into, of which a rank holds one.
+    """
     weights, trained = roles_of(cfg, shapes, width)
-    numbers = sum(trained.values())
-    held: Parts = {f"weights of the {role}": width * count for role, count in weights.items()}
-    if width < BYTES:
-        held["float32 masters of what is trained"] = BYTES * numbers
-    held["gradients"] = BYTES * numbers
-    held["AdamW's moments"] = 2 * BYTES * numbers
-    own = next(iter(trained.values()))
+    whole = whole_of(cfg, weights, trained) if parts > 1 else weights
+    cut = {role for role in trained if role not in whole}
+    held: Parts = {}
+    for role, numbers in weights.items():
+        stays = whole.get(role, 0)
+        size = BYTES if role in cut or (role in trained and cfg.model.merge_lora) else width
+        held[f"weights of the {role}"] = size * (numbers - stays) / parts + width * stays
+    here = {role: numbers / (parts if role in cut else 1) for role, numbers in trained.items()}
+    if width < BYTES and (masters := sum(here[role] for role in here if role not in cut)):
+        held["float32 masters of what is trained"] = BYTES * masters
+    held["gradients"] = BYTES * sum(here.values())
+    held["AdamW's moments"] = 2 * BYTES * sum(here.values())
+    own = next(iter(here.values()))
     if getattr(cfg.algo, "ema_decay", None) is not None:
         held["average of the weights"] = BYTES * own
     if getattr(cfg.algo, "keep", "last") != "last":
         held["best weights so far"] = BYTES * own
     return held, trained
+
+
+def whole_of(cfg: Any, weights: dict[str, int], trained: dict[str, int]) -> dict[str, int]:
+    """The numbers of each role that every rank holds, where weights are sharded: adapters, heads.
+
+    Args:
+        weights, trained: from `roles_of`.
+    """
+    if not cfg.model.lora_rank:
+        shared = getattr(cfg.algo, "critic", None) == "shared"
+        return {"critic": weights["critic"]} if shared and "critic" in weights else {}
+    whole = dict(trained)
+    whole[next(iter(trained))] += adapter_below(cfg)
+    if models_read(cfg).get("reference") is None and "reference" in weights:
+        whole["reference"] = weights["reference"]
+    if cfg.samples_online:
+        adapters = [each for each in models_of(cfg.reward) if on_base_of(each, cfg.policy)]
+        if adapters:
+            whole["reward"] = sum(count(adapter_shapes(each)) for each in adapters)
+    return whole
+
+
+def gathered(cfg: Any, shapes: Shapes, width: int, graphs: int) -> Parts:
+    """Bytes of what a rank gathers in an update where weights are sharded, and of its gradient.
+
+    What is beside the blocks stays for a whole pass; of the blocks there are two, as the next one
+    is fetched early. A gradient is summed over the ranks in float32.
+
+    Args:
+        graphs: networks that are in a pass together.
+    """
+    text = of_text(shapes)
+    blocks: dict[int, int] = {}
+    for name, shape in text.items():
+        if match := BLOCK.search(name):
+            blocks[int(match[1])] = blocks.get(int(match[1]), 0) + math.prod(shape)
+    rest, block = count(text) - sum(blocks.values()), max(blocks.values(), default=0)
+    parts = {"weights that are gathered for a pass": width * (graphs * rest + 2.0 * block)}
+    if not cfg.model.lora_rank:
+        parts["gradients before they are shared out"] = (width + BYTES) * float(max(rest, block))
+    return parts
 
 
 def width_of(cfg: Any, shapes: Shapes) -> int:
@@ -176,12 +282,6 @@ def width_of(cfg: Any, shapes: Shapes) -> int:
     if cfg.start is None or count(shapes) <= DEMO_SIZE:
         return BYTES
     return 2 if expects_gpu(cfg) else BYTES
-
-
-def expects_gpu(cfg: Any) -> bool:
-    """Whether a run will find a GPU, as far as can be told without torch."""
-    device: str = cfg.hardware.device
-    return device == "cuda" or (device == AUTO and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def longest_sequence(cfg: Any) -> int:

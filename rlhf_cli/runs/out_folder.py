@@ -31,6 +31,7 @@ from rlhf_cli.folders.manifest import (
     read_manifest,
     read_object,
 )
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.runs.config_diff import differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
@@ -54,6 +55,7 @@ RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no 
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
 BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
+ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"
@@ -335,11 +337,12 @@ def newest_step(out: Path) -> int | None:
 
 
 def staging(out: Path) -> Path:
-    """An empty folder inside `out` for files that are not to be seen yet."""
-    check_lock(out)
+    """An empty folder inside `out` for files that are not to be seen yet; rank 0 makes it."""
     folder = out / STAGING
-    remove([folder])
-    folder.mkdir(parents=True)
+    if world().is_main:
+        check_lock(out)
+        remove([folder])
+        folder.mkdir(parents=True)
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import AUTO, Hardware
+from rlhf_cli.config.schema import AUTO, VLLM, Hardware
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.load import load_policy
@@ -19,7 +19,9 @@ from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.engine import Engine
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.ranks import RankedEngine
+from rlhf_cli.rollout.server import ServerEngine
 from rlhf_cli.runs.inherited import KEYS, check_context, told
+from rlhf_cli.runs.out_folder import ROLLOUTS
 from rlhf_cli.runs.session import Session
 
 MANY = 2_000_000  # tokens that a run samples, whose compiled steps are worth the wait for them
@@ -80,7 +82,11 @@ def policy_of(session: Session, path: str) -> Policy:
         )
     encoder.ends_with(stop_ids)
     saying_how(path, encoder)
-    return Policy.of(model, encoder, cfg.hardware, compiles_sampling(cfg))
+    policy = Policy.of(model, encoder, cfg.hardware, compiles_sampling(cfg))
+    if cfg.hardware.rollout == VLLM:
+        folder = session.out / ROLLOUTS
+        policy.engine = ServerEngine(model, encoder, cfg.hardware, folder, cfg.samples_online)
+    return policy
 
 
 def compiles_sampling(cfg: Any) -> bool:

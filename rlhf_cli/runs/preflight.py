@@ -1,14 +1,22 @@
 """All that can be known of a run before torch is imported, checked and read once."""
 
+import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, stage_name
+from rlhf_cli.config.switches import written
 from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.ranks.agreement import together
+from rlhf_cli.ranks.environment import place
+from rlhf_cli.ranks.worker import STDIN as PIPED
+from rlhf_cli.ranks.world import world
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import (
@@ -17,16 +25,28 @@ from rlhf_cli.runs.checks import (
     check_frozen_layers,
     check_models,
     check_rows,
+    check_sampler,
     own_loss_lines,
     reward_lines,
     row_kind,
 )
+from rlhf_cli.runs.config_diff import flatten
+from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory
-from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, is_claimed, state_of, what_is_kept
+from rlhf_cli.runs.out_folder import (
+    FINISHED,
+    FREE,
+    RESUMABLE,
+    config_as_written,
+    is_claimed,
+    state_of,
+    what_is_kept,
+)
 from rlhf_cli.runs.provenance import Provenance, provenance_of
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
+from rlhf_cli.runs.sharing import Ranks
 
 
 @dataclass
@@ -65,7 +85,7 @@ class Plan:
         return [*self.doing, *self.sums, *self.memory[-1:]]
 
 
-def preflight(cfg: Run, check_only: bool = False) -> Plan:
+def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) -> Plan:
     """Check paths, checkpoint kinds, arithmetic and local rows of a typed config.
 
     Learning rates that it leaves open are filled in, so that config.yaml has them.
@@ -73,13 +93,22 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     Args:
         check_only: nothing will run, so that what it is made from need not be hashed, but to tell
             the state of `out`.
+        ranks: that would share it; None for those that this command starts, or is one of.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
+    own = place()
+    if own is not None and own.size > 1 and cfg.data.path == STDIN and PIPED not in os.environ:
+        raise UserError(
+            f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
+            "start them by hardware.processes"
+        )
+    decides = world().is_main if own is None else own.rank == 0
     taken = [*inherit(cfg), *choose_rates(cfg)]
-    state, rows = state_of(cfg, check_only), Rows(cfg.data)
+    state = state_of(cfg, check_only) if decides else FREE  # what rank 0 finds counts: see `agree`
+    rows = Rows(cfg.data)
     emptied = state == FREE and is_claimed(out)
     doing = [
         f"{stage}: {STAGES[stage].sentence}",
@@ -91,8 +120,13 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     check_models(cfg)
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
+    check_sampler(cfg)
     check_adapter_use(cfg)
-    provenance = None if check_only else provenance_of(cfg)  # weights are read for it, at length
+    provenance: Provenance | None = {}
+    if decides:
+        provenance = (
+            None if check_only else provenance_of(cfg)
+        )  # weights are read for it, at length
     counted = check_rows(cfg, rows)
     if check_only:
         from rlhf_cli.runs.token_check import check_tokens  # a tokenizer takes long to import
@@ -105,11 +139,35 @@ def preflight(cfg: Run, check_only: bool = False) -> Plan:
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     if check_only:  # a start tells what is found on its device
         sums += auto_line(cfg)
-    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))))
+    sums += sharing_lines(cfg, ranks)
+    memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))), ranks=ranks)
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),
         parameters=math.inf if parameters is None else parameters,
     )
+
+
+def agree(cfg: Run, plan: Plan) -> None:
+    """Let a plan of one of several ranks say of `out` what that of rank 0 says.
+
+    Raises:
+        UserError: this rank was started with other settings than rank 0.
+    """
+    plan.state, plan.doing = world().from_main(plan.state), world().from_main(plan.doing)
+    given = json.loads(json.dumps(config_as_written(cfg)))
+    first = world().from_main(given)
+
+    def check() -> None:
+        ours, theirs = flatten(given), flatten(first)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name) and name != "hardware.device":
+                raise UserError(
+                    f"rank {world().rank} was started with {name}={written(ours.get(name))}, and "
+                    f"rank 0 with {written(theirs.get(name))}: all ranks need the same command"
+                )
+
+    if plan.state != FINISHED:
+        together(check)
 
 
 def resumed_line(cfg: Run, kept: str) -> str:

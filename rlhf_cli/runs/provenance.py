@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from glob import glob, has_magic
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
     for key, role in catalog.model_keys(stage_name(cfg)).items():
         value = attrgetter(key)(cfg)
         if isinstance(value, list):
+            value = [path for each in value for path in policies_like(each)]
             yield from ((f"{key}[{i}]", role, each) for i, each in enumerate(value))
         elif value is not None and not (cfg.trains and (key, value) == ("reference", "bootstrap")):
             yield key, role, value
@@ -67,7 +69,20 @@ def baselines_of(cfg: Any) -> list[str]:
     the same tokens. None where a stage compares with none.
     """
     given: list[str] | None = getattr(cfg, "baselines", [])
-    return siblings_of(cfg.policy) if given is None else given
+    if given is None:
+        return siblings_of(cfg.policy)
+    return [path for each in given for path in policies_like(each)]
+
+
+def policies_like(path: str) -> list[str]:
+    """The finished policies that a pattern stands for, as runs/sweep/*/ppo; a plain path is one.
+
+    A pattern that none fits stands for itself, and is found missing.
+    """
+    if not has_magic(path):
+        return [path]
+    found = [each for each in sorted(glob(path)) if kind_of(Path(each)) == "policy"]
+    return found or [path]
 
 
 def siblings_of(policy: str, alike: bool = True) -> list[str]:
@@ -113,6 +128,8 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
+    for key in ("few_shot", "samples", "choices"):  # of evaluate
+        inputs[key] = getattr(cfg, key, None)
     for key, role, value in named_models(cfg):
         if role == "reward":
             inputs |= {f"{key} {file}": str(file) for file in files_of(value)}

@@ -2,10 +2,16 @@
 
 Randomness needs no state: every draw is a function of the seed, a name and the step
 (data/order.py), so weights, optimizer moments and a few numbers are all there is to keep.
+
+Of several ranks the first one writes, and all read. Where weights are sharded, each writes its part
+(slices.py), and rank 0 describes all files and gives the folder its name once they are there.
 """
 
 import hashlib
 import json
+import os
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +19,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.folders.files import remove, whole_folder, write_json
+from rlhf_cli.folders.files import flush, library_errors, remove, whole_folder, write_json
 from rlhf_cli.folders.integrity import Files, begins_as, described, fault_in
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
+from rlhf_cli.models.shards import is_sharded
+from rlhf_cli.ranks.agreement import by_main, together
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import begun_with, resume_point, resume_points
+from rlhf_cli.runs.slices import (
+    TENSORS,
+    Wanted,
+    are_all,
+    fault_in_pieces,
+    read_pieces,
+    write_own,
+)
 
-TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"
+STATE, FILES = "state.json", "files.json"
 SEAL = "seal"  # an entry of FILES beside those of files
 
 # stages add entries of their own
@@ -28,6 +45,7 @@ _STATE: Form = {
     "step": COUNT,
     "logs": {"*": {"size": COUNT, "sha256": str}},
     "checks?": dict,
+    "placed?": [COUNT],
     **{f"{name}?": REAL for name in ("seconds", "saving", "kl_coef", "old_kl_coef")},
     **{f"{name}?": COUNT for name in ("schedule", "skipped", "skipped_in_a_row")},
 }
@@ -36,48 +54,131 @@ _STATE: Form = {
 def save_checkpoint(
     out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
 ) -> None:
-    """Keep the resume point after `step`, and of those before it the newest, `keep` in all."""
+    """Keep the resume point after `step`, and of those before it the newest, `keep` in all.
+
+    Every rank of several calls it, with its own parts of what is sharded. An error of one is raised
+    on all, and leaves nothing.
+    """
+    sharded = any(map(is_sharded, tensors.values()))
+    state = {**state, "step": step}
+    if sharded:
+        _write_shared(out, step, tensors, state)
+    else:
+        by_main(partial(_write, out, step, tensors, state))
+    by_main(lambda: remove(list(resume_points(out).values())[:-keep]))
+
+
+def _write(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     folder = resume_point(out, step)
     check_lock(out)
     with whole_folder(folder) as part:
         here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(here, part / TENSORS)  # written from where they lie, without a copy
-        write_json(part / STATE, {**state, "step": step})
-        files = described(part, (TENSORS, STATE))
-        write_json(part / FILES, {**files, SEAL: seal_of(out, folder.name, files)})
-        check_lock(out)  # large tensors take their time
-    remove(list(resume_points(out).values())[:-keep])
+        write_json(part / STATE, state)
+        _seal(out, part, folder.name, described(part, (TENSORS, STATE)))
 
 
-def load_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def _write_shared(out: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    folder = resume_point(out, step)
+    with ExitStack() as stack:
+
+        def begin() -> str:
+            check_lock(out)
+            return str(stack.enter_context(whole_folder(folder)))
+
+        part = Path(by_main(begin))
+        files = world().from_all(together(partial(_own_file, part, tensors)))
+
+        def end() -> None:
+            entries = {name: entry for own in files for name, entry in own.items()}
+            if (fault := fault_in(part, entries, hashes=False)) is not None:
+                raise UserError(
+                    f"{fault} for rank 0, but a rank has written it: with hardware.shard, out must "
+                    "be on a disk that all machines share"
+                )
+            write_json(part / STATE, state)
+            _seal(out, part, folder.name, {**entries, **described(part, [STATE])})
+            stack.close()
+
+        by_main(end)
+
+
+def _own_file(part: Path, tensors: dict[str, Tensor]) -> Files:
+    """Write this rank's part; returns the description of its file."""
+    with library_errors(part):
+        if not part.is_dir():
+            raise UserError(
+                f"rank {world().rank} does not see {part}: with hardware.shard, out must be on a "
+                "disk that all machines share"
+            )
+        name = write_own(part, tensors)
+        flush(part / name)
+    return described(part, [name])
+
+
+def _seal(out: Path, part: Path, name: str, files: Files) -> None:
+    """Describe the files of a point, once all are written."""
+    write_json(part / FILES, {**files, SEAL: seal_of(out, name, files)})
+    check_lock(out)  # large tensors take their time
+
+
+def load_checkpoint(
+    out: Path, wanted: Wanted | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and state of the newest resume point that is whole; None where there is none.
 
     One that is damaged, or whose logs have lost lines, is named and put aside: the run goes on from
     the one before.
 
+    Args:
+        wanted: name and shape of a tensor -> one that is sharded as it is to be; None: it is whole,
+            as all are by default.
+
     Raises:
-        UserError: every point that is whole goes on from log lines that are lost.
+        UserError: every point that is whole goes on from log lines that are lost, or this rank does
+            not see them.
         OSError: the disk does not answer; nothing is given up for that.
     """
     given_up: list[tuple[Path, str]] = []
     lost: str | None = None
-    for step, folder in reversed(resume_points(out).items()):
-        fault = fault_of(folder)
+    for step in by_main(lambda: [*reversed(resume_points(out))]):
+        folder = resume_point(out, step)
+        together(partial(_require_sight, folder))
+        faults = world().from_all(together(partial(fault_of, folder)))
+        fault = next(filter(None, faults), None)
         if fault is None:
-            state = read_state(folder)
-            fault = fault_in_logs(out, state)
+            state = by_main(partial(read_state, folder))
+            fault = by_main(partial(fault_in_logs, out, state))
             if fault is None:
-                put_aside(given_up)
-                return load_file(folder / TENSORS), state
+                by_main(partial(put_aside, given_up))
+                return together(partial(read_tensors, folder, wanted)), state
             lost = lost or f"{fault} of the first {step} steps, which the run goes on from"
             fault = f"{fault} of the first {step} steps"
         given_up.append((folder, fault))
     if lost is not None:
         raise UserError(f"{lost}; put it back, or remove {out} to start afresh")
-    put_aside(given_up)
+    by_main(partial(put_aside, given_up))
     if given_up:
         say("there is none before: the run starts from its first step")
     return None
+
+
+def _require_sight(folder: Path) -> None:
+    """Stop where another rank sees no resume point that rank 0 sees."""
+    if not world().is_main and not os.path.lexists(folder):
+        raise UserError(
+            f"rank {world().rank} does not see {folder}: to go on, out must be on a disk that all "
+            "machines share"
+        )
+
+
+def read_tensors(folder: Path, wanted: Wanted | None) -> dict[str, Tensor]:
+    """The tensors of a resume point that is whole: all of each, or this rank's part."""
+    if wanted is None and (folder / TENSORS).is_file():
+        return load_file(folder / TENSORS)
+    said = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    files = [folder / name for name in sorted(said.keys() - {STATE, SEAL})]
+    return read_pieces(files, wanted or (lambda name, shape: None))
 
 
 def put_aside(points: list[tuple[Path, str]]) -> None:
@@ -98,18 +199,25 @@ def fault_in_logs(out: Path, state: dict[str, Any]) -> str | None:
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a resume point; None if it is whole, and what this run has written."""
+    """What is wrong with a resume point; None if it is whole, and what this run has written.
+
+    Of several ranks each reads some of the files to the last byte, and all of them together all.
+    """
     if not (folder / FILES).is_file():  # of a pipe, reading would not end
         return f"{folder / FILES} is missing"
     out = folder.parent.parent
     try:
         files = json.loads((folder / FILES).read_text(encoding="utf-8"))
         seal = files.pop(SEAL, None)
-        if {TENSORS, STATE} != set(files) or seal != seal_of(out, folder.name, files):
+        names = files.keys() - {STATE}
+        if STATE not in files or not are_all(names) or seal != seal_of(out, folder.name, files):
             return f"{folder / FILES} is damaged"
-        fault = fault_in(folder, files)
+        own = sorted(files)[world().rank :: world().size]
+        fault = fault_in(folder, {name: files[name] for name in own})
         if fault is None and (wrong := misfit(read_state(folder), _STATE)):
             fault = f"{folder / STATE} is damaged: {wrong}"
+        if fault is None and TENSORS not in files:
+            fault = fault_in_pieces([folder / name for name in names])
         return fault
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{folder / FILES} is damaged"

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors
 from rlhf_cli.folders.manifest import tokenizer_hash
 from rlhf_cli.models.adapters import is_adapted, restore, trained
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.attention import attention_of
 from rlhf_cli.models.dtypes import (
     AUTO,
@@ -40,13 +40,15 @@ from rlhf_cli.models.dtypes import (
     round_trained,
     type_to_write,
 )
-from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
+from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.environment import place
-from rlhf_cli.ranks.world import enter, world
+from rlhf_cli.ranks.worker import join_others
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.runs import interrupts
@@ -66,12 +68,15 @@ from rlhf_cli.runs.out_folder import (
     staging,
     tidy,
 )
-from rlhf_cli.runs.preflight import Plan, preflight
+from rlhf_cli.runs.preflight import Plan, agree, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
+from rlhf_cli.runs.same_weights import require_same
+from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
 MANY = 50_000  # rows that take a while to read
 FEW = 10  # held-out rows
+ALONE = [1, 1]  # ranks, and those over which weights are sharded: one process
 
 
 @dataclass
@@ -206,11 +211,14 @@ class Session:
     def claim(self) -> None:
         """Make `out` this run's own, once all input is known to be good; writing starts here."""
         if not self.claimed:
-            assert self.plan.provenance is not None  # a finished or checked run has no session
-            claim(self.cfg, self.plan.provenance)
-            if self.budget is not None:
-                keep(self.budget, self.out)
+            by_main(self._claim)
         self.claimed = True
+
+    def _claim(self) -> None:
+        assert self.plan.provenance is not None  # a finished or checked run has no session
+        claim(self.cfg, self.plan.provenance)
+        if self.budget is not None:
+            keep(self.budget, self.out)
 
     def log(self, file: str = "metrics.jsonl") -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point."""
@@ -245,18 +253,16 @@ class Session:
         """Keep a resume point if it is time for one, or if a signal asked for the end.
 
         Raises:
-            Interrupted: a signal did; everything up to this step is saved.
-            RunError: something is not finite. It is not saved; the resume point before is whole.
+            Interrupted: a signal did, on any rank; everything up to this step is saved.
+            RunError: something is not finite, or not the same on all ranks. It is not saved; the
+                resume point before is whole.
         """
         asked = interrupts.asked()
         if asked is None and not self._is_time(step):
             return
         began = time.monotonic()
-        tensors: dict[str, Tensor] = {
-            f"{name}/{weight}": master_of(value)
-            for name, network in networks.items()
-            for weight, value in trained(network).items()
-        }
+        require_same(trained_weights(networks), f"after step {step}")
+        tensors = trained_weights(networks)
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
         tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
         self._require_finite(tensors, f"after step {step}")
@@ -267,6 +273,8 @@ class Session:
             "checks": self.checks,
             "logs": {log.file.name: log.described() for log in self.logs},
         }
+        if (placed := _placed(networks)) != ALONE:
+            own["placed"] = placed
         keep = self.cfg.hardware.keep_checkpoints
         assert keep is not None  # validate() asks for it where a stage trains
         if self.stream is not None:
@@ -282,13 +290,13 @@ class Session:
         every = self.cfg.hardware.save_every
         if every is None:
             return False
-        if every.endswith("min"):
-            return time.monotonic() - self.saved >= 60 * int(every.removesuffix("min"))
+        if every.endswith("min"):  # by the clock of rank 0
+            passed = time.monotonic() - self.saved >= 60 * int(every.removesuffix("min"))
+            return world().from_main(passed)
         return step % int(every) == 0
 
     def _require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        name = first_nonfinite(tensors)
-        if name is not None:
+        if (name := first_nonfinite(tensors)) is not None:
             raise RunError(
                 f"{name} is not finite {when}, and is not saved; what was saved before is whole. "
                 "Lower algo.lr, or set algo.max_grad_norm"
@@ -305,10 +313,11 @@ class Session:
         self.claim()
         interrupts.wait_for_steps()
         self.saved = time.monotonic()
-        newest = load_checkpoint(self.out)
+        newest = load_checkpoint(self.out, wanted_by(networks))
         if newest is None:
             if self.budget is not None:
                 optimizer.room.start_at(self.budget.level)
+            require_same(all_weights(networks), "at the start")
             return {}, {}
         tensors, state = newest
         for name, network in networks.items():
@@ -321,6 +330,8 @@ class Session:
             self.stream.load(state["stream"])
         self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
         say(f"resuming after step {self.start}")
+        require_same(all_weights(networks), f"after step {self.start}, where they go on")
+        _note_ranks(state.get("placed", ALONE), _placed(networks))
         before, now = state.get("products"), products_of(next(iter(networks.values())))
         if before not in (None, now):
             say(f"note: matrix products were {before} up to there and are {now} from here on")
@@ -366,13 +377,29 @@ class Session:
             write_beside: writes further files into the folder.
             more: further entries of stage.json.
         """
+        self._require_finite(trained(model), "at the end")
+        merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
+        with assembled(model, adapter_alone=not merge):
+            identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
+        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
+        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
+        shown = {**metrics, **scale, **self.checks, **times}
+        if self.stream is not None:
+            for line in self.stream.notes():
+                say(f"of the rows that were streamed: {line}")
+        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
+        return self.finish(kind, metrics, **identity, **more)
+
+    def _write_model(
+        self, model: nn.Module, kind: str, encoder: Encoder, write_beside: Callable[[Path], None]
+    ) -> dict[str, Any]:
+        """Write the model folder aside; returns what stage.json says of it."""
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
         if kind == "policy":
             set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
         else:
             whole = merge or not is_adapted(model)
             set_score_pad(model, encoder.tokenizer, encoder.stop_ids, whole)
-        self._require_finite(trained(model), "at the end")
         folder = staging(self.out)
         try:
             with library_errors(folder):
@@ -381,7 +408,7 @@ class Session:
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
             raise
-        identity = {
+        return {
             **adapter_entry(self.cfg),
             "tokenizer": tokenizer_hash(folder),
             "eos_ids": encoder.stop_ids,
@@ -395,17 +422,14 @@ class Session:
                 "longest_response": encoder.lengths.response or longest_learnt(self.cfg) or 0,
             },
         }
-        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
-        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
-        shown = {**metrics, **scale, **self.checks, **times}
-        if self.stream is not None:
-            for line in self.stream.notes():
-                say(f"of the rows that were streamed: {line}")
-        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
-        return self.finish(kind, metrics, **identity, **more)
 
     def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
         """Publish what is staged, with stage.json last."""
+        by_main(lambda: self._publish(kind, metrics, more))
+        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
+        return self.out
+
+    def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         for log in self.logs:
             log.described()  # so that it is on disk before stage.json says that all is there
         publish(
@@ -427,8 +451,28 @@ class Session:
                 },
             },
         )
-        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
-        return self.out
+
+
+def _placed(networks: Mapping[str, nn.Module]) -> list[int]:
+    """How many ranks train networks, and over how many of them weights are sharded, frozen ones
+    included.
+    """
+    sharded = any(map(is_sharded, all_weights(networks).values()))
+    return [world().size, world().mesh.size(-1) if sharded else 1]
+
+
+def _note_ranks(before: list[int], now: list[int]) -> None:
+    """Say where a run goes on on other ranks than before: sums are rounded otherwise there."""
+    if before == now:
+        return
+    told = [
+        f"{size} process{'es' * (size > 1)}{f', sharded over {over}' * (over > 1)}"
+        for size, over in (before, now)
+    ]
+    say(
+        f"note: this run was on {told[0]} up to there and is on {told[1]} from here on: it ends "
+        "equal up to rounding, not to the last bit"
+    )
 
 
 def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
@@ -447,16 +491,17 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     began = time.monotonic()
     if plan is None or (plan.provenance is None and plan.state != FINISHED):
         plan = preflight(cfg)
+    device = device_of(cfg.hardware.device)
+    join_others(device, cfg.hardware.rank_timeout, say)
+    agree(cfg, plan)
     if plan.state == FINISHED:
-        tidy(Path(cfg.out))
+        by_main(lambda: tidy(Path(cfg.out)))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
     for line in plan.code:
         say(line)
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
-    device = device_of(cfg.hardware.device)
-    join_others(device, cfg.hardware.rank_timeout)
     world().shard(cfg.hardware.shard)
     dtype = product_type(cfg.model.dtype, plan.parameters, device)
     if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
@@ -464,20 +509,6 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     budget, lines = settle(cfg, device, dtype.itemsize, plan.state == RESUMABLE)
     plan.sums += lines
     return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
-
-
-def join_others(device: torch.device, seconds: int) -> None:
-    """Where this process is one of several, wait for all of them: from here on they work together.
-
-    What was checked before was seen by each alone, so that none has yet written anything.
-
-    Args:
-        seconds: that they then wait for each other at most.
-    """
-    if place() is not None:
-        from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
-
-        enter(join(device, timedelta(seconds=seconds)))
 
 
 def set_threads(threads: int | None, parameters: float) -> None:

@@ -2,209 +2,271 @@
 
 Mean reward and gold with a standard error clustered by prompt; KL(policy || reference) per
 response, estimated on the samples of the policy itself; held-out loss; head-to-head win rates with
-ties and a 95% interval. Where the data has comparisons, a reward model is judged by them, too.
-Gold is a scorer that training never saw: a fooled reward model shows.
+ties and a 95% interval, corrected for their number; ratings of all from all head-to-heads; best of
+n, pass@n and maj@n from one set of samples; the health of the text. Where the data has comparisons,
+a reward model is judged by them, too. Gold is a scorer that training never saw: a fooled reward
+model shows.
 
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
 
-import json
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.held_out import identity
-from rlhf_cli.data.items import Answers, Tokens
-from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, Ranking
+from rlhf_cli.data.items import Tokens
+from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.reading import KindError
-from rlhf_cli.evaluation.judging import Report, judge
-from rlhf_cli.evaluation.kept import KeptSamples
-from rlhf_cli.evaluation.report import show_judgement, show_report
-from rlhf_cli.evaluation.samples import known_or_none, parts_at, sample_row, term_columns
-from rlhf_cli.folders.files import write_text
+from rlhf_cli.evaluation.bench import Bench, samples_at
+from rlhf_cli.evaluation.choices import by_chance, right_answers
+from rlhf_cli.evaluation.contest import REFERENCES, Contest
+from rlhf_cli.evaluation.entrants import Entrant, entrants_of, given_samples
+from rlhf_cli.evaluation.figures import (
+    Figures,
+    Sampled,
+    change_of,
+    entropy_of,
+    estimated_kl,
+    figures_of,
+    losses_of,
+    mean_loss,
+)
+from rlhf_cli.evaluation.frontier import frontier_of
+from rlhf_cli.evaluation.report import show_judgement, show_report, write_report
+from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
+from rlhf_cli.evaluation.text_health import text_figures
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.models.score import logprobs_of, mean_nll
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
-from rlhf_cli.objectives.estimates import Estimate, clustered_mean, win_rate
-from rlhf_cli.objectives.kl import k1
+from rlhf_cli.objectives.comparisons import paired_difference
+from rlhf_cli.objectives.estimates import clustered_mean
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
-from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.reward import Reward, Scores, load_reward
-from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.out_folder import SAMPLES, staging
+from rlhf_cli.runs.encoders import encoder_of
+from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.provenance import baselines_of, siblings_of
+from rlhf_cli.runs.provenance import siblings_of
 from rlhf_cli.runs.session import Session, begin
-
-Samples = list[dict[str, object]]
 
 
 def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
-    """Write report.json and samples.jsonl, and show tables; returns `out`."""
+    """Write report.json, samples.jsonl and pictures, and show tables; returns `out`."""
     session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
+    found = Findings(cfg)
+    bench = judge_file(session, found) if cfg.samples else judge_policies(session, found)
+    report = found.report(bench)
+    by_main(lambda: write_report(staging(session.out), cfg, report, found.lines))
+    show_report(cfg, report)
+    if bench.judgement is not None and bench.scorer is not None:
+        show_judgement(f"{bench.scorer.path} on held-out rows", bench.judgement)
+    shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
+    return session.finish("report", shown)
+
+
+def judge_policies(session: Session, found: "Findings") -> Bench:
+    """Each policy on the same held-out prompts, at each temperature."""
+    cfg = found.cfg
     rows = session.rows.held_out(Prompt)
     held_out = unique_prompts(rows.held_out)[: cfg.algo.prompts]
-    paths = policies(cfg)
-    check_tokens(cfg, paths)
+    entrants = entrants_of(cfg, session.rows)
+    check_tokens(cfg, [entrant.path for entrant in entrants])
     reference = policy_of(session, cfg.reference) if cfg.reference else None
+    bench: Bench | None = None
+    total = sum(samples_at(cfg, temperature) for temperature in found.contests)
+    with Bar("evaluate", len(entrants) * len(held_out) * total) as bar:
+        for entrant in entrants:
+            policy = policy_of(session, entrant.path)
+            if bench is None:
+                prompts = policy.encoder.prompts(held_out)
+                bench = Bench.of(session, policy.encoder, prompts, rows.notes)
+            for temperature in found.contests:
+                sampled = bench.answered(entrant, policy, temperature, bar)
+                found.add(entrant.name, sampled, temperature)
+                if temperature == cfg.algo.temperature:
+                    found.results[entrant.name] = {
+                        "seconds": (read_manifest(entrant.path) or {}).get("seconds"),
+                        **figures_by(bench, sampled),
+                        **with_model(cfg, entrant, policy, reference, sampled),
+                        **found.knows(entrant, policy, held_out_sequences(session, policy), bench),
+                    }
+    assert bench is not None  # there is a policy
+    return bench
 
-    judges: dict[str, Reward] = {}
-    results: dict[str, dict[str, Any]] = {}
-    scores: dict[str, Tensor] = {}
-    every: list[dict[str, Scores]] = []
-    samples: Samples = []
-    with Bar("evaluate", len(paths) * len(held_out) * cfg.algo.samples) as bar:
-        for number, path in enumerate(paths):
-            policy = policy_of(session, path)
-            prompts = policy.encoder.prompts(held_out)
-            unseen = held_out_sequences(session, policy)
-            if not judges:
-                judges = load_judges(cfg, policy, session)
-                for each in judges.values():
-                    each.check([row for row, _ in prompts], session.require)
-                scorer = model_in(judges.get("reward"))
-                judgement = None if scorer is None else judged(session, scorer, policy)
-                session.note([*rows.notes, *policy.encoder.report()])
-                kept = KeptSamples(session)
-            own = kept.of(path, prompts, cfg.algo.samples)
-            bar.skip(len(own.done) * cfg.algo.samples)
-            rollouts = policy.engine.sample(
-                prompts,
-                Sampling.of(cfg.algo),
-                samples=cfg.algo.samples,
-                seed=derived_seed(cfg.seed, "evaluate", number),  # independent responses
-                advance=bar.advance,
-                kept=own,
-            )
-            said = {name: own.scored(name, each, rollouts) for name, each in judges.items()}
-            every.append(said)
-            decisive = said.get("gold") or said["reward"]  # gold decides wins where there is one
-            scores[path] = decisive.total.view(-1, cfg.algo.samples)  # (N, K)
-            results[path] = result_of(cfg, path, policy, reference, rollouts, said, unseen)
-            samples += samples_of(path, rollouts, said)
 
-    check_scored(judges, every)
-    wins = compared(cfg, paths, scores, results)
-    report = {
-        "policies": results,
-        "win_rates": wins,
-        "prompts": len(prompts),
-        **settings(cfg),
-        "reward_model": judgement,
+def judge_file(session: Session, found: "Findings") -> Bench:
+    """The responses that samples=FILE has; no model is loaded but those that judge."""
+    cfg = found.cfg
+    assert cfg.samples is not None
+    given, encoder = given_samples(cfg.samples), encoder_of(cfg, session.rows)
+    found.names = list(given.responses)
+    bench = Bench.of(session, encoder, encoder.prompts(given.prompts), [])
+    for name in found.names:
+        sampled = bench.given(name, given.rollouts(name, encoder))
+        found.add(name, sampled, cfg.algo.temperature)
+        found.results[name] = figures_by(bench, sampled)
+    return bench
+
+
+def figures_by(bench: Bench, sampled: Sampled) -> Figures:
+    """What the samples of a policy tell."""
+    specs = {"reward": bench.cfg.reward, "gold": bench.cfg.gold}
+    named = {name: spec for name, spec in specs.items() if spec is not None}
+    return {
+        **figures_of(sampled, named),
+        "text": text_figures(sampled, bench.texts, bench.seen),
     }
-    by_main(lambda: write(staging(session.out), report, samples))
-    show_report(paths[0], cfg.reference, results, wins)
-    if judgement is not None and scorer is not None:
-        show_judgement(f"{scorer.path} on held-out rows", judgement)
-    return session.finish("report", {"policies": results, "win_rates": wins})
 
 
-def check_scored(judges: dict[str, Reward], said: list[dict[str, Scores]]) -> None:
-    """Each judge has scored something.
-
-    Args:
-        said: what each of them says of the rollouts of each policy.
-
-    Raises:
-        RunError: naming the one that has not.
-    """
-    for name, reward in judges.items():
-        reward.check_scored(name, torch.cat([scores[name].total for scores in said]))
-
-
-def result_of(
+def with_model(
     cfg: EvaluateConfig,
-    path: str,
+    entrant: Entrant,
     policy: Policy,
     reference: Policy | None,
-    rollouts: list[Rollout],
-    said: dict[str, Scores],
-    unseen: dict[str, list[Tokens]],
-) -> dict[str, Any]:
-    """The figures of one policy.
+    sampled: Sampled,
+) -> Figures:
+    """What its log-probs tell; nothing where it was asked otherwise than they would say."""
+    figures: Figures = {}
+    if Sampling.of(cfg.algo).unfiltered and entrant.shots is None:
+        figures["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
+        if reference is not None:
+            figures["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
+    return figures
 
-    Args:
-        said: what each judge says of the rollouts.
-        unseen: what its held-out losses are measured on, by their names.
+
+@dataclass
+class Findings:
+    """What has been found of each policy, and in the end the report.
+
+    names: of the policies, the one that is judged first.
+    contests: the scores of all, by temperature.
+    results: the figures of each.
+    lines: of samples.jsonl: what each wrote, and what each judge says of it.
     """
-    result: dict[str, Any] = {"seconds": (read_manifest(path) or {}).get("seconds")}
-    for name, scores in said.items():
-        result |= mean_of_known(name, scores.total.view(-1, cfg.algo.samples))
-    if reference is not None and Sampling.of(cfg.algo).unfiltered:
-        result["kl"] = estimated_kl(cfg, policy, reference, rollouts)
-    for name, sequences in unseen.items():
-        nll = mean_nll(policy.model, sequences, cfg.hardware) if sequences else None
-        result[name] = nll
-    result["length"] = mean_length(rollouts)
-    result["ended"] = sum(rollout.ended for rollout in rollouts) / len(rollouts)
-    return result
+
+    cfg: EvaluateConfig
+    names: list[str] = field(default_factory=list)
+    contests: dict[float, Contest] = field(default_factory=dict)
+    results: dict[str, Figures] = field(default_factory=dict)
+    lines: list[dict[str, object]] = field(default_factory=list)
+    _every: list[Sampled] = field(default_factory=list)
+    _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _right: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """At first the temperature of all figures, then those for win rates alone."""
+        algo = self.cfg.algo
+        for temperature in [algo.temperature, *algo.temperatures]:
+            self.contests[temperature] = Contest(algo.tie)
+
+    def add(self, name: str, sampled: Sampled, temperature: float) -> None:
+        """All responses of a policy at a temperature, judged."""
+        self.names += [name] if name not in self.names else []
+        self.contests[temperature].scores[name] = sampled.decisive
+        self._every.append(sampled)
+        said = sampled.said
+        columns = {judge: known_or_none(scores.total) for judge, scores in said.items()}
+        parts = term_columns(said["reward"]) if "reward" in said else {}
+        for i, rollout in enumerate(sampled.rollouts):
+            reward = columns["reward"][i] if "reward" in columns else None
+            gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
+            row = generated_row(rollout, i % sampled.samples, reward, parts_at(parts, i))
+            whose = {"policy": referenced(name), "temperature": temperature}
+            self.lines.append({**whose, **row, **gold})
+
+    def knows(
+        self, entrant: Entrant, policy: Policy, unseen: dict[str, list[Tokens]], bench: Bench
+    ) -> Figures:
+        """Held-out losses and right answers: what alignment may have cost.
+
+        Args:
+            unseen: what losses are measured on, by their names.
+        """
+        figures: Figures = {}
+        if entrant.shots is not None:  # its weights are those of a policy without demonstrations
+            return figures
+        own = {each: losses_of(policy, rows, self.cfg) for each, rows in unseen.items() if rows}
+        self._losses[entrant.name] = own
+        for each in unseen:
+            figures |= mean_loss(each, own.get(each))
+        if bench.questions:
+            right = right_answers(bench.questions, policy, self.cfg)
+            self._right[entrant.name] = right
+            figures["choices"] = vars(clustered_mean(right))
+        return figures
+
+    def report(self, bench: Bench) -> dict[str, Any]:
+        """All that report.json has.
+
+        Raises:
+            RunError: a judge has scored nothing.
+        """
+        for judge, reward in bench.judges.items():
+            said = [sampled.said[judge].total for sampled in self._every]
+            reward.check_scored(judge, torch.cat(said))
+        for contest in self.contests.values():
+            if bench.references is not None:
+                contest.scores[REFERENCES] = bench.references.decisive
+        cfg, main = self.cfg, self.contests[self.cfg.algo.temperature]
+        anchor = anchor_of(cfg, self.names)
+        return {
+            "policies": self.over_reference(),
+            "frontier": frontier_of(self.results, cfg.reference),
+            **won_by(main, self.names),
+            "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
+            "anchor": anchor,
+            "by_temperature": {
+                f"{temperature:g}": won_by(self.contests[temperature], self.names)
+                for temperature in sorted(self.contests)
+                if len(self.contests) > 1
+            },
+            "references": figures_of(bench.references, {}) if bench.references else None,
+            "choices_by_chance": by_chance(bench.questions) if bench.questions else None,
+            "prompts": len(bench.prompts),
+            **settings(cfg),
+            "reward_model": bench.judgement,
+        }
+
+    def over_reference(self) -> dict[str, Figures]:
+        """The figures of each policy, and by how much they differ from those of the reference."""
+        base = str(Path(self.cfg.reference)) if self.cfg.reference else ""
+        if base not in self.results:
+            return self.results
+        scores = self.contests[self.cfg.algo.temperature].scores
+        ours = Contest(self.cfg.algo.tie, {name: scores[name] for name in self.names})
+        gains = ours.gains(base)
+        changed: dict[str, Figures] = {}
+        for name, figures in self.results.items():
+            changes: Figures = {"gain_over_reference": gains[name]}
+            for each, losses in self._losses.get(name, {}).items():
+                changes[f"{each}_change"] = change_of(losses, self._losses[base][each])
+            if name in self._right:
+                difference = paired_difference(self._right[name], self._right[base])
+                changes["choices_change"] = vars(difference)
+            changed[name] = {**figures, **changes}
+        return changed
 
 
-def compared(
-    cfg: EvaluateConfig,
-    paths: list[str],
-    scores: dict[str, Tensor],
-    results: dict[str, dict[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """Win rates of the policy against each baseline; gains over the reference go into results.
-
-    Args:
-        scores: by policy (N, K), NaN where a response has none; all answer the same prompts.
-    """
-    base = str(Path(cfg.reference)) if cfg.reference else ""
-    if base in scores:
-        for path in paths:
-            ours, theirs = scored_alike(scores[path], scores[base])
-            gain = asdict(clustered_mean(ours - theirs)) if len(ours) else None
-            results[path]["gain_over_reference"] = gain
-    wins = {}
-    for path in paths[1:]:
-        ours, theirs = scored_alike(scores[paths[0]], scores[path])
-        if len(ours):
-            wins[path] = asdict(win_rate(ours, theirs, cfg.algo.tie))
-    return wins
+def won_by(contest: Contest, names: list[str]) -> dict[str, dict[str, Figures]]:
+    """Win rates of the policy against each baseline, and of all against the references."""
+    has_references = REFERENCES in contest.scores
+    return {
+        "win_rates": contest.win_rates(names[0], names[1:]),
+        "against_references": contest.against(REFERENCES, names) if has_references else {},
+    }
 
 
-def samples_of(path: str, rollouts: list[Rollout], said: dict[str, Scores]) -> Samples:
-    """The lines of samples.jsonl of one policy: what it wrote, and what each judge says of it."""
-    columns = {name: known_or_none(scores.total) for name, scores in said.items()}
-    parts = term_columns(said["reward"]) if "reward" in said else {}
-    lines = []
-    for i, rollout in enumerate(rollouts):
-        reward = columns["reward"][i] if "reward" in columns else None
-        gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
-        lines.append(
-            {"policy": referenced(path), **sample_row(rollout, reward, parts_at(parts, i), **gold)}
-        )
-    return lines
-
-
-def write(folder: Path, report: dict[str, Any], samples: Samples) -> None:
-    """report.json and samples.jsonl."""
-    write_text(
-        folder / "report.json", json.dumps(round_figures(referenced(report)), indent=2) + "\n"
-    )
-    file = JsonLines(folder / SAMPLES)
-    for line in samples:
-        file.append(line)
-
-
-def policies(cfg: EvaluateConfig) -> list[str]:
-    """The policy, then its baselines: those given, or the finished policies beside it."""
-    return list(dict.fromkeys(str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)]))
+def anchor_of(cfg: EvaluateConfig, names: list[str]) -> str:
+    """The policy whose rating is 0: the one that the config names, the reference, or the last."""
+    named = cfg.anchor or cfg.reference
+    return str(Path(named)) if named and str(Path(named)) in names else names[-1]
 
 
 def check_tokens(cfg: EvaluateConfig, paths: list[str]) -> None:
@@ -228,85 +290,6 @@ def unique_prompts(rows: list[Prompt]) -> list[Prompt]:
     return list({identity(row): row for row in reversed(rows)}.values())[::-1]
 
 
-def load_judges(cfg: EvaluateConfig, policy: Policy, session: Session) -> dict[str, Reward]:
-    """Reward, then gold, as far as the config names them."""
-    specs = {"reward": cfg.reward, "gold": cfg.gold}
-    return {
-        name: load_reward(spec, cfg, policy.tokenizer, session.device)
-        for name, spec in specs.items()
-        if spec is not None
-    }
-
-
-def mean_of_known(judge: str, values: Tensor) -> dict[str, Any]:
-    """The mean over responses that have a reward, and the share of those that have none, if any.
-
-    Args: values (N, K), NaN where there is none.
-    """
-    per_prompt = values.nanmean(-1, keepdim=True)  # (N, 1)
-    known = per_prompt[~per_prompt.isnan().squeeze(-1)]
-    figures: dict[str, Any] = {judge: asdict(clustered_mean(known)) if len(known) else None}
-    if (share := values.isnan().float().mean().item()) > 0:
-        figures[f"{judge}_none"] = share
-    return figures
-
-
-def scored_alike(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """The prompts to which every response of both policies has a reward: (N', K) each."""
-    known = ~(ours.isnan() | theirs.isnan()).any(-1)
-    return ours[known], theirs[known]
-
-
-def model_in(reward: Reward | None) -> ModelReward | None:
-    """The first model among the terms of a reward, which held-out rows judge."""
-    sources = [term.source for term in reward.terms] if reward is not None else []
-    return next((source for source in sources if isinstance(source, ModelReward)), None)
-
-
-def judged(session: Session, source: ModelReward, policy: Policy) -> Report | None:
-    """How a reward model orders held-out pairs, or rankings; None without either."""
-    for kind in (Preference, Ranking):
-        with suppress(KindError):
-            items = policy.encoder.answers(session.rows.held_out(kind).held_out)
-            written = [rollout for item in items for rollout in as_rollouts(item, policy)]
-            scores = source.raw_of(written).split([len(item.responses) for item in items])
-            scored = [pair for pair in zip(items, scores, strict=True) if pair[1].isfinite().all()]
-            if scored:
-                return judge([item for item, _ in scored], [each for _, each in scored])
-    return None
-
-
-def as_rollouts(item: Answers, policy: Policy) -> list[Rollout]:
-    """The responses of a row as if the policy had written them."""
-    row = Prompt(item.row.prompt, item.row.columns, item.row.source)
-    return [
-        Rollout(
-            row,
-            sequence,
-            [],
-            "eos" if sequence.response[-1] in policy.encoder.stop_ids else "length",
-            policy.encoder.text(sequence.response),
-        )
-        for sequence in item.sequences
-    ]
-
-
-def estimated_kl(
-    cfg: EvaluateConfig, policy: Policy, reference: Policy, rollouts: list[Rollout]
-) -> dict[str, float]:
-    """KL(policy || reference) per response in nats, both at the sampling temperature.
-
-    Unbiased for samples of the unfiltered policy only, so there is none under top-k and the like.
-    """
-    sequences = [rollout.tokens for rollout in rollouts]
-    temperature = Sampling.of(cfg.algo).scored_at
-    ours = logprobs_of(policy.model, sequences, cfg.hardware, temperature)
-    theirs = logprobs_of(reference.model, sequences, cfg.hardware, temperature)
-    sums = [k1(ours[i], theirs[i]).sum() for i in range(len(sequences))]
-    estimate: Estimate = clustered_mean(torch.stack(sums).view(-1, cfg.algo.samples))
-    return asdict(estimate)
-
-
 def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Tokens]]:
     """What held-out losses are measured on: plain text and demonstrations, where data has them."""
     demonstrations = []
@@ -316,11 +299,6 @@ def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Token
         "text_loss": list(session.texts(policy.encoder).held_out),
         "demonstration_loss": policy.encoder.demonstrations(demonstrations),
     }
-
-
-def mean_length(rollouts: list[Rollout]) -> float:
-    """Response tokens, EOS included."""
-    return sum(len(rollout.tokens.response) for rollout in rollouts) / len(rollouts)
 
 
 def settings(cfg: EvaluateConfig) -> dict[str, Any]:

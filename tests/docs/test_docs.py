@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import SHORT, completion, cp, data, export, ls, stage, sweeps
+from rlhf_cli.commands import SHORT, completion, cp, data, export, ls, slurm, stage, sweeps
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
@@ -27,7 +27,7 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 LONGEST_README = 160  # lines
 EXPECTED = (
     *("adapters", "architecture", "data", "evaluation", "export", "feedback", "hardware"),
-    *("metrics", "models", "online", "python", "resume", "rewards"),
+    *("metrics", "models", "online", "python", "resume", "rewards", "vllm"),
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -61,6 +61,9 @@ def try_command(words: list[str]) -> None:
     elif first == "data":
         said, overrides = data.parse(rest)
         composed(said.stage, tuple(overrides), said.config_dir, None)
+    elif first == "slurm":
+        order, overrides = slurm.parse(rest)
+        composed(order.stage, tuple(overrides), order.config_dir, order.config)
     elif SHORT.get(first, first) == "export":
         export.parse(rest)
     elif first == "cp":

@@ -93,7 +93,8 @@ def test_a_whole_response_weighs_the_product_of_its_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The default of gspo, as said at the start; several updates see the same weights."""
-    words = [*ONCE, "algo=gspo", "algo.rollout_correction_cap=1e9", "algo.minibatch_size=4"]
+    words = [*ONCE, "algo=gspo", "algo.rollout_correction=sequence", "algo.minibatch_size=4"]
+    words.append("algo.rollout_correction_cap=1e9")
     (line,) = run("grpo", tmp_path / "gspo", *words)
     assert "what is learnt from each response weighs min(p / q, 1e+09)" in capsys.readouterr().err
     # between one token and all eight
@@ -125,6 +126,7 @@ def test_where_this_process_samples_it_is_off_unless_it_is_asked_for(tmp_path: P
             ["algo.rollout_correction=null", "algo.rollout_correction_cap=3"],
             "rollout_correction_cap is not used by algo.rollout_correction=null; set it to 2.0",
         ),
+        (["algo.rollout_correction_cap=3"], "with hardware.rollout=native; set it to 2, or take"),
         (["algo.rollout_correction_cap=0.5"], "algo.rollout_correction_cap must be a number >= 1"),
         (["algo.rollout_correction=tokens"], "did you mean token?"),
     ],

@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def run(stage: str, *words: str) -> None:
-    command._execute(stage, compose(stage, [*words]), check=False)
+    command._execute(stage, compose(stage, [*words]), check=False, words=[*words])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ import torch
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.stages.evaluate import check_tokens, mean_of_known, scored_alike
+from rlhf_cli.evaluation.contest import scored_alike
+from rlhf_cli.evaluation.figures import mean_of_known
+from rlhf_cli.stages.evaluate import check_tokens
 from tests.tiny import DATA, words_of
 
 SOURCE = """

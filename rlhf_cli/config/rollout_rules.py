@@ -1,0 +1,77 @@
+"""Rules of sampling by a vLLM server: who may, where it is, which options mean the same there."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from rlhf_cli.config.schema import VLLM, Decoding, Model, OnlineConfig, Run, SamplingConfig
+
+COLDEST = 0.01  # vLLM raises a lower temperature to this
+
+
+def rollouts(cfg: Run) -> Iterator[str]:
+    """Complaints about hardware.rollout=vllm."""
+    hardware = cfg.hardware
+    if hardware.rollout != VLLM:
+        return
+    if not isinstance(cfg, OnlineConfig | SamplingConfig):
+        yield "hardware.rollout=vllm is for ppo, grpo, generate and evaluate; set it to native"
+    if (hardware.rollout_server is None) == (hardware.rollout_devices is None):
+        yield (
+            "hardware.rollout=vllm needs hardware.rollout_server=http://HOST:PORT, a server that "
+            "runs, or hardware.rollout_devices=[1], where the stage starts one: give one of them"
+        )
+    yield from _address(hardware.rollout_server)
+    devices = hardware.rollout_devices
+    if devices is not None and (not devices or len({*devices}) < len(devices) or min(devices) < 0):
+        yield f"hardware.rollout_devices={devices} must name each GPU once, by its number"
+    if isinstance(cfg.model, Model) and cfg.model.quantize is not None:
+        yield (
+            f"model.quantize={cfg.model.quantize} has no whole weights to give to a vLLM server: "
+            "set hardware.rollout=native"
+        )
+    yield from _temperatures(cfg)
+    if isinstance(cfg.algo, Decoding):
+        yield from _decoding(cfg.algo)
+
+
+def _address(url: str | None) -> Iterator[str]:
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:  # a port that is no number
+        known = None
+    if not known:
+        yield f"hardware.rollout_server={url} is no address; give one as http://127.0.0.1:8000"
+    elif parts.username is not None:
+        yield "hardware.rollout_server holds a password: the variable VLLM_API_KEY is for keys"
+    elif parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1"):
+        yield f"hardware.rollout_server={url} must end before /v1 or ?, as http://127.0.0.1:8000"
+
+
+def _temperatures(cfg: Run) -> Iterator[str]:
+    for name in ("temperature", "temperature_end", "temperatures"):
+        given = getattr(cfg.algo, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is None or not 0 < value < COLDEST:
+                continue
+            yield (
+                f"algo.{name}={value:g}: vLLM samples at {COLDEST:g} or above; take that, or 0, "
+                "which is greedy"
+            )
+
+
+def _decoding(algo: Decoding) -> Iterator[str]:
+    if algo.beams > 1:
+        yield f"algo.beams={algo.beams} is for hardware.rollout=native; vLLM searches otherwise"
+    if algo.stop and algo.min_tokens:
+        yield (
+            f"algo.stop and algo.min_tokens={algo.min_tokens}: vLLM looks for no string before so "
+            "many tokens, rlhf-cli does; give one of them, or hardware.rollout=native"
+        )
+    if algo.min_p > 0 and algo.top_p < 1:
+        yield (
+            f"algo.top_p={algo.top_p:g} and algo.min_p={algo.min_p:g}: vLLM cuts by min_p first, "
+            "rlhf-cli by top_p; give one of them, or hardware.rollout=native"
+        )

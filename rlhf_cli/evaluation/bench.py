@@ -1,0 +1,167 @@
+"""What all policies of an evaluation share: prompts, judges, references, and what is kept."""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.data.items import Answers, EncodedPrompt
+from rlhf_cli.data.kinds import Preference, Prompt, Ranking
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.reading import KindError
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.evaluation.choices import Question, questions_of
+from rlhf_cli.evaluation.entrants import Entrant
+from rlhf_cli.evaluation.few_shot import as_asked_alone
+from rlhf_cli.evaluation.figures import Sampled
+from rlhf_cli.evaluation.judging import Report, judge
+from rlhf_cli.evaluation.kept import KeptSamples
+from rlhf_cli.evaluation.references import references_of, scored_references
+from rlhf_cli.evaluation.text_health import Seen
+from rlhf_cli.reporting.console import Bar
+from rlhf_cli.rewards.models import ModelReward
+from rlhf_cli.rewards.reward import Reward, load_reward
+from rlhf_cli.rollout.rollouts import Rollout
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.policy import Policy
+from rlhf_cli.runs.session import Session
+
+
+@dataclass
+class Bench:
+    """Held-out prompts and those who judge responses to them.
+
+    judges: reward, then gold, as far as the config names them.
+    scorer: the first model among the terms of the reward, which held-out rows judge.
+    texts: the reference of each prompt, where the data has one.
+    references: those, judged.
+    seen: the training rows, where copies of them are counted.
+    questions: of choices=FILE.
+    """
+
+    cfg: EvaluateConfig
+    encoder: Encoder
+    prompts: list[EncodedPrompt]
+    judges: dict[str, Reward]
+    scorer: ModelReward | None
+    judgement: Report | None
+    kept: KeptSamples
+    texts: list[str | None]
+    references: Sampled | None
+    seen: Seen | None
+    questions: list[Question]
+
+    @classmethod
+    def of(
+        cls, session: Session, encoder: Encoder, prompts: list[EncodedPrompt], notes: list[str]
+    ) -> "Bench":
+        """Load the judges, have them check the rows, and claim the folder.
+
+        Args:
+            encoder: of the policy that is judged, whose tokens all others read.
+            notes: what there is to say of the rows.
+        """
+        cfg: EvaluateConfig = session.cfg  # type: ignore[assignment]
+        questions = [] if cfg.choices is None else questions_of(cfg.choices)
+        seen = Seen.of(session.rows) if cfg.algo.overlap else None
+        judges = load_judges(cfg, encoder, session)
+        for each in judges.values():
+            each.check([row for row, _ in prompts], session.require)
+        scorer = model_in(judges.get("reward"))
+        judgement = None if scorer is None else judged(session, scorer, encoder)
+        session.note([*notes, *encoder.report()])
+        kept = KeptSamples(session)
+        texts = references_of(prompts, session.rows)
+        references = scored_references(texts, prompts, encoder, judges, kept)
+        return cls(
+            *(cfg, encoder, prompts, judges, scorer, judgement, kept, texts, references),
+            *(seen, questions),
+        )
+
+    def answered(self, entrant: Entrant, policy: Policy, temperature: float, bar: Bar) -> Sampled:
+        """What a policy responds at a temperature, and what each judge says of it.
+
+        Its draws hang on its own name and the temperature: neither the policies beside it nor its
+        place among them move a figure of it, and the responses of two policies are independent.
+        """
+        cfg, prompts = self.cfg, policy.encoder.prompts([row for row, _ in self.prompts])
+        samples = samples_at(cfg, temperature)
+        sampling = replace(Sampling.of(cfg.algo), temperature=temperature)
+        asker, asked = policy, prompts
+        if entrant.shots is not None:
+            rows, end = entrant.shots.asked([row for row, _ in prompts], policy.encoder)
+            asker = entrant.shots.asker(policy, cfg)
+            asked = asker.encoder.prompts(rows)
+            sampling = replace(sampling, stop=(*sampling.stop, *([end] if end else [])))
+        at = () if temperature == cfg.algo.temperature else (temperature,)
+        name = entrant.name if not at else f"{entrant.name} at temperature {temperature:g}"
+        own = self.kept.of(name, asked, samples)
+        bar.skip(len(own.done) * samples)
+        rollouts = asker.engine.sample(
+            asked,
+            sampling,
+            samples=samples,
+            seed=derived_seed(cfg.seed, "evaluate", entrant.name, *at),
+            advance=bar.advance,
+            kept=own,
+        )
+        if entrant.shots is not None:
+            rollouts = as_asked_alone(rollouts, prompts, samples, policy.encoder)
+        said = {judge: own.scored(judge, each, rollouts) for judge, each in self.judges.items()}
+        return Sampled(rollouts, said, samples)
+
+    def given(self, name: str, rollouts: list[Rollout]) -> Sampled:
+        """What each judge says of responses that a file has."""
+        samples = len(rollouts) // len(self.prompts)
+        own = self.kept.of(name, [], samples)
+        said = {judge: own.scored(judge, each, rollouts) for judge, each in self.judges.items()}
+        return Sampled(rollouts, said, samples)
+
+
+def samples_at(cfg: EvaluateConfig, temperature: float) -> int:
+    """Responses to a prompt: greedy ones beside sampled ones would all be the same."""
+    greedy = temperature == 0 and temperature != cfg.algo.temperature
+    return 1 if greedy else cfg.algo.samples
+
+
+def load_judges(cfg: EvaluateConfig, encoder: Encoder, session: Session) -> dict[str, Reward]:
+    """Reward, then gold, as far as the config names them."""
+    specs = {"reward": cfg.reward, "gold": cfg.gold}
+    return {
+        name: load_reward(spec, cfg, encoder.tokenizer, session.device)
+        for name, spec in specs.items()
+        if spec is not None
+    }
+
+
+def model_in(reward: Reward | None) -> ModelReward | None:
+    """The first model among the terms of a reward."""
+    sources = [term.source for term in reward.terms] if reward is not None else []
+    return next((source for source in sources if isinstance(source, ModelReward)), None)
+
+
+def judged(session: Session, source: ModelReward, encoder: Encoder) -> Report | None:
+    """How a reward model orders held-out pairs, or rankings; None without either."""
+    for kind in (Preference, Ranking):
+        with suppress(KindError):
+            items = encoder.answers(session.rows.held_out(kind).held_out)
+            written = [rollout for item in items for rollout in as_rollouts(item, encoder)]
+            scores = source.raw_of(written).split([len(item.responses) for item in items])
+            scored = [pair for pair in zip(items, scores, strict=True) if pair[1].isfinite().all()]
+            if scored:
+                return judge([item for item, _ in scored], [each for _, each in scored])
+    return None
+
+
+def as_rollouts(item: Answers, encoder: Encoder) -> list[Rollout]:
+    """The responses of a row as if the policy had written them."""
+    row = Prompt(item.row.prompt, item.row.columns, item.row.source)
+    return [
+        Rollout(
+            row,
+            sequence,
+            [],
+            "eos" if sequence.response[-1] in encoder.stop_ids else "length",
+            encoder.text(sequence.response),
+        )
+        for sequence in item.sequences
+    ]

@@ -1,0 +1,91 @@
+"""The frontier: what reward and gold cost in KL to the reference, for policies and best of n.
+
+A point is a policy as it was sampled here, the best of n samples of the reference, or an evaluation
+that a policy's own training has logged. Compare points at equal KL: more reward for more KL is no
+better way to it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.reporting.plots import Curve
+
+Point = dict[str, Any]
+
+POLICY, BEST_OF, TRAINING = "policy", "best of n", "training"
+"""What a point is: sampled here, n of the reference's samples, a line of a metrics.jsonl."""
+
+JUDGES = ("gold", "reward")
+
+
+def frontier_of(results: Mapping[str, Mapping[str, Any]], reference: str | None) -> list[Point]:
+    """The points, policy by policy; empty where no KL was measured.
+
+    Args:
+        results: the figures of each policy.
+        reference: that KL is measured to; of it stand the points of best of n, at the bound of
+            their KL.
+    """
+    points: list[Point] = []
+    for path, figures in results.items():
+        if figures.get("kl") is None:
+            continue
+        own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
+        points.append({"policy": path, "from": POLICY, "kl": figures["kl"], **own})
+        points += trained(path)
+        if reference is not None and path == str(Path(reference)):
+            for n, best in figures.get("best_of", {}).items():
+                own = {judge: best[judge] for judge in JUDGES if judge in best}
+                kl = {"mean": best["kl_bound"], "stderr": 0.0}
+                points.append({"policy": path, "from": BEST_OF, "n": int(n), "kl": kl, **own})
+    return points
+
+
+def trained(path: str) -> list[Point]:
+    """What the evaluations of a policy's own training have logged, if they measured a KL.
+
+    They have no error, and stand for the prompts of `algo.eval_prompts`.
+    """
+    points: list[Point] = []
+    with suppress(OSError, ValueError):
+        lines = (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in map(json.loads, lines):
+            own = {
+                judge: {"mean": line[f"eval/{judge}"]}
+                for judge in JUDGES
+                if isinstance(line.get(f"eval/{judge}"), float | int)
+            }
+            if own and isinstance(line.get("eval/kl"), float | int):
+                kl = {"mean": line["eval/kl"]}
+                step = line.get("step")
+                points.append({"policy": path, "from": TRAINING, "step": step, "kl": kl, **own})
+    return points
+
+
+def curves_of(points: Sequence[Point], judge: str, names: Mapping[str, str]) -> list[Curve]:
+    """The points of a judge as a picture has them, error bars of two errors.
+
+    Args: names, what policies are called there.
+    """
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        if judge in point:
+            curves.setdefault((point["policy"], point["from"]), []).append(point)
+    drawn = []
+    for (path, kind), own in curves.items():
+        own = sorted(own, key=lambda point: point["kl"]["mean"])
+        means = [point[judge]["mean"] for point in own]
+        errors = [2 * (point[judge].get("stderr") or 0.0) for point in own]
+        bars: tuple[list[float], list[float]] = ([], [])
+        if kind != TRAINING:
+            bars = (
+                [mean - error for mean, error in zip(means, errors, strict=True)],
+                [mean + error for mean, error in zip(means, errors, strict=True)],
+            )
+        name = f"best of n of {names[path]}" if kind == BEST_OF else names[path]
+        x = [point["kl"]["mean"] for point in own]
+        drawn.append(Curve(name, x, means, *bars, joined=kind != POLICY))
+    return drawn

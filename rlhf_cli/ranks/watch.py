@@ -1,0 +1,155 @@
+"""Who keeps whom waiting: ranks meet in the same order, and each counts its meetings.
+
+A thread of each rank writes the count to the store that they share, and where its main thread is.
+A meeting itself costs a counter. Who has been at one for long, and sees a rank that has not come,
+says which and where that is; in the end the run ends with that line rather than never.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.distributed_c10d import Store
+
+from rlhf_cli.config.errors import PeerLost
+from rlhf_cli.ranks.causes import is_echo
+
+PACKAGE = Path(__file__).parents[1]
+PATIENCE = 60.0  # seconds, after which a rank that waits says so
+OFTEN = 5.0  # seconds between two looks
+TO_HEAR = 3.0  # seconds within which a rank that failed is heard of
+
+
+class Watch(threading.Thread):
+    """The watch of one rank."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        seconds: float,
+        say: Callable[[str], None],
+        end: Callable[[str], None],
+    ) -> None:
+        """Start it.
+
+        Args:
+            store: of this watch alone, for a thread that waits in one keeps others out.
+            seconds: that a rank is waited for.
+            say: takes a line, of rank 0 that waits.
+            end: ends the process with a line.
+        """
+        super().__init__(daemon=True, name="rlhf-cli watch")
+        self.store, self.rank, self.size, self.seconds = store, rank, size, seconds
+        self._say, self._end = say, end
+        self._count, self._what, self._since = 0, "the start", time.monotonic()
+        self._main = threading.get_ident()
+        self._done = threading.Event()
+        self._parent = os.getppid()
+        self.start()
+
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """A meeting of all ranks.
+
+        Raises:
+            PeerLost: another rank is gone, or did not come.
+        """
+        self._count, self._what, self._since = self._count + 1, what, time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_echo(error):
+                raise
+            text = str(error).partition("\n")[0]
+            raise PeerLost(f"the ranks could not meet ({what}): {text}") from error
+
+    def end(self) -> None:
+        """No more of it."""
+        self._done.set()
+
+    def is_first(self, line: str, echo: bool) -> bool:
+        """Whether this rank is the one to say why the run ends; all that fail ask.
+
+        An echo is said by rank 0, and only where no rank is heard of that failed by itself; what
+        all ranks say is said by rank 0.
+        """
+        with suppress(RuntimeError):
+            if not echo:
+                self.store.set(f"cause/{self.rank}", line)
+                self.store.set("cause", line)
+            key = "cause" if echo else "cause/0"
+            if echo and self.rank:
+                return False
+            if not echo and self.rank == 0:
+                return True
+            try:
+                self.store.wait([key], timedelta(seconds=TO_HEAR))
+            except RuntimeError:
+                return True
+            return not echo and self.store.get(key).decode() != line
+        return self.rank == 0
+
+    def run(self) -> None:
+        """Look around until the end."""
+        told_at = 0
+        patience = min(PATIENCE, self.seconds / 2)
+        while not self._done.wait(min(OFTEN, patience / 4)):
+            if os.getppid() != self._parent:  # where no signal of the kernel's tells it
+                os._exit(1)
+            count, what, since = self._count, self._what, self._since
+            waited = time.monotonic() - since
+            try:
+                self._write()
+                missing = self._missing(count) if waited > patience else []
+            except RuntimeError:  # the store is gone with its rank, of which others tell
+                continue
+            if not missing or count != self._count:
+                continue
+            line = f"waited {waited:.0f} s for {', '.join(missing)} ({what})"
+            if waited > self.seconds:
+                self._end(f"{line}; hardware.rank_timeout={self.seconds:.0f} is over")
+            elif told_at != count:
+                told_at = count
+                self._say(f"{line}; the run ends after {self.seconds:.0f} s")
+
+    def _write(self) -> None:
+        told = {"count": self._count, "place": place_of(sys._current_frames().get(self._main))}
+        self.store.set(f"rank/{self.rank}", json.dumps({**told, "at": time.time()}))
+
+    def _missing(self, count: int) -> list[str]:
+        """The ranks that have met less often, with where they are."""
+        missing = []
+        for rank in range(self.size):
+            if not self.store.check([f"rank/{rank}"]):
+                missing.append(f"rank {rank}, not heard of")
+                continue
+            told = json.loads(self.store.get(f"rank/{rank}"))
+            if told["count"] < count:
+                ago = time.time() - told["at"]
+                silent = f", not heard of for {ago:.0f} s" if ago > 4 * OFTEN else ""
+                missing.append(f"rank {rank}, which is in {told['place']}{silent}")
+        return missing
+
+
+def place_of(frame: FrameType | None) -> str:
+    """Where a thread is, by the innermost line of ours, or of whatever it runs."""
+    first = frame
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(PACKAGE) and file.parent.name != "ranks":
+            return f"{file.relative_to(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    if first is None:
+        return "no code"
+    return f"{first.f_code.co_filename}:{first.f_lineno} {first.f_code.co_name}"

@@ -1,0 +1,184 @@
+"""The engine that asks a vLLM server: ids out, ids and log-probs back, from the newest weights.
+
+After each batch the server must still have the weights that it was given (server_weights.py); one
+that was started anew meanwhile gets them again, and the batch is sampled once more. Rank 0 asks,
+and every rank has all responses.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.schema import Hardware
+from rlhf_cli.data.batches import cut
+from rlhf_cli.data.items import EncodedPrompt
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.decoder import embedding_rows
+from rlhf_cli.models.tokenizers import ids_of_no_token
+from rlhf_cli.reporting.console import say
+from rlhf_cli.rollout.decode import Completion
+from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.rollouts import Rollout, as_rollout
+from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.server_client import IN_FLIGHT, TRIES, ServerFault
+from rlhf_cli.rollout.server_terms import Stopped, completion_of, request_of
+from rlhf_cli.rollout.server_weights import Served, on_main
+
+ATTEMPTS = 3  # to sample a batch while the server keeps its weights
+AT_ONCE = 4 * IN_FLIGHT  # responses after which those of a run that may go on are kept
+
+
+class ServerEngine(Engine):
+    """Samples from a server that runs, or from one of the stage's own.
+
+    The seed of each response is one of the prompt's place and the sample's number, so that a run
+    that is repeated asks the same. What vLLM answers to it hangs on what it computes beside it.
+    """
+
+    def __init__(
+        self, model: nn.Module, encoder: Encoder, hardware: Hardware, folder: Path, changes: bool
+    ) -> None:
+        """
+        Args:
+            folder: for weights and the log, which the server sees by the same path.
+            changes: whether a server that runs is given the model's weights; else it is to have
+                them already.
+        """
+        self._model, self._encoder = model, encoder
+        self._absent = ids_of_no_token(model, encoder.tokenizer)
+        self._served = Served(encoder, hardware, folder, changes)
+        self._stale = True
+
+    @property
+    def exact(self) -> bool:
+        """Never: other kernels round otherwise."""
+        return False
+
+    @property
+    def foreign(self) -> bool:
+        """Always."""
+        return True
+
+    def update(self, model: nn.Module) -> None:
+        """The next sample is drawn from the weights that this module has by then."""
+        self._model, self._stale = model, True
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        samples: int = 1,
+        first: int = 0,
+        seed: int,
+        advance: Callable[[int], None] = lambda count: None,
+        kept: Kept | None = None,
+    ) -> list[Rollout]:
+        """A request for each response.
+
+        Raises:
+            RunError: the server does not answer as it should, or does not run these weights.
+        """
+        sampling = replace(sampling, absent=self._absent)
+        rollouts = dict(kept.done) if kept is not None else {}
+        left = [place for place in range(len(prompts)) if place not in rollouts]
+        groups = cut(left, AT_ONCE, lambda place: samples) if kept is not None else [left]
+        for places in filter(None, groups):
+            jobs = [
+                (prompts[place][1], derived_seed(seed, first + place, number))
+                for place in places
+                for number in range(samples)
+            ]
+            drawn = iter(self._drawn(jobs, sampling, advance))
+            made = {
+                place: [
+                    as_rollout(*prompts[place], next(drawn), self._encoder, sampling)
+                    for _ in range(samples)
+                ]
+                for place in places
+            }
+            rollouts |= made
+            if kept is not None:
+                kept.keep(made)
+        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    def _drawn(
+        self,
+        jobs: Sequence[tuple[list[int], int]],
+        sampling: Sampling,
+        advance: Callable[[int], None],
+    ) -> list[Completion]:
+        """A response to the ids of each job by its seed, all from the newest weights."""
+        told = 0
+
+        def tell(done: int) -> None:
+            nonlocal told
+            advance(max(0, done - told))  # a batch that is sampled again was told of before
+            told = max(done, told)
+
+        for _ in range(ATTEMPTS):
+            self._served.bring_up_to_date(self._model, [ids for ids, _ in jobs], self._stale)
+            self._stale = False
+            found = on_main(lambda: self._asked(jobs, sampling, tell))
+            if found is not None:
+                tell(len(jobs))
+                return [self._checked(Completion(*each), sampling) for each in found]
+            say("the server has lost the weights of this run while it sampled: it gets them again")
+            self._stale = True
+        raise RunError(
+            f"the server has lost the weights of this run {ATTEMPTS} times while it sampled: it is "
+            "started anew again and again, or another run gives it weights"
+        )
+
+    def _asked(
+        self,
+        jobs: Sequence[tuple[list[int], int]],
+        sampling: Sampling,
+        tell: Callable[[int], None],
+    ) -> list[list[Any]] | None:
+        """The fields of each completion; None where the server has other weights by now."""
+        self._check_room(jobs, sampling)
+        client, stop_ids = self._served.client, self._encoder.stop_ids
+        vocabulary = embedding_rows(self._model)
+
+        def ask(job: tuple[list[int], int]) -> Completion:
+            body = self._served.named(request_of(*job, sampling, stop_ids))
+            for _ in range(TRIES):
+                answer = client.post("/v1/completions", body)
+                try:
+                    return completion_of(answer, sampling, stop_ids, vocabulary)
+                except Stopped as stopped:
+                    reason = str(stopped)
+            raise ServerFault(f"{client.url}: {reason}, {TRIES} times")
+
+        found: dict[int, list[Any]] = {}
+        for place, each in client.each(ask, jobs):
+            found[place] = [each.ids, each.logprobs, each.finish_reason]
+            tell(len(found))
+        return [found[place] for place in range(len(jobs))] if self._served.still_there() else None
+
+    def _check_room(self, jobs: Sequence[tuple[list[int], int]], sampling: Sampling) -> None:
+        longest = max(len(ids) for ids, _ in jobs) + sampling.max_tokens
+        room = self._served.longest
+        if room and longest > room:
+            raise RunError(
+                f"{self._served.client.url} takes {room} tokens of a sequence, and prompt and "
+                f"response may be {longest}: start it with --max-model-len {longest}, or lower "
+                "data.max_prompt_tokens or algo.max_tokens"
+            )
+
+    def _checked(self, completion: Completion, sampling: Sampling) -> Completion:
+        """A text that the server ended at a string has it here, too."""
+        if completion.finish_reason == "stop":
+            text = self._encoder.text(completion.ids)
+            if not any(string in text for string in sampling.stop):
+                raise RunError(
+                    "the server found a string of algo.stop in a response that has none of them "
+                    "here: it reads ids by another tokenizer than the policy's"
+                )
+        return completion

@@ -1,0 +1,202 @@
+"""A vLLM server over HTTP: JSON in, JSON out, tried again for as long as that may help.
+
+The routes are those of vLLM 0.30 to 0.32; the ones that change weights are there where it was
+started with VLLM_SERVER_DEV_MODE=1. A key of the server's comes from the variable VLLM_API_KEY.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from rlhf_cli.reporting.console import say
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+IN_FLIGHT = 256  # requests at once; a server queues what it has no room for
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # what may pass
+TRIES = 5  # of a request that a server answers so
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two; each is twice the one before
+LONGEST_ANSWER = 300  # characters of a server's answer that are shown
+
+
+class ServerFault(Exception):
+    """A server did not do what it was asked for; a line that says what it answered.
+
+    status: of its answer; None where there was none.
+    """
+
+    def __init__(self, line: str, status: int | None = None) -> None:
+        super().__init__(line)
+        self.status = status
+
+
+class Client:
+    """Asks one server; may be used by many threads at once."""
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        alive: Callable[[], None] = lambda: None,
+        starts: bool = False,
+    ) -> None:
+        """
+        Args:
+            url: of the server, as http://host:8000.
+            timeout: seconds for a request with all that it is tried again.
+            alive: called before each try; raises where none can help any more.
+            starts: whether it has been started just now, so that it may not be there yet.
+        """
+        self.url, self.timeout, self._alive = url.rstrip("/"), timeout, alive
+        self._told = starts
+        self._parts = urlsplit(self.url)
+        self._open: set[HTTPConnection] = set()
+        self._given_up = threading.Event()
+        self._guard = threading.Lock()
+
+    def get(self, route: str) -> Any:
+        """What GET of a route answers.
+
+        Raises:
+            ServerFault: it is not 200, or does not come in time.
+        """
+        return self._persistently("GET", route, None, TRIES)
+
+    def post(self, route: str, body: Any = None, tries: int = TRIES) -> Any:
+        """What POST of a JSON body answers.
+
+        Args:
+            tries: how often a fault that may pass is answered by asking again.
+
+        Raises:
+            ServerFault: it is not 200, or does not come in time.
+        """
+        return self._persistently("POST", route, body, tries)
+
+    def each(
+        self, work: Callable[[Item], Answer], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        """The place of each item and what `work`, which asks this server, gives, as they come.
+
+        Raises:
+            ServerFault: of the first that failed; the others are given up.
+        """
+        self._given_up.clear()
+        pool = ThreadPoolExecutor(min(IN_FLIGHT, max(1, len(items))), "rollouts")
+        try:
+            places = {pool.submit(work, item): place for place, item in enumerate(items)}
+            for future in as_completed(places):
+                yield places[future], future.result()
+        finally:
+            self._given_up.set()
+            with self._guard:
+                self._hang_up(self._open)
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._given_up.clear()
+
+    def _persistently(self, method: str, route: str, body: Any, tries: int) -> Any:
+        """The answer to a request, which is sent again after faults that may pass.
+
+        One that is not there is waited for as long as an answer is; it may be starting anew.
+        """
+        began, answered, pause = time.monotonic(), 0, FIRST_PAUSE
+        while True:
+            self._alive()
+            try:
+                left = self.timeout - (time.monotonic() - began)
+                return self._once(method, route, body, max(left, 0.1))
+            except TimeoutError:
+                raise ServerFault(
+                    f"{self.url}{route} has not answered within {self.timeout:g} s "
+                    "(hardware.rollout_timeout)"
+                ) from None
+            except ServerFault as error:
+                fault, answered = error, answered + 1
+                if fault.status not in BUSY or answered >= tries:
+                    raise
+            except (OSError, HTTPException) as error:
+                fault = ServerFault(f"{self.url}{route} cannot be reached: {told(error)}")
+                if tries == 1:
+                    raise fault from None
+                self._say_once(fault)
+            late = time.monotonic() - began + pause > self.timeout
+            if late or self._given_up.wait(pause):
+                raise fault
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _say_once(self, fault: ServerFault) -> None:
+        """Say that a server is waited for."""
+        with self._guard:
+            told, self._told = self._told, True
+        if not told:
+            say(f"{fault}; it is waited for, up to {self.timeout:g} s")
+
+    def _once(self, method: str, route: str, body: Any, timeout: float) -> Any:
+        headers = {"Accept": "application/json", "Connection": "close"}
+        content = None
+        if body is not None:
+            content, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        if secret := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {secret}"
+        with self._connected(timeout) as connection:
+            connection.request(method, self._parts.path + route, content, headers)
+            answer = connection.getresponse()
+            return self._read(route, answer)
+
+    def _read(self, route: str, answer: HTTPResponse) -> Any:
+        text = answer.read().decode("utf-8", "replace")
+        if answer.status != 200:
+            said = in_a_line(text) or answer.reason
+            raise ServerFault(f"{self.url}{route} answered {answer.status}: {said}", answer.status)
+        if not text.strip():
+            return None
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ServerFault(f"{self.url}{route} answered no JSON: {in_a_line(text)}") from None
+
+    @contextmanager
+    def _connected(self, timeout: float) -> Iterator[HTTPConnection]:
+        kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
+        assert self._parts.hostname is not None  # config/rollout_rules.py
+        connection = kind(self._parts.hostname, self._parts.port, timeout=timeout)
+        with self._guard:
+            self._open.add(connection)
+        try:
+            yield connection
+        finally:
+            with self._guard:
+                self._open.discard(connection)
+            connection.close()
+
+    def _hang_up(self, connections: Iterable[HTTPConnection]) -> None:
+        """End requests that other threads wait for."""
+        for connection in connections:
+            with suppress(OSError, AttributeError):  # not connected yet, or no more
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def told(error: BaseException) -> str:
+    """What went wrong with a connection, in words."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def in_a_line(text: str) -> str:
+    """The message in a server's answer: vLLM's own, FastAPI's, or the text itself."""
+    with suppress(ValueError):
+        found = json.loads(text)
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict) and name in found:
+                found = found[name]
+        text = found if isinstance(found, str) else json.dumps(found)
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_ANSWER else f"{line[:LONGEST_ANSWER]} ..."

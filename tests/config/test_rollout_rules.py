@@ -1,0 +1,61 @@
+"""What is refused of hardware.rollout=vllm, in one line."""
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import UserError
+
+URL = "hardware.rollout_server=http://127.0.0.1:8000"
+VLLM = ["hardware.rollout=vllm", URL]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "message"),
+    [
+        ("sft", VLLM, "is for ppo, grpo, generate and evaluate; set it to native"),
+        ("grpo", ["hardware.rollout=vllm"], "give one of them"),
+        ("grpo", [*VLLM, "hardware.rollout_devices=[1]"], "give one of them"),
+        ("grpo", [URL], "hardware.rollout_server is not used by hardware.rollout=native"),
+        ("ppo", ["hardware.rollout_timeout=5"], "hardware.rollout_timeout is not used by"),
+        ("ppo", [*VLLM, "hardware.rollout_timeout=0"], "hardware.rollout_timeout must be"),
+        ("ppo", ["hardware.rollout=sglang"], "must be native|vllm, got sglang"),
+        *(
+            ("ppo", ["hardware.rollout=vllm", f"hardware.rollout_server={url}"], message)
+            for url, message in [
+                ("localhost:8000", "is no address"),
+                ("http://host:port", "is no address"),
+                ("ftp://host", "is no address"),
+                ("http://me:word@host", "holds a password: the variable VLLM_API_KEY"),
+                ("http://host:8000/v1", "must end before /v1"),
+            ]
+        ),
+        *(
+            (
+                "ppo",
+                ["hardware.rollout=vllm", f"hardware.rollout_devices={devices}"],
+                "each GPU once",
+            )
+            for devices in ("[]", "[1,1]", "[-1]")
+        ),
+        ("grpo", [*VLLM, "model=qlora", "model.lora_rank=2"], "has no whole weights to give"),
+        ("grpo", [*VLLM, "algo.temperature=0.005"], "vLLM samples at 0.01 or above"),
+        ("grpo", [*VLLM, "algo.temperature_end=0.001"], "algo.temperature_end=0.001: vLLM"),
+        ("evaluate", [*VLLM, "algo.temperatures=[0.7,0.002]"], "algo.temperatures=0.002: vLLM"),
+        ("generate", [*VLLM, "algo.beams=3", "algo.temperature=1"], "vLLM searches otherwise"),
+        ("generate", [*VLLM, "algo.top_p=0.9", "algo.min_p=0.1"], "vLLM cuts by min_p first"),
+        ("evaluate", [*VLLM, "algo.stop=[x]", "algo.min_tokens=2"], "vLLM looks for no string"),
+    ],
+)
+def test_refused(stage: str, words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(stage, words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "generate", "evaluate"])
+def test_taken(stage: str) -> None:
+    cfg = compose(stage, VLLM)
+    assert cfg.hardware.rollout_server == "http://127.0.0.1:8000"
+    again = compose(stage, ["hardware.rollout=vllm", "hardware.rollout_devices=[2,3]"])
+    assert again.hardware.rollout_devices == [2, 3]
+    assert compose(stage, [*VLLM, "algo.temperature=0.7"]).hardware.rollout_timeout == 600

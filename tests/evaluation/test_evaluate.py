@@ -1,0 +1,122 @@
+"""The stage: what its figures depend on, and what stands in its report."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import UserError
+from tests.tiny import DATA
+
+pytestmark = pytest.mark.usefixtures("inside")
+FEW = ["reference=runs/demo/sft", "reward=length:4", "gold=regex:a", "algo.prompts=5"]
+
+
+def evaluated(out: Path, *more: str) -> dict[str, Any]:
+    words = [*DATA, "policy=runs/demo/sft", "algo.samples=2", *FEW, f"out={out}", *more]
+    made: Path = importlib.import_module("rlhf_cli.stages.evaluate").run(compose("evaluate", words))
+    found: dict[str, Any] = json.loads((made / "report.json").read_text())
+    return found
+
+
+def test_figures_of_a_policy_do_not_depend_on_those_beside_it(tmp_path: Path) -> None:
+    alone = evaluated(tmp_path / "alone", "baselines=[]")
+    last = evaluated(
+        tmp_path / "last", "policy=runs/demo/adapter", "baselines=[runs/demo/sft]", "anchor=null"
+    )
+    assert alone["policies"]["runs/demo/sft"] == last["policies"]["runs/demo/sft"]
+    assert alone["ratings"].keys() == {"runs/demo/sft", "references"}
+
+
+def test_all_that_is_compared(tmp_path: Path) -> None:
+    copies = [tmp_path / f"sweep/{i}/sft" for i in range(2)]
+    for copy in copies:
+        shutil.copytree("runs/demo/adapter", copy)
+    words = [f"baselines=[runs/demo/adapter,{tmp_path}/sweep/*/sft]", "algo.temperatures=[0,0.5]"]
+    report = evaluated(tmp_path / "out", *words, f"anchor={copies[1]}")
+    others = ["runs/demo/adapter", *map(str, copies)]
+    assert list(report["policies"]) == ["runs/demo/sft", *others]
+    assert list(report["win_rates"]) == others
+    assert list(report["against_references"]) == ["runs/demo/sft", *others]
+    assert report["anchor"] == str(copies[1]) and report["ratings"][str(copies[1])]["rating"] == 0
+    assert report["by_temperature"].keys() == {"0", "0.5", "1"}
+    assert report["by_temperature"]["1"]["win_rates"] == report["win_rates"]
+    assert report["references"]["gold"]["mean"] >= 0
+    own = report["policies"]["runs/demo/sft"]
+    assert own["gold_pass_at"]["1"]["mean"] == pytest.approx(own["gold"]["mean"])
+    assert own["best_of"]["1"]["reward"]["mean"] == pytest.approx(own["reward"]["mean"])
+    assert {point["from"] for point in report["frontier"]} == {"policy", "best of n"}
+    assert (tmp_path / "out/frontier.png").is_file() and (tmp_path / "out/win_rates.png").is_file()
+    lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 5 * (1 + 2 + 2)
+    at = {(line["policy"], line["temperature"]) for line in lines}
+    assert len(at) == 12 and all("row_chosen" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["anchor=runs/demo/other"], "anchor=runs/demo/other is none of the policies"),
+        (["baselines=[nothing/*/sft]"], r"nothing/\*/sft does not exist"),
+        (["algo.temperatures=[0.5,-1]"], "algo.temperatures must be"),
+        (["algo.beams=2", "algo.temperatures=[0.5]"], "algo.temperatures is for sampling"),
+    ],
+)
+def test_what_is_refused_before_anything_is_sampled(
+    words: list[str], line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=line):
+        evaluated(tmp_path, *words)
+
+
+def test_samples_of_a_file_are_judged_as_those_of_the_policies_were(tmp_path: Path) -> None:
+    made = evaluated(tmp_path / "made", "baselines=[runs/demo/adapter]")
+    words = [f"samples={tmp_path}/made/samples.jsonl", "baselines=[]"]
+    report = evaluated(tmp_path / "again", *words)
+    for name, figures in made["policies"].items():
+        again = report["policies"][name]
+        for each in ("reward", "gold", "best_of", "text", "gold_pass_at", "gain_over_reference"):
+            assert again[each] == figures[each], each
+        assert "kl" not in again
+    for each in ("win_rates", "against_references", "ratings", "references"):
+        assert report[each] == made[each], each
+    with pytest.raises(UserError, match="choices=x asks a policy, but samples="):
+        evaluated(tmp_path / "no", *words, "choices=x")
+
+
+def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
+    words = ["baselines=[]", "prompted=runs/demo/adapter", "algo.prompts=3"]
+    report = evaluated(tmp_path / "out", *words, "few_shot=1", "data.max_response_tokens=7")
+    name = "runs/demo/adapter 1-shot"
+    assert list(report["policies"]) == ["runs/demo/sft", name]
+    assert list(report["win_rates"]) == [name]
+    assert "kl" not in report["policies"][name] and "text_loss" not in report["policies"][name]
+    lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    theirs = [each for each in lines if each["policy"] == name]
+    assert len(theirs) == 6 and all(each["prompt"].startswith("Greet") for each in theirs)
+    assert not any("\n\n" in each["response"] for each in theirs)
+    with pytest.raises(UserError, match="prompted=runs/demo/adapter needs few_shot=VALUE"):
+        evaluated(tmp_path / "no", *words)
+    with pytest.raises(UserError, match="few_shot is not used by prompted=null"):
+        evaluated(tmp_path / "no", "few_shot=2")
+
+
+def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Greet {name}: ", "choices": [f"Hi {name}!", "zq#@ 99"], "answer": 0}
+        for name in ("Ana", "Bdo", "Cla")
+    ]
+    file = tmp_path / "choices.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluated(tmp_path / "out", "baselines=[runs/demo/adapter]", f"choices={file}")
+    assert report["choices_by_chance"] == 0.5
+    for figures in report["policies"].values():
+        assert figures["choices"]["mean"] == 1
+        assert figures["choices_change"]["mean"] == 0
+    changed = report["policies"]["runs/demo/adapter"]["text_loss_change"]
+    ours, base = (each["text_loss"] for each in report["policies"].values())
+    assert changed["mean"] == pytest.approx(base - ours, abs=1e-4)

@@ -1,0 +1,53 @@
+"""Points of the frontier, and the curves that are drawn of them."""
+
+import json
+from pathlib import Path
+
+from rlhf_cli.evaluation.frontier import BEST_OF, POLICY, TRAINING, curves_of, frontier_of
+from rlhf_cli.reporting.plots import curves_picture
+
+
+def figures(kl: float, gold: float) -> dict[str, object]:
+    return {"kl": {"mean": kl, "stderr": 0.1}, "gold": {"mean": gold, "stderr": 0.2}}
+
+
+def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "reward": 3.0},
+        {"step": 2, "eval/gold": 1.5, "eval/kl": 0.5, "eval/reward": None},
+        {"step": 4, "eval/gold": 2.5, "eval/kl": 0.2},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    policy = str(tmp_path)
+    best = {"1": {"kl_bound": 0.0, "gold": {"mean": 1.0, "stderr": 0.2}}}
+    results = {policy: figures(1.0, 2.0), "base": {**figures(0.0, 1.0), "best_of": best}, "c": {}}
+    points = frontier_of(results, "base/")
+    assert [(point["policy"], point["from"]) for point in points] == [
+        (policy, POLICY),
+        (policy, TRAINING),
+        (policy, TRAINING),
+        ("base", POLICY),
+        ("base", BEST_OF),
+    ]
+    assert points[1] == {
+        "policy": policy,
+        "from": TRAINING,
+        "step": 2,
+        "kl": {"mean": 0.5},
+        "gold": {"mean": 1.5},
+    }
+    assert points[-1]["n"] == 1 and points[-1]["kl"]["mean"] == 0
+    assert frontier_of(results, None)[-1]["from"] == POLICY
+
+    curves = curves_of(points, "gold", {policy: "ppo", "base": "sft"})
+    assert [(curve.name, curve.joined) for curve in curves] == [
+        *(("ppo", False), ("ppo", True)),
+        *(("sft", False), ("best of n of sft", True)),
+    ]
+    assert curves[1].x == [0.2, 0.5] and curves[1].y == [2.5, 1.5] and not curves[1].low
+    assert curves[0].low == [1.6] and curves[0].high == [2.4]
+    assert curves_of(points, "reward", {}) == []
+
+    for name in ("a.png", "b.png"):
+        curves_picture(tmp_path / name, "of $x^{", "KL", {"gold": curves})
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

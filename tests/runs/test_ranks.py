@@ -1,0 +1,193 @@
+"""What a process makes of its environment, why several ended, and who keeps them waiting."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import PeerLost, UserError
+from rlhf_cli.ranks.causes import OURS, Cause, cause_of, first_cause, is_echo, write_cause
+from rlhf_cli.ranks.environment import Place, first_host, map_scheduler, place, tasks_of
+from rlhf_cli.ranks.watch import Watch
+
+OF_SRUN = {
+    "SLURM_JOB_ID": "123",
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_STEP_NODELIST": "gpu[007-008]",
+    "SLURM_JOB_NODELIST": "gpu[003-008]",
+}
+
+
+def test_what_torchrun_says() -> None:
+    assert place({}) is None and place({"RANK": "1"}) is None
+    told = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert place(told) == Place(3, 4, 1, 2)
+    assert place({"RANK": "0", "WORLD_SIZE": "1"}) == Place(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "4"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}])
+def test_what_cannot_be_is_a_line(wrong: dict[str, str]) -> None:
+    told = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **wrong}
+    with pytest.raises(UserError, match="torchrun"):
+        place(told)
+
+
+def test_what_srun_says_becomes_what_torchrun_does() -> None:
+    told = dict(OF_SRUN)
+    map_scheduler(told)
+    assert place(told) == Place(5, 7, 1, 3)
+    assert told["MASTER_ADDR"] == "gpu007" and 20000 <= int(told["MASTER_PORT"]) < 40000
+    beside = {**OF_SRUN, "SLURM_STEP_ID": "2"}
+    map_scheduler(beside)
+    assert beside["MASTER_PORT"] != told["MASTER_PORT"]
+
+
+def test_what_is_said_already_stays() -> None:
+    given = {**OF_SRUN, "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+    map_scheduler(given)
+    assert (given["MASTER_ADDR"], given["MASTER_PORT"], given["RANK"]) == ("elsewhere", "1", "5")
+    ranked = {**OF_SRUN, "RANK": "0", "WORLD_SIZE": "1"}
+    before = dict(ranked)
+    map_scheduler(ranked)
+    assert ranked == before
+
+
+@pytest.mark.parametrize("less", [{"SLURM_STEP_ID": None}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_batch_script_and_a_step_of_one_task_are_no_ranks(less: dict[str, str | None]) -> None:
+    told = {name: value for name, value in {**OF_SRUN, **less}.items() if value is not None}
+    before = dict(told)
+    map_scheduler(told)
+    assert told == before
+
+
+def test_lists_of_slurm() -> None:
+    assert [tasks_of(node, "4(x2),3") for node in range(3)] == [4, 4, 3]
+    hosts = {"a": "a", "gpu[003-006,9],login": "gpu003", "r[1-2]n[05-06]-ib,x": "r1n05-ib"}
+    assert {nodes: first_host(nodes) for nodes in hosts} == hosts
+
+
+def test_causes_go_through_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    cause = Cause(1, 2, "odd", 12.25, log="there")
+    write_cause(str(file), cause)
+    left = json.loads(file.read_text())
+    assert cause_of(1, 2, left, 99.0) == cause
+    # torch's own agents read these
+    assert left["message"] == {"message": "odd", "extraInfo": {"timestamp": "12"}}
+    assert cause_of(0, 5, {"message": "<NONE>"}, 3.0).line == "rank 0 left with exit status 5"
+    assert OURS in left
+
+
+ODD = Cause(1, 2, "odd", 12.0)
+LOST = Cause(0, 1, "lost", 11.0, echo=True)
+KILLED = cause_of(2, -9, {}, 12)
+SAVED = Cause(0, 75, "SIGTERM: saved", 11.0)
+
+
+@pytest.mark.parametrize(
+    ("causes", "asked", "first"),
+    [
+        ([LOST, ODD], False, ODD),  # an echo is no cause, whenever it came
+        ([LOST], False, LOST),  # but better than none
+        ([ODD, Cause(0, 2, "odd", 12.5)], False, Cause(0, 2, "odd", 12.5)),  # of rank 0, if alike
+        ([ODD, Cause(0, 2, "even", 12.5)], False, ODD),
+        ([KILLED, LOST, Cause(1, 1, "worse", 42.0)], False, KILLED),
+        ([SAVED, ODD], False, ODD),  # the agent sends a signal to those that are left
+        ([SAVED, ODD], True, SAVED),
+        ([cause_of(1, -15, {}, 10), ODD], False, ODD),
+    ],
+)
+def test_the_first_cause(causes: list[Cause], asked: bool, first: Cause) -> None:
+    assert first_cause(causes, asked) == first
+
+
+def test_errors_that_are_echoes() -> None:
+    assert is_echo(RuntimeError("[../gloo/transport/tcp/pair.cc:535] Connection closed by peer"))
+    assert not is_echo(RuntimeError("shapes differ")) and not is_echo(ValueError("gloo"))
+
+
+def watched(store: object, rank: int, seconds: float) -> tuple[Watch, list[str], list[str]]:
+    said: list[str] = []
+    ended: list[str] = []
+    return Watch(store, rank, 2, seconds, said.append, ended.append), said, ended  # type: ignore[arg-type]
+
+
+def test_the_watch_names_who_does_not_come() -> None:
+    store = HashStore()
+    waits, said, ended = watched(store, 0, 0.8)
+    late, nothing, none = watched(store, 1, 0.8)
+    with waits.meeting("reading"), late.meeting("reading"):
+        pass
+    with waits.meeting("writing"):
+        time.sleep(1.2)
+    waits.end()
+    late.end()
+    assert said[0].startswith("waited ") and "s for rank 1, which is in " in said[0]
+    assert said[0].endswith("(writing); the run ends after 1 s") and len(said) == 1
+    assert "rank 1, which is in" in ended[0] and "hardware.rank_timeout" in ended[0]
+    assert nothing == none == []
+
+
+def test_a_rank_that_works_long_keeps_nobody_waiting() -> None:
+    store = HashStore()
+    watches = [watched(store, rank, 0.4) for rank in range(2)]
+    for watch, _, _ in watches:
+        with watch.meeting("reading"):
+            pass
+    time.sleep(0.8)
+    for watch, said, ended in watches:
+        watch.end()
+        assert said == ended == []
+
+
+def test_what_torch_says_of_peers_becomes_a_loss() -> None:
+    watch, _, _ = watched(HashStore(), 0, 60)
+    with (
+        pytest.raises(PeerLost, match=r"could not meet \(sum\): gloo: closed by peer$"),
+        watch.meeting("sum"),
+    ):
+        raise RuntimeError("gloo: closed by peer\nand more")
+    with pytest.raises(RuntimeError, match="shapes"), watch.meeting("sum"):
+        raise RuntimeError("shapes")
+    watch.end()
+
+
+def test_processes_and_what_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_cli.commands.launch import processes_of
+
+    several = compose("sft", ["hardware=cpu", "hardware.processes=3"])
+    assert processes_of(several) == 3
+    assert processes_of(compose("sft", ["hardware=cpu", "hardware.processes=auto"])) == 1
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes_of(compose("sft", ["hardware.processes=2"])) == 1
+    assert processes_of(compose("sft", ["hardware=ddp", "hardware.device=cpu"])) == 1
+    with pytest.raises(UserError, match="started 2"):
+        processes_of(several)
+
+
+def test_more_processes_than_gpus_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from rlhf_cli.commands.launch import processes_of
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes_of(compose("sft", ["hardware=ddp"])) == 2
+    with pytest.raises(UserError, match="torch finds 2 GPUs, and each process takes one"):
+        processes_of(compose("sft", ["hardware=gpu", "hardware.processes=3"]))
+
+
+def test_the_place_of_a_thread_is_told_by_our_own_line() -> None:
+    from rlhf_cli.ranks.watch import place_of
+
+    assert place_of(None) == "no code"
+    assert place_of(sys._getframe()).startswith(f"{__file__}:")

@@ -1,0 +1,135 @@
+"""Runs that several ranks share: one folder, one end, and the same bytes after a stop."""
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.ranks.world import world
+from rlhf_cli.reporting.metrics import JsonLines
+from rlhf_cli.runs import interrupts, session
+from rlhf_cli.runs.out_folder import resume_points
+from rlhf_cli.stages import reward, sft
+from tests.contents import contents_of, faults_of
+from tests.ranks import on_ranks
+from tests.tiny import WORDS, words_of
+
+STAGES: dict[str, Any] = {"sft": sft, "reward": reward}
+UNLIKE = ("config.yaml", "reliability.png")  # which name `out`
+GO_ON = "the same command goes on"
+TOLD = ("resuming", "note", "SIG", "rank")  # begins the lines that are compared
+
+
+def run(
+    stage: str, folder: Path, out: Path, *more: str, stop: tuple[int, int] | None = None
+) -> list[str]:
+    """Run a stage; returns what its session says, and the line in which it ends early.
+
+    Args:
+        stop: a step in which a rank gets a signal.
+    """
+    write, said = JsonLines.write, list[str]()
+
+    def writing(log: JsonLines, step: int, metrics: dict[str, Any]) -> None:
+        if stop == (step, world().rank):
+            interrupts._Stop.asked = signal.SIGTERM.name
+        write(log, step, metrics)
+
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JsonLines, "write", writing)
+        patch.setattr(interrupts._Stop, "asked", None)
+        patch.setattr(session, "say", said.append)
+        try:
+            STAGES[stage].run(compose(stage, [*words_of(stage), f"out={out}", *more]))
+        except (Interrupted, RunError, UserError) as error:
+            said.append(str(error))
+    return [line for line in said if line.startswith(TOLD)]
+
+
+def same(ours: Path, theirs: Path) -> None:
+    """Two folders are whole, and hold the same but for their names and times."""
+    assert not faults_of(ours)
+    found, expected = contents_of(ours), contents_of(theirs)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in found if name not in UNLIKE)
+
+
+def near(ours: Path, theirs: Path) -> None:
+    """The weights of two folders are the same but for rounding."""
+    found, expected = (load_file(out / "model.safetensors") for out in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+
+
+def twice(stage: str, folder: Path, outs: Path, *more: str) -> list[list[str]]:
+    """A run that goes through, one that is stopped and goes on, and one that is left stopped."""
+    return [
+        run(stage, folder, outs / "whole", *more),
+        run(stage, folder, outs / "out", *more, stop=(3, 1)),
+        run(stage, folder, outs / "out", *more),
+        run(stage, folder, outs / "out", *more),
+        run(stage, folder, outs / "left", *more, stop=(3, 0)),
+    ]
+
+
+def test_a_signal_to_one_rank_ends_all_and_they_go_on_together(chain: Path, tmp_path: Path) -> None:
+    stopped = [f"SIGTERM: saved after step 3; {GO_ON}"]
+    for said in on_ranks(2, twice, "sft", chain, tmp_path):
+        assert said == [[], stopped, ["resuming after step 3"], [], stopped]
+    same(tmp_path / "out", tmp_path / "whole")
+    point = resume_points(tmp_path / "left")[3]
+    assert sorted(file.name for file in point.iterdir()) == [
+        *("files.json", "state.json", "tensors.safetensors")
+    ]
+
+
+@pytest.mark.parametrize(
+    "more", [[], pytest.param([*WORDS["lora"], "model.merge_lora=true"], marks=pytest.mark.slow)]
+)
+def test_sharded_weights_are_saved_in_parts_and_written_whole(
+    more: list[str], chain: Path, tmp_path: Path
+) -> None:
+    stopped = [f"SIGTERM: saved after step 3; {GO_ON}"]
+    for said in on_ranks(2, twice, "reward", chain, tmp_path, "hardware.shard=full", *more):
+        assert said == [[], stopped, ["resuming after step 3"], [], stopped]
+    same(tmp_path / "out", tmp_path / "whole")
+    point = resume_points(tmp_path / "left")[3]
+    assert len(list(point.glob("tensors-*-of-00002.safetensors"))) == (0 if more else 2)
+    assert run("reward", chain, tmp_path / "left", *more) == [
+        "resuming after step 3",
+        "note: this run was on 2 processes, sharded over 2 up to there and is on 1 process from "
+        "here on: it ends equal up to rounding, not to the last bit",
+    ]
+    run("reward", chain, tmp_path / "alone", *more)
+    for name in ("left", "alone"):
+        near(tmp_path / name, tmp_path / "whole")
+
+
+def of_other_settings(folder: Path, out: Path) -> list[str]:
+    return run("sft", folder, out, f"seed={world().rank}")
+
+
+def of_other_weights(folder: Path, out: Path) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "derived_seed", lambda *names: derived_seed(*names) + world().rank)
+        return run("sft", folder, out)
+
+
+def test_ranks_that_do_not_start_alike_do_not_start(chain: Path, tmp_path: Path) -> None:
+    lines = on_ranks(2, of_other_settings, chain, tmp_path / "a")
+    assert (
+        lines[0]
+        == lines[1]
+        == ["rank 1 was started with seed=1, and rank 0 with 0: all ranks need the same command"]
+    )
+    assert not (tmp_path / "a").exists()
+    lines = on_ranks(2, of_other_weights, chain, tmp_path / "b")
+    assert lines[0] == lines[1] and "hold different weights at the start, policy/" in lines[0][0]

@@ -1,0 +1,314 @@
+"""A server with the routes of vLLM 0.30 that hardware.rollout=vllm asks; a tiny model behind it.
+
+Answers have the fields that vLLM documents, and no others. It keeps the keys and values of whole
+prompts, so that a prompt asked again after other weights are loaded is answered with old ones,
+unless the cache was reset. What it does wrong is said by its attributes.
+"""
+
+import copy
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+class Stub:
+    """What the server serves and was asked for.
+
+    faults: route -> what the next requests for it meet: a status, `hang`, `drop` or `restart`.
+    version: that it says it is; None: as plain servers, which cannot be given weights.
+    deaf: it says that it has loaded weights, and has not.
+    sticky: its cache is never reset, and it knows no salt.
+    raw: log-probs are those before temperature.
+    """
+
+    def __init__(self, folder: Path, longest: int = 128) -> None:
+        self.folder, self.longest = folder, longest
+        self.version: str | None = "0.30.1"
+        self.faults: dict[str, list[Any]] = {}
+        self.deaf = self.sticky = self.raw = False
+        self.dev = True
+        self.held = 0  # resets that find blocks still held
+        self.asked: list[tuple[str, Any]] = []
+        self.text_of: Any = lambda ids: " ".join(map(str, ids))
+        self._guard = threading.Lock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Serve the folder that it was started with, as if nothing had been."""
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self.label, self.paused = "default", False
+        self.cache: dict[Any, Any] = {}
+
+    @property
+    def routes(self) -> list[str]:
+        """All that were asked but for completions, in order."""
+        return [route for route, _ in self.asked if route != "/v1/completions"]
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """Requests for completions that are rollouts: no probe has stop ids."""
+        found = [body for route, body in self.asked if route == "/v1/completions"]
+        return [body for body in found if body.get("stop_token_ids")]
+
+    def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        """Status and content."""
+        route = urlsplit(path).path
+        with self._guard:
+            self.asked.append((path, body))
+            fault = self.faults.get(route, []) and self.faults[route].pop(0)
+        if fault == "hang":
+            time.sleep(1.5)
+        elif fault == "drop":
+            raise ConnectionError
+        elif fault == "restart":
+            with self._guard:
+                self.restart()
+            raise ConnectionError
+        elif fault:
+            return int(fault), {"error": {"message": f"fault {fault}", "code": int(fault)}}
+        if route == "/_started":  # by the program below
+            self.folder = Path(body["model"])
+            self.restart()
+            return 200, None
+        plain = {
+            ("GET", "/health"): lambda: None,
+            ("GET", "/version"): lambda: {"version": self.version},
+            ("GET", "/v1/models"): lambda: {
+                "object": "list",
+                "data": [{"id": "policy", "max_model_len": self.longest}],
+            },
+            ("POST", "/v1/completions"): lambda: self.completion(body),
+        }
+        developing = {
+            ("POST", "/pause"): self.pause,
+            ("POST", "/resume"): self.resume,
+            ("POST", "/collective_rpc"): lambda: self.rpc(body),
+            ("POST", "/reset_prefix_cache"): self.reset,
+            ("POST", "/update_weight_version"): lambda: self.name(body["new_version"]),
+            ("GET", "/weight_info"): lambda: {"weight_version": self.label},
+        }
+        act = {**plain, **(developing if self.dev else {})}.get((method, route))
+        if act is None:
+            return 404, {"detail": "Not Found"}
+        with self._guard:
+            try:
+                return 200, act()
+            except (ValueError, OSError) as error:
+                return 500, {"error": {"message": str(error), "code": 500}}
+
+    def pause(self) -> dict[str, str]:
+        self.paused = True
+        return {"status": "paused"}
+
+    def resume(self) -> dict[str, str]:
+        self.paused = False
+        return {"status": "resumed"}
+
+    def name(self, label: str) -> dict[str, Any]:
+        self.label = label
+        return {"success": True, "new_version": label}
+
+    def rpc(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["method"] == "reload_weights" and self.paused
+        path = Path(body["kwargs"]["weights_path"])
+        if not list(path.glob("*.safetensors")):
+            raise ValueError(f"Cannot find any model weights with `{path}`")
+        if not self.deaf:
+            self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        return {"results": [None]}
+
+    def reset(self) -> dict[str, bool]:
+        if self.held:
+            self.held -= 1
+            return {"success": False}
+        if not self.sticky:
+            self.cache.clear()
+        return {"success": True}
+
+    # ------------------------------------------------------------------ completions
+
+    @torch.no_grad()
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One choice for each of n."""
+        assert not self.paused and body["model"] == "policy"
+        ids = body["prompt"]
+        if len(ids) + body["max_tokens"] > self.longest:
+            raise ValueError("maximum context length")
+        if body.get("prompt_logprobs") is not None:
+            logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            columns = [
+                {str(id): {"logprob": row[id].item(), "rank": 1, "decoded_token": "?"}}
+                for row, id in zip(logprobs, ids[1:], strict=False)
+            ]
+            return self._choices({"prompt_logprobs": [None, *columns], "finish_reason": "length"})
+        drawn, logprobs, reason, stopped = self._draw(ids, body)
+        return self._choices(
+            {
+                "token_ids": drawn,
+                "logprobs": {
+                    "token_logprobs": logprobs,
+                    "tokens": [f"token_id:{i}" for i in drawn],
+                },
+                "finish_reason": reason,
+                "stop_reason": stopped,
+            }
+        )
+
+    def _choices(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {"object": "text_completion", "choices": [{"index": 0, "text": "", **choice}]}
+
+    def _state(self, ids: list[int], salt: str) -> Any:
+        """Keys and values of a prompt but its last token, as they were first computed."""
+        place = (None if self.sticky else salt, tuple(ids))
+        if len(ids) > 1 and place not in self.cache:
+            self.cache[place] = self.model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+        return copy.deepcopy(self.cache.get(place))
+
+    def _draw(
+        self, ids: list[int], body: dict[str, Any]
+    ) -> tuple[list[int], list[float], str, int | str | None]:
+        generator = torch.Generator().manual_seed(body["seed"])
+        state, last = self._state(ids, body.get("cache_salt", "")), ids[-1]
+        drawn: list[int] = []
+        logprobs: list[float] = []
+        while True:
+            found = self.model(torch.tensor([[last]]), past_key_values=state, use_cache=True)
+            state, raw = found.past_key_values, found.logits[0, -1].float()
+            logits = self._processed(raw, ids + drawn, len(drawn), body)
+            shares = logits.softmax(-1)
+            greedy = body["temperature"] == 0
+            last = int(shares.argmax() if greedy else shares.multinomial(1, generator=generator))
+            told = raw if self.raw else logits
+            drawn.append(last)
+            logprobs.append(told.log_softmax(-1)[last].item())
+            text = self.text_of(drawn)
+            if last in body["stop_token_ids"]:
+                return drawn, logprobs, "stop", last
+            if string := next((each for each in body["stop"] if each in text), None):
+                return drawn, logprobs, "stop", string
+            if len(drawn) == body["max_tokens"]:
+                return drawn, logprobs, "length", None
+
+    def _processed(
+        self, raw: torch.Tensor, seen: list[int], made: int, body: dict[str, Any]
+    ) -> torch.Tensor:
+        """In vLLM's order: minimum length, bias, penalties, temperature, min-p, top-k, top-p."""
+        logits = raw.clone()
+        if made < body["min_tokens"]:
+            logits[body["stop_token_ids"]] = -torch.inf
+        for id, bias in body.get("logit_bias", {}).items():
+            logits[int(id)] += bias
+        own = torch.tensor(sorted(Counter(seen)))
+        penalty = body["repetition_penalty"]
+        logits[own] = torch.where(logits[own] > 0, logits[own] / penalty, logits[own] * penalty)
+        logits = logits / (body["temperature"] or 1.0)
+        if body["temperature"] == 0:
+            return logits
+        shares = logits.softmax(-1)
+        logits = logits.masked_fill(shares < body["min_p"] * shares.max(), -torch.inf)
+        if body["top_k"]:
+            least = logits.topk(min(body["top_k"], len(logits))).values[-1]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        order = logits.argsort(descending=True)
+        before = logits[order].softmax(-1).cumsum(-1) - logits[order].softmax(-1)
+        logits[order[before >= body["top_p"]]] = -torch.inf
+        return logits
+
+
+# What stands for the program `vllm` on PATH: it says how it was called, and hands on what it is
+# asked to the stub at STUB_URL. With DIES it ends at once; its child outlives it if it can.
+PROGRAM = """#!{python} -S
+import http.server, json, os, subprocess, sys, urllib.error, urllib.request
+names = ("CUDA_VISIBLE_DEVICES", "VLLM_SERVER_DEV_MODE", "RANK", "WORLD_SIZE")
+print(json.dumps([sys.argv[1:], {{n: os.environ.get(n) for n in names}}]), flush=True)
+if "DIES" in os.environ:
+    sys.exit("ValueError: No available memory for the cache blocks.")
+child = subprocess.Popen(["sleep", "600"])
+print(os.getpid(), child.pid, flush=True)
+
+def ask(method, path, body):
+    kind = {{"Content-Type": "application/json"}}
+    request = urllib.request.Request(os.environ["STUB_URL"] + path, body, kind, method=method)
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+        status, content = ask(self.command, self.path, body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    do_GET = do_POST = answer
+
+words = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+if "STUB_URL" in os.environ:
+    ask("POST", "/_started", json.dumps({{"model": sys.argv[2]}}).encode())
+server = http.server.ThreadingHTTPServer((words["--host"], int(words["--port"])), Handler)
+server.serve_forever()
+"""
+
+
+def install(folder: Path, python: str) -> None:
+    """Put that program into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vllm").write_text(PROGRAM.format(python=python))
+    (folder / "vllm").chmod(0o755)
+
+
+@contextmanager
+def listening(stub: Stub, port: int = 0) -> Iterator[str]:
+    """Its address, within this block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            return
+
+        def _answer(self) -> None:
+            size = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(size)) if size else None
+            try:
+                status, content = stub.answer(self.command, self.path, body)
+            except ConnectionError:
+                self.close_connection = True
+                return
+            text = b"" if content is None else json.dumps(content).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+            except ConnectionError:
+                return
+
+        do_GET = do_POST = _answer
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 512
+        daemon_threads = True
+
+    server = Server(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
