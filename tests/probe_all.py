@@ -22,7 +22,7 @@ if __name__=="__main__":
     ranks=int(sys.argv[1]); extra=sys.argv[2].split(); names=sys.argv[3:] or list(RUNS)
     import shutil
     for n in names:
-        stage,*words=RUNS[n]; base=[*words,"hardware.packing=auto"]
+        stage,*words=RUNS[n]; base=[*words,*os.environ.get("BASE","").split()]
         shutil.rmtree("/tmp/shardout",ignore_errors=True)
         t=time.time()
         try:

@@ -82,11 +82,7 @@ def _refused(base: nn.Module) -> str:
 
 def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
     """Make a group of each block, of each tower, and of the rest."""
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     base = unwrap(model)
     blocks = blocks_of(model)
@@ -96,20 +92,18 @@ def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
         for weight in model.parameters()
         if id(weight) in plain or uses[id(weight)] > 1 or not weight.ndim
     }
-    narrow = None if dtype == torch.float32 else dtype
-    types = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     apart = [base.get_submodule(path) for path in getattr(base, "towers", [])]
     for group in [*blocks, *apart, base]:
         fully_shard(
             group,
             mesh=world().mesh,
             reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
-            mp_policy=types,
             ignored_params=left,
         )
     for group in _groups(base):
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
+    _gather_in(base, dtype)
     setattr(base, PASS, lambda **inputs: attrgetter(parts_of(base).trunk)(base)(**inputs))
     setattr(base, HEAD, lambda hidden: base.get_output_embeddings()(hidden))
     for name in (PASS, HEAD):
@@ -121,6 +115,39 @@ def _groups(base: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in base.modules() if isinstance(module, FSDPModule)]
+
+
+def _gather_in(base: nn.Module, dtype: torch.dtype) -> None:
+    """Let weights be gathered in a type from now on; their gradients are summed in float32.
+
+    FSDP2 is told it once, before the first pass; after that what it has set up for it goes.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    types = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in _groups(base):
+        state = module._get_fsdp_state()
+        state._mp_policy = types
+        for group in state._fsdp_param_groups:
+            group.mp_policy = types
+            for weight in group.fsdp_params:
+                weight.all_gather_outputs = []
+                vars(weight).pop("_unsharded_param", None)
+            group._init_mp_dtypes()
+
+
+@contextmanager
+def gathered_in_float32(model: nn.Module) -> Iterator[None]:
+    """A block in which a sharded model computes in float32, whatever it does elsewhere."""
+    base = _root_of(model)
+    if base is None or base.compute_dtype == torch.float32:
+        yield
+        return
+    _gather_in(base, torch.float32)
+    try:
+        yield
+    finally:
+        _gather_in(base, base.compute_dtype)
 
 
 def _root_of(model: nn.Module) -> Any:
