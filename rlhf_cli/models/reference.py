@@ -114,7 +114,10 @@ class Reference:
         """The weights that the policy does not share."""
         if self._adapted is not None:
             return weights_of(self._adapted, REFERENCE)
-        shared = {id(weight) for weight in self._policy.parameters()}
+        ours = dict(self._policy.named_parameters())
+        shared = {id(weight) for weight in ours.values()}
+        if is_in_parts(self.model):  # whose twin shares memory, not parameters
+            shared = {id(w) for name, w in self.model.named_parameters() if is_frozen(ours[name])}
         return {
             name: weight
             for name, weight in self.model.named_parameters()

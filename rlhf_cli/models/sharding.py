@@ -150,6 +150,43 @@ def gathered_in_float32(model: nn.Module) -> Iterator[None]:
         _gather_in(base, base.compute_dtype)
 
 
+def ready_to_learn(model: nn.Module) -> None:
+    """Called before a model is trained: FSDP2 has kept what was trained as it first computed."""
+    if (base := _root_of(model)) is not None:
+        _gather_in(base, base.compute_dtype)
+
+
+def hold_parts_in_float32(model: nn.Module) -> None:
+    """Hold so what of a sharded model, loaded as a frozen one, is to be trained now."""
+    base = _root_of(model)
+    if base is None or base is not unwrap(model):  # a scorer on it has weights of its own
+        return
+    named = base.named_parameters(remove_duplicate=False)
+    held = {name: weight for name, weight in named if is_sharded(weight)}
+    floats = {
+        id(weight): nn.Parameter(like(weight, own_part(weight.detach()).float()), False)
+        for weight in held.values()
+    }
+    _set(base, ((name, floats[id(weight)]) for name, weight in held.items()))
+    for weight in _cut_weights(base):
+        weight.reset_sharded_param()
+
+
+def _cut_weights(base: nn.Module) -> list[Any]:
+    """What FSDP2 knows of each weight."""
+    states = [module._get_fsdp_state() for module in _groups(base)]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return [weight for group in groups for weight in group.fsdp_params]
+
+
+def class_before(kind: Any) -> Any:
+    """The class that a module had before it was sharded; None for one that was not."""
+    from torch.distributed.fsdp import FSDPModule
+
+    line = kind.__mro__
+    return line[line.index(FSDPModule) + 1] if FSDPModule in line else None
+
+
 def _root_of(model: nn.Module) -> Any:
     """The base whose weights a model computes with, if they are sharded; else None."""
     base = unwrap(getattr(model, "lender", model))

@@ -31,6 +31,7 @@ from rlhf_cli.data.reading import KindError
 from rlhf_cli.evaluation.judging import accuracy
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.manifest import RESPONSE, read_manifest
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.dtypes import SOURCE, type_to_write
 from rlhf_cli.models.forward import response_scores
 from rlhf_cli.models.layouts import batch_of, layout_of
@@ -38,6 +39,7 @@ from rlhf_cli.models.masters import give_masters, master_of, put
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.save import save_model, save_tokenizer
 from rlhf_cli.models.score import scores_of
+from rlhf_cli.models.sharding import hold_parts_in_float32
 from rlhf_cli.models.shared import SharedScorer, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
 from rlhf_cli.objectives.rounding import EQUAL, differ
@@ -95,6 +97,7 @@ class RewardRefresh:
         if cfg.hardware.gradient_checkpointing is True:
             recompute_activations(model)
         self._layout = layout_of(model, cfg.hardware)
+        hold_parts_in_float32(model)
         self._weights = own_weights(model, policy.model)
         give_masters(self._weights.values())
         self._judge = load_reward(cfg.judge, cfg, policy.tokenizer, session.device)
@@ -232,7 +235,8 @@ class RewardRefresh:
     def write(self) -> None:
         """`out/reward`: the reward model as it is now, a folder that any stage takes as reward."""
         if self._metrics:
-            by_main(self._write)
+            with assembled(self.source.model):
+                by_main(self._write)
 
     def _write(self) -> None:
         cfg, source = self._cfg, self.source

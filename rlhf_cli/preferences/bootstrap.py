@@ -10,6 +10,7 @@ from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.folders.files import seal_whole, whole_folder
 from rlhf_cli.folders.integrity import fault_in
 from rlhf_cli.folders.manifest import read_manifest
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.dtypes import type_to_write
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.layouts import layout_of
@@ -61,7 +62,8 @@ def bootstrap(session: Session, policy: Policy, chosen: list[Tokens]) -> None:
             metrics = optimizer.step([term])
             bar.advance(1, f"loss {metrics['loss']:.3f}")
     set_stop_ids(policy.model, policy.tokenizer, policy.encoder.stop_ids)
-    by_main(lambda: _write(session, policy, folder))
+    with assembled(policy.model, adapter_alone=True):
+        by_main(lambda: _write(session, policy, folder))
 
 
 def _found(folder: Path) -> tuple[bool, str | None]:

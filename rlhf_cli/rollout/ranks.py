@@ -39,9 +39,7 @@ class Done:
 class RankedEngine(Engine):
     """Deals prompts to the engine that each rank has of its own."""
 
-    def __init__(
-        self, own: Engine, model: nn.Module, encoder: Encoder, hardware: Hardware
-    ) -> None:
+    def __init__(self, own: Engine, model: nn.Module, encoder: Encoder, hardware: Hardware) -> None:
         """`own`: of this rank. The encoder reads the ids that other ranks have drawn."""
         self._own, self._model = own, model
         self._encoder, self._hardware = encoder, hardware

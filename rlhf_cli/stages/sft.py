@@ -26,10 +26,10 @@ from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.adapting import place
 from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.layouts import layout_of
-from rlhf_cli.models.adapting import place
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.recompute import recompute_activations
