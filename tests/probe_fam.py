@@ -93,12 +93,12 @@ if __name__ == "__main__":
             build(n, p)
         t = time.time()
         try:
-            (a,) = on_ranks(1, work, str(p), "none", settings, hw)
+            (a,) = on_ranks(1, work, str(p), "none", settings, hw, seconds=280)
         except AssertionError as e:
             print("BASE", n, str(e).strip().splitlines()[-1][:200], flush=True)
             continue
         try:
-            rs = on_ranks(ranks, work, str(p), over, settings, hw, seconds=80)
+            rs = on_ranks(ranks, work, str(p), over, settings, hw, seconds=280)
         except AssertionError as e:
             open(f"/tmp/fail-{n}.txt", "w").write(str(e))
             ls = [l for l in str(e).splitlines() if "Error" in l]

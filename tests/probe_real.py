@@ -4,11 +4,14 @@ import torch
 from safetensors.torch import load_file
 from tests.ranks import on_ranks
 from tests.training.test_stages import RUNS
-from tests.tiny import words_of
+from tests.tiny import WORDS, words_of
 from rlhf_cli.config.compose import compose
 from rlhf_cli.ranks.world import world
 
 C = Path("/tmp/shardchain")
+REF=["judge=regex:H", "algo.refresh_reward=2", "algo.refresh_lr=1e-3","algo.refresh_batch_size=4","algo.refresh_replay=0.25"]
+RUNS["refresh"]=["grpo","reward=runs/demo/reward",*REF]
+RUNS["refresh lora"]=["grpo",*WORDS["lora"],"reward=runs/demo/reward_adapter",*REF]
 
 
 def run(stage, words, out):
@@ -19,7 +22,7 @@ def run(stage, words, out):
 
 
 def sets(out):
-    return {f.name: load_file(f) for f in sorted(Path(out).glob("*.safetensors"))}
+    return {str(f.relative_to(out)): load_file(f) for f in sorted(Path(out).rglob("*.safetensors"))}
 
 
 if __name__ == "__main__":

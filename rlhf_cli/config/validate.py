@@ -34,7 +34,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 # Where a file or folder is named, or may be.
 _PATHS = (
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
-    *("prompted", "few_shot", "samples", "choices"),
+    *("prompted", "few_shot", "samples", "choices", "judge_prompt"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 
@@ -296,9 +296,27 @@ def _preferences(cfg: Run) -> Iterator[str]:
             yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
 
 
+def _judge(cfg: EvaluateConfig) -> Iterator[str]:
+    """Where a judge is asked."""
+    if cfg.judge is None:
+        return
+    address = cfg.judge.startswith(("http://", "https://"))
+    if "@" in cfg.judge.partition("://")[2].partition("/")[0]:
+        yield "judge holds a name or password: the variable JUDGE_API_KEY is for keys"
+    if address and cfg.judge_model is None:
+        yield f"judge={cfg.judge} needs judge_model=NAME, as the endpoint calls it"
+    if not address and cfg.judge_model is not None:
+        yield f"judge_model={cfg.judge_model} is for endpoints, and judge={cfg.judge} is a folder"
+    if len(cfg.judge_prices) not in (0, 2):
+        yield "judge_prices takes two prices, of tokens read and written, or none"
+
+
 def _evaluation(cfg: Run) -> Iterator[str]:
     """What samples that are there already cannot tell."""
-    if not isinstance(cfg, EvaluateConfig) or cfg.samples is None:
+    if not isinstance(cfg, EvaluateConfig):
+        return
+    yield from _judge(cfg)
+    if cfg.samples is None:
         return
     for key, value in {"prompted": cfg.prompted, "choices": cfg.choices}.items():
         if value is not None:

@@ -23,6 +23,7 @@ from rlhf_cli.models.forward import (
 from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
 from rlhf_cli.models.sharding import let_go
+from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
 
 Items = Sequence[Tokens] | Sequence[Answers]
@@ -60,14 +61,17 @@ def _each(
         return oom_error("scoring", len(item.responses), len(item), keys)
 
     found: list[Tensor] = []
-    for group, of_group in in_groups(world().dealt(places), work, failure):
+    own = world().dealt(places)
+    bar = Share(advance, len(items), sum(map(len, own)))
+    for group, of_group in in_groups(own, work, failure):
         found += of_group
-        advance(len(group) * ranks)  # the others are about as far
+        bar.advance(len(group))
     for group in world().idle(places):
         work(group)
     let_go(model)
     order = [place for rank in range(ranks) for group in places[rank::ranks] for place in group]
     values = iter(world().gather(found))
+    bar.finish()
     of_items = {i: [next(values) for _ in items[i].responses] for i in order}
     return [each for i in range(len(items)) for each in of_items[i]]
 

@@ -159,3 +159,36 @@ def ratings(points: Tensor, anchor: int, seed: int, resamples: int = 1000) -> Ra
     low, high = redrawn.quantile(ends, 0)
     gaps = redrawn[:, :, None] - redrawn[:, None, :]
     return Ratings(centre, low, high, gaps.quantile(0.025, 0) > 0)
+
+
+def length_controlled(points: Tensor, longer: Tensor) -> Difference:
+    """The win rate if both sides were equally long (Dubois 2024, 2404.04475, without its term for
+    how hard a prompt is): sigmoid(a) of the regression sigmoid(a + b tanh(longer / its std)).
+
+    p is that of one half. Errors are those of the sandwich, one comparison for each prompt. A unit
+    of a normal prior holds b, and a little of one a, where one side wins or loses all.
+
+    Args:
+        points: (N,) 1 where ours won, 0 where it lost, in between where a judge was unsure.
+        longer: (N,) by how many tokens ours is the longer one.
+    """
+    points, longer = points.double(), longer.double()
+    count = len(points)
+    spread = longer.square().mean().sqrt().clamp(min=1e-9)
+    columns = torch.stack([torch.ones_like(longer), (longer / spread).tanh()], -1)  # (N, 2)
+    prior = points.new_tensor([0.01, 1.0])
+    found = points.new_zeros(2)
+    for _ in range(ROUNDS):
+        chances = (columns @ found).sigmoid()
+        weights = chances * (1 - chances)
+        curvature = columns.mT @ (weights[:, None] * columns) + prior.diag()
+        step = torch.linalg.solve(curvature, columns.mT @ (points - chances) - prior * found)
+        found = found + step.clamp(-STEP, STEP)
+        if step.abs().max() < EXACT:
+            break
+    scores = columns * (points - chances)[:, None]
+    bread = torch.linalg.inv(curvature)
+    stderr = (bread @ (scores.mT @ scores) @ bread)[0, 0].sqrt().item()
+    rate = found[0].sigmoid().item()
+    p = student_p(found[0].item() / stderr, count - 1) if stderr and count > 1 else math.nan
+    return Difference(rate, stderr * rate * (1 - rate), p)

@@ -16,6 +16,7 @@ from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.sharding import held_whole
 from rlhf_cli.ranks.agreement import on_every_rank
+from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.decode import Completion
 from rlhf_cli.rollout.engine import Engine, Kept
@@ -96,7 +97,8 @@ class RankedEngine(Engine):
             if not left:
                 continue
             run = even_runs(places, needs, world().size)[world().rank]
-            bar = _Share(advance, len(left), sum(i not in rollouts for i in run), samples)
+            own_left = sum(place not in rollouts for place in run)
+            bar = Share(advance, len(left) * samples, own_left * samples)
             with held_whole(self._model):
                 own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
@@ -124,30 +126,6 @@ class RankedEngine(Engine):
             tokens += need
         if tokens:
             yield range(start, len(needs))
-
-
-class _Share:
-    """A bar of all responses, told of by the progress of this rank's own."""
-
-    def __init__(
-        self, advance: Callable[[int], None], prompts: int, own: int, samples: int
-    ) -> None:
-        """`own`: of so many prompts, each with so many samples, those of this rank."""
-        self._advance, self._all, self._own = advance, prompts * samples, own * samples
-        self._done = self._told = 0
-
-    def advance(self, count: int) -> None:
-        """So many more of this rank's own are done."""
-        self._done += count
-        self._tell(self._all * self._done // self._own)
-
-    def finish(self) -> None:
-        """All are."""
-        self._tell(self._all)
-
-    def _tell(self, upto: int) -> None:
-        self._advance(upto - self._told)
-        self._told = upto
 
 
 def even_runs(places: range, needs: Sequence[int], count: int) -> list[range]:

@@ -48,6 +48,10 @@ class Client:
         timeout: float,
         alive: Callable[[], None] = lambda: None,
         starts: bool = False,
+        *,
+        key_of: str = "VLLM_API_KEY",
+        limited_by: str = "hardware.rollout_timeout",
+        at_once: int = IN_FLIGHT,
     ) -> None:
         """
         Args:
@@ -55,7 +59,11 @@ class Client:
             timeout: seconds for a request with all that it is tried again.
             alive: called before each try; raises where none can help any more.
             starts: whether it has been started just now, so that it may not be there yet.
+            key_of: the variable that its key comes from.
+            limited_by: the key that the timeout comes from, for messages.
+            at_once: requests at once.
         """
+        self._key_of, self._limited_by, self._at_once = key_of, limited_by, at_once
         self.url, self.timeout, self._alive = url.rstrip("/"), timeout, alive
         self._told = starts
         self._parts = urlsplit(self.url)
@@ -91,7 +99,7 @@ class Client:
             ServerFault: of the first that failed; the others are given up.
         """
         self._given_up.clear()
-        pool = ThreadPoolExecutor(min(IN_FLIGHT, max(1, len(items))), "rollouts")
+        pool = ThreadPoolExecutor(min(self._at_once, max(1, len(items))), "requests")
         try:
             places = {pool.submit(work, item): place for place, item in enumerate(items)}
             for future in as_completed(places):
@@ -117,7 +125,7 @@ class Client:
             except TimeoutError:
                 raise ServerFault(
                     f"{self.url}{route} has not answered within {self.timeout:g} s "
-                    "(hardware.rollout_timeout)"
+                    f"({self._limited_by})"
                 ) from None
             except ServerFault as error:
                 fault, answered = error, answered + 1
@@ -145,7 +153,7 @@ class Client:
         content = None
         if body is not None:
             content, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-        if secret := os.environ.get("VLLM_API_KEY"):
+        if secret := os.environ.get(self._key_of):
             headers["Authorization"] = f"Bearer {secret}"
         with self._connected(timeout) as connection:
             connection.request(method, self._parts.path + route, content, headers)

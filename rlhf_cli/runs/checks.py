@@ -32,6 +32,7 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
     tokenizer_hash,
 )
+from rlhf_cli.ranks.world import world
 from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
 from rlhf_cli.rewards.specs import (
     check_rows_of,
@@ -164,11 +165,11 @@ def check_models(cfg: Run) -> None:
             check_folder(
                 key, value, role, "a pretrained model" if key == "model.path" else a_policy
             )
-            if cfg.start is not None and value != cfg.start:
+            if cfg.start is not None and value != cfg.start and key != "judge":  # it reads text
                 check_tokenizers(key, value, cfg.start)
     if cfg.samples_online:
         check_supervision(cfg)
-    if (judge := getattr(cfg, "judge", None)) is not None:
+    if cfg.trains and (judge := getattr(cfg, "judge", None)) is not None:
         check_judge(cfg, judge)
     cache = getattr(cfg, "reference_cache", None)
     if Path(cache or ".").is_file():
@@ -305,7 +306,7 @@ def check_frozen_layers(cfg: Run) -> None:
 
 def check_sampler(cfg: Run) -> None:
     """Where the stage is to start a vLLM server, there is one to start."""
-    if cfg.hardware.rollout_devices is not None:
+    if cfg.hardware.rollout_devices is not None and world().is_main:
         from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
 
         program()

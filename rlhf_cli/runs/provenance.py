@@ -23,6 +23,7 @@ from rlhf_cli.folders.manifest import (
     read_manifest,
     text_hash,
     tokenizer_hash,
+    weight_files,
 )
 from rlhf_cli.rewards.specs import files_of, models_of
 
@@ -40,6 +41,8 @@ def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
         if isinstance(value, list):
             value = [path for each in value for path in policies_like(each)]
             yield from ((f"{key}[{i}]", role, each) for i, each in enumerate(value))
+        elif value is not None and "://" in value:
+            continue  # an endpoint
         elif value is not None and not (cfg.trains and (key, value) == ("reference", "bootstrap")):
             yield key, role, value
 
@@ -62,6 +65,12 @@ def parents_of(cfg: Run) -> dict[str, str]:
         for role, path in models_read(cfg).items()
         if Path(path).is_dir() and role.partition("[")[0] != "gold"
     }
+
+
+def size_of_parents(cfg: Run) -> int:
+    """Bytes of weights that `provenance_of` hashes, without the bases of adapters."""
+    files = (file for path in set(parents_of(cfg).values()) for file in weight_files(Path(path)))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def baselines_of(cfg: Any) -> list[str]:
@@ -128,7 +137,7 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
-    for key in ("few_shot", "samples", "choices"):  # of evaluate
+    for key in ("few_shot", "samples", "choices", "judge_prompt"):  # of evaluate
         inputs[key] = getattr(cfg, key, None)
     for key, role, value in named_models(cfg):
         if role == "reward":

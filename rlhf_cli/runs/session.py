@@ -49,8 +49,8 @@ from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
-from rlhf_cli.reporting.console import Bar, say, table
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.metrics import JsonLines, defined, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
@@ -71,9 +71,11 @@ from rlhf_cli.runs.out_folder import (
 from rlhf_cli.runs.preflight import Plan, agree, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.runs.same_weights import require_same
+from rlhf_cli.runs.summary import last_lines
 from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
+METRICS = "metrics.jsonl"
 MANY = 50_000  # rows that take a while to read
 FEW = 10  # held-out rows
 ALONE = [1, 1]  # ranks, and those over which weights are sharded: one process
@@ -220,10 +222,11 @@ class Session:
         if self.budget is not None:
             keep(self.budget, self.out)
 
-    def log(self, file: str = "metrics.jsonl") -> JsonLines:
-        """A JSON-lines file in `out`, cut back to the resume point."""
+    def log(self, file: str = METRICS) -> JsonLines:
+        """A JSON-lines file in `out`, cut back to the resume point; all ranks have its metrics."""
         size = self.log_sizes.get(file, 0)
-        self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out)))
+        alike = file == METRICS
+        self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out), alike))
         return self.logs[-1]
 
     def steps(self, bar: Bar) -> Iterator[int]:
@@ -381,13 +384,9 @@ class Session:
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
         with assembled(model, adapter_alone=not merge):
             identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
-        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
-        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
-        shown = {**metrics, **scale, **self.checks, **times}
         if self.stream is not None:
             for line in self.stream.notes():
                 say(f"of the rows that were streamed: {line}")
-        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 
     def _write_model(
@@ -423,10 +422,24 @@ class Session:
             },
         }
 
-    def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
-        """Publish what is staged, with stage.json last."""
-        by_main(lambda: self._publish(kind, metrics, more))
-        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
+    def finish(
+        self, kind: str, metrics: dict[str, Any], told: str | None = None, **more: Any
+    ) -> Path:
+        """Publish what is staged, with stage.json last, and say how it went.
+
+        Args:
+            told: a sentence on that, where summary.py does not know one.
+            more: further entries of stage.json.
+        """
+        known, reasons = defined(metrics)
+        if reasons:
+            more["undefined"] = reasons
+        by_main(lambda: self._publish(kind, known, more))
+        rows = self.logs[0].rows() if self.logs and world().is_main else []
+        for line in last_lines(self.cfg, known, rows, told):
+            say(line)
+        saving = f", {self.saving:.1f} s of it saving" if self.saving >= 1 else ""
+        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s{saving}")
         return self.out
 
     def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
@@ -498,7 +511,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         by_main(lambda: tidy(Path(cfg.out)))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
-    for line in plan.code:
+    for line in [*plan.at_once(), *plan.code]:
         say(line)
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it

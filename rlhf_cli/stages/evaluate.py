@@ -22,6 +22,7 @@ from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.evaluation import judging
 from rlhf_cli.evaluation.bench import Bench, samples_at
 from rlhf_cli.evaluation.choices import by_chance, right_answers
 from rlhf_cli.evaluation.contest import REFERENCES, Contest
@@ -37,7 +38,9 @@ from rlhf_cli.evaluation.figures import (
     mean_loss,
 )
 from rlhf_cli.evaluation.frontier import frontier_of
-from rlhf_cli.evaluation.report import show_judgement, show_report, write_report
+from rlhf_cli.evaluation.judge_asks import asked_text, identity_of, judge_of
+from rlhf_cli.evaluation.pair_judge import Text, cost_of, judged_report
+from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
 from rlhf_cli.evaluation.text_health import text_figures
 from rlhf_cli.folders.manifest import read_manifest
@@ -46,6 +49,7 @@ from rlhf_cli.objectives.comparisons import paired_difference
 from rlhf_cli.objectives.estimates import clustered_mean
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.out_folder import staging
@@ -53,6 +57,7 @@ from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import siblings_of
 from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.summary import of_scores
 
 
 def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
@@ -63,12 +68,14 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     found = Findings(cfg)
     bench = judge_file(session, found) if cfg.samples else judge_policies(session, found)
     report = found.report(bench)
+    if cfg.judge is not None:
+        report["judge"] = judged_by_model(session, found, bench)
     by_main(lambda: write_report(staging(session.out), cfg, report, found.lines))
     show_report(cfg, report)
     if bench.judgement is not None and bench.scorer is not None:
-        show_judgement(f"{bench.scorer.path} on held-out rows", bench.judgement)
+        say(of_scores(judging.figures(bench.judgement), f"scores of {bench.scorer.path}"))
     shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
-    return session.finish("report", shown)
+    return session.finish("report", shown, verdict(cfg, report["policies"]))
 
 
 def judge_policies(session: Session, found: "Findings") -> Bench:
@@ -115,6 +122,25 @@ def judge_file(session: Session, found: "Findings") -> Bench:
     return bench
 
 
+def judged_by_model(session: Session, found: "Findings", bench: Bench) -> Figures:
+    """What a language model says of the first response of the policy beside those of all others."""
+    cfg, texts = found.cfg, dict(found.first)
+    if bench.references is not None:
+        rollouts = iter(bench.references.rollouts)
+        texts[REFERENCES] = [
+            None if text is None else text_of(next(rollouts)) for text in bench.texts
+        ]
+    judge = judge_of(cfg, lambda path: policy_of(session, path))
+    prompts = [asked_text(row.prompt) for row, _ in bench.prompts]
+    judged = judged_report(judge, prompts, texts, found.names[0], cfg.judge_tie)
+    return {**identity_of(cfg), **judged, **cost_of(judge.counts, cfg.judge_prices)}
+
+
+def text_of(rollout: Rollout) -> Text:
+    """A response as a judge sees it."""
+    return Text(rollout.text, len(rollout.tokens.response))
+
+
 def figures_by(bench: Bench, sampled: Sampled) -> Figures:
     """What the samples of a policy tell."""
     specs = {"reward": bench.cfg.reward, "gold": bench.cfg.gold}
@@ -148,6 +174,7 @@ class Findings:
     names: of the policies, the one that is judged first.
     contests: the scores of all, by temperature.
     results: the figures of each.
+    first: the first response of each to each prompt, for a judge that reads them.
     lines: of samples.jsonl: what each wrote, and what each judge says of it.
     """
 
@@ -155,6 +182,7 @@ class Findings:
     names: list[str] = field(default_factory=list)
     contests: dict[float, Contest] = field(default_factory=dict)
     results: dict[str, Figures] = field(default_factory=dict)
+    first: dict[str, list[Text | None]] = field(default_factory=dict)
     lines: list[dict[str, object]] = field(default_factory=list)
     _every: list[Sampled] = field(default_factory=list)
     _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -171,6 +199,8 @@ class Findings:
         self.names += [name] if name not in self.names else []
         self.contests[temperature].scores[name] = sampled.decisive
         self._every.append(sampled)
+        if temperature == self.cfg.algo.temperature:
+            self.first[name] = list(map(text_of, sampled.rollouts[:: sampled.samples]))
         said = sampled.said
         columns = {judge: known_or_none(scores.total) for judge, scores in said.items()}
         parts = term_columns(said["reward"]) if "reward" in said else {}

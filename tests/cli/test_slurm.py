@@ -1,8 +1,10 @@
 """`rlhf-cli slurm`: the text of a job, and what bash makes of it with fakes of SLURM's commands."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -279,3 +281,54 @@ def test_completion_knows_flags_and_the_words_of_the_stage() -> None:
     assert found("rlhf-cli slurm ppo --par") == ["--partition="]
     assert found("rlhf-cli slurm ppo --che") == ["--check "]
     assert "algo=ppo_ptx " in found("rlhf-cli slurm ppo --nodes=2 algo=")
+
+
+TWO_TASKS = """
+    while [[ "$1" == --* ]]; do shift; done
+    pids=()
+    for task in 0 1; do
+        SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 \\
+            SLURM_STEP_NODELIST=localhost SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+        pids+=($!)
+    done
+    echo "${pids[@]}" > pid
+    worst=0
+    for pid in "${pids[@]}"; do
+        wait "$pid"
+        status=$?
+        ((status > worst)) && worst=$status
+    done
+    exit $worst"""
+
+
+@pytest.mark.slow
+def test_a_job_of_two_tasks_is_interrupted_and_goes_on(
+    tmp_path: Path, rendered: Callable[..., str]
+) -> None:
+    """The stage itself, in two processes that find their ranks in what SLURM says."""
+    own = {
+        "srun": TWO_TASKS,
+        "scancel": "kill -TERM $(cat pid)",
+        "scontrol": f"if [ $2 = hostnames ]; then echo localhost; else {FAKES['scontrol']}\nfi",
+        "rlhf-cli": f'exec {sys.executable} -m rlhf_cli "$@"',
+    }
+    for name, text in own.items():
+        (tmp_path / "programs" / name).write_text(f"#!/bin/bash\n{text}\n")
+    words = ["--gpus=0", "--processes=2", "model.hidden_size=32", "model.layers=1", "out=made"]
+    words += ["algo.epochs=100", "algo.max_steps=1000", "algo.eval_every=500", "hardware=cpu"]
+    job = submit(rendered(*words))
+    lines = Path("made/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.read_text().count("\n") > 1):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 75
+    assert Path("requeued").read_text() == "requeue 4711\n"
+    before = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
+    assert before[-1] < 900
+    assert submit(rendered(*words)).wait(240) == 0
+    assert Path("requeued").read_text() == "requeue 4711\n"
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[: len(before)] == before and steps[-1] == 1000
+    assert json.loads(Path("made/stage.json").read_text())["complete"]

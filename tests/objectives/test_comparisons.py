@@ -9,6 +9,7 @@ from rlhf_cli.objectives.comparisons import (
     ELO,
     bradley_terry,
     holm,
+    length_controlled,
     mean_difference,
     paired_difference,
     ratings,
@@ -111,3 +112,21 @@ def test_who_wins_every_game_has_a_finite_rating() -> None:
     # ten wins and a tie: log(10.5 / 0.5)
     assert found.points[1].item() == pytest.approx(ELO * math.log(21))
     assert found.apart[1, 0] and not found.apart[0, 1]
+
+
+def test_a_win_rate_at_equal_length_leaves_length_out() -> None:
+    """Ours wins by length alone: half at equal length, though it is longer and wins more."""
+    generator = torch.Generator().manual_seed(4)
+    longer = 20 * torch.randn(2000, generator=generator) + 20
+    chances = (2.0 * (longer / longer.square().mean().sqrt()).tanh()).sigmoid()
+    wins = (torch.rand(2000, generator=generator) < chances).double()
+    found = length_controlled(wins, longer)
+    assert wins.mean() > 0.6
+    assert abs(found.mean - 0.5) < 2 * found.stderr < 0.06 and found.p > 0.05
+    # the plain win rate where all are of one length
+    plain = length_controlled(wins, torch.zeros(2000))
+    assert plain.mean == pytest.approx(wins.mean().item(), abs=1e-4)
+    assert plain.stderr == pytest.approx(
+        (wins.mean() * (1 - wins.mean()) / 2000).sqrt().item(), 1e-3
+    )
+    assert length_controlled(torch.ones(10), torch.ones(10)).mean < 1  # finite

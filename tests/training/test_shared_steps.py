@@ -44,8 +44,18 @@ class Language:
         return nll, {"nll": nll.detach()}
 
 
-def steps(groups: list[list[Tokens]], count: int = 3, **faults: Any) -> dict[str, Any]:
-    language = Language(**faults)
+class Means(Language):
+    """What it must not be: a mean over the tokens of a rank, of which the mean is taken."""
+
+    def loss(self, sequences: list[Tokens]) -> Loss:
+        nll, metrics = super().loss(sequences)
+        return nll / sum(len(each.response) for each in sequences) * TOKENS / 2, metrics
+
+
+def steps(
+    groups: list[list[Tokens]], count: int = 3, kind: type[Language] = Language, **faults: Any
+) -> dict[str, Any]:
+    language = kind(**faults)
     config = replace(composed("dpo").algo, lr=1e-3, max_grad_norm=0.5, max_skipped=5)
     hardware = hardware_of(gradient_checkpointing=False)
     optimizer = Optimizer({"policy": (language.model, 1e-3)}, config, 9, hardware)
@@ -65,6 +75,11 @@ def test_two_ranks_take_the_step_of_one_process_to_the_bit() -> None:
     assert first["weights"] == second["weights"] == alone["weights"]
     assert first["reports"] == second["reports"] == alone["reports"]
     assert (first["passes"], second["passes"]) == ([5] * 3, [3] * 3)
+
+
+def test_means_of_each_rank_would_be_another_loss() -> None:
+    of_tokens, of_ranks = weights_of(steps(HALVES)), weights_of(steps(HALVES, kind=Means))
+    assert (of_tokens - of_ranks).abs().max() > 1e-4
 
 
 @pytest.mark.slow

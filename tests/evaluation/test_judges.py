@@ -1,0 +1,278 @@
+"""Language models as judges, against endpoints that are biased, broken or slow on purpose."""
+
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.evaluation.judge_asks import Ask, Endpoint, odds_of_tokens, verdict_of
+from rlhf_cli.evaluation.pair_judge import (
+    Pair,
+    Text,
+    biases,
+    cost_of,
+    judged_pairs,
+    judged_report,
+    won,
+)
+from tests.evaluation.test_evaluate import evaluated
+
+Verdict = Callable[[str, str], float | None]
+"""Log-odds that the first of two is better; None is a fault of the server."""
+
+
+class FakeJudge(ThreadingHTTPServer):
+    """An endpoint that goes by a function of both responses; it counts what it is asked."""
+
+    def __init__(self, verdict: Verdict, in_words: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.verdict, self.in_words = verdict, in_words
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.at_once = self.most = 0
+        self.guard = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeJudge
+
+    def do_POST(self) -> None:
+        server = self.server
+        with server.guard:
+            server.at_once += 1
+            server.most = max(server.most, server.at_once)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"]
+        first, rest = text.split("Response A:\n")[1].split("\n\nResponse B:\n")
+        odds = server.verdict(first, rest.split("\n\nAnswer with")[0])
+        with server.guard:
+            server.at_once -= 1
+            server.asked.append(body)
+            server.keys.add(self.headers["Authorization"])
+        if odds is None or self.path != "/v1/chat/completions":
+            self.send_error(400, "no such luck")
+            return
+        choice: dict[str, Any] = {"message": {"content": f"I say [[{'A' if odds > 0 else 'B'}]]"}}
+        if not server.in_words:
+            p = 1 / (1 + math.exp(-odds))
+            tokens = [{"token": "A", "logprob": math.log(p)}]
+            tokens += [{"token": " B", "logprob": math.log(1 - p)}]
+            choice["logprobs"] = {"content": [{"token": "A", "top_logprobs": tokens}]}
+        usage = {"prompt_tokens": 100, "completion_tokens": 2}
+        content = json.dumps({"choices": [choice], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[..., FakeJudge]]:
+    servers: list[FakeJudge] = []
+
+    def start(verdict: Verdict, **more: bool) -> FakeJudge:
+        servers.append(FakeJudge(verdict, **more))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def config(url: str, folder: Path, *more: str) -> EvaluateConfig:
+    words = [f"judge={url}", "judge_model=fake", f"data.cache={folder}", *more]
+    cfg: Any = compose("evaluate", words)
+    return cfg
+
+
+def better(text: str) -> float:
+    return float(text.count("good"))
+
+
+PROMPTS = [f"prompt {i}" for i in range(8)]
+GOOD = [Text(f"good {i}", 2) for i in range(8)]
+BAD = [Text(f"bad {i} and longer", 4) for i in range(8)]
+
+
+def report(cfg: EvaluateConfig) -> tuple[dict[str, Any], Counter[str]]:
+    judge = Endpoint(cfg)
+    texts = {"ours": GOOD, "theirs": BAD}
+    return judged_report(judge, PROMPTS, texts, "ours", cfg.judge_tie), judge.counts
+
+
+@pytest.mark.parametrize("in_words", [False, True])
+def test_who_always_prefers_the_first_says_nothing(
+    in_words: bool, fake: Callable[..., FakeJudge], tmp_path: Path
+) -> None:
+    """Its verdicts are ties of both orders, never preferences."""
+    found, _ = report(config(fake(lambda a, b: 3.0, in_words=in_words).url, tmp_path))
+    assert found["win_rates"]["theirs"]["tie"] == 1
+    assert found["consistency"]["mean"] == 0 and found["first_slot"]["mean"] == 1
+    assert found["longer_wins"] is None
+
+
+def test_a_leaning_to_one_place_falls_out_of_the_mean(
+    fake: Callable[..., FakeJudge], tmp_path: Path
+) -> None:
+    server = fake(lambda a, b: 2.0 + better(a) - better(b))  # 3 and 1 for ours, first and second
+    found, counts = report(config(server.url, tmp_path))
+    wins = found["win_rates"]["theirs"]
+    assert (wins["win"], wins["pairs"], wins["failed"]) == (1, 8, 0)
+    assert wins["preference"] == pytest.approx(1 / (1 + math.exp(-1.0)))
+    assert found["consistency"]["mean"] == 0  # 2 + 1 for ours first, 2 - 1 against it second
+    assert found["longer_wins"]["mean"] == 0
+    assert counts["calls"] == 16 and cost_of(counts, [1.0, 10.0])["cost"] == pytest.approx(
+        16 * (100 + 2 * 10) / 1e6
+    )
+    fair, _ = report(config(fake(lambda a, b: better(a) - better(b)).url, tmp_path))
+    assert fair["consistency"]["mean"] == 1 and fair["first_slot"]["mean"] == 0.5
+    assert fair["win_rates"]["theirs"]["preference"] == pytest.approx(wins["preference"])
+
+
+def test_who_prefers_what_is_longer_is_found_out(
+    fake: Callable[..., FakeJudge], tmp_path: Path
+) -> None:
+    server = fake(lambda a, b: float(len(a) - len(b)))
+    found, _ = report(config(server.url, tmp_path))
+    assert found["longer_wins"]["mean"] == 1 and found["win_rates"]["theirs"]["loss"] == 1
+
+
+def test_answers_are_kept_for_other_runs_and_failures_are_not(
+    fake: Callable[..., FakeJudge], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works = False
+
+    def verdict(a: str, b: str) -> float | None:
+        return better(a) - better(b) if works or "3" not in a else None
+
+    server = fake(verdict)
+    cfg = config(server.url, tmp_path)
+    found, counts = report(cfg)
+    wins = found["win_rates"]["theirs"]
+    assert (wins["win"], wins["tie"], wins["pairs"], wins["failed"]) == (1, 0, 7, 1)
+    assert counts["calls"] == 14 and "judge: no verdict" in capsys.readouterr().err
+    works = True
+    found, counts = report(cfg)
+    assert counts["calls"] == 2 and counts["cached"] == 14
+    assert found["win_rates"]["theirs"]["failed"] == 0
+    before = len(server.asked)
+    again, counts = report(cfg)
+    assert again == found and len(server.asked) == before and counts["calls"] == 0
+    report(config(server.url, tmp_path, "judge_tokens=9"))  # another way of asking: another answer
+    assert len(server.asked) == before + 16
+
+
+def test_a_judge_that_never_answers_ends_the_run(
+    fake: Callable[..., FakeJudge], tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="the judge has failed at all of 8 pairs"):
+        report(config(fake(lambda a, b: None).url, tmp_path))
+
+
+def test_the_key_comes_from_the_environment_and_requests_are_bounded(
+    fake: Callable[..., FakeJudge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-for-everyone")
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-of-the-judge")
+    server = fake(lambda a, b: 1.0)
+    report(config(server.url, tmp_path, "judge_concurrency=2"))
+    assert server.keys == {"Bearer sk-of-the-judge"} and server.most <= 2
+    assert all(body["temperature"] == 0 and body["model"] == "fake" for body in server.asked)
+    assert "sk-of" not in "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
+
+
+def test_worked_verdicts() -> None:
+    tokens = [{"token": " A", "logprob": math.log(0.6)}, {"token": "B", "logprob": math.log(0.3)}]
+    assert odds_of_tokens(tokens) == pytest.approx(math.log(2))
+    assert odds_of_tokens([*tokens, {"token": "A", "logprob": math.log(0.06)}]) == pytest.approx(
+        math.log(2.2)
+    )
+    assert odds_of_tokens(tokens[:1]) == 0  # nothing is known of B but that it is no likelier
+    assert odds_of_tokens([{"token": "The", "logprob": -0.1}]) is None
+
+    def said(text: str | None) -> dict[str, Any]:
+        return {"message": {"content": text}}
+
+    assert verdict_of(said("A is [[A]]? No: [[B]]")) == -8
+    assert verdict_of(said(" A.")) == 8 and verdict_of(said("[[C]]")) == 0
+    for text in ("", None, "Both are good", "AB"):
+        with pytest.raises(ValueError):
+            verdict_of(said(text))
+
+
+def test_braces_in_responses_are_their_own() -> None:
+    ask = Ask("p", "{second}", "{prompt}")
+    assert ask.written("{prompt}|{first}|{second}") == "p|{second}|{prompt}"
+
+
+def test_failed_pairs_count_for_nothing() -> None:
+    pairs = [Pair(i, GOOD[i], BAD[i], 1.0, 1.0 if i else None) for i in range(4)]
+    found = won(pairs, 0.5)
+    assert found is not None and (found["win"], found["pairs"], found["failed"]) == (1, 3, 1)
+    assert won(pairs[:1], 0.5) is None
+    assert biases(pairs[:1], 0.5) == dict.fromkeys(("consistency", "first_slot", "longer_wins"))
+
+
+def test_only_prompts_that_both_answered_are_asked() -> None:
+    class Asked:
+        counts: Counter[str] = Counter()
+
+        def log_odds(self, asks: Any) -> list[float | None]:
+            assert [(ask.prompt, ask.first) for ask in asks] == [("b", "x"), ("b", "y")]
+            return [1.0, -1.0]
+
+    pairs = judged_pairs(Asked(), ["a", "b"], [Text("x", 1)] * 2, [None, Text("y", 1)])
+    assert [(pair.place, pair.log_odds) for pair in pairs] == [(1, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["judge=http://x/v1"], "needs judge_model=NAME"),
+        (["judge_model=x"], "judge_model is not used by judge=null"),
+        (["judge_tie=1"], "judge_tie is not used by judge=null; set it to 0.5"),
+        (["judge=runs/demo/sft", "judge_model=x"], "judge_model=x is for endpoints"),
+        (["judge=http://x/v1", "judge_model=m", "judge_prices=[1]"], "takes two prices"),
+        (["judge=http://me:secret@x/v1", "judge_model=m"], "judge holds a name or password"),
+    ],
+)
+def test_what_is_refused(words: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        compose("evaluate", words)
+
+
+@pytest.mark.usefixtures("inside")
+def test_judges_in_the_report(fake: Callable[..., FakeJudge], tmp_path: Path) -> None:
+    """An endpoint; then a policy as judge, which is asked in both orders as well."""
+    server = fake(lambda a, b: float(len(a) - len(b)))
+    words = ["baselines=[runs/demo/adapter]", "judge_tie=0", f"data.cache={tmp_path}/cache"]
+    found = evaluated(tmp_path / "a", *words, f"judge={server.url}", "judge_model=m")["judge"]
+    assert list(found["win_rates"]) == ["runs/demo/adapter", "references"]
+    assert found["calls"] == len(server.asked) and found["model"] == "m"
+
+    question = tmp_path / "question.txt"
+    question.write_text("{prompt}{first}|{second}: ")
+    words = [*words, "judge=runs/demo/sft", f"judge_prompt={question}"]
+    found = evaluated(tmp_path / "b", *words)["judge"]
+    assert found["calls"] == 20 and found["win_rates"]["references"]["failed"] == 0
+    question.write_text("{prompt}{first}: ")
+    with pytest.raises(UserError, match="lacks {second}"):
+        evaluated(tmp_path / "c", *words)
