@@ -101,8 +101,12 @@ def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
             ignored_params=left,
         )
     for group in _groups(base):
+        type(group).__name__ = class_before(type(group)).__name__  # by which messages name it
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
+        if group in blocks and any(isinstance(each, nn.ModuleList) for each in group.modules()):
+            # experts that are modules: ranks may have gradients of different ones
+            group.set_reduce_scatter_unused_params(True)
     _gather_in(base, dtype)
     setattr(base, PASS, lambda **inputs: attrgetter(parts_of(base).trunk)(base)(**inputs))
     setattr(base, HEAD, lambda hidden: base.get_output_embeddings()(hidden))
@@ -219,6 +223,27 @@ def held_whole(model: nn.Module) -> Iterator[None]:
         let_go(model)
 
 
+@contextmanager
+def head_gathered(*models: nn.Module) -> Iterator[None]:
+    """A block in which heads of models are used any number of times, on each rank another.
+
+    With gradient they stay gathered for backward, which may use them again, and until its end, or
+    until `let_go` where it does not pass through the model.
+    """
+    bases = {id(base): base for base in map(_root_of, models) if base is not None}
+    sharded = [base for base in bases.values() if not getattr(base, "is_gathered", False)]
+    for base in sharded:
+        base.unshard()
+        base.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for base in sharded:
+            base.set_reshard_after_forward(True, recurse=False)
+            if not torch.is_grad_enabled():
+                base.reshard()
+
+
 def let_go(model: nn.Module) -> None:
     """Forget passes that no backward pass follows, and free what one that broke off gathered."""
     base = _root_of(model)
@@ -269,6 +294,7 @@ def twin(model: nn.Module) -> nn.Module:
     _wrap(other, {id(weight) for _, weight in places}, dtype)
     _set(other, [(name, weight) for name, weight in places if is_sharded(weight)])
     other.to(unwrap(model).device)
+    unwrap(other)._get_fsdp_state()._lazy_init()  # which takes the weights that were just set
     return other
 
 
