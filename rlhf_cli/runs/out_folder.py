@@ -59,6 +59,7 @@ ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and it
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"
+MODULE = "rlhf_cli"  # as `python -m` names it
 
 
 def state_of(cfg: Run, check_only: bool = False) -> str:
@@ -302,7 +303,10 @@ def holds(file: Path, record: dict[str, Any]) -> bool:
 
 def command_line() -> str | None:
     """The command as it was typed (Hydra rewrites sys.argv); None where Python called a stage."""
-    script, *words = sys.orig_argv[1:] or [""]
+    typed = sys.orig_argv[1:]
+    if MODULE in typed:  # python -m rlhf_cli, which is how a rank is started
+        return shlex.join(["rlhf-cli", *typed[typed.index(MODULE) + 1 :]])
+    script, *words = typed or [""]
     return shlex.join(["rlhf-cli", *words]) if Path(script).name == "rlhf-cli" else None
 
 

@@ -1,5 +1,6 @@
 """The stage: what its figures depend on, and what stands in its report."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -10,7 +11,10 @@ import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.rollout.native import NativeEngine
+from tests.ranks import on_ranks
 from tests.tiny import DATA
+from tests.training.test_stages_on_ranks import near
 
 pytestmark = pytest.mark.usefixtures("inside")
 FEW = ["reference=runs/demo/sft", "reward=length:4", "gold=regex:a", "algo.prompts=5"]
@@ -105,6 +109,31 @@ def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
         evaluated(tmp_path / "no", "few_shot=2")
 
 
+def test_responses_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = f"responses_cache={tmp_path}/cache"
+    first = evaluated(tmp_path / "a", "baselines=[runs/demo/adapter]", cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    asked: list[int] = []
+    sample = NativeEngine.sample
+
+    def counting(self: NativeEngine, prompts: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        return sample(self, prompts, *args, **more)
+
+    monkeypatch.setattr(NativeEngine, "sample", counting)
+    again = evaluated(tmp_path / "b", "baselines=[runs/demo/adapter]", cache, "gold=length:2")
+    assert not asked
+    for name, figures in first["policies"].items():
+        for each in ("reward", "kl", "entropy", "text", "length"):
+            assert again["policies"][name][each] == figures[each], each
+    evaluated(tmp_path / "c", "baselines=[]", cache, "algo.top_k=3")
+    assert asked == [5]
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text(file.read_text()[:-9])  # damaged: it is sampled anew
+    assert evaluated(tmp_path / "d", "baselines=[]", cache)["policies"]
+    assert asked == [5, 5]
+
+
 def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"Greet {name}: ", "choices": [f"Hi {name}!", "zq#@ 99"], "answer": 0}
@@ -120,3 +149,28 @@ def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
     changed = report["policies"]["runs/demo/adapter"]["text_loss_change"]
     ours, base = (each["text_loss"] for each in report["policies"].values())
     assert changed["mean"] == pytest.approx(base - ours, abs=1e-4)
+
+
+EVERYTHING = [
+    *("baselines=[runs/demo/adapter]", "algo.temperatures=[0]", "algo.overlap=true"),
+    *("prompted=runs/demo/adapter", "few_shot=1", "data.max_response_tokens=7", "data.format=rows"),
+    *("judge=runs/demo/sft", "judge_tie=0", "choices=choices.jsonl", "judge_prompt=question.txt"),
+]
+
+
+def everything(folder: Path, out: Path) -> dict[str, Any]:
+    row = {"prompt": "Greet Ana: ", "choices": ["Hi Ana!", "No no."], "answer": 0}
+    with contextlib.chdir(folder):
+        Path("choices.jsonl").write_text(json.dumps(row))
+        Path("question.txt").write_text("{prompt}{first}|{second}: ")
+        return evaluated(out, *EVERYTHING, f"responses_cache={out}-cache")
+
+
+@pytest.mark.slow
+def test_several_ranks_find_what_one_process_finds(chain: Path, tmp_path: Path) -> None:
+    one = everything(chain, tmp_path / "one")
+    first, second = on_ranks(2, everything, chain, tmp_path / "two")
+    assert first == second
+    assert one.keys() == first.keys()
+    near(one, first, 1e-3)
+    assert one["judge"]["calls"] == 30
