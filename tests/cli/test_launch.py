@@ -47,6 +47,7 @@ def run(cfg, plan):
 {body}
     return Path(cfg.out)
 """
+AT_START = ("sft: Supervised", "out: ", "loading PyTorch")
 ROWS = "".join(f'{{"prompt": "{each}", "completion": "b"}}\n' for each in "aceg")
 SFT = "sft data=jsonl data.path=rows.jsonl data.eval_rows=1"
 
@@ -99,10 +100,11 @@ class Runs:
         return self.end(self.start(body, *words, **more))  # type: ignore[arg-type]
 
     def end(self, process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-        """The same of one that was started."""
+        """The same of one that was started; without what a stage says as it starts."""
         out, err = process.communicate(timeout=150)
         assert self.left() == []
-        return process.returncode, out, err
+        said = [line for line in err.splitlines(True) if not line.startswith(AT_START)]
+        return process.returncode, out, "".join(said)
 
     def pid(self, rank: int) -> int:
         """Of a rank that has joined."""
