@@ -177,9 +177,10 @@ def test_the_first_cause_is_one_line(runs: Runs, body: str, code: int, line: str
     done, out, err = runs(body)
     assert done == code, err
     assert out == "printed by 0\n"
-    first, last = err.splitlines()
-    assert first == "said by 0"
-    assert last.partition(" (what it said before: ")[0] == f"rlhf-cli: error: {line}"
+    assert err.startswith("said by 0\n") and len(err.splitlines()) == 2, err
+    assert (
+        err.splitlines()[-1].partition(" (what it said before: ")[0] == f"rlhf-cli: error: {line}"
+    )
 
 
 @pytest.mark.slow
