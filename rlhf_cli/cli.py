@@ -1,8 +1,9 @@
 """argv -> stage. The first word picks a stage or a command; Hydra composes what follows.
 
 Every user error becomes one line on stderr: status 2 for a wrong command, config or input, 1 for a
-run that failed, 75 where a signal ended it and the same command takes it up again, 130 where a
-second Ctrl-C did. stdout carries the path of what a stage wrote, nothing else.
+run that failed, 75 where the same command is to be given again (a signal ended it, or another
+process writes the folder), 130 where a second Ctrl-C did. stdout carries the path of what a stage
+wrote, nothing else.
 Hydra and torch are imported only by commands that need them, so help answers at once. What is
 imported before `main` takes the signals is as little as can be.
 """
@@ -12,7 +13,7 @@ import sys
 
 from rlhf_cli import __version__
 from rlhf_cli.commands import COMMANDS, SHORT
-from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
+from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Busy, Interrupted, RunError, UserError
 from rlhf_cli.runs import interrupts
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than all of this
@@ -68,7 +69,8 @@ def main() -> int:
             raise
         _flush_or_drop()
         if isinstance(error, UserError):
-            return _fail(str(error), 2, error)
+            status = EXIT_TRY_AGAIN if isinstance(error, Busy) else 2
+            return _fail(str(error), status, error)
         if isinstance(error, RunError):
             return _fail(str(error), 1, error)
         hint = "set RLHF_TRACEBACK=1 for the traceback"

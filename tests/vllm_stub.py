@@ -37,6 +37,7 @@ class Stub:
         self.faults: dict[str, list[Any]] = {}
         self.deaf = self.sticky = self.raw = False
         self.dev = True
+        self.hangs = 1.5  # seconds
         self.held = 0  # resets that find blocks still held
         self.asked: list[tuple[str, Any]] = []
         self.text_of: Any = lambda ids: " ".join(map(str, ids))
@@ -67,7 +68,7 @@ class Stub:
             self.asked.append((path, body))
             fault = self.faults.get(route, []) and self.faults[route].pop(0)
         if fault == "hang":
-            time.sleep(1.5)
+            time.sleep(self.hangs)
         elif fault == "drop":
             raise ConnectionError
         elif fault == "restart":

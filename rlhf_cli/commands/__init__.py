@@ -1,8 +1,6 @@
-"""What the command line offers besides stages: help, data, export, slurm, ls, cp, env and
-completion.
-"""
+"""What the command line offers besides stages: data, export, slurm, ls, compare, cp, env, ..."""
 
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
-COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "cp", "env", "completion")
+COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "compare", "cp", "env", "completion")

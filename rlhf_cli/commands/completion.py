@@ -10,11 +10,17 @@ from pathlib import Path
 
 from rlhf_cli.commands import COMMANDS, SHORT, slurm
 from rlhf_cli.commands.export import KEYS
+from rlhf_cli.commands.help import ALL
 from rlhf_cli.commands.ls import NAMES
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.reporting.terminal import on_one_line
+
+USAGE = """\
+rlhf-cli completion: the completion script of a shell.
+
+Usage: source <(rlhf-cli completion bash), or zsh; rlhf-cli completion fish | source"""
 
 _BASH = """\
 # eval "$(rlhf-cli completion bash)"
@@ -50,7 +56,7 @@ complete -c rlhf-cli -a '(__rlhf_cli)'
 
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 PLACES = 2  # folders that export takes
-_FLAGS = ("--help", "--check", "--cfg", "--config", "--config-dir", "--multirun")
+_FLAGS = ("--help", "--check", "--json", "--cfg", "--config", "--config-dir", "--multirun")
 
 
 def run(words: list[str]) -> None:
@@ -59,6 +65,9 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: another word than a shell's name.
     """
+    if {"--help", "-h"} & set(words):
+        print(USAGE)
+        return
     if words == ["query"]:
         line = os.environ.get("COMP_LINE", "")
         point = int(os.environ.get("COMP_POINT", len(line)))
@@ -90,6 +99,8 @@ def _stage_words(words: list[str], word: str) -> list[str]:
         return []  # a file or folder, which shells complete themselves
     if word.startswith("-"):
         return [f"{flag} " for flag in _FLAGS]
+    if words[-1] in ("--help", "-h"):
+        return [f"{name} " for name in (ALL, *catalog.GROUPS, *catalog.keys(stage))]
     key, equals, _ = word.partition("=")
     if not equals:
         return [f"{name}=" for name in (*catalog.GROUPS, *catalog.keys(stage))]

@@ -10,6 +10,11 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.reporting.terminal import print_path
 
+USAGE = """\
+rlhf-cli cp: copy what `rlhf-cli ls` names, to change it. Nothing is overwritten.
+
+Usage: rlhf-cli cp NAME DEST, as in rlhf-cli cp algo/ppo mine/algo/mine.yaml"""
+
 
 def run(words: list[str]) -> None:
     """Copy what `ls` names and print where it went: a recipe (`demo.sh`), a file that one reads
@@ -18,6 +23,9 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: no such name, or DEST is taken or cannot be written.
     """
+    if {"--help", "-h"} & set(words):
+        print(USAGE)
+        return
     if len(words) != 2:
         raise UserError("cp takes two words: rlhf-cli cp NAME DEST, as in rlhf-cli cp demo.sh .")
     source = _source(words[0])

@@ -7,6 +7,10 @@ from rlhf_cli.commands.help import columns
 from rlhf_cli.config.errors import UserError
 
 _PACKAGES = ("rlhf-cli", "torch", "transformers", "peft", "datasets", "hydra-core", "omegaconf")
+USAGE = """\
+rlhf-cli env: versions and devices, for a bug report.
+
+Usage: rlhf-cli env"""
 
 
 def run(words: list[str]) -> None:
@@ -15,6 +19,9 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: words follow.
     """
+    if {"--help", "-h"} & set(words):
+        print(USAGE)
+        return
     if words:
         raise UserError(f"env takes no words, got {' '.join(words)}")
     import torch

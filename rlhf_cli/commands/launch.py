@@ -77,22 +77,15 @@ def launch(cfg: Run, plan: Plan, words: Sequence[str], processes: int) -> None:
     os.environ.update(_environment(cfg, plan, processes, folder))
     command = [sys.executable, "-P", "-m", "rlhf_cli", *words]
     cause = run_workers(command, processes, cfg.hardware.max_restarts, Path(cfg.out), folder)
-    if cause is None or not shows_log(cause):
+    if cause is None or not cause.shows_log():
         clear()
     if cause is not None:
         raise_as_alone(cause)
 
 
-def shows_log(cause: Cause) -> bool:
-    """Whether more may be known by what the rank said than by its line."""
-    return bool(cause.log) and (cause.again or os.environ.get("RLHF_TRACEBACK") == "1")
-
-
 def raise_as_alone(cause: Cause) -> None:
     """Raise what a run of one process would have."""
-    line = f"rank {cause.rank}: {cause.line}" if cause.told and cause.rank else cause.line
-    if shows_log(cause):
-        line += f" (what it said before: {cause.log})"
+    line = cause.named()
     if cause.status == EXIT_TRY_AGAIN:
         raise Interrupted(line)
     if cause.status == 2:

@@ -1,9 +1,10 @@
 """`rlhf-cli ls`: what is shipped, which stages an option belongs to, and what runs were made."""
 
+import json
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,16 @@ from rlhf_cli.reporting.terminal import obeyed, on_one_line
 if TYPE_CHECKING:
     from rlhf_cli.runs.lineage import Node
 
+USAGE = """\
+rlhf-cli ls: what there is to choose from, and what was made.
+
+Usage: rlhf-cli ls [GROUP]
+       rlhf-cli ls runs [--json] [FOLDER ...]
+
+  GROUP   algo, model, data, hardware: its options, their stages and what sets them apart; recipes
+  runs    what was made from what: a tree of the runs in and below FOLDER (runs), with state, time,
+          end, main metric and seed, and notes on sources that have changed or are gone
+  --json  the same for programs: a list of runs, each with the folder that it hangs under"""
 RUNS = "runs"  # the folder that stages write to by default, and the word for what is in it
 RECIPES = "recipes"
 NAMES = (*catalog.GROUPS, RECIPES, RUNS)
@@ -28,13 +39,17 @@ Branch = tuple[str, str, "Node"]  # what leads to its line, and to the lines bel
 
 
 def run(words: list[str]) -> None:
-    """Print the groups, or the options of one group, or the recipes, or the tree of runs.
+    """Print the groups, or the options of one group, or the recipes, or the tree of runs, or help.
 
     Raises:
         UserError: no such group, or no such folder of runs.
     """
+    if {"--help", "-h"} & set(words):
+        print(USAGE)
+        return
     if words[:1] == [RUNS]:
-        _show_runs(words[1:] or [RUNS])
+        folders = [word for word in words[1:] if word != "--json"]
+        _show_runs(folders or [RUNS], as_json="--json" in words)
         return
     if len(words) > 1 or (words and words[0] not in NAMES):
         hint = nearest(words[0], NAMES)
@@ -76,18 +91,45 @@ def _row(group: str, option: str) -> tuple[str, str, str]:
 # --------------------------------------------------------------------------- runs
 
 
-def _show_runs(words: list[str]) -> None:
+def _show_runs(words: list[str], as_json: bool) -> None:
     """What was made from what, in and below these folders."""
     for word in words:
+        if word.startswith("-"):
+            raise UserError(f"ls runs: unknown flag {word}; see rlhf-cli ls --help")
         if not Path(word).is_dir():
             raise UserError(f"ls runs: no folder {word}; give the folders that hold your runs")
     from rlhf_cli.runs.lineage import trees
 
     runs = trees([Path(word) for word in words])
+    if as_json:
+        print(json.dumps(list(_as_json(runs)), indent=2))
+        return
     if not runs:
         print(f"no runs in {', '.join(words)}", file=sys.stderr)
         return
     _print_trees(runs)
+
+
+def _as_json(nodes: Sequence["Node"], under: str | None = None) -> Iterator[dict[str, object]]:
+    """Every run for programs, those that were made from it after it; null is what is not known."""
+    for node in nodes:
+        ended = node.ended and datetime.fromtimestamp(node.ended, UTC)
+        yield {
+            "folder": str(node.folder),
+            "under": under,
+            "stage": node.stage,
+            "algo": node.made_with,
+            "state": node.state,
+            "seed": node.seed,
+            "seconds": node.seconds,
+            "ended": ended.isoformat(timespec="seconds") if ended else None,
+            "metrics": node.figures,
+            "sources": [
+                {"kind": each.kind, "role": each.role, "path": each.path, "fault": each.fault}
+                for each in node.sources
+            ],
+        }
+        yield from _as_json(node.children, str(node.folder))
 
 
 def _print_trees(nodes: Sequence["Node"]) -> None:

@@ -4,12 +4,15 @@ import argparse
 import gc
 import importlib
 import io
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_cli.config import catalog
@@ -23,18 +26,16 @@ if TYPE_CHECKING:
     from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
+    from rlhf_cli.runs.preflight import Plan
+
 # Hydra must leave nothing behind: stages write their own folder, after their own checks.
-_SETTINGS = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none")
-_SINGLE = (*_SETTINGS, "hydra/hydra_logging=none")
-# A sweep's folder gets Hydra's multirun.yaml, and what a cluster launcher keeps. Hydra announces
-# jobs on stdout, where only artifact paths belong; other libraries' chatter stays off.
-_SWEEP = (
-    *_SETTINGS,
-    "hydra.sweep.subdir=.",
-    "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr",
-    "hydra.hydra_logging.root.level=WARNING",
-    "+hydra.hydra_logging.loggers.hydra.level=INFO",
+# What it logs goes to stdout, where only artifact paths belong.
+_SINGLE = (
+    *("hydra.output_subdir=null", "hydra.run.dir=."),
+    *("hydra/job_logging=none", "hydra/hydra_logging=none"),
 )
+# A sweep's folder gets Hydra's multirun.yaml, and what a cluster launcher keeps.
+_SWEEP = (*_SINGLE, "hydra.sweep.subdir=.")
 
 _PARAMS = "hydra.sweeper.params"
 # How the processes of a launcher are told which keys the folder of a job does not name.
@@ -45,8 +46,9 @@ _UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
 class Flags:
     """The words after the stage, sorted."""
 
-    help: bool
+    help: str | None  # what it is asked about: nothing, all, a group or a key
     check: bool
+    json: bool
     multirun: bool
     config: str | None
     config_dir: str | None
@@ -71,8 +73,9 @@ def parse(stage: str, words: list[str]) -> Flags:
         UserError: a flag that does not exist, or `--key=value`.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
-    for names in (("--help", "-h"), ("--check",), ("--multirun", "-m"), ("--resolve",)):
+    for names in (("--check",), ("--json",), ("--multirun", "-m"), ("--resolve",)):
         parser.add_argument(*names, action="store_true")
+    parser.add_argument("--help", "-h", nargs="?", const="")
     parser.add_argument("--config")
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
@@ -80,6 +83,9 @@ def parse(stage: str, words: list[str]) -> Flags:
     parser.add_argument("--info", "-i", nargs="?", const="all")
     parser.add_argument("--hydra-help", action="store_true")
     flags, rest = parser.parse_known_args(words)
+    if "=" in (flags.help or ""):  # an override that stands behind --help
+        rest.append(flags.help)
+        flags.help = ""
     for word in rest:
         if word.startswith("-"):
             raise UserError(_wrong_flag(stage, word, list(parser._option_string_actions)))
@@ -98,10 +104,13 @@ def parse(stage: str, words: list[str]) -> Flags:
         raise UserError(
             "--check, -m, --cfg, --info and --hydra-help: take one (--check -m is fine)"
         )
+    if flags.json and not flags.check:
+        raise UserError("--json goes with --check")
     show += ["--resolve"] if flags.resolve else []
     show += [f"--package={flags.package}"] if flags.package else []
     return Flags(
-        flags.help, flags.check, flags.multirun, flags.config, flags.config_dir, show, rest
+        *(flags.help, flags.check, flags.json, flags.multirun, flags.config, flags.config_dir),
+        *(show, rest),
     )
 
 
@@ -127,10 +136,10 @@ def run(stage: str, words: list[str]) -> None:
         from rlhf_cli.config.own_config import read_config
 
         own = read_config(stage, flags.config, flags.overrides, dirs)
-    if flags.help:
+    if flags.help is not None:
         from rlhf_cli.commands.help import stage_help
 
-        print(stage_help(stage, flags.overrides, dirs, own))
+        print(stage_help(stage, flags.overrides, dirs, own, flags.help))
         return
     if own is not None:
         from rlhf_cli.config.compose import register_config
@@ -162,7 +171,7 @@ def _single(stage: str, flags: Flags, words: list[str]) -> None:
         composed.append(cfg)
 
     _hydra_main(stage, flags, _SINGLE, keep)
-    _execute(stage, typed(composed[0], stage), flags.check, words)
+    _execute(stage, typed(composed[0], stage), flags.check, words, flags.json)
 
 
 def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
@@ -189,16 +198,23 @@ def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
     configs = [typed_config(stage, job, flags.config_dir) for job in jobs]
     outs = [cfg.out for cfg in configs]
     unnamed = sweeps.unnamed_keys(jobs, outs) if jobs else [*fixed]
+    found = []
     for number, (job, cfg) in enumerate(zip(jobs, configs, strict=True)):
         cfg.out = sweeps.place(cfg.out, job, unnamed)
         plan = preflight(cfg, check_only=True)
-        if flags.check:
-            swept = [word for word in job if word not in fixed.values()]
-            _tell([f"job {number}: {' '.join(swept) or 'nothing is swept'}", *plan.lines()])
+        swept = " ".join(word for word in job if word not in fixed.values())
+        if flags.json:
+            found.append({"job": number, "swept": swept, **_as_json(stage, cfg, plan)})
+        elif flags.check:
+            _tell([f"job {number}: {swept or 'nothing is swept'}", *plan.lines()])
+    if flags.json:
+        print(json.dumps(found, indent=2))
     if not flags.check:
         home = sweeps.home([cfg.out for cfg in configs]) if jobs else "${out}"
         keys = ",".join(f'"{key}"' for key in unnamed)
         settings += [f'hydra.sweep.dir="{home}"', f"{_UNNAMED}=[{keys}]"]
+        if jobs:
+            _tell([f"sweep: {len(jobs)} jobs in {home}; then rlhf-cli compare {quote(home)}"])
         _hydra_main(stage, flags, settings, sweep_job)
 
 
@@ -217,6 +233,7 @@ def sweep_job(cfg: "DictConfig") -> None:
     unnamed = hydra.job.config.override_dirname.exclude_keys
     config.out = place(config.out, hydra.overrides.task, unnamed)
     interrupts.take()  # a launcher may run this in a process of its own
+    _tell([f"job {hydra.job.num}: {config.out}"])
     try:
         _execute(stage, config, False, _words_of_job(hydra, config.out))
     except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
@@ -277,6 +294,8 @@ def _one_line(stage: str) -> Iterator[None]:
 
 def _tell(lines: list[str]) -> None:
     """Lines on stderr, fit to be seen; nobody need hear them."""
+    if not lines:
+        return
     try:
         shown = (printable(redacted(line)) for line in lines)
         print(*shown, sep="\n", file=sys.stderr, flush=True)
@@ -284,10 +303,10 @@ def _tell(lines: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _execute(stage: str, cfg: Any, check: bool, words: list[str]) -> None:
+def _execute(stage: str, cfg: Any, check: bool, words: list[str], as_json: bool = False) -> None:
     """Check or run a config; `words` after the stage make it again, for further processes."""
     with _disk_faults(cfg):
-        out = _checked_run(stage, cfg, check, words)
+        out = _checked_run(stage, cfg, check, words, as_json)
     if out is not None:
         _tell_path(out)
 
@@ -334,7 +353,32 @@ def _disk_faults(cfg: Any) -> Iterator[None]:
         ) from error
 
 
-def _checked_run(stage: str, cfg: Any, check: bool, words: list[str]) -> Path | None:
+def _as_json(stage: str, cfg: Any, plan: "Plan") -> dict[str, Any]:
+    """What a check found, for programs: the facts, then the lines that people are shown.
+
+    Numbers are null where they are not known.
+    """
+    from rlhf_cli.runs.memory_estimate import Unknown, predicted_peak
+    from rlhf_cli.runs.out_folder import FINISHED
+
+    peak = None
+    with suppress(Unknown):
+        peak = round(predicted_peak(cfg)) if cfg.trains and plan.state != FINISHED else None
+    return {
+        "stage": stage,
+        "out": cfg.out,
+        "state": plan.state,
+        "parameters": int(plan.parameters) if 0 < plan.parameters < math.inf else None,
+        "peak_bytes": peak,
+        "doing": plan.doing,
+        "rows": plan.counted,
+        "code": plan.code,
+        "plan": plan.sums,
+        "memory": plan.memory,
+    }
+
+
+def _checked_run(stage: str, cfg: Any, check: bool, words: list[str], as_json: bool) -> Path | None:
     """The folder that the stage wrote, now or before; None after a check, and where another
     process has told it.
     """
@@ -347,6 +391,9 @@ def _checked_run(stage: str, cfg: Any, check: bool, words: list[str]) -> Path | 
     gc.disable()
     plan = preflight(cfg, check_only=check)
     gc.freeze()  # nor as the process ends
+    if as_json:
+        print(json.dumps(_as_json(stage, cfg, plan), indent=2))
+        return None
     if check:
         _tell(plan.lines())
         return None
@@ -360,6 +407,7 @@ def _checked_run(stage: str, cfg: Any, check: bool, words: list[str]) -> Path | 
         if (processes := processes_of(cfg)) > 1:
             launch(cfg, plan, [stage, *words], processes)
             return None
+    _tell(plan.at_once())
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()
     gc.enable()

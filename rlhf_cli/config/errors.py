@@ -16,5 +16,9 @@ class PeerLost(RunError):
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: queues run the command again
 
 
+class Busy(UserError):
+    """Another process writes what this one would. Exit status 75: try again later."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run, and what was done is saved. Exit status 75: try again later."""

@@ -1107,6 +1107,10 @@ class EvaluateConfig(SamplingConfig):
         "File of responses to judge in place of policies: rows of prompt, response and policy, as "
         "samples.jsonl has them. `policy` then gives the tokenizer alone."
     )
+    responses_cache: str | None = key(
+        "Folder that keeps responses by the content of policy, prompts and sampling, for other "
+        "evaluations; null keeps none."
+    )
     choices: str | None = key(
         "File of multiple-choice or cloze rows {prompt, choices, answer} that each policy is asked."
     )

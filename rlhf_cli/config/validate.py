@@ -34,7 +34,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 # Where a file or folder is named, or may be.
 _PATHS = (
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
-    *("prompted", "few_shot", "samples", "choices", "judge_prompt"),
+    *("prompted", "few_shot", "samples", "choices", "judge_prompt", "responses_cache"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 

@@ -35,6 +35,8 @@ from rlhf_cli.data.rows import Places, held_out_by, overlap
 from rlhf_cli.data.sources import Source
 from rlhf_cli.data.store import Items, TokenTable, TokenWriter, parts_of
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.ranks.agreement import together
+from rlhf_cli.ranks.world import world
 
 SMALL = 4 * 2**20  # bytes of rows that are tokenised again rather than kept
 CACHE = "RLHF_CLI_CACHE"  # names the folder of all datasets, instead of the user's own
@@ -93,13 +95,23 @@ def dataset_of(
         made = _Made(kind, encoder, data, None)
         made.read(places, advance)
         return made.dataset(places)
-    if (known := _read(folder, kind, places, encoder)) is not None:
-        return known
-    with _part(folder) as part:
-        made = _Made(kind, encoder, data, part)
-        made.read(places, advance)
-        dataset = made.dataset(places)
-        _write(part, dataset, encoder.seen())
+
+    def kept() -> Dataset:
+        if (known := _read(folder, kind, places, encoder)) is not None:
+            return known
+        with _part(folder) as part:
+            made = _Made(kind, encoder, data, part)
+            made.read(places, advance)
+            dataset = made.dataset(places)
+            _write(part, dataset, encoder.seen())
+        return dataset
+
+    # rank 0 makes it, then the first rank of each machine that does not see it; the others read it
+    own = world()
+    turn = 0 if own.is_main else 1 if own.local_rank == 0 else 2
+    done = [together(kept if turn == each else lambda: None) for each in range(3)]
+    dataset = done[turn]
+    assert dataset is not None
     return dataset
 
 

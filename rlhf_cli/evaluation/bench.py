@@ -16,6 +16,7 @@ from rlhf_cli.evaluation.figures import Sampled
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.references import references_of, scored_references
+from rlhf_cli.evaluation.responses_cache import ResponsesCache
 from rlhf_cli.evaluation.text_health import Seen
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rewards.models import ModelReward
@@ -36,6 +37,8 @@ class Bench:
     references: those, judged.
     seen: the training rows, where copies of them are counted.
     questions: of choices=FILE.
+    cache: responses of other evaluations.
+    device: the kind of it that samples.
     """
 
     cfg: EvaluateConfig
@@ -49,6 +52,8 @@ class Bench:
     references: Sampled | None
     seen: Seen | None
     questions: list[Question]
+    cache: ResponsesCache
+    device: str
 
     @classmethod
     def of(
@@ -74,7 +79,7 @@ class Bench:
         references = scored_references(texts, prompts, encoder, judges, kept)
         return cls(
             *(cfg, encoder, prompts, judges, scorer, judgement, kept, texts, references),
-            *(seen, questions),
+            *(seen, questions, ResponsesCache(cfg), session.device.type),
         )
 
     def answered(self, entrant: Entrant, policy: Policy, temperature: float, bar: Bar) -> Sampled:
@@ -95,8 +100,10 @@ class Bench:
         at = () if temperature == cfg.algo.temperature else (temperature,)
         name = entrant.name if not at else f"{entrant.name} at temperature {temperature:g}"
         own = self.kept.of(name, asked, samples)
-        bar.skip(len(own.done) * samples)
-        rollouts = asker.engine.sample(
+        file = self.cache.file(name, entrant.path, asked, sampling, samples, self.device)
+        known = self.cache.read(file, asked, samples)
+        bar.skip(len(asked if known is not None else own.done) * samples)
+        rollouts = known or asker.engine.sample(
             asked,
             sampling,
             samples=samples,
@@ -104,6 +111,8 @@ class Bench:
             advance=bar.advance,
             kept=own,
         )
+        if known is None:
+            self.cache.write(file, rollouts)
         if entrant.shots is not None:
             rollouts = as_asked_alone(rollouts, prompts, samples, policy.encoder)
         said = {judge: own.scored(judge, each, rollouts) for judge, each in self.judges.items()}

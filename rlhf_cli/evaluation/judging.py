@@ -281,11 +281,11 @@ def with_prompts_exchanged(items: Sequence[Answers]) -> list[Answers]:
 
 
 def figures(report: Report) -> dict[str, float]:
-    """The numbers of a report as metrics: eval/accuracy and so on."""
+    """The numbers of a report as metrics: eval/accuracy and so on; not a number where undefined."""
     return {
-        f"eval/{name}": float(value)
+        f"eval/{name}": math.nan if value is None else float(value)
         for name, value in report.items()
-        if isinstance(value, float | int)
+        if value is None or isinstance(value, float | int)
     }
 
 

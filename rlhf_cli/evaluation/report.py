@@ -14,7 +14,7 @@ from rlhf_cli.evaluation.frontier import JUDGES, curves_of
 from rlhf_cli.evaluation.judging import Report, calibration_of
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
-from rlhf_cli.reporting.console import say, show, table
+from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.reporting.plots import Curve, curves_picture, reliability_picture
 from rlhf_cli.runs.out_folder import SAMPLES
@@ -22,34 +22,9 @@ from rlhf_cli.runs.out_folder import SAMPLES
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""
 
-FIGURES = {
-    "accuracy": "accuracy",
-    "base_rate": "base rate",
-    "auc": "AUC",
-    "kendall_tau": "Kendall tau",
-    "top1": "best on top",
-    "top1_chance": "by chance",
-    "mse": "squared error",
-    "r2": "R2",
-    "correlation": "correlation",
-    "loss": "loss",
-    "calibration_error": "calibration error",
-    "length_correlation": "correlation with tokens",
-    "longer_preferred": "longer one (tokens) preferred",
-    "longer_chosen": "longer one chosen",
-}
-"""What the headline of a judgement names, and how."""
+MOST, MOST_PAIRS = 5, 3  # policies in a table, and pairs of them; report.json has them all
 
 LOSSES = ("text_loss", "demonstration_loss")
-
-TEXT = {
-    "distinct_2": "distinct",
-    "repetition": "repeated",
-    "copied": "copied",
-    "self_bleu": "self-BLEU",
-    "bleu": "BLEU",
-}
-"""Of the figures of text those that the table has, and how they are called there."""
 
 BIASES = ("consistency", "first_slot", "longer_wins")
 
@@ -57,9 +32,6 @@ CONSISTENT = 0.6  # share of pairs; a judge below it is warned of
 
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
-
-BUCKETS = {"score margin": "by_score_margin", "row margin": "by_row_margin", "group": "by_group"}
-"""What a judgement's accuracies are told by, and where its report has them."""
 
 
 def write_report(
@@ -111,53 +83,104 @@ def brief(cfg: EvaluateConfig, path: str) -> str:
 
 
 def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
-    """Every stage of the policy's chain with its figures, then who wins against whom."""
-    policy, home = str(Path(cfg.policy)), Path(cfg.policy).parent
-    name_of = partial(brief, cfg)
+    """Every policy in the order of the chain, with its figures, wins and rating.
+
+    Then win rates over temperature, where several were asked for.
+    """
+    name_of, results = partial(brief, cfg), report["policies"]
 
     def place(path: str) -> int:
         return place_in_chain((read_manifest(path) or {}).get("stage"))
 
-    chain = {**({} if cfg.samples else other_stages(home)), **report["policies"]}
-    rows = [
-        [
-            name_of(path),
-            chain[path].get("seconds"),
-            *(plus_minus(chain[path].get(name)) for name in ("gold", "reward", "kl")),
-            chain[path].get("text_loss"),
-        ]
-        for path in sorted(chain, key=place)
-    ]
-    title = "held-out prompts, mean ± standard error clustered by prompt"
+    ratings = report["ratings"]
     kl = "KL" if cfg.reference is None else f"KL to {name_of(cfg.reference)}"
-    table(title, ["stage", "seconds", "gold", "reward", kl, "held-out loss"], rows)
-    show_tax(report, name_of)
-    show_text(report, name_of)
-    if wins := report["win_rates"]:
-        show_wins(f"{name_of(policy)}, response by response", "against", wins, name_of)
-    if wins := report["against_references"]:
-        show_wins("against the references, response by response", "policy", wins, name_of)
+    columns: dict[str, Callable[[str], object]] = {
+        "policy": name_of,
+        **{name: partial(_estimate, results, name) for name in JUDGES},
+        kl: partial(_estimate, results, "kl"),
+        "held-out loss": lambda path: results[path].get("text_loss"),
+        f"{name_of(str(Path(cfg.policy)))} wins": lambda path: won(report["win_rates"].get(path)),
+        "beats references": lambda path: won(report["against_references"].get(path)),
+        "rating": lambda path: round(ratings[path]["rating"]) if path in ratings else None,
+    }
+    paths = sorted(results, key=place)
+    rows = [[cell(path) for cell in columns.values()] for path in paths]
+    used = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    heads = [list(columns)[i] for i in used]
+    table("", heads, [[row[i] for i in used] for row in rows[:MOST]])
+    say(remarks(cfg, report, len(rows) - MOST))
+    if report["choices_by_chance"] is not None:
+        show_tax(report, name_of)
     if "judge" in report:
-        show_judge(report["judge"], name_of(policy), name_of)
+        show_judge(report["judge"], name_of(str(Path(cfg.policy))), name_of)
     show_temperatures(report["by_temperature"], name_of)
-    show_best_of(cfg, report)
-    if ratings := report["ratings"]:
-        rows = [
-            [
-                name_of(path),
-                round(each["rating"]),
-                f"{each['low']:.0f} to {each['high']:.0f}",
-                ", ".join(map(name_of, each["not_separable"])) or "-",
-            ]
+
+
+def _estimate(results: Results, name: str, path: str) -> str | None:
+    return plus_minus(results[path].get(name))
+
+
+def won(rate: dict[str, float] | None) -> str | None:
+    """0.62 (p 0.03): wins and half the ties, and the corrected chance that they are even."""
+    if rate is None:
+        return None
+    share = f"{rate['win'] + rate['tie'] / 2:.2f}"
+    return share if math.isnan(rate["p_holm"]) else f"{share} (p {rate['p_holm']:.2g})"
+
+
+def remarks(cfg: EvaluateConfig, report: dict[str, Any], left: int) -> str:
+    """How the table is to be read, and what it cannot tell apart; in one line.
+
+    Args:
+        left: how many policies it leaves out, if any.
+    """
+    told = ["± standard error, clustered by prompt"]
+    several = max(len(report["win_rates"]), len(report["against_references"]))
+    if several:
+        told.append("wins with half the ties" + f", p by Holm of {several}" * (several > 1))
+    ratings, name_of = report["ratings"], partial(brief, cfg)
+    if ratings:
+        told.append(f"ratings on Elo's scale, {name_of(report['anchor'])} at 0")
+        pairs = {
+            tuple(sorted(map(name_of, (path, other))))
             for path, each in ratings.items()
-        ]
-        title = f"ratings on Elo's scale, {name_of(report['anchor'])} at 0"
-        count = report["prompts"]
-        table(title, ["", "rating", "95%", f"not separable at {count} prompts"], rows)
+            for other in each["not_separable"]
+        }
+        alike = ", ".join(f"{one} and {other}" for one, other in sorted(pairs)[:MOST_PAIRS])
+        more = f", {len(pairs) - MOST_PAIRS} more" if len(pairs) > MOST_PAIRS else ""
+        told += [f"not separable at {report['prompts']} prompts: {alike}{more}"] if alike else []
+    if left > 0:
+        told.append(f"{left} more policies in report.json")
+    return "; ".join(told)
+
+
+def verdict(cfg: EvaluateConfig, results: Results) -> str:
+    """What an evaluation says, in a sentence: the policy, what it gained, and who is the best."""
+    name_of, policy = partial(brief, cfg), str(Path(cfg.policy))
+    reference = str(Path(cfg.reference)) if cfg.reference else None
+    ours = results[policy]
+    judge = "gold" if ours.get("gold") else "reward"
+    if not ours.get(judge):
+        return "no response of the policy has a score"
+    line = f"{judge} of {name_of(policy)} is {plus_minus(ours[judge])}"
+    gain = ours.get("gain_over_reference")
+    if reference not in (None, policy) and gain:
+        way = "above" if gain["mean"] >= 0 else "below"
+        size = plus_minus({**gain, "mean": abs(gain["mean"])})
+        line += f", {size} {way} {name_of(reference)} on the same prompts"
+    before = results.get(reference or "", {}).get("reward")
+    fell = judge == "gold" and gain is not None and gain["mean"] < 0
+    if fell and before and ours.get("reward") and ours["reward"]["mean"] > before["mean"]:
+        line += f", though the reward rose to {plus_minus(ours['reward'])}: it is fooled"
+    others = {path: each[judge] for path, each in results.items() if each.get(judge)}
+    best = max(others, key=lambda path: others[path]["mean"])
+    if best != policy:
+        line += f"; the highest is {name_of(best)} with {plus_minus(others[best])}"
+    return line
 
 
 def show_tax(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
-    """What of the reference was forgotten, where choices were asked or losses have changed."""
+    """What of the reference was forgotten: losses, and the choices that were asked for."""
     rows = [
         [
             name_of(path),
@@ -168,45 +191,8 @@ def show_tax(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
         for path, each in report["policies"].items()
         if "text_loss_change" in each or "choices" in each
     ]
-    if len(rows) > 1 or report["choices_by_chance"] is not None:
-        heads = ["text loss", "demonstration loss", "choices right", "change"]
-        table("tax: change of losses from the reference, paired by row", ["", *heads], rows)
-
-
-def show_text(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
-    """The health of what each policy writes."""
-    names = [name for name in TEXT if any(name in of["text"] for of in report["policies"].values())]
-    rows = [
-        [
-            name_of(path),
-            f"{each['length']:.1f}",
-            f"{each['ended']:.3f}",
-            *(decimals(mean_in(each["text"].get(name))) for name in names),
-        ]
-        for path, each in report["policies"].items()
-    ]
-    heads = [TEXT[name] for name in names]
-    table("health of the text", ["", "tokens", "ended", *heads], rows)
-
-
-def mean_in(figure: float | dict[str, float] | None) -> float | None:
-    """A figure, or the mean of an estimate."""
-    return figure["mean"] if isinstance(figure, dict) else figure
-
-
-def show_wins(title: str, who: str, wins: Results, name_of: Callable[[str], str]) -> None:
-    """Win rates, a line each; of several with the corrected chance that they are even."""
-    corrected = "p" if len(wins) == 1 else f"p (Holm, of {len(wins)})"
-    shares = [
-        [
-            name_of(path),
-            *(f"{w[each]:.3f}" for each in ("win", "tie", "loss")),
-            f"{w['low']:.3f} to {w['high']:.3f}",
-            None if math.isnan(w["p_holm"]) else f"{w['p_holm']:.2g}",
-        ]
-        for path, w in wins.items()
-    ]
-    table(title, [who, "win", "tie", "loss", "wins + ties/2, 95%", corrected], shares)
+    heads = ["policy", "text loss", "demonstration loss", "choices right", "change"]
+    table("tax: change of losses from the reference, paired by row", heads, rows)
 
 
 def show_judge(judge: dict[str, Any], policy: str, name_of: Callable[[str], str]) -> None:
@@ -260,64 +246,11 @@ def score(won: dict[str, float] | None) -> str | None:
     return f"{won['win'] + won['tie'] / 2:.2f} ({won['low']:.2f} to {won['high']:.2f})"
 
 
-def show_best_of(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
-    """What the best of n samples of the reference would have, or of the policy without one."""
-    reference = str(Path(cfg.reference or ""))
-    path = reference if reference in report["policies"] else str(Path(cfg.policy))
-    if best := report["policies"][path].get("best_of"):
-        rows = [
-            [n, *(plus_minus(of.get(judge)) for judge in JUDGES), f"{of['kl_bound']:.2f}"]
-            for n, of in best.items()
-        ]
-        title = f"best of n samples of {brief(cfg, path)}, chosen by reward"
-        table(title, ["n", *JUDGES, "KL to one sample, at most"], rows)
-
-
 def plus_minus(estimate: dict[str, float] | None, digits: int = 2) -> str | None:
     """1.23 ± 0.04."""
     if not estimate:
         return None
     return f"{estimate['mean']:.{digits}f} ± {estimate['stderr']:.{digits}f}"
-
-
-def other_stages(folder: Path) -> Results:
-    """The finished reward and generate stages of a folder, with their working time."""
-    stages = {}
-    for file in sorted(folder.glob("*/stage.json")):
-        manifest = read_manifest(file.parent) or {}
-        if manifest.get("kind") in ("reward", "samples"):
-            stages[str(file.parent)] = {"seconds": manifest.get("seconds")}
-    return stages
-
-
-def show_judgement(name: str, report: Report) -> None:
-    """How good a scorer is: a line of figures, then accuracy by bucket and calibration by bin."""
-    counted = ("rankings", "pairs", "labels", "targets", "prompts")
-    counts = [f"{report[things]} {things}" for things in counted if things in report]
-    figures = [figure(report, key, words) for key, words in FIGURES.items() if key in report]
-    say("; ".join([f"{name}: {', '.join(counts)}", *figures]))
-    rows: list[list[object]] = [
-        [
-            by,
-            part.get("group") or span(part),
-            decimals(part["accuracy"]),
-            interval(part),
-            part["pairs"],
-        ]
-        for by, parts in BUCKETS.items()
-        for part in report.get(parts, [])
-    ]
-    if rows:
-        if "longer_accuracy" in report:
-            rule = decimals(report["longer_accuracy"])
-            rows.append(["rule", "longer is better", rule, None, report["pairs"]])
-        table(f"{name}: accuracy", ["by", "value", "accuracy", "95%", "count"], rows)
-    if bins := report.get("calibration_bins"):
-        rows = [
-            [span(part), decimals(part["confidence"]), decimals(part["accuracy"]), part["count"]]
-            for part in bins
-        ]
-        table(f"{name}: calibration", ["confidence", "mean", "share right", "count"], rows)
 
 
 def write_judgement(folder: Path, report: Report, title: str) -> None:
@@ -328,25 +261,6 @@ def write_judgement(folder: Path, report: Report, title: str) -> None:
         reliability_picture(folder / "reliability.png", calibration_of(report), title)
 
 
-def figure(report: Report, key: str, words: str) -> str:
-    """accuracy 0.712 ± 0.014 (95% 0.684 to 0.739), with as much of it as the report has."""
-    shown = f"{words} {decimals(report[key])}"
-    if f"{key}_stderr" in report:
-        shown += f" ± {decimals(report[f'{key}_stderr'])}"
-    return f"{shown} (95% {interval(report)})" if f"{key}_low" in report else shown
-
-
-def interval(part: dict[str, Any]) -> str:
-    """0.684 to 0.739."""
-    return f"{decimals(part['accuracy_low'])} to {decimals(part['accuracy_high'])}"
-
-
 def decimals(value: float | None) -> str:
     """0.712; a dash for None."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def span(part: dict[str, Any]) -> str:
-    """From low to high."""
-    low, high = show(part["low"]), show(part["high"])
-    return low if low == high else f"{low} to {high}"

@@ -156,6 +156,6 @@ def last_words(prompt: str | list[dict[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else reply_text(prompt[-1])
 
 
-def clip(text: str) -> str:
+def clip(text: str, width: int = WIDTH) -> str:
     """The end of a long text."""
-    return text if len(text) <= WIDTH else "..." + text[-WIDTH:]
+    return text if len(text) <= width else "..." + text[-width:]

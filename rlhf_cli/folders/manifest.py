@@ -78,6 +78,7 @@ def _places(content: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, 
         "template",
         "chat_args",
         "metrics",
+        "undefined",
     ):  # an evaluation's figures stand under the paths of policies
         if key in content:
             changed[key] = change(content[key])

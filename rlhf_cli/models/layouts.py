@@ -25,6 +25,7 @@ from rlhf_cli.models.decoder import (
     unwrap,
 )
 from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 
 SAME = 1e-4  # share of the norm that rounding in float32 may make
@@ -51,11 +52,18 @@ def layout_of(model: nn.Module, hardware: Hardware) -> Layout:
         return PADDED
     base = unwrap(_lender(model))
     if not hasattr(base, "row_layout"):
-        base.row_layout, why = found_layout(model)
+        base.row_layout, why = layout_of_all(*found_layout(model))
         if why:
             say(f"note: {why}")
     found: Layout = base.row_layout
     return found & Layout(packed=True, shared=hardware.share_prompts)
+
+
+def layout_of_all(found: Layout, why: str) -> tuple[Layout, str]:
+    """What the ranks have all found to be right: one may have lacked the memory to try it."""
+    ways = [PADDED, PACKED, SHARED]
+    least, why = min(world().from_all((ways.index(found), why)))
+    return ways[least], why
 
 
 def found_layout(model: nn.Module) -> tuple[Layout, str]:

@@ -10,12 +10,14 @@ from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.evaluation.samples import show_samples
+from rlhf_cli.objectives.estimates import clustered_stderr
 from rlhf_cli.online.alarms import Alarms
 from rlhf_cli.online.experience import Experience, measure
 from rlhf_cli.online.roles import Roles
 from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.metrics import Clock
+from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.session import Session
 from rlhf_cli.training.loss_term import Metrics
@@ -45,6 +47,22 @@ def in_short(metrics: Metrics) -> str:
     """An iteration in a few words."""
     kl = f"  KL {metrics['kl']:.2f}" if "kl" in metrics else ""
     return f"reward {metrics['reward']:.3f}{kl}"
+
+
+def mean_and_error(name: str, values: Tensor, rollouts: Sequence[Rollout]) -> Metrics:
+    """The mean of the values that are numbers and, as NAME_stderr, its error clustered by prompt.
+
+    Args:
+        values: (B,), one of each rollout.
+    """
+    known = ~values.isnan()
+    prompts = [
+        str(rollout.row.prompt)
+        for rollout, kept in zip(rollouts, known.tolist(), strict=True)
+        if kept
+    ]
+    error = clustered_stderr(values[known], prompts)
+    return {name: values.nanmean().item(), f"{name}_stderr": error}
 
 
 class Monitor:
@@ -148,12 +166,12 @@ class Monitor:
         assert experience.kls is not None
         lengths = [len(rollout.tokens.response) for rollout in rollouts]
         metrics = {
-            "eval/reward": experience.rewards.total.nanmean().item(),
+            **mean_and_error("eval/reward", experience.rewards.total, rollouts),
             "eval/kl": experience.kls.mean().item(),
             "eval/length": sum(lengths) / len(lengths),
         }
         if self._roles.gold is not None:
-            metrics["eval/gold"] = self._roles.gold.score(rollouts).total.nanmean().item()
+            metrics |= mean_and_error("eval/gold", self._roles.gold.score(rollouts).total, rollouts)
         return metrics
 
     def ending(self) -> dict[str, Any]:
@@ -184,10 +202,15 @@ class Monitor:
         sampling, seed = Sampling(cfg.algo.sampled_tokens, cfg.algo.temperature), cfg.seed
         policy.engine.update(policy.model)
         rollouts = policy.engine.sample(prompts, sampling, seed=derived_seed(seed, "written"))
-        measured = measure(rollouts, self._roles, cfg, cfg.algo.temperature).metrics(0.0)
+        experience = measure(rollouts, self._roles, cfg, cfg.algo.temperature)
+        measured = experience.metrics(0.0)
+        errors = mean_and_error("reward", experience.rewards.total, rollouts)
+        if experience.kls is not None:
+            errors |= mean_and_error("kl", experience.kls, rollouts)
         metrics = self.written.kept or self.metrics
         kept = ("kept_step", *names, *(name for name in metrics if name.startswith("eval/")))
         return {
             **{name: measured[name] for name in WRITTEN},
+            **{name: value for name, value in errors.items() if name.endswith("_stderr")},
             **{name: metrics[name] for name in kept if name in metrics},
         }

@@ -45,6 +45,15 @@ class Cause:
     log: str = ""
     told: bool = True
 
+    def shows_log(self) -> bool:
+        """Whether more may be known by what the rank said before than by its line."""
+        return bool(self.log) and (self.again or os.environ.get("RLHF_TRACEBACK") == "1")
+
+    def named(self) -> str:
+        """The line with the rank, but of rank 0: it speaks for all."""
+        line = f"rank {self.rank}: {self.line}" if self.told and self.rank else self.line
+        return f"{line} (what it said before: {self.log})" if self.shows_log() else line
+
 
 def is_echo(error: BaseException) -> bool:
     """Whether an exception of torch's says that another process is gone or does not answer."""

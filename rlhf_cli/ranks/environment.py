@@ -46,6 +46,11 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(rank, size, local_rank, local_size)
 
 
+def has_keeper(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the process that started this one keeps it: an elastic agent, ours or torchrun's."""
+    return "TORCHELASTIC_RUN_ID" in environment
+
+
 def map_scheduler(environment: MutableMapping[str, str] = os.environ) -> None:
     """Say as torchrun does what srun says to each of several tasks; what is said already stays.
 

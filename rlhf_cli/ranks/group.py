@@ -1,4 +1,8 @@
-"""Several processes through torch.distributed: nccl on GPUs, gloo else."""
+"""Several processes through torch.distributed: nccl for tensors on GPUs, gloo for all others.
+
+What ranks tell each other (flags, JSON, gathered results) lies on the CPU, so that no GPU is waited
+for; gradients are summed where they are.
+"""
 
 import json
 import os
@@ -44,7 +48,7 @@ class Group(World):
     """The ranks of an initialised process group."""
 
     def __init__(self, device: torch.device, watch: Watch | None = None) -> None:
-        """`device`: of this rank, on which sums are made. `watch`: on who comes to them."""
+        """`device`: of this rank, over which models are sharded. `watch`: on who comes to meet."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
@@ -80,7 +84,7 @@ class Group(World):
         waiting = []
         for _, alike in groupby(tensors, lambda tensor: (tensor.dtype, tensor.device)):
             for bucket in _buckets(list(alike)):
-                flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self.device)
+                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
                 waiting.append((dist.all_reduce(flat, async_op=True), flat, bucket))
         for work, flat, bucket in waiting:
             work.wait()
@@ -114,7 +118,7 @@ class Group(World):
     @_meeting
     def any(self, flag: bool) -> bool:
         """One small sum."""
-        total = torch.tensor([float(flag)], device=self.device)
+        total = torch.tensor([float(flag)])
         dist.all_reduce(total)
         return bool(total.item() > 0)
 
@@ -128,13 +132,13 @@ class Group(World):
     def from_main(self, value: Value) -> Value:
         """As JSON too."""
         text = json.dumps(value).encode() if self.is_main else b""
-        size = torch.tensor([len(text)], device=self.device)
+        size = torch.tensor([len(text)])
         dist.broadcast(size, 0)
-        own = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.device)
+        own = torch.zeros(int(size.item()), dtype=torch.uint8)
         if self.is_main:
             own.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         dist.broadcast(own, 0)
-        received: Value = json.loads(bytes(own.cpu().tolist()))
+        received: Value = json.loads(bytes(own.tolist()))
         return received
 
     def main_first(self, work: Callable[[], Value]) -> Value:
@@ -152,7 +156,7 @@ class Group(World):
             self.any(False)
         else:
             with self.watch.meeting(until):
-                dist.all_reduce(torch.zeros(1, device=self.device))
+                dist.all_reduce(torch.zeros(1))
 
     def _agreed_shape(self, tensors: Sequence[Tensor]) -> tuple[torch.dtype, list[int]] | None:
         """Type and further dimensions of what any rank gives; None where none gives anything."""
@@ -167,17 +171,17 @@ class Group(World):
         return None
 
     def _rows(self, own: Tensor) -> list[Tensor]:
-        """The (n,) tensors of all ranks, of any lengths, on the CPU."""
-        size = torch.tensor([len(own)], device=self.device)
+        """The (n,) tensors of all ranks, of any lengths; on the CPU."""
+        size = torch.tensor([len(own)])
         sizes = [torch.empty_like(size) for _ in range(self.size)]
         dist.all_gather(sizes, size)
         counts = [int(each.item()) for each in sizes]
-        padded = torch.zeros(max(counts), dtype=own.dtype, device=self.device)
+        padded = torch.zeros(max(counts), dtype=own.dtype)
         padded[: len(own)] = own
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         if max(counts):
             dist.all_gather(rows, padded)
-        return [row[:count].cpu() for row, count in zip(rows, counts, strict=True)]
+        return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -205,13 +209,13 @@ def join(
     Args:
         device: of this rank.
         seconds: that ranks wait for one that does not come.
-        say: takes a line, of rank 0 that waits.
+        say: takes a line, of the first rank that waits.
         end: ends the process with a line.
 
     Raises:
         RunError: not all ranks came.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     at_most, later = timedelta(seconds=seconds), timedelta(seconds=seconds + GRACE)

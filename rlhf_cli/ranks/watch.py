@@ -22,10 +22,13 @@ from torch.distributed.distributed_c10d import Store
 
 from rlhf_cli.config.errors import PeerLost
 from rlhf_cli.ranks.causes import is_echo
+from rlhf_cli.ranks.environment import has_keeper
 
 PACKAGE = Path(__file__).parents[1]
 PATIENCE = 60.0  # seconds, after which a rank that waits says so
 OFTEN = 5.0  # seconds between two looks
+WORK = 0.2  # seconds of its processor by which a thread shows that it does not only wait
+DISTRIBUTED = os.path.join("torch", "distributed", "")
 TO_HEAR = 3.0  # seconds within which a rank that failed is heard of
 
 
@@ -46,7 +49,7 @@ class Watch(threading.Thread):
         Args:
             store: of this watch alone, for a thread that waits in one keeps others out.
             seconds: that a rank is waited for.
-            say: takes a line, of rank 0 that waits.
+            say: takes a line, of the first rank that waits.
             end: ends the process with a line.
         """
         super().__init__(daemon=True, name="rlhf-cli watch")
@@ -54,8 +57,10 @@ class Watch(threading.Thread):
         self._say, self._end = say, end
         self._count, self._what, self._since = 0, "the start", time.monotonic()
         self._main = threading.get_ident()
+        self._clock = time.pthread_getcpuclockid(self._main)
+        self._idle, self._spent = time.monotonic(), 0.0
         self._done = threading.Event()
-        self._parent = os.getppid()
+        self._keeper = os.getppid() if has_keeper() else None
         self.start()
 
     @contextmanager
@@ -102,44 +107,78 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look around until the end."""
-        told_at = 0
+        told_at = -1
         patience = min(PATIENCE, self.seconds / 2)
         while not self._done.wait(min(OFTEN, patience / 4)):
-            if os.getppid() != self._parent:  # where no signal of the kernel's tells it
+            if (
+                self._keeper is not None and os.getppid() != self._keeper
+            ):  # where no signal of the kernel's tells it
                 os._exit(1)
-            count, what, since = self._count, self._what, self._since
-            waited = time.monotonic() - since
+            count, what = self._count, self._what
+            at_it, stuck = time.monotonic() - self._since, self._stuck_for()
+            missing: dict[int, str] = {}
             try:
-                self._write()
-                missing = self._missing(count) if waited > patience else []
+                self._write(stuck is not None)
+                if (waited := at_it) > patience:
+                    missing = self._missing(count, met=True)
+                if not missing and stuck is not None and (waited := stuck) > patience:
+                    missing = self._missing(count, met=False)
             except RuntimeError:  # the store is gone with its rank, of which others tell
                 continue
             if not missing or count != self._count:
                 continue
-            line = f"waited {waited:.0f} s for {', '.join(missing)} ({what})"
+            line = f"waited {waited:.0f} s for {', '.join(missing.values())} ({what})"
             if waited > self.seconds:
                 self._end(f"{line}; hardware.rank_timeout={self.seconds:.0f} is over")
             elif told_at != count:
                 told_at = count
-                self._say(f"{line}; the run ends after {self.seconds:.0f} s")
+                if self.rank == min(set(range(self.size)) - missing.keys()):
+                    self._say(f"{line}; the run ends after {self.seconds:.0f} s")
 
-    def _write(self) -> None:
-        told = {"count": self._count, "place": place_of(sys._current_frames().get(self._main))}
-        self.store.set(f"rank/{self.rank}", json.dumps({**told, "at": time.time()}))
+    def _stuck_for(self) -> float | None:
+        """Seconds for which the main thread has done nothing in a collective of torch's, such as
+        those of sharded weights, which are no meetings; None where it is in none.
+        """
+        spent = time.clock_gettime(self._clock)
+        inside = is_in_collective(sys._current_frames().get(self._main))
+        if not inside or spent - self._spent > WORK:
+            self._spent, self._idle = spent, time.monotonic()
+        return time.monotonic() - self._idle if inside else None
 
-    def _missing(self, count: int) -> list[str]:
-        """The ranks that have met less often, with where they are."""
-        missing = []
+    def _write(self, inside: bool) -> None:
+        place = place_of(sys._current_frames().get(self._main))
+        told = {"count": self._count, "place": place, "inside": inside, "at": time.time()}
+        self.store.set(f"rank/{self.rank}", json.dumps(told))
+
+    def _missing(self, count: int, met: bool) -> dict[int, str]:
+        """The ranks that this one waits for, in words that say where they are.
+
+        Args:
+            met: at its meeting of this number: for those that have met less often. Else in a
+                collective that is no meeting: for those that are in none.
+        """
+        missing = {}
         for rank in range(self.size):
             if not self.store.check([f"rank/{rank}"]):
-                missing.append(f"rank {rank}, not heard of")
+                missing[rank] = f"rank {rank}, not heard of"
                 continue
             told = json.loads(self.store.get(f"rank/{rank}"))
-            if told["count"] < count:
+            behind = told["count"] < count
+            elsewhere = told["count"] == count and not told["inside"] and rank != self.rank
+            if behind if met else elsewhere:
                 ago = time.time() - told["at"]
                 silent = f", not heard of for {ago:.0f} s" if ago > 4 * OFTEN else ""
-                missing.append(f"rank {rank}, which is in {told['place']}{silent}")
+                missing[rank] = f"rank {rank}, which is in {told['place']}{silent}"
         return missing
+
+
+def is_in_collective(frame: FrameType | None) -> bool:
+    """Whether a thread is in torch.distributed."""
+    while frame is not None:
+        if DISTRIBUTED in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def place_of(frame: FrameType | None) -> str:

@@ -1,6 +1,6 @@
 """A process that is one of several: what it does otherwise than one that runs alone.
 
-It ends with the process that started it. Only rank 0 speaks: what others write to standard output
+It ends with the agent that started it. Only rank 0 speaks: what others write to standard output
 and error goes to a file. Why a run ended is said by our own agent, which hears it of all ranks, or
 without one, as under torchrun, by the rank that it happened to.
 """
@@ -61,7 +61,8 @@ def become() -> None:
     own = _Self.place = environment.place()
     if own is None:
         return
-    _end_with(os.getppid())
+    if environment.has_keeper():
+        _end_with(os.getppid())
     if file := os.environ.get(STDIN):
         handle = os.open(file, os.O_RDONLY)
         os.dup2(handle, 0)
@@ -88,12 +89,12 @@ def join_others(device: torch.device, seconds: int, say: Callable[[str], None]) 
     Args:
         device: of this rank.
         seconds: that ranks then wait for each other at most.
-        say: takes a line, of rank 0 that waits for another.
+        say: takes a line of rank 0.
     """
-    if environment.place() is not None:
+    if (own := environment.place()) is not None:
         from rlhf_cli.ranks.group import join  # torch.distributed, which one process needs not
 
-        group = join(device, seconds, say, end)
+        group = join(device, seconds, _show if own.rank else say, end)
         _Self.watch = group.watch
         enter(group)
 
@@ -124,7 +125,7 @@ def tell(line: str, status: int, error: BaseException | None = None, again: bool
     _Self.told = True
     rank = _Self.place.rank
     echo = error is not None and (isinstance(error, PeerLost) or is_echo(error))
-    again = again or not (error is None or isinstance(error, (UserError, RunError)))
+    again = again or echo or not (error is None or isinstance(error, (UserError, RunError)))
     cause = Cause(rank, status, line, time.time(), echo, again, _Self.logged)
     if file := os.environ.get(ERROR_FILE):
         with suppress(OSError):
@@ -135,10 +136,10 @@ def tell(line: str, status: int, error: BaseException | None = None, again: bool
         else:
             speaks = _Self.watch.is_first(line, echo)
         if speaks:
-            prefix = f"rank {rank}: " if rank else ""
             kind = "" if status == EXIT_TRY_AGAIN else "error: "
-            with suppress(OSError):
-                os.write(_Self.shown, f"rlhf-cli: {kind}{prefix}{line}\n".encode())
+            _show(f"rlhf-cli: {kind}{cause.named()}")
+        elif _Self.logged:
+            os.unlink(_Self.logged)
     elif rank and error is not None and not echo:
         time.sleep(AFTER_RANK_0)
 
@@ -153,6 +154,12 @@ def end(line: str) -> None:
     """End this rank from any of its threads, as its main thread waits for what never comes."""
     tell(line, 1, again=True)
     os._exit(1)
+
+
+def _show(line: str) -> None:
+    """A line of a rank that else says nothing, on the standard error that it was given."""
+    with suppress(OSError):
+        os.write(_Self.shown, f"{line}\n".encode())
 
 
 def _end_with(parent: int) -> None:

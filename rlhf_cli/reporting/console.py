@@ -5,9 +5,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -18,12 +17,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from rlhf_cli.config.secrets import redacted
-from rlhf_cli.reporting.terminal import obeyed, printable
+from rlhf_cli.reporting.grid import laid_out, show, wrapped
+from rlhf_cli.reporting.terminal import obeyed, printable, width
 
-MAX_UNBROKEN = 24  # characters of a table cell that stay on one line
 PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
 Item = TypeVar("Item")
@@ -87,7 +85,7 @@ class Bar:
         self._progress: Progress | None = None
 
     def __enter__(self) -> "Bar":
-        if console.is_terminal:
+        if console.is_terminal and self.total > 0:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -142,35 +140,14 @@ class Bar:
         return f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
 
 
-MIN_TEXT = 12  # a column of text is never narrower, if it has that much
+def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table as wide as the terminal takes; floats with four digits, None as a dash.
 
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; numbers stand on the right, floats with four digits, None as a dash."""
-    grid = Table(title=seen(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    Args:
+        title: stands above it; "" where its heads say enough.
+    """
     cells = [[printable(redacted(show(value))) for value in row] for row in rows]
-    numeric = [
-        all(row[i].lstrip("-")[:1].isdigit() or row[i] == "-" for row in cells)
-        for i in range(len(columns))
-    ]
-    for i, name in enumerate(columns):
-        short = all(len(row[i]) <= MAX_UNBROKEN for row in cells)
-        justify: Literal["right", "left"] = "right" if numeric[i] else "left"
-        # a number is whole or it is not shown: a cut one is another number
-        widest = max((len(row[i]) for row in cells), default=0)
-        least = widest if numeric[i] else min(widest, MIN_TEXT)
-        grid.add_column(
-            seen(name), justify=justify, overflow="fold", no_wrap=short, min_width=least
-        )
-    for row in cells:
-        grid.add_row(*map(escape, row))
-    console.print(grid, soft_wrap=False)
-
-
-def show(value: object) -> str:
-    """A value as tables show it."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+    names = [printable(redacted(head)) for head in heads]
+    above = wrapped(printable(redacted(title)), width()) if title else []
+    lines = [f"[bold]{escape(line)}[/bold]" for line in above]
+    console.print("\n".join([*lines, *map(escape, laid_out(names, cells, width()))]))

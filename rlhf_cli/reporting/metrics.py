@@ -5,12 +5,30 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.ranks.agreement import by_main, check_alike
 from rlhf_cli.ranks.world import world
+
+NOTHING = "not a number: there was nothing to take it from"
+UNDEFINED = {
+    "stderr": "all rows have one prompt, so nothing tells how it varies",
+    "length_correlation": "scores or lengths do not vary",
+    "longer_chosen": "all pairs are of equal length",
+    "longer_preferred": "all pairs are of equal length",
+    "auc": "all labels are alike",
+    "r2": "the targets do not vary",
+    "correlation": "scores or targets do not vary",
+    "text_loss": "no plain text is held out",
+    "demonstration_loss": "no demonstration is held out",
+    "gain_over_reference": "no prompt has scores of both",
+    "reward": "no response got a score",
+    "gold": "no response got a score",
+    "seconds": "another tool made it, or it does not say",
+}
+"""Why a figure may not be a number, by the end of its name."""
 
 
 class JsonLines:
@@ -92,6 +110,31 @@ class Clock:
         name = f"seconds/{part}"
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def defined(figures: Mapping[str, Any], within: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Figures without those that are no finite number, and by name why each of those is none.
+
+    Args:
+        within: what leads to the names of figures inside others, as `policies/runs/demo/ppo/`.
+    """
+    known: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            known[name], inside = defined(value, f"{within}{name}/")
+            reasons |= inside
+        elif value is None or (isinstance(value, float) and not math.isfinite(value)):
+            infinite = isinstance(value, float) and math.isinf(value)
+            reasons[within + name] = "infinite" if infinite else _why(name)
+        else:
+            known[name] = value
+    return known, reasons
+
+
+def _why(name: str) -> str:
+    last = name.rpartition("/")[2]
+    return next((why for end, why in UNDEFINED.items() if last.endswith(end)), NOTHING)
 
 
 def round_figures(value: Any, digits: int | None = 6) -> Any:

@@ -76,6 +76,22 @@ def obeyed(stream: IO[str]) -> IO[str]:
     return stream.obeyed if isinstance(stream, Shown) else stream
 
 
+def width(default: int = 100) -> int:
+    """Columns of the terminal that somebody reads, or `default` where there is none.
+
+    COLUMNS comes first. A pager reads standard output while the other streams still are the
+    terminal's, and tables may go to a file that is opened in it.
+    """
+    said = os.environ.get("COLUMNS", "")
+    if said.isdigit() and int(said):
+        return int(said)
+    for number in (1, 2, 0):
+        with suppress(OSError):
+            if columns := os.get_terminal_size(number).columns:
+                return columns
+    return default
+
+
 def print_path(path: Path) -> None:
     """A path on stdout, for $(...) byte by byte; shown on a terminal."""
     raw = getattr(sys.stdout, "buffer", None)

@@ -20,6 +20,7 @@ from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import remove, whole_folder
+from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.decoder import embedding_rows
 from rlhf_cli.models.dtypes import name_of, product_type_of
 from rlhf_cli.models.positions import positions_of
@@ -163,7 +164,8 @@ class Served:
             with whole_folder(self._folder_of(self._version)) as folder:
                 save_working(model, folder, product_type_of(model))
 
-        on_main(write)
+        with assembled(model):
+            on_main(write)
 
     def _give(self, model: nn.Module) -> None:
         """Write the model's weights, have the server load them, and prove that it did."""

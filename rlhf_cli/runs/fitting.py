@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlhf_cli.config.schema import VLLM
 from rlhf_cli.runs.memory_estimate import (
     LIBRARIES,
     Unknown,
@@ -48,7 +49,7 @@ def work_lines(cfg: Any, ranks: Ranks) -> list[str]:
         f"{own * longest:,} tokens of each rank, in {batches} micro-batch{'es' * (batches > 1)} of "
         f"up to {tokens:,}"
     ]
-    if cfg.samples_online:
+    if cfg.samples_online and hardware.rollout != VLLM:
         responses = responses_of(cfg)
         lines.append(
             f"an iteration: {responses} responses / {ranks.size} = up to {ranks.share(responses)} "

@@ -185,10 +185,15 @@ def config_text(folder: Path) -> str:
     return "\n".join(line for line in _lines(folder) if not line.startswith("#"))
 
 
+def config_of_run(folder: Path) -> dict[str, Any]:
+    """The config of the run that wrote, or writes, a folder; empty where it cannot be read."""
+    run = run_of(folder)
+    return _config_of(run)[1] if is_claimed(run) else {}
+
+
 def paths_start(folder: Path) -> Path:
     """Where relative paths start in what a folder of ours says that it was made from."""
-    run = run_of(folder)
-    return _base(run, _config_of(run)[1] if is_claimed(run) else {})
+    return _base(run_of(folder), config_of_run(folder))
 
 
 def _lines(folder: Path) -> list[str]:

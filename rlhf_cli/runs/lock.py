@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import Busy, RunError, UserError
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.interrupts import before_the_end
 
@@ -64,7 +64,8 @@ def lock(out: Path) -> None:
     """Take the lock of a folder that exists; a process that has it already keeps it.
 
     Raises:
-        UserError: another process has it, or something else lies where its file belongs.
+        Busy: another process has it.
+        UserError: something else lies where its file belongs.
     """
     folder = out.resolve()
     ours = _held.get(folder)
@@ -80,7 +81,7 @@ def lock(out: Path) -> None:
         except _Taken:
             if time.monotonic() >= until:
                 other = _told(folder) or "another process"
-                raise UserError(f"out={out} is being written by {other}") from None
+                raise Busy(f"out={out} is being written by {other}") from None
             time.sleep(0.02)
     if held is None:
         return

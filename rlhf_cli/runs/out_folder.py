@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import Busy, UserError
 from rlhf_cli.config.own_files import dump
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import as_given, marks
@@ -59,6 +59,7 @@ ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and it
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"
+MODULE = "rlhf_cli"  # as `python -m` names it
 
 
 def state_of(cfg: Run, check_only: bool = False) -> str:
@@ -133,7 +134,7 @@ def _check_place(cfg: Run, out: Path) -> None:
         if Path(whole) in (place, *place.parents):
             raise UserError(f"out={out} holds the {role} that this stage reads; name another out")
     if (other := running(out)) is not None:
-        raise UserError(f"out={out} is being written by {other}")
+        raise Busy(f"out={out} is being written by {other}")
 
 
 def _check_entries(out: Path) -> None:
@@ -260,8 +261,8 @@ def claim(cfg: Run, provenance: Provenance) -> None:
         provenance: what the run is made from, as it was before anything was read.
 
     Raises:
-        UserError: another process writes it or has finished it meanwhile, or what was read has
-            changed meanwhile.
+        Busy: another process writes it or has finished it meanwhile, or what was read has changed
+            meanwhile.
     """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +272,7 @@ def claim(cfg: Run, provenance: Provenance) -> None:
     if state == FINISHED or changed:
         unlock(out)
         fault = f"was to be made from a {changed}" if changed else "was finished by another run"
-        raise UserError(f"out={out} {fault} meanwhile; run the same command again")
+        raise Busy(f"out={out} {fault} meanwhile; run the same command again")
     if state == FREE:
         # stage.json first, so that no part of a model looks whole; then, at a stroke, all that a
         # run would go on from; config.yaml is replaced last
@@ -302,7 +303,10 @@ def holds(file: Path, record: dict[str, Any]) -> bool:
 
 def command_line() -> str | None:
     """The command as it was typed (Hydra rewrites sys.argv); None where Python called a stage."""
-    script, *words = sys.orig_argv[1:] or [""]
+    typed = sys.orig_argv[1:]
+    if MODULE in typed:  # python -m rlhf_cli, which is how a rank is started
+        return shlex.join(["rlhf-cli", *typed[typed.index(MODULE) + 1 :]])
+    script, *words = typed or [""]
     return shlex.join(["rlhf-cli", *words]) if Path(script).name == "rlhf-cli" else None
 
 

@@ -17,6 +17,7 @@ from rlhf_cli.ranks.agreement import together
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import STDIN as PIPED
 from rlhf_cli.ranks.world import world
+from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import (
@@ -34,6 +35,7 @@ from rlhf_cli.runs.config_diff import flatten
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory
+from rlhf_cli.runs.memory_estimate import written as in_bytes
 from rlhf_cli.runs.out_folder import (
     FINISHED,
     FREE,
@@ -43,10 +45,13 @@ from rlhf_cli.runs.out_folder import (
     state_of,
     what_is_kept,
 )
-from rlhf_cli.runs.provenance import Provenance, provenance_of
+from rlhf_cli.runs.provenance import Provenance, models_read, provenance_of, size_of_parents
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
 from rlhf_cli.runs.sharing import Ranks
+
+HEAVY = 4 * 2**30  # bytes that take seconds to hash
+NAMED = 4  # models in the line on what is loaded
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Plan:
     provenance: what the run is made from, as it was before rows were read; None of a check.
     doing, counted, code, memory: lines on the stage and its folder, on rows, on code that may run,
         on each part of the memory.
+    loading: a line on what is loaded next, which takes seconds.
     parameters: of the model that the stage starts from; infinite where that is not known.
     sums: lines on rewards, batches, learning rates and products.
     """
@@ -70,6 +76,7 @@ class Plan:
     code: list[str] = field(default_factory=list)
     sums: list[str] = field(default_factory=list)
     memory: list[str] = field(default_factory=list)
+    loading: str = "loading PyTorch"
     parameters: float = 0.0
 
     def lines(self) -> list[str]:
@@ -80,9 +87,15 @@ class Plan:
             *(*self.code, *self.sums, *self.memory),
         ]
 
+    def at_once(self) -> list[str]:
+        """What is said before torch is imported; asked once more, nothing."""
+        lines = [*self.doing, self.loading] if self.doing else []
+        self.doing = []
+        return lines
+
     def at_start(self) -> list[str]:
         """What a stage says as it starts; it counts the rows itself, once they are tokens."""
-        return [*self.doing, *self.sums, *self.memory[-1:]]
+        return [*self.sums, *self.memory[-1:]]
 
 
 def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) -> Plan:
@@ -107,6 +120,8 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         )
     decides = world().is_main if own is None else own.rank == 0
     taken = [*inherit(cfg), *choose_rates(cfg)]
+    if not check_only and (size := size_of_parents(cfg)) > HEAVY:
+        say(f"reading {in_bytes(size)} of weights, by whose hash stage.json names them")
     state = state_of(cfg, check_only) if decides else FREE  # what rank 0 finds counts: see `agree`
     rows = Rows(cfg.data)
     emptied = state == FREE and is_claimed(out)
@@ -143,8 +158,16 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))), ranks=ranks)
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),
+        loading=loading_line(cfg),
         parameters=math.inf if parameters is None else parameters,
     )
+
+
+def loading_line(cfg: Run) -> str:
+    """What is loaded before the first step, in a line."""
+    models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
+    more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
+    return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"
 
 
 def agree(cfg: Run, plan: Plan) -> None:

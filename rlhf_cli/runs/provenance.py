@@ -23,6 +23,7 @@ from rlhf_cli.folders.manifest import (
     read_manifest,
     text_hash,
     tokenizer_hash,
+    weight_files,
 )
 from rlhf_cli.rewards.specs import files_of, models_of
 
@@ -64,6 +65,12 @@ def parents_of(cfg: Run) -> dict[str, str]:
         for role, path in models_read(cfg).items()
         if Path(path).is_dir() and role.partition("[")[0] != "gold"
     }
+
+
+def size_of_parents(cfg: Run) -> int:
+    """Bytes of weights that `provenance_of` hashes, without the bases of adapters."""
+    files = (file for path in set(parents_of(cfg).values()) for file in weight_files(Path(path)))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def baselines_of(cfg: Any) -> list[str]:

@@ -49,8 +49,8 @@ from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
-from rlhf_cli.reporting.console import Bar, say, table
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.metrics import JsonLines, defined, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
@@ -71,6 +71,7 @@ from rlhf_cli.runs.out_folder import (
 from rlhf_cli.runs.preflight import Plan, agree, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.runs.same_weights import require_same
+from rlhf_cli.runs.summary import last_lines
 from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
@@ -383,13 +384,9 @@ class Session:
         merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
         with assembled(model, adapter_alone=not merge):
             identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
-        scale = {f"reward/{name}": value for name, value in more.get("reward", {}).items()}
-        times = {"seconds": self.seconds(), "seconds of saving": self.saving}
-        shown = {**metrics, **scale, **self.checks, **times}
         if self.stream is not None:
             for line in self.stream.notes():
                 say(f"of the rows that were streamed: {line}")
-        table(f"{stage_name(self.cfg)}: summary", ["", "value"], shown.items())
         return self.finish(kind, metrics, **identity, **more)
 
     def _write_model(
@@ -425,10 +422,24 @@ class Session:
             },
         }
 
-    def finish(self, kind: str, metrics: dict[str, Any], **more: Any) -> Path:
-        """Publish what is staged, with stage.json last."""
-        by_main(lambda: self._publish(kind, metrics, more))
-        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s")
+    def finish(
+        self, kind: str, metrics: dict[str, Any], told: str | None = None, **more: Any
+    ) -> Path:
+        """Publish what is staged, with stage.json last, and say how it went.
+
+        Args:
+            told: a sentence on that, where summary.py does not know one.
+            more: further entries of stage.json.
+        """
+        known, reasons = defined(metrics)
+        if reasons:
+            more["undefined"] = reasons
+        by_main(lambda: self._publish(kind, known, more))
+        rows = self.logs[0].rows() if self.logs and world().is_main else []
+        for line in last_lines(self.cfg, known, rows, told):
+            say(line)
+        saving = f", {self.saving:.1f} s of it saving" if self.saving >= 1 else ""
+        say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s{saving}")
         return self.out
 
     def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
@@ -500,7 +511,7 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         by_main(lambda: tidy(Path(cfg.out)))
         say(f"{cfg.out}: already finished; nothing to do")
         return None
-    for line in plan.code:
+    for line in [*plan.at_once(), *plan.code]:
         say(line)
     set_threads(cfg.hardware.threads, plan.parameters)
     torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it

@@ -115,7 +115,6 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     session.settle(policy.model)
     rewards = implicit_rewards(objective.logprobs(held_out), held_out, algo)
     judgement = judging.judge([item.answers for item in held_out], rewards)
-    report.show_judgement("implicit rewards of held-out rows", judgement)
     final = {**judging.figures(judgement), **evaluate()}  # eval/loss is the objective's
     reference.check_unchanged(session)
     title = f"{cfg.out}, held-out rows"

@@ -22,6 +22,7 @@ from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.evaluation import judging
 from rlhf_cli.evaluation.bench import Bench, samples_at
 from rlhf_cli.evaluation.choices import by_chance, right_answers
 from rlhf_cli.evaluation.contest import REFERENCES, Contest
@@ -39,7 +40,7 @@ from rlhf_cli.evaluation.figures import (
 from rlhf_cli.evaluation.frontier import frontier_of
 from rlhf_cli.evaluation.judge_asks import asked_text, identity_of, judge_of
 from rlhf_cli.evaluation.pair_judge import Text, cost_of, judged_report
-from rlhf_cli.evaluation.report import show_judgement, show_report, write_report
+from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
 from rlhf_cli.evaluation.text_health import text_figures
 from rlhf_cli.folders.manifest import read_manifest
@@ -56,6 +57,7 @@ from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import siblings_of
 from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.summary import of_scores
 
 
 def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
@@ -71,9 +73,9 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     by_main(lambda: write_report(staging(session.out), cfg, report, found.lines))
     show_report(cfg, report)
     if bench.judgement is not None and bench.scorer is not None:
-        show_judgement(f"{bench.scorer.path} on held-out rows", bench.judgement)
+        say(of_scores(judging.figures(bench.judgement), f"scores of {bench.scorer.path}"))
     shown = {name: report[name] for name in ("policies", "win_rates", "ratings")}
-    return session.finish("report", shown)
+    return session.finish("report", shown, verdict(cfg, report["policies"]))
 
 
 def judge_policies(session: Session, found: "Findings") -> Bench:

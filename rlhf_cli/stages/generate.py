@@ -37,6 +37,7 @@ from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 
 AT_ONCE = 2048  # prompts whose responses are in memory; of like length among them sampled together
+WIDEST = 70  # characters of a text in the table at the end
 
 
 def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
@@ -100,7 +101,8 @@ class Written:
             row = generated_row(rollout, i % samples, reward, parts_at(parts, i))
             self._file.append(row, digits=None)  # of the row's own columns nothing is rounded
             if self._count < SHOWN:
-                texts = clip(last_words(rollout.row.prompt)), clip(rollout.text)
+                prompt = last_words(rollout.row.prompt)
+                texts = clip(prompt, WIDEST), clip(rollout.text, WIDEST)
                 self._first.append((*texts, rollout.finish_reason, reward))
             self._count += 1
         self._rewards += [reward for reward in rewards if reward is not None]

@@ -40,7 +40,7 @@ from rlhf_cli.evaluation.judging import (
     with_order_reversed,
     with_prompts_exchanged,
 )
-from rlhf_cli.evaluation.report import show_judgement, write_judgement
+from rlhf_cli.evaluation.report import write_judgement
 from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.forward import on_grid, response_scores, token_scores
@@ -105,7 +105,6 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     scorer.eval()
     report = final_report(objective, held_out, algo)
     statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())
-    show_judgement("held-out rows", report)
     head = {
         "name": head_name(unwrap(scorer)),
         "loss": algo.loss,

@@ -35,7 +35,8 @@ from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
-from rlhf_cli.reporting.console import Bar, show
+from rlhf_cli.reporting.console import Bar
+from rlhf_cli.reporting.grid import show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.encoders import new_tokenizer

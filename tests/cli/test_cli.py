@@ -1,5 +1,6 @@
 """The console script, in a subprocess: help, ls, cp, env, completion, --check, sweeps, statuses."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands import cp
+from rlhf_cli.commands.help import CHANGED, stage_help
 from rlhf_cli.commands.ls import _options
+from rlhf_cli.commands.stage import parse
 from rlhf_cli.config import catalog
+from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
 from tests.conftest import Cli
 
@@ -29,7 +33,7 @@ def test_the_overview_names_every_stage(words: tuple[str, ...], cli: Cli) -> Non
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_help_shows_every_key_with_value_and_meaning(stage: str, cli: Cli) -> None:
-    done = cli(stage, "--help", COLUMNS="120")
+    done = cli(stage, "--help", "all", COLUMNS="120")
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 120
     flat = " ".join(done.stdout.split())
@@ -41,14 +45,67 @@ def test_stage_help_shows_every_key_with_value_and_meaning(stage: str, cli: Cli)
 
 
 def test_stage_help_follows_options_and_values(cli: Cli) -> None:
-    text = cli("ppo", "algo=ppo_adaptive", "algo.lam=0.9", "--help").stdout
+    text = cli("ppo", "algo=ppo_adaptive", "algo.lam=0.9", "--help", "all").stdout
     assert "algo.kl_controller=ziegler" in text
     assert "algo.lam=0.9" in text
 
 
 def test_stage_help_is_readable_in_a_narrow_terminal(cli: Cli) -> None:
-    text = cli("ppo", "--help", COLUMNS="50").stdout
+    text = cli("ppo", "--help", "all", COLUMNS="50").stdout
     assert "Weight of the entropy bonus." in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_short_help_shows_what_people_change(stage: str) -> None:
+    lines = stage_help(stage, ["seed=7"], catalog.config_dirs()).splitlines()
+    assert len(lines) <= 64 and "  seed=7" in "\n".join(lines)
+    shown = [line.split("=")[0].strip() for line in lines if "=" in line]
+    assert set(shown) & set(catalog.keys(stage)) >= {"name", "out", "seed", "data.path"}
+    assert lines[-1].endswith(f"more keys, and all of each: rlhf-cli {stage} --help all")
+
+
+def test_what_people_change_are_keys() -> None:
+    known = {key for stage in STAGES for key in catalog.keys(stage)}
+    assert set(CHANGED) <= known and len(set(CHANGED)) == len(CHANGED)
+
+
+def test_help_on_a_key_or_a_group() -> None:
+    def about(word: str) -> str:
+        return stage_help("ppo", ["algo.kl_coef=0.7"], catalog.config_dirs(), about=word)
+
+    told = about("algo.kl_coef")
+    assert told.startswith("  algo.kl_coef=0.7  number >= 0  ") and "algo=ppo_ptx " in told
+    assert about("kl_coef") == told
+    group = about("hardware").splitlines()
+    assert sum(line.startswith("  hardware.") for line in group) == len(
+        catalog.group_keys("ppo", "hardware")
+    )
+    with pytest.raises(UserError, match="ppo has no key klcoef; did you mean kl_coef"):
+        about("klcoef")
+
+
+def test_an_override_may_stand_behind_help() -> None:
+    flags = parse("ppo", ["--help", "algo=ppo_ptx", "seed=1"])
+    assert (flags.help, sorted(flags.overrides)) == ("", ["algo=ppo_ptx", "seed=1"])
+    assert parse("ppo", ["seed=1", "-h", "algo.lr"]).help == "algo.lr"
+    assert parse("ppo", ["seed=1"]).help is None
+
+
+def test_help_in_a_pipe_is_as_wide_as_the_environment_says(cli: Cli) -> None:
+    narrow, wide = (
+        max(map(len, cli("sft", "--help", COLUMNS=columns).stdout.splitlines()))
+        for columns in ("60", "120")
+    )
+    assert narrow <= 60 < wide <= 120
+
+
+@pytest.mark.parametrize(
+    "words", ["ls", "ls runs", "cp", "env", "completion", "compare", "data", "export"]
+)
+def test_every_command_has_help(words: str, cli: Cli) -> None:
+    done = cli(*words.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"rlhf-cli {words.split()[0]}" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -298,7 +355,8 @@ def run(cfg, plan):
 def preflight(cfg, check_only):
     if cfg.seed == 13:
         raise UserError("seed 13 is unlucky")
-    return types.SimpleNamespace(state="free", lines=lambda: [f"would write {{cfg.out}}"])
+    lines = [f"would write {{cfg.out}}"]
+    return types.SimpleNamespace(state="free", lines=lambda: lines, at_once=lambda: [])
 
 for name, function in {{"stages.ppo": run, "runs.preflight": preflight}}.items():
     module = types.ModuleType(f"rlhf_cli.{{name}}")
@@ -370,8 +428,33 @@ def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> Non
     jobs = ("0.1_algo=ppo", "0.1_algo=ppo_ptx", "0.2_algo=ppo", "0.2_algo=ppo_ptx")
     assert done.stdout.splitlines() == [f"runs/demo/ppo/kl_coef={job}" for job in jobs]
     assert (tmp_path / "runs/demo/ppo/multirun.yaml").is_file()
-    assert "Launching 4 jobs" in done.stderr
+    assert done.stderr.splitlines()[:2] == [
+        "sweep: 4 jobs in runs/demo/ppo; then rlhf-cli compare runs/demo/ppo",
+        f"job 0: runs/demo/ppo/kl_coef={jobs[0]}",
+    ]
+    assert "HYDRA" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_check_as_json(cli: Cli) -> None:
+    done = cli("sft", "--check", "--json", "seed=4")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert {key: found[key] for key in ("stage", "out", "state", "parameters")} == {
+        "stage": "sft",
+        "out": "runs/demo/sft",
+        "state": "free",
+        "parameters": None,  # it is built from scratch
+    }
+    assert found["peak_bytes"] > 2**20
+    assert found["memory"][-1].startswith("predicted peak memory: ")
+    jobs = json.loads(cli("sft", "--check", "--json", "-m", "seed=1,2").stdout)
+    assert [(job["job"], job["swept"], job["out"]) for job in jobs] == [
+        (0, "seed=1", "runs/demo/sft/seed=1"),
+        (1, "seed=2", "runs/demo/sft/seed=2"),
+    ]
+    wrong = cli("sft", "--check", "--json", "algo.epochs=0")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "algo.epochs" in wrong.stderr
 
 
 def test_a_sweep_can_be_checked(stand_in: Run, tmp_path: Path) -> None:

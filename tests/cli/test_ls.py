@@ -137,6 +137,32 @@ def test_a_narrow_terminal_gets_lines_that_fit(chain: None, cli: Cli) -> None:
     assert "reward 0.5, eval/gold -2, seed 3; reward: runs/demo/reward" in flat
 
 
+def test_runs_as_json(chain: None, cli: Cli) -> None:
+    done = cli("ls", "runs", "--json", TZ="UTC")
+    assert (done.returncode, done.stderr) == (0, "")
+    runs = {each["folder"]: each for each in json.loads(done.stdout)}
+    ppo = runs["runs/demo/ppo"]
+    assert {key: ppo[key] for key in ("under", "stage", "algo", "state", "seed", "seconds")} == {
+        "under": "runs/demo/sft",
+        "stage": "ppo",
+        "algo": "ppo_ptx",
+        "state": "finished",
+        "seed": 3,
+        "seconds": 3725,
+    }
+    assert ppo["metrics"] == {"reward": 0.5, "eval/gold": -2.0}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", ppo["ended"])
+    sources = [(each["role"], each["fault"]) for each in ppo["sources"]]
+    assert sources == [("policy", None), ("reward", None)]
+    assert runs["runs/demo/sft"]["under"] is None
+
+
+def test_no_runs_as_json(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    assert cli("ls", "runs", "--json").stdout == "[]\n"
+    assert cli("ls", "runs", "--jsn").returncode == 2
+
+
 def test_folders_are_read_wherever_one_stands(chain: None, cli: Cli, tmp_path: Path) -> None:
     """Paths in stage.json start where the stage ran, which its `out` tells."""
     (tmp_path / "elsewhere").mkdir()

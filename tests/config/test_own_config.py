@@ -86,7 +86,7 @@ def test_a_file_that_is_not_there() -> None:
 
 def test_help_and_sweeps_read_the_file(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("name: 1.10\nalgo.lr: 3e-5\n")
-    shown = cli("sft", "--config", "my.yaml", "--help").stdout
+    shown = cli("sft", "--config", "my.yaml", "--help", "all").stdout
     assert " name=1.10 " in shown and " algo.lr=3e-5 " in shown
     done = cli("sft", "-m", "--config", "my.yaml", "seed=1,2", "--check")
     assert "out: runs/1.10/sft/seed=2 (free)" in done.stderr, done.stderr

@@ -26,6 +26,8 @@ from rlhf_cli.data.store import Items, Joined
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.survey import surveyed
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.ranks.world import world
+from tests.ranks import on_ranks
 from tests.toys import bpe, data_of
 
 
@@ -143,6 +145,33 @@ def test_a_bad_row_leaves_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"r\.jsonl:51"):
         made(data, Preference)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def by_ranks(path: str, caches: list[str]) -> tuple[str, list[Any], bool]:
+    """An error, what a rank has of the rows, and whether it has tokenised them itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "SMALL", 100)
+        world().local_rank = 0 if len(set(caches)) > 1 else world().rank
+        try:
+            dataset = made(data_of(path=path, cache=caches[world().rank]), Preference)
+        except UserError as error:
+            return str(error), [], False
+    items = [[item.prompt, item.responses] for item in [*dataset.train, *dataset.held_out]]
+    return "", items, "tokens: read from" not in dataset.notes[-1]
+
+
+def test_ranks_tokenise_once_for_all_that_see_it(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "r.jsonl", pairs(50)), str(tmp_path / "cache")
+    first, second = on_ranks(2, by_ranks, path, [cache] * 2)
+    assert len(first[1]) == 50 and first[1] == second[1]
+    assert (first[2], second[2]) == (True, False)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    own = [str(tmp_path / name) for name in "ab"]  # two machines without a common disk
+    for each in on_ranks(2, by_ranks, path, own):
+        assert each == ("", first[1], True)
+    path = write(tmp_path / "bad.jsonl", [*pairs(50), {"prompt": "", "chosen": "a"}])
+    for fault, _, _ in on_ranks(2, by_ranks, path, [cache] * 2):
+        assert "bad.jsonl:51" in fault
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import SHORT, completion, cp, data, export, ls, slurm, stage, sweeps
+from rlhf_cli.commands import SHORT, compare, completion, cp, data, export, ls, slurm, stage, sweeps
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
@@ -66,6 +66,8 @@ def try_command(words: list[str]) -> None:
         composed(order.stage, tuple(overrides), order.config_dir, order.config)
     elif SHORT.get(first, first) == "export":
         export.parse(rest)
+    elif first == "compare":
+        compare.parse(rest)
     elif first == "cp":
         cp.run(rest)
     elif first == "completion":

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.rollout.native import NativeEngine
 from tests.tiny import DATA
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -103,6 +104,31 @@ def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
         evaluated(tmp_path / "no", *words)
     with pytest.raises(UserError, match="few_shot is not used by prompted=null"):
         evaluated(tmp_path / "no", "few_shot=2")
+
+
+def test_responses_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = f"responses_cache={tmp_path}/cache"
+    first = evaluated(tmp_path / "a", "baselines=[runs/demo/adapter]", cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    asked: list[int] = []
+    sample = NativeEngine.sample
+
+    def counting(self: NativeEngine, prompts: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        return sample(self, prompts, *args, **more)
+
+    monkeypatch.setattr(NativeEngine, "sample", counting)
+    again = evaluated(tmp_path / "b", "baselines=[runs/demo/adapter]", cache, "gold=length:2")
+    assert not asked
+    for name, figures in first["policies"].items():
+        for each in ("reward", "kl", "entropy", "text", "length"):
+            assert again["policies"][name][each] == figures[each], each
+    evaluated(tmp_path / "c", "baselines=[]", cache, "algo.top_k=3")
+    assert asked == [5]
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text(file.read_text()[:-9])  # damaged: it is sampled anew
+    assert evaluated(tmp_path / "d", "baselines=[]", cache)["policies"]
+    assert asked == [5, 5]
 
 
 def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:

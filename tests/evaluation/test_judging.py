@@ -14,14 +14,14 @@ from rlhf_cli.evaluation.judging import (
     JudgedRanking,
     accuracy,
     calibration_of,
+    figures,
     label_report,
     pair_report,
     pairs_of_rankings,
     ranking_report,
     regression_report,
 )
-from rlhf_cli.evaluation.report import show_judgement
-from rlhf_cli.reporting.console import console
+from rlhf_cli.runs.summary import of_scores
 
 PAIRS = JudgedPairs(
     chosen=torch.tensor([2.0, 1.0, 0.0, 3.0]),
@@ -271,12 +271,15 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_reports_are_json_and_can_be_shown(name: str) -> None:
+def test_reports_are_json_and_can_be_said(name: str) -> None:
     report: dict[str, Any] = REPORTS[name]
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    with console.capture() as shown:
-        show_judgement("runs/[red]", report)
-    assert shown.get().startswith("runs/[red]: ")
+    assert of_scores(figures(report), "scores").startswith("scores " * (name != "nothing ranked"))
+
+
+def test_what_is_undefined_is_no_number() -> None:
+    found = figures(REPORTS["no numbers"])
+    assert math.isnan(found["eval/loss"]) and "eval/by_group" not in found
 
 
 def test_a_calibration_is_read_back_to_be_drawn() -> None:
@@ -289,11 +292,14 @@ def test_a_calibration_is_read_back_to_be_drawn() -> None:
     assert math.isnan(calibration_of(nothing).error)
 
 
-def test_what_is_shown_of_pairs() -> None:
-    with console.capture() as shown:
-        show_judgement("scorer", REPORTS["pairs"])
-    lines = shown.get().splitlines()
-    assert lines[0].startswith("scorer: 4 pairs, 3 prompts; accuracy 0.625 ± 0.193 (95% ")
-    rows = [line.split() for line in lines]
-    assert ["row", "margin", "1", "1.000"] in [row[:4] for row in rows]
-    assert ["rule", "longer", "is", "better", "0.375", "-", "4"] in rows
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pairs", "right on 0.62 ± 0.19 of 4 held-out pairs, a coin on 0.5: too few rows"),
+        ("rankings", "order 1 held-out rankings with a Kendall tau of "),
+        ("labels", "right on 0.38 ± 0.21 of 4 held-out labels, the more frequent label on 0.5"),
+        ("numbers", "miss 4 held-out targets by a squared error of "),
+    ],
+)
+def test_what_is_said_of_scores(name: str, said: str) -> None:
+    assert said in of_scores(figures(REPORTS[name]), "scores")

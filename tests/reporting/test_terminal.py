@@ -49,6 +49,15 @@ def test_lines_tables_and_bars_show_them(capsys: pytest.CaptureFixture[str]) -> 
     assert said.replace("\n", "").count(r"\x1b]52;c") >= 4, said
 
 
+def test_a_bar_over_nothing_is_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.console, "_force_terminal", True)
+    with console.Bar("reference log-probs", 0):
+        pass
+    assert capsys.readouterr().err == ""
+
+
 def rows(file: Path, prompts: list[str]) -> None:
     file.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
 

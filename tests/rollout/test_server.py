@@ -1,6 +1,7 @@
 """Sampling from a vLLM server: what is asked, in which order weights go, and what is found out."""
 
 import copy
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,10 +223,12 @@ def test_an_adapter_is_merged_and_the_policy_stays(
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.3)
+    settings = model.generation_config
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     engine, greedy = engine_of(adapted, url, tmp_path / "w"), Sampling(6, temperature=0.0)
     native = NativeEngine(adapted, encoder_of(), hardware_of())
     assert fields(drawn(engine, greedy)) == fields(drawn(native, greedy))
+    assert model.generation_config is settings
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 
 
@@ -323,10 +326,13 @@ def test_others_are_given_up_with_the_first_that_fails(
     model: Any, stub: Stub, url: str, tmp_path: Path
 ) -> None:
     """A run does not wait for what it will not use."""
-    stub.faults = {"/v1/completions": [None, None, 400, *["hang"] * 11]}
+    stub.faults = {"/v1/completions": [None, None, *["hang"] * 11, 400]}
+    stub.hangs = 60.0
     engine = engine_of(model, url, tmp_path / "w", rollout_timeout=60.0)
+    began = time.monotonic()
     with pytest.raises(RunError, match="fault 400"):
         drawn(engine)
+    assert time.monotonic() - began < 30
 
 
 def test_a_server_started_anew_gets_the_weights_again(

@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
+from tests.conftest import Cli
 from tests.tiny import words_of
 
 HOLD = """
@@ -49,6 +50,19 @@ def test_the_lock_does_not_go_with_its_file(tmp_path: Path) -> None:
     check_lock(tmp_path)
     unlock(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_writer_is_told_to_try_again(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "out").mkdir()
+    other = holding(tmp_path / "out")
+    try:
+        done = cli("sft", "out=out")
+    finally:
+        other.kill()
+        other.communicate()
+    assert done.returncode == 75  # EX_TEMPFAIL, upon which queues and loops wait
+    assert done.stderr.startswith("rlhf-cli: error: out=out is being written by process ")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
 def replaced(out: Path) -> None:
@@ -141,5 +155,5 @@ def test_a_second_run_is_refused_though_the_file_was_removed(tmp_path: Path) -> 
         second = subprocess.run(words, capture_output=True, text=True)
         first.send_signal(signal.SIGCONT)
         assert first.wait() == 0
-    assert second.returncode == 2 and "is being written by another process" in second.stderr
+    assert second.returncode == 75 and "is being written by another process" in second.stderr
     assert log.read_bytes().count(b"\n") == 60

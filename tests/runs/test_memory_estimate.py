@@ -1,5 +1,6 @@
 """The predicted memory against what models, graphs and caches really hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,8 @@ def test_parts_of_a_run_by_hand(folder: Path) -> None:
     assert update["activations of 64 tokens"] == 2 * 4 * 64 * 4 * block
     assert update["logits of 16 positions"] == 4 * 16 * len(TOKENIZER)
     assert rollout["keys and values of 100 sampled tokens"] == 2 * 4 * 100 * 8 * 4
+    elsewhere = replace(cfg, hardware=replace(cfg.hardware, rollout="vllm"))
+    assert parts_of(elsewhere) == (always, update, {}), "a server has memory of its own"
     lines = predicted_memory(cfg, 1000)
     assert len(lines) == len(always) + len(update) + len(rollout) + 2
     whole = (predicted_peak(cfg) + 460 * 2**20 + 200 * 1000) / 2**20

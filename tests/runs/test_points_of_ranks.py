@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
+from rlhf_cli.data.packing import PACKED, SHARED, Layout
 from rlhf_cli.folders.integrity import described
+from rlhf_cli.models.layouts import layout_of_all
 from rlhf_cli.models.shards import is_sharded, own_part
 from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.world import world
@@ -322,3 +324,13 @@ def test_a_checksum_tells_any_order_and_sign() -> None:
     assert checksum(base) == sums[1] and len({*sums}) == len(others)
     assert checksum(torch.zeros(3)) != checksum(torch.tensor([0.0, -0.0, 0.0]))
     assert checksum(torch.tensor(2.0)) and checksum(torch.empty(0)) == 0
+
+
+def found_layouts() -> list[tuple[Layout, str]]:
+    found = (PACKED, "no memory") if world().rank else (SHARED, "")
+    return [layout_of_all(*found), layout_of_all(SHARED, "")]
+
+
+def test_a_layout_is_what_all_ranks_have_found() -> None:
+    first, second = on_ranks(2, found_layouts)
+    assert first == second == [(PACKED, "no memory"), (SHARED, "")]

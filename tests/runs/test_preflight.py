@@ -141,3 +141,30 @@ def test_a_finished_run_is_looked_at_once(tmp_path: Path, calls: Counter[str]) -
     calls.clear()
     run("dpo", *words)
     assert calls == {"looks": 1}
+
+
+def test_what_is_loaded_is_said_first_and_once() -> None:
+    words = [*words_of("ppo"), "out=new", "reward=runs/demo/reward", "policy=runs/demo/sft"]
+    plan = preflight.preflight(compose("ppo", words))
+    assert plan.at_once() == [
+        "ppo: PPO and its family: policy, reward and prompts -> policy.",
+        "out: new (free)",
+        "loading PyTorch, runs/demo/sft, runs/demo/reward",
+    ]
+    assert plan.at_once() == [] and not any("ppo: " in line for line in plan.at_start())
+
+
+def test_of_many_models_the_first_are_named() -> None:
+    names = [f"m{i}" for i in range(9)]
+    cfg = compose("evaluate", ["policy=m0", f"baselines=[{','.join(names)}]", "reference=m1"])
+    cfg.reward = cfg.gold = None
+    line = preflight.loading_line(cfg)
+    assert line.startswith("loading PyTorch, m0, m1, ") and line.endswith(" more")
+
+
+def test_hashing_large_weights_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "HEAVY", 1)
+    preflight.preflight(compose("ppo", [*words_of("ppo"), "out=new"]))
+    assert capsys.readouterr().err.startswith("reading ")

@@ -137,6 +137,18 @@ def test_the_watch_names_who_does_not_come() -> None:
     assert nothing == none == []
 
 
+def test_the_watch_sees_collectives_that_are_no_meetings() -> None:
+    """As those of sharded weights: who has met as often, and is in none, is missing."""
+    store = HashStore()
+    waits, said, ended = watched(store, 0, 0.8)
+    store.set("rank/1", json.dumps({"count": 0, "place": "a.py", "inside": False, "at": 0}))
+    source = compile("time.sleep(1.3)", "/x/torch/distributed/collectives.py", "exec")
+    exec(source, {"time": time})
+    waits.end()
+    assert "for rank 1, which is in a.py, not heard of for" in said[0]
+    assert "hardware.rank_timeout" in ended[0]
+
+
 def test_a_rank_that_works_long_keeps_nobody_waiting() -> None:
     store = HashStore()
     watches = [watched(store, rank, 0.4) for rank in range(2)]

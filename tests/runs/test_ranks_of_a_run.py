@@ -1,7 +1,10 @@
 """Runs that several ranks share: one folder, one end, and the same bytes after a stop."""
 
 import contextlib
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +136,61 @@ def test_ranks_that_do_not_start_alike_do_not_start(chain: Path, tmp_path: Path)
     assert not (tmp_path / "a").exists()
     lines = on_ranks(2, of_other_weights, chain, tmp_path / "b")
     assert lines[0] == lines[1] and "hold different weights at the start, policy/" in lines[0][0]
+
+
+# Found by every Python that is started with its folder in PYTHONPATH: the stage as it is, one of
+# whose ranks is killed once, as it writes the third resume point.
+KILLS = """
+import os, signal, sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+NAME = "rlhf_cli.stages.reward"
+
+class Killing:
+    def find_spec(self, name, path=None, target=None):
+        if name == NAME:
+            sys.meta_path.remove(self)
+            prepare()
+
+sys.meta_path.insert(0, Killing())
+
+def prepare():
+    from rlhf_cli.ranks.world import world
+    from rlhf_cli.runs import resume_points
+
+    write, flag = resume_points.{where}, Path(os.environ["FLAG"])
+
+    def killed(*given):
+        part = next(each for each in given if "step-" in str(each))
+        if "step-00000003" in str(part) and world().rank == {rank} and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*given)
+
+    resume_points.{where} = killed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "where"), [(1, "write_own"), (0, "_seal")])
+def test_a_rank_that_is_killed_as_it_saves_costs_nothing(
+    rank: int, where: str, chain: Path, tmp_path: Path
+) -> None:
+    sharded = ["hardware.shard=full", "hardware.save_every=1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    on_ranks(2, run, "reward", chain, whole, *sharded)
+    (tmp_path / "sitecustomize.py").write_text(KILLS.format(where=where, rank=rank))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    words = [*words_of("reward"), *sharded, "hardware.processes=2", "hardware.max_restarts=1"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "rlhf_cli", "reward", *words, f"out={out}"],
+        cwd=chain,
+        env={**os.environ, "PYTHONPATH": path, "FLAG": str(tmp_path / "killed")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    assert "resuming after step 2" in done.stderr
+    same(out, whole)

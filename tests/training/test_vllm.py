@@ -2,7 +2,11 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,12 @@ from transformers import AutoTokenizer
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
+from rlhf_cli.rollout.server_process import end_others
 from rlhf_cli.stages import evaluate, generate
-from tests.tiny import DATA, run_stage
-from tests.vllm_stub import Stub, listening
+from tests.conftest import Cli
+from tests.ranks import on_ranks
+from tests.tiny import DATA, WORDS, run_stage
+from tests.vllm_stub import Stub, install, listening
 
 SHORT = ["algo.steps=2", "algo.show_every=2", "hardware.save_every=1", "hardware.packing=false"]
 POLICY = "runs/demo/sft"
@@ -98,5 +105,92 @@ def test_evaluate_asks_one_policy_of_a_server(
     evaluate.run(compose("evaluate", [*words, f"out={tmp_path / 'one'}"]))
     assert json.loads((tmp_path / "one" / "report.json").read_text())["policies"][POLICY]["reward"]
     other = ["policy=runs/demo/adapter", f"out={tmp_path / 'other'}"]
-    with contextlib.chdir("."), pytest.raises(RunError, match="does not serve this policy"):
+    with pytest.raises(RunError, match="does not serve this policy"):
         evaluate.run(compose("evaluate", [*words, *other]))
+
+
+# --------------------------------------------------------------------------- servers of its own
+
+
+@pytest.fixture
+def own(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Words with which a stage starts a program `vllm`, behind which is the stub."""
+    install(tmp_path / "bin", sys.executable)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with listening(stub) as url:
+        monkeypatch.setenv("STUB_URL", url)
+        yield ["hardware.rollout=vllm", "hardware.rollout_devices=[0]"]
+
+
+@pytest.mark.slow
+def test_each_policy_has_a_server_in_its_turn(
+    own: list[str], stub: Stub, cli: Cli, tmp_path: Path
+) -> None:
+    """An adapter is merged for its own; greedy, both say what they say here."""
+    words = [*DATA, f"policy={POLICY}", "baselines=[runs/demo/adapter]", "reference=null"]
+    words += ["reward=regex:a", "algo.max_tokens=8", "algo.samples=1", "algo.temperature=0"]
+    rows = []
+    for name, more in (("native", []), ("vllm", own)):
+        done = cli("evaluate", *words, *more, f"out={tmp_path / name}", cwd=Path.cwd())
+        assert done.returncode == 0, done.stderr
+        rows.append(lines_of(tmp_path / name / "samples.jsonl"))
+    assert [row["response"] for row in rows[0]] == [row["response"] for row in rows[1]]
+    assert done.stderr.count("vllm serve starts on GPU 0") == 2
+    assert not running(tmp_path)
+
+
+def on_a_rank(chain: Path, out: Path, words: list[str], variables: dict[str, str]) -> list[float]:
+    os.environ.update(
+        variables
+    )  # ranks are forked off a process that another test may have started
+    with contextlib.chdir(chain):
+        return [line["reward"] for line in run_stage("grpo", out, *words) if "reward" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], WORDS["lora"]], ids=["full", "lora"])
+def test_several_processes_share_one_server(
+    more: list[str], own: list[str], stub: Stub, tmp_path: Path
+) -> None:
+    """Rank 0 asks, and puts sharded weights together for it; responses are those of one process."""
+    words = [*SHORT, *more, "hardware.device=cpu", *own]
+    variables = {name: os.environ[name] for name in ("PATH", "STUB_URL")}
+    expected = on_a_rank(Path.cwd(), tmp_path / "1", words, variables)
+    for way in ("none", "full"):
+        given = [*words, f"hardware.shard={way}"]
+        found = on_ranks(2, on_a_rank, Path.cwd(), tmp_path / way, given, variables)
+        assert found == [expected, expected] and len(expected) == 2
+    end_others()
+    until(lambda: not running(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_server(own: list[str], stub: Stub, tmp_path: Path) -> None:
+    stub.faults = {"/v1/completions": [None, None, *["hang"] * 99]}
+    stub.hangs = 60.0
+    words = [*DATA, f"policy={POLICY}", f"out={tmp_path / 'out'}", *own]
+    script = Path(sys.executable).parent / "rlhf-cli"
+    command = subprocess.Popen([script, "generate", *words], stderr=subprocess.DEVNULL)
+    until(lambda: stub.requests)
+    assert running(tmp_path)
+    command.kill()
+    command.wait()
+    until(lambda: not running(tmp_path))
+
+
+def running(folder: Path) -> list[str]:
+    """The programs of a folder that run."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = file.read_bytes().decode().split("\0")
+            found += [word for word in words if word == str(folder / "bin" / "vllm")]
+    return found
+
+
+def until(holds: Callable[[], object], seconds: float = 120.0) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.1)
