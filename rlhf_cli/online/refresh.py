@@ -221,7 +221,7 @@ class RewardRefresh:
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` and `tensors` returned, with the pairs up to there."""
         self._log = self._session.log(PAIRS)
-        for row in self._log.rows():
+        for row in by_main(self._log.rows):
             pair = Answers(row["prompt"], [row["chosen"], row["rejected"]], None)
             self._pairs.append((row["step"], pair))
         for name, weight in tensors_of(tensors, "reward").items():

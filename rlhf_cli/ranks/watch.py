@@ -76,7 +76,7 @@ class Watch(threading.Thread):
         except RuntimeError as error:
             if not is_echo(error):
                 raise
-            text = str(error).partition("\n")[0]
+            text = str(error).partition("\n")[0].partition(". This is typically")[0]
             raise PeerLost(f"the ranks could not meet ({what}): {text}") from error
 
     def end(self) -> None:

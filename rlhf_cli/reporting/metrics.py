@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.ranks.agreement import by_main, check_alike
+from rlhf_cli.ranks.agreement import check_alike
 from rlhf_cli.ranks.world import world
 
 NOTHING = "not a number: there was nothing to take it from"
@@ -61,12 +61,8 @@ class JsonLines:
         self._digest.update(file.read_bytes())
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines so far."""
-        return by_main(
-            lambda: [
-                json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()
-            ]
-        )
+        """All lines so far; for rank 0, which has them."""
+        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append {"step": step, **values}.

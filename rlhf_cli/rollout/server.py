@@ -41,17 +41,24 @@ class ServerEngine(Engine):
     """
 
     def __init__(
-        self, model: nn.Module, encoder: Encoder, hardware: Hardware, folder: Path, changes: bool
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        hardware: Hardware,
+        folder: Path,
+        changes: bool,
+        trusts: bool = False,
     ) -> None:
         """
         Args:
             folder: for weights and the log, which the server sees by the same path.
             changes: whether a server that runs is given the model's weights; else it is to have
                 them already.
+            trusts: whether code that the model brings along may run.
         """
         self._model, self._encoder = model, encoder
         self._absent = ids_of_no_token(model, encoder.tokenizer)
-        self._served = Served(encoder, hardware, folder, changes)
+        self._served = Served(encoder, hardware, folder, changes, trusts)
         self._stale = True
 
     @property

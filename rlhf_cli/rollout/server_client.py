@@ -137,6 +137,8 @@ class Client:
                     raise fault from None
                 self._say_once(fault)
             late = time.monotonic() - began + pause > self.timeout
+            if late and fault.status is None:
+                raise ServerFault(f"{fault}; {self._limited_by}={self.timeout:g} is over")
             if late or self._given_up.wait(pause):
                 raise fault
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -15,18 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import remove, whole_folder
 from rlhf_cli.models.assembled import assembled
-from rlhf_cli.models.decoder import embedding_rows
+from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.dtypes import name_of, product_type_of
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.save import save_tokenizer, save_working
 from rlhf_cli.models.score import logprobs_of
-from rlhf_cli.ranks.world import alone, world
+from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.server_client import Client, ServerFault
@@ -51,14 +52,17 @@ class Served:
     client: Client
     longest: int
 
-    def __init__(self, encoder: Encoder, hardware: Hardware, folder: Path, changes: bool) -> None:
+    def __init__(
+        self, encoder: Encoder, hardware: Hardware, folder: Path, changes: bool, trusts: bool
+    ) -> None:
         """
         Args:
             folder: for weights and the log, which the server sees by the same path.
             changes: whether a server that runs is given other weights; else it has to have those
                 of the policy already.
+            trusts: whether code that the model brings along may run.
         """
-        self._encoder, self._hardware = encoder, hardware
+        self._encoder, self._hardware, self._trusts = encoder, hardware, trusts
         self._folder = folder.resolve()
         self._own = hardware.rollout_server is None
         self._changes = changes or self._own
@@ -138,9 +142,12 @@ class Served:
         _check_devices(devices, model)
         folder = self._folder_of(self._version)
         save_tokenizer(self._encoder.tokenizer, folder)
+        for name, content in getattr(unwrap(model), "processors", {}).items():
+            (folder / name).write_bytes(content)
         words = ["--served-model-name", "policy", "--max-model-len", "auto"]
         words += ["--dtype", name_of(product_type_of(model)), "--seed", "0"]
         words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        words += ["--trust-remote-code"] if self._trusts else []
         process = ServerProcess(folder, devices, self._folder, words)
         gpus = ", ".join(map(str, devices))
         say(f"rollouts: vllm serve starts on GPU {gpus}; its log: {self._folder / LOG}")
@@ -289,25 +296,19 @@ class Served:
 
 
 def on_main(work: Callable[[], Value]) -> Value:
-    """What rank 0 finds, a value of JSON, on every rank; what it fails with, too.
+    """What rank 0 finds, a value of JSON, on every rank.
 
     Raises:
-        RunError: a server did not do what it was asked for.
+        RunError: a server did not do what it was asked for; on every rank, too.
     """
-    told: list[Any] = []
-    if world().is_main:
+
+    def told() -> Value:
         try:
-            with alone():
-                told = ["", work()]
-        except UserError as error:
-            told = ["UserError", str(error)]
-        except (RunError, ServerFault) as error:
-            told = ["RunError", str(error)]
-    kind, value = world().from_main(told)
-    if kind:
-        raise (UserError if kind == "UserError" else RunError)(value)
-    found: Value = value
-    return found
+            return work()
+        except ServerFault as fault:
+            raise RunError(str(fault)) from None
+
+    return by_main(told)
 
 
 def _check_devices(devices: Sequence[int], model: nn.Module) -> None:

@@ -312,6 +312,18 @@ def check_sampler(cfg: Run) -> None:
         program()
 
 
+def sampler_lines(cfg: Run) -> list[str]:
+    """Who samples, where this process does not."""
+    hardware = cfg.hardware
+    if hardware.rollout_server is not None:
+        given = ", which gets the weights of each update" if cfg.samples_online else ""
+        return [f"responses: of the vLLM server {hardware.rollout_server}{given}"]
+    if hardware.rollout_devices is not None:
+        gpus = ", ".join(map(str, hardware.rollout_devices))
+        return [f"responses: of a vLLM server that is started on GPU {gpus}"]
+    return []
+
+
 def arithmetic(cfg: Run) -> list[str]:
     """The batch arithmetic, spelled out."""
     algo: Any = cfg.algo

@@ -84,8 +84,8 @@ def policy_of(session: Session, path: str) -> Policy:
     saying_how(path, encoder)
     policy = Policy.of(model, encoder, cfg.hardware, compiles_sampling(cfg))
     if cfg.hardware.rollout == VLLM:
-        folder = session.out / ROLLOUTS
-        policy.engine = ServerEngine(model, encoder, cfg.hardware, folder, cfg.samples_online)
+        place = session.out / ROLLOUTS, cfg.samples_online, cfg.model.trust_remote_code
+        policy.engine = ServerEngine(model, encoder, cfg.hardware, *place)
     return policy
 
 

@@ -30,6 +30,7 @@ from rlhf_cli.runs.checks import (
     own_loss_lines,
     reward_lines,
     row_kind,
+    sampler_lines,
 )
 from rlhf_cli.runs.config_diff import flatten
 from rlhf_cli.runs.fitting import sharing_lines
@@ -149,7 +150,14 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         counted += check_tokens(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
-    sums = [*taken, *adapter_lines(cfg), *reward_lines(cfg), *own_loss_lines(cfg), *arithmetic(cfg)]
+    sums = [
+        *taken,
+        *adapter_lines(cfg),
+        *reward_lines(cfg),
+        *own_loss_lines(cfg),
+        *sampler_lines(cfg),
+        *arithmetic(cfg),
+    ]
     sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
     if check_only:  # a start tells what is found on its device

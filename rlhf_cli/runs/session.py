@@ -435,7 +435,7 @@ class Session:
         if reasons:
             more["undefined"] = reasons
         by_main(lambda: self._publish(kind, known, more))
-        rows = self.logs[0].rows() if self.logs and world().is_main else []
+        rows = self.logs[0].rows() if self.logs else []
         for line in last_lines(self.cfg, known, rows, told):
             say(line)
         saving = f", {self.saving:.1f} s of it saving" if self.saving >= 1 else ""

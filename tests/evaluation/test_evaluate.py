@@ -1,5 +1,6 @@
 """The stage: what its figures depend on, and what stands in its report."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -11,7 +12,9 @@ import pytest
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.rollout.native import NativeEngine
+from tests.ranks import on_ranks
 from tests.tiny import DATA
+from tests.training.test_stages_on_ranks import near
 
 pytestmark = pytest.mark.usefixtures("inside")
 FEW = ["reference=runs/demo/sft", "reward=length:4", "gold=regex:a", "algo.prompts=5"]
@@ -146,3 +149,28 @@ def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
     changed = report["policies"]["runs/demo/adapter"]["text_loss_change"]
     ours, base = (each["text_loss"] for each in report["policies"].values())
     assert changed["mean"] == pytest.approx(base - ours, abs=1e-4)
+
+
+EVERYTHING = [
+    *("baselines=[runs/demo/adapter]", "algo.temperatures=[0]", "algo.overlap=true"),
+    *("prompted=runs/demo/adapter", "few_shot=1", "data.max_response_tokens=7", "data.format=rows"),
+    *("judge=runs/demo/sft", "judge_tie=0", "choices=choices.jsonl", "judge_prompt=question.txt"),
+]
+
+
+def everything(folder: Path, out: Path) -> dict[str, Any]:
+    row = {"prompt": "Greet Ana: ", "choices": ["Hi Ana!", "No no."], "answer": 0}
+    with contextlib.chdir(folder):
+        Path("choices.jsonl").write_text(json.dumps(row))
+        Path("question.txt").write_text("{prompt}{first}|{second}: ")
+        return evaluated(out, *EVERYTHING, f"responses_cache={out}-cache")
+
+
+@pytest.mark.slow
+def test_several_ranks_find_what_one_process_finds(chain: Path, tmp_path: Path) -> None:
+    one = everything(chain, tmp_path / "one")
+    first, second = on_ranks(2, everything, chain, tmp_path / "two")
+    assert first == second
+    assert one.keys() == first.keys()
+    near(one, first, 1e-3)
+    assert one["judge"]["calls"] == 30

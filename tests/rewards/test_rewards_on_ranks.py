@@ -10,8 +10,6 @@ import torch
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
-from rlhf_cli.ranks.agreement import check_alike
-from rlhf_cli.ranks.world import world
 from rlhf_cli.rewards.reward import Reward, RuleReward, load_reward
 from rlhf_cli.rewards.rules import Rule
 from rlhf_cli.rollout.rollouts import Rollout
@@ -119,27 +117,3 @@ def test_users_code_runs_once_and_rules_are_shared(tmp_path: Path) -> None:
     assert said == heard == failures
     assert said[0].startswith("UserError: ") and "no licence" in said[0]
     assert said[1] == "RunError: took too long"
-
-
-def compared() -> list[str]:
-    said = []
-    rank = world().rank
-    for metrics in (
-        {"a": 0.1, "seconds/a": float(rank), "bad": float("nan"), "text": str(rank)},
-        {"a": 0.1 + 0.2, "b": 0.3 if rank == 0 else 0.1 + 0.2},
-        {"a": 1.0, "c": 2.0} if rank else {"a": 1.0},
-    ):
-        try:
-            check_alike(3, metrics)
-        except RunError as error:
-            said.append(str(error).partition(":")[2].partition(":")[0])
-    return said
-
-
-def test_metrics_that_differ_end_all_ranks() -> None:
-    for said in on_ranks(2, compared):
-        assert said == [
-            " b is 0.3 on rank 0 and 0.30000000000000004 on rank 1",
-            " c is nothing on rank 0 and 2.0 on rank 1",
-        ]
-    assert compared() == []

@@ -349,7 +349,8 @@ def test_a_server_started_anew_gets_the_weights_again(
 
 def test_nobody_there(model: Any, tmp_path: Path) -> None:
     engine = engine_of(model, "http://127.0.0.1:9", tmp_path / "w", rollout_timeout=0.3)
-    with pytest.raises(RunError, match="http://127.0.0.1:9/health cannot be reached"):
+    said = "127.0.0.1:9/health cannot be reached: .*; hardware.rollout_timeout=0.3 is over"
+    with pytest.raises(RunError, match=said):
         drawn(engine)
 
 

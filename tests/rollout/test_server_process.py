@@ -184,7 +184,8 @@ def test_an_engine_with_a_server_of_its_own(
     greedy = Sampling(5, temperature=0.0)
     with listening(stub) as url:
         monkeypatch.setenv("STUB_URL", url)
-        engine = ServerEngine(model, encoder, hardware, folder, False)
+        engine = ServerEngine(model, encoder, hardware, folder, False, trusts=True)
+        model.processors = {"preprocessor_config.json": b"{}"}
         native = NativeEngine(model, encoder, hardware)
         assert fields(drawn(engine, greedy)) == fields(drawn(native, greedy))
         assert not {"/pause?mode=wait", "/collective_rpc"} & {*stub.routes}
@@ -196,6 +197,8 @@ def test_an_engine_with_a_server_of_its_own(
             "--logprobs-mode processed_logprobs",
         ):
             assert pair in " ".join(words)
+        assert words[-1] == "--trust-remote-code"
+        assert (folder / "v00000000" / "preprocessor_config.json").is_file()
         other = moved(model, 0.3)
         engine.update(other)
         native.update(other)

@@ -19,12 +19,12 @@ from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs import interrupts, session
 from rlhf_cli.runs.out_folder import resume_points
-from rlhf_cli.stages import reward, sft
+from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
 from tests.contents import contents_of, faults_of
 from tests.ranks import on_ranks
 from tests.tiny import WORDS, words_of
 
-STAGES: dict[str, Any] = {"sft": sft, "reward": reward}
+STAGES: dict[str, Any] = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo}
 UNLIKE = ("config.yaml", "reliability.png")  # which name `out`
 GO_ON = "the same command goes on"
 TOLD = ("resuming", "note", "SIG", "rank")  # begins the lines that are compared
@@ -83,6 +83,7 @@ def twice(stage: str, folder: Path, outs: Path, *more: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_and_they_go_on_together(chain: Path, tmp_path: Path) -> None:
     stopped = [f"SIGTERM: saved after step 3; {GO_ON}"]
     for said in on_ranks(2, twice, "sft", chain, tmp_path):
@@ -114,6 +115,27 @@ def test_sharded_weights_are_saved_in_parts_and_written_whole(
     run("reward", chain, tmp_path / "alone", *more)
     for name in ("left", "alone"):
         near(tmp_path / name, tmp_path / "whole")
+
+
+KEPT = ["algo.ema_decay=0.8", "algo.keep=eval/reward", "algo.eval_every=1", "algo.eval_prompts=4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ppo", *KEPT],
+        ["grpo", "algo.keep=eval/reward", "algo.eval_every=1", "algo.eval_prompts=4"],
+        ["dpo", "reference=bootstrap", "algo.bootstrap_epochs=1"],
+        ["dpo", *WORDS["lora"], "algo.keep=best"],
+    ],
+)
+def test_sharded_stages_go_on_to_the_bit(words: list[str], chain: Path, tmp_path: Path) -> None:
+    stage, *more = words
+    stopped = [f"SIGTERM: saved after step 3; {GO_ON}"]
+    for said in on_ranks(2, twice, stage, chain, tmp_path, "hardware.shard=full", *more):
+        assert said[1:4] == [stopped, ["resuming after step 3"], []]
+    same(tmp_path / "out", tmp_path / "whole")
 
 
 def of_other_settings(folder: Path, out: Path) -> list[str]:

@@ -47,7 +47,9 @@ TO_THE_BIT: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize(
-    "names", [["dapo"], pytest.param([*TO_THE_BIT], marks=pytest.mark.slow)], ids=["grpo", "all"]
+    "names",
+    [["dapo"], pytest.param([*TO_THE_BIT][:-1], marks=pytest.mark.slow)],
+    ids=["grpo", "all"],
 )
 def test_with_a_micro_batch_each_two_ranks_end_with_the_bytes_of_one(
     names: list[str], chain: Path, tmp_path: Path
@@ -59,11 +61,10 @@ def test_with_a_micro_batch_each_two_ranks_end_with_the_bytes_of_one(
         same(tmp_path / "1" / name, tmp_path / "2" / name)
 
 
-TWO = ["reward kwise", "reward steps", "dpo bootstrap lora", "kto precomputed", "ppo"]
+TWO = ["reward steps", "dpo bootstrap lora", "kto precomputed", "ppo"]
 TWO += ["ppo watched", "ppo_klpen", "ppo four roles", "grpo refreshed", "grpo_process", "refresh"]
 FOUR = ["reward of few", "dapo of few", "grpo watched"]
 MORE = {
-    "sft": ["sft", "model.dropout=0"],
     "refresh": ["grpo", *REFRESH, "algo.dynamic_sampling=0"],
     "reward of few": ["reward", "algo.batch_size=3", "algo.epochs=1"],
     "dapo of few": [*RUNS["dapo"], "algo.batch_size=2", "algo.minibatch_size=1"],
@@ -71,7 +72,7 @@ MORE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "names"), [(2, ["sft", *TWO]), (4, FOUR)], ids=["two", "four"])
+@pytest.mark.parametrize(("size", "names"), [(2, TWO), (4, FOUR)], ids=["two", "four"])
 def test_ranks_end_as_one_process_up_to_rounding(
     size: int, names: list[str], chain: Path, tmp_path: Path
 ) -> None:

@@ -14,12 +14,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.errors import RunError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.rollout.server_process import end_others
+from rlhf_cli.runs.checks import sampler_lines
+from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.stages import evaluate, generate
 from tests.conftest import Cli
 from tests.ranks import on_ranks
-from tests.tiny import DATA, WORDS, run_stage
+from tests.tiny import DATA, WORDS, run_stage, words_of
 from tests.vllm_stub import Stub, install, listening
 
 SHORT = ["algo.steps=2", "algo.show_every=2", "hardware.save_every=1", "hardware.packing=false"]
@@ -70,6 +72,19 @@ def test_a_run_that_goes_on_gives_its_weights_first(
     assert [line["loss/policy"] for line in run_stage("grpo", out, *SHORT, *server)] == [
         pytest.approx(line["loss/policy"], abs=1e-5) for line in whole
     ]
+
+
+def test_a_check_tells_who_samples(server: list[str], stub: Stub, tmp_path: Path) -> None:
+    """It asks nobody."""
+    cfg = compose("grpo", [*words_of("grpo"), *server, f"out={tmp_path / 'out'}"])
+    said = f"responses: of the vLLM server {cfg.hardware.rollout_server}, which gets the weights"
+    lines = preflight(cfg, check_only=True).lines()
+    assert any(line.startswith(said) for line in lines) and not stub.asked
+    assert not any("sampled tokens" in line for line in lines)
+    cfg.hardware.rollout_server, cfg.hardware.rollout_devices = None, [1, 2]
+    assert sampler_lines(cfg) == ["responses: of a vLLM server that is started on GPU 1, 2"]
+    with pytest.raises(UserError, match=r"hardware\.rollout_devices needs vllm>=0\.30"):
+        preflight(cfg, check_only=True)
 
 
 def test_generate_writes_what_it_writes_itself(
