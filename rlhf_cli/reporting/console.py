@@ -20,7 +20,7 @@ from rich.progress import (
 
 from rlhf_cli.config.secrets import redacted
 from rlhf_cli.reporting.grid import laid_out, show, wrapped
-from rlhf_cli.reporting.terminal import obeyed, printable, width
+from rlhf_cli.reporting.terminal import obeyed, printable, show_controls, width
 
 PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
 
@@ -32,6 +32,11 @@ class _Listeners:
 
     Rich asks for more than is written here, such as whether it is a terminal.
     """
+
+    @property
+    def rich_proxied_file(self) -> "_Listeners":
+        """Rich asks for the stream below the one that it writes to: it is here that ours begins."""
+        return self
 
     def write(self, text: str) -> int:
         with outliving_stderr():
@@ -101,6 +106,7 @@ class Bar:
                 seen(self.activity), total=self.total, rate="", note=""
             )
             self._progress.start()
+            show_controls()  # of others, whose words now pass through rich
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,7 +114,8 @@ class Bar:
             self._progress.stop()
         elif error[0] is None and self._seconds() >= 1.0:
             done = self._done - self._before
-            say(f"{self.activity}: {done} in {self._seconds():.1f} s ({self._rate()})")
+            rate = f" ({self._rate()})" if done else ""
+            say(f"{self.activity}: {done} in {self._seconds():.1f} s{rate}")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done; `note` is shown at the end of the line."""
@@ -122,10 +129,8 @@ class Bar:
             self._shown = time.monotonic()
             rest = max(self.total - self._done, 0)  # a total may be a guess
             left = self._seconds() / max(self._done - self._before, 1) * rest
-            say(
-                f"{self.activity}: {self._done}/{self.total}, {self._rate()}, "
-                f"{left:.0f} s left  {self._note}"
-            )
+            rate = f"{self._rate()}, {left:.0f} s left" if self._rate() else "nothing done yet"
+            say(f"{self.activity}: {self._done}/{self.total}, {rate}  {self._note}".rstrip())
 
     def skip(self, count: int) -> None:
         """`count` more were done before this run began, and took none of its time."""
@@ -137,7 +142,9 @@ class Bar:
 
     def _rate(self) -> str:
         rate = (self._done - self._before) / self._seconds()
-        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+        if rate == 0:  # of a batch that takes long there is none yet
+            return ""
+        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

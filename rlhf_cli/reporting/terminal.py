@@ -72,8 +72,22 @@ def show_controls() -> None:
 
 
 def obeyed(stream: IO[str]) -> IO[str]:
-    """The stream below, for colours and bars of our own."""
-    return stream.obeyed if isinstance(stream, Shown) else stream
+    """The stream below, for colours and bars of our own.
+
+    Rich puts a stream of its own in the place of standard ones while it shows a bar, so that what
+    others write lands above it.
+    """
+    while True:
+        below = stream.obeyed if isinstance(stream, Shown) else proxied(stream)
+        if below is None:
+            return stream
+        stream = below
+
+
+def proxied(stream: IO[str]) -> IO[str] | None:
+    """What rich has put a stream of its own in the place of; None where it has not."""
+    below: IO[str] | None = getattr(stream, "rich_proxied_file", None)
+    return below
 
 
 def width(default: int = 100) -> int:

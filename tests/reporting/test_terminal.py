@@ -178,3 +178,39 @@ def test_a_terminal_gets_colours_of_ours_alone(chain: Path) -> None:
     said = os.read(reader, 65536)
     os.close(reader)
     assert rb"\x1b" not in said and b"\x1b[2m" in said
+
+
+BAR = """
+import sys
+from rlhf_cli.reporting.terminal import show_controls
+show_controls()
+before = sys.stderr
+from rlhf_cli.reporting.console import Bar, say
+with Bar("steps", 2) as bar:
+    for _ in range(2):
+        bar.advance(1, "loss 1.5")
+        print("\\x1b[31mred \\x9b2J", file=sys.stderr)
+        print("\\x1b]52;c;xx\\x07 on stdout")
+        say("[bold]said")
+assert sys.stderr is before
+"""
+
+
+def test_a_bar_on_a_terminal_is_drawn_and_what_others_write_is_shown() -> None:
+    """Rich stands between while a bar is shown; the bar's own sequences are sent, others' not."""
+    reader, writer = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
+    done = subprocess.run([sys.executable, "-c", BAR], stdout=writer, stderr=writer, env=env)
+    os.close(writer)
+    said = os.read(reader, 65536).decode()
+    os.close(reader)
+    assert done.returncode == 0, said
+    for word in (r"\x1b[31mred \x9b2J", r"\x1b]52;c;xx\x07 on stdout", "[bold]said"):
+        assert said.count(word) == 2, said
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", said)
+    assert (
+        "\x1b[2K" in said
+        and r"\x1b[2K" not in said
+        and not CONTROLS.search(plain.replace("\r", ""))
+    )
+    assert re.search(r"steps ━+ 2/2 .* loss 1.5", plain)
