@@ -6,9 +6,9 @@
 `measure` runs `sft` on a CPU in one process and in two, whole and sharded, a thread each, in turns:
 each round has one run of each, and what is told is the median of rounds. A step is timed from
 Optimizer.step to its end, the first one left out: by the clock, which a busy machine makes useless,
-and by the processor time of the rank, of all its threads, which waits for nobody; `peak` is the most that was resident
-at once (VmHWM) less what was once the libraries were imported, of the rank that had most. Linux
-with glibc only.
+and by the processor time of the rank, of all its threads, which waits for nobody; `peak` is the
+most that was resident at once (VmHWM) less what was once the libraries were imported, of the rank
+that had most. Linux with glibc only.
 
 `arithmetic` prints what a step would take of a 7B on one machine of 8 GPUs and of a 70B on eight of
 them: bytes of each rank, bytes that it sends and receives, and the share of a step that computing
