@@ -17,6 +17,7 @@ from rlhf_cli.objectives.estimates import clustered_mean
 from rlhf_cli.rewards.rules import repeated_share
 
 REPEATED_WORDS = 4  # a run of so many that comes again is a repetition
+COMPARED = 8  # responses to a prompt, at most, that are compared with each other
 COPIED_WORDS = 8  # a run of so many that training rows have is a copy
 
 
@@ -74,7 +75,8 @@ def text_figures(sampled: Sampled, references: Sequence[str | None], seen: Seen 
         figures[name] = asdict(clustered_mean(sampled.by_prompt(values)))
     if find_spec("sacrebleu") is not None:
         if sampled.samples > 1:
-            own = torch.tensor([self_bleu(group) for group in groups], dtype=torch.double)
+            some = [group[:COMPARED] for group in groups]
+            own = torch.tensor([self_bleu(group) for group in some], dtype=torch.double)
             figures["self_bleu"] = asdict(clustered_mean(own[:, None]))
         pairs = zip(groups, references, strict=True)
         near = [

@@ -14,6 +14,7 @@ from torch import nn
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.sharding import held_whole
 from rlhf_cli.ranks.agreement import on_every_rank
 from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
@@ -39,9 +40,10 @@ class Done:
 class RankedEngine(Engine):
     """Deals prompts to the engine that each rank has of its own."""
 
-    def __init__(self, own: Engine, encoder: Encoder, hardware: Hardware) -> None:
+    def __init__(self, own: Engine, model: nn.Module, encoder: Encoder, hardware: Hardware) -> None:
         """`own`: of this rank. The encoder reads the ids that other ranks have drawn."""
-        self._own, self._encoder, self._hardware = own, encoder, hardware
+        self._own, self._model = own, model
+        self._encoder, self._hardware = encoder, hardware
 
     @property
     def exact(self) -> bool:
@@ -51,6 +53,7 @@ class RankedEngine(Engine):
     def update(self, model: nn.Module) -> None:
         """Every rank samples from these weights; all have the same."""
         self._own.update(model)
+        self._model = model
 
     def sample(
         self,
@@ -96,7 +99,8 @@ class RankedEngine(Engine):
             run = even_runs(places, needs, world().size)[world().rank]
             own_left = sum(place not in rollouts for place in run)
             bar = Share(advance, len(left) * samples, own_left * samples)
-            own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
+            with held_whole(self._model):
+                own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
             made = {
                 place: [

@@ -96,8 +96,8 @@ class Served:
         if self._connected and stale:
             self._give(model)
         elif not self._connected:
+            on_main(self._begin)
             if self._own:
-                on_main(self._begin)
                 self._write(model)
             self._url, self._name, self.longest = on_main(lambda: self._find(model))
             self._prompt = self._probe_of(model, prompts)
@@ -159,8 +159,9 @@ class Served:
         return self._folder / f"v{version:08d}"
 
     def _begin(self) -> None:
-        """An empty folder, and GPUs that the server before has left."""
-        end_others()
+        """No weights of a part of the run before, and GPUs that the server before has left."""
+        if self._own:
+            end_others()
         remove([self._folder])
 
     def _write(self, model: nn.Module) -> None:

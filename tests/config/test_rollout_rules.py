@@ -1,12 +1,28 @@
 """What is refused of hardware.rollout=vllm, in one line."""
 
+import copy
+from typing import Any
+
 import pytest
+import yaml
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.validate import validate
+from tests.toys import composed
 
 URL = "hardware.rollout_server=http://127.0.0.1:8000"
 VLLM = ["hardware.rollout=vllm", URL]
+
+
+def config_of(stage: str, words: list[str]) -> Any:
+    """A stage's config with values put into it."""
+    cfg = copy.deepcopy(composed(stage))
+    for word in words:
+        key, _, value = word.partition("=")
+        group, _, name = key.partition(".")
+        setattr(getattr(cfg, group), name, yaml.safe_load(value))
+    return cfg
 
 
 @pytest.mark.parametrize(
@@ -16,8 +32,8 @@ VLLM = ["hardware.rollout=vllm", URL]
         ("grpo", ["hardware.rollout=vllm"], "give one of them"),
         ("grpo", [*VLLM, "hardware.rollout_devices=[1]"], "give one of them"),
         ("grpo", [URL], "hardware.rollout_server is not used by hardware.rollout=native"),
-        ("ppo", ["hardware.rollout_timeout=5"], "hardware.rollout_timeout is not used by"),
-        ("ppo", [*VLLM, "hardware.rollout_timeout=0"], "hardware.rollout_timeout must be"),
+        ("ppo", ["hardware.rollout_timeout=5.0"], "hardware.rollout_timeout is not used by"),
+        ("ppo", [*VLLM, "hardware.rollout_timeout=0.0"], "hardware.rollout_timeout must be"),
         ("ppo", ["hardware.rollout=sglang"], "must be native|vllm, got sglang"),
         *(
             ("ppo", ["hardware.rollout=vllm", f"hardware.rollout_server={url}"], message)
@@ -30,32 +46,30 @@ VLLM = ["hardware.rollout=vllm", URL]
             ]
         ),
         *(
-            (
-                "ppo",
-                ["hardware.rollout=vllm", f"hardware.rollout_devices={devices}"],
-                "each GPU once",
-            )
-            for devices in ("[]", "[1,1]", "[-1]")
+            ("ppo", ["hardware.rollout=vllm", f"hardware.rollout_devices={each}"], "each GPU once")
+            for each in ("[]", "[1,1]", "[-1]")
         ),
-        ("grpo", [*VLLM, "model=qlora", "model.lora_rank=2"], "has no whole weights to give"),
+        (
+            "grpo",
+            [*VLLM, "model.quantize=nf4", "model.lora_rank=2", "model.merge_lora=false"],
+            "has no whole weights to give",
+        ),
         ("grpo", [*VLLM, "algo.temperature=0.005"], "vLLM samples at 0.01 or above"),
         ("grpo", [*VLLM, "algo.temperature_end=0.001"], "algo.temperature_end=0.001: vLLM"),
         ("evaluate", [*VLLM, "algo.temperatures=[0.7,0.002]"], "algo.temperatures=0.002: vLLM"),
-        ("generate", [*VLLM, "algo.beams=3", "algo.temperature=1"], "vLLM searches otherwise"),
+        ("generate", [*VLLM, "algo.beams=3", "algo.temperature=1.0"], "vLLM searches otherwise"),
         ("generate", [*VLLM, "algo.top_p=0.9", "algo.min_p=0.1"], "vLLM cuts by min_p first"),
         ("evaluate", [*VLLM, "algo.stop=[x]", "algo.min_tokens=2"], "vLLM looks for no string"),
     ],
 )
 def test_refused(stage: str, words: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        compose(stage, words)
+        validate(stage, config_of(stage, words))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "generate", "evaluate"])
 def test_taken(stage: str) -> None:
-    cfg = compose(stage, VLLM)
-    assert cfg.hardware.rollout_server == "http://127.0.0.1:8000"
-    again = compose(stage, ["hardware.rollout=vllm", "hardware.rollout_devices=[2,3]"])
-    assert again.hardware.rollout_devices == [2, 3]
-    assert compose(stage, [*VLLM, "algo.temperature=0.7"]).hardware.rollout_timeout == 600
+    validate(stage, config_of(stage, [*VLLM, "algo.temperature=0.7"]))
+    cfg = compose(stage, ["hardware.rollout=vllm", "hardware.rollout_devices=[2,3]"])
+    assert cfg.hardware.rollout_devices == [2, 3] and cfg.hardware.rollout_timeout == 600

@@ -198,6 +198,7 @@ def test_responses_are_kept_and_not_asked_again(
 def test_weights_go_in_order_and_each_version_has_its_label(
     model: Any, stub: Stub, url: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "w" / "v00000007").mkdir(parents=True)  # of a part that was killed
     engine, labels = engine_of(model, url, tmp_path / "w"), []
     for policy in (model, moved(model), moved(model, 0.1)):
         stub.asked.clear()
@@ -209,7 +210,7 @@ def test_weights_go_in_order_and_each_version_has_its_label(
         own = logprobs_of(policy, [each.tokens for each in rollouts], hardware_of())
         torch.testing.assert_close(torch.tensor(rollouts[0].logprobs), own[0], atol=1e-4, rtol=0)
     assert len({*labels}) == 3 and labels == sorted(labels)
-    assert not list((tmp_path / "w").rglob("*.safetensors")), "old weights are removed"
+    assert not list((tmp_path / "w").iterdir()), "old weights are removed"
     stub.asked.clear()
     drawn(engine)  # nothing was updated
     assert not {*SYNC[:-1]} & {*stub.routes}

@@ -74,7 +74,9 @@ def test_a_run_that_goes_on_gives_its_weights_first(
     ]
 
 
-def test_a_check_tells_who_samples(server: list[str], stub: Stub, tmp_path: Path) -> None:
+def test_a_check_tells_who_samples(
+    server: list[str], stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It asks nobody."""
     cfg = compose("grpo", [*words_of("grpo"), *server, f"out={tmp_path / 'out'}"])
     said = f"responses: of the vLLM server {cfg.hardware.rollout_server}, which gets the weights"
@@ -83,6 +85,7 @@ def test_a_check_tells_who_samples(server: list[str], stub: Stub, tmp_path: Path
     assert not any("sampled tokens" in line for line in lines)
     cfg.hardware.rollout_server, cfg.hardware.rollout_devices = None, [1, 2]
     assert sampler_lines(cfg) == ["responses: of a vLLM server that is started on GPU 1, 2"]
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     with pytest.raises(UserError, match=r"hardware\.rollout_devices needs vllm>=0\.30"):
         preflight(cfg, check_only=True)
 
