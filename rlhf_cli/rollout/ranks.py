@@ -18,11 +18,12 @@ from rlhf_cli.models.sharding import held_whole
 from rlhf_cli.ranks.agreement import on_every_rank
 from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
-from rlhf_cli.rollout.decode import Completion
+from rlhf_cli.rollout.decode import Completion, evaluation_mode
 from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.native import FILLS
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import fits_slots, give_up_slots
 
 REASONS = ("length", "eos", "stop")
 
@@ -73,6 +74,7 @@ class RankedEngine(Engine):
         """
         rollouts = dict(kept.done) if kept is not None else {}
         needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
+        reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
         rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))
 
         def draw(run: range, told: Callable[[int], None]) -> list[Rollout]:
@@ -100,6 +102,8 @@ class RankedEngine(Engine):
             own_left = sum(place not in rollouts for place in run)
             bar = Share(advance, len(left) * samples, own_left * samples)
             with held_whole(self._model):
+                if sampling.beams == 1:
+                    self._agree_on_slots(reach)
                 own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
             made = {
@@ -114,6 +118,13 @@ class RankedEngine(Engine):
                 kept.keep(made)
             bar.finish()
         return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    def _agree_on_slots(self, reach: int) -> None:
+        """Sample in slots on all ranks or on none: one may lack the memory to try them."""
+        with evaluation_mode(self._model):
+            fit = fits_slots(self._model, reach)
+        if not world().all(fit) and fit:
+            give_up_slots(self._model)
 
     def _rounds(self, needs: Sequence[int]) -> Iterator[range]:
         """Runs of places that give each rank about what one process samples between two looks."""
