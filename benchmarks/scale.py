@@ -4,10 +4,11 @@
     python benchmarks/scale.py arithmetic
 
 `measure` runs `sft` on a CPU in one process and in two, whole and sharded, a thread each, in turns:
-each round has one run of each, and what is told is the median of rounds. A step is timed in the
-process from Optimizer.step to its end, the first one left out; `peak` is the most that was resident
-at once (VmHWM) less what was once the libraries were imported, of the rank that had most. Linux
-with glibc only.
+each round has one run of each, and what is told is the median of rounds. A step is timed from
+Optimizer.step to its end, the first one left out: by the clock, which a busy machine makes useless,
+and by the processor time of the rank, of all its threads, which waits for nobody; `peak` is the
+most that was resident at once (VmHWM) less what was once the libraries were imported, of the rank
+that had most. Linux with glibc only.
 
 `arithmetic` prints what a step would take of a 7B on one machine of 8 GPUs and of a 70B on eight of
 them: bytes of each rank, bytes that it sends and receives, and the share of a step that computing
@@ -259,9 +260,9 @@ def be_rank(file: str, words: list[str]) -> None:
     start, times, step = resident("VmRSS"), [], Optimizer.step
 
     def timed(*args: object) -> object:
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         done = step(*args)  # type: ignore[arg-type]
-        times.append(time.perf_counter() - began)
+        times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
         return done
 
     Optimizer.step = timed  # type: ignore[assignment, method-assign]
@@ -273,7 +274,9 @@ def be_rank(file: str, words: list[str]) -> None:
 
 
 def one_run(folder: Path, size: int, shard: str, steps: int) -> dict[str, float]:
-    """A run of so many ranks: seconds of a step, the median, and the peak of the largest rank."""
+    """A run of so many ranks: seconds of a step by the clock and of the busiest rank's processor,
+    the medians, and the peak of the largest rank.
+    """
     words = [*WORDS, f"algo.max_steps={steps}", f"hardware.shard={shard}", "out=out"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -300,7 +303,8 @@ def one_run(folder: Path, size: int, shard: str, steps: int) -> dict[str, float]
         raise SystemExit(f"{size} ranks, shard={shard}: failed")
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
     return {
-        "step": statistics.median(found[0]["times"]),
+        "step": statistics.median(wall for wall, _ in found[0]["times"]),
+        "work": max(statistics.median(own for _, own in each["times"]) for each in found),
         "peak": max(each["peak"] for each in found),
     }
 
@@ -320,16 +324,18 @@ def measure(folder: Path, rounds: int, steps: int, lines: str | None) -> None:
             if lines is not None:
                 with Path(lines).open("a") as file:
                     file.write(json.dumps(line) + "\n")
-    print("| ranks | seconds per step | of one process, same round | peak of a rank, MiB |")
-    print("| --- | ---: | ---: | ---: |")
+    print("| ranks | seconds by the clock | processor seconds | ratio | peak of a rank, MiB |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     alone = runs["1 process"]
     for kind, each in runs.items():
-        step, peak = (statistics.median(run[name] for run in each) for name in ("step", "peak"))
-        spread = f"{min(run['step'] for run in each):.2f} to {max(run['step'] for run in each):.2f}"
-        ratio = statistics.median(
-            run["step"] / other["step"] for run, other in zip(each, alone, strict=True)
+        step, work, peak = (
+            statistics.median(run[name] for run in each) for name in ("step", "work", "peak")
         )
-        print(f"| {kind} | {step:.2f} ({spread}) | {ratio:.2f} | {peak:.0f} |")
+        spread = f"{min(run['step'] for run in each):.1f} to {max(run['step'] for run in each):.1f}"
+        ratio = statistics.median(
+            run["work"] / other["work"] for run, other in zip(each, alone, strict=True)
+        )
+        print(f"| {kind} | {step:.1f} ({spread}) | {work:.2f} | {ratio:.2f} | {peak:.0f} |")
 
 
 def main() -> None:

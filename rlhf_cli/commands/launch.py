@@ -79,7 +79,7 @@ def launch(cfg: Run, plan: Plan, words: Sequence[str], processes: int) -> None:
     os.environ.update(_environment(cfg, plan, processes, folder))
     try:
         cause = run_workers(command, processes, cfg.hardware.max_restarts, Path(cfg.out), folder)
-    finally:  # the next job of a sweep may have other processes
+    finally:
         os.environ.clear()
         os.environ.update(before)
     if cause is None or not cause.shows_log():
@@ -117,7 +117,7 @@ def _environment(cfg: Run, plan: Plan, processes: int, folder: Path) -> dict[str
     if root not in [*site.getsitepackages(), site.getusersitepackages()]:
         told["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     if "OMP_NUM_THREADS" not in os.environ and cfg.hardware.threads is None:
-        cores = len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         threads = 1 if plan.parameters <= DEMO_SIZE else max(1, cores // processes)
         told["OMP_NUM_THREADS"] = str(threads)
     return told

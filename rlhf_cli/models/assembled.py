@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.models.adapters import is_adapted, trained
+from rlhf_cli.models.sharding import class_before
 from rlhf_cli.models.shards import is_sharded, whole
 from rlhf_cli.ranks.world import world
 
@@ -73,8 +74,8 @@ def _make_plain(
     own_class = type(module)
     weights = {name: each for name, each in module._parameters.items() if id(each) in full}
     hooks: dict[str, object] = {}
-    if own_class.__name__.startswith("FSDP"):  # made by fully_shard of (FSDPModule, the class)
-        module.__class__ = own_class.__bases__[1]
+    if (plain := class_before(own_class)) is not None:
+        module.__class__ = plain
         hooks = {
             name: value
             for name, value in vars(module).items()

@@ -3,7 +3,6 @@
 Where they are is found in each model that is loaded, and tried against its plain forward.
 """
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -167,7 +166,8 @@ def own_logits(base: nn.Module, path: str, hidden: Tensor) -> Tensor:
 
 def _standing_in(module: nn.Module, path: str, hidden: Tensor) -> nn.Module:
     """A shallow copy of a module, weights and all, whose submodule at a path gives these states."""
-    twin = copy.copy(module)
+    twin: nn.Module = object.__new__(type(module))  # copy.copy makes a sharded one anew
+    vars(twin).update(vars(module))
     if path:
         name, _, rest = path.partition(".")
         inner = _standing_in(module.get_submodule(name), rest, hidden)

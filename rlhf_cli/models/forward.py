@@ -15,6 +15,7 @@ from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.logprob_head import HeadScores, head_scores
 from rlhf_cli.models.reference import Reference
+from rlhf_cli.models.sharding import head_gathered
 from rlhf_cli.objectives.kl import full_kl
 from rlhf_cli.objectives.likelihood import nll_sum
 
@@ -146,13 +147,16 @@ def _by_recomputation(
 
     recompute = torch.is_grad_enabled() and len(targets) > chunk
     parts = []
-    for start in range(0, len(targets), chunk):
-        rows = slice(start, start + chunk)
-        piece = states[rows], targets[rows], None if theirs is None else theirs[rows]
-        if recompute:
-            parts.append(checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(score(*piece))
+    with head_gathered(model, *(() if reference is None else [reference.model])):
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            piece = states[rows], targets[rows], None if theirs is None else theirs[rows]
+            if recompute:
+                parts.append(
+                    checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
+                )
+            else:
+                parts.append(score(*piece))
     columns = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
     return HeadScores(*columns)  # type: ignore[arg-type]
 

@@ -25,6 +25,8 @@ from rlhf_cli.models.decoder import (
     unwrap,
 )
 from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.sharding import gathered_in_float32
+from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 
@@ -188,11 +190,13 @@ def _embedded(model: nn.Module) -> Iterator[list[Tensor]]:
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
     """Weights in float32 within this block; after it they are where they were."""
-    held = {weight: weight.data for weight in _lender(model).parameters()}
+    weights = [each for each in _lender(model).parameters() if not is_sharded(each)]
+    held = {weight: weight.data for weight in weights}
     try:
         for weight, value in held.items():
             weight.data = value.float()
-        yield
+        with gathered_in_float32(model):
+            yield
     finally:
         for weight, value in held.items():
             weight.data = value

@@ -35,7 +35,7 @@ from rlhf_cli.models.attention import asked_for, check_attention, check_device, 
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
-from rlhf_cli.models.masters import held_as
+from rlhf_cli.models.masters import held_as, put
 from rlhf_cli.models.norms import fuse_norms
 from rlhf_cli.models.quantized import keep_layout, quantization
 from rlhf_cli.models.tokenizers import fit_embeddings, generation_of
@@ -192,4 +192,7 @@ def load_weights(model: nn.Module, folder: str, config: Model) -> None:
             put_weights(model, POLICY, adapter_weights(folder), folder)
         else:
             read = load_base(folder, config, None, allowed_missing=set())
-            model.load_state_dict(read.state_dict())
+            ours: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+            ours |= dict(model.named_buffers())
+            for name, value in read.state_dict().items():
+                put(ours[name], value)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.models.shards import is_sharded, own_part, part_of
+
 HELD = torch.bfloat16
 _MASTER = "master"
 
@@ -70,9 +72,12 @@ def release(weights: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def put(weight: Tensor, value: Tensor) -> None:
-    """Give a weight a value, in place: its master takes it as it is, the working copy rounded."""
+    """Give a weight a value, in place: its master takes it as it is, the working copy rounded.
+
+    A sharded weight takes its part of a whole value.
+    """
     master = master_of(weight)
-    master.copy_(value)
+    own_part(master).copy_(own_part(value) if is_sharded(value) else part_of(value, master))
     if master is not weight:
         weight.copy_(master)
 

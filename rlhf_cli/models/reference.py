@@ -24,7 +24,7 @@ from rlhf_cli.models.adapters import (
     unite,
     weights_of,
 )
-from rlhf_cli.models.sharding import hash_of_ranks, is_in_parts, twin
+from rlhf_cli.models.sharding import hash_of_ranks, is_in_parts, let_go, twin
 from rlhf_cli.models.shards import own_part
 
 
@@ -112,9 +112,13 @@ class Reference:
 
     def _own(self) -> dict[str, nn.Parameter]:
         """The weights that the policy does not share."""
+        let_go(self.model)
         if self._adapted is not None:
             return weights_of(self._adapted, REFERENCE)
-        shared = {id(weight) for weight in self._policy.parameters()}
+        ours = dict(self._policy.named_parameters())
+        shared = {id(weight) for weight in ours.values()}
+        if is_in_parts(self.model):  # whose twin shares memory, not parameters
+            shared = {id(w) for name, w in self.model.named_parameters() if is_frozen(ours[name])}
         return {
             name: weight
             for name, weight in self.model.named_parameters()
@@ -123,6 +127,7 @@ class Reference:
 
     def digest(self) -> str:
         """Hash of the weights that make up the reference, to prove that they did not move."""
+        let_go(self.model)
         others: set[str] = set()
         if self._adapted is not None:
             others = set(self._adapted.peft_config) - {REFERENCE, BELOW}

@@ -16,6 +16,7 @@ from rlhf_cli.models.classifiers import load_classifier
 from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.heads import init_head, scalar_head, width_of
 from rlhf_cli.models.loading_faults import fits, told
+from rlhf_cli.models.sharding import is_in_parts
 from rlhf_cli.models.shared import critic_on_base, scorer_on_base, share_frozen
 from rlhf_cli.models.tokenizers import fit_embeddings
 from rlhf_cli.reporting.console import say
@@ -126,7 +127,7 @@ def _has_rows(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _beside(model: nn.Module, policy: nn.Module | None) -> nn.Module:
-    """A full model beside a full policy, whose frozen layers it shares."""
-    if policy is not None and not is_adapted(policy):
+    """A full model beside a full policy, whose frozen layers it shares, if they are not sharded."""
+    if policy is not None and not is_adapted(policy) and not is_in_parts(policy):
         share_frozen(model, policy)
     return model

@@ -82,11 +82,7 @@ def _refused(base: nn.Module) -> str:
 
 def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
     """Make a group of each block, of each tower, and of the rest."""
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     base = unwrap(model)
     blocks = blocks_of(model)
@@ -96,20 +92,22 @@ def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
         for weight in model.parameters()
         if id(weight) in plain or uses[id(weight)] > 1 or not weight.ndim
     }
-    narrow = None if dtype == torch.float32 else dtype
-    types = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     apart = [base.get_submodule(path) for path in getattr(base, "towers", [])]
     for group in [*blocks, *apart, base]:
         fully_shard(
             group,
             mesh=world().mesh,
             reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
-            mp_policy=types,
             ignored_params=left,
         )
     for group in _groups(base):
+        type(group).__name__ = class_before(type(group)).__name__  # by which messages name it
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
+        if group in blocks and any(isinstance(each, nn.ModuleList) for each in group.modules()):
+            # experts that are modules: ranks may have gradients of different ones
+            group.set_reduce_scatter_unused_params(True)
+    _gather_in(base, dtype)
     setattr(base, PASS, lambda **inputs: attrgetter(parts_of(base).trunk)(base)(**inputs))
     setattr(base, HEAD, lambda hidden: base.get_output_embeddings()(hidden))
     for name in (PASS, HEAD):
@@ -121,6 +119,76 @@ def _groups(base: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in base.modules() if isinstance(module, FSDPModule)]
+
+
+def _gather_in(base: nn.Module, dtype: torch.dtype) -> None:
+    """Let weights be gathered in a type from now on; their gradients are summed in float32.
+
+    FSDP2 is told it once, before the first pass; after that what it has set up for it goes.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    types = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for module in _groups(base):
+        state = module._get_fsdp_state()
+        state._mp_policy = types
+        for group in state._fsdp_param_groups:
+            group.mp_policy = types
+            for weight in group.fsdp_params:
+                weight.all_gather_outputs = []
+                vars(weight).pop("_unsharded_param", None)
+            group._init_mp_dtypes()
+
+
+@contextmanager
+def gathered_in_float32(model: nn.Module) -> Iterator[None]:
+    """A block in which a sharded model computes in float32, whatever it does elsewhere."""
+    base = _root_of(model)
+    if base is None or base.compute_dtype == torch.float32:
+        yield
+        return
+    _gather_in(base, torch.float32)
+    try:
+        yield
+    finally:
+        _gather_in(base, base.compute_dtype)
+
+
+def ready_to_learn(model: nn.Module) -> None:
+    """Called before a model is trained: FSDP2 has kept what was trained as it first computed."""
+    if (base := _root_of(model)) is not None:
+        _gather_in(base, base.compute_dtype)
+
+
+def hold_parts_in_float32(model: nn.Module) -> None:
+    """Hold so what of a sharded model, loaded as a frozen one, is to be trained now."""
+    base = _root_of(model)
+    if base is None or base is not unwrap(model):  # a scorer on it has weights of its own
+        return
+    named = base.named_parameters(remove_duplicate=False)
+    held = {name: weight for name, weight in named if is_sharded(weight)}
+    floats = {
+        id(weight): nn.Parameter(like(weight, own_part(weight.detach()).float()), False)
+        for weight in held.values()
+    }
+    _set(base, ((name, floats[id(weight)]) for name, weight in held.items()))
+    for weight in _cut_weights(base):
+        weight.reset_sharded_param()
+
+
+def _cut_weights(base: nn.Module) -> list[Any]:
+    """What FSDP2 knows of each weight."""
+    states = [module._get_fsdp_state() for module in _groups(base)]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return [weight for group in groups for weight in group.fsdp_params]
+
+
+def class_before(kind: Any) -> Any:
+    """The class that a module had before it was sharded; None for one that was not."""
+    from torch.distributed.fsdp import FSDPModule
+
+    line = kind.__mro__
+    return line[line.index(FSDPModule) + 1] if FSDPModule in line else None
 
 
 def _root_of(model: nn.Module) -> Any:
@@ -135,7 +203,7 @@ def is_in_parts(model: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def held_whole(model: nn.Module) -> Iterator[None]:
     """A block in which each rank holds all of a model, and can compute by itself."""
     base = _root_of(model)
     if base is None or getattr(base, "is_gathered", False):
@@ -153,6 +221,27 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for group in groups:
             group.set_reshard_after_forward(True, recurse=False)
         let_go(model)
+
+
+@contextmanager
+def head_gathered(*models: nn.Module) -> Iterator[None]:
+    """A block in which heads of models are used any number of times, on each rank another.
+
+    With gradient they stay gathered for backward, which may use them again, and until its end, or
+    until `let_go` where it does not pass through the model.
+    """
+    bases = {id(base): base for base in map(_root_of, models) if base is not None}
+    sharded = [base for base in bases.values() if not getattr(base, "is_gathered", False)]
+    for base in sharded:
+        base.unshard()
+        base.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for base in sharded:
+            base.set_reshard_after_forward(True, recurse=False)
+            if not torch.is_grad_enabled():
+                base.reshard()
 
 
 def let_go(model: nn.Module) -> None:
@@ -205,6 +294,7 @@ def twin(model: nn.Module) -> nn.Module:
     _wrap(other, {id(weight) for _, weight in places}, dtype)
     _set(other, [(name, weight) for name, weight in places if is_sharded(weight)])
     other.to(unwrap(model).device)
+    unwrap(other)._get_fsdp_state()._lazy_init()  # which takes the weights that were just set
     return other
 
 

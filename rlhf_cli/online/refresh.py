@@ -39,6 +39,7 @@ from rlhf_cli.models.masters import give_masters, master_of, put
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.save import save_model, save_tokenizer
 from rlhf_cli.models.score import scores_of
+from rlhf_cli.models.sharding import hold_parts_in_float32
 from rlhf_cli.models.shared import SharedScorer, save_scorer
 from rlhf_cli.objectives.reward_model import bradley_terry_loss
 from rlhf_cli.objectives.rounding import EQUAL, differ
@@ -96,6 +97,7 @@ class RewardRefresh:
         if cfg.hardware.gradient_checkpointing is True:
             recompute_activations(model)
         self._layout = layout_of(model, cfg.hardware)
+        hold_parts_in_float32(model)
         self._weights = own_weights(model, policy.model)
         give_masters(self._weights.values())
         self._judge = load_reward(cfg.judge, cfg, policy.tokenizer, session.device)

@@ -61,7 +61,7 @@ class Group(World):
         Raises:
             UserError: machines have different numbers of ranks.
         """
-        kind = self.device.type
+        kind, self.mesh = self.device.type, None
         if over == "hybrid":
             if self.size % self.local_size:
                 raise UserError(

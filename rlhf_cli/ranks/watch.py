@@ -27,7 +27,7 @@ from rlhf_cli.ranks.environment import has_keeper
 PACKAGE = Path(__file__).parents[1]
 PATIENCE = 60.0  # seconds, after which a rank that waits says so
 OFTEN = 5.0  # seconds between two looks
-WORK = 0.2  # seconds of its processor by which a thread shows that it does not only wait
+WORK = 0.2  # seconds of a processor by which a process shows that it does not only wait
 DISTRIBUTED = os.path.join("torch", "distributed", "")
 TO_HEAR = 3.0  # seconds within which a rank that failed is heard of
 
@@ -57,7 +57,6 @@ class Watch(threading.Thread):
         self._say, self._end = say, end
         self._count, self._what, self._since = 0, "the start", time.monotonic()
         self._main = threading.get_ident()
-        self._clock = time.pthread_getcpuclockid(self._main)
         self._idle, self._spent = time.monotonic(), 0.0
         self._done = threading.Event()
         self._keeper = os.getppid() if has_keeper() else None
@@ -136,10 +135,10 @@ class Watch(threading.Thread):
                     self._say(f"{line}; the run ends after {self.seconds:.0f} s")
 
     def _stuck_for(self) -> float | None:
-        """Seconds for which the main thread has done nothing in a collective of torch's, such as
-        those of sharded weights, which are no meetings; None where it is in none.
+        """Seconds for which nothing was done but to be in a collective of torch's, such as those of
+        sharded weights, which are no meetings; None where the main thread is in none.
         """
-        spent = time.clock_gettime(self._clock)
+        spent = time.process_time()
         inside = is_in_collective(sys._current_frames().get(self._main))
         if not inside or spent - self._spent > WORK:
             self._spent, self._idle = spent, time.monotonic()

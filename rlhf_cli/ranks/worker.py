@@ -7,6 +7,7 @@ without one, as under torchrun, by the rank that it happened to.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -41,14 +42,14 @@ class _Self:
 
     shown: the standard error that it was given; logged: the file that has taken its place.
     watch: on the meetings of the ranks, once there is a group.
-    told: whether it has said why it ends.
+    status: with which it ends, once it has said why.
     """
 
     place: environment.Place | None = None
     shown = 2
     logged = ""
     watch: Watch | None = None
-    told = False
+    status: int | None = None
 
 
 def become() -> None:
@@ -61,6 +62,7 @@ def become() -> None:
     own = _Self.place = environment.place()
     if own is None:
         return
+    atexit.register(_end_at_once)
     if environment.has_keeper():
         _end_with(os.getppid())
     if file := os.environ.get(STDIN):
@@ -103,6 +105,7 @@ def leave(status: int) -> None:
     """Take leave of the others at the end of a command."""
     if _Self.watch is not None:
         _Self.watch.end()
+        _Self.watch.join(1.0)  # threads that are in torch as Python ends abort it, with a line
         import torch.distributed as dist
 
         if status == 0 and dist.is_initialized():
@@ -120,9 +123,9 @@ def tell(line: str, status: int, error: BaseException | None = None, again: bool
         again: see `Cause`; of an exception it is told by its kind.
     """
     assert _Self.place is not None
-    if _Self.told:
+    if _Self.status is not None:
         return
-    _Self.told = True
+    _Self.status = status
     rank = _Self.place.rank
     echo = error is not None and (isinstance(error, PeerLost) or is_echo(error))
     again = again or echo or not (error is None or isinstance(error, (UserError, RunError)))
@@ -154,6 +157,17 @@ def end(line: str) -> None:
     """End this rank from any of its threads, as its main thread waits for what never comes."""
     tell(line, 1, again=True)
     os._exit(1)
+
+
+def _end_at_once() -> None:
+    """Called as Python ends, after all else that is: a rank that failed leaves no more to be taken
+    down, for torch's threads, still at what broke, would abort it, with a line of their own.
+    """
+    if _Self.status is not None and _Self.watch is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(_Self.status)
 
 
 def _show(line: str) -> None:

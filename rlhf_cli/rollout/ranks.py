@@ -14,14 +14,16 @@ from torch import nn
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.sharding import held_whole
 from rlhf_cli.ranks.agreement import on_every_rank
 from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
-from rlhf_cli.rollout.decode import Completion
+from rlhf_cli.rollout.decode import Completion, evaluation_mode
 from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.native import FILLS
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import fits_slots, give_up_slots
 
 REASONS = ("length", "eos", "stop")
 
@@ -39,9 +41,10 @@ class Done:
 class RankedEngine(Engine):
     """Deals prompts to the engine that each rank has of its own."""
 
-    def __init__(self, own: Engine, encoder: Encoder, hardware: Hardware) -> None:
+    def __init__(self, own: Engine, model: nn.Module, encoder: Encoder, hardware: Hardware) -> None:
         """`own`: of this rank. The encoder reads the ids that other ranks have drawn."""
-        self._own, self._encoder, self._hardware = own, encoder, hardware
+        self._own, self._model = own, model
+        self._encoder, self._hardware = encoder, hardware
 
     @property
     def exact(self) -> bool:
@@ -51,6 +54,7 @@ class RankedEngine(Engine):
     def update(self, model: nn.Module) -> None:
         """Every rank samples from these weights; all have the same."""
         self._own.update(model)
+        self._model = model
 
     def sample(
         self,
@@ -70,6 +74,7 @@ class RankedEngine(Engine):
         """
         rollouts = dict(kept.done) if kept is not None else {}
         needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
+        reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
         rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))
 
         def draw(run: range, told: Callable[[int], None]) -> list[Rollout]:
@@ -96,7 +101,10 @@ class RankedEngine(Engine):
             run = even_runs(places, needs, world().size)[world().rank]
             own_left = sum(place not in rollouts for place in run)
             bar = Share(advance, len(left) * samples, own_left * samples)
-            own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
+            with held_whole(self._model):
+                if sampling.beams == 1:
+                    self._agree_on_slots(reach)
+                own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
             made = {
                 place: [
@@ -110,6 +118,13 @@ class RankedEngine(Engine):
                 kept.keep(made)
             bar.finish()
         return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    def _agree_on_slots(self, reach: int) -> None:
+        """Sample in slots on all ranks or on none: one may lack the memory to try them."""
+        with evaluation_mode(self._model):
+            fit = fits_slots(self._model, reach)
+        if not world().all(fit) and fit:
+            give_up_slots(self._model)
 
     def _rounds(self, needs: Sequence[int]) -> Iterator[range]:
         """Runs of places that give each rank about what one process samples between two looks."""

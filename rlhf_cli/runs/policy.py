@@ -48,7 +48,7 @@ class Policy:
         """
         engine: Engine = NativeEngine(model, encoder, hardware, compiles)
         if world().size > 1:
-            engine = RankedEngine(engine, encoder, hardware)
+            engine = RankedEngine(engine, model, encoder, hardware)
         return cls(model, encoder.tokenizer, encoder, engine)
 
     @property

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import rlhf_cli
-from rlhf_cli.config.errors import Interrupted, RunError
+from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.data.batches import EpochBatches
@@ -553,7 +553,13 @@ def device_of(name: str) -> torch.device:
     ask_for_repeatable_sums()
     if (here := place()) is None:
         return torch.device(name)
+    count = torch.cuda.device_count()
+    if 1 < count <= here.local_rank:
+        raise UserError(
+            f"{here.local_size} processes were started on this machine, and torch finds {count} "
+            "GPUs there: start one for each"
+        )
     # a scheduler may show each rank its own device only
-    device = torch.device(name, here.local_rank if torch.cuda.device_count() > 1 else 0)
+    device = torch.device(name, here.local_rank if count > 1 else 0)
     torch.cuda.set_device(device)
     return device

@@ -26,6 +26,7 @@ from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.adapting import place
 from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import response_nll
 from rlhf_cli.models.layouts import layout_of
@@ -135,7 +136,8 @@ def initial_policy(cfg: SftConfig, session: Session) -> Policy:
         session.introduce(model)
     else:
         tokenizer = new_tokenizer(cfg, session.rows)
-        model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init")).to(device)
+        model = build_decoder(cfg.model, len(tokenizer), derived_seed(cfg.seed, "init"))
+        place(model, cfg.model, torch.float32, device)
     if cfg.hardware.gradient_checkpointing is True:
         recompute_activations(model)
     if cfg.model.dropout:

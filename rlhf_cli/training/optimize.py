@@ -22,7 +22,7 @@ from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.masters import follow, gather, master_of
 from rlhf_cli.models.out_of_memory import if_it_fits, spare
 from rlhf_cli.models.repeatable import repeatably
-from rlhf_cli.models.sharding import let_go, norm_of_all
+from rlhf_cli.models.sharding import let_go, norm_of_all, ready_to_learn
 from rlhf_cli.models.shards import hand_down, is_sharded, like, own_part
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
@@ -50,6 +50,8 @@ class Optimizer:
         hardware: Hardware,
     ) -> None:
         """`networks`: name -> (module, peak learning rate); frozen parameters are left out."""
+        for module, _ in networks.values():
+            ready_to_learn(module)
         self._working = {
             name: list(trained(module).values()) for name, (module, _) in networks.items()
         }

@@ -1,5 +1,6 @@
 """algo.rollout_correction in whole runs: a sampler that differs by a known ratio, and none."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import grpo, ppo
+from tests.ranks import on_ranks
 from tests.tiny import run_stage as run
 
 ONCE = [
@@ -29,8 +31,7 @@ def mine(logprobs, advantages):
 pytestmark = pytest.mark.usefixtures("inside")
 
 
-@pytest.fixture
-def another(monkeypatch: pytest.MonkeyPatch) -> None:
+def sample_by_another(patch: pytest.MonkeyPatch) -> None:
     """A sampler that gives each token 2/3 of the probability that training gives it."""
     sample = NativeEngine.sample
 
@@ -40,11 +41,16 @@ def another(monkeypatch: pytest.MonkeyPatch) -> None:
             each.logprobs = [value - math.log(1.5) for value in each.logprobs]
         return rollouts
 
-    monkeypatch.setattr(NativeEngine, "sample", told)
-    monkeypatch.setattr(NativeEngine, "exact", False)
-    monkeypatch.setattr(NativeEngine, "foreign", True)
+    patch.setattr(NativeEngine, "sample", told)
+    patch.setattr(NativeEngine, "exact", False)
+    patch.setattr(NativeEngine, "foreign", True)
     for stage in (ppo, grpo):
-        monkeypatch.setattr(stage, "check_first_ratio", lambda *args: None)
+        patch.setattr(stage, "check_first_ratio", lambda *args: None)
+
+
+@pytest.fixture
+def another(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample_by_another(monkeypatch)
 
 
 def slow(*values: Any) -> Any:
@@ -135,3 +141,22 @@ def test_what_makes_no_sense_is_refused(words: list[str], said: str, tmp_path: P
     with pytest.raises(UserError) as refused:
         run("grpo", tmp_path / "out", *words)
     assert said in str(refused.value)
+
+
+def weighed(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """A run whose weights differ from response to response, one of them capped."""
+    words = [*ONCE, "algo.rollout_correction=sequence", "algo.rollout_correction_cap=20"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        sample_by_another(patch)
+        alone = ["hardware.tokens_per_microbatch=1", "hardware.rollout_tokens=1"]
+        return run("grpo", out, *words, *alone)
+
+
+@pytest.mark.slow
+def test_ranks_weigh_as_one_process_does(chain: Path, tmp_path: Path) -> None:
+    """By the log-probs of the one update, of which each rank has computed some."""
+    (one,) = weighed(chain, tmp_path / "1")
+    ((two,), _) = on_ranks(2, weighed, chain, tmp_path / "2")
+    assert 0 < one["correction_capped"] < 1
+    for name in ("correction_weight", "correction_capped", "correction_ess", "grad_norm/policy"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name

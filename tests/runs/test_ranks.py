@@ -220,6 +220,26 @@ def test_more_processes_than_gpus_are_a_line(monkeypatch: pytest.MonkeyPatch) ->
         processes_of(compose("sft", ["hardware=gpu", "hardware.processes=3"]))
 
 
+def test_each_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from rlhf_cli.runs.session import device_of
+
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("rlhf_cli.runs.session.ask_for_repeatable_sums", lambda: None)
+    for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for count, index in ((4, 2), (1, 0)):  # srun may show each task its own alone
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert device_of("cuda") == chosen[-1] == torch.device("cuda", index)
+    assert device_of("cpu") == torch.device("cpu") and len(chosen) == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="torch finds 2 GPUs"):
+        device_of("cuda")
+
+
 def test_the_place_of_a_thread_is_told_by_our_own_line() -> None:
     from rlhf_cli.ranks.watch import place_of
 
