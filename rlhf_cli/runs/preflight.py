@@ -113,13 +113,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
-    own = place()
-    if own is not None and own.size > 1 and cfg.data.path == STDIN and PIPED not in os.environ:
-        raise UserError(
-            f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
-            "start them by hardware.processes"
-        )
-    decides = world().is_main if own is None else own.rank == 0
+    decides = _decides(cfg)
     taken = [*inherit(cfg), *choose_rates(cfg)]
     if not check_only and (size := size_of_parents(cfg)) > HEAVY:
         say(f"reading {in_bytes(size)} of weights, by whose hash stage.json names them")
@@ -176,6 +170,23 @@ def loading_line(cfg: Run) -> str:
     models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
     more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
     return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"
+
+
+def _decides(cfg: Run) -> bool:
+    """Whether this process says what `out` is: rank 0, which may not have joined the others yet.
+
+    Raises:
+        UserError: several processes would read standard input.
+    """
+    own = place()
+    if own is None:
+        return world().is_main
+    if own.size > 1 and cfg.data.path == STDIN and PIPED not in os.environ:
+        raise UserError(
+            f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
+            "start them by hardware.processes"
+        )
+    return own.rank == 0
 
 
 def agree(cfg: Run, plan: Plan) -> None:
