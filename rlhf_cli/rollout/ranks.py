@@ -74,7 +74,6 @@ class RankedEngine(Engine):
         """
         rollouts = dict(kept.done) if kept is not None else {}
         needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
-        reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
         rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))
 
         def draw(run: range, told: Callable[[int], None]) -> list[Rollout]:
@@ -102,8 +101,7 @@ class RankedEngine(Engine):
             own_left = sum(place not in rollouts for place in run)
             bar = Share(advance, len(left) * samples, own_left * samples)
             with held_whole(self._model):
-                if sampling.beams == 1:
-                    self._agree_on_slots(reach)
+                self._agree_on_slots(prompts, sampling)
                 own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
             made = {
@@ -119,8 +117,11 @@ class RankedEngine(Engine):
             bar.finish()
         return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
 
-    def _agree_on_slots(self, reach: int) -> None:
+    def _agree_on_slots(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
         """Sample in slots on all ranks or on none: one may lack the memory to try them."""
+        if sampling.beams > 1:
+            return
+        reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
         with evaluation_mode(self._model):
             fit = fits_slots(self._model, reach)
         if not world().all(fit) and fit:

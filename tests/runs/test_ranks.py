@@ -15,7 +15,7 @@ from rlhf_cli.data.rows import Rows
 from rlhf_cli.ranks.causes import OURS, Cause, cause_of, first_cause, is_echo, write_cause
 from rlhf_cli.ranks.environment import Place, first_host, map_scheduler, place, tasks_of
 from rlhf_cli.ranks.watch import Watch
-from rlhf_cli.runs.preflight import Plan
+from rlhf_cli.runs.preflight import Plan, preflight
 
 OF_SRUN = {
     "SLURM_JOB_ID": "123",
@@ -207,6 +207,15 @@ def test_what_processes_are_told_is_not_kept_for_the_next_job(
     launch(cfg, Plan("free", Rows(cfg.data), {}, []), ["sft"], 2)
     assert seen["OMP_NUM_THREADS"] == "1"
     assert dict(os.environ) == before
+
+
+def test_ranks_that_nobody_gives_the_rows_of_standard_input_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="data.path=-: several processes cannot read one"):
+        preflight(compose("generate", ["data.path=-"]))
 
 
 def test_more_processes_than_gpus_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
