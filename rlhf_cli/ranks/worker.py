@@ -148,8 +148,10 @@ def tell(line: str, status: int, error: BaseException | None = None, again: bool
 
 
 def tells_of_signal(line: str, status: int | None) -> bool:
-    """Whether what a signal does to this rank is told, or need not be: our own agent was told of
-    the signal and has said so itself, and torchrun sends one to all that are left once a rank fails.
+    """Whether what a signal does to this rank is told, or need not be.
+
+    Our own agent was told of the signal and has said so itself. torchrun sends one to all that are
+    left once a rank has failed.
 
     Args:
         status: with which the rank ends; None where it goes on.
