@@ -79,13 +79,12 @@ type: install ## static types
 
 # What building takes, in an environment of its own: no PyTorch is needed for it.
 BUILD := .venv-build
+BUILDING := $(BUILD)/bin/python -m pip --disable-pip-version-check
 $(BUILD)/installed: requirements/build.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; name one: make PYTHON=..." >&2; exit 1; }
 	@test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)
-	$(BUILD)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes \
-		--no-deps --no-build-isolation --use-pep517 -r requirements/build.txt
+	$(BUILDING) install --quiet --require-hashes --no-deps --no-build-isolation -r requirements/build.txt
 	@touch $@
 
 wheel: $(BUILD)/installed ## dist/*.whl, in seconds
-	$(BUILD)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps \
-		--no-build-isolation --wheel-dir dist .
+	$(BUILDING) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -8,7 +8,6 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.json_rows import row_of_line
 from rlhf_cli.data.raw import ESCAPED, NOT_UTF_8, Raw, RowError, is_unicode
-from rlhf_cli.ranks.worker import has_agent, is_one
 
 STDIN = "-"  # as a path
 
@@ -19,14 +18,9 @@ def stdin_lines() -> list[str]:
     """The lines of standard input, which is read once; bytes that are no UTF-8 are escaped.
 
     Raises:
-        UserError: it is closed, or is not to be read; or it would be read by several processes.
+        UserError: it is closed, or is not to be read.
     """
     stream = sys.stdin
-    if is_one() and not has_agent():
-        raise UserError(
-            f"data.path={STDIN}: torchrun and srun give each process a standard input of its own; "
-            "write the rows to a file, or let hardware.processes start the processes"
-        )
     if stream is None:
         raise UserError(f"data.path={STDIN}: standard input is closed; pipe the prompts in")
     if _stdin.get("stream") is not stream:

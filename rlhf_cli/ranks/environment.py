@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.ranks.world import world
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -44,6 +45,12 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
             f"{local_size} cannot be; torchrun sets them, and else they are to be unset"
         )
     return Place(rank, size, local_rank, local_size)
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0 or alone; it need not have met the others."""
+    own = place()
+    return world().is_main if own is None else own.rank == 0
 
 
 def has_keeper(environment: Mapping[str, str] = os.environ) -> bool:

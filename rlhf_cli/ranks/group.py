@@ -141,15 +141,6 @@ class Group(World):
         received: Value = json.loads(bytes(own.tolist()))
         return received
 
-    def main_first(self, work: Callable[[], Value]) -> Value:
-        """The others wait for rank 0."""
-        if self.is_main:
-            done = work()
-            self.barrier("rank 0 has written what all read")
-            return done
-        self.barrier("rank 0 has written what all read")
-        return work()
-
     def barrier(self, until: str) -> None:
         """A sum that nobody reads."""
         if self.watch is None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 TYPE_CHECKING = False  # as type checkers read it
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any, TypeVar
 
     from torch import Tensor
@@ -94,10 +94,6 @@ class World:
     def from_main(self, value: Value) -> Value:
         """What rank 0 has: a value of JSON, for what a clock or a disk decides."""
         return value
-
-    def main_first(self, work: Callable[[], Value]) -> Value:
-        """`work`, by rank 0 and only then by the others, who find what it left on disk."""
-        return work()
 
     def barrier(self, until: str) -> None:
         """Wait for all ranks; `until` says for what, should one not come."""

@@ -18,11 +18,12 @@ from rlhf_cli.models.sharding import held_whole
 from rlhf_cli.ranks.agreement import on_every_rank
 from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
-from rlhf_cli.rollout.decode import Completion
+from rlhf_cli.rollout.decode import Completion, evaluation_mode
 from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.native import FILLS
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import fits_slots, give_up_slots
 
 REASONS = ("length", "eos", "stop")
 
@@ -100,6 +101,7 @@ class RankedEngine(Engine):
             own_left = sum(place not in rollouts for place in run)
             bar = Share(advance, len(left) * samples, own_left * samples)
             with held_whole(self._model):
+                self._agree_on_slots(prompts, sampling)
                 own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
             made = {
@@ -114,6 +116,16 @@ class RankedEngine(Engine):
                 kept.keep(made)
             bar.finish()
         return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    def _agree_on_slots(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
+        """Sample in slots on all ranks or on none: one may lack the memory to try them."""
+        if sampling.beams > 1:
+            return
+        reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
+        with evaluation_mode(self._model):
+            fit = fits_slots(self._model, reach)
+        if not world().all(fit) and fit:
+            give_up_slots(self._model)
 
     def _rounds(self, needs: Sequence[int]) -> Iterator[range]:
         """Runs of places that give each rank about what one process samples between two looks."""

@@ -32,7 +32,7 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
     tokenizer_hash,
 )
-from rlhf_cli.ranks.world import world
+from rlhf_cli.ranks.environment import is_first
 from rlhf_cli.rewards.rules import RULE_NAMES, rule_of
 from rlhf_cli.rewards.specs import (
     check_rows_of,
@@ -306,7 +306,7 @@ def check_frozen_layers(cfg: Run) -> None:
 
 def check_sampler(cfg: Run) -> None:
     """Where the stage is to start a vLLM server, there is one to start."""
-    if cfg.hardware.rollout_devices is not None and world().is_main:
+    if cfg.hardware.rollout_devices is not None and is_first():
         from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
 
         program()

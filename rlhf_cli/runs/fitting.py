@@ -30,6 +30,8 @@ def sharing_lines(cfg: Any, ranks: Ranks | None = None) -> list[str]:
     lines = work_lines(cfg, ranks) if ranks.size > 1 else []
     if not cfg.trains:
         return lines
+    if ranks.size == 1 and (shard := cfg.hardware.shard) != "none":
+        lines.append(f"note: hardware.shard={shard} cuts nothing: one process holds all weights")
     try:
         return lines + memory_lines(cfg, ranks)
     except Unknown:  # which the prediction of the peak tells

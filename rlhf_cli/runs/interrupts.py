@@ -20,7 +20,6 @@ import select
 import signal
 
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted
-from rlhf_cli.ranks.world import world
 
 TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer than the rest
 if TYPE_CHECKING:
@@ -95,6 +94,8 @@ def asked() -> str | None:
 
     All ranks ask at the same place, and get the same answer.
     """
+    from rlhf_cli.ranks.world import world
+
     if not world().any(_Stop.asked is not None):
         return None
     return next(each.name for each in _SIGNALS if world().any(_Stop.asked == each.name))

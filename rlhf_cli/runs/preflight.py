@@ -14,7 +14,7 @@ from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.ranks.agreement import together
-from rlhf_cli.ranks.environment import place
+from rlhf_cli.ranks.environment import is_first, place
 from rlhf_cli.ranks.worker import STDIN as PIPED
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
@@ -113,13 +113,8 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         UserError: one line that says what is wrong, where, and what to do.
     """
     stage, out = stage_name(cfg), Path(cfg.out)
-    own = place()
-    if own is not None and own.size > 1 and cfg.data.path == STDIN and PIPED not in os.environ:
-        raise UserError(
-            f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
-            "start them by hardware.processes"
-        )
-    decides = world().is_main if own is None else own.rank == 0
+    _check_stdin(cfg)
+    decides = is_first()
     taken = [*inherit(cfg), *choose_rates(cfg)]
     if not check_only and (size := size_of_parents(cfg)) > HEAVY:
         say(f"reading {in_bytes(size)} of weights, by whose hash stage.json names them")
@@ -176,6 +171,20 @@ def loading_line(cfg: Run) -> str:
     models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
     more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
     return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"
+
+
+def _check_stdin(cfg: Run) -> None:
+    """Of several processes each has a standard input of its own, and torchrun and srun fill one.
+
+    Raises:
+        UserError: rows are to come from it; our own agent has written them to a file.
+    """
+    own = place()
+    if own is not None and own.size > 1 and cfg.data.path == STDIN and PIPED not in os.environ:
+        raise UserError(
+            f"data.path={STDIN}: several processes cannot read one standard input; give a file, or "
+            "start them by hardware.processes"
+        )
 
 
 def agree(cfg: Run, plan: Plan) -> None:

@@ -435,12 +435,16 @@ class Session:
         if reasons:
             more["undefined"] = reasons
         by_main(lambda: self._publish(kind, known, more))
-        rows = self.logs[0].rows() if self.logs else []
-        for line in last_lines(self.cfg, known, rows, told):
+        for line in by_main(lambda: self._last_lines(known, told)):
             say(line)
         saving = f", {self.saving:.1f} s of it saving" if self.saving >= 1 else ""
         say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s{saving}")
         return self.out
+
+    def _last_lines(self, metrics: dict[str, Any], told: str | None) -> list[str]:
+        """How it went, from the files of `out`, which may lie on the disk of rank 0 alone."""
+        rows = self.logs[0].rows() if self.logs else []
+        return last_lines(self.cfg, metrics, rows, told)
 
     def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         for log in self.logs:

@@ -47,7 +47,11 @@ class Balanced:
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._counts, self._tokens, self._losses = None, 0.0, []
+        self._counts, self._tokens = None, 0.0
+
+    def begin_losses(self) -> None:
+        """Forget the losses of passes that are done again; what was counted stays."""
+        self._losses = []
 
     def count(self) -> None:
         """Add what was seen last to the counts of the step."""
@@ -103,6 +107,11 @@ class LoadBalancing:
         found = {name: balanced(name, network) for name, network in networks.items()}
         self._each = {name: one for name, one in found.items() if one is not None}
 
+    @property
+    def networks(self) -> list[str]:
+        """The names of those whose load is balanced."""
+        return list(self._each)
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A block whose passes the next `count` or `loss` is about."""
@@ -113,11 +122,9 @@ class LoadBalancing:
 
     @torch.no_grad()
     def count(self, parts: Sequence[LossTerm]) -> None:
-        """Count what goes to each expert over a whole step."""
+        """Count what goes to each expert over a whole step, of this rank."""
         for one in self._each.values():
             one.begin()
-        if not self._each:
-            return
         rewind = draws_again()
         for part in parts:
             for batch in world().dealt(part.batches):
@@ -128,8 +135,16 @@ class LoadBalancing:
             for batch in world().idle(part.batches):
                 part.loss(batch)
         rewind()
+
+    def sum_over_ranks(self) -> None:
+        """From now on the counts are those of all ranks."""
         for one in self._each.values():
             one.sum_over_ranks()
+
+    def begin_losses(self) -> None:
+        """Before the passes whose losses `tell` is about."""
+        for one in self._each.values():
+            one.begin_losses()
 
     def loss(self) -> Tensor | float:
         """What a micro-batch that was watched adds to the objective."""

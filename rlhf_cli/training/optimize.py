@@ -120,15 +120,28 @@ class Optimizer:
         parts = self.room.cut(parts)
         with draws_of_rank():
             rewind = draws_again()
-            figures = if_it_fits(partial(self._attempt, parts, rewind), rewind)
-            while not world().all(figures is not None):
+            while (figures := self._attempt(parts, rewind)) is None:
                 self._forget()
                 parts = self.room.more(parts)
                 rewind()
-                figures = if_it_fits(partial(self._attempt, parts, rewind), rewind)
-        assert figures is not None
         self._sum_over_ranks()
         return figures
+
+    def _attempt(self, parts: list[LossTerm], rewind: Callable[[], None]) -> Figures | None:
+        """`_backward` on all ranks; None where memory ran out on any of them.
+
+        A rank may do work again by itself, so within it none waits for another.
+        """
+
+        def fits(work: Callable[[], Figures]) -> Figures | None:
+            done = if_it_fits(partial(self._guarded, work, rewind), rewind)
+            return done if world().all(done is not None) else None
+
+        if self._balancing.networks:
+            if fits(partial(self._counted, parts)) is None:
+                return None
+            self._balancing.sum_over_ranks()
+        return fits(partial(self._backward, parts))
 
     def _sum_over_ranks(self) -> None:
         """Of gradients that only some ranks have the others add 0."""
@@ -148,15 +161,20 @@ class Optimizer:
                 weight.grad = torch.zeros_like(weight)
         world().sum([weight.grad for weight in shared if weight.grad is not None])
 
-    def _attempt(self, parts: list[LossTerm], rewind: Callable[[], None]) -> Figures:
-        """`_backward`, done again where operators or a compiler do not know what it needs."""
-        work = partial(repeatably, partial(self._backward, parts), rewind)
-        return self._compiling.guarded(work, rewind)
+    def _guarded(self, work: Callable[[], Figures], rewind: Callable[[], None]) -> Figures:
+        """Work, done again where operators or a compiler do not know what it needs."""
+        return self._compiling.guarded(partial(repeatably, work, rewind), rewind)
+
+    def _counted(self, parts: list[LossTerm]) -> Figures:
+        """Count what goes to each expert; there are no figures yet."""
+        self._forget()
+        self._balancing.count(parts)
+        return Figures()
 
     def _backward(self, parts: list[LossTerm]) -> Figures:
         self._forget()
         figures = Figures()
-        self._balancing.count(parts)
+        self._balancing.begin_losses()
         before = 0  # micro-batches of the parts before
         for part in parts:
             for turn, batch in enumerate(world().dealt(part.batches)):

@@ -46,7 +46,7 @@ def run(cfg, plan):
     return Path(cfg.out)
 
 def preflight(cfg, check_only):
-    return types.SimpleNamespace(state="free")
+    return types.SimpleNamespace(state="free", at_once=lambda: [])
 
 for name, function in {{"stages.ppo": run, "runs.preflight": preflight}}.items():
     module = types.ModuleType(f"rlhf_cli.{{name}}")

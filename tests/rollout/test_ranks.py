@@ -11,9 +11,10 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.engine import Engine
-from rlhf_cli.rollout.ranks import even_runs
+from rlhf_cli.rollout.ranks import RankedEngine, even_runs
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.rollout.slot_probe import fits_slots
 from rlhf_cli.runs.policy import Policy
 from tests.ranks import on_ranks
 from tests.toys import bpe, data_of, hardware_of, llama
@@ -159,3 +160,20 @@ def test_runs_of_places_need_about_as_much_as_each_other() -> None:
     runs = even_runs(range(2), [3, 3], 4)
     assert [len(run) for run in runs] == [0, 1, 0, 1]
     assert even_runs(range(1), [7], 2) == [range(0), range(1)]
+
+
+def in_slots(poor: int) -> bool:
+    """Whether this rank goes on to sample in slots, which a rank has no memory to try."""
+    engine, encoder = policy_of()
+    assert isinstance(engine, RankedEngine)
+    with pytest.MonkeyPatch.context() as patch:
+        if world().rank == poor:
+            patch.setattr("rlhf_cli.rollout.ranks.fits_slots", lambda model, reach: False)
+        prompts = encoder.prompts([Prompt(text) for text in TEXTS])
+        engine.sample(prompts, Sampling(3, temperature=0.0), seed=0)
+    return fits_slots(engine._model, 20)
+
+
+def test_all_ranks_sample_in_slots_or_none() -> None:
+    assert on_ranks(2, in_slots, 9) == [True, True]
+    assert on_ranks(2, in_slots, 1)[0] is False

@@ -1,6 +1,7 @@
 """What a process makes of its environment, why several ended, and who keeps them waiting."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import PeerLost, UserError
+from rlhf_cli.data.rows import Rows
 from rlhf_cli.ranks.causes import OURS, Cause, cause_of, first_cause, is_echo, write_cause
 from rlhf_cli.ranks.environment import Place, first_host, map_scheduler, place, tasks_of
 from rlhf_cli.ranks.watch import Watch
+from rlhf_cli.runs.preflight import Plan, preflight
 
 OF_SRUN = {
     "SLURM_JOB_ID": "123",
@@ -185,6 +188,34 @@ def test_processes_and_what_started_them(monkeypatch: pytest.MonkeyPatch) -> Non
     assert processes_of(compose("sft", ["hardware=ddp", "hardware.device=cpu"])) == 1
     with pytest.raises(UserError, match="started 2"):
         processes_of(several)
+
+
+def test_what_processes_are_told_is_not_kept_for_the_next_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rlhf_cli.commands import agent
+    from rlhf_cli.commands.launch import launch
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, seen = dict(os.environ), dict[str, str]()
+
+    def started(*args: object) -> None:
+        seen.update(os.environ)
+
+    monkeypatch.setattr(agent, "run_workers", started)
+    cfg = compose("sft", ["hardware=cpu"])
+    launch(cfg, Plan("free", Rows(cfg.data), {}, []), ["sft"], 2)
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert dict(os.environ) == before
+
+
+def test_ranks_that_nobody_gives_the_rows_of_standard_input_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="data.path=-: several processes cannot read one"):
+        preflight(compose("generate", ["data.path=-"]))
 
 
 def test_more_processes_than_gpus_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

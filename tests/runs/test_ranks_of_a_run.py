@@ -216,3 +216,18 @@ def test_a_rank_that_is_killed_as_it_saves_costs_nothing(
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
     assert "resuming after step 2" in done.stderr
     same(out, whole)
+
+
+def run_on_its_own_disk(folder: Path, disks: Path) -> list[str]:
+    """`sft` in a folder of this rank, with the same words on all."""
+    disk = disks / str(world().rank)
+    disk.mkdir(parents=True)
+    for entry in folder.iterdir():
+        (disk / entry.name).symlink_to(entry)
+    return run("sft", disk, Path("own"))
+
+
+def test_machines_need_no_common_disk_to_run_from_start_to_end(chain: Path, tmp_path: Path) -> None:
+    on_ranks(2, run_on_its_own_disk, chain, tmp_path)
+    assert not faults_of(tmp_path / "0" / "own")
+    assert not (tmp_path / "1" / "own").exists()

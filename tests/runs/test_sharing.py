@@ -178,6 +178,9 @@ def test_parts_of_a_sharded_run_by_hand(folder: Path) -> None:
 def test_one_process_holds_what_it_held(folder: Path) -> None:
     """hardware.shard says nothing to it."""
     assert parts_of(ppo(folder)) == parts_of(ppo(folder, "hardware.shard=full"))
+    told = "note: hardware.shard=full cuts nothing: one process holds all weights"
+    assert told in sharing_lines(ppo(folder, "hardware.shard=full"), Ranks())
+    assert told not in sharing_lines(ppo(folder, "hardware.shard=full"), EIGHT)
 
 
 # --------------------------------------------------------------------------- what is told

@@ -91,4 +91,13 @@ def test_make_installs_by_hash_alone() -> None:
     for line in installs:
         assert "--no-build-isolation" in line and "--no-deps" in line, line
         assert "--require-hashes" in line or line.rstrip().endswith("-e ."), line
-    assert "build --wheel --no-isolation" in done.stdout
+    (wheel,) = re.findall(r"^.*pip .*\bwheel\b.*$", done.stdout, re.MULTILINE)
+    assert "--no-build-isolation" in wheel and "--no-deps" in wheel
+
+
+def test_a_wheel_takes_what_builds_it_alone() -> None:
+    """Not PyTorch and all that the tool and its tests need."""
+    words = ["make", "--dry-run", "--always-make", "wheel"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    named = re.findall(r"-r (\S+)", done.stdout)
+    assert named == ["requirements/build.txt"] and ".venv/" not in done.stdout

@@ -1,6 +1,7 @@
 """The load of experts is balanced as transformers does it, whatever the cut into micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.lora_places import lora_places, peft_targets
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.objectives.likelihood import nll_sum
+from rlhf_cli.ranks.world import world
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
 from tests.model_families import model_of
+from tests.ranks import on_ranks
 from tests.training.test_optimize import PLAIN, config_of
 
 ASKS = {"output_router_logits": True}
@@ -175,3 +178,34 @@ def test_what_is_left_out_is_said_and_what_is_asked_for_is_done(
     dense.router_aux_coef = 0.5
     with pytest.raises(UserError, match=r"router_aux_coef=0.5: LlamaForCausalLM has no routers"):
         step_of(dense, [SEQUENCES])
+
+
+def with_memory_that_ends_on_one_rank(*passes: int) -> list[tuple[dict[str, float], float]]:
+    """The metrics and the size of the gradient of a step whose pass of a number finds no memory."""
+    found = []
+    for ends in passes:
+        model, numbers = model_of("mixtral", **ASKS), count(1)
+
+        def nll(
+            sequences: list[Tokens],
+            model: Any = model,
+            numbers: Iterator[int] = numbers,
+            ends: int = ends,
+        ) -> Loss:
+            if next(numbers) == ends and world().rank == 1:
+                raise MemoryError
+            batch = collate(sequences)
+            return nll_sum(token_logprobs(model, batch, chunk=50).logprobs, batch.response), {}
+
+        metrics, gradient = step_of(model, [SEQUENCES[:2], SEQUENCES[2:]], nll)
+        found.append((metrics, sum(each.double().norm().item() for each in gradient.values())))
+    return found
+
+
+def test_memory_that_ends_on_one_rank_as_experts_are_counted_keeps_none_waiting() -> None:
+    ((metrics, size),) = with_memory_that_ends_on_one_rank(0)
+    as_it_counts, as_it_learns = 1, 2
+    for steps in on_ranks(2, with_memory_that_ends_on_one_rank, as_it_counts, as_it_learns):
+        for found, found_size in steps:
+            assert found == pytest.approx(metrics, rel=1e-5)
+            assert found_size == pytest.approx(size, rel=1e-5)
