@@ -134,8 +134,8 @@ def _become_one_of_several() -> None:
     from rlhf_cli.ranks import worker
 
     worker.become()
-    if worker.has_agent():
-        interrupts.told_by(worker.tell_agent)
+    if worker.is_one():
+        interrupts.told_by(worker.tells_of_signal)
 
 
 def _worker() -> "ModuleType | None":

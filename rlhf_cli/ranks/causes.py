@@ -18,7 +18,6 @@ from typing import Any
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN
 
 OURS = "rlhf-cli"  # our part of the file
-TOGETHER = 2.0  # seconds within which ranks that fail for the same reason do so
 # how torch says that another process did not answer, where we do not ask ourselves
 _OF_PEERS = ("gloo", "closed by peer", "reset by peer", "NCCL", "ncclInternal", "Broken pipe")
 
@@ -106,6 +105,5 @@ def first_cause(causes: Sequence[Cause], asked: bool) -> Cause:
     own = [cause for cause in causes if is_own(cause)]
     own = own or [cause for cause in causes if not cause.echo] or list(causes)
     first = min(own, key=lambda cause: cause.at)
-    together = [cause for cause in own if cause.at - first.at < TOGETHER]
-    alike = [cause for cause in together if cause.line == first.line]
+    alike = [cause for cause in own if cause.line == first.line]  # as all ranks say it
     return min(alike, key=lambda cause: cause.rank)

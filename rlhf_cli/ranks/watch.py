@@ -82,6 +82,12 @@ class Watch(threading.Thread):
         """No more of it."""
         self._done.set()
 
+    def knows_cause(self) -> bool:
+        """Whether a rank has said why it failed."""
+        with suppress(RuntimeError):
+            return bool(self.store.check(["cause"]))
+        return False
+
     def is_first(self, line: str, echo: bool) -> bool:
         """Whether this rank is the one to say why the run ends; all that fail ask.
 

@@ -147,10 +147,20 @@ def tell(line: str, status: int, error: BaseException | None = None, again: bool
         time.sleep(AFTER_RANK_0)
 
 
-def tell_agent(line: str, status: int | None) -> None:
-    """What a signal does to this rank: the agent was told of the signal, and has said so itself."""
-    if status is not None:
-        tell(line.removeprefix("rlhf-cli: "), status)
+def tells_of_signal(line: str, status: int | None) -> bool:
+    """Whether what a signal does to this rank is told, or need not be.
+
+    Our own agent was told of the signal and has said so itself. torchrun sends one to all that are
+    left once a rank has failed.
+
+    Args:
+        status: with which the rank ends; None where it goes on.
+    """
+    if AGENT in os.environ:
+        if status is not None:
+            tell(line.removeprefix("rlhf-cli: "), status)
+        return True
+    return status is not None and _Self.watch is not None and _Self.watch.knows_cause()
 
 
 def end(line: str) -> None:

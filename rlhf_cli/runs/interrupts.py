@@ -36,7 +36,7 @@ class _Stop:
 
     taken: the signals that are ours; one that is ignored, as SIGHUP under nohup, stays so.
     passed_on: takes signals for the processes that this one waits for.
-    told_by: takes lines, with the exit status of one that is the last.
+    told_by: takes lines, with the exit status of one that is the last, and returns whether it has.
     process: whose they are. acts: what is done before the process ends where it is.
     """
 
@@ -44,7 +44,7 @@ class _Stop:
     asked: str | None = None
     taken: tuple[signal.Signals, ...] = ()
     passed_on: Callable[[int], object] | None = None
-    told_by: Callable[[str, int | None], object] | None = None
+    told_by: Callable[[str, int | None], bool] | None = None
     process = 0
     acts: list[Callable[[], object]] = []
 
@@ -84,8 +84,8 @@ def pass_on(send: Callable[[int], object] | None) -> None:
     _Stop.passed_on = send
 
 
-def told_by(tell: Callable[[str, int | None], object]) -> None:
-    """Let somebody else say what signals do."""
+def told_by(tell: Callable[[str, int | None], bool]) -> None:
+    """Let somebody else say what signals do, where it returns that it has."""
     _Stop.told_by = tell
 
 
@@ -159,8 +159,7 @@ def _end(line: str, status: int) -> None:
 
 def _tell(line: str, status: int | None = None) -> None:
     """A line on stderr, past whatever was begun there, if somebody takes it: none is waited for."""
-    if _Stop.told_by is not None:
-        _Stop.told_by(line, status)
+    if _Stop.told_by is not None and _Stop.told_by(line, status):
         return
     begun = f"{SHOW_CURSOR}\n" if os.isatty(2) else ""
     try:
