@@ -364,7 +364,8 @@ def test_an_old_server_is_named(model: Any, stub: Stub, url: str, tmp_path: Path
 def test_what_is_no_vllm_server_is_told(
     model: Any, stub: Stub, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for answer in ({}, [], "0.30", {"version": "0.30.1", "data": []}):
+    answers: list[Any] = [{}, [], "0.30", {"version": "0.30.1", "data": []}]
+    for answer in answers:
         monkeypatch.setattr(
             server_client.Client, "get", lambda client, route, answer=answer: answer
         )
