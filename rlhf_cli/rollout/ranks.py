@@ -14,6 +14,7 @@ from torch import nn
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.layouts import layout_of
 from rlhf_cli.models.sharding import held_whole
 from rlhf_cli.ranks.agreement import on_every_rank
 from rlhf_cli.ranks.progress import Share
@@ -72,6 +73,7 @@ class RankedEngine(Engine):
         Rounds and shares are those of all prompts, whatever is left of them, so that a run that
         goes on on as many ranks ends with the same digits.
         """
+        layout_of(self._model, self._hardware)  # all find it out, before one needs it by itself
         rollouts = dict(kept.done) if kept is not None else {}
         needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
         rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))

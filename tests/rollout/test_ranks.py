@@ -1,16 +1,21 @@
 """Ranks that share prompts make the responses of one process."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf_cli.config.errors import RunError
+from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.ranks.world import world
+from rlhf_cli.rollout import native
 from rlhf_cli.rollout.engine import Engine
+from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.ranks import RankedEngine, even_runs
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -97,6 +102,22 @@ def kept_in_rounds() -> tuple[list[list[int]], list[list[int]], Told]:
     second.rounds = [[], []]
     drawn = engine.sample(prompts, Sampling(9), samples=2, seed=3, kept=second)
     return first.rounds, second.rounds[2:], told(drawn)
+
+
+def scored_where_one_rank_has_sampled() -> list[list[float]]:
+    """A model whose samples are scored once more, by the rank that has drawn them."""
+    engine, encoder = policy_of()
+    model: Any = engine._model  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "fits_slots", lambda *_: False)
+        patch.setattr(native, "way_of", lambda model: replace(way_of(model), exact=False))
+        engine.sample(encoder.prompts([Prompt("the cat")]), Sampling(9), seed=3)
+    return [each.tolist() for each in logprobs_of(model, [Tokens([5], [6, 7])], hardware_of())]
+
+
+def test_what_a_rank_finds_out_by_itself_keeps_none_waiting() -> None:
+    first, second = on_ranks(2, scored_where_one_rank_has_sampled, seconds=30)
+    assert first == second
 
 
 def few_or_none() -> list[Told]:
