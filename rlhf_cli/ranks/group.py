@@ -6,6 +6,7 @@ for; gradients are summed where they are.
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import wraps
@@ -212,16 +213,21 @@ def join(
     at_most, later = timedelta(seconds=seconds), timedelta(seconds=seconds + GRACE)
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
-        raise UserError("RANK is set, but not MASTER_ADDR and MASTER_PORT; torchrun sets all three")
+        raise UserError(
+            "RANK is set, but not MASTER_ADDR and MASTER_PORT; torchrun sets all three, and else "
+            "RANK is to be unset"
+        )
+    began = time.monotonic()
     try:
         dist.init_process_group(backend, timeout=later, device_id=own)
         # a client of its own, for a thread that waits in one keeps others out
         store = TCPStore(host, int(port), is_master=False, timeout=at_most)
     except dist.DistError as error:
         text = str(error).partition("\n")[0]
+        waited = time.monotonic() - began
         raise RunError(
-            f"rank {rank} waited {seconds} s (hardware.rank_timeout) for all {size} ranks at "
-            f"{host}:{port}: {text}"
+            f"rank {rank} waited {waited:.0f} s (hardware.rank_timeout={seconds}) for all {size} "
+            f"ranks at {host}:{port}: {text}"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     run = PrefixStore(f"rlhf-cli/{attempt}", store)

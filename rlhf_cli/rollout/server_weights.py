@@ -126,14 +126,19 @@ class Served:
         else:
             self.client = Client(url, timeout)
         self.client.get("/health")
-        version = str(self.client.get("/version")["version"])
+        try:
+            version = str(self.client.get("/version")["version"])
+            served = self.client.get("/v1/models")["data"][0]
+            name, longest = str(served["id"]), int(served.get("max_model_len") or 0)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            url = self.client.url
+            raise RunError(f"{url} says no version or no model: is it a vLLM server?") from None
         if too_old(version):
             raise RunError(f"{self.client.url} is vLLM {version}, and {WANTED} is needed")
-        served = self.client.get("/v1/models")["data"][0]
         if self._own:
             self.client.post("/update_weight_version", {"new_version": self.label})
         say(f"rollouts: vLLM {version} at {self.client.url}")
-        return [self.client.url, served["id"], served.get("max_model_len") or 0]
+        return [self.client.url, name, longest]
 
     def _started(self, model: nn.Module) -> ServerProcess:
         """A server of the model's weights."""

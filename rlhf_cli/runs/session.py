@@ -506,6 +506,11 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
             anew.
     """
     began = time.monotonic()
+    if cfg.hardware.processes not in (1, AUTO) and place() is None:
+        raise UserError(
+            f"hardware.processes={cfg.hardware.processes} is for commands: a stage that Python "
+            "calls is this process alone, or a rank of torchrun's"
+        )
     if plan is None or (plan.provenance is None and plan.state != FINISHED):
         plan = preflight(cfg)
     device = device_of(cfg.hardware.device)

@@ -361,6 +361,18 @@ def test_an_old_server_is_named(model: Any, stub: Stub, url: str, tmp_path: Path
         drawn(engine_of(model, url, tmp_path / "w"))
 
 
+def test_what_is_no_vllm_server_is_told(
+    model: Any, stub: Stub, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = [{}, [], "0.30", {"version": "0.30.1", "data": []}]
+    for answer in answers:
+        monkeypatch.setattr(
+            server_client.Client, "get", lambda client, route, answer=answer: answer
+        )
+        with pytest.raises(RunError, match=r"127.* says no version or no model: is it a vLLM"):
+            drawn(engine_of(model, url, tmp_path / "w"))
+
+
 def test_prompts_must_fit(model: Any, stub: Stub, url: str, tmp_path: Path) -> None:
     stub.longest = 36
     with pytest.raises(RunError, match="takes 36 tokens .* --max-model-len 37"):

@@ -131,8 +131,9 @@ def test_a_step_is_counted_as_it_begins(
 
 
 def said_in(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The progress lines on stderr."""
-    return [line for line in capsys.readouterr().err.splitlines() if " left" in line][1:]
+    """The progress lines of the steps on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("dpo: ") and " left" in line]
 
 
 def test_a_finished_run_is_looked_at_once(tmp_path: Path, calls: Counter[str]) -> None:

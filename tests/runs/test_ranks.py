@@ -209,6 +209,13 @@ def test_what_processes_are_told_is_not_kept_for_the_next_job(
     assert dict(os.environ) == before
 
 
+def test_a_stage_that_python_calls_starts_no_processes() -> None:
+    from rlhf_cli.stages import sft
+
+    with pytest.raises(UserError, match="hardware.processes=2 is for commands"):
+        sft.run(compose("sft", ["hardware.processes=2"]))
+
+
 def test_ranks_that_nobody_gives_the_rows_of_standard_input_say_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
