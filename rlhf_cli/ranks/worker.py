@@ -78,11 +78,6 @@ def is_one() -> bool:
     return _Self.place is not None
 
 
-def has_agent() -> bool:
-    """Whether our own agent started it."""
-    return is_one() and AGENT in os.environ
-
-
 def join_others(device: torch.device, seconds: int, say: Callable[[str], None]) -> None:
     """Where this process is one of several, wait for all of them: from here on they work together.
 

@@ -359,7 +359,7 @@ def test_rows_of_a_pipe_reach_every_rank(place: Path) -> None:
     with (runs.folder / "rows.jsonl").open() as rows:
         code, _, err = runs(READS, stage=generate, agent=torchrun, stdin=rows)
     said = [line for line in err.splitlines() if line[:8] == "rlhf-cli"]
-    assert code == 1 and len(said) == 1 and "write the rows to a file" in said[0]
+    assert code == 1 and len(said) == 1 and "cannot read one standard input; give a file" in said[0]
 
 
 @pytest.mark.slow
