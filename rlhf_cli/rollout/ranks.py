@@ -73,7 +73,6 @@ class RankedEngine(Engine):
         Rounds and shares are those of all prompts, whatever is left of them, so that a run that
         goes on on as many ranks ends with the same digits.
         """
-        layout_of(self._model, self._hardware)  # all find it out, before one needs it by itself
         rollouts = dict(kept.done) if kept is not None else {}
         needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
         rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))
@@ -103,7 +102,7 @@ class RankedEngine(Engine):
             own_left = sum(place not in rollouts for place in run)
             bar = Share(advance, len(left) * samples, own_left * samples)
             with held_whole(self._model):
-                self._agree_on_slots(prompts, sampling)
+                self._find_out(prompts, sampling)
                 own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
             completions = iter(gathered(own))
             made = {
@@ -119,8 +118,13 @@ class RankedEngine(Engine):
             bar.finish()
         return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
 
-    def _agree_on_slots(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
-        """Sample in slots on all ranks or on none: one may lack the memory to try them."""
+    def _find_out(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
+        """What all ranks must be at one about, before any works by itself.
+
+        They sample in slots on all ranks or on none, for one may lack the memory to try them. What
+        layout the model takes is kept, where one scores its samples and another has none.
+        """
+        layout_of(self._model, self._hardware)
         if sampling.beams > 1:
             return
         reach = max((len(ids) for _, ids in prompts), default=0) + sampling.max_tokens
