@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.folders.integrity import described
-from rlhf_cli.runs import lock
+from rlhf_cli.runs import lock, session
 from rlhf_cli.runs.out_folder import newest_step, resume_point, resume_points
+from rlhf_cli.runs.resume_points import save_checkpoint
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft
 from tests.tiny import DATA, words_of
@@ -205,10 +206,20 @@ def test_minutes_between_resume_points(tmp_path: Path, monkeypatch: pytest.Monke
     assert saved == [3, 6, 9]
 
 
-def test_the_time_of_saving_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_saving_took_is_said_where_it_is_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("sft", tmp_path / "quick")
+    assert "of it saving" not in capsys.readouterr().err
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.4)
+        save_checkpoint(*args)
+
+    monkeypatch.setattr(session, "save_checkpoint", slowly)
     run("sft", tmp_path / "out")
-    (line,) = [row for row in capsys.readouterr().err.splitlines() if "seconds of saving" in row]
-    assert float(line.split()[-1]) > 0
+    (line,) = [row for row in capsys.readouterr().err.splitlines() if "of it saving" in row]
+    assert float(line.split(", ")[-1].split()[0]) >= 1.2  # three resume points
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
