@@ -436,6 +436,7 @@ def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.slow
 def test_a_check_as_json(cli: Cli) -> None:
     done = cli("sft", "--check", "--json", "seed=4")
     assert (done.returncode, done.stderr) == (0, "")

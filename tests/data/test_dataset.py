@@ -160,6 +160,7 @@ def by_ranks(path: str, caches: list[str]) -> tuple[str, list[Any], bool]:
     return "", items, "tokens: read from" not in dataset.notes[-1]
 
 
+@pytest.mark.slow
 def test_ranks_tokenise_once_for_all_that_see_it(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "r.jsonl", pairs(50)), str(tmp_path / "cache")
     first, second = on_ranks(2, by_ranks, path, [cache] * 2)

@@ -77,6 +77,7 @@ def test_what_is_refused_before_anything_is_sampled(
         evaluated(tmp_path, *words)
 
 
+@pytest.mark.slow
 def test_samples_of_a_file_are_judged_as_those_of_the_policies_were(tmp_path: Path) -> None:
     made = evaluated(tmp_path / "made", "baselines=[runs/demo/adapter]")
     words = [f"samples={tmp_path}/made/samples.jsonl", "baselines=[]"]
@@ -109,6 +110,7 @@ def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
         evaluated(tmp_path / "no", "few_shot=2")
 
 
+@pytest.mark.slow
 def test_responses_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = f"responses_cache={tmp_path}/cache"
     first = evaluated(tmp_path / "a", "baselines=[runs/demo/adapter]", cache)

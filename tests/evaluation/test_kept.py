@@ -183,6 +183,7 @@ def test_no_response_is_scored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyP
     same(out, whole)
 
 
+@pytest.mark.slow
 def test_gold_that_has_changed_scores_again(tmp_path: Path) -> None:
     """Nothing else knows: gold goes into no weights, so it is nobody's parent."""
     gold, out = tmp_path / "gold", tmp_path / "out"

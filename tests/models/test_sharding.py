@@ -239,6 +239,7 @@ def not_by_forward() -> str:
     return str(told.value)
 
 
+@pytest.mark.slow
 def test_it_is_sampled_from_restored_and_looked_through_or_refused() -> None:
     world().shard("none")
     tokenizer = bpe()

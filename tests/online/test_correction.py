@@ -57,6 +57,7 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("another")
 @pytest.mark.parametrize(
     ("stage", "words"),
@@ -94,6 +95,7 @@ def test_each_token_weighs_what_the_sampler_got_wrong(
     assert weighed["sampling_gap"] == pytest.approx(math.log(1.5), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("another")
 def test_a_whole_response_weighs_the_product_of_its_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -109,6 +111,7 @@ def test_a_whole_response_weighs_the_product_of_its_tokens(
     assert line["correction_capped"] == 0
 
 
+@pytest.mark.slow
 def test_where_this_process_samples_it_is_off_unless_it_is_asked_for(tmp_path: Path) -> None:
     """Asked for, it weighs rounding: in float32 nothing at all, for old log-probs are its own."""
     (plain,) = run("grpo", tmp_path / "plain", *ONCE)

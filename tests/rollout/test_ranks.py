@@ -115,6 +115,7 @@ def scored_where_one_rank_has_sampled() -> list[list[float]]:
     return [each.tolist() for each in logprobs_of(model, [Tokens([5], [6, 7])], hardware_of())]
 
 
+@pytest.mark.slow
 def test_what_a_rank_finds_out_by_itself_keeps_none_waiting() -> None:
     first, second = on_ranks(2, scored_where_one_rank_has_sampled, seconds=30)
     assert first == second
@@ -161,6 +162,7 @@ def cases() -> list[Any]:
     return [kept_in_rounds(), few_or_none(), failing()]
 
 
+@pytest.mark.slow
 def test_rounds_few_prompts_and_failures_are_those_of_all_ranks() -> None:
     alone = cases()
     first, second = on_ranks(2, cases)
@@ -195,6 +197,7 @@ def in_slots(poor: int) -> bool:
     return fits_slots(engine._model, 20)
 
 
+@pytest.mark.slow
 def test_all_ranks_sample_in_slots_or_none() -> None:
     assert on_ranks(2, in_slots, 9) == [True, True]
     assert on_ranks(2, in_slots, 1)[0] is False

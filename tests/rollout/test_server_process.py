@@ -112,6 +112,7 @@ if sys.argv[2] == "raises":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["returns", "raises", "SIGTERM", "SIGKILL"])
 def test_it_ends_with_its_stage(end: str, tmp_path: Path) -> None:
     waits = "waits" if end.startswith("SIG") else end
@@ -132,6 +133,7 @@ def test_it_ends_with_its_stage(end: str, tmp_path: Path) -> None:
     assert gone(pids)
 
 
+@pytest.mark.slow
 def test_one_that_does_not_end_when_asked_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

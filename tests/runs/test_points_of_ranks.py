@@ -113,6 +113,7 @@ def test_points_of_two_ranks_are_read_by_one_by_two_and_by_four(saved: Path) -> 
     assert "policy/b" not in second  # its one row is on rank 0
 
 
+@pytest.mark.slow
 def test_points_of_one_process_are_read_by_two_ranks(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 2, values(2), STATE, keep=2)
     for found in on_ranks(2, load, tmp_path):
@@ -207,6 +208,7 @@ def test_a_damaged_part_is_named_and_the_point_before_is_used(
     assert words in shown and "step-00000002" in shown and "is given up for the one before" in shown
 
 
+@pytest.mark.slow
 def test_ranks_give_up_a_damaged_point_together(points: Path) -> None:
     flip(resume_point(points, 2) / SECOND)
     shutil.copytree(resume_point(points, 1), points / "kept")
@@ -243,6 +245,7 @@ def save_with_a_fault(out: Path, fault: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_points_before(points: Path) -> None:
     first, second = on_ranks(2, save_with_a_fault, points, "full")
     assert first == second and "No space left on device" in first
@@ -252,6 +255,7 @@ def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_points_before(points: P
     ]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_as_it_saves_leaves_the_points_before(points: Path) -> None:
     with pytest.raises((AssertionError, EOFError)):
         on_ranks(2, save_with_a_fault, points, "killed")

@@ -148,6 +148,7 @@ def of_other_weights(folder: Path, out: Path) -> list[str]:
         return run("sft", folder, out)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_start_alike_do_not_start(chain: Path, tmp_path: Path) -> None:
     lines = on_ranks(2, of_other_settings, chain, tmp_path / "a")
     assert (
@@ -227,6 +228,7 @@ def run_on_its_own_disk(folder: Path, disks: Path) -> list[str]:
     return run("sft", disk, Path("own"))
 
 
+@pytest.mark.slow
 def test_machines_need_no_common_disk_to_run_from_start_to_end(chain: Path, tmp_path: Path) -> None:
     on_ranks(2, run_on_its_own_disk, chain, tmp_path)
     assert not faults_of(tmp_path / "0" / "own")

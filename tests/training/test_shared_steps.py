@@ -117,6 +117,7 @@ def scored(count: int) -> tuple[list[list[float]], float]:
     return [each.tolist() for each in values], mean_nll(model, items, hardware)
 
 
+@pytest.mark.slow
 def test_scores_are_gathered_in_the_order_of_the_items() -> None:
     for count in (8, 1):
         alone = scored(count)

@@ -59,6 +59,7 @@ def test_iterations(stage: str, stub: Stub, server: list[str], tmp_path: Path) -
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_gives_its_weights_first(
     stub: Stub, server: list[str], tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_generate_writes_what_it_writes_itself(
     assert [row["finish_reason"] for row in rows[0]] == [row["finish_reason"] for row in rows[1]]
 
 
+@pytest.mark.slow
 def test_stop_strings_cut_the_same_text(stub: Stub, server: list[str], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     stub.text_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
@@ -115,6 +117,7 @@ def test_stop_strings_cut_the_same_text(stub: Stub, server: list[str], tmp_path:
     assert "stop" in {row["finish_reason"] for row in rows[1]}
 
 
+@pytest.mark.slow
 def test_evaluate_asks_one_policy_of_a_server(
     stub: Stub, server: list[str], tmp_path: Path
 ) -> None:
