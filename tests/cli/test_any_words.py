@@ -18,7 +18,7 @@ ANY = settings(
     deadline=timedelta(seconds=10),  # an example that hangs fails
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-FEW, MANY = 40, 200
+FEW, MANY = 40, 100
 
 STAGE = st.sampled_from(sorted(STAGES))
 # What a shell passes on: any bytes but 0; those that are no UTF-8 come as half characters.
