@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_cli.config.schema import AUTO
 from rlhf_cli.ranks.environment import place
+from rlhf_cli.ranks.world import world
 
 DEVICES = "nvidia[0-9]*"  # in /dev, one for each GPU
 
@@ -39,7 +40,9 @@ ALONE = Ranks()
 
 
 def ranks_of(cfg: Any) -> Ranks:
-    """Those that the environment says, or that the command will start."""
+    """Those that have met, that the environment says, or that the command will start."""
+    if world().size > 1:
+        return Ranks(world().size, world().local_size)
     if (here := place()) is not None:
         return Ranks(here.size, here.local_size)
     wanted = cfg.hardware.processes
