@@ -27,7 +27,7 @@ from tests.tiny import WORDS, words_of
 STAGES: dict[str, Any] = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo}
 UNLIKE = ("config.yaml", "reliability.png")  # which name `out`
 GO_ON = "the same command goes on"
-TOLD = ("resuming", "note", "SIG", "rank")  # begins the lines that are compared
+TOLD = ("resuming", "note", "SIG", "rank ")  # begins the lines that are compared
 
 
 def run(
