@@ -212,7 +212,7 @@ def held_always(
     Args:
         parts: that weights are cut into, of which a rank holds one.
     """
-    weights, trained = roles_of(cfg, shapes, width)
+    weights, trained = roles_of(cfg, shapes, width, parts)
     whole = whole_of(cfg, weights, trained) if parts > 1 else weights
     cut = {role for role in trained if role not in whole}
     held: Parts = {}
@@ -400,11 +400,14 @@ def auto_line(cfg: Any) -> list[str]:
 # --------------------------------------------------------------------------- roles
 
 
-def roles_of(cfg: Any, shapes: Shapes, width: int = BYTES) -> tuple[dict[str, int], dict[str, int]]:
+def roles_of(
+    cfg: Any, shapes: Shapes, width: int = BYTES, parts: int = 1
+) -> tuple[dict[str, int], dict[str, int]]:
     """Numbers that each role holds and no other does, and how many of them are trained.
 
     Args:
         width: bytes of a number, which those of few bits are counted in.
+        parts: that weights are cut into: a model that is loaded then shares none of them.
     """
     model: Model = cfg.model
     held: dict[str, int] = {}
@@ -417,9 +420,9 @@ def roles_of(cfg: Any, shapes: Shapes, width: int = BYTES) -> tuple[dict[str, in
     if has_reference(cfg):
         held["reference"] = reference_numbers(cfg, shapes, adapter, frozen)
     if getattr(cfg.algo, "baseline", None) == "critic":
-        held["critic"], trained["critic"] = critic_numbers(cfg, shapes, width)
+        held["critic"], trained["critic"] = critic_numbers(cfg, shapes, width, parts)
     if (reward := getattr(cfg, "reward", None)) is not None:
-        held["reward"] = sum(reward_numbers(cfg, path) for path in models_of(reward))
+        held["reward"] = sum(reward_numbers(cfg, path, parts) for path in models_of(reward))
     if (gold := getattr(cfg, "gold", None)) is not None:
         held["gold"] = sum(count(trunk_of(known(path))) for path in models_of(gold))
     return {role: number for role, number in held.items() if number}, trained
@@ -437,7 +440,7 @@ def reference_numbers(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> in
     return adapter if refreshed or not is_switched_off(cfg) else 0
 
 
-def critic_numbers(cfg: Any, shapes: Shapes, width: int) -> tuple[int, int]:
+def critic_numbers(cfg: Any, shapes: Shapes, width: int, parts: int) -> tuple[int, int]:
     """What the critic holds beside the policy, and trains."""
     trunk, model = trunk_of(shapes), cfg.model
     if cfg.algo.critic == "shared":
@@ -457,29 +460,29 @@ def critic_numbers(cfg: Any, shapes: Shapes, width: int) -> tuple[int, int]:
     reward = trunk_of(known(start))
     if not model.lora_rank:
         frozen = count(frozen_of(reward, model.frozen_layers))
-        return count(reward) - in_common(cfg, start), count(reward) - frozen
+        return count(reward) - in_common(cfg, start, parts), count(reward) - frozen
     if on_base_of(start, cfg.policy):
         return (adapter := count(adapter_shapes(start))), adapter
     fresh = lora(of_text(reward), model)
     return count(reward) - saved_by_bits(reward, model, width) + fresh, fresh
 
 
-def reward_numbers(cfg: Any, path: str) -> int:
+def reward_numbers(cfg: Any, path: str, parts: int) -> int:
     """What a reward model holds beside the policy."""
     implicit = implicit_reward_of(path)
     if implicit is not None:
         return count(known(path)) + count(known(reference_folder(path, implicit)))
     if cfg.model.lora_rank and cfg.samples_online and on_base_of(path, cfg.policy):
         return count(adapter_shapes(path))
-    return count(trunk_of(known(path))) - in_common(cfg, path)
+    return count(trunk_of(known(path))) - in_common(cfg, path, parts)
 
 
-def in_common(cfg: Any, path: str) -> int:
+def in_common(cfg: Any, path: str, parts: int) -> int:
     """Numbers of the policy's frozen layers that a full reward model has, too, and shares then.
 
     Weights are taken for equal if they begin alike and no adapter is merged into them.
     """
-    if not cfg.samples_online:
+    if not cfg.samples_online or parts > 1:
         return 0
     frozen = frozen_of(known(cfg.policy), cfg.model.frozen_layers)
     ours, theirs = (

@@ -188,8 +188,9 @@ def test_ranks_learn_what_one_process_learns_and_hold_their_part_of_it(
             if name == "lora":  # adapters are whole
                 assert found["moments"] == alone["moments"] and share < 0.75
             elif over == "full":
-                assert abs(share - 1 / size) < 0.04
-                assert abs(found["moments"] / alone["moments"] - 1 / size) < 0.04
+                uneven = 0.06 if size == 3 else 0.04  # rows that three ranks cannot share alike
+                assert abs(share - 1 / size) < uneven
+                assert abs(found["moments"] / alone["moments"] - 1 / size) < uneven
 
 
 def test_a_mesh_of_one_learns_the_same_to_the_bit() -> None:
