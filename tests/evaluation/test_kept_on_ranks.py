@@ -17,7 +17,7 @@ from tests.tiny import DATA
 from tests.training.test_stages_on_ranks import near
 
 ROUNDS = "hardware.rollout_tokens=8"  # so small that there are several
-MORE = {"generate": ["algo.samples=2", "reward=length:5 + own.py:luck"], "evaluate": []}
+MORE = {"generate": ["algo.samples=2", "reward=length:5 + lucky.py:luck"], "evaluate": []}
 OWN = """
 def luck(responses):
     return [0.1 if len(each) % 2 else None for each in responses]
@@ -41,7 +41,7 @@ def live(folder: Path, stage: str, out: Path, rounds: int | None = None) -> list
 
     words = [*DATA, *SAMPLING[stage], ROUNDS, *MORE[stage], f"out={out}"]
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        (folder / "own.py").write_text(OWN)
+        (folder / "lucky.py").write_text(OWN)
         patch.setattr(SamplesOfPolicy, "keep", counted)
         with contextlib.suppress(Killed):
             importlib.import_module(f"rlhf_cli.stages.{stage}").run(compose(stage, words))
