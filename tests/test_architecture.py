@@ -15,7 +15,7 @@ STOREYS = (
     ("__main__",),
     ("cli",),
     ("commands",),
-    ("stages",),
+    ("stages", "views"),
     ("online", "preferences"),
     ("evaluation",),
     ("runs",),

@@ -97,6 +97,9 @@ ADAPTER: Form = {
     "base_model_name_or_path": Path,
     "task_type?": (str, None),
     "rank_pattern?": (dict, None),  # AdaLoRA has lists in it
+    "target_modules?": (Each(str, str), None),
+    "modules_to_save?": ([str], None),
+    **{f"{name}?": (REAL, None) for name in ("lora_alpha", "lora_dropout")},
     **{f"{name}?": (RANK, None) for name in RANKS},  # OFT has 0 where a size of blocks is given
 }
 INDEX: Form = {"weight_map": {"*": str}}

@@ -5,12 +5,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.ranks.agreement import check_alike
 from rlhf_cli.ranks.world import world
+
+Listener = Callable[[str, dict[str, Any]], None]
+"""Is told the name of a file and the row that was appended to it."""
 
 NOTHING = "not a number: there was nothing to take it from"
 UNDEFINED = {
@@ -40,14 +43,16 @@ class JsonLines:
         size: int = 0,
         before_write: Callable[[], None] = lambda: None,
         alike: bool = False,
+        heard_by: Sequence[Listener] = (),
     ) -> None:
         """The first `size` bytes stay, of the steps that a resumed run does not do again.
 
         Args:
             before_write: raises where the file is no longer this run's to write.
             alike: whether what `write` gets must be the same on all ranks.
+            heard_by: who is told of each row that is appended, on rank 0.
         """
-        self.file, self._alike = file, alike
+        self.file, self._alike, self._heard_by = file, alike, heard_by
         self._writes = world().is_main
         self._before_write = before_write
         self._size, self._digest = size, hashlib.sha256()
@@ -84,6 +89,8 @@ class JsonLines:
             stream.write(line)
         self._size += len(line)
         self._digest.update(line)
+        for hear in self._heard_by:
+            hear(self.file.name, row)
 
     def described(self) -> dict[str, int | str]:
         """Size and SHA-256 of all lines so far, which are on disk then; of use to rank 0."""

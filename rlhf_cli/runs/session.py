@@ -50,7 +50,7 @@ from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.reporting.metrics import JsonLines, defined, round_figures
+from rlhf_cli.reporting.metrics import JsonLines, Listener, defined, round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
@@ -94,6 +94,7 @@ class Session:
     checks: measured values of the hand-off checks, for stage.json.
     stream: the batches of rows that are read while the run goes on.
     budget: of a GPU, where hardware says auto.
+    listeners: are told of each row of the logs.
     """
 
     cfg: Run
@@ -111,6 +112,7 @@ class Session:
     checks: dict[str, float] = field(default_factory=dict)
     stream: StreamBatches[Any] | None = None
     budget: Budget | None = None
+    listeners: list[Listener] = field(default_factory=list)
 
     @property
     def rows(self) -> Rows:
@@ -225,9 +227,11 @@ class Session:
     def log(self, file: str = METRICS) -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point; all ranks have its metrics."""
         size = self.log_sizes.get(file, 0)
-        alike = file == METRICS
-        self.logs.append(JsonLines(self.out / file, size, lambda: check_lock(self.out), alike))
-        return self.logs[-1]
+        log = JsonLines(
+            self.out / file, size, lambda: check_lock(self.out), file == METRICS, self.listeners
+        )
+        self.logs.append(log)
+        return log
 
     def steps(self, bar: Bar) -> Iterator[int]:
         """The steps that are left to do, counted from 1 to the bar's total.

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.folders.integrity import check_files, check_weights_hash, check_whole, described
-from rlhf_cli.folders.json_forms import COUNT, POSITIVE, REAL, SIZE, misfit
+from rlhf_cli.folders.json_forms import ADAPTER, COUNT, POSITIVE, REAL, SIZE, misfit
 from rlhf_cli.folders.manifest import read_config, read_manifest
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 6, "hidden_size": 4, "n_layer": 1}
@@ -247,3 +248,20 @@ def test_numbers() -> None:
     assert POSITIVE.fits(1e-300) and not POSITIVE.fits(0.0)
     assert misfit([1, 2], [COUNT, COUNT]) is None
     assert misfit([1], [COUNT, COUNT]) == "it holds 1 entries, not 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("modules_to_save", 10, "modules_to_save is 10, not a list"),
+        ("target_modules", {}, "target_modules is {}, not text"),
+        ("target_modules", [1], "target_modules[0] is 1, not text"),
+        ("lora_alpha", "16", "lora_alpha is '16', not a finite number"),
+        ("lora_dropout", True, "lora_dropout is True, not a finite number"),
+        ("target_modules", "all-linear", None),
+        ("target_modules", ["q_proj"], None),
+        ("modules_to_save", None, None),
+    ],
+)
+def test_settings_of_an_adapter_have_their_types(name: str, value: Any, fault: str | None) -> None:
+    assert misfit({"base_model_name_or_path": "base", name: value}, ADAPTER) == fault
