@@ -911,6 +911,17 @@ class GenerateAlgo(Decoding):
     """Sampling."""
 
     prompts: int | None = key("Use the first prompts only; null uses all.", ge=1)
+    keep_best: int | None = key(
+        "Responses to each prompt, of the highest reward, that become demonstrations.jsonl for sft "
+        "(rejection sampling); null picks none.",
+        ge=1,
+    )
+    pairs: str | None = key(
+        "What becomes preferences.jsonl for reward and dpo: the response of highest reward over "
+        "that of the lowest (best_worst), the policy's over the row's own (above_row), or the "
+        "row's own over the policy's (below_row); null makes none.",
+        choices=("best_worst", "above_row", "below_row"),
+    )
 
 
 @dataclass
@@ -1031,7 +1042,11 @@ class SftConfig(TrainingConfig):
 class RewardConfig(TrainingConfig):
     """Reward model: policy trunk and feedback -> classifier with one label."""
 
-    policy: str = key("Policy folder or hub id whose trunk is used.", role="policy")
+    policy: str = key(
+        "Policy folder or hub id whose trunk is used; or a reward model, which goes on with its "
+        "head.",
+        role="policy",
+    )
     algo: RewardAlgo
 
 

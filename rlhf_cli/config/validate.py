@@ -18,6 +18,7 @@ from rlhf_cli.config.schema import (
     Decoding,
     DpoConfig,
     EvaluateConfig,
+    GenerateConfig,
     Model,
     PpoConfig,
     RewardConfig,
@@ -208,6 +209,21 @@ def _plain_text(cfg: Run) -> Iterator[str]:
         )
 
 
+def _picks(cfg: Run) -> Iterator[str]:
+    """What generate makes rows of is there to choose from."""
+    if not isinstance(cfg, GenerateConfig):
+        return
+    best, pairs, samples = cfg.algo.keep_best, cfg.algo.pairs, cfg.algo.samples
+    if cfg.reward is None and best is not None:
+        yield f"algo.keep_best={best} picks by reward: give reward="
+    if cfg.reward is None and pairs == "best_worst":
+        yield "algo.pairs=best_worst picks by reward: give reward="
+    if best is not None and best > samples:
+        yield f"algo.keep_best={best} of algo.samples={samples}: give as many samples, or more"
+    if pairs == "best_worst" and samples == 1:
+        yield "algo.pairs=best_worst picks from several: algo.samples=1 gives one"
+
+
 def _no_training(cfg: Run) -> Iterator[str]:
     if not cfg.trains:
         for name in ("save_every", "keep_checkpoints", "device_memory"):
@@ -338,6 +354,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _lora,
     _attention,
     _plain_text,
+    _picks,
     _no_training,
     _resume_points,
     _shards,

@@ -39,6 +39,7 @@ LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 # Where a reward model's scores stand: at the end of a response, of each step, or at each token.
 RESPONSE, STEP, TOKEN = "response", "step", "token"
+LEVELS = {"process": STEP, "token": TOKEN}  # what losses of reward judge, if no whole responses
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
@@ -148,6 +149,19 @@ def scalar_heads(shapes: Shapes) -> list[str]:
 def level_of(path: str) -> str:
     """The level of a reward folder, by stage.json; a foreign one scores whole responses."""
     return str((read_manifest(path) or {}).get("level", RESPONSE))
+
+
+def check_level(path: str, level: str) -> None:
+    """A reward folder judges what it is to go on judging.
+
+    Raises:
+        UserError: it judges something else.
+    """
+    if (own := level_of(path)) != level:
+        raise UserError(
+            f"policy={path} is a reward model that judges each {own}, and this loss each {level}; "
+            "give one of its level, or a policy"
+        )
 
 
 def implicit_reward_of(path: str) -> dict[str, Any] | None:

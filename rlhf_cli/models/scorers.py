@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.integrity import check_weights_hash
-from rlhf_cli.folders.manifest import RESPONSE, adapter_base, level_of
+from rlhf_cli.folders.manifest import RESPONSE, adapter_base, check_level, kind_of, level_of
 from rlhf_cli.models.adapters import CRITIC, REWARD, can_lend, is_adapted
 from rlhf_cli.models.adapting import adapt, check_adapter, rank_of
 from rlhf_cli.models.classifiers import load_classifier
@@ -53,7 +54,7 @@ def load_scorer(
             scorer = scorer_on_base(base, path, named, role, trainable)
         if scorer is not None:
             return scorer
-    if isinstance(config, Model):  # model.adapter is on the policy's own
+    if isinstance(config, Model) and base is not None:  # model.adapter is on the policy's own
         config = replace(config, adapter=None)
     model, task = load_classifier(path, config, level_of(path))
     fit_embeddings(model, tokenizer, path)
@@ -88,6 +89,29 @@ def scorer_from_policy(
     if added is not None and base is None and adapter_base(path) is None:  # of a policy it is told
         say(added)
     return _beside(adapt(model, path, config, task, device), base)
+
+
+def scorer_to_train(
+    path: str,
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    level: str,
+) -> tuple[nn.Module, list[str]]:
+    """What a reward model starts from: another one with its head (preference model pretraining,
+    2112.00861 sec. 4), or a policy's trunk with a fresh one.
+
+    Returns:
+        the model, and a line where it is another reward model.
+
+    Raises:
+        UserError: a reward model judges something else than `level`.
+    """
+    if kind_of(folder_of(path)) != "reward":
+        return scorer_from_policy(path, config, tokenizer, seed, device, level), []
+    check_level(path, level)
+    return load_scorer(path, config, tokenizer, device), [f"{path} goes on, with its head"]
 
 
 def load_critic(

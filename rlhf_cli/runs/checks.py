@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import parameters_of
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema import RewardConfig, Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import STDIN, find, is_local
@@ -23,6 +23,9 @@ from rlhf_cli.folders.geometry import blocks_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
     ADAPTER_CONFIG,
+    LEVELS,
+    RESPONSE,
+    check_level,
     implicit_reward_of,
     kind_of,
     read_config,
@@ -161,6 +164,9 @@ def check_models(cfg: Run) -> None:
     for key, role, value in named_models(cfg):
         if role == "reward":
             check_reward(key, value)
+        elif isinstance(cfg, RewardConfig) and kind_of(Path(value)) == "reward":
+            check_folder(key, value, "reward", A_REWARD)
+            check_level(value, LEVELS.get(cfg.algo.loss, RESPONSE))
         else:
             check_folder(
                 key, value, role, "a pretrained model" if key == "model.path" else a_policy

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from rlhf_cli.config import catalog
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, stage_name
+from rlhf_cli.folders.cached import folder_of
+from rlhf_cli.folders.manifest import kind_of
 from rlhf_cli.reporting.grid import show, with_error
 from rlhf_cli.runs.out_folder import SAMPLES, command_line
 
@@ -32,7 +34,9 @@ NUMBERS = {
     ),
     "ppo": ("reward", "kl", "entropy", "length", "ended", "text/loss"),
     "grpo": ("reward", "kl", "entropy", "length", "ended", "equal_groups"),
-    "generate": ("reward", "reward_none"),
+    "generate": (
+        *("reward", "reward_none", "demonstrations", "demonstrations/reward", "preferences"),
+    ),
     "evaluate": (),
 }
 """The numbers of each stage, as far as a run has them; the first ones are shown."""
@@ -44,6 +48,8 @@ FILES = {
     "reliability.png": "calibration",
     "metrics.jsonl": "each step",
     "samples.jsonl": "samples",
+    "demonstrations.jsonl": "rows for sft",
+    "preferences.jsonl": "rows for reward and dpo",
 }
 """What lies beside stage.json, in a word."""
 
@@ -235,7 +241,8 @@ def _words(cfg: Run, stage: str, following: str) -> list[str]:
         return [f"{key}={value}"] if key in start and value and value != usual else []
 
     if STAGES[stage].writes == "reward":
-        words += named("policy", getattr(cfg, "policy", None)) + named("reward", cfg.out)
+        speaks = cfg.start is not None and kind_of(folder_of(cfg.start)) == "policy"
+        words += named("policy", cfg.start if speaks else None) + named("reward", cfg.out)
     else:
         words += named("policy", cfg.out)
         words += named("reward", getattr(cfg, "reward", None)) if following == "evaluate" else []

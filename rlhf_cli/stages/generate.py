@@ -3,7 +3,8 @@
 Every usual decoding option, in the order in which transformers applies them: repetition penalty,
 minimum length, temperature, top-k, top-p, min-p; or greedy, or beam search. With `reward=` each
 sample is scored. Prompts come from data, or from standard input with data.path=-. A line of
-samples.jsonl has all that its row says, and comes as it is sampled.
+samples.jsonl has all that its row says, and comes as it is sampled. With algo.keep_best and
+algo.pairs what is best of them becomes rows for sft and dpo.
 
     echo "Once upon a time" | rlhf-cli generate policy=DIR data=rows data.path=- algo.samples=3
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from rlhf_cli.config.schema import GenerateConfig
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.evaluation.kept import KeptSamples
+from rlhf_cli.evaluation.picked import Picked, check_sides
 from rlhf_cli.evaluation.samples import (
     SHOWN,
     clip,
@@ -48,12 +50,14 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     policy = policy_of(session, cfg.policy)
     rows = session.rows.to_answer()
     prompts = policy.encoder.prompts(rows.held_out[: cfg.algo.prompts])
+    check_sides(cfg.algo, (row for row, _ in prompts))
     reward = None
     if cfg.reward is not None:
         reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
     session.note([*rows.notes, *policy.encoder.report()])
     kept, written = KeptSamples(session), Written(session)
+    picked = Picked(cfg.algo, staging(session.out))
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
         for first in range(0, len(prompts), AT_ONCE):
             block = prompts[first : first + AT_ONCE]
@@ -70,9 +74,11 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
             )
             scores = None if reward is None else own.scored("reward", reward, rollouts)
             written.add(rollouts, cfg.algo.samples, scores)
+            rewards = None if scores is None else known_or_none(scores.total)
+            picked.add(rollouts, cfg.algo.samples, rewards)
     if reward is not None:
         reward.check_scored("reward", written.rewards())
-    return session.finish("samples", written.shown())
+    return session.finish("samples", written.shown() | picked.metrics())
 
 
 class Written:

@@ -9,7 +9,8 @@
 
 Each response is forwarded once. Its score is read at its last token, the EOS; of steps at the last
 token of each; of tokens everywhere. After training, mean and standard deviation of the scores of
-demonstrations go into stage.json, and every consumer normalises by them.
+demonstrations go into stage.json, and every consumer normalises by them. A reward model in place of
+the policy goes on with its head (preference model pretraining, 2112.00861 sec. 4).
 
     rlhf-cli reward algo=kwise policy=runs/demo/sft data=rows data.path=rankings.jsonl
 """
@@ -41,14 +42,14 @@ from rlhf_cli.evaluation.judging import (
     with_prompts_exchanged,
 )
 from rlhf_cli.evaluation.report import write_judgement
-from rlhf_cli.folders.manifest import RESPONSE, STEP, TOKEN
+from rlhf_cli.folders.manifest import LEVELS, RESPONSE, STEP
 from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.forward import on_grid, response_scores, token_scores
 from rlhf_cli.models.heads import head_name, told_of_head
 from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import scores_of, token_scores_of
-from rlhf_cli.models.scorers import scorer_from_policy
+from rlhf_cli.models.scorers import scorer_to_train
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.models import Reading
@@ -73,11 +74,11 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     data = session.judged(encoder)
     train, held_out = data.train, list(data.held_out)
     parts = by_source(data.held_out, held_out)
-    level = {"process": STEP, "token": TOKEN}.get(algo.loss, RESPONSE)
+    level = LEVELS.get(algo.loss, RESPONSE)
     seed = derived_seed(cfg.seed, "head")
-    scorer = scorer_from_policy(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
+    scorer, notes = scorer_to_train(cfg.policy, cfg.model, tokenizer, seed, session.device, level)
     session.introduce(scorer)
-    session.note([*told_of_head(scorer), *data.notes], data)
+    session.note([*notes, *told_of_head(scorer), *data.notes], data)
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing is True:
         recompute_activations(scorer)

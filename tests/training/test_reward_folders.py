@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
@@ -218,3 +220,21 @@ def test_one_held_out_prompt_for_kto_is_enough_or_named(tmp_path: Path) -> None:
         run("dpo", tmp_path / "out", *words, held_out_feedback(tmp_path, True))
     except UserError as error:
         assert "held-out" in str(error) or "held_out" in str(error)
+
+
+def test_a_reward_model_goes_on_with_its_head(tmp_path: Path) -> None:
+    """Preference model pretraining: what was learnt elsewhere is the start, head and all."""
+    start = Path("runs/demo/reward")
+    out = run("reward", tmp_path, f"policy={start}", "algo.max_steps=1", "algo.lr=1e-12")
+    before, after = (load_file(each / "model.safetensors") for each in (start, out))
+    assert before.keys() == after.keys() and any("score" in name for name in after)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
+    assert read(out / "stage.json")["parents"]["policy"]["path"] == str(start)
+
+
+def test_a_reward_model_of_another_level_does_not_go_on(tmp_path: Path) -> None:
+    said = "policy=runs/demo/reward is a reward model that judges each response, and this loss each"
+    with pytest.raises(UserError, match=said):
+        run("reward", tmp_path, "policy=runs/demo/reward", "algo=token")
+    assert not list(tmp_path.iterdir())
