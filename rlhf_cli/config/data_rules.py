@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.config.schema import DpoConfig, RewardConfig, Run, SftConfig
+from rlhf_cli.config.schema import DpoConfig, GenerateConfig, RewardConfig, Run, SftConfig
 
 
 def data_rules(cfg: Run) -> Iterator[str]:
@@ -12,6 +12,11 @@ def data_rules(cfg: Run) -> Iterator[str]:
     yield from _streaming(cfg)
     yield from _steps(cfg)
     yield from _template(cfg)
+    if cfg.data.prefix is not None and not (
+        isinstance(cfg, GenerateConfig)
+        or (isinstance(cfg, SftConfig) and cfg.algo.loss == "distill")
+    ):
+        yield "data.prefix is for generate and for sft algo=distill; set it to null"
 
 
 def _sources(cfg: Run) -> Iterator[str]:

@@ -368,6 +368,10 @@ class Data:
         "line), or chat (the chat template); null does as the policy's stage.json says, or else "
         "writes text as it is and messages by the chat template."
     )
+    prefix: str | None = key(
+        "File of text that stands before every prompt, in dialogues as the system message: what "
+        "generate samples under, and what sft algo=distill learns to do without."
+    )
     chat_template: str | None = key(
         "A Jinja file, or chatml, gemma, llama3, mistral, qwen or zephyr; null is the tokenizer's."
     )
@@ -478,6 +482,11 @@ class OptimizerConfig(Algo):
 class SftAlgo(OptimizerConfig):
     """Supervised fine-tuning."""
 
+    loss: str = key(
+        "What tokens are fitted to: those of the responses (nll), or the distributions that the "
+        "model of the start has there under data.prefix (distill).",
+        choices=("nll", "distill"),
+    )
     epochs: int = key("Passes over the demonstrations.", ge=1)
     max_steps: int | None = key("Stop after this many optimizer steps; null runs all epochs.", ge=1)
     batch_size: int = key("Sequences per optimizer step.", ge=1)

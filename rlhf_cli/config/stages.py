@@ -98,7 +98,7 @@ def rows_with(stage: Stage, loss: str | None) -> str:
 
 def has_reference(cfg: Run) -> bool:
     """Whether a policy is trained beside a frozen one that it is compared with."""
-    compares = cfg.samples_online or hasattr(cfg, "reference")
+    compares = cfg.samples_online or hasattr(cfg, "reference") or cfg.data.prefix is not None
     return cfg.trains and compares and getattr(cfg.algo, "loss", None) not in WITHOUT_REFERENCE
 
 

@@ -36,7 +36,8 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 _PATHS = (
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
     *("prompted", "few_shot", "samples", "choices", "judge_prompt", "responses_cache"),
-    *("data.path", "data.eval_path", "data.text_path", "model.path"),
+    *("data.path", "data.eval_path", "data.text_path", "data.prefix"),
+    "model.path",
 )
 
 
@@ -209,6 +210,21 @@ def _plain_text(cfg: Run) -> Iterator[str]:
         )
 
 
+def _distillation(cfg: Run) -> Iterator[str]:
+    if not isinstance(cfg, SftConfig) or cfg.algo.loss != "distill":
+        return
+    if cfg.model.path is None:
+        yield "algo.loss=distill learns from the model that it starts from: give model.path"
+    if cfg.data.prefix is None:
+        yield "algo.loss=distill learns what a prefix does: give data.prefix=FILE"
+    if cfg.algo.text_mix != 0:
+        yield "algo.loss=distill learns from responses alone: set algo.text_mix=0"
+    if cfg.model.dropout or cfg.model.lora_dropout:
+        yield "algo.loss=distill compares two passes: set model.dropout=0 and model.lora_dropout=0"
+    if cfg.data.streaming:
+        yield "algo.loss=distill reads each row twice; set data.streaming=false"
+
+
 def _picks(cfg: Run) -> Iterator[str]:
     """What generate makes rows of is there to choose from."""
     if not isinstance(cfg, GenerateConfig):
@@ -354,6 +370,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _lora,
     _attention,
     _plain_text,
+    _distillation,
     _picks,
     _no_training,
     _resume_points,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema import Data
 from rlhf_cli.data.columns import OURS, value_at
 from rlhf_cli.data.kinds import Message, Reply, Turns, reply_text
 
@@ -134,6 +135,33 @@ def chat_template_of(name: str) -> str:
         raise UserError(
             f"data.chat_template={name}: {reason}; give a Jinja file or {', '.join(shipped)}"
         ) from None
+
+
+def prefix_of(data: Data) -> str:
+    """The text that stands before every prompt; "" without data.prefix.
+
+    Raises:
+        UserError: the file cannot be read, or is empty.
+    """
+    if data.prefix is None:
+        return ""
+    try:
+        text = Path(data.prefix).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"data.prefix={data.prefix}: {reason}") from None
+    if not text.strip():
+        raise UserError(f"data.prefix={data.prefix} is empty")
+    return text
+
+
+def under(prefix: str, turns: Turns) -> Turns:
+    """A dialogue whose system message begins with a prefix; it has one from then on."""
+    if not prefix:
+        return turns
+    system, rest = (turns[:1], turns[1:]) if turns[0]["role"] == "system" else ([], turns)
+    content = "\n\n".join([prefix.rstrip(), *map(reply_text, system)])
+    return [{"role": "system", "content": content}, *rest]
 
 
 def turns_of(prompt: str | Turns, columns: dict[str, Any]) -> Turns:

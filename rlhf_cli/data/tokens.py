@@ -48,6 +48,7 @@ from rlhf_cli.data.templates import (
     message_of,
     replied,
     turns_of,
+    under,
 )
 from rlhf_cli.data.text_ids import Span, TextIds
 
@@ -92,12 +93,14 @@ class Encoder:
         data: Data,
         context: int | None = None,
         room: int = 0,
+        prefix: str = "",
     ) -> None:
         """Raises UserError where the tokenizer lacks an EOS, or a template that data asks for.
 
         Args:
             context: positions of the model; None where nobody knows.
             room: of those, what prompts must leave for responses that are sampled.
+            prefix: stands before every prompt; data's limit is on prompts without one.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -133,7 +136,10 @@ class Encoder:
         self._eos, self._eos_id = tokenizer.eos_token, tokenizer.eos_token_id
         self._kinds: set[bool] = set()  # of rows so far: whether they are dialogues
         self._filled: set[str] = set()  # columns that a row has filled into the template
-        self.limits = Limits.of(data, context, room)
+        self._prefix = prefix
+        self._long_prompts = "error" if prefix else data.long_prompts
+        limited = replace(data, max_prompt_tokens=None) if prefix else data
+        self.limits = Limits.of(limited, context, room)
         self.lengths = Lengths()
         self.ids = TextIds(tokenizer)
         self._begin = "".join(map(str, tokenizer.convert_ids_to_tokens(self.ids.begin)))
@@ -374,6 +380,7 @@ class Encoder:
             json.dumps(self.tokenizer.special_tokens_map, default=str),
             str(self.tokenizer.chat_template),
             repr(self.limits),
+            self._prefix,
             repr(sorted(self._others)),
         ]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()
@@ -490,7 +497,7 @@ class Encoder:
                 self._counts["rows are text, which data.chat_template does not write"] += 1
             return self._filled_in(template, row, row.prompt, row.columns, replies)
         self._kinds.add(dialogue)
-        turns = turns_of(row.prompt, row.columns)
+        turns = under(self._prefix, turns_of(row.prompt, row.columns))
         self._check_reach(turns, replies, row.columns.get("tools"), row.source)
         if not sampled and self.data.special_tokens != "keep":
             self._check_marks([*turns, *map(message_of, replies)], row.source)
@@ -610,7 +617,7 @@ class Encoder:
         # a BOS that the row or the template spells is the one that the tokenizer puts there
         begin = self._begin if self.ids.before else ""
         text = template.fill(self._plain(prompt.removeprefix(begin)), columns, source)
-        text = text.removeprefix(begin)
+        text = self._prefix + text.removeprefix(begin)
         texts = [self._plain(self._without_eos(reply_text(reply))) for reply in replies]
         return Written(text, texts, False)
 
@@ -728,7 +735,7 @@ class Encoder:
     def _prompts(self, texts: Sequence[Written], rows: Sequence[Any]) -> list[list[int] | None]:
         """The ids of each prompt, within the limit; None drops its row."""
         limit = self.limits.prompt
-        cut = self.data.long_prompts == "cut"
+        cut = self._long_prompts == "cut"
         read = self.ids.ends if cut else self.ids.heads
         found = read([text.prompt for text in texts], limit)
         before = self.ids.before
@@ -744,14 +751,16 @@ class Encoder:
         if limit is None or len(ids) <= limit:
             self.lengths.prompt = max(self.lengths.prompt, len(ids))
             return ids
-        if self.data.long_prompts == "error":
+        if self._long_prompts == "error":
             count = len(self.ids.of(text.prompt)) + len([] if text.chat else self.ids.before)
+            remedy = "raise data.max_prompt_tokens or set data.long_prompts=cut or drop"
+            if self._prefix:
+                remedy = "data.prefix is too long for the model, or the row is"
             raise UserError(
-                f"{row.source}: the prompt has {count} tokens, the limit is {limit}; raise "
-                "data.max_prompt_tokens or set data.long_prompts=cut or drop"
+                f"{row.source}: the prompt has {count} tokens, the limit is {limit}; {remedy}"
             )
-        self._counts[f"prompts over max_prompt_tokens: {self.data.long_prompts}"] += 1
-        if self.data.long_prompts == "drop":
+        self._counts[f"prompts over max_prompt_tokens: {self._long_prompts}"] += 1
+        if self._long_prompts == "drop":
             self.lengths.drop(row, f"a prompt is longer than data.max_prompt_tokens={limit}")
             return None
         start = self.ids.before

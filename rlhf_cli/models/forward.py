@@ -1,6 +1,6 @@
 """Log-probs and scores of batches. Only response positions reach the unembedding, in chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,58 @@ def response_nll(model: nn.Module, sequences: Sequence[Tokens], hardware: Hardwa
     return nll_sum(scored.logprobs, batch.response)
 
 
+def distillation_kl(
+    model: nn.Module, batch: Batch, reference: Reference, theirs: Batch, *, chunk: int
+) -> Tensor:
+    """KL(reference || model) of the next token at each response token, with gradient: (N,) in nats.
+
+    Context distillation, 2112.00861 sec. 2.1.2: the reference reads the responses after prompts of
+    its own, and all that it says of a token is to be said without them.
+
+    Args:
+        batch: what the model reads.
+        theirs: the same responses in the same order, as the reference reads them.
+        chunk: positions whose logits exist at once.
+    """
+    states = hidden_states(model, batch).flatten(0, 1)[batch.before.flatten()[batch.scored]]
+    with reference.active() as frozen:
+        places = theirs.before.flatten()[theirs.scored]  # (N,)
+        other = hidden_states(frozen, theirs).flatten(0, 1)[places]  # (N, d)
+
+    def divergence(states: Tensor, other: Tensor) -> list[Tensor | None]:
+        with reference.active() as frozen:
+            target = unembed(frozen, other)
+        return [full_kl(target, unembed(model, states))]
+
+    with head_gathered(model, reference.model):
+        (kl,) = _in_chunks(divergence, chunk, states, other)
+    assert kl is not None
+    return kl
+
+
+def _in_chunks(
+    score: Callable[..., list[Tensor | None]], chunk: int, *columns: Tensor | None
+) -> list[Tensor | None]:
+    """What `score` gives for so many rows at a time, joined; computed again in backward.
+
+    Args:
+        columns: (N, ...) each, or None.
+    """
+    first = columns[0]
+    assert first is not None
+    recompute = torch.is_grad_enabled() and len(first) > chunk
+    parts = []
+    for start in range(0, len(first), chunk):
+        rows = slice(start, start + chunk)
+        piece = [None if each is None else each[rows] for each in columns]
+        if recompute:
+            parts.append(checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(score(*piece))
+    joined = zip(*parts, strict=True)
+    return [None if each[0] is None else torch.cat(each) for each in joined]
+
+
 def _score_targets(
     model: nn.Module,
     states: Tensor,
@@ -145,19 +197,8 @@ def _by_recomputation(
             kl = full_kl(logits, reference_logits)
         return [logprobs.gather(-1, targets[:, None])[:, 0], entropy, kl]
 
-    recompute = torch.is_grad_enabled() and len(targets) > chunk
-    parts = []
     with head_gathered(model, *(() if reference is None else [reference.model])):
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            piece = states[rows], targets[rows], None if theirs is None else theirs[rows]
-            if recompute:
-                parts.append(
-                    checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
-                )
-            else:
-                parts.append(score(*piece))
-    columns = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
+        columns = _in_chunks(score, chunk, states, targets, theirs)
     return HeadScores(*columns)  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ def adapter_below(cfg: Any) -> int:
 
 def is_switched_off(cfg: Any) -> bool:
     """Whether the reference is the policy without its adapter, which is fresh and adds nothing."""
-    return use_of(cfg.policy, cfg.model) != CONTINUE and not cfg.model.use_dora
+    return use_of(cfg.start, cfg.model) != CONTINUE and not cfg.model.use_dora
 
 
 def lora(shapes: Shapes, model: Model) -> int:

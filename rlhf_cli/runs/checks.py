@@ -18,7 +18,7 @@ from rlhf_cli.data.look import check_split, looked_at
 from rlhf_cli.data.parse import SUFFIXES, check_content
 from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.sources import check_sources, sources_of
-from rlhf_cli.data.templates import chat_template_of
+from rlhf_cli.data.templates import chat_template_of, prefix_of
 from rlhf_cli.folders.geometry import blocks_of
 from rlhf_cli.folders.integrity import check_whole
 from rlhf_cli.folders.manifest import (
@@ -61,6 +61,7 @@ def row_kind(cfg: Run) -> type:
 def check_data(cfg: Run) -> None:
     """Data files exist and say something."""
     data = cfg.data
+    prefix_of(data)
     if data.chat_template is not None:
         chat_template_of(data.chat_template)
     named = {key: getattr(data, key) for key in ("path", "eval_path", "text_path")}

@@ -5,7 +5,7 @@ from typing import Any
 from rlhf_cli.config.schema import SftConfig
 from rlhf_cli.data.kinds import Demonstration, Text, reply_text
 from rlhf_cli.data.rows import Rows
-from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, turns_of
+from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, prefix_of, turns_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.scratch import learn_tokenizer
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
@@ -23,7 +23,8 @@ def encoder_of(cfg: Any, rows: Rows) -> Encoder:
         tokenizer = load_tokenizer(cfg.start, cfg.model)
     context = context_of(cfg)
     check_context(cfg, cfg.start, context)  # of the hub it is known now that its tokenizer is here
-    encoder = Encoder(tokenizer, cfg.data, context, room)
+    prefix = "" if cfg.trains else prefix_of(cfg.data)
+    encoder = Encoder(tokenizer, cfg.data, context, room, prefix)
     if cfg.start is not None:
         encoder.ends_with(stop_ids_of(cfg.start, tokenizer))
     return encoder

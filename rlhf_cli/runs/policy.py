@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import AUTO, VLLM, Hardware
+from rlhf_cli.data.templates import prefix_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.load import load_policy
@@ -67,7 +68,7 @@ def policy_of(session: Session, path: str) -> Policy:
         session.introduce(model)
     context = positions_of(model)
     check_context(cfg, path, context)
-    encoder = Encoder(tokenizer, cfg.data, context, room)
+    encoder = Encoder(tokenizer, cfg.data, context, room, prefix_of(cfg.data))
     if cfg.hardware.gradient_checkpointing is True:
         recompute_activations(model)
     stop_ids = stop_ids_of(path, tokenizer)

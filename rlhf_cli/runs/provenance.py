@@ -131,7 +131,7 @@ def inputs_read(cfg: Run) -> dict[str, str]:
     Each entry of a list has a key of its own: `data.path[0]`.
     """
     inputs: dict[str, str | None] = {}
-    for name in ("path", "eval_path", "text_path"):
+    for name in ("path", "eval_path", "text_path", "prefix"):
         key, value = f"data.{name}", getattr(cfg.data, name)
         if isinstance(value, list):
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}

@@ -23,7 +23,7 @@ Rows = Sequence[Metrics]
 
 SHOWN = 5  # numbers
 NUMBERS = {
-    "sft": ("eval/loss", "eval/perplexity", "eval/reward", "text/loss"),
+    "sft": ("eval/kl", "eval/loss", "eval/perplexity", "eval/reward", "text/loss"),
     "reward": (
         *("eval/loss", "eval/calibration_error", "eval/length_correlation"),
         *("eval/longer_preferred", "eval/accuracy_prompt_exchanged", "eval/auc", "eval/top1"),
@@ -131,6 +131,8 @@ def _is_number(value: object) -> bool:
 
 def _of_sft(metrics: Metrics, rows: Rows) -> str:
     line = f"the held-out loss {_went('eval/loss', metrics, rows)} nats per token"
+    if _is_number(metrics.get("eval/kl")):
+        line = f"the KL from the model under the prefix {_went('eval/kl', metrics, rows)} per token"
     if _is_number(metrics.get("eval/reward")):
         line += f", the reward of responses {_went('eval/reward', metrics, rows)}"
     return line
@@ -247,5 +249,6 @@ def _words(cfg: Run, stage: str, following: str) -> list[str]:
         words += named("policy", cfg.out)
         words += named("reward", getattr(cfg, "reward", None)) if following == "evaluate" else []
     typed = shlex.split(command_line() or "")[2:]
-    words += [word for word in typed if word.startswith(("data=", "data.", "model.trust_"))]
+    said = [word for word in typed if word.startswith(("data=", "data.", "model.trust_"))]
+    words += [word for word in said if not word.startswith("data.prefix=")]
     return [shlex.quote(word) for word in words]

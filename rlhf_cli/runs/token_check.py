@@ -9,6 +9,7 @@ from rlhf_cli.config.schema import Run
 from rlhf_cli.data.files import is_local
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Rows, walked
+from rlhf_cli.data.templates import prefix_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.generation import name_eos, read_generation
 from rlhf_cli.runs.checks import row_kind
@@ -34,7 +35,7 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(cfg.start)
     settings = read_generation(cfg.start)
     name_eos(tokenizer, settings, cfg.start)
-    encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room)
+    encoder = Encoder(tokenizer, cfg.data, context_of(cfg), room, prefix_of(cfg.data))
     kind, count, whole = row_kind(cfg), 0, True
     for source in rows.places(kind).all:
         if is_local(source.path):

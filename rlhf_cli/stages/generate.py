@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rlhf_cli.config.schema import GenerateConfig
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.evaluation.few_shot import as_asked_alone
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.picked import Picked, check_sides
 from rlhf_cli.evaluation.samples import (
@@ -28,13 +30,14 @@ from rlhf_cli.evaluation.samples import (
     parts_at,
     term_columns,
 )
+from rlhf_cli.models.positions import positions_of
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rewards.reward import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.out_folder import SAMPLES, staging
-from rlhf_cli.runs.policy import policy_of
+from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 
@@ -50,6 +53,7 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     policy = policy_of(session, cfg.policy)
     rows = session.rows.to_answer()
     prompts = policy.encoder.prompts(rows.held_out[: cfg.algo.prompts])
+    bare = without_prefix(policy, cfg)
     check_sides(cfg.algo, (row for row, _ in prompts))
     reward = None
     if cfg.reward is not None:
@@ -72,6 +76,8 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
                 advance=bar.advance,
                 kept=own,
             )
+            if bare is not None:
+                rollouts = as_asked_alone(rollouts, block, cfg.algo.samples, bare)
             scores = None if reward is None else own.scored("reward", reward, rollouts)
             written.add(rollouts, cfg.algo.samples, scores)
             rewards = None if scores is None else known_or_none(scores.total)
@@ -79,6 +85,15 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     if reward is not None:
         reward.check_scored("reward", written.rewards())
     return session.finish("samples", written.shown() | picked.metrics())
+
+
+def without_prefix(policy: Policy, cfg: GenerateConfig) -> Encoder | None:
+    """Writes prompts without data.prefix: what is sampled under it is judged and kept without."""
+    if cfg.data.prefix is None:
+        return None
+    encoder = Encoder(policy.tokenizer, cfg.data, positions_of(policy.model))
+    encoder.ends_with(policy.stop_ids)
+    return encoder
 
 
 class Written:

@@ -2,7 +2,12 @@
 
     L = - sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t     (InstructGPT 2203.02155, step 1)
 
-over all response tokens of an optimizer step, and over all tokens of plain text. Reads a pretrained
+over all response tokens of an optimizer step, and over all tokens of plain text; or, with
+algo=distill, what the model of the start says of them after a prefix (2112.00861 sec. 2.1.2):
+
+    L = sum_t m_t KL(pi_0(. | prefix, x, y_<t) || pi(. | x, y_<t)) / sum_t m_t
+
+Reads a pretrained
 model (`model.path`), or builds a small decoder and its tokenizer from the rows; writes a policy.
 
 With select_by=reward the weights kept are those whose responses to held-out prompts a reward likes
@@ -25,15 +30,17 @@ from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined, by_source
+from rlhf_cli.data.templates import prefix_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.figures import held_out_loss
 from rlhf_cli.models.adapting import place
 from rlhf_cli.models.dropout import residual_dropout, training_mode
-from rlhf_cli.models.forward import response_nll
-from rlhf_cli.models.layouts import layout_of
+from rlhf_cli.models.forward import distillation_kl, response_nll
+from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.recompute import recompute_activations
+from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.reporting.console import Bar
@@ -42,7 +49,7 @@ from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.encoders import new_tokenizer
 from rlhf_cli.runs.inherited import check_context, longest_sample
-from rlhf_cli.runs.policy import Policy, saying_how
+from rlhf_cli.runs.policy import Policy, check_reference, saying_how
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 from rlhf_cli.training.best import Best
@@ -70,13 +77,13 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     held_out = list(data.held_out)
     parts = by_source(data.held_out, held_out)
     judge = Judge(cfg, policy, session) if cfg.select_by == "reward" else None
+    objective = objective_of(cfg, session, policy, data)
     session.note(data.notes + texts.notes, data)
 
     batches = session.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
     steps = len(batches)
     optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, steps, hardware)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
-    objective = SftObjective(policy.model, hardware)
     log = session.log()
 
     learning = False  # a switch of every module: as often as it takes
@@ -90,7 +97,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
             if step % algo.eval_every == 0 or step == steps:
                 policy.model.eval()
                 learning = False
-                metrics |= evaluate(policy, held_out, judge, hardware)
+                metrics |= evaluate(policy, held_out, objective, judge, hardware)
                 metrics |= by_part(policy, parts, hardware)
                 bar.advance(0, held_out_line(metrics))
                 if algo.keep == "best":
@@ -101,7 +108,8 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     best.put()
     session.settle(policy.model)
     policy.model.eval()
-    final = evaluate(policy, held_out, judge, hardware, last=True)
+    final = evaluate(policy, held_out, objective, judge, hardware, last=True)
+    objective.check(session)
     final |= by_part(policy, parts, hardware)
     if texts.held_out:
         final |= held_out_loss("text/loss", policy.model, list(texts.held_out), hardware)
@@ -122,6 +130,70 @@ class SftObjective:
     def loss(self, sequences: list[Tokens]) -> Loss:
         """Of a micro-batch, summed over response tokens."""
         return response_nll(self._policy, sequences, self._hardware), {}
+
+    def held_out(self, sequences: list[Tokens]) -> Metrics:
+        """What is measured of held-out rows beside their log-likelihood."""
+        return {}
+
+    def check(self, session: Session) -> None:
+        """Whether what was to stay as it was is so."""
+
+
+class DistillObjective(SftObjective):
+    """The divergence from what the model of the start says under a prefix, per response token."""
+
+    def __init__(
+        self, policy: nn.Module, hardware: Hardware, data: Dataset, prefixed: Dataset
+    ) -> None:
+        """Before a resume point is loaded, so that the policy is the model of the start.
+
+        Args:
+            prefixed: the rows of `data`, their prompts after the prefix.
+
+        Raises:
+            UserError: the tokens of a response are others there.
+        """
+        super().__init__(policy, hardware)
+        self._reference = Reference(policy)
+        self._prefixed: Sequence[Tokens] = Joined(prefixed.train, prefixed.held_out)
+        self._places = {each.source: place for place, each in enumerate(self._prefixed)}
+        for own in Joined(data.train, data.held_out):
+            theirs = self._after_prefix(own) if own.source in self._places else None
+            if theirs is None or (theirs.response, theirs.loss) != (own.response, own.loss):
+                raise UserError(
+                    f"{own.source}: after data.prefix its response has other tokens; let the "
+                    "prefix end with a line of its own, and the row fit the model's positions"
+                )
+
+    def loss(self, sequences: list[Tokens]) -> Loss:
+        """Of a micro-batch, summed over response tokens."""
+        own = batch_of(self._policy, sequences, self._layout)
+        prefixed = [self._after_prefix(each) for each in sequences]
+        theirs = batch_of(self._policy, prefixed, self._layout)
+        chunk = self._hardware.logits_at_once
+        return distillation_kl(self._policy, own, self._reference, theirs, chunk=chunk).sum(), {}
+
+    def held_out(self, sequences: list[Tokens]) -> Metrics:
+        """eval/kl: the same divergence of held-out rows."""
+        return {"eval/kl": self.term(sequences).evaluated()["loss"]}
+
+    def check(self, session: Session) -> None:
+        """The model of the start has stayed as it was."""
+        check_reference(session, self._reference)
+
+    def _after_prefix(self, own: Tokens) -> Tokens:
+        return self._prefixed[self._places[own.source]]
+
+
+def objective_of(cfg: SftConfig, session: Session, policy: Policy, data: Dataset) -> SftObjective:
+    """What algo.loss says."""
+    if cfg.algo.loss == "nll":
+        return SftObjective(policy.model, cfg.hardware)
+    context = positions_of(policy.model)
+    encoder = Encoder(policy.tokenizer, cfg.data, context, prefix=prefix_of(cfg.data))
+    encoder.ends_with(policy.stop_ids)
+    prefixed = session.dataset(encoder, Demonstration)
+    return DistillObjective(policy.model, cfg.hardware, data, prefixed)
 
 
 # --------------------------------------------------------------------------- items
@@ -216,6 +288,7 @@ class Judge:
 def evaluate(
     policy: Policy,
     held_out: list[Tokens],
+    objective: SftObjective,
     judge: Judge | None,
     hardware: Hardware,
     last: bool = False,
@@ -227,6 +300,7 @@ def evaluate(
     """
     metrics = held_out_loss("eval/loss", policy.model, held_out, hardware)
     metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))
+    metrics |= objective.held_out(held_out)
     return metrics if judge is None else metrics | judge.metrics(policy, last)
 
 
@@ -242,7 +316,7 @@ def merit_of(metrics: Metrics, select_by: str) -> float:
     """What the best weights have most of."""
     if select_by == "reward":
         return metrics.get("eval/reward", -math.inf)
-    return -metrics["eval/loss"]
+    return -metrics.get("eval/kl", metrics["eval/loss"])
 
 
 def held_out_line(metrics: Metrics) -> str:
