@@ -142,7 +142,7 @@ def reply_of(how: str, row: Prompt) -> Reply:
     sides = SIDES[how]
     for name in sides:
         if (said := row.beside.get(name)) is not None:
-            return said  # type: ignore[no-any-return]
+            return said
     raise UserError(
         f"{row.source}: algo.pairs={how} takes one side of each pair from {' or '.join(sides)} of "
         "the row, which has neither"

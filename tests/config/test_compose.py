@@ -31,6 +31,7 @@ NEEDED = {
     if option not in ("demo", "hh", "gsm8k")
 }
 NEEDED["grpo_iterative"] = ["judge=length:20"]
+NEEDED["distill"] = ["model=pretrained", "data.prefix=prefix.txt"]
 # The demo brings plain text, and prompts that a tiny model has room for; other data does not.
 OTHER_DATA = {"sft": ["algo.text_mix=0", "model=pretrained"]}
 

@@ -81,8 +81,8 @@ def test_what_is_picked_is_learnt_as_it_is(tmp_path: Path) -> None:
     assert (metrics["demonstrations"], metrics["preferences"]) == (len(shown), len(pairs))
     files = json.loads((out / "stage.json").read_text())["files"]
     assert {"demonstrations.jsonl", "preferences.jsonl"} <= files.keys()
-    for stage, run, file in (("sft", sft.run, "demonstrations"), ("dpo", dpo.run, "preferences")):
-        data = [f"data.path={out}/{file}.jsonl", "data.eval_rows=2", "algo.batch_size=4"]
+    for stage, run, name in (("sft", sft.run, "demonstrations"), ("dpo", dpo.run, "preferences")):
+        data = [f"data.path={out}/{name}.jsonl", "data.eval_rows=2", "algo.batch_size=4"]
         words = [*words_of(stage), *data, "algo.max_steps=1", f"out={tmp_path / stage}"]
         run(compose(stage, words))
 
