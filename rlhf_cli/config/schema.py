@@ -1103,6 +1103,17 @@ class EvaluateConfig(SamplingConfig):
         used_by="prompted",
         needed=True,
     )
+    best_of: str | None = key(
+        "Policy that is judged as the best of best_of_n responses by `reward`, as a policy of its "
+        "own; null judges none.",
+        role="policy",
+    )
+    best_of_n: int | None = key(
+        "Responses that the best one is chosen from; so many times algo.samples are sampled.",
+        ge=2,
+        used_by="best_of",
+        needed=True,
+    )
     samples: str | None = key(
         "File of responses to judge in place of policies: rows of prompt, response and policy, as "
         "samples.jsonl has them. `policy` then gives the tokenizer alone."

@@ -34,7 +34,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 # Where a file or folder is named, or may be.
 _PATHS = (
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
-    *("prompted", "few_shot", "samples", "choices", "judge_prompt", "responses_cache"),
+    *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "responses_cache"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 
@@ -316,9 +316,15 @@ def _evaluation(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, EvaluateConfig):
         return
     yield from _judge(cfg)
+    if cfg.best_of is not None and cfg.reward is None:
+        yield f"best_of={cfg.best_of} is chosen by reward=, which is null; give one"
+    if cfg.best_of is not None and (cfg.algo.temperature == 0 or cfg.algo.beams > 1):
+        how = "algo.temperature=0" if cfg.algo.temperature == 0 else f"algo.beams={cfg.algo.beams}"
+        yield f"best_of={cfg.best_of} is for sampling, but {how} does not"
     if cfg.samples is None:
         return
-    for key, value in {"prompted": cfg.prompted, "choices": cfg.choices}.items():
+    asked = {"prompted": cfg.prompted, "choices": cfg.choices, "best_of": cfg.best_of}
+    for key, value in asked.items():
         if value is not None:
             yield f"{key}={value} asks a policy, but samples={cfg.samples} has all; set it to null"
     if cfg.algo.temperatures:

@@ -84,7 +84,7 @@ class Findings:
             unseen: what losses are measured on, by their names.
         """
         figures: Figures = {}
-        if entrant.shots is not None:  # its weights are those of a policy without demonstrations
+        if not entrant.is_plain:  # its weights are those of a policy that is asked plainly
             return figures
         own = {
             each: losses_of(policy.model, rows, self.cfg.hardware)

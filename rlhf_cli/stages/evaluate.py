@@ -18,7 +18,7 @@ from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.evaluation import judging
-from rlhf_cli.evaluation.bench import Bench, samples_at
+from rlhf_cli.evaluation.bench import Bench, responses_at
 from rlhf_cli.evaluation.contest import REFERENCES
 from rlhf_cli.evaluation.entrants import Entrant, entrants_of, given_samples
 from rlhf_cli.evaluation.figures import (
@@ -35,6 +35,7 @@ from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.text_health import text_figures
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
+from rlhf_cli.objectives.subsets import best_of_n_kl_bound
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rollout.sampling import Sampling
@@ -74,8 +75,8 @@ def judge_policies(session: Session, found: Findings) -> Bench:
     check_tokens(cfg, [entrant.path for entrant in entrants])
     reference = policy_of(session, cfg.reference) if cfg.reference else None
     bench: Bench | None = None
-    total = sum(samples_at(cfg, temperature) for temperature in found.contests)
-    with Bar("evaluate", len(entrants) * len(held_out) * total) as bar:
+    total = sum(responses_at(cfg, each, t) for each in entrants for t in found.contests)
+    with Bar("evaluate", len(held_out) * total) as bar:
         for entrant in entrants:
             policy = policy_of(session, entrant.path)
             if bench is None:
@@ -150,12 +151,23 @@ def with_model(
     reference: Policy | None,
     sampled: Sampled,
 ) -> Figures:
-    """What its log-probs tell; nothing where it was asked otherwise than they would say."""
+    """What its log-probs tell; nothing where it was asked otherwise than they would say.
+
+    Of the best of n they tell how far the chosen ones are from the reference, beside what choosing
+    is at most away from the policy.
+    """
     figures: Figures = {}
-    if Sampling.of(cfg.algo).unfiltered and entrant.shots is None:
+    if not Sampling.of(cfg.algo).unfiltered or entrant.shots is not None:
+        return figures
+    if entrant.is_plain:
         figures["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
-        if reference is not None:
-            figures["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
+    if reference is not None:
+        moved = estimated_kl(cfg, policy, reference, sampled.rollouts)
+        if entrant.is_plain:
+            figures["kl"] = moved
+        else:
+            bound = best_of_n_kl_bound(entrant.best_of)
+            figures["kl_bound"] = {**moved, "mean": bound + moved["mean"]}
     return figures
 
 
