@@ -136,7 +136,14 @@ class LocalJudge:
             UserError: a question is too long for the judge.
         """
         rows = [Prompt(ask.written(self._template)) for ask in asks for _ in "AB"]
-        self._encoder.prompts(rows[::2])
+        try:
+            self._encoder.prompts(rows[::2])
+        except UserError as error:
+            fault = str(error).lstrip(": ").partition(";")[0]
+            raise UserError(
+                f"judge={self._cfg.judge} cannot read a question: {fault}; give a shorter "
+                "judge_prompt, or a judge that reads more"
+            ) from None
         tokens = self._encoder.written(rows, ["A", "B"] * len(asks), [False] * len(rows))
         sums = [
             each.double().sum().item()
