@@ -1165,6 +1165,26 @@ class EvaluateConfig(SamplingConfig):
         used_by="judge",
         unused=[],
     )
+    judge_max_cost: float | None = key(
+        "Cost by judge_prices at which a run asks an endpoint no more and ends, its verdicts kept; "
+        "the calls under way then are still paid. null sets no limit.",
+        gt=0,
+        used_by="judge",
+    )
+    judge_samples: int = key(
+        "Responses of each policy to a prompt that a judge reads: the first one of each with the "
+        "first one of the other, and so on, up to algo.samples.",
+        ge=1,
+        used_by="judge",
+        unused=1,
+    )
+    judge_rows: int = key(
+        "Held-out preferences of `data` that the judge is asked, to tell how often it agrees with "
+        "people; 0 asks none.",
+        ge=0,
+        used_by="judge",
+        unused=50,
+    )
     anchor: str | None = key(
         "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."
     )

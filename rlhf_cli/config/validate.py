@@ -309,6 +309,10 @@ def _judge(cfg: EvaluateConfig) -> Iterator[str]:
         yield f"judge_model={cfg.judge_model} is for endpoints, and judge={cfg.judge} is a folder"
     if len(cfg.judge_prices) not in (0, 2):
         yield "judge_prices takes two prices, of tokens read and written, or none"
+    if cfg.judge_max_cost is not None and not (address and cfg.judge_prices):
+        yield f"judge_max_cost={cfg.judge_max_cost:g} is for endpoints with judge_prices"
+    if cfg.samples is None and cfg.judge_samples > cfg.algo.samples:
+        yield f"judge_samples={cfg.judge_samples} exceeds algo.samples={cfg.algo.samples}"
 
 
 def _evaluation(cfg: Run) -> Iterator[str]:

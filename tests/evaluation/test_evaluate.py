@@ -210,4 +210,4 @@ def test_several_ranks_find_what_one_process_finds(chain: Path, tmp_path: Path) 
     assert first == second
     assert one.keys() == first.keys()
     near(one, first, 1e-3)
-    assert one["judge"]["calls"] == 30
+    assert one["judge"]["calls"] == 56
