@@ -10,6 +10,7 @@ algo.pairs what is best of them becomes rows for sft and dpo.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from rlhf_cli.evaluation.samples import (
     term_columns,
 )
 from rlhf_cli.models.positions import positions_of
+from rlhf_cli.ranks.agreement import together
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rewards.reward import Scores, load_reward
@@ -79,9 +81,9 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
             if bare is not None:
                 rollouts = as_asked_alone(rollouts, block, cfg.algo.samples, bare)
             scores = None if reward is None else own.scored("reward", reward, rollouts)
-            written.add(rollouts, cfg.algo.samples, scores)
+            together(partial(written.add, rollouts, cfg.algo.samples, scores))
             rewards = None if scores is None else known_or_none(scores.total)
-            picked.add(rollouts, cfg.algo.samples, rewards)
+            together(partial(picked.add, rollouts, cfg.algo.samples, rewards))
     if reward is not None:
         reward.check_scored("reward", written.rewards())
     return session.finish("samples", written.shown() | picked.metrics())
