@@ -12,6 +12,8 @@ model shows.
 
 from pathlib import Path
 
+from torch import Tensor
+
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.held_out import identity
@@ -27,12 +29,14 @@ from rlhf_cli.evaluation.figures import (
     entropy_of,
     estimated_kl,
     figures_of,
+    kls_of_tokens,
 )
 from rlhf_cli.evaluation.findings import Findings, text_of
 from rlhf_cli.evaluation.judge_asks import asked_text, identity_of, judge_of
 from rlhf_cli.evaluation.pair_judge import cost_of, judged_report
 from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.text_health import text_figures
+from rlhf_cli.evaluation.token_values import TokenLines, Values
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
 from rlhf_cli.ranks.agreement import by_main
@@ -83,12 +87,15 @@ def judge_policies(session: Session, found: Findings) -> Bench:
                 bench = Bench.of(session, policy.encoder, prompts, rows.notes)
             for temperature in found.contests:
                 sampled = bench.answered(entrant, policy, temperature, bar)
-                found.add(entrant.name, sampled, temperature)
-                if temperature == cfg.algo.temperature:
+                main = temperature == cfg.algo.temperature
+                kls = token_kls(cfg, entrant, policy, reference, sampled) if main else None
+                tokens = first_tokens(policy, sampled, kls)
+                found.add(entrant.name, sampled, temperature, tokens)
+                if main:
                     found.results[entrant.name] = {
                         "seconds": (read_manifest(entrant.path) or {}).get("seconds"),
                         **figures_by(bench, sampled),
-                        **with_model(cfg, entrant, policy, reference, sampled),
+                        **with_model(cfg, entrant, sampled, kls),
                         **found.knows(entrant, policy, held_out_sequences(session, policy), bench),
                     }
     assert bench is not None  # there is a policy
@@ -114,7 +121,7 @@ def judge_file(session: Session, found: Findings) -> Bench:
     bench = Bench.of(session, encoder, prompts, [])
     for name in found.names:
         sampled = bench.given(name, given.rollouts(name, encoder))
-        found.add(name, sampled, cfg.algo.temperature)
+        found.add(name, sampled, cfg.algo.temperature, [{}] * len(sampled.rollouts))
         found.results[name] = figures_by(bench, sampled)
     return bench
 
@@ -143,19 +150,46 @@ def figures_by(bench: Bench, sampled: Sampled) -> Figures:
     }
 
 
-def with_model(
+def tells(cfg: EvaluateConfig, entrant: Entrant) -> bool:
+    """Whether the log-probs of a policy are those by which it was asked."""
+    return Sampling.of(cfg.algo).unfiltered and entrant.shots is None
+
+
+def token_kls(
     cfg: EvaluateConfig,
     entrant: Entrant,
     policy: Policy,
     reference: Policy | None,
     sampled: Sampled,
+) -> list[Tensor] | None:
+    """Of each response the KLs of its tokens; None where they would be no estimate.
+
+    Unbiased for samples of the unfiltered policy only, so there are none under top-k and the like.
+    """
+    if reference is None or not tells(cfg, entrant):
+        return None
+    return kls_of_tokens(cfg, policy, reference, sampled.rollouts)
+
+
+def first_tokens(
+    policy: Policy, sampled: Sampled, kls: list[Tensor] | None
+) -> list[dict[str, object]]:
+    """The columns of tokens for each response; the first one to each prompt has them."""
+    step, count = sampled.samples, len(sampled.rollouts)
+    values: list[Values] = [{"kls": None if kls is None else kls[i]} for i in range(0, count, step)]
+    lines = TokenLines(policy.tokenizer).of(sampled.rollouts[::step], values)
+    return [{} if i % step else lines[i // step] for i in range(count)]
+
+
+def with_model(
+    cfg: EvaluateConfig, entrant: Entrant, sampled: Sampled, kls: list[Tensor] | None
 ) -> Figures:
     """What its log-probs tell; nothing where it was asked otherwise than they would say."""
     figures: Figures = {}
-    if Sampling.of(cfg.algo).unfiltered and entrant.shots is None:
+    if tells(cfg, entrant):
         figures["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
-        if reference is not None:
-            figures["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
+    if kls is not None:
+        figures["kl"] = estimated_kl(kls, sampled.samples)
     return figures
 
 
