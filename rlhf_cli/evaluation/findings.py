@@ -69,7 +69,7 @@ class Findings:
         """All responses of a policy at a temperature, judged.
 
         Args:
-            tokens: of each response, what `TokenLines` makes of its tokens.
+            tokens: of each response its KL, where it is known, and what `TokenLines` makes of it.
         """
         self.names += [name] if name not in self.names else []
         self.contests[temperature].scores[name] = sampled.decisive

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from rlhf_cli.data.kinds import reply_text
 from rlhf_cli.data.rows import DEMO_FOLDER
-from rlhf_cli.evaluation.token_values import TOKENS, VALUES
 from rlhf_cli.reporting.console import table
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.reporting.metrics import TOKEN_VALUES, TOKENS, JsonLines, round_figures
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rollout.rollouts import Rollout
 
@@ -75,7 +74,7 @@ def sample_row(
 
 OURS = (
     *("id", "prompt", "sample", "response", "finish_reason", "reward", "parts"),
-    *("prompt_tokens", "response_tokens", "logprob", TOKENS, *VALUES),
+    *("prompt_tokens", "response_tokens", "logprob", TOKENS, *TOKEN_VALUES),
     *("kept", "part", "crc"),  # of the journal of an unfinished run
 )
 """The names that lines of ours have; a column of a row that is called so becomes row_NAME."""
@@ -92,7 +91,7 @@ def generated_row(
 
     Args:
         sample: the number of the response among those to its prompt, from 0.
-        tokens: what `TokenLines` makes of its tokens.
+        tokens: what `TokenLines` makes of its tokens, and its KL.
     """
     columns = rollout.row.columns
     said = columns.get("id")

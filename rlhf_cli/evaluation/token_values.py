@@ -6,13 +6,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.data.token_texts import TokenTexts
-from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.reporting.metrics import TOKEN_VALUES, TOKENS, round_figures
 from rlhf_cli.rollout.rollouts import Rollout
 
-TOKENS, LOGPROBS = "tokens", "logprobs"
-VALUES = (LOGPROBS, "kls", "advantages", "rewards")
-"""The names of values of tokens, each a list of floats as long as `tokens`."""
-
+LOGPROBS = TOKEN_VALUES[0]
 AT_MOST = 8192  # tokens of one step, or of one policy: some 300 kB of a file
 DIGITS = 5  # of a value that colours a token
 

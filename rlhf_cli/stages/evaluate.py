@@ -89,8 +89,8 @@ def judge_policies(session: Session, found: Findings) -> Bench:
                 sampled = bench.answered(entrant, policy, temperature, bar)
                 main = temperature == cfg.algo.temperature
                 kls = token_kls(cfg, entrant, policy, reference, sampled) if main else None
-                tokens = first_tokens(policy, sampled, kls)
-                found.add(entrant.name, sampled, temperature, tokens)
+                told = told_of_tokens(policy, sampled, kls)
+                found.add(entrant.name, sampled, temperature, told)
                 if main:
                     found.results[entrant.name] = {
                         "seconds": (read_manifest(entrant.path) or {}).get("seconds"),
@@ -171,14 +171,15 @@ def token_kls(
     return kls_of_tokens(cfg, policy, reference, sampled.rollouts)
 
 
-def first_tokens(
+def told_of_tokens(
     policy: Policy, sampled: Sampled, kls: list[Tensor] | None
 ) -> list[dict[str, object]]:
-    """The columns of tokens for each response; the first one to each prompt has them."""
+    """What lines say of each response: its KL, and of the first one to each prompt its tokens."""
     step, count = sampled.samples, len(sampled.rollouts)
     values: list[Values] = [{"kls": None if kls is None else kls[i]} for i in range(0, count, step)]
     lines = TokenLines(policy.tokenizer).of(sampled.rollouts[::step], values)
-    return [{} if i % step else lines[i // step] for i in range(count)]
+    whole = [{} if kls is None else {"kl": kls[i].sum().item()} for i in range(count)]
+    return [whole[i] | (lines[i // step] if i % step == 0 else {}) for i in range(count)]
 
 
 def with_model(
