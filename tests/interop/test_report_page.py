@@ -177,6 +177,7 @@ def test_the_browser_of_samples_by_mouse(browser: "Browser", runs: Path) -> None
         assert size == pytest.approx(first["kls"][0], abs=5e-4 + abs(first["kls"][0]) / 100)
         table = cards(page).first.locator("details").first
         table.locator("summary").click()
+        table.locator("tbody tr").first.wait_for()
         assert table.locator("tbody tr").count() == len(first["tokens"])
         samples.get_by_label("Colour").select_option("")
         assert page.locator("#samples .token").count() == 0
@@ -184,6 +185,7 @@ def test_the_browser_of_samples_by_mouse(browser: "Browser", runs: Path) -> None
         assert status(page).startswith("12 prompts, 11 to 12 shown") and cards(page).count() == 2
         samples.get_by_label("Samples").select_option(label="in training")
         assert "step 2" in cards(page).first.inner_text()
+        assert page.locator("#samples .stepper").count() == 0  # all responses to a prompt beside
         samples.get_by_label("Colour").select_option("advantages")
         assert page.locator("#samples .token.above, #samples .token.below").count() > 10
 

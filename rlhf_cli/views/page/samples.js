@@ -363,10 +363,24 @@
         body,
       );
       card.entry = entry;
-      const most = Math.max(...this.columns().map((s) => this.answersOf(entry, s).length));
-      if (most > 1) head.append(this.stepper(card, most));
+      const counts = this.columns().map((source) => this.answersOf(entry, source).length);
+      card.alone = counts.filter(Boolean).length === 1; // then all of its responses are shown
+      if (!card.alone && Math.max(...counts) > 1) {
+        this.turnToFound(entry);
+        head.append(this.stepper(card, Math.max(...counts)));
+      }
       this.fill(card);
       return card;
+    }
+
+    /** Show the first responses in which what is searched for stands, if it is not in the prompt. */
+    turnToFound(entry) {
+      const find = folded(this.find.trim());
+      const says = (each) => folded(each.text).includes(find);
+      if (!find || entry.prompt.some(says)) return;
+      const places = this.columns().map((each) => this.answersOf(entry, each).findIndex(says));
+      const found = places.filter((place) => place >= 0);
+      if (found.length) this.shownOf.set(entry, Math.min(...found));
     }
 
     /** The sources in the order of columns: the two that are compared first. */
@@ -422,7 +436,8 @@
       const cells = [];
       for (const source of this.columns()) {
         const answers = this.answersOf(card.entry, source);
-        if (answers.length) cells.push(this.answer(source, answers[at % answers.length]));
+        const shown = card.alone || !answers.length ? answers : [answers[at % answers.length]];
+        cells.push(...shown.map((each) => this.answer(source, each)));
       }
       card.querySelector(".answers").replaceChildren(...cells);
     }
