@@ -149,18 +149,10 @@ def test_the_browser_of_samples_by_mouse(browser: "Browser", runs: Path) -> None
         assert cards(page).first.locator(".asked").inner_text().strip() == best.strip()
         assert differences(page)[0] == pytest.approx(gains[best], rel=0.01, abs=2e-3)
         assert differences(page) == sorted(differences(page), reverse=True)
-        samples.get_by_label("with", exact=True).select_option(
-            label=[
-                each
-                for each in samples.get_by_label("with", exact=True)
-                .locator("option")
-                .all_inner_texts()
-                if each.endswith("ppo")
-            ]
-        )
-        assert " ppo " in f" {page.locator('#samples .compared').first.inner_text()} ".replace(
-            ",", " "
-        ).replace("/", " ")
+        others = samples.get_by_label("Compared with")
+        (ppo,) = [each for each in others.locator("option").all_inner_texts() if "ppo" in each]
+        others.select_option(label=ppo)
+        assert f", {ppo} " in page.locator("#samples .compared").first.inner_text()
         assert cards(page).first.locator(".answer").count() == 3
         samples.get_by_label("these two alone").check()
         assert cards(page).first.locator(".answer").count() == 2

@@ -100,19 +100,20 @@
       this.status = element("p", { class: "status", role: "status" });
       this.legend = element("div", { class: "legend" });
       this.form = element("form", { class: "controls", role: "search" });
-      this.pager = element("nav", { class: "pager", "aria-label": "Pages of prompts" });
+      const pages = { class: "pager", role: "navigation", "aria-label": "Pages of prompts" };
+      this.pager = element("div", pages);
       this.form.addEventListener("submit", (event) => {
         event.preventDefault();
         this.enter(0);
       });
       const keys = element("p", { class: "hint" });
       keys.append(
-        "Enter in the search goes to the first prompt; from there ",
-        element("kbd", {}, "j"), " and ", element("kbd", {}, "k"), " to the next and the previous, ",
+        "Keys: Enter in the search goes to the first prompt; there ",
+        element("kbd", {}, "j"), " and ", element("kbd", {}, "k"), " go to the next and the previous, ",
         element("kbd", {}, "["), " and ", element("kbd", {}, "]"), " to other responses, ",
-        element("kbd", {}, "/"), " back to the search. Arrows move along coloured tokens.",
+        element("kbd", {}, "/"), " to the search; arrows go along coloured tokens.",
       );
-      place.append(this.form, this.legend, this.status, this.list, this.pager, keys);
+      place.append(this.form, keys, this.legend, this.status, this.list, this.pager);
       place.addEventListener("keydown", (event) => this.onKey(event));
       this.list.addEventListener("pointerover", (event) => pick(event.target.closest(".token")));
       this.list.addEventListener("click", (event) => pick(event.target.closest(".token")));
@@ -165,8 +166,8 @@
       parts.push(this.field("Search", this.search));
       if (several) {
         const pick = (key) => (to) => this.change({ [key]: Number(to) });
-        parts.push(this.select("Compare", names, this.one, pick("one")));
-        parts.push(this.select("with", names, this.other, pick("other")));
+        parts.push(this.select("Policy", names, this.one, pick("one")));
+        parts.push(this.select("Compared with", names, this.other, pick("other")));
       }
       if (this.scores.length > 1) {
         const scores = this.scores.map((name) => [name, SCORES[name]]);
@@ -202,7 +203,7 @@
     }
 
     field(label, control) {
-      control.id = `samples-${label.toLowerCase()}`;
+      control.id = `samples-${label.toLowerCase().replace(" ", "-")}`;
       return element("div", { class: "field" }, element("label", { for: control.id }, label), control);
     }
 
