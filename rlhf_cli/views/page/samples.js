@@ -1,71 +1,10 @@
 "use strict";
-// The browser of samples: responses side by side by their prompts, searched, sorted, and coloured
-// token by token. `data.samples` is a list of sets, as views/samples.py makes them. What models and
-// rows say is put into text nodes alone, and characters that are not seen are named.
+// The browser of samples: responses side by side by their prompts, searched and sorted, by mouse
+// and by keys. `data.samples` is a list of sets, as views/samples.py makes them.
 
 (() => {
   const PER_PAGE = 10;
   const SCORES = { reward: "reward", gold: "gold", kl: "KL", response_tokens: "length" };
-  const VALUES = {
-    kls: ["KL", "more likely than under the reference", "less likely", "nats"],
-    advantages: ["advantage", "better than expected", "worse", ""],
-    rewards: ["reward", "paid", "charged", ""],
-    logprobs: ["log-prob", "", "less expected", "nats"],
-  };
-  // Controls but tab and line feed; what turns the direction of writing, or has no width; tags;
-  // halves of characters.
-  const UNSEEN =
-    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\u{e0000}-\u{e007f}]/gu;
-
-  // ------------------------------------------------------------------------- texts and numbers
-
-  /** A text as nodes, in which each character that is not seen is named. */
-  function visible(text) {
-    const nodes = [];
-    let end = 0;
-    for (const found of text.matchAll(UNSEEN)) {
-      if (found.index > end) nodes.push(text.slice(end, found.index));
-      const code = found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-      nodes.push(element("span", { class: "unseen" }, `U+${code}`));
-      end = found.index + found[0].length;
-    }
-    if (end < text.length) nodes.push(text.slice(end));
-    return nodes;
-  }
-
-  /** A text in which such characters are named, where only text can stand. */
-  function named(text) {
-    return visible(text)
-      .map((node) => (typeof node === "string" ? node : `[${node.textContent}]`))
-      .join("");
-  }
-
-  function figure(value) {
-    if (value === null || value === undefined) return "none";
-    const size = Math.abs(value);
-    if (size < 0.0005) return "0";
-    const text = size >= 1000 ? size.toFixed(0) : String(Number(size.toPrecision(3)));
-    return (value < 0 ? "\u2212" : "") + text;
-  }
-
-  function signed(value) {
-    const text = figure(value);
-    return (value > 0 && text !== "0" ? "+" : "") + text;
-  }
-
-  /** Lower case of the same length, so that places in it are those in the text. */
-  function folded(text) {
-    const low = text.toLowerCase();
-    if (low.length === text.length) return low;
-    return Array.from(text, (each) => {
-      const own = each.toLowerCase();
-      return own.length === each.length ? own : each;
-    }).join("");
-  }
-
-  function mean(values) {
-    return values.length ? values.reduce((sum, each) => sum + each, 0) / values.length : null;
-  }
 
   // ------------------------------------------------------------------------- a set of samples
 
@@ -91,7 +30,9 @@
     return sizes[Math.floor(0.99 * (sizes.length - 1))] || 1e-9;
   }
 
-  // ------------------------------------------------------------------------- the browser
+  function mean(values) {
+    return values.length ? values.reduce((sum, each) => sum + each, 0) / values.length : null;
+  }
 
   class Browser {
     constructor(place, sets) {
@@ -107,11 +48,11 @@
         this.enter(0);
       });
       const keys = element("p", { class: "hint" });
+      const key = (name) => element("kbd", {}, name);
       keys.append(
-        "Keys: Enter in the search goes to the first prompt; there ",
-        element("kbd", {}, "j"), " and ", element("kbd", {}, "k"), " go to the next and the previous, ",
-        element("kbd", {}, "["), " and ", element("kbd", {}, "]"), " to other responses, ",
-        element("kbd", {}, "/"), " to the search; arrows go along coloured tokens.",
+        ...["Keys: Enter in the search goes to the first prompt; there ", key("j"), " and "],
+        ...[key("k"), " go to the next and the previous, ", key("["), " and ", key("]")],
+        ...[" to other responses, ", key("/"), " to the search; arrows go along coloured tokens."],
       );
       place.append(this.form, keys, this.legend, this.status, this.list, this.pager);
       place.addEventListener("keydown", (event) => this.onKey(event));
@@ -204,7 +145,8 @@
 
     field(label, control) {
       control.id = `samples-${label.toLowerCase().replace(" ", "-")}`;
-      return element("div", { class: "field" }, element("label", { for: control.id }, label), control);
+      const name = element("label", { for: control.id }, label);
+      return element("div", { class: "field" }, name, control);
     }
 
     change(values, samePage = false) {
@@ -300,9 +242,8 @@
       const all = this.set.prompts.length;
       const count = this.found.length === all ? `${all}` : `${this.found.length} of ${all}`;
       const which = shown.length ? `, ${first + 1} to ${first + shown.length} shown` : "";
-      const left = this.set.left_out
-        ? ` To keep this page small ${this.set.left_out} more responses are left out; samples.jsonl has them.`
-        : "";
+      const more = this.set.left_out;
+      const left = more ? ` ${more} more responses, left out here, are in samples.jsonl.` : "";
       this.status.textContent = `${count} prompts${which}.${left}`;
       this.turns();
       mark(this.list, folded(this.find.trim()));
@@ -374,7 +315,7 @@
       return card;
     }
 
-    /** Show the first responses in which what is searched for stands, if it is not in the prompt. */
+    /** Show the first responses in which what is searched for stands, unless the prompt has it. */
     turnToFound(entry) {
       const find = folded(this.find.trim());
       const says = (each) => folded(each.text).includes(find);
@@ -397,8 +338,9 @@
       );
       const [one, other] = [this.one, this.other].map((each) => named(this.set.sources[each].name));
       const counts = [this.one, this.other].map((each) => this.answersOf(entry, each).length);
-      const means = Math.max(...counts) > 1 ? `, means of ${[...new Set(counts)].join(" and ")}` : "";
-      const text = `${SCORES[this.score]}${means}: ${one} ${figure(ours)}, ${other} ${figure(theirs)}, `;
+      const sizes = [...new Set(counts)].join(" and ");
+      const score = SCORES[this.score] + (Math.max(...counts) > 1 ? `, means of ${sizes}` : "");
+      const text = `${score}: ${one} ${figure(ours)}, ${other} ${figure(theirs)}, `;
       const side = difference > 0 ? "up" : difference < 0 ? "down" : "";
       const change = element("b", { class: side }, `difference ${signed(difference)}`);
       return element("p", { class: "compared" }, text, change);
@@ -459,69 +401,18 @@
       const parts = Object.entries(answer.parts ?? {});
       if (parts.length) {
         const terms = parts.map(([term, value]) => `${named(term)} ${figure(value)}`);
-        cell.append(element("p", { class: "facts" }, `of it ${terms.join(", ")}`));
+        cell.append(element("p", { class: "facts" }, `terms: ${terms.join(", ")}`));
       }
       const values = this.colour && answer[this.colour];
-      cell.append(values ? this.coloured(name, answer, values) : plain(answer.text));
+      const most = this.limits[this.colour];
+      cell.append(values ? coloured(name, answer, this.colour, most) : plain(answer.text));
       if (values) {
         cell.append(element("output", { class: "told" }));
       } else if (this.colour) {
         cell.append(element("p", { class: "told" }, "not known token by token"));
       }
-      if (answer.tokens) cell.append(this.table(answer));
+      if (answer.tokens) cell.append(tokenTable(answer));
       return cell;
-    }
-
-    /** The text token by token; the last ones may end it without being in it. */
-    coloured(name, answer, values) {
-      const label = `${named(name)}, by ${VALUES[this.colour][0]} of tokens; arrows move along them`;
-      const place = { class: "text coloured", dir: "auto", tabindex: "0", role: "group", "aria-label": label };
-      const text = element("div", place);
-      const most = this.limits[this.colour];
-      let length = 0;
-      answer.tokens.forEach((each, i) => {
-        if (each === "") return; // a part of the character that a later token ends
-        const value = values[i];
-        const token = element("span", { class: "token" }, ...visible(each));
-        if (length >= answer.text.length) token.classList.add("end");
-        if (value !== null) {
-          token.classList.add(value < 0 ? "below" : "above");
-          token.style.setProperty("--share", Math.min(1, Math.abs(value) / most).toFixed(3));
-        }
-        token.told = () => told(answer, i);
-        length += each.length;
-        text.append(token);
-      });
-      if (length < answer.text.length) {
-        text.append(element("span", { class: "rest" }, ...visible(answer.text.slice(length))));
-      }
-      if (!text.hasChildNodes()) return plain("");
-      text.addEventListener("keydown", (event) => move(event, text));
-      text.addEventListener("focus", () => text.querySelector(".picked") || pick(text.querySelector(".token")));
-      return text;
-    }
-
-    /** All values of all tokens, for those who do not see colours; made when it is opened. */
-    table(answer) {
-      const details = element("details", {}, element("summary", {}, "values of tokens"));
-      details.addEventListener("toggle", () => {
-        if (!details.open || details.querySelector("table")) return;
-        const names = this.values.filter((name) => answer[name]);
-        const heads = ["token", ...names.map((name) => VALUES[name][0])];
-        const head = element("tr", {}, ...heads.map((each) => element("th", { scope: "col" }, each)));
-        const rows = answer.tokens.map((token, i) =>
-          element(
-            "tr",
-            {},
-            element("th", { scope: "row" }, ...visible(JSON.stringify(token).slice(1, -1))),
-            ...names.map((name) => element("td", {}, figure(answer[name][i]))),
-          ),
-        );
-        details.append(
-          element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)),
-        );
-      });
-      return details;
     }
 
     // ----------------------------------------------------------------------- keys
@@ -550,8 +441,7 @@
     }
   }
 
-  // ------------------------------------------------------------------------- parts of a card
-
+  /** A prompt, message by message. */
   function asked(messages) {
     const place = element("div", { class: "asked" });
     for (const { role, text } of messages) {
@@ -559,70 +449,6 @@
       place.append(plain(text));
     }
     return place;
-  }
-
-  function plain(text) {
-    if (text === "") return element("div", { class: "text empty" }, "empty");
-    return element("div", { class: "text", dir: "auto" }, ...visible(text));
-  }
-
-  /** What is known of a token, in words. */
-  function told(answer, i) {
-    const known = Object.entries(VALUES)
-      .filter(([name]) => answer[name])
-      .map(([name, [label]]) => `${label} ${figure(answer[name][i])}`);
-    return `${i + 1} of ${answer.tokens.length}, ${JSON.stringify(named(answer.tokens[i]))}: ${known.join(", ")}`;
-  }
-
-  /** Tell of a token, and mark it. */
-  function pick(token) {
-    if (!token) return;
-    const text = token.closest(".text");
-    text.querySelector(".picked")?.classList.remove("picked");
-    token.classList.add("picked");
-    text.parentElement.querySelector("output.told").textContent = token.told();
-  }
-
-  function move(event, text) {
-    const tokens = [...text.querySelectorAll(".token")];
-    const at = tokens.findIndex((each) => each.classList.contains("picked"));
-    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: tokens.length - 1 }[event.key];
-    if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
-    event.preventDefault();
-    const next = tokens[Math.max(0, Math.min(tokens.length - 1, to))];
-    pick(next);
-    next?.scrollIntoView({ block: "nearest" });
-  }
-
-  /** Mark what is searched for, also where it goes over the ends of tokens. */
-  function mark(list, find) {
-    if (!window.CSS?.highlights) return;
-    CSS.highlights.delete("found");
-    if (!find) return;
-    const ranges = [];
-    for (const text of list.querySelectorAll(".text")) {
-      const nodes = [];
-      const walk = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
-      let whole = "";
-      while (walk.nextNode()) {
-        nodes.push([whole.length, walk.currentNode]);
-        whole += walk.currentNode.data;
-      }
-      whole = folded(whole);
-      let last = 0;
-      const place = (at) => {
-        while (last + 1 < nodes.length && nodes[last + 1][0] <= at) last += 1;
-        return [nodes[last][1], at - nodes[last][0]];
-      };
-      for (let at = whole.indexOf(find); at >= 0; at = whole.indexOf(find, at + find.length)) {
-        const range = new Range();
-        range.setStart(...place(at));
-        const [node, end] = place(at + find.length - 1);
-        range.setEnd(node, end + 1);
-        ranges.push(range);
-      }
-    }
-    CSS.highlights.set("found", new Highlight(...ranges));
   }
 
   const place = document.getElementById("samples");
