@@ -933,6 +933,12 @@ class EvaluateAlgo(Decoding):
         "other figures are of; 0 is greedy.",
         ge=0,
     )
+    enumerate: int = key(
+        "Responses of the reference to each prompt, at most, that are enumerated by the likeliest "
+        "beginnings, for the optimum that no policy exceeds and the true KL of best of n; 0 "
+        "enumerates none. It takes a pass over as many beginnings for every token.",
+        ge=0,
+    )
     overlap: bool = key(
         "Count what responses copy from the training rows of `data`, which are then read."
     )
