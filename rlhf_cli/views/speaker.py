@@ -158,7 +158,7 @@ class Scorer:
         self.vocabulary = tokenizer.get_vocab()
         self._reward: Reward = load_reward(cfg.reward, cfg, tokenizer, device)
         for term in self._reward.terms:  # what reads columns of rows has none to read
-            term.source.check([Prompt("Hello")], lambda *check: None, "reward")
+            term.source.check([Prompt("Hello", source="chat")], lambda *check: None, "reward")
 
     def of(self, rollout: Rollout) -> float | None:
         """Of an answer; None where nothing applies."""
