@@ -41,6 +41,7 @@ from rlhf_cli.runs.out_folder import (
     FINISHED,
     FREE,
     RESUMABLE,
+    TASKS,
     config_as_written,
     is_claimed,
     state_of,
@@ -168,6 +169,8 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
 
 def loading_line(cfg: Run) -> str:
     """What is loaded before the first step, in a line."""
+    if (Path(cfg.out) / TASKS).is_file() and is_claimed(Path(cfg.out)):
+        return f"reading {Path(cfg.out) / TASKS}"
     models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
     more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
     return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"
