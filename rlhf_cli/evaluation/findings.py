@@ -86,7 +86,11 @@ class Findings:
         figures: Figures = {}
         if entrant.shots is not None:  # its weights are those of a policy without demonstrations
             return figures
-        own = {each: losses_of(policy, rows, self.cfg) for each, rows in unseen.items() if rows}
+        own = {
+            each: losses_of(policy.model, rows, self.cfg.hardware)
+            for each, rows in unseen.items()
+            if rows
+        }
         self._losses[entrant.name] = own
         for each in unseen:
             figures |= mean_loss(each, own.get(each))
