@@ -1128,12 +1128,21 @@ class LabelConfig(SamplingConfig):
         role="reward",
     )
     source: str = key(
-        "Who labels: people in this terminal; the reward, or what samples=FILE says of it; or "
-        "labels=FILE.",
-        choices=("terminal", "reward", "file"),
+        "Who labels: people on a local web page or in this terminal; the reward, or what "
+        "samples=FILE says of it; or labels=FILE.",
+        choices=("page", "terminal", "reward", "file"),
     )
     annotators: list[str] = key("Names of those who label; tasks are dealt out to them.")
-    who: str | None = key("Which of them sits at the terminal; null is the first.")
+    who: str | None = key(
+        "Which of them sits at the terminal; null is the first.", used_by="source=terminal"
+    )
+    port: int = key(
+        "Port of the page on this machine; 0 takes a free one.",
+        ge=0,
+        le=65535,
+        used_by="source=page",
+        unused=0,
+    )
     labels: str | None = key(
         "File of labels that were made elsewhere, of the tasks in tasks.jsonl: rows of task, "
         "annotator and ranks, strength, label, skip or flag.",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_cli.labelling.tasks import PAIR, RANK, Turn
+from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS, Turn
 
 Answer = dict[str, Any]
 """kind: rank, pair, thumbs, skip or flag; and by that ranks, strength, both_bad, label, reason.
@@ -26,6 +26,24 @@ SURE = 4
 
 class Wrong(ValueError):
     """An answer that is none; says why."""
+
+
+def read(line: str, turn: Turn, protocol: str) -> Answer:
+    """The answer that a line is.
+
+    Raises:
+        Wrong: it is none.
+    """
+    word, _, rest = line.strip().partition(" ")
+    if word in ("s", "f"):
+        return {"kind": SKIP if word == "s" else FLAG, "reason": rest.strip()}
+    if protocol == RANK:
+        return ranking(line, turn)
+    if protocol == PAIR:
+        return comparison(line, turn)
+    if line.strip() not in ("y", "n"):
+        raise Wrong(f"{line.strip()!r} is neither y nor n")
+    return {"kind": THUMBS, "label": line.strip() == "y"}
 
 
 def ranking(text: str, turn: Turn) -> Answer:

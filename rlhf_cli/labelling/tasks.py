@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.files import find
-from rlhf_cli.data.kinds import Turns
+from rlhf_cli.data.kinds import Turns, reply_text
 from rlhf_cli.data.order import derived_seed, order_of
 from rlhf_cli.data.parse import rows_of_file
 from rlhf_cli.folders.files import write_text
@@ -72,6 +72,13 @@ class Turn:
     task: Task
     showing: int
     order: list[int]
+
+
+def spoken(task: Task) -> list[tuple[str, str]]:
+    """Who says what in the prompt of a task; nobody is named where it is plain text."""
+    if isinstance(task.prompt, str):
+        return [("", task.prompt)]
+    return [(str(message.get("role")), reply_text(message)) for message in task.prompt]
 
 
 def key_of(prompt: str | Turns) -> str:

@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 
-from rlhf_cli.data.kinds import Turns, reply_text
-from rlhf_cli.labelling.answers import FLAG, SKIP, Answer, Wrong, comparison, ranking
+from rlhf_cli.labelling.answers import Wrong, read
 from rlhf_cli.labelling.desk import Desk
-from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS, Turn
+from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS, Turn, spoken
 from rlhf_cli.reporting.console import console, outliving_stderr, say
 
 HOW = {
@@ -71,43 +70,18 @@ def _answered(desk: Desk, turn: Turn, instructions: str | None, typed: Iterator[
     return False
 
 
-def read(line: str, turn: Turn, protocol: str) -> Answer:
-    """The answer that a line is.
-
-    Raises:
-        Wrong: it is none.
-    """
-    word, _, rest = line.strip().partition(" ")
-    if word in ("s", "f"):
-        return {"kind": SKIP if word == "s" else FLAG, "reason": rest.strip()}
-    if protocol == RANK:
-        return ranking(line, turn)
-    if protocol == PAIR:
-        return comparison(line, turn)
-    if line.strip() not in ("y", "n"):
-        raise Wrong(f"{line.strip()!r} is neither y nor n")
-    return {"kind": THUMBS, "label": line.strip() == "y"}
-
-
 def show(turn: Turn, desk: Desk) -> None:
     """A task: its prompt, and its responses under names that say nothing."""
     protocol = desk.terms.protocol
     number = len(desk.turns) - desk.left + 1
     say(f"\n── {number} of {len(desk.turns)} " + "─" * 30)
-    for role, text in spoken(turn.task.prompt):
+    for role, text in spoken(turn.task):
         say(f"{role}: {text}" if role else text)
     for name, place in zip(NAMES[protocol], turn.order, strict=False):
         origin = turn.task.origins[place]
         cut = "  [cut at the most tokens]" if origin.get("finish_reason") == "length" else ""
         head = "response" if protocol == THUMBS else name
         say(f"\n[{head}]{cut}\n{turn.task.responses[place]}")
-
-
-def spoken(prompt: str | Turns) -> list[tuple[str, str]]:
-    """Who says what in a prompt; nobody is named where it is plain text."""
-    if isinstance(prompt, str):
-        return [("", prompt)]
-    return [(str(message.get("role")), reply_text(message)) for message in prompt]
 
 
 def help_on(protocol: str, instructions: str | None) -> None:

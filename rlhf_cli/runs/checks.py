@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,16 @@ def check_sampler(cfg: Run) -> None:
         from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
 
         program()
+
+
+def check_page(cfg: Run) -> None:
+    """Where people are to label on a page, there is what serves it."""
+    needed = ("starlette", "uvicorn") if getattr(cfg, "source", None) == "page" else ()
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(
+            f"source=page needs {' and '.join(missing)}: pip install 'rlhf-cli[label]', or label "
+            "in this terminal: source=terminal"
+        )
 
 
 def sampler_lines(cfg: Run) -> list[str]:

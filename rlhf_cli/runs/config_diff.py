@@ -11,7 +11,7 @@ from rlhf_cli.config.switches import written
 IGNORED_KEYS = (
     *("hardware", "out", "overwrite", "reference_cache", "responses_cache"),
     *("judge_concurrency", "judge_timeout"),
-    *("who", "accept_partial"),  # of label: who sits there now, and whether that is all
+    *("who", "port", "accept_partial"),  # of label: who sits there now, and whether that is all
 )
 SHOWN_ONLY = ("algo.show_every",)
 EVALUATIONS = ("algo.eval_every", "algo.eval_prompts")

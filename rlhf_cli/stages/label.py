@@ -35,6 +35,7 @@ from rlhf_cli.labelling.tasks import (
 )
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import round_figures
+from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, claim, staging
 from rlhf_cli.runs.preflight import Plan, preflight
@@ -117,6 +118,7 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
         )
     check_lock(session.out)
     write_tasks(session.out, tasks)
+    interrupts.wait_no_more("the tasks are sampled")  # nothing is lost by an end from here on
     (session.out / SAMPLES).unlink(missing_ok=True)  # a link to what it was sampled from
 
 
@@ -229,6 +231,10 @@ def collected(cfg: LabelConfig) -> dict[str, Desk]:
     elif cfg.source == "reward":
         for desk in desks.values():
             label_by_reward(desk, cfg.flip, derived_seed(cfg.seed, "flip"))
+    elif cfg.source == "page":
+        from rlhf_cli.labelling import server
+
+        server.label(desks, instructions_of(cfg), cfg.accept_partial, cfg.port)
     else:
         terminal.label(desks[cfg.who or cfg.annotators[0]], instructions_of(cfg))
     return desks
