@@ -1110,7 +1110,7 @@ class GenerateConfig(SamplingConfig):
 class LabelConfig(SamplingConfig):
     """Labelling: policies or samples, and people or a reward -> rankings, preferences, feedback."""
 
-    policy: str | None = key(
+    policy: str | None = key(  # type: ignore[assignment]  # other stages cannot do without
         "Policy folder or hub id to sample from; null where samples=FILE has all that is needed.",
         role="policy",
     )

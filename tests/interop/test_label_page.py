@@ -67,9 +67,10 @@ def served(desks: dict[str, Desk], instructions: str | None = None) -> Iterator[
         try:
             yield page
         finally:
-            with client_of(page) as client:
-                client.get(f"/?token={next(iter(page.tokens.values()))}")
-                client.post("/finish", **posted(page, {}))
+            if not page.finished.is_set():
+                with client_of(page) as client:
+                    client.get(f"/?token={next(iter(page.tokens.values()))}")
+                    client.post("/finish", **posted(page, {}))
             thread.join(10)
             assert not thread.is_alive()
 
@@ -105,7 +106,7 @@ def visited(browser: Any, address: str, width: int = 1000, **options: Any) -> It
     home = address.partition("/?")[0]
     page.on("console", lambda message: faults.append(message.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda each: each.url.startswith(home) or faults.append(each.url))
+    page.on("request", lambda each: faults.extend([each.url] * (not each.url.startswith(home))))
     page.goto(address)
     yield page
     context.close()
