@@ -960,6 +960,12 @@ class EvaluateAlgo(Decoding):
         "other figures are of; 0 is greedy.",
         ge=0,
     )
+    enumerate: int = key(
+        "Responses of the reference to each prompt, at most, that are enumerated by the likeliest "
+        "beginnings, for the optimum that no policy exceeds and the true KL of best of n; 0 "
+        "enumerates none. It takes a pass over as many beginnings for every token.",
+        ge=0,
+    )
     overlap: bool = key(
         "Count what responses copy from the training rows of `data`, which are then read."
     )
@@ -984,6 +990,12 @@ class Run:
     out: str = key("Folder that the stage writes.")
     seed: int = key("Fixes initialisation, data order and sampling.", ge=0)
     overwrite: bool = key("Start afresh in an out folder that another config made.")
+    tracker: Any = key(
+        "Where metrics go as well, one or a list: each needs the extra of its name, and takes keys "
+        "and addresses from its own environment variables; null: nowhere.",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+        texts=True,
+    )
     data: Data
     hardware: Hardware
     model: FrozenModel
@@ -993,6 +1005,12 @@ class Run:
     def start(self) -> str | None:
         """Folder or hub id of the model that the stage starts from; None builds one."""
         return getattr(self, "policy", None)
+
+    @property
+    def trackers(self) -> list[str]:
+        """`tracker` as a list, each of them once."""
+        given = [self.tracker] if isinstance(self.tracker, str) else self.tracker or []
+        return list(dict.fromkeys(given))
 
 
 @dataclass
