@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema import LabelConfig
+from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.rows import Split
 from rlhf_cli.folders.manifest import text_hash
 from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
@@ -130,7 +132,7 @@ def sampled(session: "Session") -> list[Sample]:
     from rlhf_cli.runs.policy import policy_of
 
     cfg: Any = session.cfg
-    rows, kept, samples = session.rows.to_answer(), None, []
+    rows, kept, samples = prompts_of(session), None, []
     policies = [cfg.policy, *cfg.baselines]
     asked = rows.held_out[: cfg.algo.prompts]
     with Bar("label", len(asked) * cfg.algo.samples * len(policies)) as bar:
@@ -159,6 +161,18 @@ def sampled(session: "Session") -> list[Sample]:
     return samples
 
 
+def prompts_of(session: "Session") -> Split:
+    """The prompts whose responses are labelled: all, but of the demo those to learn from.
+
+    What is labelled is learnt from, and the demo's other prompts are what policies are judged by.
+    Of rows of a user's it is their hash that keeps the two apart, in every stage alike.
+    """
+    if session.cfg.data.format == "demo":
+        known = session.rows.split(Prompt)
+        return Split([], known.train, known.notes)
+    return session.rows.to_answer()
+
+
 def given_samples(session: "Session") -> list[Sample]:
     """What samples=FILE has, scored where a reward is given."""
     cfg: Any = session.cfg
@@ -167,7 +181,6 @@ def given_samples(session: "Session") -> list[Sample]:
     session.claim()
     if cfg.reward is None:
         return samples
-    from rlhf_cli.data.kinds import Prompt
     from rlhf_cli.rewards.reward import load_reward
     from rlhf_cli.rollout.rollouts import Rollout
     from rlhf_cli.runs.encoders import encoder_of
