@@ -1135,7 +1135,7 @@ class GenerateConfig(SamplingConfig):
 
 @dataclass
 class LabelConfig(SamplingConfig):
-    """Labelling: policies or samples, and people or a reward -> rankings, preferences, feedback."""
+    """Labelling: responses and who judges them -> rankings, preferences or feedback."""
 
     policy: str | None = key(  # type: ignore[assignment]  # other stages cannot do without
         "Policy folder or hub id to sample from; null where samples=FILE has all that is needed.",

@@ -25,8 +25,8 @@ from rlhf_cli.runs.checks import (
     arithmetic,
     check_data,
     check_frozen_layers,
+    check_labelling,
     check_models,
-    check_page,
     check_rows,
     check_sampler,
     own_loss_lines,
@@ -136,7 +136,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
     check_sampler(cfg)
-    check_page(cfg)
+    check_labelling(cfg)
     check_adapter_use(cfg)
     provenance: Provenance | None = {}
     if decides:

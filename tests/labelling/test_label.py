@@ -161,6 +161,13 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     assert len(feedback.train) + len(feedback.held_out) == len(tasks) - 1  # without the flagged one
 
 
+@pytest.mark.parametrize("key", ["samples", "instructions"])
+def test_a_file_that_is_not_there_is_named_before_anything_runs(tmp_path: Path, key: str) -> None:
+    words = [given(tmp_path / "s.jsonl"), "policy=null", f"{key}={tmp_path / 'none.jsonl'}"]
+    with pytest.raises(UserError, match=f"{key}=.*none.jsonl does not exist"):
+        label(tmp_path / "out", *words)
+
+
 def test_tasks_are_distinct_and_take_policies_in_turn() -> None:
     samples = [
         Sample("p", text, "", {"policy": policy})
