@@ -34,9 +34,9 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
 # Where a file or folder is named, or may be.
 _PATHS = (
+    *("labels", "instructions"),
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
     *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "responses_cache"),
-    *("labels", "instructions"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 

@@ -21,6 +21,7 @@ Rows = Sequence[Metrics]
 
 SHOWN = 5  # numbers
 NUMBERS = {
+    "label": ("labels", "ties", "agreement", "alpha", "self_agreement", "reward_agreement"),
     "sft": ("eval/loss", "eval/perplexity", "eval/reward", "text/loss"),
     "reward": (
         *("eval/loss", "eval/calibration_error", "eval/length_correlation"),
@@ -33,21 +34,21 @@ NUMBERS = {
     "ppo": ("reward", "kl", "entropy", "length", "ended", "text/loss"),
     "grpo": ("reward", "kl", "entropy", "length", "ended", "equal_groups"),
     "generate": ("reward", "reward_none"),
-    "label": ("labels", "ties", "agreement", "alpha", "self_agreement", "reward_agreement"),
     "evaluate": (),
 }
 """The numbers of each stage, as far as a run has them; the first ones are shown."""
 
 FILES = {
+    "rankings.jsonl": "rows for reward",
+    "feedback.jsonl": "rows for dpo algo=kto",
     "report.json": "tables",
     "frontier.png": "scores over KL",
     "win_rates.png": "over temperature",
     "reliability.png": "calibration",
     "metrics.jsonl": "each step",
     "samples.jsonl": "samples",
-    "rankings.jsonl": "for reward",
-    "preferences.jsonl": "for reward and dpo",
-    "feedback.jsonl": "for dpo algo=kto",
+    "demonstrations.jsonl": "rows for sft",
+    "preferences.jsonl": "rows for reward and dpo",
 }
 """What lies beside stage.json, in a word."""
 
