@@ -64,6 +64,7 @@ MAX_TAKES = 60  # characters of what a key takes, in its column
 ALL = "all"
 CHANGED = (
     *("name", "out", "seed", "policy", "reference", "reward", "gold", "baselines"),
+    *("source", "annotators", "who", "algo.protocol"),
     *("model.path", "model.lora_rank", "data.path", "data.template"),
     *("data.max_prompt_tokens", "data.max_response_tokens"),
     *("algo.lr", "algo.epochs", "algo.steps", "algo.batch_size", "algo.group_size"),
