@@ -30,6 +30,7 @@ Commands
   slurm STAGE ...   the stage as a job of SLURM, which is queued again until it is done
   ls [GROUP]        options of the groups algo, model, data, hardware, and recipes
   ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
+  watch RUN         how far a run is, or the runs in a folder, from another terminal
   compare RUN ...   settings that differ and final metrics side by side; a sweep as table or CSV
   cp NAME DEST      copy a shipped recipe or option, to change it
   env               versions and devices, for a bug report
