@@ -242,6 +242,8 @@ def drawn(view: View, width: int, height: int, plain: bool = False) -> list[Text
     course = view.course
     told = course is not None and bool(course.figures())
     bars = [bar_line(bar, width, plain, note=not told) for bar in view.bars]
+    for bar in bars:  # even a count may not fit
+        bar.truncate(width, overflow="crop" if plain else "ellipsis")
     if height < FEWEST_ROWS:
         return bars[:height]
     lines = [Text(clipped(view.title, width, plain), style="bold")] if view.title else []
@@ -355,7 +357,7 @@ def sample_lines(
     for sample in samples:
         parts = fit(sample.response, each)
         if len(parts) > most:
-            parts = [*parts[: most - 1], clipped(parts[most - 1], each - 3) + " ..."]
+            parts = [*parts[: most - 1], clipped(" ".join(parts[most - 1 :]), each, plain)]
         blocks.append([sample.head(), *parts])
     if not beside:
         for head, *parts in blocks:

@@ -73,6 +73,7 @@ from rlhf_cli.runs.preflight import Plan, agree, preflight
 from rlhf_cli.runs.progress_file import ProgressFile
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.runs.same_weights import require_same
+from rlhf_cli.runs.step_summary import append_summary
 from rlhf_cli.runs.summary import last_lines
 from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
@@ -454,9 +455,13 @@ class Session:
         return self.out
 
     def _last_lines(self, metrics: dict[str, Any], told: str | None) -> list[str]:
-        """How it went, from the files of `out`, which may lie on the disk of rank 0 alone."""
+        """How it went, for the page of a CI job too; from the files of `out`, which may lie on the
+        disk of rank 0 alone.
+        """
         rows = self.logs[0].rows() if self.logs else []
-        return last_lines(self.cfg, metrics, rows, told)
+        lines = last_lines(self.cfg, metrics, rows, told)
+        append_summary(self.cfg, lines, metrics, rows)
+        return lines
 
     def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         for log in self.logs:

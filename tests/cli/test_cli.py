@@ -430,7 +430,7 @@ def test_a_sweep_gives_each_job_its_folder(stand_in: Run, tmp_path: Path) -> Non
     assert (tmp_path / "runs/demo/ppo/multirun.yaml").is_file()
     assert done.stderr.splitlines()[:2] == [
         "sweep: 4 jobs in runs/demo/ppo; then rlhf-cli compare runs/demo/ppo",
-        f"job 0: runs/demo/ppo/kl_coef={jobs[0]}",
+        f"job 1 of 4: runs/demo/ppo/kl_coef={jobs[0]}",
     ]
     assert "HYDRA" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

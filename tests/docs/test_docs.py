@@ -17,7 +17,19 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import SHORT, compare, completion, cp, data, export, ls, slurm, stage, sweeps, watch
+from rlhf_cli.commands import (
+    SHORT,
+    compare,
+    completion,
+    cp,
+    data,
+    export,
+    ls,
+    slurm,
+    stage,
+    sweeps,
+    watch,
+)
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES

@@ -1,0 +1,62 @@
+"""The end of a run as Markdown, for the page of a CI job that names a file for it.
+
+GitHub shows what a step appends to the file in GITHUB_STEP_SUMMARY; others have taken that over.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+
+from rlhf_cli.config.schema import Run
+from rlhf_cli.config.secrets import redacted
+from rlhf_cli.config.stages import stage_name
+from rlhf_cli.reporting.grid import show, with_error
+from rlhf_cli.reporting.live import METRICS, Course, sparkline
+from rlhf_cli.reporting.terminal import on_one_line
+from rlhf_cli.runs.summary import NUMBERS, Metrics, Rows, is_number
+
+VARIABLE = "GITHUB_STEP_SUMMARY"
+POINTS = 24  # of a course
+MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~-])")
+
+
+def append_summary(cfg: Run, lines: Sequence[str], metrics: Metrics, rows: Rows) -> None:
+    """Append how a run went; where that cannot be written, the run has ended well all the same.
+
+    Args:
+        lines: that the run ends with.
+        metrics: of what was written.
+        rows: of its log, oldest first.
+    """
+    if not (file := os.environ.get(VARIABLE)):
+        return
+    text = markdown(cfg, lines, metrics, rows)
+    with suppress(OSError), open(file, "a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(text)
+
+
+def markdown(cfg: Run, lines: Sequence[str], metrics: Metrics, rows: Rows) -> str:
+    """A heading, the lines, and a table of the figures that the stage is known by."""
+    stage = stage_name(cfg)
+    course = Course(stage)
+    for row in rows:
+        course.hear(METRICS, row)
+    courses = dict(course.figures())
+    names = [name for name in NUMBERS[stage] if is_number(metrics.get(name))]
+    table = []
+    for name in [*courses, *(name for name in names if name not in courses)]:
+        series, value = courses.get(name), metrics.get(name)
+        last = with_error(value, metrics.get(f"{name}_stderr")) if is_number(value) else ""
+        first = show(series.first) if series else ""
+        blocks = sparkline(series.points(POINTS)) if series else ""
+        table.append(f"| {escaped(name)} | {first} | {blocks} | {last} |")
+    head = ["| metric | first | course | written |", "|---|---|---|---|"] if table else []
+    parts = ["", f"### {escaped(f'{stage}: {cfg.out}')}", ""]
+    parts += [line for each in lines for line in (escaped(each), "")]
+    return "\n".join([*parts, *head, *table, ""])
+
+
+def escaped(text: str) -> str:
+    """A text of others as Markdown shows it, on one line: nothing in it is markup."""
+    return MARKUP.sub(r"\\\1", on_one_line(redacted(text)))
