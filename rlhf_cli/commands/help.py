@@ -46,7 +46,7 @@ Examples
 Environment
   RLHF_TRACEBACK=1  a traceback in place of the line that an error is
   COLUMNS=120       how wide help and tables are; else as wide as the terminal, 100 in a pipe
-  NO_COLOR=1        no colours, HF_HUB_OFFLINE=1 no network
+  NO_COLOR=1        no colours, HF_HUB_OFFLINE=1 no network, CI=1 plain lines on a terminal too
 
 rlhf-cli STAGE --help shows what people change of a stage, --help all every key, --help KEY one."""
 

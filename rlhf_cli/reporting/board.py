@@ -16,6 +16,7 @@ from rich.text import Text
 from rlhf_cli.reporting.live import Course, Progress, View, drawn, figure_lines
 
 NO = ("", "0", "false")  # CI=..., as services set it
+CUT_BY, LINUX = {"XTERM_VERSION", "STY"}, "linux"  # xterm, screen, and the console of Linux
 
 
 class Board:
@@ -122,10 +123,11 @@ class _Edge(Live):
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         """What rich does, and before it: a terminal that was made narrower has broken the lines of
-        the last frame, which begins further up then.
+        the last frame, which begins further up then. Few cut them instead.
         """
         before, cells = self._frame.shape
         now = self.console.width
-        more = sum((each - 1) // now for each in cells if each) if now < before else 0
+        breaks = now < before and not (CUT_BY & set(os.environ) or os.environ.get("TERM") == LINUX)
+        more = sum((each - 1) // now for each in cells if each) if breaks else 0
         up = [(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * more
         return [Control(*up), *super().process_renderables(renderables)]

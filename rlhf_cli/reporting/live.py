@@ -246,7 +246,8 @@ def drawn(view: View, width: int, height: int, plain: bool = False) -> list[Text
         bar.truncate(width, overflow="crop" if plain else "ellipsis")
     if height < FEWEST_ROWS:
         return bars[:height]
-    lines = [Text(clipped(view.title, width, plain), style="bold")] if view.title else []
+    title = fit(view.title, width) if view.title else []
+    lines = [Text(part, style="bold") for part in title]
     lines += [Text(part, style="yellow") for note in view.notes for part in fit(note, width)]
     lines += bars
     if course is not None:

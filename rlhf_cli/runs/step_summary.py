@@ -17,8 +17,9 @@ from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.runs.summary import NUMBERS, Metrics, Rows, is_number
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
+JUDGED = ("gold", "reward", "kl")  # estimates of a policy
 POINTS = 24  # of a course
-MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~-])")
+MARKUP = re.compile(r"([\\`*_\[\]<>#|~])")
 
 
 def append_summary(cfg: Run, lines: Sequence[str], metrics: Metrics, rows: Rows) -> None:
@@ -39,22 +40,43 @@ def append_summary(cfg: Run, lines: Sequence[str], metrics: Metrics, rows: Rows)
 def markdown(cfg: Run, lines: Sequence[str], metrics: Metrics, rows: Rows) -> str:
     """A heading, the lines, and a table of the figures that the stage is known by."""
     stage = stage_name(cfg)
+    heads, body = _policies(metrics) if "policies" in metrics else _figures(stage, metrics, rows)
+    table = [heads, ["---"] * len(heads), *body] if body else []
+    return "\n".join(
+        [
+            *("", f"### {escaped(f'{stage}: {cfg.out}')}", ""),
+            *(line for each in lines for line in (escaped(each), "")),
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+        ]
+    )
+
+
+def _figures(stage: str, metrics: Metrics, rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """What a stage wrote, and how the metrics that matter got there."""
     course = Course(stage)
     for row in rows:
         course.hear(METRICS, row)
     courses = dict(course.figures())
     names = [name for name in NUMBERS[stage] if is_number(metrics.get(name))]
-    table = []
-    for name in [*courses, *(name for name in names if name not in courses)]:
+    body = []
+    for name in dict.fromkeys([*courses, *names]):
         series, value = courses.get(name), metrics.get(name)
         last = with_error(value, metrics.get(f"{name}_stderr")) if is_number(value) else ""
-        first = show(series.first) if series else ""
-        blocks = sparkline(series.points(POINTS)) if series else ""
-        table.append(f"| {escaped(name)} | {first} | {blocks} | {last} |")
-    head = ["| metric | first | course | written |", "|---|---|---|---|"] if table else []
-    parts = ["", f"### {escaped(f'{stage}: {cfg.out}')}", ""]
-    parts += [line for each in lines for line in (escaped(each), "")]
-    return "\n".join([*parts, *head, *table, ""])
+        went = (show(series.first), sparkline(series.points(POINTS))) if series else ("", "")
+        body.append([escaped(name), *went, last])
+    return ["metric", "first", "course", "written"], body
+
+
+def _policies(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
+    """The policies of an evaluation, with their estimates."""
+    body = []
+    for path, figures in metrics["policies"].items():
+        estimates = [figures.get(name) for name in JUDGED]
+        cells = [with_error(e["mean"], e.get("stderr")) if e else "" for e in estimates]
+        rating = metrics.get("ratings", {}).get(path, {}).get("rating")
+        body.append([escaped(path), *cells, f"{rating:.0f}" if is_number(rating) else ""])
+    return ["policy", *JUDGED, "rating"], body
 
 
 def escaped(text: str) -> str:

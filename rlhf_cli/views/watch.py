@@ -141,7 +141,8 @@ class Watched:
             notes.append(", ".join(f"{name} {show(v)}" for name, v in self.node.figures.items()))
         bars = []
         if self.told is not None and self.goes_on:
-            since = max(time.time() - self.told.at, 0.0)
+            here = self.node.state.startswith(RUNNING)  # else the clocks may be two
+            since = max(time.time() - self.told.at, 0.0) if here else 0.0
             bars = [replace(bar, seconds=bar.seconds + since) for bar in self.told.bars]
         return View(title, notes, bars, self.course)
 
@@ -211,9 +212,9 @@ class Watch:
     def _list(self, width: int, room: int, plain: bool) -> list[Text]:
         """A line for each run; where there are more than fit, those that go on and the newest."""
         runs = self.runs
-        if len(runs) > room - 1:
+        if len(runs) > room - 2:  # beneath a title and the heads
             first = sorted(runs, key=lambda run: (run.goes_on, run.heard), reverse=True)
-            kept = first[: max(room - 2, 0)]
+            kept = first[: max(room - 3, 0)]
             runs = [run for run in runs if run in kept]
         top = os.path.commonpath([str(run.folder.parent) for run in self.runs])
         heads = ["run", "stage", "state", "done", "left", "figure"]
@@ -222,4 +223,5 @@ class Watch:
         lines = [Text(clipped(line, width, plain)) for line in table]
         if left := len(self.runs) - len(runs):
             lines.append(Text(f"and {left} more", style="dim"))
-        return [Text(f"{top}: {len(self.runs)} runs", style="bold"), *lines][:room]
+        title = clipped(f"{len(self.runs)} runs in {top}", width, plain)
+        return [Text(title, style="bold"), *lines][:room]

@@ -29,7 +29,8 @@ def online() -> Course:
         course.hear(METRICS, {"step": step, **row, **gold})
         for prompt in ("again", f"only at {step}")[:: -1 if step == 3 else 1]:
             course.hear(
-                SAMPLES, {"step": step, "prompt": prompt, "response": f"{LONG}{step}", "reward": step}
+                SAMPLES,
+                {"step": step, "prompt": prompt, "response": f"{LONG}{step}", "reward": step},
             )
     return course
 
