@@ -3,4 +3,7 @@
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
-COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "cp", "env", "completion")
+COMMANDS = (
+    *("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "report"),
+    *("cp", "env", "completion"),
+)

@@ -51,6 +51,9 @@ def judge_line(judge: Report, policy: str, name_of: Callable[[str], str]) -> str
         line += f"; both orders agree in {same['mean']:.2f}"
         if same["mean"] < CONSISTENT:
             line += ": it often goes by the order, so what it says is little"
+    for other, agrees in judge["agreement"].items():
+        if agrees is not None and agrees["pairs"]:
+            line += f"; it agrees with {other} on {agrees['mean']:.2f} of {agrees['pairs']} pairs"
     failed = sum(w["failed"] for w in judge["win_rates"].values())
     return line + (f"; {failed} pairs without a verdict" if failed else "")
 

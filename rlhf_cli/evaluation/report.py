@@ -96,7 +96,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     columns: dict[str, Callable[[str], object]] = {
         "policy": name_of,
         **{name: partial(_estimate, results, name) for name in JUDGES},
-        kl: partial(_estimate, results, "kl"),
+        kl: partial(_kl, results),
         "held-out loss": lambda path: results[path].get("text_loss"),
         f"{name_of(str(Path(cfg.policy)))} wins": lambda path: won(report["win_rates"].get(path)),
         "beats references": lambda path: won(report["against_references"].get(path)),
@@ -122,6 +122,14 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
 
 def _estimate(results: Results, name: str, path: str) -> str | None:
     return plus_minus(results[path].get(name))
+
+
+def _kl(results: Results, path: str) -> str | None:
+    """Of the best of n what it is at most."""
+    figures = results[path]
+    if bound := plus_minus(figures.get("kl_bound")):
+        return f"at most {bound}"
+    return plus_minus(figures.get("kl"))
 
 
 def won(rate: dict[str, float] | None) -> str | None:

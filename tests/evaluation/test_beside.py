@@ -39,7 +39,12 @@ def report_of(names: list[str]) -> dict[str, Any]:
         "by_temperature": {
             t: {"win_rates": wins, "against_references": {policy: rate(0.7)}} for t in ("0", "1")
         },
-        "judge": {"judge": "http://x", "win_rates": wins, "consistency": {"mean": 0.5}},
+        "judge": {
+            "judge": "http://x",
+            "win_rates": wins,
+            "consistency": {"mean": 0.5},
+            "agreement": {"gold": None, "people": {"mean": 0.7, "pairs": 40}},
+        },
     }
 
 
@@ -54,7 +59,7 @@ def test_each_thing_is_a_line() -> None:
         "http://x as judge: ppo wins against sft 0.55 (0.40 to 0.60), dpo 0.55 (0.40 to 0.60), "
         "grpo 0.55 (0.40 to 0.60) and 3 more; both orders agree in 0.50: it often goes by the order"
     )
-    assert judge.endswith("12 pairs without a verdict")
+    assert judge.endswith("it agrees with people on 0.70 of 40 pairs; 12 pairs without a verdict")
     assert temperature == "by temperature ppo wins against the references: 0.75 at 0, 0.75 at 1"
     for each in report["by_temperature"].values():
         each["against_references"] = {}
