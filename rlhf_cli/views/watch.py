@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.reporting.grid import laid_out, show
 from rlhf_cli.reporting.live import METRICS, SAMPLES, Course, View, clipped, clock, drawn
 from rlhf_cli.runs.lineage import Node, read_node, runs_in
+from rlhf_cli.runs.lock import writer_of
 from rlhf_cli.runs.out_folder import CONFIG
 from rlhf_cli.runs.progress_file import Told, read_progress
 
@@ -108,9 +110,12 @@ class Watched:
 
     @property
     def goes_on(self) -> bool:
-        """Whether a process has it, or seems to on a machine whose locks are not seen here."""
+        """Whether a process has it, or seems to on another machine, whose locks are not seen."""
         if self.node.state.startswith(RUNNING):
             return True
+        host = writer_of(self.folder).rpartition(" on ")[2]
+        if not host or host == socket.gethostname():
+            return False
         bars = self.told.bars if self.told else []
         step = max((bar.seconds / max(bar.done - bar.before, 1) for bar in bars), default=0.0)
         return self.node.state.startswith("unfinished") and self.silence < max(AWAY, STEPS * step)
@@ -128,7 +133,7 @@ class Watched:
         if said.startswith(RUNNING) or not said.startswith("unfinished"):
             return said
         if self.goes_on:
-            return f"going on, as it seems: it wrote {ago(self.silence)}; no process here has it"
+            return f"running ({writer_of(self.folder)}, which wrote {ago(self.silence)})"
         return f"{said}; no process has it, and it last wrote {ago(self.silence)}"
 
     def view(self) -> View:

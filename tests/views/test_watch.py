@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from rlhf_cli.commands import watch as command
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.reporting.live import Progress
 from rlhf_cli.runs.lineage import HashOf, Node, read_node
+from rlhf_cli.runs.lock import LOCK
 from rlhf_cli.runs.out_folder import PROGRESS
 from rlhf_cli.runs.progress_file import EVERY, ProgressFile, read_progress
 from rlhf_cli.views import watch
@@ -41,9 +43,10 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
 
 
 def a_run(folder: Path, age: float = 0.0) -> Path:
-    """An unfinished run of ppo, which wrote so many seconds ago."""
+    """An unfinished run of ppo on another machine, which wrote so many seconds ago."""
     (folder / "checkpoints/step-00000008").mkdir(parents=True)
     (folder / "config.yaml").write_text("# rlhf-cli ppo algo=ppo_ptx\nseed: 0\n")
+    (folder / LOCK).write_text("process 7 on elsewhere")
     append(folder / "metrics.jsonl", *({"step": i, "reward": i / 2} for i in (1, 2)))
     sample = {"prompt": "Hi?", "response": "Yes.", "reward": 1.0}
     append(folder / "samples.jsonl", {"step": 1, **sample}, {"step": 2, **sample})
@@ -94,7 +97,9 @@ def test_a_run_that_died_says_when_and_how_it_goes_on(
 
 def test_a_run_on_another_machine_seems_to_go_on_while_it_writes(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "ppo", age=5)
-    assert Watch([folder]).goes_on
+    assert "ppo: running (process 7 on elsewhere, which wrote 5 s ago)" in text(
+        Watch([folder]), 200
+    )
     os.utime(folder / "metrics.jsonl", (OLD, OLD))
     assert Watch([folder]).goes_on  # by the others
     slow = Progress("ppo", 50, done=2, seconds=1200.0)  # ten minutes a step
@@ -106,6 +111,14 @@ def test_a_run_on_another_machine_seems_to_go_on_while_it_writes(tmp_path: Path)
     os.utime(folder / PROGRESS, (OLD, OLD))
     os.utime(folder / "config.yaml", (OLD, OLD))
     os.utime(folder / "samples.jsonl", (OLD, OLD))
+    assert not Watch([folder]).goes_on
+
+
+def test_a_process_of_this_machine_that_was_killed_is_known_to_be_gone(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "ppo")
+    (folder / LOCK).write_text(f"process 7 on {socket.gethostname()}")
+    assert not Watch([folder]).goes_on
+    (folder / LOCK).unlink()  # as it is where a signal has ended it
     assert not Watch([folder]).goes_on
 
 
