@@ -166,7 +166,7 @@ def _end(line: str, status: int) -> None:
 
 def _tell(line: str, status: int | None = None) -> None:
     """A line on stderr, past whatever was begun there, if somebody takes it: none is waited for."""
-    for takes in (_Stop.told_by, _Stop.shown_by):
+    for takes in (_Stop.shown_by, _Stop.told_by):
         if takes is not None and takes(line, status):
             return
     begun = f"{SHOW_CURSOR}\n" if os.isatty(2) else ""
