@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,9 +52,7 @@ def run(words: list[str]) -> None:
     watch = Watch(folders)
     if not watch.runs:
         raise UserError(f"watch: no run in {', '.join(map(str, folders))}")
-    try:
-        show(watch, once)
-    except KeyboardInterrupt:  # how one leaves
+    if not show(watch, once):
         return
     dead = [each for each in watch.runs if not each.has_ended and not each.goes_on]
     if dead:
@@ -75,23 +73,27 @@ def parse(words: list[str]) -> tuple[list[Path], bool]:
     return folders, ONCE in words
 
 
-def show(watch: "Watch", once: bool) -> None:
-    """On a terminal again and again, on a page of its own, then once more where one was before."""
+def show(watch: "Watch", once: bool) -> bool:
+    """On a terminal again and again, on a page of its own, then once more where one was before;
+    returns whether nobody left before the end.
+    """
     from rich.console import Console
     from rich.live import Live
 
     from rlhf_cli.reporting.terminal import obeyed, width
 
+    left: list[int] = []  # signals; an exception could come amid what the terminal is told
     console = Console(file=obeyed(sys.stdout), highlight=False, emoji=False)
     is_page = console.is_interactive and console.file.isatty()
     if is_page and not once and watch.goes_on:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, lambda number, frame: left.append(number))
         with Live(Picture(watch), console=console, screen=True, auto_refresh=False) as live:
-            follow(watch, live.refresh)
+            follow(watch, live.refresh, left)
     columns = console.width if is_page else width()
     height = console.height if is_page else UNBOUNDED
     for line in watch.lines(columns, height - 1, console.options.ascii_only):
         console.print(line, soft_wrap=True)
+    return not left
 
 
 class Picture:
@@ -107,10 +109,12 @@ class Picture:
         yield from self._watch.lines(width, height, options.ascii_only)
 
 
-def follow(watch: "Watch", draw: Callable[[], None]) -> None:
-    """Look and draw until nothing goes on; among several runs the next one may be yet to begin."""
+def follow(watch: "Watch", draw: Callable[[], None], left: Sequence[int]) -> None:
+    """Look and draw until nothing goes on, or a signal is in `left`; among several runs the next
+    one may be yet to begin.
+    """
     looked = alive = time.monotonic()
-    while True:
+    while not left:
         draw()
         now = time.monotonic()
         if watch.goes_on:

@@ -2,7 +2,12 @@
 
 import json
 import os
+import pty
+import select
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +214,31 @@ def test_wrong_words(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         command.run(words)
+
+
+def test_on_a_terminal_it_has_a_page_of_its_own_until_one_leaves(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "ppo")
+    ours, theirs = pty.openpty()
+    seen = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS")}
+    command = [sys.executable, "-m", "rlhf_cli", "watch", str(folder)]
+    env = {**seen, "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = ""
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            shown += os.read(ours, 65536).decode(errors="ignore")
+        except OSError:  # it has ended
+            break
+        if "0.5 → 1" in shown and "page left" not in shown:
+            process.send_signal(signal.SIGINT)
+            shown += "page left"
+    page, _, after = shown.partition("page left")
+    assert process.wait(10) == 0, after
+    assert page.startswith("\x1b[?1049h") and "10/50" in page
+    _, there, below = after.partition("\x1b[?1049l")
+    assert there and "\x1b[?25h" in after and "interrupted" not in after
+    assert "0.5 → 1" in below  # what was seen last stays
 
 
 def test_ages_in_words() -> None:
