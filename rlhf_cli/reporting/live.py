@@ -163,15 +163,15 @@ class Course:
 
     def _hear_figures(self, row: Mapping[str, Any]) -> None:
         for name in self._names:
-            if (value := _number(row.get(name))) is not None:
+            if (value := finite(row.get(name))) is not None:
                 series = self._series.setdefault(name, Series())
-                series.add(value, _number(row.get(f"{name}_stderr")))
+                series.add(value, finite(row.get(f"{name}_stderr")))
         self._alarms = [name for name, value in row.items() if name[:6] == "alarm/" and value == 1]
 
     def _hear_sample(self, row: Mapping[str, Any]) -> None:
         """The newest is the first one of its step, of the prompts that had a response before."""
         prompt, response = _text(row.get("prompt")), _text(row.get("response"))
-        sample = Sample(row["step"], prompt, response, _number(row.get("reward")))
+        sample = Sample(row["step"], prompt, response, finite(row.get("reward")))
         newest = self._newest
         again = self._had_before(sample)
         if newest is None or newest.step != sample.step or (again and not self._had_before(newest)):
@@ -203,7 +203,8 @@ class Course:
             return [first, self._newest] if first is not None and earlier else [self._newest]
 
 
-def _number(value: object) -> float | None:
+def finite(value: object) -> float | None:
+    """A figure as a number; None where it is none, or not finite."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_one and math.isfinite(value) else None  # type: ignore[arg-type]
 

@@ -12,9 +12,9 @@ from rlhf_cli.config.schema import Run
 from rlhf_cli.config.secrets import redacted
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.reporting.grid import show, with_error
-from rlhf_cli.reporting.live import METRICS, Course, sparkline
+from rlhf_cli.reporting.live import METRICS, Course, finite, sparkline
 from rlhf_cli.reporting.terminal import on_one_line
-from rlhf_cli.runs.summary import NUMBERS, Metrics, Rows, is_number
+from rlhf_cli.runs.summary import NUMBERS, Metrics, Rows
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
 JUDGED = ("gold", "reward", "kl")  # estimates of a policy
@@ -58,11 +58,11 @@ def _figures(stage: str, metrics: Metrics, rows: Rows) -> tuple[list[str], list[
     for row in rows:
         course.hear(METRICS, row)
     courses = dict(course.figures())
-    names = [name for name in NUMBERS[stage] if is_number(metrics.get(name))]
+    names = [name for name in NUMBERS[stage] if finite(metrics.get(name)) is not None]
     body = []
     for name in dict.fromkeys([*courses, *names]):
-        series, value = courses.get(name), metrics.get(name)
-        last = with_error(value, metrics.get(f"{name}_stderr")) if is_number(value) else ""
+        series, value = courses.get(name), finite(metrics.get(name))
+        last = "" if value is None else with_error(value, metrics.get(f"{name}_stderr"))
         went = (show(series.first), sparkline(series.points(POINTS))) if series else ("", "")
         body.append([escaped(name), *went, last])
     return ["metric", "first", "course", "written"], body
@@ -74,8 +74,8 @@ def _policies(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
     for path, figures in metrics["policies"].items():
         estimates = [figures.get(name) for name in JUDGED]
         cells = [with_error(e["mean"], e.get("stderr")) if e else "" for e in estimates]
-        rating = metrics.get("ratings", {}).get(path, {}).get("rating")
-        body.append([escaped(path), *cells, f"{rating:.0f}" if is_number(rating) else ""])
+        rating = finite(metrics.get("ratings", {}).get(path, {}).get("rating"))
+        body.append([escaped(path), *cells, "" if rating is None else f"{rating:.0f}"])
     return ["policy", *JUDGED, "rating"], body
 
 

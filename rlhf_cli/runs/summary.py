@@ -7,7 +7,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.schema import Run
@@ -97,7 +97,7 @@ def last_lines(cfg: Run, metrics: Metrics, rows: Rows, told: str | None = None) 
     numbers = [
         f"{name} {with_error(metrics[name], metrics.get(f'{name}_stderr'))}"
         for name in NUMBERS[stage]
-        if is_number(metrics.get(name))
+        if _is_number(metrics.get(name))
     ]
     files = [f"{name} ({what})" for name, what in FILES.items() if (out / name).is_file()]
     return [
@@ -110,14 +110,13 @@ def last_lines(cfg: Run, metrics: Metrics, rows: Rows, told: str | None = None) 
 
 def moved(name: str, metrics: Metrics, rows: Rows) -> Moved | None:
     """How a figure went; None where it was measured once, or never."""
-    first = next((row for row in rows if is_number(row.get(name))), None)
-    if first is None or not is_number(metrics.get(name)) or len(rows) < 2:
+    first = next((row for row in rows if _is_number(row.get(name))), None)
+    if first is None or not _is_number(metrics.get(name)) or len(rows) < 2:
         return None
     return Moved(first["step"], first[name], metrics[name], metrics.get(f"{name}_stderr"))
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether there is such a figure, and it is finite."""
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -126,7 +125,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def _of_sft(metrics: Metrics, rows: Rows) -> str:
     line = f"the held-out loss {_went('eval/loss', metrics, rows)} nats per token"
-    if is_number(metrics.get("eval/reward")):
+    if _is_number(metrics.get("eval/reward")):
         line += f", the reward of responses {_went('eval/reward', metrics, rows)}"
     return line
 
@@ -162,7 +161,7 @@ def of_scores(metrics: Metrics, whose: str) -> str:
         things = f"{metrics['eval/pairs']:.0f} held-out pairs"
     line = f"{whose} are right on {figure('accuracy')} of {things}, {rule} on {show(least)}"
     low = metrics.get("eval/accuracy_low")
-    if is_number(low) and low <= least:
+    if _is_number(low) and low <= least:
         line += ": too few rows to tell them apart, or nothing was learnt"
     return line
 
@@ -174,21 +173,21 @@ def _of_reward(metrics: Metrics, rows: Rows) -> str:
 def _of_dpo(metrics: Metrics, rows: Rows) -> str:
     line = of_scores(metrics, "its implicit rewards")
     line = line or f"the held-out loss {_went('eval/loss', metrics, rows)}"
-    if is_number(kl := metrics.get("eval/kl")):
+    if _is_number(kl := metrics.get("eval/kl")):
         line += f"; the KL to the reference is {show(kl)} nats per response"
     return line
 
 
 def _online(metrics: Metrics, rows: Rows) -> str:
     """The reward, and gold beside it where it was measured: one that rises alone is fooled."""
-    held_out = is_number(metrics.get("eval/reward"))
+    held_out = _is_number(metrics.get("eval/reward"))
     place = "eval/reward" if held_out else "reward"
-    if not is_number(metrics.get(place)):
+    if not _is_number(metrics.get(place)):
         return "no response of what was written has a reward"
     line = f"the reward {_went(place, metrics, rows)}"
     if held_out:
         line = f"on held-out prompts {line}"
-    if is_number(metrics.get("eval/gold")):
+    if _is_number(metrics.get("eval/gold")):
         reward, gold = moved(place, metrics, rows), moved("eval/gold", metrics, rows)
         fooled = bool(reward and reward.rose and gold and gold.fell)
         line += f" {'while' if fooled else 'and'} gold {_went('eval/gold', metrics, rows)}"
