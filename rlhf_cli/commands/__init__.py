@@ -4,6 +4,6 @@ SHORT = {"merge": "export"}
 """Another word for a command."""
 
 COMMANDS = (
-    *("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "report"),
+    *("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "report", "chat"),
     *("cp", "env", "completion"),
 )
