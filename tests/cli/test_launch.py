@@ -415,7 +415,7 @@ def test_each_job_of_a_sweep_has_its_ranks(runs: Runs) -> None:
     code, out, err = runs(body, "-m", "seed=1,2,3")
     places = [f"runs/demo/sft/seed={seed}" for seed in (1, 3)]
     assert [line for line in out.splitlines() if line[:4] == "runs"] == places, err
-    assert code == 1 and "job 1, out=runs/demo/sft/seed=2: error: odd" in err
+    assert code == 1 and "job 2 of 3, out=runs/demo/sft/seed=2: error: odd" in err
 
 
 @pytest.mark.slow
