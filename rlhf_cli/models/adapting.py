@@ -112,9 +112,8 @@ def place(model: nn.Module, config: FrozenModel, dtype: torch.dtype, device: tor
         prepare()
         model.to(device)
         return
-    plain = [*_heads_and_norms(model), *_of_adapters(model)]
     copied = isinstance(config, Model) and not (is_adapted(model) and can_lend(model))
-    shard(model, device, dtype, plain, prepare, copied)
+    shard(model, device, dtype, _heads_and_norms(model), prepare, copied)
 
 
 def _narrow(model: nn.Module, config: FrozenModel, device: torch.device) -> None:
@@ -133,12 +132,10 @@ def _narrow(model: nn.Module, config: FrozenModel, device: torch.device) -> None
 
     spared = {id(weight) for weight in _heads_and_norms(model)}
     if world().mesh is not None:
-        adapters = {id(weight) for weight in _of_adapters(model)}
         spared |= {
             id(weight)
             for name, weight in model.named_parameters()
-            if id(weight) not in adapters
-            and ((isinstance(config, Model) and weight.requires_grad) or written(name))
+            if (isinstance(config, Model) and weight.requires_grad) or written(name)
         }
     hold(
         {name: weight for name, weight in model.named_parameters() if id(weight) not in spared},
@@ -169,12 +166,6 @@ def _heads_and_norms(model: nn.Module) -> list[nn.Parameter]:
     kept = re.compile("|".join(rf"(^|\.){each}(\.|$)" for each in always) or "(?!)")
     named = [weight for name, weight in base.named_parameters() if kept.search(name)]
     return [*(() if head is None else head.parameters()), *named]
-
-
-def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of all adapters of a model."""
-    names = getattr(model, "peft_config", {})
-    return [weight for name in names for weight in weights_of(model, name).values()]
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:

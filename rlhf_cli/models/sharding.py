@@ -1,10 +1,10 @@
 """Weights that are sharded over ranks by FSDP2: each holds a part, and gathers what it computes by.
 
 A block is gathered for its own pass, what is beside blocks (embeddings, norms) for a whole pass,
-and the unembedding where it is used; each again in backward. Adapters and scalar heads stay whole
-on each rank, so that roles can share a base: their gradients are summed as those of any weight that
-is not sharded. What is trained is sharded in float32; with model.dtype=bfloat16 it is gathered in
-that type, and its gradients are summed in float32.
+and the unembedding where it is used; each again in backward. Adapters of all roles are gathered
+with the block that they are on. A scalar head, a row of numbers, stays whole on each rank: its
+gradient is summed as that of any weight that is not sharded. What is trained is sharded in float32;
+with model.dtype=bfloat16 it is gathered in that type, and its gradients are summed in float32.
 
 In one process nothing here does anything, and nothing of torch.distributed is imported.
 """
@@ -140,6 +140,37 @@ def _gather_in(base: nn.Module, dtype: torch.dtype) -> None:
             group._init_mp_dtypes()
 
 
+@torch.no_grad()
+def shard_adapter(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
+    """Shard an adapter that was put on a sharded model: each block then gathers its part of it.
+
+    Args:
+        weights: of the adapter, whole and the same on each rank.
+    """
+    base = _root_of(model)
+    if base is None:
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+
+    let_go(base)
+    left = {id(weight) for weight in weights if weight.ndim and not is_sharded(weight)}
+    for group in reversed(_groups(base)):  # what is within others comes before them
+        for gathers in group._get_fsdp_state()._fsdp_param_groups:
+            places = [
+                (ParamModuleInfo(module, name), weight)
+                for module in group.modules()
+                for name, weight in module.named_parameters(recurse=False)
+                if id(weight) in left
+            ]
+            like = (gathers.mesh_info, gathers.post_forward_mesh_info, gathers.device, None)
+            policies = (gathers.mp_policy, gathers.offload_policy)
+            gathers.fsdp_params += [
+                FSDPParam(weight, place, *like, *policies) for place, weight in places
+            ]
+            gathers._init_mp_dtypes()
+            left -= {id(weight) for _, weight in places}
+
+
 @contextmanager
 def gathered_in_float32(model: nn.Module) -> Iterator[None]:
     """A block in which a sharded model computes in float32, whatever it does elsewhere."""
@@ -163,17 +194,19 @@ def ready_to_learn(model: nn.Module) -> None:
 def hold_parts_in_float32(model: nn.Module) -> None:
     """Hold so what of a sharded model, loaded as a frozen one, is to be trained now."""
     base = _root_of(model)
-    if base is None or base is not unwrap(model):  # a scorer on it has weights of its own
+    if base is None:
         return
-    named = base.named_parameters(remove_duplicate=False)
-    held = {name: weight for name, weight in named if is_sharded(weight)}
     floats = {
         id(weight): nn.Parameter(like(weight, own_part(weight.detach()).float()), False)
-        for weight in held.values()
+        for weight in model.parameters()
+        if is_sharded(weight)
     }
-    _set(base, ((name, floats[id(weight)]) for name, weight in held.items()))
+    for network in (base, model):  # a scorer on the base knows its adapter by other names, too
+        named = list(network.named_parameters(remove_duplicate=False))
+        _set(network, [(name, floats[id(each)]) for name, each in named if id(each) in floats])
     for weight in _cut_weights(base):
         weight.reset_sharded_param()
+    ready_to_learn(model)
 
 
 def _cut_weights(base: nn.Module) -> list[Any]:
