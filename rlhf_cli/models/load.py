@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rlhf_cli.models.attention import asked_for, check_attention, check_device, 
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.mapped import mapped
 from rlhf_cli.models.masters import held_as, put
 from rlhf_cli.models.norms import fuse_norms
 from rlhf_cli.models.quantized import keep_layout, quantization
@@ -88,18 +90,24 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     for folder in (base, path):
         check_weights_hash(folder or path)
     by = "" if config.attention == AUTO else f" with model.attention={config.attention}"
-    with told(f"{path}: cannot load the model{by}"):
-        model, info = (auto or language_class(base or path, config)).from_pretrained(
-            base or path,
+    quantized, source = quantization(config), base or path
+    with (
+        told(f"{path}: cannot load the model{by}"),
+        nullcontext(source) if quantized else mapped(source) as folder,
+    ):
+        model, info = (auto or language_class(source, config)).from_pretrained(
+            folder,
             dtype=torch.float32,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # else weights that are a pickle would do as well
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
-            **quantization(config),
+            **quantized,
             **asked_for(config),
         )
+    if folder != source:  # it is gone
+        model.name_or_path = model.config._name_or_path = source
     keep_layout(model)
     absent = {str(name) for name in info["missing_keys"]}
     decoder = f"{model.base_model_prefix}."

@@ -38,6 +38,7 @@ def shard(
     dtype: torch.dtype,
     plain: Collection[Tensor],
     prepare: Callable[[], None],
+    narrow: Callable[[nn.Module], None],
     copied: bool,
 ) -> None:
     """Move a model to the device, each rank its parts.
@@ -49,7 +50,8 @@ def shard(
         model: whole and in float32, the same on each rank.
         dtype: that it is to compute in.
         plain: weights that each rank is to hold whole.
-        prepare: casts what is not trained to the type in which it is held.
+        prepare: lets the model compute in that type.
+        narrow: casts what is not trained of a module to the type in which it is held.
         copied: whether `twin` may be asked for.
 
     Raises:
@@ -64,7 +66,7 @@ def shard(
         base.skeleton = (_skeleton(model),)
     base.compute_dtype = dtype
     try:
-        _wrap(model, {id(each) for each in plain}, dtype)
+        _wrap(model, {id(each) for each in plain}, dtype, narrow)
         model.to(device)
         with torch.no_grad():
             after = hidden_states(model, probe_of(model)).to(before)
@@ -80,8 +82,16 @@ def _refused(base: nn.Module) -> str:
     return f"{type(base).__name__} cannot be sharded (hardware.shard=none keeps it whole)"
 
 
-def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
-    """Make a group of each block, of each tower, and of the rest."""
+def _wrap(
+    model: nn.Module,
+    plain: Collection[int],
+    dtype: torch.dtype,
+    narrow: Callable[[nn.Module], None] = lambda group: None,
+) -> None:
+    """Make a group of each block, of each tower, and of the rest.
+
+    One by one, so that no more than one of them is ever whole outside of the files that it is in.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     base = unwrap(model)
@@ -94,6 +104,7 @@ def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
     }
     apart = [base.get_submodule(path) for path in getattr(base, "towers", [])]
     for group in [*blocks, *apart, base]:
+        narrow(group)
         fully_shard(
             group,
             mesh=world().mesh,

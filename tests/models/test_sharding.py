@@ -47,6 +47,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "frozen": {"frozen": True},
     "lora": {"lora": True},
+    "dora": {"lora": True, "adapter": {"use_dora": True}},
+    "whole": {"lora": True, "adapter": {"modules_to_save": ["lm_head", "embed_tokens"]}},
+    "rows": {"lora": True, "adapter": {"trainable_token_indices": {"embed_tokens": [3, 7]}}},
     "bfloat16": {"dtype": "bfloat16"},
     "experts": {"experts": True},
     "capped": {"capped": True},  # logits by the model's own forward, in chunks
@@ -73,6 +76,7 @@ def model_on_ranks(
     frozen: bool = False,
     experts: bool = False,
     capped: bool = False,
+    adapter: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
     """A decoder as it is after loading; `over` is what hardware.shard says."""
@@ -89,7 +93,8 @@ def model_on_ranks(
         model.model.layers[0].requires_grad_(False)
     if lora:
         torch.manual_seed(3)
-        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        config = peft.LoraConfig(**given, **(adapter or {}))
         model = peft.get_peft_model(model, config)
         unite(model)
     place(model, model_of(), getattr(torch, dtype), CPU)
@@ -158,8 +163,11 @@ def all_kinds(over: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str
 @pytest.mark.parametrize(
     ("over", "size", "names"),
     [
-        ("full", 2, ["tied", "lora"]),
-        pytest.param("full", 2, ["full", "frozen", "bfloat16", "experts", "capped"], marks=SLOW),
+        ("full", 2, ["tied", "dora"]),
+        pytest.param(
+            *("full", 2, ["full", "frozen", "bfloat16", "experts", "capped", "whole", "rows"]),
+            marks=SLOW,
+        ),
         pytest.param("full", 3, [*KINDS], marks=SLOW),
         pytest.param("hybrid", 4, [*KINDS], marks=SLOW),
     ],
