@@ -49,7 +49,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "dora": {"lora": True, "adapter": {"use_dora": True}},
     "whole": {"lora": True, "adapter": {"modules_to_save": ["lm_head", "embed_tokens"]}},
-    "rows": {"lora": True, "adapter": {"trainable_token_indices": {"embed_tokens": [3, 7]}}},
     "bfloat16": {"dtype": "bfloat16"},
     "experts": {"experts": True},
     "capped": {"capped": True},  # logits by the model's own forward, in chunks
@@ -165,7 +164,7 @@ def all_kinds(over: str, kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str
     [
         ("full", 2, ["tied", "dora"]),
         pytest.param(
-            *("full", 2, ["full", "frozen", "bfloat16", "experts", "capped", "whole", "rows"]),
+            *("full", 2, ["full", "frozen", "bfloat16", "experts", "capped", "whole"]),
             marks=SLOW,
         ),
         pytest.param("full", 3, [*KINDS], marks=SLOW),
