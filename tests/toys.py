@@ -17,6 +17,7 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import walked
 from rlhf_cli.data.sources import Source
+from rlhf_cli.models.score import Items, logprobs_of
 from rlhf_cli.models.scratch import learn_tokenizer
 
 WORDS = (
@@ -185,3 +186,8 @@ def all_rows(file: object, kind: type, notes: list[str] | None = None, **data: A
     if notes is not None:
         notes += said
     return rows
+
+
+def mean_nll(model: nn.Module, items: Items, hardware: Hardware) -> float:
+    """Mean negative log-likelihood per response token, in nats."""
+    return -torch.cat(logprobs_of(model, items, hardware)).double().mean().item()

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema import EvaluateConfig, Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, ratio_mean
@@ -188,11 +188,11 @@ def entropy_of(rollouts: Sequence[Rollout], samples: int) -> Figures:
     return asdict(estimate)
 
 
-def losses_of(policy: Policy, sequences: Sequence[Tokens], cfg: EvaluateConfig) -> Tensor:
+def losses_of(model: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> Tensor:
     """(2, R) of each row the sum of the NLL of its tokens in nats, and their number."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for place, logprobs in enumerate(logprobs_of(policy.model, sequences, cfg.hardware)):
+    for place, logprobs in enumerate(logprobs_of(model, sequences, hardware)):
         row = sequences[place].source or str(place)
         sums[row] = sums.get(row, 0.0) - logprobs.double().sum().item()
         counts[row] = counts.get(row, 0) + len(logprobs)
@@ -205,6 +205,13 @@ def mean_loss(name: str, losses: Tensor | None) -> Figures:
         return {name: None}
     estimate = ratio_mean(losses[0], losses[1])
     return {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+
+
+def held_out_loss(
+    name: str, model: nn.Module, sequences: Sequence[Tokens], hardware: Hardware
+) -> dict[str, float]:
+    """NLL per token in nats of held-out rows, and NAME_stderr, clustered by row."""
+    return mean_loss(name, losses_of(model, sequences, hardware))
 
 
 def change_of(ours: Tensor, theirs: Tensor) -> Figures:

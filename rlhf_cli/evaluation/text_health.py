@@ -1,8 +1,10 @@
 """The health of what a policy writes: does it vary, repeat itself, copy, come near the references?
 
-Words are what stands between blanks. BLEU is sacrebleu's, an optional extra (`text`).
+Words are what stands between blanks. BLEU is sacrebleu's and ROUGE is rouge-score's, which are an
+optional extra (`text`).
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -73,20 +75,25 @@ def text_figures(sampled: Sampled, references: Sequence[str | None], seen: Seen 
         estimates["verbatim"] = [float(seen.holds(text)) for text in texts]
     for name, values in estimates.items():
         figures[name] = asdict(clustered_mean(sampled.by_prompt(values)))
+    pairs = [
+        (group, said) for group, said in zip(groups, references, strict=True) if said is not None
+    ]
     if find_spec("sacrebleu") is not None:
         if sampled.samples > 1:
-            some = [group[:COMPARED] for group in groups]
-            own = torch.tensor([self_bleu(group) for group in some], dtype=torch.double)
-            figures["self_bleu"] = asdict(clustered_mean(own[:, None]))
-        pairs = zip(groups, references, strict=True)
-        near = [
-            [bleu(text, [reference]) for text in group]
-            for group, reference in pairs
-            if reference is not None
-        ]
-        if near:
-            figures["bleu"] = asdict(clustered_mean(torch.tensor(near, dtype=torch.double)))
+            own = [[self_bleu(group[:COMPARED])] for group in groups]
+            figures["self_bleu"] = clustered(own)
+        if pairs:
+            near = [[bleu(text, [said]) for text in group] for group, said in pairs]
+            figures["bleu"] = clustered(near)
+    if pairs and find_spec("rouge_score") is not None:
+        overlaps = rouge(pairs)
+        figures |= {name: clustered(values) for name, values in overlaps.items()}
     return figures
+
+
+def clustered(values: Sequence[Sequence[float]]) -> Figures:
+    """{mean, stderr} of (N, K) values, clustered by prompt."""
+    return asdict(clustered_mean(torch.tensor(values, dtype=torch.double)))
 
 
 def distinct(texts: Sequence[str], size: int) -> float | None:
@@ -110,3 +117,33 @@ def bleu(text: str, references: Sequence[str]) -> float:
 
     score: float = sacrebleu.sentence_bleu(text, list(references), use_effective_order=True).score
     return score / 100
+
+
+class Words:
+    """Words for ROUGE, of any script; of plain English those of rouge-score itself."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Runs of letters and digits, in lower case."""
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+def rouge(
+    pairs: Sequence[tuple[Sequence[str], str]],
+) -> dict[str, list[list[float]]]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) as F1, 0 to 1, of responses against the reference.
+
+    Args:
+        pairs: for each prompt the responses, and its reference.
+
+    Returns:
+        By name (N, K).
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # optional, and slow to import
+
+    names = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
+    scorer = RougeScorer(list(names), tokenizer=Words())
+    found = [[scorer.score(said, text) for text in group] for group, said in pairs]
+    return {
+        ours: [[float(each[theirs].fmeasure) for each in group] for group in found]
+        for theirs, ours in names.items()
+    }

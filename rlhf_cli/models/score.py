@@ -104,12 +104,6 @@ def logprobs_of(
     return _each(items, hardware, model, of_batch, advance=advance, logits=True)
 
 
-def mean_nll(model: nn.Module, items: Items, hardware: Hardware) -> float:
-    """Mean negative log-likelihood per response token, in nats, summed in float64."""
-    logprobs = torch.cat(logprobs_of(model, items, hardware)).double()
-    return -logprobs.mean().item()
-
-
 def values_of(critic: nn.Module, sequences: Sequence[Tokens], hardware: Hardware) -> list[Tensor]:
     """(len(response),) values of the states in which each token of a response was drawn."""
 

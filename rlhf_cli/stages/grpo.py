@@ -34,9 +34,9 @@ from rlhf_cli.data.items import EncodedPrompt, response_tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Mapped
+from rlhf_cli.evaluation.figures import held_out_loss
 from rlhf_cli.models.forward import on_grid, token_logprobs
 from rlhf_cli.models.layouts import batch_of, layout_of
-from rlhf_cli.models.score import mean_nll
 from rlhf_cli.objectives import policy_gradient
 from rlhf_cli.objectives.advantages import (
     at_last,
@@ -153,7 +153,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     drawn = draw(prompts, algo.batch_size, cfg.seed, "prompts", algo.steps)
     final = monitor.finish(drawn, ("equal_groups",))
     if unseen:
-        final["text/loss"] = mean_nll(policy.model, unseen, cfg.hardware)
+        final |= held_out_loss("text/loss", policy.model, unseen, cfg.hardware)
     return session.finish_model(policy.model, "policy", policy.encoder, final, **monitor.ending())
 
 

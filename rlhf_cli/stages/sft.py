@@ -26,6 +26,7 @@ from rlhf_cli.data.kinds import Demonstration, Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.tokens import Encoder
+from rlhf_cli.evaluation.figures import held_out_loss
 from rlhf_cli.models.adapting import place
 from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import response_nll
@@ -33,7 +34,6 @@ from rlhf_cli.models.layouts import layout_of
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.recompute import recompute_activations
-from rlhf_cli.models.score import mean_nll
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.reporting.console import Bar
@@ -104,7 +104,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     final = evaluate(policy, held_out, judge, hardware, last=True)
     final |= by_part(policy, parts, hardware)
     if texts.held_out:
-        final["text/loss"] = mean_nll(policy.model, list(texts.held_out), hardware)
+        final |= held_out_loss("text/loss", policy.model, list(texts.held_out), hardware)
     return session.finish_model(policy.model, "policy", encoder, final)
 
 
@@ -225,17 +225,17 @@ def evaluate(
     Args:
         last: of the weights that are written.
     """
-    nll = mean_nll(policy.model, held_out, hardware)
-    metrics = {"eval/loss": nll, "eval/perplexity": math.exp(min(nll, 700.0))}
+    metrics = held_out_loss("eval/loss", policy.model, held_out, hardware)
+    metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))
     return metrics if judge is None else metrics | judge.metrics(policy, last)
 
 
 def by_part(policy: Policy, parts: dict[str, list[Tokens]], hardware: Hardware) -> Metrics:
     """The held-out loss of each of several sources."""
-    return {
-        f"eval/source/{name}/loss": mean_nll(policy.model, part, hardware)
-        for name, part in parts.items()
-    }
+    metrics: Metrics = {}
+    for name, part in parts.items():
+        metrics |= held_out_loss(f"eval/source/{name}/loss", policy.model, part, hardware)
+    return metrics
 
 
 def merit_of(metrics: Metrics, select_by: str) -> float:

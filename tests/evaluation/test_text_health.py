@@ -8,7 +8,7 @@ import torch
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.evaluation.figures import Sampled
-from rlhf_cli.evaluation.text_health import Seen, distinct, self_bleu, text_figures
+from rlhf_cli.evaluation.text_health import Seen, distinct, rouge, self_bleu, text_figures
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rollout.rollouts import Rollout
 
@@ -53,3 +53,22 @@ def test_bleu_against_the_other_responses_and_the_references() -> None:
     found = text_figures(sampled(*texts), [TRAINED, None], None)
     assert found["bleu"]["mean"] == pytest.approx(1)
     assert found["self_bleu"]["mean"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.skipif(find_spec("rouge_score") is None, reason="rouge-score is an optional extra")
+def test_worked_rouge_and_that_of_the_library() -> None:
+    # of four words and five three are shared, and one pair of three and four; they stand in order
+    said, text = "the cat sat on mats", "The cat, then sat"
+    worked = {"rouge_1": 2 * 3 / 9, "rouge_2": 2 * 1 / 7, "rouge_l": 2 * 3 / 9}
+    assert rouge([([text], said)]) == {
+        name: [[pytest.approx(value)]] for name, value in worked.items()
+    }
+    from rouge_score.rouge_scorer import RougeScorer
+
+    plain = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(said, text)
+    assert [each.fmeasure for each in plain.values()] == pytest.approx(list(worked.values()))
+    # a script that the library's own words leave nothing of
+    assert rouge([(["кот сидел"], "кот спал")])["rouge_1"] == [[pytest.approx(0.5)]]
+    assert rouge([(["", "a"], "a")])["rouge_l"] == [[0, 1]]
+    found = text_figures(sampled("a", "b", "c", "d"), [None, "c e"], None)
+    assert found["rouge_1"]["mean"] == pytest.approx(1 / 3)  # of the one prompt that has one

@@ -24,13 +24,12 @@ from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.score import (
     logprobs_of,
-    mean_nll,
     scores_of,
     token_scores_of,
     trunk_values_of,
     values_of,
 )
-from tests.toys import hardware_of, llama
+from tests.toys import hardware_of, llama, mean_nll
 
 VOCABULARY = 23
 WIDE = 10_000

@@ -16,13 +16,12 @@ from rlhf_cli.models.heads import init_head, value_head
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import (
     logprobs_of,
-    mean_nll,
     scores_of,
     trunk_values_of,
     values_of,
 )
 from rlhf_cli.objectives.kl import k1, k3
-from tests.toys import GivenLogits, bigram, grid_of, hardware_of, llama, sequences_of
+from tests.toys import GivenLogits, bigram, grid_of, hardware_of, llama, mean_nll, sequences_of
 
 SEQUENCES = sequences_of(7)
 WIDE = 10_000

@@ -15,14 +15,14 @@ from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.load import load_policy
-from rlhf_cli.models.score import mean_nll, scores_of
+from rlhf_cli.models.score import scores_of
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.rewards.models import CheckpointReward, statistics_of
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.stages import grpo, ppo
 from tests.tiny import run_stage as run
 from tests.tiny import words_of
-from tests.toys import FROZEN, hardware_of
+from tests.toys import FROZEN, hardware_of, mean_nll
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.9

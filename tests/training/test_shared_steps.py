@@ -10,13 +10,13 @@ from torch import Tensor
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.forward import token_logprobs
-from rlhf_cli.models.score import logprobs_of, mean_nll
+from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.likelihood import nll_sum
 from rlhf_cli.ranks.world import world
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
 from tests.ranks import on_ranks
-from tests.toys import composed, hardware_of, llama, sequences_of
+from tests.toys import composed, hardware_of, llama, mean_nll, sequences_of
 
 SEQUENCES = sequences_of(8)
 TOKENS = sum(len(each.response) for each in SEQUENCES)

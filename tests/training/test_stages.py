@@ -447,7 +447,7 @@ def test_the_weights_that_were_asked_for_are_kept(
 ) -> None:
     """The held-out loss is made to be lowest at step 4 of 6."""
     held_out = iter([3.0, 1.0, 2.0, *[9.0] * 9])  # at steps 2, 4, 6, and at the end
-    monkeypatch.setattr(sft, "mean_nll", lambda *args: next(held_out))
+    monkeypatch.setattr(sft, "held_out_loss", lambda name, *args: {name: next(held_out)})
     seen: dict[int, Any] = {}
 
     def spy(session: Session, number: int, networks: Any, *args: Any) -> None:
