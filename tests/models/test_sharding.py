@@ -92,7 +92,7 @@ def model_on_ranks(
         model.model.layers[0].requires_grad_(False)
     if lora:
         torch.manual_seed(3)
-        given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        given: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         config = peft.LoraConfig(**given, **(adapter or {}))
         model = peft.get_peft_model(model, config)
         unite(model)
