@@ -121,13 +121,22 @@ class Hardware:
         "Who samples for ppo, grpo, generate and evaluate: this process, or a vLLM server.",
         choices=("native", VLLM),
     )
-    rollout_server: str | None = key(
-        "Address of a running server, as http://host:8000; its machine sees the folder `out`.",
+    rollout_server: Any = key(
+        "Address of a running server, as http://host:8000, or of several, as "
+        "[http://a:8000,http://b:8000], to which prompts are dealt.",
+        texts=True,
         used_by="hardware.rollout=vllm",
     )
     rollout_devices: list[int] | None = key(
         "GPUs of this machine on which the stage starts a server of its own.",
         used_by="hardware.rollout=vllm",
+    )
+    rollout_sync: str = key(
+        "How a server gets the weights of each update: by files in `out`, which its machine sees; "
+        "nccl, from GPU to GPU; or of a policy with an adapter that alone.",
+        choices=("files", "nccl", "adapter"),
+        used_by="hardware.rollout=vllm",
+        unused="files",
     )
     rollout_timeout: float = key(
         "Seconds within which a server starts, loads weights or answers a request.",
@@ -922,6 +931,12 @@ class EvaluateAlgo(Decoding):
     temperatures: list[float] = key(
         "Temperatures at which win rates are measured, too, beside algo.temperature, which all "
         "other figures are of; 0 is greedy.",
+        ge=0,
+    )
+    enumerate: int = key(
+        "Responses of the reference to each prompt, at most, that are enumerated by the likeliest "
+        "beginnings, for the optimum that no policy exceeds and the true KL of best of n; 0 "
+        "enumerates none. It takes a pass over as many beginnings for every token.",
         ge=0,
     )
     overlap: bool = key(

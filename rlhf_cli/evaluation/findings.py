@@ -40,6 +40,7 @@ class Findings:
     results: the figures of each.
     read: the responses of each to each prompt that a judge reads.
     lines: of samples.jsonl: what each wrote, and what each judge says of it.
+    bounds: what is best at all, of responses that were enumerated; None without any.
     """
 
     cfg: EvaluateConfig
@@ -48,6 +49,7 @@ class Findings:
     results: dict[str, Figures] = field(default_factory=dict)
     read: dict[str, Texts] = field(default_factory=dict)
     lines: list[dict[str, object]] = field(default_factory=list)
+    bounds: Figures | None = None
     _every: list[Sampled] = field(default_factory=list)
     _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     _right: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class Findings:
         anchor = anchor_of(cfg, self.names)
         return {
             "policies": self.over_reference(),
-            "frontier": frontier_of(self.results, cfg.reference),
+            "frontier": frontier_of(self.results, cfg.reference, self.bounds),
             **won_by(main, self.names),
             "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
             "anchor": anchor,
@@ -127,6 +129,7 @@ class Findings:
                 for temperature in sorted(self.contests)
                 if len(self.contests) > 1
             },
+            "enumerated": self.bounds,
             "references": figures_of(bench.references, {}) if bench.references else None,
             "choices_by_chance": by_chance(bench.questions) if bench.questions else None,
             "prompts": len(bench.prompts),

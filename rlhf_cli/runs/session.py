@@ -45,7 +45,7 @@ from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
-from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
@@ -227,8 +227,15 @@ class Session:
     def log(self, file: str = METRICS) -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point; all ranks have its metrics."""
         size = self.log_sizes.get(file, 0)
-        log = JsonLines(
-            self.out / file, size, lambda: check_lock(self.out), file == METRICS, self.listeners
+        log = together(
+            lambda: JsonLines(
+                self.out / file,
+                size,
+                lambda: check_lock(self.out),
+                alike=file == METRICS,
+                agreed=True,
+                heard_by=self.listeners,
+            )
         )
         self.logs.append(log)
         return log

@@ -23,6 +23,7 @@ from rlhf_cli.evaluation import judging
 from rlhf_cli.evaluation.bench import Bench, responses_at
 from rlhf_cli.evaluation.contest import REFERENCES
 from rlhf_cli.evaluation.entrants import Entrant, entrants_of, given_samples
+from rlhf_cli.evaluation.enumeration import bounds
 from rlhf_cli.evaluation.figures import (
     Figures,
     Sampled,
@@ -102,6 +103,9 @@ def judge_policies(session: Session, found: Findings) -> Bench:
                         **found.knows(entrant, policy, held_out_sequences(session, policy), bench),
                     }
     assert bench is not None  # there is a policy
+    if cfg.algo.enumerate:
+        assert reference is not None and cfg.reference is not None  # validate() asks for it
+        found.bounds = bounds(bench, reference, cfg.reference)
     return bench
 
 
