@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.decoder import HEAD, PASS, hidden_states, parts_of, probe_of, unwrap
 from rlhf_cli.models.dropout import blocks_of
+from rlhf_cli.models.keeping_up import STEPS, counted
 from rlhf_cli.models.shards import is_sharded, like, own_part
 from rlhf_cli.ranks.world import world
 
@@ -111,10 +112,12 @@ def _wrap(
             reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
             ignored_params=left,
         )
+    STEPS.models.add(base)
     for group in _groups(base):
         type(group).__name__ = class_before(type(group)).__name__  # by which messages name it
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
+        counted(group)
         if group in blocks and any(isinstance(each, nn.ModuleList) for each in group.modules()):
             # experts that are modules: ranks may have gradients of different ones
             group.set_reduce_scatter_unused_params(True)
