@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.decoder import HEAD, PASS, hidden_states, parts_of, probe_of, unwrap
@@ -298,15 +299,21 @@ def let_go(model: nn.Module) -> None:
         base.reset_iter_state()
 
 
-def norm_of_all(of_parts: Tensor, of_rest: Tensor) -> Tensor:
-    """The norm of what is sharded, of this rank's parts, and of what each rank holds whole.
+def norm_of_all(gradients: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The norm of gradients, of what is sharded and of what each rank holds whole.
 
-    In float64 between them, so that a single part has the norm that it had.
+    In float64 between ranks, so that a single part has the norm that it had.
+
+    Args:
+        gradients: each with its weight; of one that is sharded this rank's part.
     """
-    copies = world().mesh.size(0) if world().mesh.ndim > 1 else 1
-    total = of_parts.double().square()
+    mesh = world().mesh
+    tells = mesh.get_local_rank(mesh.ndim - 1) == 0  # of what is whole, for all
+    own = get_total_norm([grad for weight, grad in gradients if tells or is_sharded(weight)])
+    total = own.double().square()
     world().sum([total])
-    return (total / copies + of_rest.double().square()).sqrt().to(of_parts)
+    copies = mesh.size(0) if mesh.ndim > 1 else 1
+    return (total / copies).sqrt().to(own)
 
 
 def hash_of_ranks(own: bytes) -> str:

@@ -231,10 +231,9 @@ class Optimizer:
         """Of a network's gradient, over all ranks."""
         pairs = zip(self._working[name], self._parameters[name], strict=True)
         grads = [(weight, own.grad) for weight, own in pairs if own.grad is not None]
-        parts = [grad for weight, grad in grads if is_sharded(weight)]
-        rest = [grad for weight, grad in grads if not is_sharded(weight)]
-        norm = get_total_norm(rest)
-        return norm if not parts else norm_of_all(get_total_norm(parts), norm)
+        if any(is_sharded(weight) for weight in self._working[name]):
+            return norm_of_all(grads)
+        return get_total_norm([grad for _, grad in grads])
 
     def _update(self, norms: dict[str, Tensor], sizes: Metrics) -> None:
         """Clip and step; `sizes` are the same norms on the host."""
