@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.decoder import HEAD, PASS, hidden_states, parts_of, probe_of, unwrap
 from rlhf_cli.models.dropout import blocks_of
+from rlhf_cli.models.keeping_up import STEPS, counted
 from rlhf_cli.models.shards import is_sharded, like, own_part
 from rlhf_cli.ranks.world import world
 
@@ -111,10 +113,12 @@ def _wrap(
             reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
             ignored_params=left,
         )
+    STEPS.models.add(base)
     for group in _groups(base):
         type(group).__name__ = class_before(type(group)).__name__  # by which messages name it
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
+        counted(group)
         if group in blocks and any(isinstance(each, nn.ModuleList) for each in group.modules()):
             # experts that are modules: ranks may have gradients of different ones
             group.set_reduce_scatter_unused_params(True)
@@ -295,15 +299,21 @@ def let_go(model: nn.Module) -> None:
         base.reset_iter_state()
 
 
-def norm_of_all(of_parts: Tensor, of_rest: Tensor) -> Tensor:
-    """The norm of what is sharded, of this rank's parts, and of what each rank holds whole.
+def norm_of_all(gradients: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The norm of gradients, of what is sharded and of what each rank holds whole.
 
-    In float64 between them, so that a single part has the norm that it had.
+    In float64 between ranks, so that a single part has the norm that it had.
+
+    Args:
+        gradients: each with its weight; of one that is sharded this rank's part.
     """
-    copies = world().mesh.size(0) if world().mesh.ndim > 1 else 1
-    total = of_parts.double().square()
+    mesh = world().mesh
+    tells = mesh.get_local_rank(mesh.ndim - 1) == 0  # of what is whole, for all
+    own = get_total_norm([grad for weight, grad in gradients if tells or is_sharded(weight)])
+    total = own.double().square()
     world().sum([total])
-    return (total / copies + of_rest.double().square()).sqrt().to(of_parts)
+    copies = mesh.size(0) if mesh.ndim > 1 else 1
+    return (total / copies).sqrt().to(own)
 
 
 def hash_of_ranks(own: bytes) -> str:
