@@ -963,6 +963,12 @@ class Run:
     out: str = key("Folder that the stage writes.")
     seed: int = key("Fixes initialisation, data order and sampling.", ge=0)
     overwrite: bool = key("Start afresh in an out folder that another config made.")
+    tracker: Any = key(
+        "Where metrics go as well, one or a list: each needs the extra of its name, and takes keys "
+        "and addresses from its own environment variables; null: nowhere.",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+        texts=True,
+    )
     data: Data
     hardware: Hardware
     model: FrozenModel
@@ -972,6 +978,12 @@ class Run:
     def start(self) -> str | None:
         """Folder or hub id of the model that the stage starts from; None builds one."""
         return getattr(self, "policy", None)
+
+    @property
+    def trackers(self) -> list[str]:
+        """`tracker` as a list, each of them once."""
+        given = [self.tracker] if isinstance(self.tracker, str) else self.tracker or []
+        return list(dict.fromkeys(given))
 
 
 @dataclass

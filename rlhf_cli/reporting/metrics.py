@@ -12,6 +12,9 @@ from typing import Any
 from rlhf_cli.ranks.agreement import check_alike, together
 from rlhf_cli.ranks.world import world
 
+TOKENS, TOKEN_VALUES = "tokens", ("logprobs", "kls", "advantages", "rewards")
+"""In a line of samples.jsonl the texts of a response's tokens, and lists of values, one of each."""
+
 Listener = Callable[[str, dict[str, Any]], None]
 """Is told the name of a file and the row that was appended to it."""
 

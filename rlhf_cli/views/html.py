@@ -16,8 +16,8 @@ from typing import Any
 
 PAGE = "page"
 TEMPLATE = "page.html"
-STYLES = ("page.css",)
-SCRIPTS = ("page.js", "charts.js")
+STYLES = ("page.css", "samples.css")
+SCRIPTS = ("page.js", "charts.js", "texts.js", "tokens.js", "samples.js")
 """Files of page/ in every page, in this order: a script sees what earlier ones name."""
 
 MADE_BY = "rlhf-cli report"

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_cli.views.html import Section, page
 from rlhf_cli.views.records import Record, read_record
+from rlhf_cli.views.samples import samples_of
 
 
 def report(folders: Sequence[Path]) -> str:
@@ -15,7 +16,10 @@ def report(folders: Sequence[Path]) -> str:
 
     records = [read_record(folder) for folder in folders]
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return page("Runs", sections_of(records), data_of(records), library)
+    samples = samples_of(records)
+    data = data_of(records) | {"samples": samples}
+    sections = sections_of(records) + [Section("samples", "Samples")] * bool(samples)
+    return page("Runs", sections, data, library)
 
 
 def sections_of(records: Sequence[Record]) -> list[Section]:
