@@ -90,7 +90,7 @@ class _Whole(torch.autograd.Function):
         if STEPS.is_past():
             shape = compute_local_shape_and_global_offset(grad.shape, ctx.mesh, ctx.placements)[0]
             part = grad.new_empty(shape)
-            layout = {"shape": grad.shape, "stride": grad.contiguous().stride()}
+            layout: Any = {"shape": grad.shape, "stride": grad.contiguous().stride()}
             return DTensor.from_local(
                 part, ctx.mesh, ctx.placements, run_check=False, **layout
             ), None
