@@ -62,10 +62,10 @@ def _each(
         return oom_error("scoring", len(item.responses), len(item), keys)
 
     bar = Share(advance, len(items), sum(map(len, world().dealt(places))))
-    places, own = in_shared_groups(places, work, failure, lambda group: bar.advance(len(group)))
+    groups, own = in_shared_groups(places, work, failure, lambda group: bar.advance(len(group)))
     found = [each for _, of_group in own for each in of_group]
     let_go(model)
-    order = [place for rank in range(ranks) for group in places[rank::ranks] for place in group]
+    order = [place for rank in range(ranks) for group in groups[rank::ranks] for place in group]
     values = iter(world().gather(found))
     bar.finish()
     of_items = {i: [next(values) for _ in items[i].responses] for i in order}
