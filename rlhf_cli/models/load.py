@@ -110,19 +110,7 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
         model.name_or_path = model.config._name_or_path = source
     keep_layout(model)
     absent = {str(name) for name in info["missing_keys"]}
-    decoder = f"{model.base_model_prefix}."
-    allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}
-    missing = absent - (allowed_missing or allowed)
-    misshapen = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
-    for name, shape in misshapen.items():
-        if auto is not None and not name.startswith(decoder) and name not in missing:
-            raise UserError(
-                f"{path}: its head {name.rpartition('.')[0]} gives {shape[0]} labels; a reward "
-                "model gives one"
-            )
-    if missing or misshapen:
-        names = sorted(missing) or sorted(misshapen)
-        raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
+    _check_complete(path, model, info, auto, allowed_missing)
     if auto is None:
         _tell_left_out(base or path, model, info["unexpected_keys"])
     check_attention(model, path, config)
@@ -136,6 +124,30 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     model.embeddings_in_adapter = base is not None and holds_embeddings(path, model)
     model.rows_in_adapter = 0 if base is None else rows_held(path, model)
     return model
+
+
+def _check_complete(
+    path: str, model: Any, info: Any, auto: Any, allowed_missing: set[str] | None
+) -> None:
+    """Stop where weights are missing or of another shape; the arguments are those of `load_base`.
+
+    Args:
+        info: what transformers says of the weights that it read.
+    """
+    absent = {str(name) for name in info["missing_keys"]}
+    decoder = f"{model.base_model_prefix}."
+    allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}
+    missing = absent - (allowed_missing or allowed)
+    misshapen = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
+    for name, shape in misshapen.items():
+        if auto is not None and not name.startswith(decoder) and name not in missing:
+            raise UserError(
+                f"{path}: its head {name.rpartition('.')[0]} gives {shape[0]} labels; a reward "
+                "model gives one"
+            )
+    if missing or misshapen:
+        names = sorted(missing) or sorted(misshapen)
+        raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
 
 
 def language_class(path: str, config: FrozenModel) -> Any:
