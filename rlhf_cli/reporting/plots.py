@@ -6,7 +6,8 @@ page puts its own in their place, light or dark.
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import altair
 
     from rlhf_cli.objectives.estimates import Calibration
+
+    Panel = altair.LayerChart | altair.FacetChart
 
 WIDTH, HEIGHT = 420, 220  # pixels of a panel of a file, at a scale of 1
 SCALE = 2.0
@@ -80,7 +83,8 @@ def theme(colours: Mapping[str, str]) -> dict[str, Any]:
             "title": None,
         },
         "range": {"category": [colours[f"series-{i}"] for i in range(SERIES)]},
-        "rule": {"color": muted},
+        "rule": {"color": colours["series-0"]},
+        "style": {"win": {"color": colours["good"]}, "loss": {"color": colours["bad"]}},
         "text": {"color": text, "fontSize": 11},
         "title": {"color": text, "fontSize": 13, "anchor": "start", "fontWeight": 600},
         "view": {"stroke": None},
@@ -108,19 +112,26 @@ class Curve:
 
 
 def curve_panel(
-    measured: str, across: str, curves: Sequence[Curve], names: Sequence[str]
-) -> "altair.LayerChart":
-    """A panel of what is measured over x. Args: names, all that have a colour, in its order."""
+    measured: str, across: str, curves: Sequence[Curve], names: Sequence[str], titled: bool = True
+) -> "Panel":
+    """A panel of what is measured over x.
+
+    Args:
+        names: all that have a colour, in its order.
+        titled: whether the axis says what is measured, where no title does.
+    """
     import altair as alt
+
+    up = measured if titled else None
 
     data = alt.Data(values=[row for curve in curves for row in _points(curve)])
     # a dot in the name of a column would be a path to Vega, so columns have plain ones
     colour = alt.Color("name:N").scale(domain=list(names))
     shown = colour.legend(None) if len(names) < 2 else colour
     x = alt.X("x:Q").title(across).scale(zero=False, nice=False, padding=6)
-    y = alt.Y("y:Q").title(measured).scale(zero=False)
-    base = alt.Chart(data).encode(x=x, y=y, color=shown)
-    ends = {"y": alt.Y("low:Q").title(measured).scale(zero=False), "y2": "high:Q"}
+    y = alt.Y("y:Q").title(up).scale(zero=False)
+    base = alt.Chart().encode(x=x, y=y, color=shown)  # each layer would copy the data
+    ends = {"y": alt.Y("low:Q").title(up).scale(zero=False), "y2": "high:Q"}
     tooltip = [
         alt.Tooltip("name:N").title("run"),
         alt.Tooltip("x:Q").title(across).format(".6~g"),
@@ -141,23 +152,30 @@ def curve_panel(
         layers.append(bar.encode(**ends))
     dots = base.mark_circle(size=34).encode(
         tooltip=tooltip,
-        opacity=alt.condition("datum.dot", alt.value(1), alt.value(0)),
+        opacity=alt.Opacity("dot:Q").scale(None).legend(None),  # unseen ones answer the pointer
     )
-    return alt.layer(*layers, dots).properties(height=HEIGHT)
+    return alt.layer(*layers, dots, data=data).properties(height=HEIGHT)
 
 
 def _points(curve: Curve) -> list[dict[str, Any]]:
-    """Rows of a chart's data; a lone point of a line is seen too."""
-    dot = not curve.joined or len(curve.x) <= MOST_DOTS
-    look = {"name": curve.name, "joined": curve.joined, "dashed": curve.dashed, "dot": dot}
+    """Rows of a chart's data; what is false of them is left out."""
+    look: dict[str, Any] = {"name": curve.name, "dashed": curve.dashed}
+    look |= {"joined": True} if curve.joined else {}
+    look |= {"band": True} if curve.band else {}
+    look["dot"] = int(not curve.joined or len(curve.x) <= MOST_DOTS)
     rows = []
     for i, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
-        ends = {"low": curve.low[i], "high": curve.high[i]} if curve.low else {}
-        rows.append({**look, "band": curve.band, "x": x, "y": y, **ends})
+        ends = {"low": rounded(curve.low[i]), "high": rounded(curve.high[i])} if curve.low else {}
+        rows.append({**look, "x": rounded(x), "y": rounded(y), **ends})
     return rows
 
 
-def histogram_panel(measured: str, values: Mapping[str, Sequence[float]]) -> "altair.LayerChart":
+def rounded(value: float) -> float:
+    """A number with as many digits as a picture shows."""
+    return float(f"{value:.6g}")
+
+
+def histogram_panel(measured: str, values: Mapping[str, Sequence[float]]) -> "Panel":
     """Shares of lists of numbers by name, binned alike, one over the other."""
     import altair as alt
 
@@ -180,9 +198,7 @@ def histogram_panel(measured: str, values: Mapping[str, Sequence[float]]) -> "al
             if count
         ]
     colour = alt.Color("name:N").scale(domain=list(values))
-    bars = alt.Chart(alt.Data(values=rows)).mark_bar(
-        opacity=0.55 if len(values) > 1 else 0.85, binSpacing=0
-    )
+    bars = alt.Chart().mark_bar(opacity=0.55 if len(values) > 1 else 0.85, binSpacing=0)
     bars = bars.encode(
         x=alt.X("low:Q").title(measured).scale(zero=False, nice=False),
         x2="high:Q",
@@ -196,7 +212,7 @@ def histogram_panel(measured: str, values: Mapping[str, Sequence[float]]) -> "al
             alt.Tooltip("count:Q").title("count"),
         ],
     )
-    return alt.layer(bars).properties(height=HEIGHT)
+    return alt.layer(bars, data=alt.Data(values=rows)).properties(height=HEIGHT)
 
 
 def _bins(values: Sequence[float]) -> tuple[float, float]:
@@ -207,7 +223,7 @@ def _bins(values: Sequence[float]) -> tuple[float, float]:
     return low, (high - low) / BINS or 1.0
 
 
-def reliability_panels(bins: Sequence[Mapping[str, float]]) -> list["altair.LayerChart"]:
+def reliability_panels(bins: Sequence[Mapping[str, float]]) -> list["Panel"]:
     """The share right over the confidence of each bin, above how many each bin holds.
 
     Points on the diagonal are calibrated, points below it overconfident.
@@ -248,6 +264,24 @@ def reliability_panels(bins: Sequence[Mapping[str, float]]) -> list["altair.Laye
     ]
 
 
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Here Altair does not compare all that it is given with its schema: four fifths of its time.
+
+    For pages of many panels; what makes panels is compared where a file is written, and in tests.
+    """
+    from altair.utils.schemapi import debug_mode
+
+    with debug_mode(False):
+        yield
+
+
+def embedded(panel: "Panel") -> dict[str, Any]:
+    """The specification of a panel as wide as its place in a page, without a look of its own."""
+    spec: dict[str, Any] = panel.properties(width="container").to_dict(validate=False)
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
+
 # --------------------------------------------------------------------------- files
 
 
@@ -284,9 +318,7 @@ def names_in(panels: Mapping[str, Sequence[Curve]]) -> list[str]:
     return list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
 
 
-def write_picture(
-    file: Path, panels: Sequence["altair.LayerChart"], title: str = "", below: str = ""
-) -> None:
+def write_picture(file: Path, panels: Sequence["Panel"], title: str = "", below: str = "") -> None:
     """Panels below each other as a PNG, or as an SVG where the name of the file ends so.
 
     The same panels make the same bytes, and nothing is read from the network.
@@ -300,8 +332,7 @@ def write_picture(
     whole = alt.vconcat(*(panel.properties(width=WIDTH) for panel in panels))
     lines = textwrap.wrap(title, TITLE_COLUMNS)
     if lines:
-        head = alt.TitleParams(lines, **({"subtitle": [below]} if below else {}))
-        whole = whole.properties(title=head)
+        whole = whole.properties(title=alt.TitleParams(lines, subtitle=[below] if below else []))
     spec = {**whole.to_dict(), "config": theme(LIGHT), "padding": 10}
     if file.suffix == ".svg":
         drawn = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]).encode()

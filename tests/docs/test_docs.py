@@ -17,7 +17,19 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import SHORT, compare, completion, cp, data, export, ls, slurm, stage, sweeps
+from rlhf_cli.commands import (
+    SHORT,
+    compare,
+    completion,
+    cp,
+    data,
+    export,
+    ls,
+    report,
+    slurm,
+    stage,
+    sweeps,
+)
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
@@ -68,6 +80,8 @@ def try_command(words: list[str]) -> None:
         export.parse(rest)
     elif first == "compare":
         compare.parse(rest)
+    elif first == "report":
+        report.parse(rest)
     elif first == "cp":
         cp.run(rest)
     elif first == "completion":
