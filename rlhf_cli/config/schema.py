@@ -1103,6 +1103,17 @@ class EvaluateConfig(SamplingConfig):
         used_by="prompted",
         needed=True,
     )
+    best_of: str | None = key(
+        "Policy that is judged as the best of best_of_n responses by `reward`, as a policy of its "
+        "own; null judges none.",
+        role="policy",
+    )
+    best_of_n: int | None = key(
+        "Responses that the best one is chosen from; so many times algo.samples are sampled.",
+        ge=2,
+        used_by="best_of",
+        needed=True,
+    )
     samples: str | None = key(
         "File of responses to judge in place of policies: rows of prompt, response and policy, as "
         "samples.jsonl has them. `policy` then gives the tokenizer alone."
@@ -1153,6 +1164,26 @@ class EvaluateConfig(SamplingConfig):
         ge=0,
         used_by="judge",
         unused=[],
+    )
+    judge_max_cost: float | None = key(
+        "Cost by judge_prices at which a run asks an endpoint no more and ends, its verdicts kept; "
+        "the calls under way then are still paid. null sets no limit.",
+        gt=0,
+        used_by="judge",
+    )
+    judge_samples: int = key(
+        "Responses of each policy to a prompt that a judge reads: the first one of each with the "
+        "first one of the other, and so on, up to algo.samples.",
+        ge=1,
+        used_by="judge",
+        unused=1,
+    )
+    judge_rows: int = key(
+        "Held-out preferences of `data` that the judge is asked, to tell how often it agrees with "
+        "people; 0 asks none.",
+        ge=0,
+        used_by="judge",
+        unused=50,
     )
     anchor: str | None = key(
         "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."

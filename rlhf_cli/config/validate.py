@@ -34,7 +34,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 # Where a file or folder is named, or may be.
 _PATHS = (
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
-    *("prompted", "few_shot", "samples", "choices", "judge_prompt", "responses_cache"),
+    *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "responses_cache"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
 )
 
@@ -309,6 +309,10 @@ def _judge(cfg: EvaluateConfig) -> Iterator[str]:
         yield f"judge_model={cfg.judge_model} is for endpoints, and judge={cfg.judge} is a folder"
     if len(cfg.judge_prices) not in (0, 2):
         yield "judge_prices takes two prices, of tokens read and written, or none"
+    if cfg.judge_max_cost is not None and not (address and cfg.judge_prices):
+        yield f"judge_max_cost={cfg.judge_max_cost:g} is for endpoints with judge_prices"
+    if cfg.samples is None and cfg.judge_samples > cfg.algo.samples:
+        yield f"judge_samples={cfg.judge_samples} exceeds algo.samples={cfg.algo.samples}"
 
 
 def _evaluation(cfg: Run) -> Iterator[str]:
@@ -316,9 +320,15 @@ def _evaluation(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, EvaluateConfig):
         return
     yield from _judge(cfg)
+    if cfg.best_of is not None and cfg.reward is None:
+        yield f"best_of={cfg.best_of} is chosen by reward=, which is null; give one"
+    if cfg.best_of is not None and (cfg.algo.temperature == 0 or cfg.algo.beams > 1):
+        how = "algo.temperature=0" if cfg.algo.temperature == 0 else f"algo.beams={cfg.algo.beams}"
+        yield f"best_of={cfg.best_of} is for sampling, but {how} does not"
     if cfg.samples is None:
         return
-    for key, value in {"prompted": cfg.prompted, "choices": cfg.choices}.items():
+    asked = {"prompted": cfg.prompted, "choices": cfg.choices, "best_of": cfg.best_of}
+    for key, value in asked.items():
         if value is not None:
             yield f"{key}={value} asks a policy, but samples={cfg.samples} has all; set it to null"
     if cfg.algo.temperatures:

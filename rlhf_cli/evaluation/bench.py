@@ -1,7 +1,11 @@
 """What all policies of an evaluation share: prompts, judges, references, and what is kept."""
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.items import Answers, EncodedPrompt
@@ -14,13 +18,13 @@ from rlhf_cli.evaluation.entrants import Entrant
 from rlhf_cli.evaluation.few_shot import as_asked_alone
 from rlhf_cli.evaluation.figures import Sampled
 from rlhf_cli.evaluation.judging import Report, judge
-from rlhf_cli.evaluation.kept import KeptSamples
+from rlhf_cli.evaluation.kept import KeptSamples, SamplesOfPolicy
 from rlhf_cli.evaluation.references import references_of, scored_references
 from rlhf_cli.evaluation.responses_cache import ResponsesCache
 from rlhf_cli.evaluation.text_health import Seen
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rewards.models import ModelReward
-from rlhf_cli.rewards.reward import Reward, load_reward
+from rlhf_cli.rewards.reward import Reward, Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.policy import Policy
@@ -89,7 +93,7 @@ class Bench:
         place among them move a figure of it, and the responses of two policies are independent.
         """
         cfg, prompts = self.cfg, policy.encoder.prompts([row for row, _ in self.prompts])
-        samples = samples_at(cfg, temperature)
+        samples = responses_at(cfg, entrant, temperature)
         sampling = replace(Sampling.of(cfg.algo), temperature=temperature)
         asker, asked = policy, prompts
         if entrant.shots is not None:
@@ -115,8 +119,24 @@ class Bench:
             self.cache.write(file, rollouts)
         if entrant.shots is not None:
             rollouts = as_asked_alone(rollouts, prompts, samples, policy.encoder)
-        said = {judge: own.scored(judge, each, rollouts) for judge, each in self.judges.items()}
-        return Sampled(rollouts, said, samples)
+        return self._judged(own, rollouts, samples, entrant.best_of if temperature else 1)
+
+    def _judged(
+        self, own: SamplesOfPolicy, rollouts: list[Rollout], samples: int, best_of: int
+    ) -> Sampled:
+        """What each judge says; of the best of several by the reward, which alone hears them all.
+
+        Args:
+            samples: responses to each prompt.
+            best_of: how many in a row are one to choose from.
+        """
+        said: dict[str, Scores] = {}
+        for name, each in self.judges.items():  # the reward first
+            said[name] = own.scored(name, each, rollouts)
+            if name == "reward" and best_of > 1:
+                places = best_places(said[name].total.view(-1, best_of))
+                rollouts, said[name] = [rollouts[i] for i in places], said[name].at(places)
+        return Sampled(rollouts, said, samples // best_of)
 
     def given(self, name: str, rollouts: list[Rollout]) -> Sampled:
         """What each judge says of responses that a file has."""
@@ -130,6 +150,21 @@ def samples_at(cfg: EvaluateConfig, temperature: float) -> int:
     """Responses to a prompt: greedy ones beside sampled ones would all be the same."""
     greedy = temperature == 0 and temperature != cfg.algo.temperature
     return 1 if greedy else cfg.algo.samples
+
+
+def responses_at(cfg: EvaluateConfig, entrant: Entrant, temperature: float) -> int:
+    """How many are sampled to a prompt; greedy ones are all the same, so none is the best."""
+    return samples_at(cfg, temperature) * (entrant.best_of if temperature else 1)
+
+
+def best_places(scores: Tensor) -> list[int]:
+    """Of each n in a row the place of the best among all; the first of equals, which are drawn
+    alike, and one without a score only where none has one.
+
+    Args: scores (G, n).
+    """
+    best = scores.nan_to_num(-math.inf, neginf=-math.inf).argmax(-1)  # (G,)
+    return (torch.arange(len(scores)) * scores.shape[-1] + best).tolist()
 
 
 def load_judges(cfg: EvaluateConfig, encoder: Encoder, session: Session) -> dict[str, Reward]:

@@ -1,4 +1,4 @@
-"""Who is judged: the policy, its baselines, one that is shown demonstrations, or a file."""
+"""Who is judged: the policy, its baselines, one with demonstrations, the best of n, or a file."""
 
 import json
 from collections.abc import Sequence
@@ -25,21 +25,34 @@ class Entrant:
 
     path: its folder or hub id.
     shots: what it is shown before each prompt.
+    best_of: how many responses each one is the best of, by the reward; 1 chooses nothing.
     """
 
     name: str
     path: str
     shots: Shots | None = None
+    best_of: int = 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its responses are those that its weights have the log-probs of."""
+        return self.shots is None and self.best_of == 1
 
 
 def entrants_of(cfg: EvaluateConfig, rows: Rows) -> list[Entrant]:
-    """The policy, then its baselines, given or beside it, then the one that is shown something."""
+    """The policy, then its baselines, given or beside it, then the one that is shown something, and
+    the one whose responses are the best of several.
+    """
     paths = dict.fromkeys(str(Path(path)) for path in [cfg.policy, *baselines_of(cfg)])
     entrants = [Entrant(path, path) for path in paths]
     if cfg.prompted is not None:
         assert cfg.few_shot is not None  # validate() asks for it
         path, shots = str(Path(cfg.prompted)), Shots.of(cfg.few_shot, rows)
         entrants.append(Entrant(f"{path} {len(shots.rows)}-shot", path, shots))
+    if cfg.best_of is not None:
+        path, n = str(Path(cfg.best_of)), cfg.best_of_n
+        assert n is not None  # validate() asks for it
+        entrants.append(Entrant(f"{path} best of {n}", path, best_of=n))
     return entrants
 
 

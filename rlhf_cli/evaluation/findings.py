@@ -23,7 +23,7 @@ from rlhf_cli.evaluation.figures import (
     mean_loss,
 )
 from rlhf_cli.evaluation.frontier import frontier_of
-from rlhf_cli.evaluation.pair_judge import Text
+from rlhf_cli.evaluation.pair_judge import Text, Texts
 from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
 from rlhf_cli.objectives.comparisons import paired_difference
 from rlhf_cli.objectives.estimates import clustered_mean
@@ -38,7 +38,7 @@ class Findings:
     names: of the policies, the one that is judged first.
     contests: the scores of all, by temperature.
     results: the figures of each.
-    first: the first response of each to each prompt, for a judge that reads them.
+    read: the responses of each to each prompt that a judge reads.
     lines: of samples.jsonl: what each wrote, and what each judge says of it.
     """
 
@@ -46,7 +46,7 @@ class Findings:
     names: list[str] = field(default_factory=list)
     contests: dict[float, Contest] = field(default_factory=dict)
     results: dict[str, Figures] = field(default_factory=dict)
-    first: dict[str, list[Text | None]] = field(default_factory=dict)
+    read: dict[str, Texts] = field(default_factory=dict)
     lines: list[dict[str, object]] = field(default_factory=list)
     _every: list[Sampled] = field(default_factory=list)
     _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -64,7 +64,9 @@ class Findings:
         self.contests[temperature].scores[name] = sampled.decisive
         self._every.append(sampled)
         if temperature == self.cfg.algo.temperature:
-            self.first[name] = list(map(text_of, sampled.rollouts[:: sampled.samples]))
+            first = range(0, len(sampled.rollouts), sampled.samples)
+            count = min(self.cfg.judge_samples, sampled.samples)
+            self.read[name] = [list(map(text_of, sampled.rollouts[i : i + count])) for i in first]
         said = sampled.said
         columns = {judge: known_or_none(scores.total) for judge, scores in said.items()}
         parts = term_columns(said["reward"]) if "reward" in said else {}
@@ -84,7 +86,7 @@ class Findings:
             unseen: what losses are measured on, by their names.
         """
         figures: Figures = {}
-        if entrant.shots is not None:  # its weights are those of a policy without demonstrations
+        if not entrant.is_plain:  # its weights are those of a policy that is asked plainly
             return figures
         own = {
             each: losses_of(policy.model, rows, self.cfg.hardware)

@@ -31,10 +31,11 @@ def frontier_of(results: Mapping[str, Mapping[str, Any]], reference: str | None)
     """
     points: list[Point] = []
     for path, figures in results.items():
-        if figures.get("kl") is None:
+        kl = figures.get("kl") or figures.get("kl_bound")
+        if kl is None:
             continue
         own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
-        points.append({"policy": path, "from": POLICY, "kl": figures["kl"], **own})
+        points.append({"policy": path, "from": POLICY, "kl": kl, **own})
         points += trained(path)
         if reference is not None and path == str(Path(reference)):
             for n, best in figures.get("best_of", {}).items():

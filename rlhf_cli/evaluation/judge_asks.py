@@ -9,12 +9,12 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_cli.config.errors import Interrupted, UserError
+from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.dataset import cache_folder
 from rlhf_cli.data.held_out import hash_of
@@ -136,7 +136,14 @@ class LocalJudge:
             UserError: a question is too long for the judge.
         """
         rows = [Prompt(ask.written(self._template)) for ask in asks for _ in "AB"]
-        self._encoder.prompts(rows[::2])
+        try:
+            self._encoder.prompts(rows[::2])
+        except UserError as error:
+            fault = str(error).lstrip(": ").partition(";")[0]
+            raise UserError(
+                f"judge={self._cfg.judge} cannot read a question: {fault}; give a shorter "
+                "judge_prompt, or a judge that reads more"
+            ) from None
         tokens = self._encoder.written(rows, ["A", "B"] * len(asks), [False] * len(rows))
         sums = [
             each.double().sum().item()
@@ -162,6 +169,7 @@ class Endpoint:
         )
         self._template = template_of(cfg)
         self._model, self._tokens = cfg.judge_model, cfg.judge_tokens
+        self._prices, self._most = cfg.judge_prices, cfg.judge_max_cost
         self.counts: Counter[str] = Counter()
         self._guard = threading.Lock()
         named = text_hash(f"{cfg.judge} {cfg.judge_model} {cfg.judge_tokens}")
@@ -180,10 +188,13 @@ class Endpoint:
         new = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
         self.counts["cached"] += len(names) - sum(name in new for name in names)
         failures: list[str] = []
+        unasked = 0
         with Bar("judge", len(new)) as bar:
             items = list(new.items())
             for place, answer in self._client.each(lambda item: self._answer(item[1]), items):
-                if isinstance(answer, str):
+                if answer is None:
+                    unasked += 1
+                elif isinstance(answer, str):
                     failures.append(answer)
                 else:
                     name = items[place][0]
@@ -198,10 +209,26 @@ class Endpoint:
             say(f"judge: no verdict: {line}")
         if len(failures) > TOLD:
             say(f"judge: no verdict in {len(failures) - TOLD} more of {len(new)} calls")
+        if unasked:
+            raise RunError(
+                f"judge_max_cost={self._most:g} is spent after {self.counts['calls']} calls, and "
+                f"{unasked} are left; verdicts so far are kept: the same command with more goes on"
+            )
         return [known.get(name) for name in names]
 
-    def _answer(self, text: str) -> float | str:
-        """Log-odds, or what went wrong; it is never taken for a tie."""
+    def _is_spent(self) -> bool:
+        with self._guard:
+            return self._most is not None and price_of(self.counts, self._prices) >= self._most
+
+    def _answer(self, text: str) -> float | str | None:
+        """Log-odds, or what went wrong, which is never taken for a tie; None unasked, where all is
+        spent.
+
+        Raises:
+            RunError: the endpoint does not tell what a call costs, and that is limited.
+        """
+        if self._is_spent():
+            return None
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": text}],
@@ -214,6 +241,11 @@ class Endpoint:
             with self._guard:
                 self.counts["calls"] += 1
                 usage = answer.get("usage") or {}
+                if self._most is not None and not usage:
+                    raise RunError(
+                        f"{self._client.url} tells no usage, so judge_max_cost={self._most:g} "
+                        "cannot be held; set it to null"
+                    )
                 for name in ("prompt_tokens", "completion_tokens"):
                     self.counts[name] += int(usage.get(name) or 0)
             return verdict_of(answer["choices"][0])
@@ -257,6 +289,12 @@ def odds_of_tokens(tokens: Sequence[dict[str, Any]]) -> float | None:
     least = math.exp(min(each["logprob"] for each in tokens))
     ours, theirs = (each or min(least, max(mass.values())) for each in mass.values())
     return clipped(math.log(ours) - math.log(theirs))
+
+
+def price_of(counts: Mapping[str, int], prices: Sequence[float]) -> float:
+    """What was read and written costs, at prices of a million tokens of each."""
+    read, written = (counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
+    return (read * prices[0] + written * prices[1]) / 1e6
 
 
 def clipped(log_odds: float) -> float:

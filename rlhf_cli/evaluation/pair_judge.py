@@ -7,6 +7,7 @@ no tie.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.evaluation.contest import corrected
-from rlhf_cli.evaluation.judge_asks import Ask, PairJudge
+from rlhf_cli.evaluation.judge_asks import Ask, PairJudge, price_of
 from rlhf_cli.objectives.comparisons import length_controlled, mean_difference
 from rlhf_cli.objectives.estimates import WinRate, clustered_share, points_interval
 
@@ -31,14 +32,21 @@ class Text:
     length: int
 
 
+Texts = Sequence[Sequence[Text]]
+"""By prompt the responses that a judge reads, if there are any."""
+
+
 @dataclass
 class Pair:
     """Two responses to a prompt, and the log-odds that the judge gives ours in either order.
 
+    place: of the prompt.
+    number: of ours and of theirs among the responses to it, from 0; see `judged_pairs`.
     as_first, as_second: of ours shown first, and second; None where the judge failed.
     """
 
     place: int
+    number: int
     ours: Text
     theirs: Text
     as_first: float | None
@@ -55,18 +63,25 @@ class Pair:
 def judged_pairs(
     judge: PairJudge,
     prompts: Sequence[str],
-    ours: Sequence[Text | None],
-    theirs: Sequence[Text | None],
+    ours: Texts,
+    theirs: Texts,
 ) -> list[Pair]:
-    """Each pair of responses to one prompt that both have, in both orders."""
-    places = [i for i in range(len(prompts)) if ours[i] is not None and theirs[i] is not None]
-    sides = [(i, a, b) for i in places if (a := ours[i]) and (b := theirs[i])]
-    asks = [Ask(prompts[i], a.text, b.text) for i, a, b in sides]
-    asks += [Ask(prompts[i], b.text, a.text) for i, a, b in sides]
+    """The first responses of both to a prompt, the second ones and so on, in both orders.
+
+    Where one has fewer they begin again: a single one, such as a reference, meets all of the other.
+    """
+    sides = [
+        (i, k, ours[i][k % len(ours[i])], theirs[i][k % len(theirs[i])])
+        for i in range(len(prompts))
+        if ours[i] and theirs[i]
+        for k in range(max(len(ours[i]), len(theirs[i])))
+    ]
+    asks = [Ask(prompts[i], a.text, b.text) for i, _, a, b in sides]
+    asks += [Ask(prompts[i], b.text, a.text) for i, _, a, b in sides]
     odds = judge.log_odds(asks)
     return [
-        Pair(i, a, b, first, None if second is None else -second)
-        for (i, a, b), first, second in zip(
+        Pair(i, k, a, b, first, None if second is None else -second)
+        for (i, k, a, b), first, second in zip(
             sides, odds[: len(sides)], odds[len(sides) :], strict=True
         )
     ]
@@ -80,22 +95,31 @@ def won(pairs: Sequence[Pair], tie: float) -> Figures | None:
     known = [pair for pair in pairs if pair.log_odds is not None]
     if not known:
         return None
-    odds = torch.tensor([pair.log_odds for pair in known], dtype=torch.double)
+    odds = tensor([pair.log_odds or 0.0 for pair in known])
     wins, losses = (odds > tie).double(), (odds < -tie).double()
     points = wins + (1 - wins - losses) / 2
-    longer = torch.tensor([float(pair.ours.length - pair.theirs.length) for pair in known])
-    interval = points_interval(points, 1)
-    ties = 1 - wins.mean().item() - losses.mean().item()
-    rate = WinRate(wins.mean().item(), ties, losses.mean().item(), *interval)
-    equal = length_controlled(points, longer)
+    longer = tensor([float(pair.ours.length - pair.theirs.length) for pair in known])
+    places = [pair.place for pair in known]
+    of_prompts = by_cluster(torch.stack([wins, losses, points, odds.sigmoid()], -1), places)
+    win, loss, _, preference = of_prompts.mean(0).tolist()
+    interval = points_interval(of_prompts[:, 2], max(Counter(places).values()))
+    equal = length_controlled(points, longer, places)
     return {
-        **asdict(rate),
-        "p": mean_difference(points - 0.5).p,
+        **asdict(WinRate(win, 1 - win - loss, loss, *interval)),
+        "p": mean_difference(of_prompts[:, 2] - 0.5).p,
         "pairs": len(known),
         "failed": len(pairs) - len(known),
-        "preference": odds.sigmoid().mean().item(),
+        "preference": preference,
         "at_equal_length": {"mean": equal.mean, "stderr": equal.stderr},
     }
+
+
+def by_cluster(values: Tensor, clusters: Sequence[int]) -> Tensor:
+    """(G, C) means over each cluster. Args: values (N, C)."""
+    _, places = torch.tensor(clusters).unique(return_inverse=True)
+    counts = places.bincount().double()
+    sums = values.new_zeros(len(counts), values.shape[-1]).index_add_(0, places, values)
+    return sums / counts[:, None]
 
 
 def judged_wins(pairs: Mapping[str, Sequence[Pair]], tie: float) -> dict[str, Figures]:
@@ -150,14 +174,14 @@ def tensor(values: Sequence[float]) -> Tensor:
 def judged_report(
     judge: PairJudge,
     prompts: Sequence[str],
-    texts: Mapping[str, Sequence[Text | None]],
+    texts: Mapping[str, Texts],
     ours: str,
     tie: float,
-) -> Figures:
-    """Ours over each other one, and what the judge goes by.
+) -> tuple[Figures, dict[str, list[Pair]]]:
+    """Ours over each other one, and what the judge goes by; and the pairs that tell it.
 
     Args:
-        texts: by player its response to each prompt.
+        texts: by player its responses to each prompt.
 
     Raises:
         RunError: the judge has failed at every pair.
@@ -170,7 +194,66 @@ def judged_report(
     every = [pair for each in pairs.values() for pair in each]
     if every and all(pair.log_odds is None for pair in every):
         raise RunError(f"the judge has failed at all of {len(every)} pairs; see the lines above")
-    return {"win_rates": judged_wins(pairs, tie), **biases(every, tie)}
+    return {"win_rates": judged_wins(pairs, tie), **biases(every, tie)}, pairs
+
+
+# --------------------------------------------------------------------------- is it any good?
+
+
+def agreement(
+    verdicts: Sequence[float], other: Sequence[float], clusters: Sequence[int]
+) -> Figures:
+    """How often a judge prefers the response that another one does, half where it has a tie.
+
+    Of pairs that the other one decides; `tied` is the share of those that the judge does not.
+
+    Args:
+        verdicts, other: (N,) of each pair above 0 for the first, below for the second, 0 at a tie.
+        clusters: the prompt of each pair.
+    """
+    decided = [i for i, each in enumerate(other) if each]
+    hits = [half(verdicts[i] * other[i]) for i in decided]
+    told: Figures = {"pairs": len(decided), "tied": None}
+    if not decided:
+        return told
+    told["tied"] = sum(verdicts[i] == 0 for i in decided) / len(decided)
+    return {**asdict(clustered_share(tensor(hits), [clusters[i] for i in decided])), **told}
+
+
+def verdict(pair: Pair, tie: float) -> float | None:
+    """1 for ours, -1 for the other, 0 for a tie; None where the judge failed."""
+    odds = pair.log_odds
+    return None if odds is None else float((odds > tie) - (odds < -tie))
+
+
+def agreement_with_scores(
+    pairs: Mapping[str, Sequence[Pair]], ours: Tensor, scores: Mapping[str, Tensor], tie: float
+) -> Figures:
+    """With who scores higher by another scorer, over the pairs that both have judged.
+
+    Args:
+        pairs: by player, ours against its.
+        ours, scores: (N, K) of the responses, NaN without a score.
+    """
+    verdicts, other, places = [], [], []
+    for player, of_player in pairs.items():
+        theirs = scores[player]
+        for pair in of_player:
+            a = ours[pair.place, pair.number % ours.shape[1]]
+            b = theirs[pair.place, pair.number % theirs.shape[1]]
+            said, gap = verdict(pair, tie), (a - b).item()
+            if said is not None and not math.isnan(gap):
+                verdicts.append(said)
+                other.append(gap)
+                places.append(pair.place)
+    return agreement(verdicts, other, places)
+
+
+def agreement_with_people(pairs: Sequence[Pair], tie: float) -> Figures:
+    """On rows in which people have chosen ours."""
+    said = [(each, pair.place) for pair in pairs if (each := verdict(pair, tie)) is not None]
+    found = agreement([each for each, _ in said], [1.0] * len(said), [place for _, place in said])
+    return {**found, "failed": len(pairs) - len(said)}
 
 
 def cost_of(counts: Mapping[str, int], prices: Sequence[float]) -> Figures:
@@ -178,6 +261,5 @@ def cost_of(counts: Mapping[str, int], prices: Sequence[float]) -> Figures:
     names = ("calls", "cached", "prompt_tokens", "completion_tokens")
     figures: Figures = {name: counts.get(name, 0) for name in names}
     if prices:
-        read, written = (counts.get(name, 0) for name in names[2:])
-        figures["cost"] = (read * prices[0] + written * prices[1]) / 1e6
+        figures["cost"] = price_of(counts, prices)
     return figures

@@ -76,7 +76,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     columns: dict[str, Callable[[str], object]] = {
         "policy": name_of,
         **{name: partial(_estimate, results, name) for name in JUDGES},
-        kl: partial(_estimate, results, "kl"),
+        kl: partial(_kl, results),
         "held-out loss": lambda path: results[path].get("text_loss"),
         f"{name_of(str(Path(cfg.policy)))} wins": lambda path: won(report["win_rates"].get(path)),
         "beats references": lambda path: won(report["against_references"].get(path)),
@@ -97,6 +97,14 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
 
 def _estimate(results: Results, name: str, path: str) -> str | None:
     return plus_minus(results[path].get(name))
+
+
+def _kl(results: Results, path: str) -> str | None:
+    """Of the best of n what it is at most."""
+    figures = results[path]
+    if bound := plus_minus(figures.get("kl_bound")):
+        return f"at most {bound}"
+    return plus_minus(figures.get("kl"))
 
 
 def won(rate: dict[str, float] | None) -> str | None:
@@ -190,18 +198,29 @@ def show_judge(judge: dict[str, Any], policy: str, name_of: Callable[[str], str]
     table(f"{policy} as {judge['judge']} judges", heads, rows)
     words = {"consistency": "both orders agree", "first_slot": "first shown preferred"}
     shown = [
-        f"{words.get(name, 'longer one wins')} {decimals(each['mean'])} "
-        f"(95% {decimals(each['low'])} to {decimals(each['high'])})"
+        f"{words.get(name, 'longer one wins')} {share_of(each)}"
         for name in BIASES
         if (each := judge[name])
     ]
     counts = f"{judge['calls']} calls, {judge['cached']} answers kept before"
     say(f"judge: {'; '.join([*shown, counts])}")
+    for other, agrees in judge["agreement"].items():
+        if agrees is not None and agrees["pairs"]:
+            say(
+                f"judge: agrees with {other} on {share_of(agrees)} of {agrees['pairs']} pairs, "
+                f"undecided on {decimals(agrees['tied'])}; a coin on 0.5"
+            )
     if (same := judge["consistency"]) and same["mean"] < CONSISTENT:
         say(
             "note: the judge often changes its mind with the order of two responses: what it says "
             "of them is little"
         )
+
+
+def share_of(share: dict[str, float]) -> str:
+    """0.712 (95% 0.640 to 0.774)."""
+    low, high = decimals(share["low"]), decimals(share["high"])
+    return f"{decimals(share['mean'])} (95% {low} to {high})"
 
 
 def show_temperatures(by_temperature: dict[str, Any], name_of: Callable[[str], str]) -> None:

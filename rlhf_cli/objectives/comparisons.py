@@ -1,7 +1,7 @@
 """Several policies on the same prompts: paired differences, many tests at once, and ratings."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,19 +161,24 @@ def ratings(points: Tensor, anchor: int, seed: int, resamples: int = 1000) -> Ra
     return Ratings(centre, low, high, gaps.quantile(0.025, 0) > 0)
 
 
-def length_controlled(points: Tensor, longer: Tensor) -> Difference:
+def length_controlled(
+    points: Tensor, longer: Tensor, clusters: Sequence[Hashable] | None = None
+) -> Difference:
     """The win rate if both sides were equally long (Dubois 2024, 2404.04475, without its term for
     how hard a prompt is): sigmoid(a) of the regression sigmoid(a + b tanh(longer / its std)).
 
-    p is that of one half. Errors are those of the sandwich, one comparison for each prompt. A unit
-    of a normal prior holds b, and a little of one a, where one side wins or loses all.
+    p is that of one half. Errors are those of the sandwich, clustered by prompt. A unit of a normal
+    prior holds b, and a little of one a, where one side wins or loses all.
 
     Args:
         points: (N,) 1 where ours won, 0 where it lost, in between where a judge was unsure.
         longer: (N,) by how many tokens ours is the longer one.
+        clusters: (N,) the prompt of each comparison; None where each has one of its own.
     """
     points, longer = points.double(), longer.double()
-    count = len(points)
+    places = {name: i for i, name in enumerate(dict.fromkeys(clusters or range(len(points))))}
+    cluster = torch.tensor([places[name] for name in clusters or range(len(points))])
+    count = len(places)
     spread = longer.square().mean().sqrt().clamp(min=1e-9)
     columns = torch.stack([torch.ones_like(longer), (longer / spread).tanh()], -1)  # (N, 2)
     prior = points.new_tensor([0.01, 1.0])
@@ -186,7 +191,8 @@ def length_controlled(points: Tensor, longer: Tensor) -> Difference:
         found = found + step.clamp(-STEP, STEP)
         if step.abs().max() < EXACT:
             break
-    scores = columns * (points - chances)[:, None]
+    scores = columns.new_zeros(count, 2)
+    scores.index_add_(0, cluster, columns * (points - chances)[:, None])
     bread = torch.linalg.inv(curvature)
     stderr = (bread @ (scores.mT @ scores) @ bread)[0, 0].sqrt().item()
     rate = found[0].sigmoid().item()

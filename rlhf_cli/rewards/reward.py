@@ -108,6 +108,12 @@ class Scores:
     ends: list[list[int]] | None = None
     whole: Tensor | None = None
 
+    def at(self, places: Sequence[int]) -> "Scores":
+        """Of some of the responses alone, whose steps are not told."""
+        chosen = list(places)
+        parts = {spec: part[chosen] for spec, part in self.parts.items()}
+        return Scores(self.total[chosen], parts, self.seconds)
+
 
 @dataclass
 class LoadedTerm:

@@ -10,15 +10,17 @@ model shows.
     rlhf-cli evaluate policy=runs/demo/ppo baselines='[runs/demo/sft]'
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.items import Tokens
-from rlhf_cli.data.kinds import Demonstration, Prompt
+from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, reply_text
+from rlhf_cli.data.reading import KindError
 from rlhf_cli.evaluation import judging
-from rlhf_cli.evaluation.bench import Bench, samples_at
+from rlhf_cli.evaluation.bench import Bench, responses_at
 from rlhf_cli.evaluation.contest import REFERENCES
 from rlhf_cli.evaluation.entrants import Entrant, entrants_of, given_samples
 from rlhf_cli.evaluation.figures import (
@@ -29,12 +31,20 @@ from rlhf_cli.evaluation.figures import (
     figures_of,
 )
 from rlhf_cli.evaluation.findings import Findings, text_of
-from rlhf_cli.evaluation.judge_asks import asked_text, identity_of, judge_of
-from rlhf_cli.evaluation.pair_judge import cost_of, judged_report
+from rlhf_cli.evaluation.judge_asks import PairJudge, asked_text, identity_of, judge_of
+from rlhf_cli.evaluation.pair_judge import (
+    Text,
+    agreement_with_people,
+    agreement_with_scores,
+    cost_of,
+    judged_pairs,
+    judged_report,
+)
 from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.text_health import text_figures
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
+from rlhf_cli.objectives.subsets import best_of_n_kl_bound
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rollout.sampling import Sampling
@@ -74,8 +84,8 @@ def judge_policies(session: Session, found: Findings) -> Bench:
     check_tokens(cfg, [entrant.path for entrant in entrants])
     reference = policy_of(session, cfg.reference) if cfg.reference else None
     bench: Bench | None = None
-    total = sum(samples_at(cfg, temperature) for temperature in found.contests)
-    with Bar("evaluate", len(entrants) * len(held_out) * total) as bar:
+    total = sum(responses_at(cfg, each, t) for each in entrants for t in found.contests)
+    with Bar("evaluate", len(held_out) * total) as bar:
         for entrant in entrants:
             policy = policy_of(session, entrant.path)
             if bench is None:
@@ -120,17 +130,44 @@ def judge_file(session: Session, found: Findings) -> Bench:
 
 
 def judged_by_model(session: Session, found: Findings, bench: Bench) -> Figures:
-    """What a language model says of the first response of the policy beside those of all others."""
-    cfg, texts = found.cfg, dict(found.first)
+    """What a language model says of responses of the policy beside those of all others, and how far
+    it agrees with people and with the scorer that decides.
+    """
+    cfg, texts = found.cfg, dict(found.read)
     if bench.references is not None:
         rollouts = iter(bench.references.rollouts)
         texts[REFERENCES] = [
-            None if text is None else text_of(next(rollouts)) for text in bench.texts
+            [] if text is None else [text_of(next(rollouts))] for text in bench.texts
         ]
     judge = judge_of(cfg, lambda path: policy_of(session, path))
     prompts = [asked_text(row.prompt) for row, _ in bench.prompts]
-    judged = judged_report(judge, prompts, texts, found.names[0], cfg.judge_tie)
-    return {**identity_of(cfg), **judged, **cost_of(judge.counts, cfg.judge_prices)}
+    ours = found.names[0]
+    judged, pairs = judged_report(judge, prompts, texts, ours, cfg.judge_tie)
+    scores = found.contests[cfg.algo.temperature].scores
+    agrees = {
+        "people": asked_of_people(judge, session, cfg),
+        "gold" if "gold" in bench.judges else "reward": agreement_with_scores(
+            pairs, scores[ours], scores, cfg.judge_tie
+        ),
+    }
+    cost = cost_of(judge.counts, cfg.judge_prices)
+    return {**identity_of(cfg), **judged, "agreement": agrees, **cost}
+
+
+def asked_of_people(judge: PairJudge, session: Session, cfg: EvaluateConfig) -> Figures | None:
+    """How often the judge prefers what people have chosen; None where data has no such rows."""
+    rows: list[Preference] = []
+    if cfg.judge_rows:
+        with suppress(KindError):
+            rows = session.rows.held_out(Preference).held_out[: cfg.judge_rows]
+    if not rows:
+        return None
+    prompts = [asked_text(row.prompt) for row in rows]
+    sides = [
+        [[Text(reply_text(reply), 0)] for reply in replies]
+        for replies in ([row.chosen for row in rows], [row.rejected for row in rows])
+    ]
+    return agreement_with_people(judged_pairs(judge, prompts, *sides), cfg.judge_tie)
 
 
 def figures_by(bench: Bench, sampled: Sampled) -> Figures:
@@ -150,12 +187,23 @@ def with_model(
     reference: Policy | None,
     sampled: Sampled,
 ) -> Figures:
-    """What its log-probs tell; nothing where it was asked otherwise than they would say."""
+    """What its log-probs tell; nothing where it was asked otherwise than they would say.
+
+    Of the best of n they tell how far the chosen ones are from the reference, beside what choosing
+    is at most away from the policy.
+    """
     figures: Figures = {}
-    if Sampling.of(cfg.algo).unfiltered and entrant.shots is None:
+    if not Sampling.of(cfg.algo).unfiltered or entrant.shots is not None:
+        return figures
+    if entrant.is_plain:
         figures["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
-        if reference is not None:
-            figures["kl"] = estimated_kl(cfg, policy, reference, sampled.rollouts)
+    if reference is not None:
+        moved = estimated_kl(cfg, policy, reference, sampled.rollouts)
+        if entrant.is_plain:
+            figures["kl"] = moved
+        else:
+            bound = best_of_n_kl_bound(entrant.best_of)
+            figures["kl_bound"] = {**moved, "mean": bound + moved["mean"]}
     return figures
 
 

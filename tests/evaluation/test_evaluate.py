@@ -3,14 +3,17 @@
 import contextlib
 import importlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.evaluation.bench import best_places
 from rlhf_cli.rollout.native import NativeEngine
 from tests.ranks import on_ranks
 from tests.tiny import DATA
@@ -110,6 +113,37 @@ def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
         evaluated(tmp_path / "no", "few_shot=2")
 
 
+def test_the_best_of_n_is_a_policy_of_its_own(tmp_path: Path) -> None:
+    words = ["baselines=[]", "best_of=runs/demo/sft", "algo.prompts=3", "reward=length:4"]
+    report = evaluated(tmp_path / "out", *words, "best_of_n=8")
+    name = "runs/demo/sft best of 8"
+    assert list(report["policies"]) == ["runs/demo/sft", name]
+    assert list(report["win_rates"]) == [name] and name in report["ratings"]
+    plain, best = report["policies"].values()
+    assert best["reward"]["mean"] > plain["reward"]["mean"]
+    assert best["kl_bound"] == pytest.approx({"mean": math.log(8) - 7 / 8, "stderr": 0}, abs=1e-5)
+    assert not best.keys() & {"kl", "entropy", "text_loss"}
+    assert report["frontier"][-1]["kl"] == best["kl_bound"]
+    lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in lines if line["policy"] == name] == [0, 1] * 3
+    more = ["algo.samples=16", "best_of=null"]
+    of_sixteen = evaluated(tmp_path / "many", *words, *more)["policies"]["runs/demo/sft"]["best_of"]
+    assert best["reward"]["mean"] == pytest.approx(of_sixteen["8"]["reward"]["mean"], abs=0.5)
+    for wrong, line in {
+        "best_of_n=null": "best_of=runs/demo/sft needs best_of_n=VALUE",
+        "reward=null": "best_of=runs/demo/sft is chosen by reward=",
+        "algo.temperature=0": "best_of=runs/demo/sft is for sampling",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            evaluated(tmp_path / "no", *words, "best_of_n=8", wrong)
+
+
+def test_the_best_is_one_with_a_score() -> None:
+    nan = math.nan
+    scores = torch.tensor([[1.0, 3.0, nan], [nan, nan, nan], [-9.0, nan, -math.inf]])
+    assert best_places(scores) == [1, 3, 6]
+
+
 @pytest.mark.slow
 def test_responses_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = f"responses_cache={tmp_path}/cache"
@@ -155,6 +189,7 @@ def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
 
 EVERYTHING = [
     *("baselines=[runs/demo/adapter]", "algo.temperatures=[0]", "algo.overlap=true"),
+    *("best_of=runs/demo/adapter", "best_of_n=2"),
     *("prompted=runs/demo/adapter", "few_shot=1", "data.max_response_tokens=7", "data.format=rows"),
     *("judge=runs/demo/sft", "judge_tie=0", "choices=choices.jsonl", "judge_prompt=question.txt"),
 ]
@@ -175,4 +210,4 @@ def test_several_ranks_find_what_one_process_finds(chain: Path, tmp_path: Path) 
     assert first == second
     assert one.keys() == first.keys()
     near(one, first, 1e-3)
-    assert one["judge"]["calls"] == 30
+    assert one["judge"]["calls"] == 56

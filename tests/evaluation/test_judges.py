@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
@@ -18,6 +19,8 @@ from rlhf_cli.evaluation.judge_asks import Ask, Endpoint, odds_of_tokens, verdic
 from rlhf_cli.evaluation.pair_judge import (
     Pair,
     Text,
+    agreement_with_people,
+    agreement_with_scores,
     biases,
     cost_of,
     judged_pairs,
@@ -114,8 +117,8 @@ BAD = [Text(f"bad {i} and longer", 4) for i in range(8)]
 
 def report(cfg: EvaluateConfig) -> tuple[dict[str, Any], Counter[str]]:
     judge = Endpoint(cfg)
-    texts = {"ours": GOOD, "theirs": BAD}
-    return judged_report(judge, PROMPTS, texts, "ours", cfg.judge_tie), judge.counts
+    texts = {name: [[text] for text in each] for name, each in (("ours", GOOD), ("theirs", BAD))}
+    return judged_report(judge, PROMPTS, texts, "ours", cfg.judge_tie)[0], judge.counts
 
 
 @pytest.mark.parametrize("in_words", [False, True])
@@ -224,7 +227,7 @@ def test_braces_in_responses_are_their_own() -> None:
 
 
 def test_failed_pairs_count_for_nothing() -> None:
-    pairs = [Pair(i, GOOD[i], BAD[i], 1.0, 1.0 if i else None) for i in range(4)]
+    pairs = [Pair(i, 0, GOOD[i], BAD[i], 1.0, 1.0 if i else None) for i in range(4)]
     found = won(pairs, 0.5)
     assert found is not None and (found["win"], found["pairs"], found["failed"]) == (1, 3, 1)
     assert won(pairs[:1], 0.5) is None
@@ -239,8 +242,64 @@ def test_only_prompts_that_both_answered_are_asked() -> None:
             assert [(ask.prompt, ask.first) for ask in asks] == [("b", "x"), ("b", "y")]
             return [1.0, -1.0]
 
-    pairs = judged_pairs(Asked(), ["a", "b"], [Text("x", 1)] * 2, [None, Text("y", 1)])
+    pairs = judged_pairs(Asked(), ["a", "b"], [[Text("x", 1)]] * 2, [[], [Text("y", 1)]])
     assert [(pair.place, pair.log_odds) for pair in pairs] == [(1, 1.0)]
+
+
+class Reader:
+    """A judge in this process, which counts nothing."""
+
+    counts: Counter[str] = Counter()
+
+    def log_odds(self, asks: Any) -> list[float | None]:
+        return [better(ask.first) - better(ask.second) for ask in asks]
+
+
+def test_several_responses_to_a_prompt_are_read_and_count_as_one_prompt() -> None:
+    ours = [[Text("good", 1), Text("bad", 1)], [Text("good good", 1), Text("good", 1)]]
+    theirs = [[Text("bad", 1), Text("bad", 1)], [Text("good", 1)]]
+    pairs = judged_pairs(Reader(), PROMPTS[:2], ours, theirs)
+    assert [(pair.place, pair.number, pair.log_odds) for pair in pairs] == [
+        *((0, 0, 1.0), (0, 1, 0.0)),  # the second one with the second one
+        *((1, 0, 1.0), (1, 1, 0.0)),  # both with the only one
+    ]
+    found = won(pairs, 0.5)
+    assert found is not None and (found["win"], found["tie"], found["pairs"]) == (0.5, 0.5, 4)
+    once = won([pairs[0], pairs[3]], 0.5)
+    doubled = won([pairs[0], pairs[0], pairs[3], pairs[3]], 0.5)
+    assert once is not None and doubled is not None
+    for each in ("win", "tie", "p", "preference"):  # copies of a response tell nothing new
+        assert doubled[each] == pytest.approx(once[each]), each
+
+
+def test_agreement_with_people_and_with_another_scorer() -> None:
+    """Of four pairs the judge finds two right, one wrong, and has one tie: (2 + 1/2) / 4."""
+    ours = [[Text(text, 1)] for text in ("good", "good", "bad", "bad")]
+    theirs = [[Text(text, 1)] for text in ("bad", "bad", "good", "bad")]
+    pairs = judged_pairs(Reader(), PROMPTS[:4], ours, theirs)
+    found = agreement_with_people(pairs, 0.5)
+    assert (found["mean"], found["pairs"], found["tied"], found["failed"]) == (0.625, 4, 0.25, 0)
+    assert found["low"] < 0.5 < found["high"]
+    scores = {"theirs": torch.tensor([[0.0], [1.0], [math.nan], [0.0]])}
+    agrees = agreement_with_scores({"theirs": pairs}, torch.ones(4, 1), scores, 0.5)
+    # of the first (agreed) and the last (the judge has a tie); the second ties, the third is none
+    assert (agrees["mean"], agrees["pairs"], agrees["tied"]) == (0.75, 2, 0.5)
+    assert agreement_with_people([], 0.5) == {"pairs": 0, "tied": None, "failed": 0}
+
+
+def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
+    fake: Callable[..., FakeJudge], tmp_path: Path
+) -> None:
+    server = fake(lambda a, b: better(a) - better(b))  # a call costs 120 millionths
+    words = ["judge_prices=[1,10]", "judge_concurrency=2"]
+    with pytest.raises(
+        RunError, match=r"judge_max_cost=0.0005 is spent after [56] calls, and 1[01]"
+    ):
+        report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
+    asked = len(server.asked)
+    assert asked in (5, 6)  # the fifth goes beyond it, one more may be under way
+    _, counts = report(config(server.url, tmp_path, *words, "judge_max_cost=1"))
+    assert counts["cached"] == asked and len(server.asked) == 16
 
 
 @pytest.mark.parametrize(
@@ -251,6 +310,8 @@ def test_only_prompts_that_both_answered_are_asked() -> None:
         (["judge_tie=1"], "judge_tie is not used by judge=null; set it to 0.5"),
         (["judge=runs/demo/sft", "judge_model=x"], "judge_model=x is for endpoints"),
         (["judge=http://x/v1", "judge_model=m", "judge_prices=[1]"], "takes two prices"),
+        (["judge=http://x/v1", "judge_model=m", "judge_max_cost=1"], "for endpoints with judge_pr"),
+        (["judge=runs/demo/sft", "judge_samples=5"], "judge_samples=5 exceeds algo.samples=4"),
         (["judge=http://me:secret@x/v1", "judge_model=m"], "judge holds a name or password"),
     ],
 )
@@ -266,13 +327,19 @@ def test_judges_in_the_report(fake: Callable[..., FakeJudge], tmp_path: Path) ->
     words = ["baselines=[runs/demo/adapter]", "judge_tie=0", f"data.cache={tmp_path}/cache"]
     found = evaluated(tmp_path / "a", *words, f"judge={server.url}", "judge_model=m")["judge"]
     assert list(found["win_rates"]) == ["runs/demo/adapter", "references"]
+    assert found["agreement"]["people"]["pairs"] == 8  # rows that are held out
+    assert 0 <= found["agreement"]["gold"]["mean"] <= 1
     assert found["calls"] == len(server.asked) and found["model"] == "m"
 
     question = tmp_path / "question.txt"
     question.write_text("{prompt}{first}|{second}: ")
-    words = [*words, "judge=runs/demo/sft", f"judge_prompt={question}"]
-    found = evaluated(tmp_path / "b", *words)["judge"]
-    assert found["calls"] == 20 and found["win_rates"]["references"]["failed"] == 0
+    words = [*words, "judge=runs/demo/sft", f"judge_prompt={question}", "judge_rows=0"]
+    found = evaluated(tmp_path / "b", *words, "judge_samples=2")["judge"]
+    assert (
+        found["calls"] == 40
+        and found["agreement"]["people"] is None
+        and found["win_rates"]["references"]["failed"] == 0
+    )
     question.write_text("{prompt}{first}: ")
     with pytest.raises(UserError, match="lacks {second}"):
         evaluated(tmp_path / "c", *words)
