@@ -315,6 +315,25 @@ def _judge(cfg: EvaluateConfig) -> Iterator[str]:
         yield f"judge_samples={cfg.judge_samples} exceeds algo.samples={cfg.algo.samples}"
 
 
+def _enumeration(cfg: EvaluateConfig) -> Iterator[str]:
+    """What the probabilities of whole responses are needed for."""
+    algo = cfg.algo
+    if not algo.enumerate:
+        return
+    asked = f"algo.enumerate={algo.enumerate}"
+    for key, value in {"reference": cfg.reference, "reward": cfg.reward}.items():
+        if value is None:
+            yield f"{asked} needs {key}=, which is null; give one"
+    if cfg.samples is not None:
+        yield f"{asked} asks a policy, but samples={cfg.samples} has all; set it to 0"
+    plain = {"beams": 1, "top_k": 0, "top_p": 1, "min_p": 0, "min_tokens": 0, "stop": []}
+    for name, neutral in {**plain, "repetition_penalty": 1}.items():
+        if getattr(algo, name) != neutral:
+            yield f"{asked} is of plain sampling: set algo.{name} to {neutral}"
+    if algo.temperature == 0:
+        yield f"{asked} is of plain sampling: set algo.temperature above 0"
+
+
 def _evaluation(cfg: Run) -> Iterator[str]:
     """What samples that are there already cannot tell."""
     if not isinstance(cfg, EvaluateConfig):
@@ -325,6 +344,7 @@ def _evaluation(cfg: Run) -> Iterator[str]:
     if cfg.best_of is not None and (cfg.algo.temperature == 0 or cfg.algo.beams > 1):
         how = "algo.temperature=0" if cfg.algo.temperature == 0 else f"algo.beams={cfg.algo.beams}"
         yield f"best_of={cfg.best_of} is for sampling, but {how} does not"
+    yield from _enumeration(cfg)
     if cfg.samples is None:
         return
     asked = {"prompted": cfg.prompted, "choices": cfg.choices, "best_of": cfg.best_of}

@@ -1,5 +1,6 @@
 """What an evaluation has found of each policy, and the report that is made of it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Findings:
     results: the figures of each.
     read: the responses of each to each prompt that a judge reads.
     lines: of samples.jsonl: what each wrote, and what each judge says of it.
+    bounds: what is best at all, of responses that were enumerated; None without any.
     """
 
     cfg: EvaluateConfig
@@ -48,6 +50,7 @@ class Findings:
     results: dict[str, Figures] = field(default_factory=dict)
     read: dict[str, Texts] = field(default_factory=dict)
     lines: list[dict[str, object]] = field(default_factory=list)
+    bounds: Figures | None = None
     _every: list[Sampled] = field(default_factory=list)
     _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     _right: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,8 +61,18 @@ class Findings:
         for temperature in [algo.temperature, *algo.temperatures]:
             self.contests[temperature] = Contest(algo.tie)
 
-    def add(self, name: str, sampled: Sampled, temperature: float) -> None:
-        """All responses of a policy at a temperature, judged."""
+    def add(
+        self,
+        name: str,
+        sampled: Sampled,
+        temperature: float,
+        tokens: Sequence[Mapping[str, object]],
+    ) -> None:
+        """All responses of a policy at a temperature, judged.
+
+        Args:
+            tokens: of each response its KL, where it is known, and what `TokenLines` makes of it.
+        """
         self.names += [name] if name not in self.names else []
         self.contests[temperature].scores[name] = sampled.decisive
         self._every.append(sampled)
@@ -73,7 +86,8 @@ class Findings:
         for i, rollout in enumerate(sampled.rollouts):
             reward = columns["reward"][i] if "reward" in columns else None
             gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
-            row = generated_row(rollout, i % sampled.samples, reward, parts_at(parts, i))
+            of_terms = parts_at(parts, i)
+            row = generated_row(rollout, i % sampled.samples, reward, of_terms, tokens[i])
             whose = {"policy": referenced(name), "temperature": temperature}
             self.lines.append({**whose, **row, **gold})
 
@@ -118,7 +132,7 @@ class Findings:
         anchor = anchor_of(cfg, self.names)
         return {
             "policies": self.over_reference(),
-            "frontier": frontier_of(self.results, cfg.reference),
+            "frontier": frontier_of(self.results, cfg.reference, self.bounds),
             **won_by(main, self.names),
             "head_to_heads": main.head_to_heads(),
             "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
@@ -128,6 +142,7 @@ class Findings:
                 for temperature in sorted(self.contests)
                 if len(self.contests) > 1
             },
+            "enumerated": self.bounds,
             "references": figures_of(bench.references, {}) if bench.references else None,
             "choices_by_chance": by_chance(bench.questions) if bench.questions else None,
             "prompts": len(bench.prompts),

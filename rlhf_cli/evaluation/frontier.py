@@ -1,8 +1,8 @@
 """The frontier: what reward and gold cost in KL to the reference, for policies and best of n.
 
-A point is a policy as it was sampled here, the best of n samples of the reference, or an evaluation
-that a policy's own training has logged. Compare points at equal KL: more reward for more KL is no
-better way to it.
+A point is a policy as it was sampled here, the best of n samples of the reference, an evaluation
+that a policy's own training has logged, or the optimum, which nothing lies above. Compare points at
+equal KL: more reward for more KL is no better way to it.
 """
 
 import json
@@ -15,19 +15,26 @@ from rlhf_cli.reporting.plots import Curve
 
 Point = dict[str, Any]
 
-POLICY, BEST_OF, TRAINING = "policy", "best of n", "training"
-"""What a point is: sampled here, n of the reference's samples, a line of a metrics.jsonl."""
+POLICY, BEST_OF, TRAINING, OPTIMUM = "policy", "best of n", "training", "optimum"
+"""What a point is: sampled here, n of the reference's samples, a line of a metrics.jsonl, or
+enumerated.
+"""
 
 JUDGES = ("gold", "reward")
 
 
-def frontier_of(results: Mapping[str, Mapping[str, Any]], reference: str | None) -> list[Point]:
+def frontier_of(
+    results: Mapping[str, Mapping[str, Any]],
+    reference: str | None,
+    bounds: Mapping[str, Any] | None = None,
+) -> list[Point]:
     """The points, policy by policy; empty where no KL was measured.
 
     Args:
         results: the figures of each policy.
         reference: that KL is measured to; of it stand the points of best of n, at the bound of
             their KL.
+        bounds: what was enumerated of it; then best of n stands at its true KL, and the optimum.
     """
     points: list[Point] = []
     for path, figures in results.items():
@@ -37,11 +44,17 @@ def frontier_of(results: Mapping[str, Mapping[str, Any]], reference: str | None)
         own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
         points.append({"policy": path, "from": POLICY, "kl": kl, **own})
         points += trained(path)
-        if reference is not None and path == str(Path(reference)):
+        if reference is not None and path == str(Path(reference)) and bounds is None:
             for n, best in figures.get("best_of", {}).items():
                 own = {judge: best[judge] for judge in JUDGES if judge in best}
                 kl = {"mean": best["kl_bound"], "stderr": 0.0}
                 points.append({"policy": path, "from": BEST_OF, "n": int(n), "kl": kl, **own})
+    if reference is not None and bounds is not None:
+        path = str(Path(reference))
+        for n, best in bounds["best_of"].items():
+            points.append({"policy": path, "from": BEST_OF, "n": int(n), **best})
+        for best in bounds["optimum"]:
+            points.append({"policy": path, "from": OPTIMUM, **best})
     return points
 
 
@@ -86,7 +99,8 @@ def curves_of(points: Sequence[Point], judge: str, names: Mapping[str, str]) -> 
                 [mean - error for mean, error in zip(means, errors, strict=True)],
                 [mean + error for mean, error in zip(means, errors, strict=True)],
             )
-        name = f"best of n of {names[path]}" if kind == BEST_OF else names[path]
+        name = names.get(path, path)  # the reference need not be among the policies
+        name = name if kind in (POLICY, TRAINING) else f"{kind} of {name}"
         x = [point["kl"]["mean"] for point in own]
         drawn.append(Curve(name, x, means, *bars, joined=kind != POLICY))
     return drawn

@@ -20,8 +20,8 @@ from rlhf_cli.reporting.terminal import on_one_line
 
 PAGE = "page"
 TEMPLATE = "page.html"
-STYLES = ("page.css",)
-SCRIPTS = ("page.js", "charts.js")
+STYLES = ("page.css", "samples.css")
+SCRIPTS = ("page.js", "charts.js", "texts.js", "tokens.js", "samples.js")
 """Files of page/ in every page, in this order: a script sees what earlier ones name."""
 
 MADE_BY = "rlhf-cli report"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlhf_cli.views import charts
 from rlhf_cli.views.charts import Figure, Group
 from rlhf_cli.views.html import Section, folded, page, said, table
 from rlhf_cli.views.records import Record, read_record
+from rlhf_cli.views.samples import samples_of
 
 SEED = "seed"
 ONLINE = ("ppo", "grpo")
@@ -43,6 +45,11 @@ class Runs:
     records: list[Record]
     names: list[str]
     figures: dict[str, Figure] = field(default_factory=dict)
+
+    @cached_property
+    def samples(self) -> Any:
+        """What the browser of samples shows; nothing where no run has any."""
+        return samples_of(self.records)
 
     @property
     def evaluations(self) -> list[tuple[str, Record]]:
@@ -114,10 +121,11 @@ def sections_of(runs: Runs) -> list[Section]:
         Section("ratings", "Ratings", ratings(runs)),
         Section("rewards", "Rewards before and after", rewards(runs)),
         Section("calibration", "Calibration", calibration(runs)),
+        Section("samples", "Samples") if runs.samples else None,  # samples.js fills it
         Section("curves", "Training", training(runs)),
         Section("settings", "Settings", settings(runs)),
     ]
-    return [each for each in parts if each.body]
+    return [each for each in parts if each is not None and (each.body or each.name == "samples")]
 
 
 def data_of(runs: Runs) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def data_of(runs: Runs) -> dict[str, Any]:
         for i, panel in enumerate(figure.panels)
     }
     look = {**{name: f"var(--{name})" for name in LIGHT}, "page": "transparent"}
-    return {"charts": specs, "theme": theme(look)}
+    return {"charts": specs, "theme": theme(look), "samples": runs.samples}
 
 
 # --------------------------------------------------------------------------- lineage

@@ -138,6 +138,27 @@ def test_the_best_of_n_is_a_policy_of_its_own(tmp_path: Path) -> None:
             evaluated(tmp_path / "no", *words, "best_of_n=8", wrong)
 
 
+def test_the_optimum_on_a_space_that_is_enumerated(tmp_path: Path) -> None:
+    """One token of 280: all responses are known."""
+    words = ["baselines=[]", "algo.max_tokens=1", "data.max_response_tokens=1", "algo.prompts=3"]
+    report = evaluated(tmp_path / "out", *words, "algo.enumerate=300", "algo.samples=64")
+    found, own = report["enumerated"], report["policies"]["runs/demo/sft"]
+    assert 200 < found["responses"] <= 280 and found["covered_least"] == pytest.approx(1, abs=1e-4)
+    one, best = found["best_of"]["1"], found["best_of"]["64"]
+    assert one["kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert one["reward"]["mean"] == pytest.approx(own["reward"]["mean"], abs=0.1)
+    assert 0 < best["kl"]["mean"] <= math.log(64) - 63 / 64
+    curve = [(each["kl"]["mean"], each["reward"]["mean"]) for each in found["optimum"]]
+    assert curve == sorted(curve)
+    assert {"optimum", "best of n"} < {point["from"] for point in report["frontier"]}
+    for wrong, line in {
+        "algo.top_k=2": "algo.enumerate=9 is of plain sampling: set algo.top_k to 0",
+        "reference=null": "algo.enumerate=9 needs reference=",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            evaluated(tmp_path / "no", *words, "algo.enumerate=9", wrong)
+
+
 def test_the_best_is_one_with_a_score() -> None:
     nan = math.nan
     scores = torch.tensor([[1.0, 3.0, nan], [nan, nan, nan], [-9.0, nan, -math.inf]])
@@ -189,7 +210,7 @@ def test_choices_are_asked_of_every_policy(tmp_path: Path) -> None:
 
 EVERYTHING = [
     *("baselines=[runs/demo/adapter]", "algo.temperatures=[0]", "algo.overlap=true"),
-    *("best_of=runs/demo/adapter", "best_of_n=2"),
+    *("best_of=runs/demo/adapter", "best_of_n=2", "algo.enumerate=5"),
     *("prompted=runs/demo/adapter", "few_shot=1", "data.max_response_tokens=7", "data.format=rows"),
     *("judge=runs/demo/sft", "judge_tie=0", "choices=choices.jsonl", "judge_prompt=question.txt"),
 ]

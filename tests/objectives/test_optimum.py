@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_cli.objectives.advantages import at_last, gae, kl_shaped_rewards
 from rlhf_cli.objectives.kl import k1
 from rlhf_cli.objectives.likelihood import sequence_logprob
+from rlhf_cli.objectives.optimum import best_of_n_probabilities, divergence, optimum
 from rlhf_cli.objectives.preference import dpo_loss, ipo_loss, robust_dpo_loss
 from rlhf_cli.objectives.reward_model import bradley_terry_loss, kwise_loss, plackett_luce_loss
 from tests.objectives.online import PPO, learn
@@ -187,3 +188,24 @@ def test_sampled_ppo_reaches_the_optimum_and_meets_dpo(seed: int) -> None:
     found = learn(TWO, PPO, seed)
     assert TWO.distance(found) < 0.02
     assert TWO.distance(found, TWO.probabilities(dpo(PREFERRED))) < 0.05
+
+
+def test_the_optimum_in_closed_form_and_best_of_n_below_it() -> None:
+    """No policy that is nearer to the reference has more reward: not the best of n."""
+    logprobs = TWO.logprobs(TWO.reference).sum(-1)
+    assert (optimum(logprobs, REWARD, BETA) - TWO.optimum).abs().max() < 1e-12
+
+    def place(probabilities: Tensor) -> tuple[float, float]:
+        return divergence(probabilities, logprobs), (probabilities * REWARD).sum().item()
+
+    curve = [place(optimum(logprobs, REWARD, 2.0**power)) for power in range(8, -12, -1)]
+    assert curve == sorted(curve) and curve[0][0] < 1e-5
+    for n in (2, 3, 8, 64):
+        kl, reward = place(best_of_n_probabilities(logprobs.exp(), REWARD, n))
+        nearest = max(each for of, each in curve if of <= kl)
+        beyond = min(each for of, each in curve if of >= kl)
+        assert nearest - 0.1 < reward <= beyond
+    # all of it on one response of probability p is log 1/p away
+    alone = torch.zeros(9, dtype=torch.double)
+    alone[4] = 1
+    assert divergence(alone, logprobs) == pytest.approx(-logprobs[4].item())

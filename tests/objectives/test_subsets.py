@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from rlhf_cli.objectives.optimum import best_of_n_probabilities
 from rlhf_cli.objectives.subsets import (
     best_of,
     best_of_n_kl_bound,
@@ -58,31 +59,17 @@ def test_each_formula_is_the_mean_over_all_subsets(n: int) -> None:
     assert voted  # of each row
 
 
-def best_of_n_probs(probs: torch.Tensor, scores: torch.Tensor, n: int) -> torch.Tensor:
-    """The distribution of the best of n on a space that can be enumerated: F(y)^n - F(y-)^n.
-
-    Args:
-        probs: (Y,) of one sample.
-        scores: (Y,) what chooses; responses of one score share what falls to it as they do in one.
-    """
-    levels, place = scores.unique(return_inverse=True)
-    mass = torch.zeros(len(levels), dtype=torch.double).index_add(0, place, probs.double())
-    up_to = mass.cumsum(0)
-    won = up_to**n - (up_to - mass) ** n
-    return probs.double() * (won / mass.clamp(min=torch.finfo(torch.double).tiny))[place]
-
-
 def test_the_kl_of_best_of_n_is_at_most_its_bound_and_close_on_a_fine_space() -> None:
     generator = torch.Generator().manual_seed(0)
     for n in (1, 2, 8, 64):
         rough = torch.rand(5, generator=generator).double()
         rough /= rough.sum()
         scores = torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0])
-        best = best_of_n_probs(rough, scores, n)
+        best = best_of_n_probabilities(rough, scores, n)
         assert best.sum().item() == pytest.approx(1)
         assert (best * (best / rough).log()).sum().item() <= best_of_n_kl_bound(n) + 1e-12
         fine = torch.full((200_000,), 1 / 200_000, dtype=torch.double)
-        best = best_of_n_probs(fine, torch.arange(200_000.0), n).clamp(min=1e-300)
+        best = best_of_n_probabilities(fine, torch.arange(200_000.0), n).clamp(min=1e-300)
         kl = (best * (best / fine).log()).sum().item()
         assert kl == pytest.approx(best_of_n_kl_bound(n), abs=1e-3)
     assert best_of_n_kl_bound(2) == pytest.approx(math.log(2) - 0.5)

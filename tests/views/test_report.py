@@ -100,7 +100,7 @@ def test_each_part_of_a_chain_is_shown_and_every_figure_has_data(chain: Path) ->
     sections = [each["id"] for tag, each in read.tags if tag == "section"]
     assert sections == [
         *("lineage", "policies", "frontier", "wins", "ratings", "rewards", "calibration"),
-        *("curves", "settings"),
+        *("samples", "curves", "settings"),
     ]
     asked = [each["data-chart"] for _, each in read.tags if "data-chart" in each]
     drawn = json.loads(read.scripts[0])["charts"]
