@@ -126,7 +126,7 @@ def draw(name: str, rows: list[tuple[int, float, float]], device: str) -> None:
     }
     PICTURES.mkdir(exist_ok=True)
     across = f"{axis.label} ({axis.job})"
-    curves_picture(PICTURES / f"{name}.png", "", across, panels)
+    curves_picture(PICTURES / f"{name}.png", "", across, panels, zero=True)
 
 
 def main() -> None:

@@ -112,13 +112,19 @@ class Curve:
 
 
 def curve_panel(
-    measured: str, across: str, curves: Sequence[Curve], names: Sequence[str], titled: bool = True
+    measured: str,
+    across: str,
+    curves: Sequence[Curve],
+    names: Sequence[str],
+    titled: bool = True,
+    zero: bool = False,
 ) -> "Panel":
     """A panel of what is measured over x.
 
     Args:
         names: all that have a colour, in its order.
         titled: whether the axis says what is measured, where no title does.
+        zero: whether the axes begin there.
     """
     import altair as alt
 
@@ -128,10 +134,10 @@ def curve_panel(
     # a dot in the name of a column would be a path to Vega, so columns have plain ones
     colour = alt.Color("name:N").scale(domain=list(names))
     shown = colour.legend(None) if len(names) < 2 else colour
-    x = alt.X("x:Q").title(across).scale(zero=False, nice=False, padding=6)
-    y = alt.Y("y:Q").title(up).scale(zero=False)
+    x = alt.X("x:Q").title(across).scale(zero=zero, nice=False, padding=6)
+    y = alt.Y("y:Q").title(up).scale(zero=zero)
     base = alt.Chart().encode(x=x, y=y, color=shown)  # each layer would copy the data
-    ends = {"y": alt.Y("low:Q").title(up).scale(zero=False), "y2": "high:Q"}
+    ends = {"y": alt.Y("low:Q").title(up).scale(zero=zero), "y2": "high:Q"}
     tooltip = [
         alt.Tooltip("name:N").title("run"),
         alt.Tooltip("x:Q").title(across).format(".6~g"),
@@ -300,16 +306,20 @@ def lengths_picture(file: Path, lengths: Mapping[str, Sequence[int]]) -> None:
 
 
 def curves_picture(
-    file: Path, title: str, across: str, panels: Mapping[str, Sequence[Curve]]
+    file: Path, title: str, across: str, panels: Mapping[str, Sequence[Curve]], zero: bool = False
 ) -> None:
     """A panel below the other for each thing that is measured, over the same x, as a file.
 
     Args:
         across: what x is.
         panels: curves by what their y is; a name has one colour in all of them.
+        zero: whether the axes begin there.
     """
     names = names_in(panels)
-    drawn = [curve_panel(measured, across, curves, names) for measured, curves in panels.items()]
+    drawn = [
+        curve_panel(measured, across, curves, names, zero=zero)
+        for measured, curves in panels.items()
+    ]
     write_picture(file, drawn, title)
 
 

@@ -112,8 +112,8 @@ def _place(name: str) -> int:
     return next((i for i, each in enumerate(FIRST) if fnmatch.fnmatch(name, each)), len(FIRST))
 
 
-def training_figure(stage: str, metric: str, groups: Sequence[Group]) -> Figure:
-    """A metric over steps: learnt from in lines, held-out in dashed ones."""
+def training_figure(stage: str, metric: str, groups: Sequence[Group]) -> Figure | None:
+    """A metric over steps: learnt from in lines, held-out in dashed ones; None without a point."""
     most = points_of_each(groups)
     curves = [
         curve
@@ -121,6 +121,8 @@ def training_figure(stage: str, metric: str, groups: Sequence[Group]) -> Figure:
         for name in (metric, EVAL + metric)
         if (curve := curve_of(group, name, most))
     ]
+    if not curves:
+        return None
     names = [group.name for group in groups[:MOST_CURVES]]
     ends = "; ".join(
         f"{each.name}{' held out' if each.dashed else ''} from {each.y[0]:.4g} to {each.y[-1]:.4g}"

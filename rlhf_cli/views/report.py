@@ -365,7 +365,7 @@ def training(runs: Runs) -> str:
     parts = []
     for stage in dict.fromkeys(each.node.stage for each in runs.records):
         groups = [each for each in groups_of(runs, stage) if any(r.metrics for r in each.records)]
-        names = charts.metrics_of(groups)
+        names = charts.metrics_of(groups[: charts.MOST_CURVES])
         if not names:
             continue
         first = charts.first_of(names)
