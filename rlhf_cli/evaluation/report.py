@@ -13,7 +13,7 @@ from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.beside import lines_beside, plus_minus
 from rlhf_cli.evaluation.frontier import JUDGES, curves_of
 from rlhf_cli.evaluation.judging import Report, calibration_of
-from rlhf_cli.evaluation.temperatures import AGAINST, temperature_panels
+from rlhf_cli.evaluation.temperatures import temperature_panels
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.reporting.console import say, table
