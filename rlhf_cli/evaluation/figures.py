@@ -25,6 +25,9 @@ from rlhf_cli.runs.policy import Policy
 
 Figures = dict[str, Any]
 
+JUDGES = ("reward", "gold")
+"""Those who choose and decide; other scorers only tell what they see."""
+
 COMPARES_ANSWERS = ("exact_answer", "math_answer", "close_answer")
 """Rules that look at the final answer of a response: responses that give the same one agree."""
 
@@ -33,7 +36,7 @@ COMPARES_ANSWERS = ("exact_answer", "math_answer", "close_answer")
 class Sampled:
     """K responses of a policy to each of N prompts, prompt by prompt, and what judges say of them.
 
-    said: by judge, gold and reward, as far as there are any.
+    said: by judge, as `scorers_of` names them.
     """
 
     rollouts: list[Rollout]
@@ -45,13 +48,25 @@ class Sampled:
         return self.said[judge].total.view(-1, self.samples)
 
     @property
+    def decides(self) -> str:
+        """Who decides who wins: gold where there is gold."""
+        return "gold" if "gold" in self.said else "reward"
+
+    @property
     def decisive(self) -> Tensor:
-        """(N, K) the scores that decide who wins: gold's where there is gold."""
-        return self.of("gold" if "gold" in self.said else "reward")
+        """(N, K) its scores."""
+        return self.of(self.decides)
 
     def by_prompt(self, values: Sequence[float]) -> Tensor:
         """(N, K) of a value of each response."""
         return torch.tensor(values, dtype=torch.double).view(-1, self.samples)
+
+
+def scorers_of(cfg: EvaluateConfig) -> dict[str, str]:
+    """What scores responses, by the name that its figures have: reward, gold, scores/SPEC."""
+    named = {"reward": cfg.reward, "gold": cfg.gold}
+    others = {f"scores/{spec}": spec for spec in cfg.scorers}
+    return {name: spec for name, spec in (named | others).items() if spec is not None}
 
 
 def figures_of(sampled: Sampled, specs: Mapping[str, str]) -> Figures:
@@ -108,7 +123,7 @@ def best_of_samples(sampled: Sampled) -> dict[str, Figures]:
     """
     if "reward" not in sampled.said or sampled.samples == 1:
         return {}
-    scores = {judge: sampled.of(judge) for judge in sampled.said}
+    scores = {judge: sampled.of(judge) for judge in JUDGES if judge in sampled.said}
     known = ~torch.stack([each.isnan().any(-1) for each in scores.values()]).any(0)  # (N,)
     if not known.any():
         return {}

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.evaluation.figures import JUDGES
 from rlhf_cli.reporting.plots import Curve
 
 Point = dict[str, Any]
@@ -19,8 +20,6 @@ POLICY, BEST_OF, TRAINING, OPTIMUM = "policy", "best of n", "training", "optimum
 """What a point is: sampled here, n of the reference's samples, a line of a metrics.jsonl, or
 enumerated.
 """
-
-JUDGES = ("gold", "reward")
 
 
 def frontier_of(
@@ -61,14 +60,17 @@ def frontier_of(
 def trained(path: str) -> list[Point]:
     """What the evaluations of a policy's own training have logged, if they measured a KL.
 
-    They have no error, and stand for the prompts of `algo.eval_prompts`.
+    They stand for the prompts of `algo.eval_prompts`; the KL has no error there.
     """
     points: list[Point] = []
     with suppress(OSError, ValueError):
         lines = (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for line in map(json.loads, lines):
             own = {
-                judge: {"mean": line[f"eval/{judge}"]}
+                judge: {
+                    "mean": line[f"eval/{judge}"],
+                    **({"stderr": error} if (error := line.get(f"eval/{judge}_stderr")) else {}),
+                }
                 for judge in JUDGES
                 if isinstance(line.get(f"eval/{judge}"), float | int)
             }

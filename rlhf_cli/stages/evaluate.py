@@ -30,6 +30,7 @@ from rlhf_cli.evaluation.figures import (
     entropy_of,
     estimated_kl,
     figures_of,
+    scorers_of,
 )
 from rlhf_cli.evaluation.findings import Findings, text_of
 from rlhf_cli.evaluation.judge_asks import PairJudge, asked_text, identity_of, judge_of
@@ -176,10 +177,8 @@ def asked_of_people(judge: PairJudge, session: Session, cfg: EvaluateConfig) -> 
 
 def figures_by(bench: Bench, sampled: Sampled) -> Figures:
     """What the samples of a policy tell."""
-    specs = {"reward": bench.cfg.reward, "gold": bench.cfg.gold}
-    named = {name: spec for name, spec in specs.items() if spec is not None}
     return {
-        **figures_of(sampled, named),
+        **figures_of(sampled, scorers_of(bench.cfg)),
         "text": text_figures(sampled, bench.texts, bench.seen),
     }
 

@@ -14,7 +14,7 @@ def figures(kl: float, gold: float) -> dict[str, object]:
 def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "reward": 3.0},
-        {"step": 2, "eval/gold": 1.5, "eval/kl": 0.5, "eval/reward": None},
+        {"step": 2, "eval/gold": 1.5, "eval/gold_stderr": 0.1, "eval/kl": 0.5, "eval/reward": None},
         {"step": 4, "eval/gold": 2.5, "eval/kl": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -34,7 +34,7 @@ def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) 
         "from": TRAINING,
         "step": 2,
         "kl": {"mean": 0.5},
-        "gold": {"mean": 1.5},
+        "gold": {"mean": 1.5, "stderr": 0.1},
     }
     assert points[-1]["n"] == 1 and points[-1]["kl"]["mean"] == 0
     assert frontier_of(results, None)[-1]["from"] == POLICY
