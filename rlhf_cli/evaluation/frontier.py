@@ -41,13 +41,15 @@ def frontier_of(
         if kl is None:
             continue
         own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
-        points.append({"policy": path, "from": POLICY, "kl": kl, **own})
+        at_most = {} if figures.get("kl") else {"at_most": True}
+        points.append({"policy": path, "from": POLICY, "kl": kl, **at_most, **own})
         points += trained(path)
         if reference is not None and path == str(Path(reference)) and bounds is None:
             for n, best in figures.get("best_of", {}).items():
                 own = {judge: best[judge] for judge in JUDGES if judge in best}
                 kl = {"mean": best["kl_bound"], "stderr": 0.0}
-                points.append({"policy": path, "from": BEST_OF, "n": int(n), "kl": kl, **own})
+                point = {"policy": path, "from": BEST_OF, "n": int(n), "kl": kl, "at_most": True}
+                points.append({**point, **own})
     if reference is not None and bounds is not None:
         path = str(Path(reference))
         for n, best in bounds["best_of"].items():
@@ -102,7 +104,7 @@ def curves_of(points: Sequence[Point], judge: str, names: Mapping[str, str]) -> 
                 [mean + error for mean, error in zip(means, errors, strict=True)],
             )
         name = names.get(path, path)  # the reference need not be among the policies
-        name = name if kind in (POLICY, TRAINING) else f"{kind} of {name}"
+        name = {BEST_OF: f"best of n of {name}", OPTIMUM: "optimum by reward"}.get(kind, name)
         x = [point["kl"]["mean"] for point in own]
         drawn.append(Curve(name, x, means, *bars, joined=kind != POLICY))
     return drawn
