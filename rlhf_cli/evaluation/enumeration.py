@@ -18,7 +18,7 @@ from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.evaluation.bench import Bench
-from rlhf_cli.evaluation.figures import JUDGES
+from rlhf_cli.evaluation.frontier import JUDGES
 from rlhf_cli.models.decoder import hidden_states, unembed
 from rlhf_cli.models.tokenizers import ids_of_no_token
 from rlhf_cli.objectives.estimates import clustered_mean

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import EvaluateConfig, Hardware
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.evaluation.frontier import JUDGES
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, ratio_mean
 from rlhf_cli.objectives.kl import k1
@@ -24,9 +25,6 @@ from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.policy import Policy
 
 Figures = dict[str, Any]
-
-JUDGES = ("reward", "gold")
-"""Those who choose and decide; other scorers only tell what they see."""
 
 COMPARES_ANSWERS = ("exact_answer", "math_answer", "close_answer")
 """Rules that look at the final answer of a response: responses that give the same one agree."""

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.evaluation.figures import JUDGES
 from rlhf_cli.reporting.plots import Curve
 
 Point = dict[str, Any]
@@ -20,6 +19,9 @@ POLICY, BEST_OF, TRAINING, OPTIMUM = "policy", "best of n", "training", "optimum
 """What a point is: sampled here, n of the reference's samples, a line of a metrics.jsonl, or
 enumerated.
 """
+
+JUDGES = ("gold", "reward")
+"""Those who decide and choose; other scorers only tell what they see."""
 
 
 def frontier_of(

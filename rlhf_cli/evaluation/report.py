@@ -10,8 +10,7 @@ from typing import Any
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.config.stages import place_in_chain
-from rlhf_cli.evaluation.figures import JUDGES
-from rlhf_cli.evaluation.frontier import curves_of
+from rlhf_cli.evaluation.frontier import JUDGES, curves_of
 from rlhf_cli.evaluation.judging import Report, calibration_of
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
@@ -97,7 +96,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     kl = "KL" if cfg.reference is None else f"KL to {name_of(cfg.reference)}"
     columns: dict[str, Callable[[str], object]] = {
         "policy": name_of,
-        **{name: partial(_estimate, results, name) for name in ("gold", "reward")},
+        **{name: partial(_estimate, results, name) for name in JUDGES},
         **{spec: partial(_estimate, results, f"scores/{spec}") for spec in cfg.scorers},
         kl: partial(_kl, results),
         "held-out loss": lambda path: results[path].get("text_loss"),
