@@ -1,5 +1,7 @@
 """A server with the routes of vLLM 0.30 that hardware.rollout=vllm asks; a tiny model behind it.
 
+What vLLM's workers do by NCCL is done by gloo, a thread for each of them.
+
 Answers have the fields that vLLM documents, and no others. It keeps the keys and values of whole
 prompts, so that a prompt asked again after other weights are loaded is answered with old ones,
 unless the cache was reset. What it does wrong is said by its attributes.
@@ -7,18 +9,36 @@ unless the cache was reset. What it does wrong is said by its attributes.
 
 import copy
 import json
+import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+
+
+class Text(str):
+    """An answer that is no JSON."""
+
+
+def gloo(host: str, port: int, rank: int, size: int) -> Any:
+    """A group that NCCL's stands for, of this process or thread."""
+    limit = timedelta(seconds=20)
+    store = dist.TCPStore(host, port, None, rank == 0, limit, False)  # type: ignore[attr-defined]
+    return dist.ProcessGroupGloo(store, rank, size, limit)
 
 
 class Stub:
@@ -29,6 +49,8 @@ class Stub:
     deaf: it says that it has loaded weights, and has not.
     sticky: its cache is never reset, and it knows no salt.
     raw: log-probs are those before temperature.
+    workers: processes that its model is spread over.
+    adapters: by name, as `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 allow them.
     """
 
     def __init__(self, folder: Path, longest: int = 128) -> None:
@@ -39,6 +61,8 @@ class Stub:
         self.dev = True
         self.hangs = 1.5  # seconds
         self.held = 0  # resets that find blocks still held
+        self.workers = 1
+        self.received: list[str] = []  # names of the tensors of the newest update, in order
         self.asked: list[tuple[str, Any]] = []
         self.text_of: Any = lambda ids: " ".join(map(str, ids))
         self._guard = threading.Lock()
@@ -49,6 +73,9 @@ class Stub:
         self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.label, self.paused = "default", False
         self.cache: dict[Any, Any] = {}
+        self.adapters: dict[str, Any] = {}
+        self.groups: list[Any] = []  # of each worker, with the trainer
+        self.update: dict[str, torch.Tensor] | None = None
 
     @property
     def routes(self) -> list[str]:
@@ -86,7 +113,10 @@ class Stub:
             ("GET", "/version"): lambda: {"version": self.version},
             ("GET", "/v1/models"): lambda: {
                 "object": "list",
-                "data": [{"id": "policy", "max_model_len": self.longest}],
+                "data": [
+                    {"id": "policy", "max_model_len": self.longest},
+                    *({"id": name, "max_model_len": None} for name in self.adapters),
+                ],
             },
             ("POST", "/v1/completions"): lambda: self.completion(body),
         }
@@ -97,6 +127,13 @@ class Stub:
             ("POST", "/reset_prefix_cache"): self.reset,
             ("POST", "/update_weight_version"): lambda: self.name(body["new_version"]),
             ("GET", "/weight_info"): lambda: {"weight_version": self.label},
+            ("POST", "/v1/load_lora_adapter"): lambda: self.load_adapter(body),
+            ("POST", "/v1/unload_lora_adapter"): lambda: self.unload_adapter(body["lora_name"]),
+            ("GET", "/get_world_size"): lambda: {"world_size": self.workers},
+            ("POST", "/init_weight_transfer_engine"): lambda: self.join(body["init_info"]),
+            ("POST", "/start_weight_update"): self.start_update,
+            ("POST", "/update_weights"): lambda: self.receive(body["update_info"]),
+            ("POST", "/finish_weight_update"): self.finish_update,
         }
         act = {**plain, **(developing if self.dev else {})}.get((method, route))
         if act is None:
@@ -104,6 +141,8 @@ class Stub:
         with self._guard:
             try:
                 return 200, act()
+            except LookupError as error:
+                return 404, {"error": {"message": str(error), "code": 404}}
             except (ValueError, OSError) as error:
                 return 500, {"error": {"message": str(error), "code": 500}}
 
@@ -136,17 +175,94 @@ class Stub:
             self.cache.clear()
         return {"success": True}
 
+    # ------------------------------------------------------------------ adapters
+
+    def load_adapter(self, body: dict[str, Any]) -> Text:
+        name, path = body["lora_name"], Path(body["lora_path"])
+        if name in self.adapters and not body["load_inplace"]:
+            raise ValueError(f"The lora adapter '{name}' has already been loaded.")
+        settings = json.loads((path / "adapter_config.json").read_text())
+        if settings["use_dora"] or settings["modules_to_save"]:
+            raise ValueError("vLLM does not yet support DoRA.")
+        if not self.deaf:
+            base = AutoModelForCausalLM.from_pretrained(self.folder)
+            self.adapters[name] = PeftModel.from_pretrained(base, path).eval()
+        else:
+            self.adapters[name] = self.model
+        return Text(f"Success: LoRA adapter '{name}' added successfully.")
+
+    def unload_adapter(self, name: str) -> Text:
+        if name not in self.adapters:
+            raise ValueError(f"The lora adapter '{name}' cannot be found.")
+        del self.adapters[name]
+        return Text(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    # ------------------------------------------------------------------ from GPU to GPU
+
+    def join(self, info: dict[str, Any]) -> dict[str, str]:
+        assert {*info} == {"master_address", "master_port", "rank_offset", "world_size"}
+        with ThreadPoolExecutor(self.workers) as pool:
+            own = [
+                pool.submit(
+                    gloo,
+                    info["master_address"],
+                    info["master_port"],
+                    info["rank_offset"] + worker,
+                    info["world_size"],
+                )
+                for worker in range(self.workers)
+            ]
+            self.groups = [each.result() for each in own]
+        return {"message": "Weight transfer initialized"}
+
+    def start_update(self) -> dict[str, str]:
+        assert self.paused and self.update is None
+        self.update = {}
+        return {"message": "Weight update started"}
+
+    def receive(self, info: dict[str, Any]) -> dict[str, str]:
+        """Every worker gets every tensor, in the order that was told."""
+        assert self.update is not None and {*info} == {"names", "dtype_names", "shapes"}
+
+        def of_worker(group: Any) -> list[torch.Tensor]:
+            found = []
+            for dtype, shape in zip(info["dtype_names"], info["shapes"], strict=True):
+                found.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+                group.broadcast(found[-1], 0).wait()
+            return found
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            first, *others = pool.map(of_worker, self.groups)
+        for other in others:
+            assert all(map(torch.equal, first, other))
+        self.received = info["names"]
+        self.update = dict(zip(info["names"], first, strict=True))
+        return {"message": "Weights updated"}
+
+    def finish_update(self) -> dict[str, str]:
+        assert self.update
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(self.folder / "config.json", Path(folder) / "config.json")
+            save_file(self.update, Path(folder) / "model.safetensors", {"format": "pt"})
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            model, found = loaded
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+        if not self.deaf:
+            self.model = model.eval()
+        self.update = None
+        return {"message": "Weight update finished"}
+
     # ------------------------------------------------------------------ completions
 
     @torch.no_grad()
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         """One choice for each of n."""
-        assert not self.paused and body["model"] == "policy"
-        ids = body["prompt"]
+        assert not self.paused
+        ids, model = body["prompt"], self.model_of(body["model"])
         if len(ids) + body["max_tokens"] > self.longest:
             raise ValueError("maximum context length")
         if body.get("prompt_logprobs") is not None:
-            logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
             columns = [
                 {str(id): {"logprob": row[id].item(), "rank": 1, "decoded_token": "?"}}
                 for row, id in zip(logprobs, ids[1:], strict=False)
@@ -165,25 +281,33 @@ class Stub:
             }
         )
 
+    def model_of(self, name: str) -> Any:
+        if name == "policy":
+            return self.model
+        if name not in self.adapters:
+            raise LookupError(f"The model `{name}` does not exist.")
+        return self.adapters[name]
+
     def _choices(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {"object": "text_completion", "choices": [{"index": 0, "text": "", **choice}]}
 
-    def _state(self, ids: list[int], salt: str) -> Any:
+    def _state(self, ids: list[int], body: dict[str, Any]) -> Any:
         """Keys and values of a prompt but its last token, as they were first computed."""
-        place = (None if self.sticky else salt, tuple(ids))
+        place = (None if self.sticky else (body["model"], body.get("cache_salt")), tuple(ids))
         if len(ids) > 1 and place not in self.cache:
-            self.cache[place] = self.model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+            model = self.model_of(body["model"])
+            self.cache[place] = model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
         return copy.deepcopy(self.cache.get(place))
 
     def _draw(
         self, ids: list[int], body: dict[str, Any]
     ) -> tuple[list[int], list[float], str, int | str | None]:
         generator = torch.Generator().manual_seed(body["seed"])
-        state, last = self._state(ids, body.get("cache_salt", "")), ids[-1]
+        state, last, model = self._state(ids, body), ids[-1], self.model_of(body["model"])
         drawn: list[int] = []
         logprobs: list[float] = []
         while True:
-            found = self.model(torch.tensor([[last]]), past_key_values=state, use_cache=True)
+            found = model(torch.tensor([[last]]), past_key_values=state, use_cache=True)
             state, raw = found.past_key_values, found.logits[0, -1].float()
             logits = self._processed(raw, ids + drawn, len(drawn), body)
             shares = logits.softmax(-1)
@@ -290,6 +414,8 @@ def listening(stub: Stub, port: int = 0) -> Iterator[str]:
                 self.close_connection = True
                 return
             text = b"" if content is None else json.dumps(content).encode()
+            if isinstance(content, Text):
+                text = content.encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))

@@ -3,4 +3,4 @@
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
-COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "compare", "cp", "env", "completion")
+COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "compare", "report", "cp", "env", "completion")

@@ -31,6 +31,7 @@ Commands
   ls [GROUP]        options of the groups algo, model, data, hardware, and recipes
   ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
   compare RUN ...   settings that differ and final metrics side by side; a sweep as table or CSV
+  report RUN ...    runs as one HTML file: lineage, curves, comparisons, samples
   cp NAME DEST      copy a shipped recipe or option, to change it
   env               versions and devices, for a bug report
   completion SHELL  completion script for bash, zsh or fish

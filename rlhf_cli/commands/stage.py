@@ -408,8 +408,13 @@ def _checked_run(stage: str, cfg: Any, check: bool, words: list[str], as_json: b
             launch(cfg, plan, [stage, *words], processes)
             return None
     _tell(plan.at_once())
+    from rlhf_cli.reporting.trackers.outlets import leave_all
+
     module = importlib.import_module(f"rlhf_cli.stages.{stage}")
     gc.freeze()
     gc.enable()
-    out: Path = module.run(cfg, plan)
+    try:
+        out: Path = module.run(cfg, plan)
+    finally:  # a job of a sweep may fail, and the next begin
+        leave_all()
     return out

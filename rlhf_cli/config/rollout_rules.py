@@ -20,7 +20,7 @@ def rollouts(cfg: Run) -> Iterator[str]:
             "hardware.rollout=vllm needs hardware.rollout_server=http://HOST:PORT, a server that "
             "runs, or hardware.rollout_devices=[1], where the stage starts one: give one of them"
         )
-    yield from _address(hardware.rollout_server)
+    yield from _addresses(hardware.rollout_server)
     devices = hardware.rollout_devices
     if devices is not None and (not devices or len({*devices}) < len(devices) or min(devices) < 0):
         yield f"hardware.rollout_devices={devices} must name each GPU once, by its number"
@@ -29,14 +29,22 @@ def rollouts(cfg: Run) -> Iterator[str]:
             f"model.quantize={cfg.model.quantize} has no whole weights to give to a vLLM server: "
             "set hardware.rollout=native"
         )
+    yield from _sync(cfg)
     yield from _temperatures(cfg)
     if isinstance(cfg.algo, Decoding):
         yield from _decoding(cfg.algo)
 
 
-def _address(url: str | None) -> Iterator[str]:
-    if url is None:
-        return
+def _addresses(given: str | list[str] | None) -> Iterator[str]:
+    urls = given if isinstance(given, list) else [given] if given is not None else []
+    for url in urls:
+        yield from _address(url)
+    named = [url.rstrip("/") for url in urls]
+    if twice := next((url for url in named if named.count(url) > 1), None):
+        yield f"hardware.rollout_server names {twice} twice"
+
+
+def _address(url: str) -> Iterator[str]:
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
@@ -48,6 +56,20 @@ def _address(url: str | None) -> Iterator[str]:
         yield "hardware.rollout_server holds a password: the variable VLLM_API_KEY is for keys"
     elif parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1"):
         yield f"hardware.rollout_server={url} must end before /v1 or ?, as http://127.0.0.1:8000"
+
+
+def _sync(cfg: Run) -> Iterator[str]:
+    way, model = cfg.hardware.rollout_sync, cfg.model
+    if way == "files":
+        return
+    if not isinstance(cfg, OnlineConfig):
+        yield f"hardware.rollout_sync={way} is for ppo and grpo, which give a server new weights"
+    elif way == "nccl" and cfg.hardware.device == "cpu":
+        yield "hardware.rollout_sync=nccl goes from GPU to GPU; on a CPU set it to files"
+    elif way == "adapter" and isinstance(model, Model) and not model.lora_rank:
+        yield "hardware.rollout_sync=adapter is for model=lora; set hardware.rollout_sync=files"
+    elif way == "adapter" and isinstance(model, Model) and model.use_dora:
+        yield "hardware.rollout_sync=adapter: vLLM has no DoRA; set hardware.rollout_sync=files"
 
 
 def _temperatures(cfg: Run) -> Iterator[str]:

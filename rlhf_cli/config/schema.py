@@ -121,13 +121,22 @@ class Hardware:
         "Who samples for ppo, grpo, generate and evaluate: this process, or a vLLM server.",
         choices=("native", VLLM),
     )
-    rollout_server: str | None = key(
-        "Address of a running server, as http://host:8000; its machine sees the folder `out`.",
+    rollout_server: Any = key(
+        "Address of a running server, as http://host:8000, or of several, as "
+        "[http://a:8000,http://b:8000], to which prompts are dealt.",
+        texts=True,
         used_by="hardware.rollout=vllm",
     )
     rollout_devices: list[int] | None = key(
         "GPUs of this machine on which the stage starts a server of its own.",
         used_by="hardware.rollout=vllm",
+    )
+    rollout_sync: str = key(
+        "How a server gets the weights of each update: by files in `out`, which its machine sees; "
+        "nccl, from GPU to GPU; or of a policy with an adapter that alone.",
+        choices=("files", "nccl", "adapter"),
+        used_by="hardware.rollout=vllm",
+        unused="files",
     )
     rollout_timeout: float = key(
         "Seconds within which a server starts, loads weights or answers a request.",
@@ -954,6 +963,12 @@ class Run:
     out: str = key("Folder that the stage writes.")
     seed: int = key("Fixes initialisation, data order and sampling.", ge=0)
     overwrite: bool = key("Start afresh in an out folder that another config made.")
+    tracker: Any = key(
+        "Where metrics go as well, one or a list: each needs the extra of its name, and takes keys "
+        "and addresses from its own environment variables; null: nowhere.",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+        texts=True,
+    )
     data: Data
     hardware: Hardware
     model: FrozenModel
@@ -963,6 +978,12 @@ class Run:
     def start(self) -> str | None:
         """Folder or hub id of the model that the stage starts from; None builds one."""
         return getattr(self, "policy", None)
+
+    @property
+    def trackers(self) -> list[str]:
+        """`tracker` as a list, each of them once."""
+        given = [self.tracker] if isinstance(self.tracker, str) else self.tracker or []
+        return list(dict.fromkeys(given))
 
 
 @dataclass

@@ -177,19 +177,25 @@ def majorities(answers: Sequence[Sequence[Hashable]], right: Tensor, n: int) -> 
 # --------------------------------------------------------------------------- with the model
 
 
-def estimated_kl(
+def kls_of_tokens(
     cfg: EvaluateConfig, policy: Policy, reference: Policy, rollouts: Sequence[Rollout]
-) -> dict[str, float]:
-    """KL(policy || reference) per response in nats, both at the sampling temperature.
-
-    Unbiased for samples of the unfiltered policy only, so there is none under top-k and the like.
-    """
+) -> list[Tensor]:
+    """log pi - log ref of each token of each response, both at the sampling temperature."""
     sequences = [rollout.tokens for rollout in rollouts]
     temperature = Sampling.of(cfg.algo).scored_at
     ours = logprobs_of(policy.model, sequences, cfg.hardware, temperature)
     theirs = logprobs_of(reference.model, sequences, cfg.hardware, temperature)
-    sums = [k1(ours[i], theirs[i]).sum() for i in range(len(sequences))]
-    estimate: Estimate = clustered_mean(torch.stack(sums).view(-1, cfg.algo.samples))
+    return [k1(*each) for each in zip(ours, theirs, strict=True)]
+
+
+def estimated_kl(kls: Sequence[Tensor], samples: int) -> dict[str, float]:
+    """KL(policy || reference) per response in nats.
+
+    Args:
+        kls: of each response those of its tokens.
+    """
+    sums = torch.stack([each.sum() for each in kls])
+    estimate: Estimate = clustered_mean(sums.view(-1, samples))
     return asdict(estimate)
 
 

@@ -1,5 +1,6 @@
 """What an evaluation has found of each policy, and the report that is made of it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,18 @@ class Findings:
         for temperature in [algo.temperature, *algo.temperatures]:
             self.contests[temperature] = Contest(algo.tie)
 
-    def add(self, name: str, sampled: Sampled, temperature: float) -> None:
-        """All responses of a policy at a temperature, judged."""
+    def add(
+        self,
+        name: str,
+        sampled: Sampled,
+        temperature: float,
+        tokens: Sequence[Mapping[str, object]],
+    ) -> None:
+        """All responses of a policy at a temperature, judged.
+
+        Args:
+            tokens: of each response its KL, where it is known, and what `TokenLines` makes of it.
+        """
         self.names += [name] if name not in self.names else []
         self.contests[temperature].scores[name] = sampled.decisive
         self._every.append(sampled)
@@ -79,7 +90,8 @@ class Findings:
             judged: dict[str, Any] = {"gold": columns["gold"][i]} if "gold" in columns else {}
             if self.cfg.scorers:
                 judged["scores"] = {spec: columns[f"scores/{spec}"][i] for spec in self.cfg.scorers}
-            row = generated_row(rollout, i % sampled.samples, reward, parts_at(parts, i))
+            of_terms = parts_at(parts, i)
+            row = generated_row(rollout, i % sampled.samples, reward, of_terms, tokens[i])
             whose = {"policy": referenced(name), "temperature": temperature}
             self.lines.append({**whose, **row, **judged})
 

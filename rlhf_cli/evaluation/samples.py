@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_cli.data.kinds import reply_text
 from rlhf_cli.data.rows import DEMO_FOLDER
 from rlhf_cli.reporting.console import table
-from rlhf_cli.reporting.metrics import JsonLines, round_figures
+from rlhf_cli.reporting.metrics import TOKEN_VALUES, TOKENS, JsonLines, round_figures
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rollout.rollouts import Rollout
 
@@ -23,6 +23,7 @@ def show_samples(
     rewards: Sequence[float | None],
     parts: Mapping[str, Sequence[float | None]],
     kls: Sequence[float] | None,
+    tokens: Sequence[Mapping[str, object]],
     file: JsonLines,
 ) -> None:
     """Show the first few rollouts of a step and append all of its rollouts to samples.jsonl.
@@ -31,6 +32,7 @@ def show_samples(
         rewards: of each rollout, as it is learnt from; None where it has none.
         parts: the terms that the reward is summed from, by name, where there are several.
         kls: of each rollout to the reference, if they were measured.
+        tokens: of each rollout, what `TokenLines` makes of its tokens.
     """
     shown = dict(list(parts.items())[:TERMS])
     measured = {} if kls is None else {"KL": kls}
@@ -48,7 +50,7 @@ def show_samples(
     table(f"step {step}", names, rows)
     for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
         more = {} if kls is None else {"kl": kls[i]}
-        file.write(step, sample_row(rollout, reward, parts_at(parts, i), **more))
+        file.write(step, sample_row(rollout, reward, parts_at(parts, i), **more, **tokens[i]))
 
 
 def sample_row(
@@ -72,10 +74,10 @@ def sample_row(
 
 OURS = (
     *("id", "prompt", "sample", "response", "finish_reason", "reward", "parts"),
-    *("prompt_tokens", "response_tokens", "logprob"),
+    *("prompt_tokens", "response_tokens", "logprob", TOKENS, *TOKEN_VALUES),
     *("kept", "part", "crc"),  # of the journal of an unfinished run
 )
-"""The names that generate's lines have; a column of a row that is called so becomes row_NAME."""
+"""The names that lines of ours have; a column of a row that is called so becomes row_NAME."""
 
 
 def generated_row(
@@ -83,11 +85,13 @@ def generated_row(
     sample: int,
     reward: float | None = None,
     parts: Mapping[str, float | None] | None = None,
+    tokens: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """A line of generate's samples.jsonl: which row was answered, how, and all that the row says.
 
     Args:
         sample: the number of the response among those to its prompt, from 0.
+        tokens: what `TokenLines` makes of its tokens, and its KL.
     """
     columns = rollout.row.columns
     said = columns.get("id")
@@ -95,6 +99,7 @@ def generated_row(
         "prompt_tokens": len(rollout.tokens.prompt),
         "response_tokens": len(rollout.tokens.response),
         "logprob": sum(rollout.logprobs),
+        **(tokens or {}),
     }
     ours = {"sample": sample, **sample_row(rollout, reward, parts or {}, **sizes)}
     own = {name: value for name, value in columns.items() if name != "id" or value is None}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.text_ids import beginning_of
@@ -92,18 +94,34 @@ def save_working(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     Args:
         dtype: that they are written in; adapters are merged into a copy before.
     """
-    whole: Any = merged_copy(model) if is_adapted(model) else model
-    known: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied ones stay one
-    state = {
-        name: known.setdefault((value.data_ptr(), value.shape), value.to(dtype))
-        for name, value in whole.state_dict().items()
-    }
+    whole, state = _working(model, dtype)
     before = whole.generation_config
     try:
         whole.generation_config = GenerationConfig()
         whole.save_pretrained(folder, state_dict=state)
     finally:
         whole.generation_config = before
+
+
+def working_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors that `save_working` writes, by the names that they have in its file."""
+    whole, state = _working(model, dtype)
+    ignored = getattr(whole, "_keys_to_ignore_on_save", None) or ()
+    state = {name: value for name, value in state.items() if name not in ignored}
+    state = remove_tied_weights_from_state_dict(state, whole)
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(whole, state)
+    return converted
+
+
+def _working(model: nn.Module, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model without adapters, and its weights in a type, in which tied ones are one."""
+    whole: Any = merged_copy(model) if is_adapted(model) else model
+    known: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    state = {
+        name: known.setdefault((value.data_ptr(), value.shape), value.to(dtype))
+        for name, value in whole.state_dict().items()
+    }
+    return whole, state
 
 
 def resized(adapted: nn.Module) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.evaluation.samples import known_or_none, term_columns
+from rlhf_cli.evaluation.token_values import Values
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.nonfinite import is_finite
 from rlhf_cli.models.score import logprobs_of
@@ -84,6 +85,31 @@ class Experience:
         """What a table of samples shows: rollouts, rewards, their parts if several, and KLs."""
         rewards, columns = known_or_none(self.rewards.total), term_columns(self.scores)
         return self.rollouts, rewards, columns, None if self.kls is None else self.kls.tolist()
+
+    def of_tokens(self, items: Sequence[Trajectory], kl_coef: float) -> list[Values]:
+        """What is known of the tokens of each response.
+
+        Its reward stands at its last token, that of a step at the last one of the step, and each
+        token is charged for its own KL.
+
+        Args:
+            items: what is learnt from these responses; the others have no advantages.
+            kl_coef: what a nat costs in the reward.
+        """
+        advantages = {id(item.tokens): item.advantages for item in items}
+        found: list[Values] = []
+        for i, rollout in enumerate(self.rollouts):
+            kls = None if self.reference is None else k1(self.old[i], self.reference[i])
+            rewards = torch.zeros(len(rollout.tokens.response))
+            rewards[-1] = self.rewards.whole[i]
+            if self.rewards.steps is not None and self.rewards.ends is not None:
+                steps = self.rewards.steps[i].nan_to_num(0.0)  # of a step that nothing judges
+                rewards.index_add_(0, torch.tensor(self.rewards.ends[i]), steps)
+            if kls is not None:
+                rewards = rewards - kl_coef * kls
+            learnt = advantages.get(id(rollout.tokens))
+            found.append({"kls": kls, "advantages": learnt, "rewards": rewards})
+        return found
 
     def logprobs(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Of each rollout as the sampler computed them, `old` as training does if it was scored,

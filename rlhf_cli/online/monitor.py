@@ -10,10 +10,12 @@ from rlhf_cli.config.schema import OnlineConfig
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.evaluation.samples import show_samples
+from rlhf_cli.evaluation.token_values import TokenLines
 from rlhf_cli.objectives.estimates import clustered_stderr
 from rlhf_cli.online.alarms import Alarms
 from rlhf_cli.online.experience import Experience, measure
 from rlhf_cli.online.roles import Roles
+from rlhf_cli.online.updates import Trajectory
 from rlhf_cli.online.written import WrittenWeights
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.metrics import Clock
@@ -92,6 +94,7 @@ class Monitor:
         self._alarms = Alarms(cfg.algo, state)
         self.written = WrittenWeights(roles.policy.model, cfg.algo, state, tensors)
         self._log, self._samples = session.log(), session.log("samples.jsonl")
+        self._tokens = TokenLines(roles.policy.tokenizer)
         self._stopped: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
@@ -123,9 +126,19 @@ class Monitor:
         return bool(stops)
 
     def end_of_step(
-        self, step: int, experience: Experience, metrics: Metrics, clock: Clock, stop: bool
+        self,
+        step: int,
+        experience: Experience,
+        items: Sequence[Trajectory],
+        metrics: Metrics,
+        clock: Clock,
+        stop: bool,
     ) -> bool:
-        """Evaluate where it is time to, log and show; True where the run ends here."""
+        """Evaluate where it is time to, log and show; True where the run ends here.
+
+        Args:
+            items: what was learnt from in this step.
+        """
         algo = self._cfg.algo
         last = stop or step == algo.steps
         if algo.eval_every and (last or step % algo.eval_every == 0):
@@ -141,7 +154,9 @@ class Monitor:
         self.metrics = metrics
         self._log.write(step, metrics | clock.seconds)
         if last or stop or step == 1 or step % algo.show_every == 0:
-            show_samples(step, *experience.shown(), self._samples)
+            charged = metrics["kl_coef"] if algo.kl_in == "reward" else 0.0
+            tokens = self._tokens.of(experience.rollouts, experience.of_tokens(items, charged))
+            show_samples(step, *experience.shown(), tokens, self._samples)
         return stop
 
     def _stop(self, step: int, alarm: str) -> bool:

@@ -72,8 +72,11 @@ def on_every_rank(work: Callable[[], Value]) -> Value:
 
 
 def by_main(work: Callable[[], Value]) -> Value:
-    """What `work` gives on rank 0, which alone does it: a value of JSON. Errors are of all."""
-    done: Any = together(lambda: work() if world().is_main else None)
+    """What `work` gives on rank 0, which alone does it: a value of JSON. Errors are of all.
+
+    It may take longer than ranks else wait for each other, as a user's function may, or a server.
+    """
+    done: Any = together(lambda: world().lead(work))
     given: Value = world().from_main(done)
     return given
 

@@ -6,7 +6,6 @@ for; gradients are summed where they are.
 
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import wraps
@@ -17,16 +16,18 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 
 from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.ranks.rendezvous import Rendezvous
 from rlhf_cli.ranks.watch import Watch
 from rlhf_cli.ranks.world import World
 
 Value = TypeVar("Value")
 Given = ParamSpec("Given")
 BUCKET = 32 * 2**20  # bytes that are summed at once
+TURN = timedelta(seconds=1)  # that rank 0 is waited for at once
 GRACE = 60  # seconds that torch waits longer than the watch, which tells who is missing
 
 
@@ -48,13 +49,21 @@ def _meeting(
 class Group(World):
     """The ranks of an initialised process group."""
 
-    def __init__(self, device: torch.device, watch: Watch | None = None) -> None:
-        """`device`: of this rank, over which models are sharded. `watch`: on who comes to meet."""
+    def __init__(
+        self, device: torch.device, watch: Watch | None = None, store: Store | None = None
+    ) -> None:
+        """
+        Args:
+            device: of this rank, over which models are sharded.
+            watch: on who comes to meet.
+            store: of this thread alone, where rank 0 says that it is done with work of its own.
+        """
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = device
-        self.watch = watch
+        self.watch, self._store = watch, store
+        self._led = 0  # pieces of work that rank 0 did for all
 
     def shard(self, over: str) -> None:
         """Over all ranks, or over those of a machine with copies on the others.
@@ -142,6 +151,35 @@ class Group(World):
         received: Value = json.loads(bytes(own.tolist()))
         return received
 
+    def lead(self, work: Callable[[], Value]) -> Value | None:
+        """Others wait by the store, where no collective has an end to be over."""
+        if self.watch is None or self._store is None:
+            return super().lead(work)
+        self._led += 1
+        done = str(self._led)
+        if self.is_main:
+            try:
+                with self.watch.leading():
+                    return work()
+            finally:
+                with self.watch.meeting("lead"):
+                    self._store.set(done, "")
+                    self._store.delete_key(str(self._led - 1))
+        with self.watch.meeting(work.__qualname__.partition(".<locals>")[0]):
+            self._wait(done)
+        return None
+
+    def _wait(self, key: str) -> None:
+        """Until rank 0 has set a key, in turns, between which signals are heard."""
+        assert self._store is not None
+        while True:
+            try:
+                self._store.wait([key], TURN)
+                return
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error).lower():
+                    raise
+
     def barrier(self, until: str) -> None:
         """A sum that nobody reads."""
         if self.watch is None:
@@ -210,25 +248,24 @@ def join(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    at_most, later = timedelta(seconds=seconds), timedelta(seconds=seconds + GRACE)
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not host or not port:
+    later = timedelta(seconds=seconds + GRACE)
+    if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
         raise UserError(
             "RANK is set, but not MASTER_ADDR and MASTER_PORT; torchrun sets all three, and else "
             "RANK is to be unset"
         )
-    began = time.monotonic()
+    all_here = Rendezvous(rank, size, seconds, say)
     try:
-        dist.init_process_group(backend, timeout=later, device_id=own)
-        # a client of its own, for a thread that waits in one keeps others out
-        store = TCPStore(host, int(port), is_master=False, timeout=at_most)
+        dist.init_process_group(
+            backend,
+            store=all_here.client("group"),
+            rank=rank,
+            world_size=size,
+            timeout=later,
+            device_id=own,
+        )
     except dist.DistError as error:
         text = str(error).partition("\n")[0]
-        waited = time.monotonic() - began
-        raise RunError(
-            f"rank {rank} waited {waited:.0f} s (hardware.rank_timeout={seconds}) for all {size} "
-            f"ranks at {host}:{port}: {text}"
-        ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    run = PrefixStore(f"rlhf-cli/{attempt}", store)
-    return Group(device, Watch(run, rank, size, seconds, say, end))
+        raise RunError(f"rank {rank} of {size}: {text}") from error
+    watch = Watch(all_here.client("watch", own=True), rank, size, seconds, say, end)
+    return Group(device, watch, all_here.client("lead", own=True))

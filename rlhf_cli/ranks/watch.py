@@ -2,7 +2,8 @@
 
 A thread of each rank writes the count to the store that they share, and where its main thread is.
 A meeting itself costs a counter. Who has been at one for long, and sees a rank that has not come,
-says which and where that is; in the end the run ends with that line rather than never.
+says which and where that is; in the end the run ends with that line rather than never. Rank 0 at
+work of its own is waited for without end, as long as its thread is heard of.
 """
 
 from __future__ import annotations
@@ -58,9 +59,20 @@ class Watch(threading.Thread):
         self._count, self._what, self._since = 0, "the start", time.monotonic()
         self._main = threading.get_ident()
         self._idle, self._spent = time.monotonic(), 0.0
+        self._leads = False
+        self._heard = b"", 0.0  # what rank 0 wrote last, and since when
         self._done = threading.Event()
         self._keeper = os.getppid() if has_keeper() else None
         self.start()
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Rank 0 is at work of its own, which others wait for."""
+        self._leads = True
+        try:
+            yield
+        finally:
+            self._leads = False
 
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
@@ -133,12 +145,14 @@ class Watch(threading.Thread):
             if not missing or count != self._count:
                 continue
             line = f"waited {waited:.0f} s for {', '.join(missing.values())} ({what})"
-            if waited > self.seconds:
+            at_work = [*missing] == [0] and self._is_at_work()
+            if waited > self.seconds and not at_work:
                 self._end(f"{line}; hardware.rank_timeout={self.seconds:.0f} is over")
             elif told_at != count:
                 told_at = count
                 if self.rank == min(set(range(self.size)) - missing.keys()):
-                    self._say(f"{line}; the run ends after {self.seconds:.0f} s")
+                    until = "" if at_work else f"; the run ends after {self.seconds:.0f} s"
+                    self._say(f"{line}{until}")
 
     def _stuck_for(self) -> float | None:
         """Seconds for which nothing was done but to be in a collective of torch's, such as those of
@@ -153,7 +167,16 @@ class Watch(threading.Thread):
     def _write(self, inside: bool) -> None:
         place = place_of(sys._current_frames().get(self._main))
         told = {"count": self._count, "place": place, "inside": inside, "at": time.time()}
+        told["leads"] = self._leads
         self.store.set(f"rank/{self.rank}", json.dumps(told))
+
+    def _is_at_work(self) -> bool:
+        """Whether rank 0 does what all wait for, and was heard of within the time of a meeting."""
+        told = self.store.get("rank/0")
+        if told != self._heard[0]:
+            self._heard = told, time.monotonic()
+        lately = time.monotonic() - self._heard[1] < self.seconds
+        return lately and bool(json.loads(told)["leads"])
 
     def _missing(self, count: int, met: bool) -> dict[int, str]:
         """The ranks that this one waits for, in words that say where they are.

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 TYPE_CHECKING = False  # as type checkers read it
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, TypeVar
 
     from torch import Tensor
@@ -94,6 +94,12 @@ class World:
     def from_main(self, value: Value) -> Value:
         """What rank 0 has: a value of JSON, for what a clock or a disk decides."""
         return value
+
+    def lead(self, work: Callable[[], Value]) -> Value | None:
+        """What `work` gives on rank 0, which alone does it; None on others, who wait for as long as
+        it is at it.
+        """
+        return work() if self.is_main else None
 
     def barrier(self, until: str) -> None:
         """Wait for all ranks; `until` says for what, should one not come."""

@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.ranks.agreement import check_alike
+from rlhf_cli.ranks.agreement import check_alike, together
 from rlhf_cli.ranks.world import world
+
+TOKENS, TOKEN_VALUES = "tokens", ("logprobs", "kls", "advantages", "rewards")
+"""In a line of samples.jsonl the texts of a response's tokens, and lists of values, one of each."""
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Is told the name of a file and the row that was appended to it."""
@@ -43,6 +46,7 @@ class JsonLines:
         size: int = 0,
         before_write: Callable[[], None] = lambda: None,
         alike: bool = False,
+        agreed: bool = False,
         heard_by: Sequence[Listener] = (),
     ) -> None:
         """The first `size` bytes stay, of the steps that a resumed run does not do again.
@@ -50,9 +54,10 @@ class JsonLines:
         Args:
             before_write: raises where the file is no longer this run's to write.
             alike: whether what `write` gets must be the same on all ranks.
+            agreed: whether all ranks come to each row, so that a disk which fills ends all alike.
             heard_by: who is told of each row that is appended, on rank 0.
         """
-        self.file, self._alike, self._heard_by = file, alike, heard_by
+        self.file, self._alike, self._agreed, self._heard_by = file, alike, agreed, heard_by
         self._writes = world().is_main
         self._before_write = before_write
         self._size, self._digest = size, hashlib.sha256()
@@ -81,6 +86,12 @@ class JsonLines:
 
     def append(self, row: dict[str, Any], digits: int | None = 6) -> None:
         """Append a row, of whose floats so many digits are kept; None keeps them all."""
+        if self._agreed:
+            together(lambda: self._append(row, digits))
+        else:
+            self._append(row, digits)
+
+    def _append(self, row: dict[str, Any], digits: int | None) -> None:
         if not self._writes:
             return
         line = (json.dumps(round_figures(row, digits), default=str) + "\n").encode()

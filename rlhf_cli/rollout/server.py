@@ -1,8 +1,8 @@
-"""The engine that asks a vLLM server: ids out, ids and log-probs back, from the newest weights.
+"""The engine that asks vLLM servers: ids out, ids and log-probs back, from the newest weights.
 
-After each batch the server must still have the weights that it was given (server_weights.py); one
-that was started anew meanwhile gets them again, and the batch is sampled once more. Rank 0 asks,
-and every rank has all responses.
+Prompts are dealt to the servers. After each batch all must still have the weights that they were
+given (server_weights.py); they get them again where one was started anew meanwhile, and its share
+is sampled once more. Rank 0 asks, and every rank has all responses.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,16 +25,24 @@ from rlhf_cli.rollout.decode import Completion
 from rlhf_cli.rollout.engine import Engine, Kept
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.rollout.server_client import IN_FLIGHT, TRIES, ServerFault
+from rlhf_cli.rollout.server_client import (
+    IN_FLIGHT,
+    TRIES,
+    Client,
+    ServerFault,
+    dealt_to,
+    each_of,
+)
 from rlhf_cli.rollout.server_terms import Stopped, completion_of, request_of
 from rlhf_cli.rollout.server_weights import Served, on_main
 
 ATTEMPTS = 3  # to sample a batch while the server keeps its weights
+Job = tuple[list[int], int]  # the ids of a prompt, and a seed
 AT_ONCE = 4 * IN_FLIGHT  # responses after which those of a run that may go on are kept
 
 
 class ServerEngine(Engine):
-    """Samples from a server that runs, or from one of the stage's own.
+    """Samples from servers that run, or from one of the stage's own.
 
     The seed of each response is one of the prompt's place and the sample's number, so that a run
     that is repeated asks the same. What vLLM answers to it hangs on what it computes beside it.
@@ -51,8 +59,8 @@ class ServerEngine(Engine):
     ) -> None:
         """
         Args:
-            folder: for weights and the log, which the server sees by the same path.
-            changes: whether a server that runs is given the model's weights; else it is to have
+            folder: for weights and the log, which servers see by the same path.
+            changes: whether servers that run are given the model's weights; else they are to have
                 them already.
             trusts: whether code that the model brings along may run.
         """
@@ -101,7 +109,7 @@ class ServerEngine(Engine):
                 for place in places
                 for number in range(samples)
             ]
-            drawn = iter(self._drawn(jobs, sampling, advance))
+            drawn = iter(self._drawn(jobs, samples, sampling, advance))
             made = {
                 place: [
                     as_rollout(*prompts[place], next(drawn), self._encoder, sampling)
@@ -116,45 +124,61 @@ class ServerEngine(Engine):
 
     def _drawn(
         self,
-        jobs: Sequence[tuple[list[int], int]],
+        jobs: Sequence[Job],
+        samples: int,
         sampling: Sampling,
         advance: Callable[[int], None],
     ) -> list[Completion]:
-        """A response to the ids of each job by its seed, all from the newest weights."""
+        """A response to the ids of each job by its seed, all from the newest weights.
+
+        A server that has lost them meanwhile is asked again for what was its share.
+
+        Args:
+            samples: of one prompt, in a row.
+        """
+        found: dict[int, Completion] = {}
         told = 0
 
         def tell(done: int) -> None:
             nonlocal told
-            advance(max(0, done - told))  # a batch that is sampled again was told of before
+            advance(max(0, done - told))  # what is sampled again was told of before
             told = max(done, told)
 
         for _ in range(ATTEMPTS):
             self._served.bring_up_to_date(self._model, [ids for ids, _ in jobs], self._stale)
             self._stale = False
-            found = on_main(lambda: self._asked(jobs, sampling, tell))
-            if found is not None:
+            left = [place for place in range(len(jobs)) if place not in found]
+            answers = on_main(lambda left=left: self._asked(jobs, left, samples, sampling, tell))  # type: ignore[misc]
+            for place, fields in answers:
+                found[place] = self._checked(Completion(*fields), sampling)
+            if len(found) == len(jobs):
                 tell(len(jobs))
-                return [self._checked(Completion(*each), sampling) for each in found]
-            say("the server has lost the weights of this run while it sampled: it gets them again")
+                return [found[place] for place in range(len(jobs))]
+            say("a server has lost the weights of this run while it sampled: it gets them again")
             self._stale = True
         raise RunError(
-            f"the server has lost the weights of this run {ATTEMPTS} times while it sampled: it is "
+            f"a server has lost the weights of this run {ATTEMPTS} times while it sampled: it is "
             "started anew again and again, or another run gives it weights"
         )
 
     def _asked(
         self,
-        jobs: Sequence[tuple[list[int], int]],
+        jobs: Sequence[Job],
+        left: Sequence[int],
+        samples: int,
         sampling: Sampling,
         tell: Callable[[int], None],
-    ) -> list[list[Any]] | None:
-        """The fields of each completion; None where the server has other weights by now."""
+    ) -> list[Any]:
+        """The places of jobs among all, with the fields of their completions; those of servers that
+        have other weights by now are missing.
+        """
         self._check_room(jobs, sampling)
-        client, stop_ids = self._served.client, self._encoder.stop_ids
-        vocabulary = embedding_rows(self._model)
+        stop_ids, vocabulary = self._encoder.stop_ids, embedding_rows(self._model)
+        servers = {id(server.client): server for server in self._served.servers}
 
-        def ask(job: tuple[list[int], int]) -> Completion:
-            body = self._served.named(request_of(*job, sampling, stop_ids))
+        def ask(client: Client, place: int) -> Completion:
+            request = request_of(*jobs[place], sampling, stop_ids)
+            body = self._served.named(servers[id(client)], request)
             for _ in range(TRIES):
                 answer = client.post("/v1/completions", body)
                 try:
@@ -163,18 +187,32 @@ class ServerEngine(Engine):
                     reason = str(stopped)
             raise ServerFault(f"{client.url}: {reason}, {TRIES} times")
 
-        found: dict[int, list[Any]] = {}
-        for place, each in client.each(ask, jobs):
-            found[place] = [each.ids, each.logprobs, each.finish_reason]
-            tell(len(found))
-        return [found[place] for place in range(len(jobs))] if self._served.still_there() else None
+        found: dict[int, Completion] = {}
+        clients = [server.client for server in self._served.servers]
+        unknown: ServerFault | None = None
+        try:
+            for turn, each in each_of(clients, ask, left, samples):
+                found[turn] = each
+                tell(len(jobs) - len(left) + len(found))
+        except ServerFault as fault:
+            if fault.status != 404:
+                raise
+            unknown = fault  # the adapter that was given to a server before it was started anew
+        lost = self._served.have_lost()
+        if unknown is not None and not lost:
+            raise unknown
+        return [
+            [left[turn], [each.ids, each.logprobs, each.finish_reason]]
+            for turn, each in found.items()
+            if dealt_to(turn, samples, len(clients)) not in lost
+        ]
 
-    def _check_room(self, jobs: Sequence[tuple[list[int], int]], sampling: Sampling) -> None:
+    def _check_room(self, jobs: Sequence[Job], sampling: Sampling) -> None:
         longest = max(len(ids) for ids, _ in jobs) + sampling.max_tokens
         room = self._served.longest
         if room and longest > room:
             raise RunError(
-                f"{self._served.client.url} takes {room} tokens of a sequence, and prompt and "
+                f"{', '.join(self._served.urls)} takes {room} tokens of a sequence, and prompt and "
                 f"response may be {longest}: start it with --max-model-len {longest}, or lower "
                 "data.max_prompt_tokens or algo.max_tokens"
             )

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -63,7 +63,7 @@ class Client:
             limited_by: the key that the timeout comes from, for messages.
             at_once: requests at once.
         """
-        self._key_of, self._limited_by, self._at_once = key_of, limited_by, at_once
+        self._key_of, self._limited_by, self.at_once = key_of, limited_by, at_once
         self.url, self.timeout, self._alive = url.rstrip("/"), timeout, alive
         self._told = starts
         self._parts = urlsplit(self.url)
@@ -77,7 +77,7 @@ class Client:
         Raises:
             ServerFault: it is not 200, or does not come in time.
         """
-        return self._persistently("GET", route, None, TRIES)
+        return self._parsed(route, self._persistently("GET", route, None, TRIES))
 
     def post(self, route: str, body: Any = None, tries: int = TRIES) -> Any:
         """What POST of a JSON body answers.
@@ -88,6 +88,10 @@ class Client:
         Raises:
             ServerFault: it is not 200, or does not come in time.
         """
+        return self._parsed(route, self.tell(route, body, tries))
+
+    def tell(self, route: str, body: Any, tries: int = TRIES) -> str:
+        """The text that POST of a JSON body answers; see `post`."""
         return self._persistently("POST", route, body, tries)
 
     def each(
@@ -98,20 +102,19 @@ class Client:
         Raises:
             ServerFault: of the first that failed; the others are given up.
         """
-        self._given_up.clear()
-        pool = ThreadPoolExecutor(min(self._at_once, max(1, len(items))), "requests")
-        try:
-            places = {pool.submit(work, item): place for place, item in enumerate(items)}
-            for future in as_completed(places):
-                yield places[future], future.result()
-        finally:
-            self._given_up.set()
-            with self._guard:
-                self._hang_up(self._open)
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._given_up.clear()
+        return each_of([self], lambda _, item: work(item), items)
 
-    def _persistently(self, method: str, route: str, body: Any, tries: int) -> Any:
+    def give_up(self) -> None:
+        """End what other threads ask, and have none ask again, until `go_on`."""
+        self._given_up.set()
+        with self._guard:
+            self._hang_up(self._open)
+
+    def go_on(self) -> None:
+        """Ask again what may pass."""
+        self._given_up.clear()
+
+    def _persistently(self, method: str, route: str, body: Any, tries: int) -> str:
         """The answer to a request, which is sent again after faults that may pass.
 
         One that is not there is waited for as long as an answer is; it may be starting anew.
@@ -119,6 +122,8 @@ class Client:
         began, answered, pause = time.monotonic(), 0, FIRST_PAUSE
         while True:
             self._alive()
+            if self._given_up.is_set():
+                raise ServerFault(f"{self.url}{route} was given up")
             try:
                 left = self.timeout - (time.monotonic() - began)
                 return self._once(method, route, body, max(left, 0.1))
@@ -150,7 +155,7 @@ class Client:
         if not told:
             say(f"{fault}; it is waited for, up to {self.timeout:g} s")
 
-    def _once(self, method: str, route: str, body: Any, timeout: float) -> Any:
+    def _once(self, method: str, route: str, body: Any, timeout: float) -> str:
         headers = {"Accept": "application/json", "Connection": "close"}
         content = None
         if body is not None:
@@ -162,11 +167,14 @@ class Client:
             answer = connection.getresponse()
             return self._read(route, answer)
 
-    def _read(self, route: str, answer: HTTPResponse) -> Any:
+    def _read(self, route: str, answer: HTTPResponse) -> str:
         text = answer.read().decode("utf-8", "replace")
         if answer.status != 200:
             said = in_a_line(text) or answer.reason
             raise ServerFault(f"{self.url}{route} answered {answer.status}: {said}", answer.status)
+        return text
+
+    def _parsed(self, route: str, text: str) -> Any:
         if not text.strip():
             return None
         try:
@@ -193,6 +201,41 @@ class Client:
         for connection in connections:
             with suppress(OSError, AttributeError):  # not connected yet, or no more
                 connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def each_of(
+    clients: Sequence[Client],
+    work: Callable[[Client, Item], Answer],
+    items: Sequence[Item],
+    samples: int = 1,
+) -> Iterator[tuple[int, Answer]]:
+    """The place of each item and what `work` gives of one of several servers, as they come.
+
+    Items are dealt one by one, round and round; `samples` of them in a row are of one prompt, and
+    go to one server, which computes the prompt once.
+
+    Raises:
+        ServerFault: of the first that failed; the others are given up.
+    """
+    with ExitStack() as stack:
+        pools = []
+        for client in clients:
+            pool = ThreadPoolExecutor(min(client.at_once, max(1, len(items))), "requests")
+            pools.append(pool)
+            stack.callback(client.go_on)  # the last that is called is the first to be
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            stack.callback(client.give_up)
+        places = {}
+        for place, item in enumerate(items):
+            turn = dealt_to(place, samples, len(clients))
+            places[pools[turn].submit(work, clients[turn], item)] = place
+        for future in as_completed(places):
+            yield places[future], future.result()
+
+
+def dealt_to(place: int, samples: int, servers: int) -> int:
+    """Which of several servers is asked for an item, by its place."""
+    return place // samples % servers
 
 
 def told(error: BaseException) -> str:

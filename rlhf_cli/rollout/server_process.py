@@ -49,6 +49,23 @@ def program() -> str:
     return found
 
 
+def check_installed() -> None:
+    """This Python has vLLM, whose communicator weights go through by NCCL.
+
+    Raises:
+        UserError: it has none, or one that is too old.
+    """
+    try:
+        have = version("vllm")
+    except PackageNotFoundError:
+        have = "none"
+    if have == "none" or too_old(have):
+        raise UserError(
+            f"hardware.rollout_sync=nccl needs {WANTED} on this side as well, and {have} is "
+            "installed: pip install 'rlhf-cli[vllm]', or set hardware.rollout_sync=files"
+        )
+
+
 def too_old(have: str) -> bool:
     """Whether a version of vLLM has not all routes that are asked."""
     numbers = tuple(int(each) for each in have.split(".")[:2] if each.isdigit())
@@ -59,10 +76,11 @@ class ServerProcess:
     """`vllm serve` of a model folder. It ends with `stop`, and with this process at the latest."""
 
     def __init__(
-        self, model: Path, devices: Sequence[int], folder: Path, words: Sequence[str]
+        self, model: str | Path, devices: Sequence[int], folder: Path, words: Sequence[str]
     ) -> None:
         """
         Args:
+            model: a folder or hub id.
             devices: GPUs as this process counts them.
             folder: where its log goes.
             words: further ones of the command line.
@@ -120,7 +138,8 @@ def environment_of(own: Mapping[str, str], devices: Sequence[int]) -> dict[str, 
     kept = {name: value for name, value in own.items() if name not in OF_RANKS}
     visible = own.get("CUDA_VISIBLE_DEVICES", "").split(",")
     named = [visible[i] if len(visible) > i and visible[0] else str(i) for i in devices]
-    return {**kept, "CUDA_VISIBLE_DEVICES": ",".join(named), "VLLM_SERVER_DEV_MODE": "1"}
+    changing = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ",".join(named), **changing}
 
 
 def free_port() -> int:

@@ -305,11 +305,16 @@ def check_frozen_layers(cfg: Run) -> None:
 
 
 def check_sampler(cfg: Run) -> None:
-    """Where the stage is to start a vLLM server, there is one to start."""
-    if cfg.hardware.rollout_devices is not None and is_first():
-        from rlhf_cli.rollout.server_process import program  # HTTP takes long to import
+    """What of vLLM must be on this machine is there: a server to start, what NCCL goes by."""
+    hardware = cfg.hardware
+    starts, sends = hardware.rollout_devices is not None, hardware.rollout_sync == "nccl"
+    if (starts or sends) and is_first():
+        from rlhf_cli.rollout import server_process  # HTTP takes long to import
 
-        program()
+        if starts:
+            server_process.program()
+        if sends:
+            server_process.check_installed()
 
 
 def sampler_lines(cfg: Run) -> list[str]:
@@ -317,7 +322,10 @@ def sampler_lines(cfg: Run) -> list[str]:
     hardware = cfg.hardware
     if hardware.rollout_server is not None:
         given = ", which gets the weights of each update" if cfg.samples_online else ""
-        return [f"responses: of the vLLM server {hardware.rollout_server}{given}"]
+        several = isinstance(hardware.rollout_server, list)
+        given = given.replace("gets", "get") if several else given
+        named = ", ".join(hardware.rollout_server) if several else hardware.rollout_server
+        return [f"responses: of the vLLM server{'s' * several} {named}{given}"]
     if hardware.rollout_devices is not None:
         gpus = ", ".join(map(str, hardware.rollout_devices))
         return [f"responses: of a vLLM server that is started on GPU {gpus}"]

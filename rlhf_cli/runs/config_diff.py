@@ -6,11 +6,11 @@ from rlhf_cli.config.hints import RENAMED
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.switches import written
 
-# hardware, a cache, the pace and limit of a judge, and the folder's own path change no result;
-# overwrite is an order, not a setting
+# hardware, a cache, the pace and limit of a judge, who hears of metrics and the folder's own path
+# change no result; overwrite is an order, not a setting
 IGNORED_KEYS = (
     *("hardware", "out", "overwrite", "reference_cache", "responses_cache"),
-    *("judge_concurrency", "judge_timeout", "judge_max_cost"),
+    *("judge_concurrency", "judge_timeout", "judge_max_cost", "tracker"),
 )
 SHOWN_ONLY = ("algo.show_every",)
 EVALUATIONS = ("algo.eval_every", "algo.eval_prompts")

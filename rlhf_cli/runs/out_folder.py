@@ -33,7 +33,7 @@ from rlhf_cli.folders.manifest import (
 )
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.terminal import on_one_line
-from rlhf_cli.runs.config_diff import differing_keys, free_keys
+from rlhf_cli.runs.config_diff import IGNORED_KEYS, differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
 from rlhf_cli.runs.provenance import (
     Provenance,
@@ -55,6 +55,7 @@ RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no 
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
 BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
+TRACKED = f"{CHECKPOINTS}/tracked"  # by which trackers know an unfinished run again
 ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
 STEP = re.compile(r"step-(\d+)")
@@ -86,7 +87,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         again = not complete and begun_by_the_same_order(cfg)
         return RESUMABLE if again else to_be_emptied(out)
     made_by, given = config_of(out), config_as_written(cfg)
-    if made_by.keys() != given.keys():
+    if (made_by.keys() ^ given.keys()) - set(IGNORED_KEYS):
         raise UserError(f"out={out} is the folder of another stage; name another out")
     differing = differing_keys(made_by, given, free_keys(cfg, complete))
     if differing and differing_keys(made_by, asdict(cfg), free_keys(cfg, complete)):

@@ -18,6 +18,7 @@ from rlhf_cli.ranks.environment import is_first, place
 from rlhf_cli.ranks.worker import STDIN as PIPED
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
+from rlhf_cli.reporting.trackers.about import check_packages
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.checks import (
@@ -127,6 +128,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     ]
     if state == FINISHED:
         return Plan(state, rows, None, doing)
+    check_packages(cfg.trackers)
     check_data(cfg)
     check_models(cfg)
     check_context(cfg, cfg.start, context_of(cfg))

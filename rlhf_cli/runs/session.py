@@ -45,12 +45,13 @@ from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
-from rlhf_cli.ranks.agreement import by_main
+from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.metrics import JsonLines, Listener, defined, round_figures
+from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
@@ -72,6 +73,7 @@ from rlhf_cli.runs.preflight import Plan, agree, preflight
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.runs.same_weights import require_same
 from rlhf_cli.runs.summary import last_lines
+from rlhf_cli.runs.tracking import about_run
 from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
@@ -95,6 +97,7 @@ class Session:
     stream: the batches of rows that are read while the run goes on.
     budget: of a GPU, where hardware says auto.
     listeners: are told of each row of the logs.
+    trackers: hear them, too, and of the end; None where none is asked for.
     """
 
     cfg: Run
@@ -113,6 +116,12 @@ class Session:
     stream: StreamBatches[Any] | None = None
     budget: Budget | None = None
     listeners: list[Listener] = field(default_factory=list)
+    trackers: Trackers | None = None
+
+    def __post_init__(self) -> None:
+        if self.cfg.trackers and world().is_main:
+            self.trackers = Trackers(self.cfg.trackers)
+            self.listeners.append(self.trackers.hear)
 
     @property
     def rows(self) -> Rows:
@@ -223,12 +232,21 @@ class Session:
         claim(self.cfg, self.plan.provenance)
         if self.budget is not None:
             keep(self.budget, self.out)
+        if self.trackers is not None:
+            self.trackers.start(about_run(self.cfg))
 
     def log(self, file: str = METRICS) -> JsonLines:
         """A JSON-lines file in `out`, cut back to the resume point; all ranks have its metrics."""
         size = self.log_sizes.get(file, 0)
-        log = JsonLines(
-            self.out / file, size, lambda: check_lock(self.out), file == METRICS, self.listeners
+        log = together(
+            lambda: JsonLines(
+                self.out / file,
+                size,
+                lambda: check_lock(self.out),
+                alike=file == METRICS,
+                agreed=True,
+                heard_by=self.listeners,
+            )
         )
         self.logs.append(log)
         return log
@@ -443,6 +461,8 @@ class Session:
             say(line)
         saving = f", {self.saving:.1f} s of it saving" if self.saving >= 1 else ""
         say(f"{stage_name(self.cfg)}: wrote {self.out} in {self.seconds():.1f} s{saving}")
+        if self.trackers is not None:
+            self.trackers.finish(known)
         return self.out
 
     def _last_lines(self, metrics: dict[str, Any], told: str | None) -> list[str]:

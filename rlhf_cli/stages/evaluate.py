@@ -13,6 +13,8 @@ model shows.
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.held_out import identity
@@ -30,6 +32,7 @@ from rlhf_cli.evaluation.figures import (
     entropy_of,
     estimated_kl,
     figures_of,
+    kls_of_tokens,
     scorers_of,
 )
 from rlhf_cli.evaluation.findings import Findings, text_of
@@ -44,6 +47,7 @@ from rlhf_cli.evaluation.pair_judge import (
 )
 from rlhf_cli.evaluation.report import show_report, verdict, write_report
 from rlhf_cli.evaluation.text_health import text_figures
+from rlhf_cli.evaluation.token_values import TokenLines, Values
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.models.tokenizers import check_vocabulary, load_tokenizer
 from rlhf_cli.objectives.subsets import best_of_n_kl_bound
@@ -95,12 +99,15 @@ def judge_policies(session: Session, found: Findings) -> Bench:
                 bench = Bench.of(session, policy.encoder, prompts, rows.notes)
             for temperature in found.contests:
                 sampled = bench.answered(entrant, policy, temperature, bar)
-                found.add(entrant.name, sampled, temperature)
-                if temperature == cfg.algo.temperature:
+                main = temperature == cfg.algo.temperature
+                kls = token_kls(cfg, entrant, policy, reference, sampled) if main else None
+                told = told_of_tokens(policy, sampled, kls)
+                found.add(entrant.name, sampled, temperature, told)
+                if main:
                     found.results[entrant.name] = {
                         "seconds": (read_manifest(entrant.path) or {}).get("seconds"),
                         **figures_by(bench, sampled),
-                        **with_model(cfg, entrant, policy, reference, sampled),
+                        **with_model(cfg, entrant, sampled, kls),
                         **found.knows(entrant, policy, held_out_sequences(session, policy), bench),
                     }
     assert bench is not None  # there is a policy
@@ -129,7 +136,7 @@ def judge_file(session: Session, found: Findings) -> Bench:
     bench = Bench.of(session, encoder, prompts, [])
     for name in found.names:
         sampled = bench.given(name, given.rollouts(name, encoder))
-        found.add(name, sampled, cfg.algo.temperature)
+        found.add(name, sampled, cfg.algo.temperature, [{}] * len(sampled.rollouts))
         found.results[name] = figures_by(bench, sampled)
     return bench
 
@@ -183,12 +190,40 @@ def figures_by(bench: Bench, sampled: Sampled) -> Figures:
     }
 
 
-def with_model(
+def tells(cfg: EvaluateConfig, entrant: Entrant) -> bool:
+    """Whether the log-probs of a policy are those by which it was asked."""
+    return Sampling.of(cfg.algo).unfiltered and entrant.shots is None
+
+
+def token_kls(
     cfg: EvaluateConfig,
     entrant: Entrant,
     policy: Policy,
     reference: Policy | None,
     sampled: Sampled,
+) -> list[Tensor] | None:
+    """Of each response the KLs of its tokens; None where they would be no estimate.
+
+    Unbiased for samples of the unfiltered policy only, so there are none under top-k and the like.
+    """
+    if reference is None or not tells(cfg, entrant):
+        return None
+    return kls_of_tokens(cfg, policy, reference, sampled.rollouts)
+
+
+def told_of_tokens(
+    policy: Policy, sampled: Sampled, kls: list[Tensor] | None
+) -> list[dict[str, object]]:
+    """What lines say of each response: its KL, and of the first one to each prompt its tokens."""
+    step, count = sampled.samples, len(sampled.rollouts)
+    values: list[Values] = [{"kls": None if kls is None else kls[i]} for i in range(0, count, step)]
+    lines = TokenLines(policy.tokenizer).of(sampled.rollouts[::step], values)
+    whole = [{} if kls is None else {"kl": kls[i].sum().item()} for i in range(count)]
+    return [whole[i] | (lines[i // step] if i % step == 0 else {}) for i in range(count)]
+
+
+def with_model(
+    cfg: EvaluateConfig, entrant: Entrant, sampled: Sampled, kls: list[Tensor] | None
 ) -> Figures:
     """What its log-probs tell; nothing where it was asked otherwise than they would say.
 
@@ -196,12 +231,10 @@ def with_model(
     is at most away from the policy.
     """
     figures: Figures = {}
-    if not Sampling.of(cfg.algo).unfiltered or entrant.shots is not None:
-        return figures
-    if entrant.is_plain:
+    if tells(cfg, entrant) and entrant.is_plain:
         figures["entropy"] = entropy_of(sampled.rollouts, sampled.samples)
-    if reference is not None:
-        moved = estimated_kl(cfg, policy, reference, sampled.rollouts)
+    if kls is not None:
+        moved = estimated_kl(kls, sampled.samples)
         if entrant.is_plain:
             figures["kl"] = moved
         else:

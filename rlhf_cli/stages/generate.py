@@ -9,6 +9,7 @@ samples.jsonl has all that its row says, and comes as it is sampled.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from rlhf_cli.evaluation.samples import (
     parts_at,
     term_columns,
 )
+from rlhf_cli.ranks.agreement import together
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rewards.reward import Scores, load_reward
@@ -69,7 +71,7 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
                 kept=own,
             )
             scores = None if reward is None else own.scored("reward", reward, rollouts)
-            written.add(rollouts, cfg.algo.samples, scores)
+            together(partial(written.add, rollouts, cfg.algo.samples, scores))
     if reward is not None:
         reward.check_scored("reward", written.rewards())
     return session.finish("samples", written.shown())

@@ -137,7 +137,7 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
                 metrics |= refresh.train(step)
                 clock.lap("refresh")
 
-            stop = monitor.end_of_step(step, experience, metrics, clock, stop)
+            stop = monitor.end_of_step(step, experience, items, metrics, clock, stop)
             bar.advance(0, in_short(metrics))
             if stop:
                 break

@@ -134,7 +134,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
                 old_kl_coef = next_old_kl_coef(old_kl_coef, moved, algo)
             clock.lap("updates")
 
-            stop = monitor.end_of_step(step, experience, metrics, clock, stop)
+            stop = monitor.end_of_step(step, experience, items, metrics, clock, stop)
             bar.advance(0, in_short(metrics))
             if stop:
                 break

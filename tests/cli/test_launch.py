@@ -285,6 +285,49 @@ def test_a_rank_that_does_not_come_is_named(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_hears_signals(rank: int, runs: Runs) -> None:
+    """Whether it keeps the meeting place or looks for it; and whoever has not come is named."""
+    env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    one = "hardware.processes=1"
+    late = runs.start("pass", one, "hardware.rank_timeout=4", env=env)
+    waits = runs.start("pass", one, env={**env, "MASTER_PORT": str(free_port())})
+    code, _, err = runs.end(late)
+    note, last = err.splitlines()
+    other = f"s for rank {1 - rank}"
+    assert code == 1 and "waited" in note and other in note and "run ends after 4 s" in note
+    assert f"rank {rank} of 2 at 127.0.0.1:{env['MASTER_PORT']} waited" in last and other in last
+    assert "(hardware.rank_timeout=4)" in last
+    waits.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code, _, err = runs.end(waits)
+    assert code == 75 and time.monotonic() - began < 5
+    assert rank or err.splitlines()[-1].startswith("rlhf-cli: interrupted by SIGTERM")
+
+
+@pytest.mark.slow
+def test_work_of_rank_0_may_take_longer_than_ranks_wait(runs: Runs) -> None:
+    """As a user's reward function or a server does; its error is that of all."""
+    body = """
+        from rlhf_cli.ranks.agreement import by_main
+        def judge():
+            time.sleep(9)
+            if Path("odd").exists():
+                raise RunError("odd judge")
+            return [1.5]
+        assert by_main(judge) == [1.5]
+        assert world().any(rank == 1)
+    """
+    code, _, err = runs(body, "hardware.rank_timeout=4")
+    assert code == 0, err
+    assert err.count("waited") == 1 and "for rank 0, which is in" in err and "run ends" not in err
+    (runs.folder / "odd").touch()
+    code, _, err = runs(body, "hardware.rank_timeout=4")
+    assert code == 1 and err.splitlines()[-1] == "rlhf-cli: error: odd judge"
+
+
+@pytest.mark.slow
 def test_torchrun_starts_the_same_ranks(runs: Runs) -> None:
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
     code, out, err = runs("assert world().size == 2", agent=torchrun)

@@ -54,6 +54,30 @@ def config_of(stage: str, words: list[str]) -> Any:
             [*VLLM, "model.quantize=nf4", "model.lora_rank=2", "model.merge_lora=false"],
             "has no whole weights to give",
         ),
+        (
+            "ppo",
+            ["hardware.rollout=vllm", "hardware.rollout_server=[http://a,http://a/]"],
+            "hardware.rollout_server names http://a twice",
+        ),
+        (
+            "ppo",
+            ["hardware.rollout=vllm", "hardware.rollout_server=[http://a,b:1]"],
+            "rollout_server=b:1 is no address",
+        ),
+        ("ppo", ["hardware.rollout_sync=nccl"], "hardware.rollout_sync is not used by"),
+        ("ppo", [*VLLM, "hardware.rollout_sync=disk"], "must be files|nccl|adapter"),
+        ("generate", [*VLLM, "hardware.rollout_sync=nccl"], "is for ppo and grpo, which give"),
+        (
+            "grpo",
+            [*VLLM, "hardware.rollout_sync=nccl", "hardware.device=cpu"],
+            "on a CPU set it to files",
+        ),
+        ("grpo", [*VLLM, "hardware.rollout_sync=adapter"], "is for model=lora"),
+        (
+            "grpo",
+            [*VLLM, "hardware.rollout_sync=adapter", "model.lora_rank=2", "model.use_dora=true"],
+            "vLLM has no DoRA",
+        ),
         ("grpo", [*VLLM, "algo.temperature=0.005"], "vLLM samples at 0.01 or above"),
         ("grpo", [*VLLM, "algo.temperature_end=0.001"], "algo.temperature_end=0.001: vLLM"),
         ("evaluate", [*VLLM, "algo.temperatures=[0.7,0.002]"], "algo.temperatures=0.002: vLLM"),
@@ -73,3 +97,5 @@ def test_taken(stage: str) -> None:
     validate(stage, config_of(stage, [*VLLM, "algo.temperature=0.7"]))
     cfg = compose(stage, ["hardware.rollout=vllm", "hardware.rollout_devices=[2,3]"])
     assert cfg.hardware.rollout_devices == [2, 3] and cfg.hardware.rollout_timeout == 600
+    several = compose(stage, [VLLM[0], "hardware.rollout_server=[http://a:8000,http://b:8000]"])
+    assert several.hardware.rollout_server == ["http://a:8000", "http://b:8000"]

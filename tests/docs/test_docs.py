@@ -27,7 +27,7 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 LONGEST_README = 160  # lines
 EXPECTED = (
     *("adapters", "architecture", "data", "evaluation", "export", "feedback", "hardware"),
-    *("metrics", "models", "online", "python", "resume", "rewards", "vllm"),
+    *("metrics", "models", "online", "python", "resume", "rewards", "trackers", "vllm"),
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,5 +1,7 @@
 """Metrics of ranks that no longer compute the same end the run of all."""
 
+import errno
+import os
 from pathlib import Path
 
 from rlhf_cli.config.errors import RunError
@@ -35,3 +37,27 @@ def test_metrics_that_differ_end_all_ranks(tmp_path: Path) -> None:
     counts = [len((tmp_path / name).read_text().splitlines()) for name in ("alike", "free")]
     assert counts == [1, 3]
     assert written(tmp_path) == []
+
+
+def on_a_full_disk(folder: Path) -> list[str]:
+    """What ranks raise where the disk of rank 0 has no room for a row."""
+    full = False
+
+    def check() -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.file))
+
+    log = JsonLines(folder / "log", before_write=check, agreed=True)
+    log.write(1, {"a": 1.0})
+    full = True
+    try:
+        log.write(2, {"a": 1.0})
+    except OSError as error:
+        return [str(error.errno), str(error.filename)]
+    return []
+
+
+def test_a_disk_that_fills_ends_all_ranks(tmp_path: Path) -> None:
+    told = [str(errno.ENOSPC), str(tmp_path / "log")]
+    assert on_ranks(2, on_a_full_disk, tmp_path) == [told, told]
+    assert len((tmp_path / "log").read_text().splitlines()) == 1

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.models.score import logprobs_of
-from rlhf_cli.rollout import server_client, server_weights
+from rlhf_cli.rollout import server_client, server_sync
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -50,7 +50,7 @@ def encoder_of(size: int = 90) -> Any:
 
 
 def engine_of(
-    model: Any, url: str, folder: Path, changes: bool = True, **more: Any
+    model: Any, url: str | list[str], folder: Path, changes: bool = True, **more: Any
 ) -> ServerEngine:
     hardware = hardware_of(
         rollout="vllm", rollout_server=url, packing="false", **{"rollout_timeout": 20.0, **more}
@@ -83,7 +83,7 @@ def stub(model: Any, tmp_path: Path) -> Stub:
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(server_weights, "PAUSE", 0.01)
+    monkeypatch.setattr(server_sync, "PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -307,7 +307,10 @@ def test_what_passes_is_asked_again(model: Any, stub: Stub, url: str, tmp_path: 
         ({"/v1/completions": [None, None, 400]}, "/v1/completions answered 400: fault 400"),
         ({"/v1/completions": [None, None, *[500] * 60]}, "/v1/completions answered 500"),
         ({"/v1/completions": [None, None, *["hang"] * 12]}, "has not answered within 1 s"),
-        ({"/collective_rpc": [500] * 3}, "version 1 in .* were not loaded: .* stay paused"),
+        (
+            {"/collective_rpc": [500] * 3},
+            "weights in .*-00000001, .* were not loaded: .* stay paused",
+        ),
         ({"/pause": [404]}, "VLLM_SERVER_DEV_MODE=1"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Trackers of experiments, which hear what a run logs."""

@@ -1,0 +1,89 @@
+"""One HTML file that asks for nothing: parts of page/ put together with what is to be shown.
+
+Scripts are known to the page by their hash, so no other one can run in it, and its policy allows no
+request. What others wrote, such as rows and responses, is handed over as JSON, and as text only.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from string import Template
+from typing import Any
+
+PAGE = "page"
+TEMPLATE = "page.html"
+STYLES = ("page.css", "samples.css")
+SCRIPTS = ("page.js", "charts.js", "texts.js", "tokens.js", "samples.js")
+"""Files of page/ in every page, in this order: a script sees what earlier ones name."""
+
+MADE_BY = "rlhf-cli report"
+POLICY = (
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+@dataclass
+class Section:
+    """A part of a page.
+
+    name: of its element, and of what `data` has for it.
+    body: HTML; whatever comes from runs is escaped in it.
+    """
+
+    name: str
+    title: str
+    body: str = ""
+
+
+def page(title: str, sections: Sequence[Section], data: Mapping[str, Any], library: str) -> str:
+    """The whole file.
+
+    Args:
+        data: what scripts read by `JSON.parse` of the element `data`.
+        library: JavaScript that draws; scripts of page/ come after it.
+    """
+    scripts = [script(each) for each in (library, *map(part, SCRIPTS))]
+    allowed = " ".join(f"'{hashed(each)}'" for each in scripts)
+    return Template(part(TEMPLATE)).substitute(
+        made_by=MADE_BY,
+        policy=POLICY.format(scripts=allowed),
+        title=html.escape(title),
+        style="\n".join(map(part, STYLES)),
+        links="\n".join(f'<a href="#{each.name}">{each.title}</a>' for each in sections),
+        sections="\n".join(map(section, sections)),
+        data=as_json(data),
+        scripts="\n".join(f"<script>{each}</script>" for each in scripts),
+    )
+
+
+def section(each: Section) -> str:
+    """Its element, under a heading."""
+    head = f'<h2 id="{each.name}-title">{each.title}</h2>'
+    start = f'<section id="{each.name}" aria-labelledby="{each.name}-title">'
+    return f"{start}{head}\n{each.body}</section>"
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """JSON that no HTML is seen in, whatever texts it holds; halves of characters are escaped."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+
+
+def part(name: str) -> str:
+    """A file of page/."""
+    return (resources.files("rlhf_cli.views") / PAGE / name).read_text(encoding="utf-8")
+
+
+def script(text: str) -> str:
+    """A script as a browser reads it, which ends it at `</script`, wherever that stands."""
+    return text.replace("\r\n", "\n").replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+def hashed(text: str) -> str:
+    """A script's hash as a policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,55 @@
+"""Chromium without a window, in which pages are looked at as their readers do."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def chromium() -> Iterator["Browser"]:
+    """The browser of this machine; a test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip("there is no chromium here")
+    rights = ["--no-sandbox"] if os.geteuid() == 0 else []  # it refuses root otherwise
+    with playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=rights)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def opened(
+    browser: "Browser", file: Path, width: int = 1400, scheme: Any = "light"
+) -> Iterator["Page"]:
+    """A page once all of its pictures are drawn.
+
+    At the end nothing may have been said on its console, and nothing asked for beside its file.
+    """
+    size: Any = {"width": width, "height": 1000}
+    context = browser.new_context(viewport=size, color_scheme=scheme)
+    page, heard = context.new_page(), []
+    page.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: heard.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: heard.append(f"dialog: {dialog.message}"))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.absolute().as_uri())
+    page.locator("body[data-drawn]").wait_for(state="attached")
+    yield page
+    assert heard == [], heard
+    assert [url for url in asked if not url.startswith("data:")] == [file.absolute().as_uri()]
+    context.close()

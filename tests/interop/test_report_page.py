@@ -1,0 +1,264 @@
+"""The page of a report in a browser: in both themes, on a phone, by keyboard, by mouse."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.views.html import Section, page
+from rlhf_cli.views.samples import samples_of
+from tests.interop.browser import chromium, opened
+from tests.tiny import DATA, run_stage
+from tests.views.test_samples import record
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+pytestmark = pytest.mark.interop
+
+HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=1>{{7*7}}<!--"
+TURNED = "a\u202eb\u200bc\x1b[31m\u2066d\ud800e\U000e0041 \u05d0\u05d1"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with report.html, and `report`, its folder of an evaluation."""
+    from rlhf_cli.stages import evaluate
+    from rlhf_cli.views.report import report
+
+    folder = tmp_path_factory.mktemp("runs")
+    with contextlib.chdir(chain):
+        words = ["algo.steps=2", "algo.show_every=1", "hardware.save_every=null"]
+        run_stage("ppo", folder / "ppo", *words, "policy=runs/demo/sft")
+        baselines = f"baselines=[runs/demo/sft,{folder}/ppo]"
+        words = ["policy=runs/demo/adapter", baselines, "reference=runs/demo/sft"]
+        sizes = ["algo.prompts=12", "data.eval_rows=12", "algo.samples=2", "algo.max_tokens=6"]
+        out = folder / "report"
+        judges = ["reward=runs/demo/reward", "gold=length:2"]
+        evaluate.run(compose("evaluate", [*DATA, *words, *sizes, *judges, f"out={out}"]))
+        folders = [Path("runs/demo") / name for name in ("sft", "reward", "adapter")]
+        text = report([*folders, folder / "ppo", out])
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    return folder
+
+
+def lines_of(runs: Path) -> list[dict[str, Any]]:
+    text = (runs / "report/samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def browser_page(folder: Path, lines: list[Any]) -> Path:
+    """A page with the browser of samples alone, of an evaluation that wrote these lines."""
+    samples = samples_of([record(folder / "e", "evaluate", lines)])
+    file = folder / "page.html"
+    data = {"charts": {}, "theme": {}, "samples": samples}
+    file.write_text(page("t", [Section("samples", "Samples")], data, ""), encoding="utf-8")
+    return file
+
+
+def cards(page: "Page") -> "Locator":
+    return page.locator("#samples article.prompt")
+
+
+def named(text: str) -> str:
+    """A response as it is shown, in which control characters are named."""
+    shown = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"U+{ord(c[0]):04X}", text)
+    return shown or "empty"
+
+
+def status(page: "Page") -> str:
+    return page.locator("#samples p.status").inner_text()
+
+
+def differences(page: "Page") -> list[float]:
+    texts = page.locator("#samples .compared b").all_inner_texts()
+    return [float(text.split()[-1].replace("\u2212", "-")) for text in texts]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_whole_page(browser: "Browser", runs: Path, scheme: str, width: int) -> None:
+    """Every picture is drawn, nothing is wider than the window, texts are seen on their ground."""
+    with opened(browser, runs / "report.html", width, scheme) as page:
+        figures = page.locator("figure[data-chart]").count()
+        assert page.evaluate("Number(document.body.dataset.drawn)") == figures
+        drawn = page.locator("figure[data-chart] svg")
+        assert drawn.count() >= figures
+        assert all(
+            box["width"] > 50 for box in (each.bounding_box() for each in drawn.all()) if box
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert cards(page).count() == 10
+        for chosen in ("body", "#samples .asked .text", "#samples .status", "#samples .token"):
+            assert contrast(page.locator(chosen).first) > 4.5, chosen
+        page.emulate_media(media="print")
+        assert not page.locator("#samples .controls").is_visible()
+
+
+def contrast(place: "Locator") -> float:
+    """Of a text with what lies behind it, as WCAG 2 defines it."""
+    colours = place.evaluate(
+        """element => {
+            let behind = element;
+            const of = each => getComputedStyle(each).backgroundColor;
+            while (behind.parentElement && /, 0\\)|\\/ 0\\)|transparent/.test(of(behind))) {
+              behind = behind.parentElement;
+            }
+            const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+            return [getComputedStyle(document.body).backgroundColor, of(behind),
+                    getComputedStyle(element).color].map(colour => {
+              pen.fillStyle = colour;
+              pen.fillRect(0, 0, 1, 1);
+              return [...pen.getImageData(0, 0, 1, 1).data];
+            });
+        }"""
+    )
+    light = []
+    for red, green, blue, _ in colours[1:]:
+        linear = [
+            each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4
+            for each in (red / 255, green / 255, blue / 255)
+        ]
+        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+def test_the_browser_of_samples_by_mouse(browser: "Browser", runs: Path) -> None:
+    lines = lines_of(runs)
+    sums: dict[tuple[str, str], float] = {}
+    for line in lines:
+        key = line["prompt"], Path(line["policy"]).name
+        sums[key] = sums.get(key, 0) + line["reward"] / 2
+    gains = {prompt: sums[prompt, "adapter"] - sums[prompt, "sft"] for prompt, _ in sums}
+    with opened(browser, runs / "report.html") as page:
+        samples = page.locator("#samples")
+        assert status(page) == "12 prompts, 1 to 10 shown."
+        samples.get_by_label("Order").select_option("difference")
+        best = max(gains, key=lambda prompt: gains[prompt])
+        assert cards(page).first.locator(".asked").inner_text().strip() == best.strip()
+        assert differences(page)[0] == pytest.approx(gains[best], rel=0.01, abs=2e-3)
+        assert differences(page) == sorted(differences(page), reverse=True)
+        others = samples.get_by_label("Compared with")
+        (ppo,) = [each for each in others.locator("option").all_inner_texts() if "ppo" in each]
+        others.select_option(label=ppo)
+        assert f", {ppo} " in page.locator("#samples .compared").first.inner_text()
+        assert cards(page).first.locator(".answer").count() == 3
+        samples.get_by_label("these two alone").check()
+        assert cards(page).first.locator(".answer").count() == 2
+
+        token = cards(page).first.locator(".token").first
+        token.hover()
+        told = cards(page).first.locator("output.told").first.inner_text()
+        policy = "runs/demo/adapter"
+        asked = cards(page).first.locator(".asked").inner_text().strip()
+        ours = [each for each in lines if each["policy"] == policy]
+        first = next(each for each in ours if each["prompt"].strip() == asked)
+        assert told.startswith(f"1 of {len(first['tokens'])}, ")
+        size = float(re.findall(r"KL ([\u22120-9.]+)", told)[0].replace("\u2212", "-"))
+        assert size == pytest.approx(first["kls"][0], abs=5e-4 + abs(first["kls"][0]) / 100)
+        table = cards(page).first.locator("details").first
+        table.locator("summary").click()
+        table.locator("tbody tr").first.wait_for()
+        assert table.locator("tbody tr").count() == len(first["tokens"])
+        samples.get_by_label("Colour").select_option("")
+        assert page.locator("#samples .token").count() == 0
+        page.get_by_role("button", name="Next", exact=True).click()
+        assert status(page).startswith("12 prompts, 11 to 12 shown") and cards(page).count() == 2
+        samples.get_by_label("Samples").select_option(label="in training")
+        assert "step 2" in cards(page).first.inner_text()
+        assert page.locator("#samples .stepper").count() == 0  # all responses to a prompt beside
+        samples.get_by_label("Colour").select_option("advantages")
+        assert page.locator("#samples .token.above, #samples .token.below").count() > 10
+
+
+def test_the_browser_of_samples_by_keyboard(browser: "Browser", runs: Path) -> None:
+    lines = lines_of(runs)
+    prompts = list(dict.fromkeys(line["prompt"].strip() for line in lines))
+
+    def focused(page: "Page") -> str:
+        return str(
+            page.evaluate("document.activeElement.querySelector('.asked')?.innerText ?? ''")
+        ).strip()
+
+    with opened(browser, runs / "report.html") as page:
+        page.get_by_label("Search").focus()
+        page.keyboard.press("Enter")
+        assert focused(page) == prompts[0]
+        page.keyboard.press("j")
+        page.keyboard.press("j")
+        page.keyboard.press("k")
+        assert focused(page) == prompts[1]
+        of = [line["response"] for line in lines if line["prompt"].strip() == prompts[1]][:2]
+        second = cards(page).nth(1)
+        page.keyboard.press("]")
+        assert second.locator(".stepper span").inner_text() == "response 2 of 2"
+        assert second.locator(".answer .text").first.inner_text() == named(of[1])
+        page.keyboard.press("[")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        told = second.locator("output.told").first
+        page.keyboard.press("Home")
+        first = told.inner_text()
+        page.keyboard.press("ArrowRight")
+        assert told.inner_text() != first and "log-prob" in told.inner_text()
+        page.keyboard.press("End")
+        count = len(next(line for line in lines if line["prompt"].strip() == prompts[1])["tokens"])
+        assert told.inner_text().startswith(f"{count} of {count}, ")
+        for _ in range(9):
+            page.keyboard.press("j")
+        assert focused(page) == prompts[10] and "11 to 12 shown" in status(page)
+        page.keyboard.press("k")
+        assert focused(page) == prompts[9]
+
+        page.keyboard.press("/")
+        page.keyboard.type(prompts[4].split()[1].upper())
+        page.locator("#samples .status", has_text=" of 12 prompts").wait_for()
+        word = prompts[4].split()[1].lower()
+        assert all(word in text.lower() for text in cards(page).all_inner_texts())
+        assert page.evaluate("CSS.highlights.get('found').size") >= 1
+        page.keyboard.type("no such words")
+        page.locator("#samples .status", has_text="0 of 12 prompts.").wait_for()
+        assert cards(page).count() == 0
+
+
+def test_texts_are_texts(browser: "Browser", tmp_path: Path) -> None:
+    """Markup is shown, what is not seen is named, and a megabyte is neither slow nor wide."""
+    texts = [HOSTILE, TURNED, "w" * 10**6, "", "\u0628" * 50 + "\n\tend", "Z" + "\u0335" * 500]
+    lines = [
+        {"policy": name, "temperature": 1, "prompt": prompt, "response": text, "reward": 1.0}
+        | {"tokens": [text[:2], text[2:]], "kls": [0.5, -0.25]}
+        for name in ("__proto__", HOSTILE, TURNED)
+        for prompt, text in zip([HOSTILE, TURNED, "__proto__", "", "e", "z"], texts, strict=True)
+    ]
+    file = browser_page(tmp_path, lines)
+    assert file.stat().st_size < 500_000
+    for width in (400, 1400):
+        with opened(browser, file, width) as page:
+            assert cards(page).count() == 6
+            assert page.evaluate("window.hacked") is None
+            assert page.locator("img, #samples script").count() == 0
+            shown = cards(page).first.locator(".asked .text").inner_text()
+            assert shown == HOSTILE
+            coloured = cards(page).first.locator(".answer .text").first.inner_text()
+            assert coloured == HOSTILE
+            turned = cards(page).nth(1)
+            seen = turned.locator(".asked .unseen").all_inner_texts()
+            assert seen == ["U+202E", "U+200B", "U+001B", "U+2066", "U+D800", "U+E0041"]
+            assert turned.locator(".asked .text").inner_text().startswith("aU+202Eb")
+            assert cards(page).nth(3).locator(".text.empty").count() > 1
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.get_by_label("Search").fill("<IMG SRC")
+            page.locator("#samples .status", has_text="1 of 6 prompts").wait_for()
+            assert page.evaluate("[...CSS.highlights.get('found')][0].toString()") == "<img src"
