@@ -126,9 +126,6 @@ def test_the_best_of_n_is_a_policy_of_its_own(tmp_path: Path) -> None:
     assert report["frontier"][-1]["kl"] == best["kl_bound"]
     lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in lines if line["policy"] == name] == [0, 1] * 3
-    more = ["algo.samples=16", "best_of=null"]
-    of_sixteen = evaluated(tmp_path / "many", *words, *more)["policies"]["runs/demo/sft"]["best_of"]
-    assert best["reward"]["mean"] == pytest.approx(of_sixteen["8"]["reward"]["mean"], abs=0.5)
     for wrong, line in {
         "best_of_n=null": "best_of=runs/demo/sft needs best_of_n=VALUE",
         "reward=null": "best_of=runs/demo/sft is chosen by reward=",
