@@ -17,7 +17,20 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli.commands import SHORT, compare, completion, cp, data, export, ls, slurm, stage, sweeps
+from rlhf_cli.commands import (
+    SHORT,
+    chat,
+    compare,
+    completion,
+    cp,
+    data,
+    export,
+    ls,
+    slurm,
+    stage,
+    sweeps,
+    watch,
+)
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
@@ -26,7 +39,7 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 
 LONGEST_README = 160  # lines
 EXPECTED = (
-    *("adapters", "architecture", "data", "evaluation", "export", "feedback", "hardware"),
+    *("adapters", "architecture", "chat", "data", "evaluation", "export", "feedback", "hardware"),
     *("metrics", "models", "online", "python", "resume", "rewards", "trackers", "vllm"),
 )
 
@@ -68,6 +81,10 @@ def try_command(words: list[str]) -> None:
         export.parse(rest)
     elif first == "compare":
         compare.parse(rest)
+    elif first == "watch":
+        watch.parse(rest)
+    elif first == "chat":
+        composed("generate", (*chat.ALWAYS, *chat.parse(rest).overrides), None, None)
     elif first == "cp":
         cp.run(rest)
     elif first == "completion":
