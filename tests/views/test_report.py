@@ -79,7 +79,8 @@ def chain(tmp_path: Path) -> Path:
         rows = [{"step": step, "reward": step + seed / 4} for step in range(1, 9)]
         made(top / f"ppo{seed}", "ppo", seed, metrics=logged(9, seed / 8), samples=rows)
     names = [str(top / "ppo0"), str(top / "sft")]
-    judged = [{"policy": name, "temperature": 1.0, "gold": 1.0} for name in names]
+    said = {"prompt": "Who?", "response": "Me.", "sample": 0, "temperature": 1.0, "gold": 1.0}
+    judged = [{"policy": name, **said} for name in names]
     made(top / "evaluate", "evaluate", report=evaluation(*names), samples=judged)
     return top
 
