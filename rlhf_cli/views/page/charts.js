@@ -4,8 +4,7 @@
 // are to be seen have been tried.
 
 async function draw(place) {
-  if (place.dataset.done !== undefined) return;
-  place.dataset.done = "";
+  if (place.hasChildNodes()) return; // it is drawn, or about to be
   const options = {
     mode: "vega-lite",
     ast: true, // expressions are walked, not compiled: the page's policy allows no eval
@@ -17,9 +16,9 @@ async function draw(place) {
   place.append(child);
   try {
     await vegaEmbed(child, data.charts[place.dataset.chart], options);
+    place.dataset.drawn = "";
   } catch (error) {
     child.textContent = `This figure cannot be drawn: ${error.message}`;
-    place.dataset.failed = "";
     console.error(error);
   }
 }
@@ -29,8 +28,7 @@ async function drawAll(places) {
     await draw(place);
     await new Promise((resolve) => setTimeout(resolve)); // the page answers meanwhile
   }
-  const done = document.querySelectorAll("[data-done]:not([data-failed])");
-  document.body.dataset.drawn = done.length;
+  document.body.dataset.drawn = document.querySelectorAll("[data-chart][data-drawn]").length;
 }
 
 for (const part of document.querySelectorAll("details")) {
