@@ -16,7 +16,7 @@ STOREYS = (
     ("cli",),
     ("commands",),
     ("stages", "views"),
-    ("online", "preferences"),
+    ("online", "preferences", "labelling"),
     ("evaluation",),
     ("runs",),
     ("training",),

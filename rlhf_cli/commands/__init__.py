@@ -3,4 +3,16 @@
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
-COMMANDS = ("data", "export", *SHORT, "slurm", "ls", "compare", "report", "cp", "env", "completion")
+COMMANDS = (
+    "data",
+    "export",
+    *SHORT,
+    "slurm",
+    "ls",
+    "compare",
+    "report",
+    "chat",
+    "cp",
+    "env",
+    "completion",
+)

@@ -32,6 +32,7 @@ Commands
   ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
   compare RUN ...   settings that differ and final metrics side by side; a sweep as table or CSV
   report RUN ...    runs as one HTML file: lineage, curves, comparisons, samples
+  chat POLICY ...   talk to a policy, or to two side by side; reads from a pipe too
   cp NAME DEST      copy a shipped recipe or option, to change it
   env               versions and devices, for a bug report
   completion SHELL  completion script for bash, zsh or fish
@@ -63,6 +64,7 @@ MAX_TAKES = 60  # characters of what a key takes, in its column
 ALL = "all"
 CHANGED = (
     *("name", "out", "seed", "policy", "reference", "reward", "gold", "baselines"),
+    *("source", "annotators", "who", "algo.protocol"),
     *("model.path", "model.lora_rank", "data.path", "data.template"),
     *("data.max_prompt_tokens", "data.max_response_tokens"),
     *("algo.lr", "algo.epochs", "algo.steps", "algo.batch_size", "algo.group_size"),

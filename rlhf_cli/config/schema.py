@@ -923,6 +923,33 @@ class GenerateAlgo(Decoding):
 
 
 @dataclass
+class LabelAlgo(Decoding):
+    """What is asked of whoever labels, and of whom."""
+
+    prompts: int | None = key("Use the first prompts only; null uses all.", ge=1)
+    protocol: str = key(
+        "What is asked of a task: rank all responses, ties allowed; which of a pair is better, and "
+        "by how much; thumbs up or down for one response.",
+        choices=("rank", "pair", "thumbs"),
+    )
+    responses: int = key(
+        "Responses in a task of rank; those of a pair are 2, of thumbs 1.", ge=2, le=9
+    )
+    overlap: float = key(
+        "Share of the tasks that every annotator gets, by which their agreement is measured; the "
+        "others are dealt out.",
+        ge=0,
+        le=1,
+    )
+    repeat: float = key(
+        "Share of their tasks that annotators get once more at the end, by which their agreement "
+        "with themselves is measured; the second answer enters no row.",
+        ge=0,
+        le=1,
+    )
+
+
+@dataclass
 class EvaluateAlgo(Decoding):
     """Evaluation on held-out prompts."""
 
@@ -1104,6 +1131,64 @@ class GenerateConfig(SamplingConfig):
     """Sampling: policy and prompts -> samples.jsonl."""
 
     algo: GenerateAlgo
+
+
+@dataclass
+class LabelConfig(SamplingConfig):
+    """Labelling: responses and who judges them -> rankings, preferences or feedback."""
+
+    policy: str | None = key(  # type: ignore[assignment]  # other stages cannot do without
+        "Policy folder or hub id to sample from; null where samples=FILE has all that is needed.",
+        role="policy",
+    )
+    baselines: list[str] = key(
+        "Policies that are sampled from as well: who wrote what is hidden from who labels.",
+        role="policy",
+    )
+    samples: str | None = key(
+        "File of responses to label in place of sampling: rows of prompt, response and, if known, "
+        "policy and reward, as samples.jsonl has them."
+    )
+    reward: str | None = key(
+        "What scores responses, as in ppo: source=reward labels by it, and with other sources the "
+        "report tells how far they agree with it.",
+        role="reward",
+    )
+    source: str = key(
+        "Who labels: people on a local web page or in this terminal; the reward, or what "
+        "samples=FILE says of it; or labels=FILE.",
+        choices=("page", "terminal", "reward", "file"),
+    )
+    annotators: list[str] = key("Names of those who label; tasks are dealt out to them.")
+    who: str | None = key(
+        "Which of them sits at the terminal; null is the first.", used_by="source=terminal"
+    )
+    port: int = key(
+        "Port of the page on this machine; 0 takes a free one.",
+        ge=0,
+        le=65535,
+        used_by="source=page",
+        unused=0,
+    )
+    labels: str | None = key(
+        "File of labels that were made elsewhere, of the tasks in tasks.jsonl: rows of task, "
+        "annotator and ranks, strength, label, skip or flag.",
+        used_by="source=file",
+        needed=True,
+    )
+    flip: float = key(
+        "Chance that the reward's label of a task is turned round, of each annotator by itself: a "
+        "crowd that errs.",
+        ge=0,
+        le=0.5,
+        used_by="source=reward",
+        unused=0.0,
+    )
+    instructions: str | None = key(
+        "Text file with what annotators are to judge by; its hash is in every row."
+    )
+    accept_partial: bool = key("Seal what is labelled where tasks are left.")
+    algo: LabelAlgo
 
 
 @dataclass

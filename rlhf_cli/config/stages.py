@@ -11,6 +11,7 @@ from rlhf_cli.config.schema import (
     EvaluateConfig,
     GenerateConfig,
     GrpoConfig,
+    LabelConfig,
     PpoConfig,
     RewardConfig,
     Run,
@@ -41,8 +42,8 @@ class Stage:
 
     @property
     def holds_out(self) -> bool:
-        """Whether it holds rows out; to sample answers every row, also of standard input."""
-        return self.writes != "samples"
+        """Whether it holds rows out; to sample is to answer every row."""
+        return self.writes not in ("samples", "labels")
 
 
 STAGES: dict[str, Stage] = {
@@ -53,6 +54,7 @@ STAGES: dict[str, Stage] = {
     # the last is that of its refreshed reward model
     "grpo": Stage(GrpoConfig, "prompt", "policy", ("reward", "eval/gold", "refresh/accuracy")),
     "generate": Stage(GenerateConfig, "prompt", "samples", ("reward",)),
+    "label": Stage(LabelConfig, "prompt", "labels", ("agreement",)),
     "evaluate": Stage(EvaluateConfig, "prompt", "report", ("gold", "reward")),
 }
 """Every stage by its subcommand, in the order of a chain."""

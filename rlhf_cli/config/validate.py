@@ -18,6 +18,7 @@ from rlhf_cli.config.schema import (
     Decoding,
     DpoConfig,
     EvaluateConfig,
+    LabelConfig,
     Model,
     PpoConfig,
     RewardConfig,
@@ -33,6 +34,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
 # Where a file or folder is named, or may be.
 _PATHS = (
+    *("labels", "instructions"),
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
     *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "responses_cache"),
     *("data.path", "data.eval_path", "data.text_path", "model.path"),
@@ -355,6 +357,31 @@ def _evaluation(cfg: Run) -> Iterator[str]:
         yield f"algo.temperatures samples, but samples={cfg.samples} has all; set it to []"
 
 
+def _labelling(cfg: Run) -> Iterator[str]:
+    """Who labels what."""
+    if not isinstance(cfg, LabelConfig):
+        return
+    named = cfg.annotators
+    if not named or len(set(named)) < len(named):
+        yield f"annotators={named}: name each once, and at least one"
+    if wrong := [
+        name for name in named if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}", name)
+    ]:
+        yield f"annotators: {wrong[0]!r} names a file: up to 40 letters, digits, _, . and -"
+    if cfg.who is not None and cfg.who not in named:
+        yield f"who={cfg.who} is none of annotators={named}"
+    if cfg.data.path == "-":
+        yield "data.path=-: what labels are typed into cannot hold the rows; give a file"
+    if cfg.hardware.processes not in (1, AUTO):
+        yield f"hardware.processes={cfg.hardware.processes}: one process labels; set it to 1"
+    if cfg.policy is None and (cfg.samples is None or cfg.reward is not None):
+        yield "policy=null needs samples=FILE and reward=null: rewards are given a policy's tokens"
+    if cfg.samples is not None and cfg.baselines:
+        yield f"baselines are sampled from, but samples={cfg.samples} has all; set them to []"
+    if cfg.source == "reward" and cfg.reward is None and cfg.samples is None:
+        yield "source=reward needs reward=..., or samples=FILE with rewards in it"
+
+
 def _selection(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, SftConfig):
         return
@@ -378,5 +405,6 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _preferences,
     _selection,
     _evaluation,
+    _labelling,
     data_rules,
 )

@@ -37,6 +37,7 @@ def decode(
     sampling: Sampling,
     stop_ids: list[int],
     text_of: Callable[[list[int]], str],
+    heard: Callable[[list[int]], None] = lambda ids: None,
 ) -> list[Completion]:
     """Responses to prompts, K = len(noise) / len(prompts) of each, prompt by prompt.
 
@@ -45,6 +46,7 @@ def decode(
         noise: (P * K, max_tokens) uniform numbers that decide every draw.
         stop_ids: ids that end a response.
         text_of: ids to text, for stop strings.
+        heard: is told the ids of a response so far, once it has one more.
     """
     with evaluation_mode(model):
         way = way_of(model)
@@ -54,7 +56,7 @@ def decode(
         completions: dict[int, list[Completion]] = {}
         for places in _batches(prompts, way):
             group, drawn = [prompts[i] for i in places], samples[places].flatten(0, 1)
-            found = iter(_together(model, way, group, drawn, sampling, stop_ids, text_of))
+            found = iter(_together(model, way, group, drawn, sampling, stop_ids, text_of, heard))
             for place in places:
                 completions[place] = [next(found) for _ in samples[place]]
         return [each for place in range(len(prompts)) for each in completions[place]]
@@ -78,6 +80,7 @@ def _together(
     sampling: Sampling,
     stop_ids: list[int],
     text_of: Callable[[list[int]], str],
+    heard: Callable[[list[int]], None],
 ) -> list[Completion]:
     """`decode` in one batch, K responses to each prompt."""
     device = next(model.parameters()).device
@@ -109,6 +112,7 @@ def _together(
             completion = completions[row]
             completion.ids.append(id)
             completion.logprobs.append(value)
+            heard(completion.ids)
             if id in stop_ids:
                 completion.finish_reason = "eos"
             elif any(string in text_of(completion.ids) for string in sampling.stop):

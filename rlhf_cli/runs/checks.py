@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rlhf_cli.config.own_code import parameters_of
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
-from rlhf_cli.data.files import STDIN, find, is_local
+from rlhf_cli.data.files import STDIN, find, is_local, is_there
 from rlhf_cli.data.hub import NAME as HUB_ID
 from rlhf_cli.data.kinds import JUDGEMENTS, Demonstration, Prompt, Text, kind_named
 from rlhf_cli.data.look import check_split, looked_at
@@ -315,6 +316,22 @@ def check_sampler(cfg: Run) -> None:
             server_process.program()
         if sends:
             server_process.check_installed()
+
+
+def check_labelling(cfg: Run) -> None:
+    """Where responses are labelled, the files that are named are there, and what serves a page."""
+    if facts_of(cfg).writes != "labels":
+        return
+    for key in ("samples", "instructions"):
+        place = getattr(cfg, key)
+        if place is not None and not is_there(place):
+            raise UserError(f"{key}={place} does not exist")
+    needed = ("starlette", "uvicorn") if getattr(cfg, "source", None) == "page" else ()
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(
+            f"source=page needs {' and '.join(missing)}: pip install 'rlhf-cli[label]', or label "
+            "in this terminal: source=terminal"
+        )
 
 
 def sampler_lines(cfg: Run) -> list[str]:

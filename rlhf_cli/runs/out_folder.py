@@ -54,6 +54,7 @@ INPUTS = f"{CHECKPOINTS}/inputs.json"
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
+TASKS = "tasks.jsonl"  # what label asks, once it is sampled
 BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
 TRACKED = f"{CHECKPOINTS}/tracked"  # by which trackers know an unfinished run again
 ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log

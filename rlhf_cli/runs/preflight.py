@@ -25,6 +25,7 @@ from rlhf_cli.runs.checks import (
     arithmetic,
     check_data,
     check_frozen_layers,
+    check_labelling,
     check_models,
     check_rows,
     check_sampler,
@@ -42,6 +43,7 @@ from rlhf_cli.runs.out_folder import (
     FINISHED,
     FREE,
     RESUMABLE,
+    TASKS,
     config_as_written,
     is_claimed,
     state_of,
@@ -134,6 +136,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     check_context(cfg, cfg.start, context_of(cfg))
     check_frozen_layers(cfg)
     check_sampler(cfg)
+    check_labelling(cfg)
     check_adapter_use(cfg)
     provenance: Provenance | None = {}
     if decides:
@@ -170,6 +173,8 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
 
 def loading_line(cfg: Run) -> str:
     """What is loaded before the first step, in a line."""
+    if (Path(cfg.out) / TASKS).is_file() and is_claimed(Path(cfg.out)):
+        return f"reading {Path(cfg.out) / TASKS}"
     models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
     more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
     return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"

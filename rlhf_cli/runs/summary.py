@@ -21,6 +21,7 @@ Rows = Sequence[Metrics]
 
 SHOWN = 5  # numbers
 NUMBERS = {
+    "label": ("labels", "ties", "agreement", "alpha", "self_agreement", "reward_agreement"),
     "sft": ("eval/loss", "eval/perplexity", "eval/reward", "text/loss"),
     "reward": (
         *("eval/loss", "eval/calibration_error", "eval/length_correlation"),
@@ -38,12 +39,16 @@ NUMBERS = {
 """The numbers of each stage, as far as a run has them; the first ones are shown."""
 
 FILES = {
+    "rankings.jsonl": "rows for reward",
+    "feedback.jsonl": "rows for dpo algo=kto",
     "report.json": "tables",
     "frontier.png": "scores over KL",
     "win_rates.png": "over temperature",
     "reliability.png": "calibration",
     "metrics.jsonl": "each step",
     "samples.jsonl": "samples",
+    "demonstrations.jsonl": "rows for sft",
+    "preferences.jsonl": "rows for reward and dpo",
 }
 """What lies beside stage.json, in a word."""
 
@@ -206,6 +211,7 @@ _SENTENCES = {
     "ppo": _online,
     "grpo": _online,
     "generate": _of_generate,
+    "label": lambda metrics, rows: "",
     "evaluate": lambda metrics, rows: "",
 }
 
@@ -217,12 +223,26 @@ def _next(cfg: Run, stage: str) -> list[str]:
     """The commands that go on from a run, as they would be typed."""
     if stage == "generate":
         return [f"next: head -3 {shlex.quote(str(Path(cfg.out, SAMPLES)))}"]
+    if stage == "label":
+        return _after_labels(cfg)
     if stage == "evaluate":
         return [f"next: rlhf-cli export {shlex.quote(cfg.start or 'DIR')} my-model"]
     commands = [
         f"rlhf-cli {' '.join([each, *_words(cfg, stage, each)])}" for each in AFTER.get(stage, ())
     ]
     return [f"next: {', or '.join(commands)}"] if commands else []
+
+
+def _after_labels(cfg: Run) -> list[str]:
+    """What reads each kind of rows, those with all that was said first."""
+    readers = {
+        "rankings.jsonl": "reward algo=kwise",
+        "preferences.jsonl": "reward",
+        "feedback.jsonl": "dpo algo=kto",
+    }
+    files = [(Path(cfg.out, name), reader) for name, reader in readers.items()]
+    found = [f"{reader} data=jsonl data.path={file}" for file, reader in files if file.is_file()]
+    return [f"next: rlhf-cli {each}" for each in found[:1]]
 
 
 def _words(cfg: Run, stage: str, following: str) -> list[str]:

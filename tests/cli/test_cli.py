@@ -100,7 +100,8 @@ def test_help_in_a_pipe_is_as_wide_as_the_environment_says(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["ls", "ls runs", "cp", "env", "completion", "compare", "data", "export", "report"]
+    "words",
+    ["ls", "ls runs", "cp", "env", "completion", "compare", "data", "export", "report", "chat"],
 )
 def test_every_command_has_help(words: str, cli: Cli) -> None:
     done = cli(*words.split(), "--help")

@@ -19,6 +19,7 @@ import pytest
 
 from rlhf_cli.commands import (
     SHORT,
+    chat,
     compare,
     completion,
     cp,
@@ -38,7 +39,7 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 
 LONGEST_README = 160  # lines
 EXPECTED = (
-    *("adapters", "architecture", "data", "evaluation", "export", "feedback", "hardware"),
+    *("adapters", "architecture", "chat", "data", "evaluation", "export", "feedback", "hardware"),
     *("metrics", "models", "online", "python", "report", "resume", "rewards", "trackers", "vllm"),
 )
 
@@ -82,6 +83,8 @@ def try_command(words: list[str]) -> None:
         compare.parse(rest)
     elif first == "report":
         report.parse(rest)
+    elif first == "chat":
+        composed("generate", (*chat.ALWAYS, *chat.parse(rest).overrides), None, None)
     elif first == "cp":
         cp.run(rest)
     elif first == "completion":

@@ -44,6 +44,10 @@ RUNS: dict[str, list[str]] = {
         *("algo.refresh_reference=1", "algo.kl_estimator=weighted_k3", "algo.steps=1"),
     ],
     "generate": ["policy=runs/demo/sft", "reward=OWN", "algo.prompts=12"],
+    "label": [
+        *("policy=runs/demo/sft", "source=reward", "reward=length:2", "algo.prompts=4"),
+        *("algo.overlap=1", "annotators=[one,two]", "flip=0.1", "algo.repeat=0.5"),
+    ],
     "evaluate": [
         *("policy=runs/demo/sft", "baselines=[runs/demo/adapter]", "algo.prompts=4"),
         *("reward=0.1*OWN + runs/demo/reward", "gold=OWN", "algo.samples=1"),
@@ -90,7 +94,7 @@ def written(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     with contextlib.chdir(chain):
         for number, (start, more) in enumerate(RUNS.items()):
             stage, *options = start.split()
-            samples = stage in ("generate", "evaluate")
+            samples = stage in ("generate", "label", "evaluate")
             words = DATA if samples else [*words_of(stage), *SHORT]
             more = [word.replace("OWN", f"{own}:some") for word in more]
             out = folder / str(number)

@@ -1,0 +1,108 @@
+"""Labels that nobody types: by a reward, with errors where they are wanted, and from a file."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.data.order import derived_seed
+from rlhf_cli.data.parse import rows_of_file
+from rlhf_cli.labelling.answers import FLAG, SKIP, Answer, dense, fault_of
+from rlhf_cli.labelling.desk import Desk
+from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS
+from rlhf_cli.runs.out_folder import TASKS
+
+
+def label_by_reward(desk: Desk, flip: float, seed: int) -> int:
+    """Answer all turns that are left by the rewards of their responses.
+
+    Ranks are those of the rewards, equal ones tie; thumbs are up where a reward is above 0. With
+    chance `flip` an answer is turned round whole, so that each pair in it is; a task that comes
+    once more may be answered otherwise.
+
+    Returns:
+        How many answers were turned round, of those made now.
+    """
+    turned = 0
+    while (turn := desk.current) is not None:
+        rewards = turn.task.rewards
+        if rewards is None:
+            answer: Answer = {"kind": SKIP, "reason": "the reward does not know all responses"}
+        else:
+            place = derived_seed(seed, "flip", desk.who, turn.task.id, turn.showing)
+            errs = random.Random(place).random() < flip
+            turned += errs
+            answer = by_rewards(rewards, desk.terms.protocol, errs)
+        desk.answer(turn, answer)
+    return turned
+
+
+def by_rewards(rewards: list[float], protocol: str, errs: bool) -> Answer:
+    """The answer that rewards are, or what is contrary to it."""
+    if protocol == THUMBS:
+        return {"kind": THUMBS, "label": (rewards[0] > 0) != errs}
+    ranks = dense([-reward for reward in rewards] if errs else rewards)
+    if protocol == RANK:
+        return {"kind": RANK, "ranks": ranks}
+    strength = 0 if ranks == [1, 1] else 1
+    return {"kind": PAIR, "ranks": ranks, "strength": strength, "both_bad": False}
+
+
+def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
+    """Answer what a file has answers to: rows of task, annotator and what `answers.Answer` has.
+
+    The kind may be left out where the rest tells it; the annotator where there is but one.
+
+    Raises:
+        RunError: there is no such file yet.
+        UserError: a row is no answer to a task that its annotator has.
+    """
+    file = Path(labels)
+    if not file.is_file():
+        raise RunError(
+            f"labels={labels} is not there yet; {folder / TASKS} has the tasks: write a row of "
+            "task, annotator and ranks, label, skip or flag for each, and give the same command"
+        )
+    turns = {
+        (who, turn.task.id, turn.showing): turn
+        for who, desk in desks.items()
+        for turn in desk.turns
+    }
+    done = {
+        (who, turn.task.id, turn.showing)
+        for who, desk in desks.items()
+        for turn, _ in desk.answered
+    }
+    times: Counter[tuple[str, str]] = Counter()
+    for row, place in rows_of_file(file):
+        if isinstance(row, UserError):
+            raise row
+        who = row.get("annotator", next(iter(desks)) if len(desks) == 1 else None)
+        if who not in desks:
+            raise UserError(f"{place}: annotator is {who!r}; annotators={list(desks)}")
+        named = (str(who), str(row.get("task")))
+        turn = turns.get((*named, times[named]))
+        times[named] += 1
+        if turn is None:
+            raise UserError(f"{place}: {who} has no task {row.get('task')!r}, or has it less often")
+        if (who, turn.task.id, turn.showing) in done:
+            continue
+        desk = desks[who]
+        answer = answer_of(row, desk.terms.protocol)
+        if (fault := fault_of(answer, desk.terms.protocol, len(turn.task.responses))) is not None:
+            raise UserError(f"{place}: {fault}")
+        desk.answer(turn, answer, str(row.get("note") or ""))
+
+
+def answer_of(row: dict[str, object], protocol: str) -> Answer:
+    """What a row of a file answers, as an event has it; whether it is sound is not asked."""
+    for kind in (SKIP, FLAG):
+        if row.get(kind) or row.get("kind") == kind:
+            reason = row.get(kind)
+            return {"kind": kind, "reason": reason if isinstance(reason, str) else ""}
+    if protocol == PAIR:
+        decided = {"strength": int(row.get("ranks") != [1, 1]), "both_bad": False}
+        named = ("ranks", *decided)
+        return {"kind": protocol, **decided, **{name: row[name] for name in named if name in row}}
+    named = ("ranks",) if protocol == RANK else ("label",)
+    return {"kind": protocol, **{name: row[name] for name in named if name in row}}

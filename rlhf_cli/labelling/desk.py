@@ -1,0 +1,132 @@
+"""Where one annotator sits: the turns that are theirs, and what they have answered, on disk.
+
+Every answer is an event that is appended and flushed to disk before the next task is shown; to undo
+is an event, too. Where a task stands is found by reading the events again, so that a process that
+was killed loses what was not yet answered, and nothing else.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import rlhf_cli
+from rlhf_cli.folders.files import flush
+from rlhf_cli.folders.journal import Journal
+from rlhf_cli.labelling.answers import Answer, fault_of
+from rlhf_cli.labelling.tasks import Turn
+
+UNDO = "undo"
+Event = dict[str, Any]
+"""An answer with task, showing, annotator, source, shown (the order), note, seconds, started,
+saved, instructions and version; or an undo with task and showing.
+"""
+
+
+def events_file(folder: Path, who: str) -> Path:
+    """The file of an annotator's events."""
+    return folder / f"events-{who}.jsonl"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Under what is labelled: it stands in each event.
+
+    source: who labels, as the key `source` has it.
+    instructions: the hash of their text; None without one.
+    """
+
+    protocol: str
+    source: str
+    instructions: str | None
+
+
+class Desk:
+    """The turns of one annotator."""
+
+    def __init__(
+        self,
+        folder: Path,
+        who: str,
+        turns: Sequence[Turn],
+        terms: Terms,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args:
+        before_write: raises where the folder is no longer this run's to write.
+        """
+        self.who, self.turns, self.terms = who, turns, terms
+        self._journal = Journal(events_file(folder, who), before_write)
+        self._places = {(turn.task.id, turn.showing): i for i, turn in enumerate(turns)}
+        self._answers: dict[int, Event] = {}  # by the place of the turn, in the order of answering
+        for block in self._journal.blocks():
+            for event in block:
+                self._replay(event)
+
+    def _replay(self, event: Event) -> None:
+        place = self._places.get((event.get("task", ""), event.get("showing", 0)))
+        if place is None:
+            return
+        self._answers.pop(place, None)
+        count = len(self.turns[place].task.responses)
+        if event.get("kind") != UNDO and fault_of(event, self.terms.protocol, count) is None:
+            self._answers[place] = event
+
+    @property
+    def answered(self) -> list[tuple[Turn, Event]]:
+        """What was answered, in the order of the turns."""
+        return [(self.turns[place], self._answers[place]) for place in sorted(self._answers)]
+
+    @property
+    def left(self) -> int:
+        """How many turns are to be answered."""
+        return len(self.turns) - len(self._answers)
+
+    @property
+    def current(self) -> Turn | None:
+        """The first turn that has no answer; None where all have one."""
+        place = next((i for i in range(len(self.turns)) if i not in self._answers), None)
+        return None if place is None else self.turns[place]
+
+    def answer(self, turn: Turn, answer: Answer, note: str = "", seconds: float = 0.0) -> None:
+        """Keep an answer; one that was given before is replaced.
+
+        Args:
+            seconds: that the turn was before the annotator's eyes.
+        """
+        now = time.time()
+        event = {
+            **self._about(turn),
+            **answer,
+            "source": self.terms.source,
+            "shown": turn.order,
+            **({"note": note} if note else {}),
+            "seconds": round(seconds, 2),
+            "started": _utc(now - seconds),
+            "saved": _utc(now),
+            "instructions": self.terms.instructions,
+            "version": rlhf_cli.__version__,
+        }
+        self._write(event)
+
+    def undo(self) -> Turn | None:
+        """Take the newest answer back; returns its turn, None where nothing is answered."""
+        if not self._answers:
+            return None
+        turn = self.turns[next(reversed(self._answers))]
+        self._write({**self._about(turn), "kind": UNDO, "saved": _utc(time.time())})
+        return turn
+
+    def _about(self, turn: Turn) -> Event:
+        return {"task": turn.task.id, "showing": turn.showing, "annotator": self.who}
+
+    def _write(self, event: Event) -> None:
+        self._journal.append([event])
+        flush(self._journal.file)
+        self._replay(event)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

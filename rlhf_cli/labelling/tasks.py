@@ -1,0 +1,236 @@
+"""What is to be labelled: a prompt with responses whose writers nobody is told, and who gets it."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.files import find
+from rlhf_cli.data.kinds import Turns, reply_text
+from rlhf_cli.data.order import derived_seed, order_of
+from rlhf_cli.data.parse import rows_of_file
+from rlhf_cli.folders.files import write_text
+from rlhf_cli.folders.json_forms import misfit
+from rlhf_cli.runs.out_folder import TASKS
+
+RANK, PAIR, THUMBS = "rank", "pair", "thumbs"
+FEWEST = {RANK: 2, PAIR: 2, THUMBS: 1}
+"""Responses that a task of each protocol cannot do without."""
+
+_SAID = ("prompt", "response", "policy", "reward", "response_tokens", "logprob", "finish_reason")
+_ROW = {"task": str, "prompt": (str, list), "responses": [str], "origins": [dict], "source": str}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to a prompt.
+
+    source: the row that asked for it.
+    origin: who wrote it, and what is known of how: policy, finish_reason, tokens, logprob, reward.
+    columns: what else its row says, for rules.
+    """
+
+    prompt: str | Turns
+    text: str
+    source: str
+    origin: dict[str, Any]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt with K responses, each with its origin.
+
+    id: a hash of prompt and responses.
+    """
+
+    id: str
+    prompt: str | Turns
+    responses: list[str]
+    origins: list[dict[str, Any]]
+    source: str
+
+    @property
+    def rewards(self) -> list[float] | None:
+        """What a reward says of the responses; None where it does not say it of all."""
+        known = [origin.get("reward") for origin in self.origins]
+        return None if None in known else [float(each) for each in known if each is not None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A task as an annotator gets it.
+
+    showing: 0, and 1 where it comes once more.
+    order: the places of the responses in the task, as they are shown.
+    """
+
+    task: Task
+    showing: int
+    order: list[int]
+
+
+def spoken(task: Task) -> list[tuple[str, str]]:
+    """Who says what in the prompt of a task; nobody is named where it is plain text."""
+    if isinstance(task.prompt, str):
+        return [("", task.prompt)]
+    return [(str(message.get("role")), reply_text(message)) for message in task.prompt]
+
+
+def key_of(prompt: str | Turns) -> str:
+    """A text that two prompts share if they are the same."""
+    return json.dumps(prompt, sort_keys=True, default=str)
+
+
+def tasks_of(
+    samples: Iterable[Sample], protocol: str, most: int, seed: int
+) -> tuple[list[Task], dict[str, int]]:
+    """The tasks that samples make, and how many samples and prompts made none.
+
+    Of each prompt the distinct responses that say something; as many as a task takes are drawn by
+    the seed, of all policies in turn. Of thumbs each response is a task of its own.
+
+    Args:
+        most: responses in a task.
+    """
+    prompts: dict[str, dict[str, Sample]] = {}
+    dropped = {"empty": 0, "identical": 0, "prompts": 0}
+    for sample in samples:
+        said = prompts.setdefault(key_of(sample.prompt), {})
+        if not sample.text.strip():
+            dropped["empty"] += 1
+        elif sample.text in said:
+            dropped["identical"] += 1
+        else:
+            said[sample.text] = sample
+    tasks = []
+    for key, said in prompts.items():
+        drawn = in_turn(list(said.values()), random.Random(derived_seed(seed, "tasks", key)))
+        if len(drawn) < FEWEST[protocol]:
+            dropped["prompts"] += 1
+        elif protocol == THUMBS:
+            tasks += [task_of([each]) for each in drawn]
+        else:
+            tasks.append(task_of(drawn[:most]))
+    return tasks, dropped
+
+
+def in_turn(samples: Sequence[Sample], draw: random.Random) -> list[Sample]:
+    """Samples in an order that is drawn, in which policies take turns as long as they have any."""
+    of_policy: dict[str, list[Sample]] = {}
+    for sample in samples:
+        of_policy.setdefault(str(sample.origin.get("policy")), []).append(sample)
+    queues = list(of_policy.values())
+    draw.shuffle(queues)
+    for queue in queues:
+        draw.shuffle(queue)
+    longest = max(map(len, queues), default=0)
+    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+
+
+def task_of(samples: Sequence[Sample]) -> Task:
+    """A task of the responses to one prompt."""
+    first, texts = samples[0], [sample.text for sample in samples]
+    digest = hashlib.sha256(json.dumps([key_of(first.prompt), texts]).encode()).hexdigest()
+    return Task(
+        digest[:16], first.prompt, texts, [sample.origin for sample in samples], first.source
+    )
+
+
+# --------------------------------------------------------------------------- on disk
+
+
+def write_tasks(folder: Path, tasks: Sequence[Task]) -> None:
+    """Tasks as a file that is whole or not there."""
+    rows = ({"task": row.pop("id"), **row} for row in map(asdict, tasks))
+    write_text(folder / TASKS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_tasks(folder: Path) -> list[Task]:
+    """The tasks that `write_tasks` has written.
+
+    Raises:
+        UserError: a line is none of them.
+    """
+    file, tasks = folder / TASKS, []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        fault = "it is no object" if not isinstance(row, dict) else _fault(row)
+        if fault is not None:
+            raise UserError(f"{file}:{number}: damaged: {fault}; label anew in another out")
+        tasks.append(Task(row["task"], *(row[name] for name in list(_ROW)[1:])))
+    return tasks
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    """What a line of tasks.jsonl lacks."""
+    form = {name: each for name, each in _ROW.items() if name != "prompt"}
+    if (fault := misfit(row, form)) is not None:
+        return fault
+    if not isinstance(row.get("prompt"), str | list):
+        return "prompt is no text and no list of messages"
+    return None if len(row["origins"]) == len(row["responses"]) else "responses without origins"
+
+
+def samples_of_file(path: str) -> list[Sample]:
+    """The responses that samples=FILE has.
+
+    Raises:
+        UserError: a row lacks prompt or response.
+    """
+    samples = []
+    for file in find(path).train:
+        for raw, place in rows_of_file(file):
+            if isinstance(raw, UserError):
+                raise raw
+            prompt, text = raw.get("prompt"), raw.get("response")
+            if not isinstance(prompt, str | list) or not isinstance(text, str):
+                raise UserError(f"{place}: needs prompt and response, as samples.jsonl has them")
+            origin: dict[str, Any] = {"policy": str(raw.get("policy") or file.stem)}
+            reward = raw.get("reward")
+            if isinstance(reward, int | float):
+                origin |= {"reward": float(reward)}
+            known = {"tokens": raw.get("response_tokens"), "logprob": raw.get("logprob")}
+            known |= {"finish_reason": raw.get("finish_reason")}
+            origin |= {name: value for name, value in known.items() if value is not None}
+            columns = {name: value for name, value in raw.items() if name not in _SAID}
+            samples.append(Sample(prompt, text, place, origin, columns))
+    return samples
+
+
+# --------------------------------------------------------------------------- who gets what
+
+
+def dealt(
+    tasks: Sequence[Task], annotators: Sequence[str], overlap: float, repeat: float, seed: int
+) -> dict[str, list[Turn]]:
+    """The turns of each annotator, in an order of their own, by the seed alone.
+
+    A share `overlap` of the tasks goes to all, the others to one each; a share `repeat` of what one
+    has comes once more at the end. How responses are ordered is drawn for each turn.
+    """
+    order = order_of(len(tasks), seed, "deal", 0)
+    shared = round(overlap * len(tasks))
+    turns = {}
+    for number, who in enumerate(annotators):
+        own = order[:shared] + order[shared + number :: len(annotators)]
+        own = [own[i] for i in order_of(len(own), seed, f"order of {who}", 0)]
+        again = own[: round(repeat * len(own))]
+        turns[who] = [
+            Turn(tasks[i], showing, shown_order(tasks[i], who, showing, seed))
+            for showing, places in enumerate((own, again))
+            for i in places
+        ]
+    return turns
+
+
+def shown_order(task: Task, who: str, showing: int, seed: int) -> list[int]:
+    """How the responses of a task are ordered before somebody's eyes."""
+    return order_of(len(task.responses), seed, f"{who} sees {task.id}", showing)

@@ -1,0 +1,221 @@
+"""The stage as a user runs it: by lines, by rewards with planted errors, from a file."""
+
+import importlib
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.data.kinds import Feedback, Preference, Ranking
+from rlhf_cli.data.rows import Rows
+from rlhf_cli.labelling.tasks import Sample, dealt, tasks_of
+from tests.tiny import DATA
+
+WORDS = [*(word for word in DATA if "eval" not in word), "algo.prompts=4"]
+
+
+def label(out: Path, *more: str) -> Path:
+    cfg: Any = compose("label", [*more, f"out={out}"])
+    made: Path = importlib.import_module("rlhf_cli.stages.label").run(cfg)
+    return made
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def given(file: Path, count: int = 6, k: int = 3, policies: tuple[str, ...] = ("x", "y")) -> str:
+    """samples=FILE: responses to prompts, each with a reward."""
+    draw = random.Random(0)
+    rows = [
+        {"prompt": f"p{i}", "response": f"{policy} says {i}{j}", "policy": policy}
+        | {"reward": number + draw.random()}
+        for i in range(count)
+        for number, policy in enumerate(policies)
+        for j in range(k)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"samples={file}"
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_people_label_stop_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = {"prompt": "p", "response": "\x1b]0;owned\x07 <b>", "policy": "secret-name"}
+    file = tmp_path / "samples.jsonl"
+    words = [given(file, 4), "policy=null", "algo.repeat=0.25", "algo.overlap=0"]
+    with file.open("a") as stream:
+        stream.write(json.dumps(evil) + "\n" + json.dumps({**evil, "response": "other"}) + "\n")
+    out = tmp_path / "out"
+    typed(monkeypatch, "1 2 3 4", "u", "4=3 2 1", "what", "2 1", "s", "m why not")
+    with pytest.raises(RunError, match="of 6 labels are kept"):
+        label(out, *words)
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown and "secret-name" not in shown and "'what' is none of" in shown
+    before = (out / "events-me.jsonl").read_bytes()
+    assert not (out / "rankings.jsonl").exists() and not (out / "stage.json").exists()
+    (out / "events-me.jsonl").write_bytes(before + b'{"task": "torn')  # killed as it wrote
+    done = [each["kind"] for each in read_events(out)]
+    left = 6 - (len(done) - 2 * done.count("undo"))
+    answers = ["1 2 3 4", "1 2"]  # one of the two fits each task
+    typed(monkeypatch, *(answers * left))
+    label(out, *words)
+    assert (out / "events-me.jsonl").read_bytes().startswith(before)
+    events = [each for each in read_events(out) if each["kind"] == "rank"]
+    manifest = json.loads((out / "stage.json").read_text())
+    assert manifest["kind"] == "labels" and manifest["metrics"]["left"] == 0
+    assert {each["showing"] for each in events} == {0, 1}
+    cfg = compose("reward", ["data=jsonl", f"data.path={out / 'rankings.jsonl'}"])
+    rows = Rows(cfg.data).split(Ranking)
+    assert [*rows.train, *rows.held_out][0].columns["annotator"] == "me"
+    with pytest.raises(UserError, match="overwrite=true would remove"):
+        label(out, *words, "overwrite=true")
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "events-me.jsonl").read_bytes().splitlines()
+    return [json.loads(line) for line in lines if line.endswith(b"}")]
+
+
+def test_an_answer_reads_the_order_that_was_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(monkeypatch, *["1"] * 20)
+    words = ["policy=null", "algo.protocol=pair", "algo.repeat=0"]
+    out = label(tmp_path / "out", given(tmp_path / "s.jsonl", 20, 1), *words)
+    tasks = {row["task"]: row for row in read(out / "tasks.jsonl")}
+    assert {tuple(each["shown"]) for each in read(out / "events-me.jsonl")} == {(0, 1), (1, 0)}
+    for event, row in zip(
+        read(out / "events-me.jsonl"), read(out / "preferences.jsonl"), strict=True
+    ):
+        task = tasks[event["task"]]
+        assert row["chosen"] == task["responses"][event["shown"][0]]
+        assert row["policies"][0] == task["origins"][event["shown"][0]]["policy"]
+        assert (row["strength"], row["margin"]) == (4, 1.0)
+    cfg = compose("dpo", ["data=jsonl", f"data.path={out / 'preferences.jsonl'}"])
+    pairs = Rows(cfg.data).split(Preference)
+    assert {pair.margin for pair in [*pairs.train, *pairs.held_out]} == {1.0}
+
+
+def test_planted_errors_are_recovered_and_policies_keep_their_order(tmp_path: Path) -> None:
+    words = [given(tmp_path / "s.jsonl", 400, 1, ("a", "b", "c")), "policy=null", "source=reward"]
+    more = ["algo.prompts=null", "annotators=[one,two]", "algo.overlap=1", "flip=0.25"]
+    monkey = label(tmp_path / "out", *words, *more, "algo.repeat=0")
+    report = json.loads((monkey / "report.json").read_text())
+    assert report["flips"]["recovered"] == pytest.approx(0.25, abs=0.05)
+    agreement = report["between_annotators"]
+    assert agreement["agreement"] == pytest.approx(0.625, abs=3 * agreement["stderr"])
+    assert agreement["stderr"] == pytest.approx((0.625 * 0.375 / 400) ** 0.5, rel=0.1)
+    assert agreement["alpha"] == pytest.approx(0.25, abs=0.1)
+    points = [report["ratings"][name]["rating"] for name in "abc"]
+    assert points == sorted(points) and report["ratings"]["c"]["above"] == ["a", "b"]
+    assert points[2] == 0  # the last one is what others are rated by
+
+
+def test_samples_of_policies_are_scored_and_agree_with_the_reward(
+    inside: None, tmp_path: Path
+) -> None:
+    words = [*WORDS, "source=reward", "reward=length:2", "baselines=[runs/demo/adapter]"]
+    out = label(tmp_path / "out", *words, "algo.samples=2")
+    tasks = read(out / "tasks.jsonl")
+    assert {each["policy"] for task in tasks for each in task["origins"]} == {
+        *("runs/demo/sft", "runs/demo/adapter")
+    }
+    for task, row in zip(
+        sorted(tasks, key=lambda each: each["task"]),
+        sorted(read(out / "rankings.jsonl"), key=lambda each: each["task"]),
+        strict=True,
+    ):
+        rewards = [origin["reward"] for origin in task["origins"]]
+        order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+        assert [row["ranks"][i] for i in order] == sorted(row["ranks"])
+    assert not (out / "samples.jsonl").is_symlink()
+    assert label(tmp_path / "out", *words, "algo.samples=2") == out  # nothing to do
+
+
+def test_labels_of_a_file(tmp_path: Path) -> None:
+    labels, out = tmp_path / "labels.jsonl", tmp_path / "out"
+    words = [given(tmp_path / "s.jsonl", 3, 1), "policy=null", "source=file", f"labels={labels}"]
+    words += ["algo.protocol=thumbs", "algo.repeat=0", "annotators=[ana]"]
+    with pytest.raises(RunError, match=r"tasks\.jsonl has the tasks"):
+        label(out, *words)
+    tasks = read(out / "tasks.jsonl")
+    rows: list[dict[str, Any]] = [{"task": each["task"], "label": True} for each in tasks]
+    rows[0] = {"task": tasks[0]["task"], "flag": "a phone number"}
+    labels.write_text(json.dumps({**rows[1], "annotator": "bob"}))
+    with pytest.raises(UserError, match="labels.jsonl:1: annotator is 'bob'"):
+        label(out, *words)
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    label(out, *words)
+    cfg = compose("dpo", ["algo=kto", "data=jsonl", f"data.path={out / 'feedback.jsonl'}"])
+    feedback = Rows(cfg.data).split(Feedback)
+    assert len(feedback.train) + len(feedback.held_out) == len(tasks) - 1  # without the flagged one
+
+
+@pytest.mark.parametrize("key", ["samples", "instructions"])
+def test_a_file_that_is_not_there_is_named_before_anything_runs(tmp_path: Path, key: str) -> None:
+    words = [given(tmp_path / "s.jsonl"), "policy=null", f"{key}={tmp_path / 'none.jsonl'}"]
+    with pytest.raises(UserError, match=f"{key}=.*none.jsonl does not exist"):
+        label(tmp_path / "out", *words)
+
+
+def test_tasks_are_distinct_and_take_policies_in_turn() -> None:
+    samples = [
+        Sample("p", text, "", {"policy": policy})
+        for policy, texts in {"a": "uvwx", "b": "uyz "}.items()
+        for text in texts
+    ]
+    tasks, dropped = tasks_of([*samples, Sample("q", "one", "", {})], "rank", 4, 0)
+    (task,) = tasks
+    assert dropped == {"empty": 1, "identical": 1, "prompts": 1}
+    assert sorted(origin["policy"] for origin in task.origins) == ["a", "a", "b", "b"]
+    assert len(set(task.responses)) == 4
+    assert len(tasks_of(samples, "thumbs", 1, 0)[0]) == 6
+
+
+def test_every_task_is_dealt() -> None:
+    samples = [Sample(f"p{i}", text, "", {}) for i in range(40) for text in "ab"]
+    tasks, _ = tasks_of(samples, "pair", 2, 0)
+    turns = dealt(tasks, ["ana", "bob", "eve"], 0.25, 0.1, 3)
+    first = {who: [turn.task.id for turn in own if not turn.showing] for who, own in turns.items()}
+    every = [task for own in first.values() for task in own]
+    assert len(set(every)) == 40 and sum(every.count(task) == 3 for task in set(every)) == 10
+    assert len(every) == 30 + 3 * 10
+    for who, own in turns.items():
+        again = [turn.task.id for turn in own if turn.showing]
+        assert set(again) <= set(first[who]) and len(again) == round(0.1 * len(first[who]))
+    shared = set(first["ana"]) & set(first["bob"])
+    orders = {
+        who: [turn.order for turn in own if turn.task.id in shared] for who, own in turns.items()
+    }
+    assert orders["ana"] != orders["bob"]
+    assert dealt(tasks, ["ana", "bob", "eve"], 0.25, 0.1, 3) == turns
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["annotators=[a,a]"], "name each once"),
+        (["annotators=['../x']"], "names a file"),
+        (["annotators=[a]", "who=b"], "who=b is none of"),
+        (["source=reward"], "source=reward needs reward"),
+        (["source=file"], "source=file needs labels"),
+        (["flip=0.1"], "flip is not used by source=terminal"),
+        (["policy=null"], "policy=null needs samples"),
+        (["samples=s.jsonl", "baselines=[x]"], "baselines are sampled from"),
+        (["data=jsonl", "data.path=-"], "data.path=-"),
+        (["hardware.processes=2"], "one process labels"),
+    ],
+)
+def test_what_does_not_go_together_is_said(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compose("label", words)
