@@ -34,9 +34,19 @@ class Text(str):
     """An answer that is no JSON."""
 
 
-def gloo(host: str, port: int, rank: int, size: int) -> Any:
+_LOADING = threading.Lock()  # transformers loads one model at a time in a process
+
+
+def loaded(folder: Path | str) -> Any:
+    """The model of a folder, and what was found wrong with it."""
+    with _LOADING:
+        found: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return found[0].eval(), found[1]
+
+
+def gloo(host: str, port: int, rank: int, size: int, seconds: float = 10.0) -> Any:
     """A group that NCCL's stands for, of this process or thread."""
-    limit = timedelta(seconds=20)
+    limit = timedelta(seconds=seconds)
     store = dist.TCPStore(host, port, None, rank == 0, limit, False)  # type: ignore[attr-defined]
     return dist.ProcessGroupGloo(store, rank, size, limit)
 
@@ -70,7 +80,7 @@ class Stub:
 
     def restart(self) -> None:
         """Serve the folder that it was started with, as if nothing had been."""
-        self.model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self.model, _ = loaded(self.folder)
         self.label, self.paused = "default", False
         self.cache: dict[Any, Any] = {}
         self.adapters: dict[str, Any] = {}
@@ -164,7 +174,7 @@ class Stub:
         if not list(path.glob("*.safetensors")):
             raise ValueError(f"Cannot find any model weights with `{path}`")
         if not self.deaf:
-            self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+            self.model, _ = loaded(path)
         return {"results": [None]}
 
     def reset(self) -> dict[str, bool]:
@@ -185,7 +195,7 @@ class Stub:
         if settings["use_dora"] or settings["modules_to_save"]:
             raise ValueError("vLLM does not yet support DoRA.")
         if not self.deaf:
-            base = AutoModelForCausalLM.from_pretrained(self.folder)
+            base, _ = loaded(self.folder)
             self.adapters[name] = PeftModel.from_pretrained(base, path).eval()
         else:
             self.adapters[name] = self.model
@@ -244,11 +254,10 @@ class Stub:
         with tempfile.TemporaryDirectory() as folder:
             shutil.copyfile(self.folder / "config.json", Path(folder) / "config.json")
             save_file(self.update, Path(folder) / "model.safetensors", {"format": "pt"})
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-            model, found = loaded
+            model, found = loaded(folder)
         assert not found["missing_keys"] and not found["unexpected_keys"]
         if not self.deaf:
-            self.model = model.eval()
+            self.model = model
         self.update = None
         return {"message": "Weight update finished"}
 

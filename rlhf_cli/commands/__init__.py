@@ -1,18 +1,9 @@
-"""What the command line offers besides stages: data, export, slurm, ls, compare, cp, env, ..."""
+"""What the command line offers besides stages: data, export, slurm, ls, watch, compare, ..."""
 
 SHORT = {"merge": "export"}
 """Another word for a command."""
 
 COMMANDS = (
-    "data",
-    "export",
-    *SHORT,
-    "slurm",
-    "ls",
-    "compare",
-    "report",
-    "chat",
-    "cp",
-    "env",
-    "completion",
+    *("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "report", "chat"),
+    *("cp", "env", "completion"),
 )

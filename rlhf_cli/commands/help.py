@@ -30,6 +30,7 @@ Commands
   slurm STAGE ...   the stage as a job of SLURM, which is queued again until it is done
   ls [GROUP]        options of the groups algo, model, data, hardware, and recipes
   ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
+  watch RUN         how far a run is, or the runs in a folder, from another terminal
   compare RUN ...   settings that differ and final metrics side by side; a sweep as table or CSV
   report RUN ...    runs as one HTML file: lineage, curves, comparisons, samples
   chat POLICY ...   talk to a policy, or to two side by side; reads from a pipe too
@@ -47,7 +48,7 @@ Examples
 Environment
   RLHF_TRACEBACK=1  a traceback in place of the line that an error is
   COLUMNS=120       how wide help and tables are; else as wide as the terminal, 100 in a pipe
-  NO_COLOR=1        no colours, HF_HUB_OFFLINE=1 no network
+  NO_COLOR=1        no colours, HF_HUB_OFFLINE=1 no network, CI=1 plain lines on a terminal too
 
 rlhf-cli STAGE --help shows what people change of a stage, --help all every key, --help KEY one."""
 

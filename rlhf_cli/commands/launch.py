@@ -23,6 +23,7 @@ from rlhf_cli.data.stdin import stdin_lines
 from rlhf_cli.ranks import worker
 from rlhf_cli.ranks.causes import Cause
 from rlhf_cli.ranks.environment import place
+from rlhf_cli.reporting.console import board
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.preflight import Plan
 
@@ -74,6 +75,8 @@ def launch(cfg: Run, plan: Plan, words: Sequence[str], processes: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
     interrupts.before_the_end(clear)
+    # rank 0 has the terminal, and shows what a signal does: a line of ours would be drawn over
+    interrupts.shown_by(lambda line, status: status is None and board.is_live())
     command = [sys.executable, "-P", "-m", "rlhf_cli", *words]
     before = dict(os.environ)
     os.environ.update(_environment(cfg, plan, processes, folder))

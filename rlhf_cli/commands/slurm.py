@@ -58,13 +58,6 @@ if [ "$status" = 75 ] || {{ [ "$asked" ] && [ "$status" -gt 128 ]; }}; then
 fi
 exit "$status"
 """
-MEETING = """\
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-
-"""
-
 NAME = re.compile(r"[\w.,:=+@%/-]+")
 TIME = re.compile(r"\d+(-\d+)?(:\d+){0,2}")
 MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
@@ -259,7 +252,6 @@ def rendered(order: argparse.Namespace, words: Sequence[str]) -> str:
     return (
         HEAD.format(directives="\n".join(lines))
         + setup
-        + (MEETING if order.nodes * order.tasks > 1 else "")
         + BODY.format(bound=bound, command=shlex.join(words))
     )
 

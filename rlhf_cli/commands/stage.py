@@ -38,8 +38,10 @@ _SINGLE = (
 _SWEEP = (*_SINGLE, "hydra.sweep.subdir=.")
 
 _PARAMS = "hydra.sweeper.params"
-# How the processes of a launcher are told which keys the folder of a job does not name.
+# How the processes of a launcher are told which keys the folder of a job does not name, and how
+# many jobs there are, where that is known.
 _UNNAMED = "hydra.job.config.override_dirname.exclude_keys"
+_JOBS = "RLHF_CLI_JOBS"
 
 
 @dataclass
@@ -206,7 +208,8 @@ def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
         if flags.json:
             found.append({"job": number, "swept": swept, **_as_json(stage, cfg, plan)})
         elif flags.check:
-            _tell([f"job {number}: {swept or 'nothing is swept'}", *plan.lines()])
+            job_name = sweeps.job_name(number, len(jobs))
+            _tell([f"{job_name}: {swept or 'nothing is swept'}", *plan.lines()])
     if flags.json:
         print(json.dumps(found, indent=2))
     if not flags.check:
@@ -214,6 +217,7 @@ def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
         keys = ",".join(f'"{key}"' for key in unnamed)
         settings += [f'hydra.sweep.dir="{home}"', f"{_UNNAMED}=[{keys}]"]
         if jobs:
+            settings.append(f"+hydra.job.env_set.{_JOBS}='{len(jobs)}'")
             _tell([f"sweep: {len(jobs)} jobs in {home}; then rlhf-cli compare {quote(home)}"])
         _hydra_main(stage, flags, settings, sweep_job)
 
@@ -222,8 +226,9 @@ def sweep_job(cfg: "DictConfig") -> None:
     """One job of a sweep, in a folder of its own. Launchers import it by name."""
     from hydra.core.hydra_config import HydraConfig
 
-    from rlhf_cli.commands.sweeps import place
+    from rlhf_cli.commands.sweeps import job_name, place
     from rlhf_cli.config.compose import typed
+    from rlhf_cli.reporting.console import board
     from rlhf_cli.runs import interrupts
 
     show_controls()  # a launcher may run this in a process of its own
@@ -233,11 +238,13 @@ def sweep_job(cfg: "DictConfig") -> None:
     unnamed = hydra.job.config.override_dirname.exclude_keys
     config.out = place(config.out, hydra.overrides.task, unnamed)
     interrupts.take()  # a launcher may run this in a process of its own
-    _tell([f"job {hydra.job.num}: {config.out}"])
+    count = os.environ.get(_JOBS)
+    board.job = job_name(int(hydra.job.num), int(count) if count else None)
+    _tell([f"{board.job}: {config.out}"])
     try:
         _execute(stage, config, False, _words_of_job(hydra, config.out))
     except (UserError, RunError) as error:  # Hydra goes on, and tells of one alone at its end
-        _tell([f"job {hydra.job.num}, out={config.out}: error: {error}"])
+        _tell([f"{board.job}, out={config.out}: error: {error}"])
         interrupts.wait_no_more(f"{config.out} failed")
         raise
     # too late for this job, not for the others

@@ -36,6 +36,11 @@ def jobs(words: Sequence[str]) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 
+def job_name(number: int, count: int | None) -> str:
+    """What people call a job that Hydra counts from 0, of so many, where that is known."""
+    return f"job {number + 1}" + (f" of {count}" if count else "")
+
+
 def settings(words: Sequence[str]) -> list[str]:
     """Those of Hydra's own among the words of a command."""
     return [word for word in words if _hydras(word)]

@@ -102,7 +102,7 @@ class Hardware:
     )
     rank_timeout: int = key(
         "Seconds that processes wait for each other before the run ends, and names the one that "
-        "did not come; more than rank 0 takes to read and tokenise the rows, or to write.",
+        "did not come. What rank 0 does for all (rows, rewards, servers, files) may take longer.",
         ge=1,
     )
     tokens_per_microbatch: Any = key(

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def dataset_of(
     # rank 0 makes it, then the first rank of each machine that does not see it; the others read it
     own = world()
     turn = 0 if own.is_main else 1 if own.local_rank == 0 else 2
-    done = [together(kept if turn == each else lambda: None) for each in range(3)]
+    done = [together(partial(own.lead, kept, leads=turn == each)) for each in range(3)]
     dataset = done[turn]
     assert dataset is not None
     return dataset

@@ -1,4 +1,4 @@
-"""The tables that `evaluate` ends with, and those on how good a scorer is."""
+"""The table and lines that `evaluate` ends with, and its files."""
 
 import json
 import math
@@ -10,14 +10,17 @@ from typing import Any
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.config.stages import place_in_chain
+from rlhf_cli.evaluation.beside import lines_beside, plus_minus
 from rlhf_cli.evaluation.frontier import JUDGES, curves_of
 from rlhf_cli.evaluation.judging import Report, calibration_of
-from rlhf_cli.evaluation.temperatures import AGAINST, temperature_panels
+from rlhf_cli.evaluation.temperatures import temperature_panels
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.reporting.console import say, table
+from rlhf_cli.reporting.grid import show, side_by_side
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.reporting.plots import curves_picture, reliability_picture
+from rlhf_cli.reporting.terminal import width
 from rlhf_cli.runs.out_folder import SAMPLES
 
 Results = dict[str, dict[str, Any]]
@@ -25,11 +28,8 @@ Results = dict[str, dict[str, Any]]
 
 MOST, MOST_PAIRS = 5, 3  # policies in a table, and pairs of them; report.json has them all
 
-LOSSES = ("text_loss", "demonstration_loss")
-
-BIASES = ("consistency", "first_slot", "longer_wins")
-
-CONSISTENT = 0.6  # share of pairs; a judge below it is warned of
+DISPENSABLE = ("held-out loss", "beats references", "rating")
+"""Columns that a narrow table goes without, in the order in which they go."""
 
 
 def write_report(
@@ -62,9 +62,8 @@ def brief(cfg: EvaluateConfig, path: str) -> str:
 
 
 def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
-    """Every policy in the order of the chain, with its figures, wins and rating.
-
-    Then win rates over temperature, where several were asked for.
+    """Policies in the order of the chain, with their figures, wins and ratings; then a line each
+    for what was asked for beside them.
     """
     name_of, results = partial(brief, cfg), report["policies"]
 
@@ -82,17 +81,22 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
         "beats references": lambda path: won(report["against_references"].get(path)),
         "rating": lambda path: round(ratings[path]["rating"]) if path in ratings else None,
     }
-    paths = sorted(results, key=place)
-    rows = [[cell(path) for cell in columns.values()] for path in paths]
-    used = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    heads = [list(columns)[i] for i in used]
-    table("", heads, [[row[i] for i in used] for row in rows[:MOST]])
-    say(remarks(cfg, report, len(rows) - MOST))
-    if report["choices_by_chance"] is not None:
-        show_tax(report, name_of)
-    if "judge" in report:
-        show_judge(report["judge"], name_of(str(Path(cfg.policy))), name_of)
-    show_temperatures(report["by_temperature"], name_of)
+    beside = lines_beside(report, str(Path(cfg.policy)), name_of)
+    first = (str(Path(cfg.policy)), str(Path(cfg.reference or "")))
+    kept = sorted(results, key=lambda path: (path not in first, place(path)))
+    kept = kept[: MOST - len(beside)]
+    rows = [[cell(path) for cell in columns.values()] for path in sorted(kept, key=place)]
+    used = {head: i for i, head in enumerate(columns) if any(row[i] is not None for row in rows)}
+    dropped = []
+    for head in DISPENSABLE:
+        cells = [[show(row[i]) for i in used.values()] for row in rows]
+        if head in used and not side_by_side(list(used), cells, width()):
+            dropped.append(head)
+            del used[head]
+    table("", list(used), [[row[i] for i in used.values()] for row in rows])
+    say(remarks(cfg, report, len(results) - len(rows), dropped))
+    for line in beside:
+        say(line)
 
 
 def _estimate(results: Results, name: str, path: str) -> str | None:
@@ -115,11 +119,12 @@ def won(rate: dict[str, float] | None) -> str | None:
     return share if math.isnan(rate["p_holm"]) else f"{share} (p {rate['p_holm']:.2g})"
 
 
-def remarks(cfg: EvaluateConfig, report: dict[str, Any], left: int) -> str:
+def remarks(cfg: EvaluateConfig, report: dict[str, Any], left: int, dropped: list[str]) -> str:
     """How the table is to be read, and what it cannot tell apart; in one line.
 
     Args:
         left: how many policies it leaves out, if any.
+        dropped: the columns that it has no room for.
     """
     told = ["± standard error, clustered by prompt"]
     several = max(len(report["win_rates"]), len(report["against_references"]))
@@ -136,8 +141,8 @@ def remarks(cfg: EvaluateConfig, report: dict[str, Any], left: int) -> str:
         alike = ", ".join(f"{one} and {other}" for one, other in sorted(pairs)[:MOST_PAIRS])
         more = f", {len(pairs) - MOST_PAIRS} more" if len(pairs) > MOST_PAIRS else ""
         told += [f"not separable at {report['prompts']} prompts: {alike}{more}"] if alike else []
-    if left > 0:
-        told.append(f"{left} more policies in report.json")
+    if unseen := [*([f"{left} more policies"] if left else []), *dropped]:
+        told.append(f"in report.json: {', '.join(unseen)}")
     return "; ".join(told)
 
 
@@ -166,99 +171,9 @@ def verdict(cfg: EvaluateConfig, results: Results) -> str:
     return line
 
 
-def show_tax(report: dict[str, Any], name_of: Callable[[str], str]) -> None:
-    """What of the reference was forgotten: losses, and the choices that were asked for."""
-    rows = [
-        [
-            name_of(path),
-            *(plus_minus(each.get(f"{name}_change"), 3) for name in LOSSES),
-            plus_minus(each.get("choices"), 3),
-            plus_minus(each.get("choices_change"), 3),
-        ]
-        for path, each in report["policies"].items()
-        if "text_loss_change" in each or "choices" in each
-    ]
-    heads = ["policy", "text loss", "demonstration loss", "choices right", "change"]
-    table("tax: change of losses from the reference, paired by row", heads, rows)
-
-
-def show_judge(judge: dict[str, Any], policy: str, name_of: Callable[[str], str]) -> None:
-    """Win rates by a language model, raw and at equal length, and what it goes by."""
-    rows = [
-        [
-            name_of(path),
-            *(f"{w[each]:.3f}" for each in ("win", "tie", "loss")),
-            f"{w['low']:.3f} to {w['high']:.3f}",
-            plus_minus(w["at_equal_length"], 3),
-            w["failed"],
-        ]
-        for path, w in judge["win_rates"].items()
-    ]
-    heads = ["against", "win", "tie", "loss", "wins + ties/2, 95%", "at equal length", "failed"]
-    table(f"{policy} as {judge['judge']} judges", heads, rows)
-    words = {"consistency": "both orders agree", "first_slot": "first shown preferred"}
-    shown = [
-        f"{words.get(name, 'longer one wins')} {share_of(each)}"
-        for name in BIASES
-        if (each := judge[name])
-    ]
-    counts = f"{judge['calls']} calls, {judge['cached']} answers kept before"
-    say(f"judge: {'; '.join([*shown, counts])}")
-    for other, agrees in judge["agreement"].items():
-        if agrees is not None and agrees["pairs"]:
-            say(
-                f"judge: agrees with {other} on {share_of(agrees)} of {agrees['pairs']} pairs, "
-                f"undecided on {decimals(agrees['tied'])}; a coin on 0.5"
-            )
-    if (same := judge["consistency"]) and same["mean"] < CONSISTENT:
-        say(
-            "note: the judge often changes its mind with the order of two responses: what it says "
-            "of them is little"
-        )
-
-
-def share_of(share: dict[str, float]) -> str:
-    """0.712 (95% 0.640 to 0.774)."""
-    low, high = decimals(share["low"]), decimals(share["high"])
-    return f"{decimals(share['mean'])} (95% {low} to {high})"
-
-
-def show_temperatures(by_temperature: dict[str, Any], name_of: Callable[[str], str]) -> None:
-    """Wins + ties / 2 of each policy at each temperature, against the references or the policy."""
-    for against, what in AGAINST.items():
-        columns = {t: each[against] for t, each in by_temperature.items() if each[against]}
-        if columns:
-            names = dict.fromkeys(name for each in columns.values() for name in each)
-            rows = [
-                [name_of(name), *(score(each.get(name)) for each in columns.values())]
-                for name in names
-            ]
-            title = f"wins + ties/2 against {what}, by temperature"
-            table(title, ["", *columns], rows)
-
-
-def score(won: dict[str, float] | None) -> str | None:
-    """0.61 (0.55 to 0.67)."""
-    if won is None:
-        return None
-    return f"{won['win'] + won['tie'] / 2:.2f} ({won['low']:.2f} to {won['high']:.2f})"
-
-
-def plus_minus(estimate: dict[str, float] | None, digits: int = 2) -> str | None:
-    """1.23 ± 0.04."""
-    if not estimate:
-        return None
-    return f"{estimate['mean']:.{digits}f} ± {estimate['stderr']:.{digits}f}"
-
-
 def write_judgement(folder: Path, report: Report, title: str) -> None:
     """report.json, and the picture of the calibration where there is one."""
     text = json.dumps(round_figures(report), indent=2) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     if "calibration_bins" in report:
         reliability_picture(folder / "reliability.png", calibration_of(report), title)
-
-
-def decimals(value: float | None) -> str:
-    """0.712; a dash for None."""
-    return "-" if value is None else f"{value:.3f}"

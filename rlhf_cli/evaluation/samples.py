@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_cli.data.kinds import reply_text
 from rlhf_cli.data.rows import DEMO_FOLDER
-from rlhf_cli.reporting.console import table
+from rlhf_cli.reporting.console import board, table
 from rlhf_cli.reporting.metrics import TOKEN_VALUES, TOKENS, JsonLines, round_figures
 from rlhf_cli.rewards.reward import Scores
 from rlhf_cli.rollout.rollouts import Rollout
@@ -26,7 +26,8 @@ def show_samples(
     tokens: Sequence[Mapping[str, object]],
     file: JsonLines,
 ) -> None:
-    """Show the first few rollouts of a step and append all of its rollouts to samples.jsonl.
+    """Append the rollouts of a step to samples.jsonl, and show the first few where no live view
+    shows what is appended.
 
     Args:
         rewards: of each rollout, as it is learnt from; None where it has none.
@@ -47,7 +48,8 @@ def show_samples(
         for i in sorted(first.values())[:SHOWN]  # of different prompts
     ]
     names = ("prompt", "response", "reward", *map(short_name, shown), *measured)
-    table(f"step {step}", names, rows)
+    if not board.shows_samples():
+        table(f"step {step}", names, rows)
     for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
         more = {} if kls is None else {"kl": kls[i]}
         file.write(step, sample_row(rollout, reward, parts_at(parts, i), **more, **tokens[i]))

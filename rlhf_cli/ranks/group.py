@@ -56,14 +56,14 @@ class Group(World):
         Args:
             device: of this rank, over which models are sharded.
             watch: on who comes to meet.
-            store: of this thread alone, where rank 0 says that it is done with work of its own.
+            store: of this thread alone, where ranks say that they are done with work of their own.
         """
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = device
         self.watch, self._store = watch, store
-        self._led = 0  # pieces of work that rank 0 did for all
+        self._led = 0  # pieces of work that some ranks did for all
 
     def shard(self, over: str) -> None:
         """Over all ranks, or over those of a machine with copies on the others.
@@ -151,34 +151,43 @@ class Group(World):
         received: Value = json.loads(bytes(own.tolist()))
         return received
 
-    def lead(self, work: Callable[[], Value]) -> Value | None:
-        """Others wait by the store, where no collective has an end to be over."""
-        if self.watch is None or self._store is None:
-            return super().lead(work)
-        self._led += 1
-        done = str(self._led)
-        if self.is_main:
-            try:
-                with self.watch.leading():
-                    return work()
-            finally:
-                with self.watch.meeting("lead"):
-                    self._store.set(done, "")
-                    self._store.delete_key(str(self._led - 1))
-        with self.watch.meeting(work.__qualname__.partition(".<locals>")[0]):
-            self._wait(done)
-        return None
+    @_meeting
+    def send(self, tensor: Tensor) -> None:
+        """As bytes, of whatever type."""
+        if tensor.numel():
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
 
-    def _wait(self, key: str) -> None:
-        """Until rank 0 has set a key, in turns, between which signals are heard."""
+    def lead(self, work: Callable[[], Value], leads: bool | None = None) -> Value | None:
+        """All wait for all by the store, where no collective has an end to be over."""
+        if self.watch is None or self._store is None:
+            return super().lead(work, leads)
+        self._led += 1
+        keys = [f"{self._led}/{rank}" for rank in range(self.size)]
+        given: Value | None = None
+        try:
+            if leads or (leads is None and self.is_main):
+                with self.watch.leading():
+                    given = work()
+        finally:
+            self._store.set(keys[self.rank], "")
+            self._store.delete_key(f"{self._led - 1}/{self.rank}")  # all have seen it
+        with self.watch.meeting("work for all"):
+            while not self._all_set(keys):
+                continue
+        return given
+
+    def _all_set(self, keys: list[str]) -> bool:
+        """Whether all have set their keys; it is waited for in turns, between which signals are
+        heard.
+        """
         assert self._store is not None
-        while True:
-            try:
-                self._store.wait([key], TURN)
-                return
-            except dist.DistStoreError as error:
-                if "timeout" not in str(error).lower():
-                    raise
+        try:
+            self._store.wait(keys, TURN)
+        except dist.DistStoreError as error:
+            if "timeout" not in str(error).lower():
+                raise
+            return False
+        return True
 
     def barrier(self, until: str) -> None:
         """A sum that nobody reads."""

@@ -2,8 +2,8 @@
 
 A thread of each rank writes the count to the store that they share, and where its main thread is.
 A meeting itself costs a counter. Who has been at one for long, and sees a rank that has not come,
-says which and where that is; in the end the run ends with that line rather than never. Rank 0 at
-work of its own is waited for without end, as long as its thread is heard of.
+says which and where that is; in the end the run ends with that line rather than never. Ranks that
+do work for all are waited for without end, as long as their threads are heard of.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Watch(threading.Thread):
         self._main = threading.get_ident()
         self._idle, self._spent = time.monotonic(), 0.0
         self._leads = False
-        self._heard = b"", 0.0  # what rank 0 wrote last, and since when
+        self._heard: dict[int, tuple[bytes, float]] = {}  # by rank: what it wrote last, since when
         self._done = threading.Event()
         self._keeper = os.getppid() if has_keeper() else None
         self.start()
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Rank 0 is at work of its own, which others wait for."""
+        """This rank is at work that others wait for, however long it takes."""
         self._leads = True
         try:
             yield
@@ -145,7 +145,7 @@ class Watch(threading.Thread):
             if not missing or count != self._count:
                 continue
             line = f"waited {waited:.0f} s for {', '.join(missing.values())} ({what})"
-            at_work = [*missing] == [0] and self._is_at_work()
+            at_work = {*map(self._is_at_work, missing)} == {True}
             if waited > self.seconds and not at_work:
                 self._end(f"{line}; hardware.rank_timeout={self.seconds:.0f} is over")
             elif told_at != count:
@@ -170,13 +170,16 @@ class Watch(threading.Thread):
         told["leads"] = self._leads
         self.store.set(f"rank/{self.rank}", json.dumps(told))
 
-    def _is_at_work(self) -> bool:
-        """Whether rank 0 does what all wait for, and was heard of within the time of a meeting."""
-        told = self.store.get("rank/0")
-        if told != self._heard[0]:
-            self._heard = told, time.monotonic()
-        lately = time.monotonic() - self._heard[1] < self.seconds
-        return lately and bool(json.loads(told)["leads"])
+    def _is_at_work(self, rank: int) -> bool:
+        """Whether it does what all wait for, and was heard of within the time of a meeting."""
+        key = f"rank/{rank}"
+        told = self.store.get(key) if self.store.check([key]) else b""
+        before, since = self._heard.get(rank, (b"", 0.0))
+        if told != before:
+            since = time.monotonic()
+        self._heard[rank] = told, since
+        lately = time.monotonic() - since < self.seconds
+        return bool(told) and lately and bool(json.loads(told).get("leads"))
 
     def _missing(self, count: int, met: bool) -> dict[int, str]:
         """The ranks that this one waits for, in words that say where they are.

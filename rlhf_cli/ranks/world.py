@@ -95,11 +95,17 @@ class World:
         """What rank 0 has: a value of JSON, for what a clock or a disk decides."""
         return value
 
-    def lead(self, work: Callable[[], Value]) -> Value | None:
-        """What `work` gives on rank 0, which alone does it; None on others, who wait for as long as
-        it is at it.
+    def send(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of rank 0, in place; it lies on the CPU, and is contiguous."""
+
+    def lead(self, work: Callable[[], Value], leads: bool | None = None) -> Value | None:
+        """What `work` gives on the ranks that do it; None on others, who wait for as long as those
+        are at it.
+
+        Args:
+            leads: whether this rank is one of them; by default rank 0 is.
         """
-        return work() if self.is_main else None
+        return work() if leads or (leads is None and self.is_main) else None
 
     def barrier(self, until: str) -> None:
         """Wait for all ranks; `until` says for what, should one not come."""

@@ -1,4 +1,7 @@
-"""Lines, progress bars and tables on stderr; plain lines where there is no terminal."""
+"""Lines, progress bars and tables on stderr; plain lines where there is no terminal.
+
+On a terminal bars keep its lower edge, with what is known of the run that they belong to.
+"""
 
 import os
 import sys
@@ -9,17 +12,11 @@ from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from rlhf_cli.config.secrets import redacted
+from rlhf_cli.reporting.board import Board
 from rlhf_cli.reporting.grid import laid_out, show, wrapped
+from rlhf_cli.reporting.live import Progress
 from rlhf_cli.reporting.terminal import obeyed, printable, show_controls, width
 
 PLAIN_SECONDS = 10.0  # without a terminal, a line at most this often
@@ -61,6 +58,7 @@ def outliving_stderr() -> Iterator[None]:
 
 
 console = Console(file=cast(IO[str], _Listeners()), highlight=False, soft_wrap=True, emoji=False)
+board = Board(console)
 
 
 def say(line: str) -> None:
@@ -76,8 +74,7 @@ def seen(text: str) -> str:
 class Bar:
     """Progress of one activity: count, rate and time left.
 
-    Use as a context manager and call `advance`. An activity under a second leaves no line behind
-    where there is no terminal.
+    Use as a context manager and call `advance`. An activity under a second leaves no line behind.
     """
 
     def __init__(self, activity: str, total: int) -> None:
@@ -87,64 +84,43 @@ class Bar:
         self._before = 0
         self._note = ""
         self._began = self._shown = time.monotonic()
-        self._progress: Progress | None = None
+        self._on_board = False
 
     def __enter__(self) -> "Bar":
-        if console.is_terminal and self.total > 0:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
-            self._task = self._progress.add_task(
-                seen(self.activity), total=self.total, rate="", note=""
-            )
-            self._progress.start()
+        if self.total > 0:
+            self._on_board = board.open(self.progress)
+        if self._on_board:
             show_controls()  # of others, whose words now pass through rich
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        elif error[0] is None and self._seconds() >= 1.0:
-            done = self._done - self._before
-            rate = f" ({self._rate()})" if done else ""
-            say(f"{self.activity}: {done} in {self._seconds():.1f} s{rate}")
+        told = self.total > 0 and board.close(self.progress)
+        state = self.progress()
+        if not told and error[0] is None and state.seconds >= 1.0:
+            rate = f" ({state.rate()})" if state.rate() else ""
+            say(f"{self.activity}: {self._done - self._before} in {state.seconds:.1f} s{rate}")
+
+    def progress(self) -> Progress:
+        """How far it is now."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        return Progress(self.activity, self.total, self._done, self._before, seconds, self._note)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done; `note` is shown at the end of the line."""
         self._done += count
         self._note = note or self._note
-        if self._progress is not None:
-            self._progress.update(
-                self._task, completed=self._done, rate=self._rate(), note=seen(self._note)
-            )
-        elif time.monotonic() - self._shown > PLAIN_SECONDS:
+        board.advanced()
+        if not self._on_board and time.monotonic() - self._shown > PLAIN_SECONDS:
             self._shown = time.monotonic()
-            rest = max(self.total - self._done, 0)  # a total may be a guess
-            left = self._seconds() / max(self._done - self._before, 1) * rest
-            rate = f"{self._rate()}, {left:.0f} s left" if self._rate() else "nothing done yet"
+            state = self.progress()
+            left = state.left()
+            rate = "nothing done yet" if left is None else f"{state.rate()}, {left:.0f} s left"
             say(f"{self.activity}: {self._done}/{self.total}, {rate}  {self._note}".rstrip())
 
     def skip(self, count: int) -> None:
         """`count` more were done before this run began, and took none of its time."""
         self._before += count
         self.advance(count)
-
-    def _seconds(self) -> float:
-        return max(time.monotonic() - self._began, 1e-9)
-
-    def _rate(self) -> str:
-        rate = (self._done - self._before) / self._seconds()
-        if rate == 0:  # of a batch that takes long there is none yet
-            return ""
-        return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

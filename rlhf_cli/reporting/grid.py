@@ -43,7 +43,7 @@ def laid_out(heads: Sequence[str], rows: Sequence[Sequence[str]], limit: int) ->
     not fit side by side, each row is a block of lines `head  cell`, and no head comes first.
     """
     limit = max(limit, LEAST_LIMIT)
-    columns = [[head, *cells] for head, cells in zip(heads, _turned(rows, len(heads)), strict=True)]
+    columns = _columns(heads, rows)
     numeric = [bool(column[1:]) and all(map(_is_number, column[1:])) for column in columns]
     natural = [max(map(_widest_line, column)) for column in columns]
     least = [_least(column, is_number) for column, is_number in zip(columns, numeric, strict=True)]
@@ -54,6 +54,17 @@ def laid_out(heads: Sequence[str], rows: Sequence[Sequence[str]], limit: int) ->
     for row in [heads, *rows]:
         lines += _side_by_side(row, widths, numeric)
     return lines
+
+
+def side_by_side(heads: Sequence[str], rows: Sequence[Sequence[str]], limit: int) -> bool:
+    """Whether the columns of a table fit beside each other, each row on one line."""
+    natural = [max(map(_widest_line, column)) for column in _columns(heads, rows)]
+    return sum(natural) + len(GAP) * (len(heads) - 1) <= limit
+
+
+def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Each column with its head before its cells."""
+    return [[head, *cells] for head, cells in zip(heads, _turned(rows, len(heads)), strict=True)]
 
 
 def shared_out(natural: Sequence[int], least: Sequence[int], limit: int) -> list[int] | None:

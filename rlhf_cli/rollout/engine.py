@@ -1,7 +1,8 @@
 """The only way to a response: weights in, rollouts out. An engine knows nothing of any stage."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import nn
@@ -23,6 +24,24 @@ class Kept(Protocol):
         """Keep all responses to some more prompts, by place."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be sampled: `samples` responses to each prompt whose place is in `left`.
+
+    first, seed, advance: as `Engine.sample` has them.
+    resumable: whether what is done is kept as it is made.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    left: Sequence[int]
+    sampling: Sampling
+    samples: int
+    first: int
+    seed: int
+    advance: Callable[[int], None]
+    resumable: bool
+
+
 class Engine(ABC):
     """Samples responses from the weights that it was last given."""
 
@@ -42,7 +61,6 @@ class Engine(ABC):
     def update(self, model: nn.Module) -> None:
         """Sample from the weights that the policy has now."""
 
-    @abstractmethod
     def sample(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -64,5 +82,18 @@ class Engine(ABC):
             kept: what it has is not sampled again, and what is sampled goes there.
 
         Raises:
-            RunError: memory is too small for one response, or the model's logits are not finite.
+            RunError: memory is too small for one response, the model's logits are not finite, or a
+                server does not answer as it should.
         """
+        rollouts = dict(kept.done) if kept is not None else {}
+        left = [place for place in range(len(prompts)) if place not in rollouts]
+        given = samples, first, seed, advance, kept is not None
+        for made in self._made(Order(prompts, left, sampling, *given)):
+            rollouts |= made
+            if kept is not None:
+                kept.keep(made)
+        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    @abstractmethod
+    def _made(self, order: Order) -> Iterator[Mapping[int, list[Rollout]]]:
+        """All responses to some of the prompts that are left, by place, as they are done."""

@@ -1,6 +1,6 @@
 """The engine of this process: the policy's own weights, the batched decoder and beam search."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -19,7 +19,7 @@ from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.tokenizers import ids_of_no_token
 from rlhf_cli.rollout.beam import beam_search
 from rlhf_cli.rollout.decode import Completion, decode, evaluation_mode
-from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.engine import Engine, Order
 from rlhf_cli.rollout.feeding import way_of
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -69,38 +69,24 @@ class NativeEngine(Engine):
         """Decode with this module from now on; its weights are not copied."""
         self._model = model
 
-    def sample(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: Sampling,
-        *,
-        samples: int = 1,
-        first: int = 0,
-        seed: int,
-        advance: Callable[[int], None] = lambda count: None,
-        kept: Kept | None = None,
-    ) -> list[Rollout]:
+    def _made(self, order: Order) -> Iterator[dict[int, list[Rollout]]]:
         """Responses drawn one by one, or with sampling.beams > 1 the best of a search."""
-        sampling = replace(sampling, absent=self._absent)
-        rollouts = dict(kept.done) if kept is not None else {}
-        left = [place for place in range(len(prompts)) if place not in rollouts]
+        prompts, left, samples = order.prompts, order.left, order.samples
+        sampling = replace(order.sampling, absent=self._absent)
         if sampling.beams == 1:
-            parts = self._drawn(prompts, left, sampling, samples, (seed, first), kept is not None)
+            origin = order.seed, order.first
+            parts = self._drawn(prompts, left, sampling, samples, origin, order.resumable)
         else:
             parts = self._searched(prompts, left, sampling, samples)
         for part in parts:
-            made = {
+            yield {
                 place: [
                     as_rollout(*prompts[place], completion, self._encoder, sampling)
                     for completion in completions
                 ]
                 for place, completions in part.items()
             }
-            rollouts |= made
-            if kept is not None:
-                kept.keep(made)
-            advance(len(made) * samples)
-        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+            order.advance(len(part) * samples)
 
     def _drawn(
         self,

@@ -6,6 +6,7 @@ whoever makes them; log-probs differ by the rounding of what was sampled beside 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -20,7 +21,7 @@ from rlhf_cli.ranks.agreement import on_every_rank
 from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.decode import Completion, evaluation_mode
-from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.engine import Engine, Order
 from rlhf_cli.rollout.native import FILLS
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -31,7 +32,7 @@ REASONS = ("length", "eos", "stop")
 
 @dataclass
 class Done:
-    """The responses to some prompts of a run that need not be sampled again, by place in it."""
+    """The prompts of a run that need not be sampled again, by place in it, without responses."""
 
     done: Mapping[int, list[Rollout]]
 
@@ -57,66 +58,54 @@ class RankedEngine(Engine):
         self._own.update(model)
         self._model = model
 
-    def sample(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: Sampling,
-        *,
-        samples: int = 1,
-        first: int = 0,
-        seed: int,
-        advance: Callable[[int], None] = lambda count: None,
-        kept: Kept | None = None,
-    ) -> list[Rollout]:
+    def _made(self, order: Order) -> Iterator[dict[int, list[Rollout]]]:
         """All responses, on every rank; where they are kept, in rounds.
 
         Rounds and shares are those of all prompts, whatever is left of them, so that a run that
         goes on on as many ranks ends with the same digits.
         """
-        rollouts = dict(kept.done) if kept is not None else {}
+        prompts, sampling, samples = order.prompts, order.sampling, order.samples
+        wanted = set(order.left)
         needs = [len(ids) + samples * sampling.max_tokens for _, ids in prompts]
-        rounds = [range(len(prompts))] if kept is None else list(self._rounds(needs))
-
-        def draw(run: range, told: Callable[[int], None]) -> list[Rollout]:
-            """The responses to those of a run that are left."""
-            there = {place - run.start: rollouts[place] for place in run if place in rollouts}
-            if len(there) == len(run):
-                return []
-            drawn = self._own.sample(
-                prompts[run.start : run.stop],
-                sampling,
-                samples=samples,
-                first=first + run.start,
-                seed=seed,
-                advance=told,
-                kept=None if kept is None else Done(there),
-            )
-            left = (place for place in range(len(run)) if place not in there)
-            return [drawn[place * samples + k] for place in left for k in range(samples)]
-
+        rounds = list(self._rounds(needs)) if order.resumable else [range(len(prompts))]
         for places in rounds:
-            left = [place for place in places if place not in rollouts]
+            left = [place for place in places if place in wanted]
             if not left:
                 continue
             run = even_runs(places, needs, world().size)[world().rank]
-            own_left = sum(place not in rollouts for place in run)
-            bar = Share(advance, len(left) * samples, own_left * samples)
+            own_left = [place for place in run if place in wanted]
+            bar = Share(order.advance, len(left) * samples, len(own_left) * samples)
             with held_whole(self._model):
                 self._find_out(prompts, sampling)
-                own = on_every_rank(lambda run=run, bar=bar: draw(run, bar.advance))  # type: ignore[misc]
+                own = on_every_rank(partial(self._own_share, order, run, own_left, bar.advance))
             completions = iter(gathered(own))
-            made = {
+            yield {
                 place: [
                     as_rollout(*prompts[place], next(completions), self._encoder, sampling)
                     for _ in range(samples)
                 ]
                 for place in left
             }
-            rollouts |= made
-            if kept is not None:
-                kept.keep(made)
             bar.finish()
-        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
+
+    def _own_share(
+        self, order: Order, run: range, left: Sequence[int], told: Callable[[int], None]
+    ) -> list[Rollout]:
+        """The responses to those of a run that are left."""
+        if not left:
+            return []
+        there: dict[int, list[Rollout]] = {
+            place - run.start: [] for place in run if place not in left
+        }
+        return self._own.sample(
+            order.prompts[run.start : run.stop],
+            order.sampling,
+            samples=order.samples,
+            first=order.first + run.start,
+            seed=order.seed,
+            advance=told,
+            kept=Done(there) if order.resumable else None,
+        )
 
     def _find_out(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
         """What all ranks must be at one about, before any works by itself.

@@ -5,7 +5,7 @@ given (server_weights.py); they get them again where one was started anew meanwh
 is sampled once more. Rank 0 asks, and every rank has all responses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from torch import nn
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import cut
-from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.decoder import embedding_rows
 from rlhf_cli.models.tokenizers import ids_of_no_token
+from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.decode import Completion
-from rlhf_cli.rollout.engine import Engine, Kept
+from rlhf_cli.rollout.engine import Engine, Order
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.server_client import (
@@ -34,7 +34,7 @@ from rlhf_cli.rollout.server_client import (
     each_of,
 )
 from rlhf_cli.rollout.server_terms import Stopped, completion_of, request_of
-from rlhf_cli.rollout.server_weights import Served, on_main
+from rlhf_cli.rollout.server_weights import Served
 
 ATTEMPTS = 3  # to sample a batch while the server keeps its weights
 Job = tuple[list[int], int]  # the ids of a prompt, and a seed
@@ -83,44 +83,26 @@ class ServerEngine(Engine):
         """The next sample is drawn from the weights that this module has by then."""
         self._model, self._stale = model, True
 
-    def sample(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: Sampling,
-        *,
-        samples: int = 1,
-        first: int = 0,
-        seed: int,
-        advance: Callable[[int], None] = lambda count: None,
-        kept: Kept | None = None,
-    ) -> list[Rollout]:
-        """A request for each response.
-
-        Raises:
-            RunError: the server does not answer as it should, or does not run these weights.
-        """
-        sampling = replace(sampling, absent=self._absent)
-        rollouts = dict(kept.done) if kept is not None else {}
-        left = [place for place in range(len(prompts)) if place not in rollouts]
-        groups = cut(left, AT_ONCE, lambda place: samples) if kept is not None else [left]
+    def _made(self, order: Order) -> Iterator[dict[int, list[Rollout]]]:
+        """A request for each response; where they are kept, some prompts at a time."""
+        sampling, samples = replace(order.sampling, absent=self._absent), order.samples
+        groups = (
+            cut(order.left, AT_ONCE, lambda place: samples) if order.resumable else [order.left]
+        )
         for places in filter(None, groups):
             jobs = [
-                (prompts[place][1], derived_seed(seed, first + place, number))
+                (order.prompts[place][1], derived_seed(order.seed, order.first + place, number))
                 for place in places
                 for number in range(samples)
             ]
-            drawn = iter(self._drawn(jobs, samples, sampling, advance))
-            made = {
+            drawn = iter(self._drawn(jobs, samples, sampling, order.advance))
+            yield {
                 place: [
-                    as_rollout(*prompts[place], next(drawn), self._encoder, sampling)
+                    as_rollout(*order.prompts[place], next(drawn), self._encoder, sampling)
                     for _ in range(samples)
                 ]
                 for place in places
             }
-            rollouts |= made
-            if kept is not None:
-                kept.keep(made)
-        return [rollout for place in range(len(prompts)) for rollout in rollouts[place]]
 
     def _drawn(
         self,
@@ -148,7 +130,7 @@ class ServerEngine(Engine):
             self._served.bring_up_to_date(self._model, [ids for ids, _ in jobs], self._stale)
             self._stale = False
             left = [place for place in range(len(jobs)) if place not in found]
-            answers = on_main(lambda left=left: self._asked(jobs, left, samples, sampling, tell))  # type: ignore[misc]
+            answers = by_main(lambda left=left: self._asked(jobs, left, samples, sampling, tell))  # type: ignore[misc]
             for place, fields in answers:
                 found[place] = self._checked(Completion(*fields), sampling)
             if len(found) == len(jobs):

@@ -16,6 +16,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.reporting.console import say
 
 Item = TypeVar("Item")
@@ -28,7 +29,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two; each is twice th
 LONGEST_ANSWER = 300  # characters of a server's answer that are shown
 
 
-class ServerFault(Exception):
+class ServerFault(RunError):
     """A server did not do what it was asked for; a line that says what it answered.
 
     status: of its answer; None where there was none.

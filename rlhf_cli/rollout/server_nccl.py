@@ -82,7 +82,9 @@ class NcclSync(FileSync):
         start, words = super().start(model, folder)
         return start, [*words, "--weight-transfer-config", json.dumps({"backend": "nccl"})]
 
-    def send(self, model: nn.Module, servers: Sequence[Server], label: str) -> None:
+    def send(
+        self, model: nn.Module, servers: Sequence[Server], label: str, device: torch.device
+    ) -> None:
         """Once: what is left half done in a group cannot be done again in it."""
         weights = working_weights(model, product_type_of(model))
         described = {
@@ -92,7 +94,7 @@ class NcclSync(FileSync):
         }
         try:
             _each(servers, Server.pause)
-            group = self._joined(servers, next(model.parameters()).device)
+            group = self._joined(servers, device)
             _each(servers, lambda server: server.client.post("/start_weight_update"))
 
             def broadcast() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf_cli.config.errors import RunError
@@ -95,8 +96,13 @@ class Sync(ABC):
         """
 
     @abstractmethod
-    def send(self, model: nn.Module, servers: Sequence[Server], label: str) -> None:
+    def send(
+        self, model: nn.Module, servers: Sequence[Server], label: str, device: torch.device
+    ) -> None:
         """Give all servers the weights of a model that is whole on this rank, under a label.
+
+        Args:
+            device: of this rank; sharded weights were put together on its CPU.
 
         Raises:
             ServerFault, RunError: one of them does not take them.
@@ -128,7 +134,9 @@ class FileSync(Sync):
             (folder / name).write_bytes(content)
         return str(folder), []
 
-    def send(self, model: nn.Module, servers: Sequence[Server], label: str) -> None:
+    def send(
+        self, model: nn.Module, servers: Sequence[Server], label: str, device: torch.device
+    ) -> None:
         """Write once, and have each server load it."""
         folder = self._folder / label
         self._write(model, folder)
@@ -180,7 +188,9 @@ class AdapterSync(Sync):
         words = ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(room)]
         return str(unwrap(model).config._name_or_path), words
 
-    def send(self, model: nn.Module, servers: Sequence[Server], label: str) -> None:
+    def send(
+        self, model: nn.Module, servers: Sequence[Server], label: str, device: torch.device
+    ) -> None:
         """Write it once, and have each server put it in the place of the one before."""
         self._check(model)
         folder = self._folder / label

@@ -8,6 +8,7 @@ said.
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.rollout.server_client import Client, ServerFault, each_of
+from rlhf_cli.rollout.server_client import Client, each_of
 from rlhf_cli.rollout.server_nccl import NcclSync
 from rlhf_cli.rollout.server_process import LOG, WANTED, ServerProcess, end_others, too_old
 from rlhf_cli.rollout.server_proof import LIMIT, TEMPERATURE, Sample, Scores, fault_of
@@ -98,9 +99,9 @@ class Served:
         if self._connected and stale:
             self._give(model)
         elif not self._connected:
-            on_main(self._begin)
+            by_main(partial(self._begin, device_of(model)))
             with assembled(model) if self._own else nullcontext():
-                self.urls, self.longest = on_main(lambda: self._find(model))
+                self.urls, self.longest = by_main(lambda: self._find(model))
             self._prompt = self._probe_of(model, prompts)
             self._connected = True
             if self._changes and not (self._own and self._sync.starts_up_to_date):
@@ -130,9 +131,11 @@ class Served:
 
     # ------------------------------------------------------------------ connection
 
-    def _begin(self) -> None:
-        """No weights of a part of the run before, and GPUs that the server before has left."""
+    def _begin(self, device: torch.device) -> None:
+        """No weights of a part of the run before, and GPUs that are free for a server."""
         if self._own:
+            assert self._hardware.rollout_devices is not None  # config/rollout_rules.py
+            _check_devices(self._hardware.rollout_devices, device)
             end_others()
         remove([self._folder])
 
@@ -155,8 +158,7 @@ class Served:
     def _started(self, model: nn.Module) -> ServerProcess:
         """A server of the model's weights, or of its base, on the devices that are named."""
         devices = self._hardware.rollout_devices
-        assert devices is not None  # config/rollout_rules.py
-        _check_devices(devices, model)
+        assert devices is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         start, further = self._sync.start(model, self._folder / self.label)
         words = ["--served-model-name", "policy", "--max-model-len", "auto"]
@@ -173,8 +175,9 @@ class Served:
     def _give(self, model: nn.Module) -> None:
         """Have all servers take the model's weights, and prove that they did."""
         self._version += 1
+        device = device_of(model)
         with assembled(model, self._sync.adapter_alone):
-            on_main(lambda: self._sync.send(model, self.servers, self.label))
+            by_main(lambda: self._sync.send(model, self.servers, self.label, device))
         self._prove(model)
 
     # ------------------------------------------------------------------ proof
@@ -215,7 +218,7 @@ class Served:
     def _faults(self, model: nn.Module) -> list[str | None]:
         """What is wrong with each server's weights, beside those of the model; None: nothing."""
         self._vocabulary = embedding_rows(model)
-        drawn, self._scored, scores = on_main(self._answers)
+        drawn, self._scored, scores = by_main(self._answers)
         fixed = Tokens(self._scored[:1], self._scored[1:])
         samples = [Tokens(self._prompt, ids) for ids, _ in drawn]
         own, *plain = logprobs_of(model, [fixed, *samples], self._hardware)
@@ -270,29 +273,20 @@ def _introduced(server: Server) -> str:
     return version
 
 
-def on_main(work: Callable[[], Value]) -> Value:
-    """What rank 0 finds, a value of JSON, on every rank.
-
-    Raises:
-        RunError: a server did not do what it was asked for; on every rank, too.
-    """
-
-    def told() -> Value:
-        try:
-            return work()
-        except ServerFault as fault:
-            raise RunError(str(fault)) from None
-
-    return by_main(told)
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, also one whose weights are about to be put together elsewhere."""
+    return next(model.parameters()).device
 
 
-def _check_devices(devices: Sequence[int], model: nn.Module) -> None:
+def _check_devices(devices: Sequence[int], own: torch.device) -> None:
     """GPUs are there, and nothing of the stage is computed on them.
+
+    Args:
+        own: the device of this rank.
 
     Raises:
         RunError: naming the first that is not.
     """
-    own = next(model.parameters()).device
     if own.type != "cuda":
         return
     taken = range(world().local_size) if world().size > 1 else [own.index or 0]

@@ -36,7 +36,8 @@ class _Stop:
 
     taken: the signals that are ours; one that is ignored, as SIGHUP under nohup, stays so.
     passed_on: takes signals for the processes that this one waits for.
-    told_by: takes lines, with the exit status of one that is the last, and returns whether it has.
+    told_by, shown_by: take lines, with the exit status of one that is the last, and return whether
+        they have.
     process: whose they are. acts: what is done before the process ends where it is.
     """
 
@@ -45,6 +46,7 @@ class _Stop:
     taken: tuple[signal.Signals, ...] = ()
     passed_on: Callable[[int], object] | None = None
     told_by: Callable[[str, int | None], bool] | None = None
+    shown_by: Callable[[str, int | None], bool] | None = None
     process = 0
     acts: list[Callable[[], object]] = []
 
@@ -87,6 +89,11 @@ def pass_on(send: Callable[[int], object] | None) -> None:
 def told_by(tell: Callable[[str, int | None], bool]) -> None:
     """Let somebody else say what signals do, where it returns that it has."""
     _Stop.told_by = tell
+
+
+def shown_by(show: Callable[[str, int | None], bool]) -> None:
+    """Let what draws on the terminal show what signals do: a line written past it is drawn over."""
+    _Stop.shown_by = show
 
 
 def asked() -> str | None:
@@ -159,8 +166,9 @@ def _end(line: str, status: int) -> None:
 
 def _tell(line: str, status: int | None = None) -> None:
     """A line on stderr, past whatever was begun there, if somebody takes it: none is waited for."""
-    if _Stop.told_by is not None and _Stop.told_by(line, status):
-        return
+    for takes in (_Stop.shown_by, _Stop.told_by):
+        if takes is not None and takes(line, status):
+            return
     begun = f"{SHOW_CURSOR}\n" if os.isatty(2) else ""
     try:
         if select.select((), (2,), (), 0)[1]:

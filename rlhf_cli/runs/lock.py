@@ -80,7 +80,7 @@ def lock(out: Path) -> None:
             break
         except _Taken:
             if time.monotonic() >= until:
-                other = _told(folder) or "another process"
+                other = writer_of(folder) or "another process"
                 raise Busy(f"out={out} is being written by {other}") from None
             time.sleep(0.02)
     if held is None:
@@ -188,7 +188,7 @@ def running(out: Path) -> str | None:
                 if handle is not None:
                     _flock(handle, fcntl.LOCK_SH)
             except _Taken:
-                return _told(folder) or "another process"
+                return writer_of(folder) or "another process"
     return None
 
 
@@ -225,8 +225,10 @@ def _unlock_all() -> None:
         unlock(folder)
 
 
-def _told(out: Path) -> str:
-    """Whose lock it is, by its file; nothing where that does not say."""
+def writer_of(out: Path) -> str:
+    """Whose lock it is, or was if that was killed: `process 7 on host`, as its file says; nothing
+    where that does not say.
+    """
     with _open_to_read(out / LOCK, _FILE) as handle:
         if handle is None or not stat.S_ISREG(os.fstat(handle).st_mode):
             return ""

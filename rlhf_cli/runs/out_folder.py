@@ -59,6 +59,7 @@ BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
 TRACKED = f"{CHECKPOINTS}/tracked"  # by which trackers know an unfinished run again
 ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log
 KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
+PROGRESS = f"{CHECKPOINTS}/progress.json"  # for who watches it
 STEP = re.compile(r"step-(\d+)")
 TRASH = ".trash"
 MODULE = "rlhf_cli"  # as `python -m` names it

@@ -3,18 +3,19 @@
 Randomness needs no state: every draw is a function of the seed, a name and the step
 (data/order.py), so weights, optimizer moments and a few numbers are all there is to keep.
 
-Of several ranks the first one writes, and all read. Where weights are sharded, each writes its part
-(slices.py), and rank 0 describes all files and gives the folder its name once they are there.
+Of several ranks the first one writes, and all read, or are sent what they do not see. Where weights
+are sharded, each writes its part (slices.py), and rank 0 describes all files and gives the folder
+its name once they are there.
 """
 
 import hashlib
 import json
-import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,9 +23,10 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.folders.files import flush, library_errors, remove, whole_folder, write_json
 from rlhf_cli.folders.integrity import Files, begins_as, described, fault_in
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit
+from rlhf_cli.models.dtypes import name_of
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.ranks.agreement import by_main, together
-from rlhf_cli.ranks.world import world
+from rlhf_cli.ranks.world import alone, world
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import begun_with, resume_point, resume_points
@@ -135,23 +137,29 @@ def load_checkpoint(
             as all are by default.
 
     Raises:
-        UserError: every point that is whole goes on from log lines that are lost, or this rank does
-            not see them.
+        UserError: every point that is whole goes on from log lines that are lost, or sharded
+            weights cannot be read on all ranks.
         OSError: the disk does not answer; nothing is given up for that.
     """
     given_up: list[tuple[Path, str]] = []
     lost: str | None = None
     for step in by_main(lambda: [*reversed(resume_points(out))]):
         folder = resume_point(out, step)
-        together(partial(_require_sight, folder))
-        faults = world().from_all(together(partial(fault_of, folder)))
-        fault = next(filter(None, faults), None)
+        shared = _is_shared(folder)
+        if not shared and wanted is not None:
+            raise UserError(
+                f"not all ranks see {folder}: with hardware.shard, out must be on a disk that all "
+                "machines share"
+            )
+        fault = _fault(folder, shared)
         if fault is None:
             state = by_main(partial(read_state, folder))
             fault = by_main(partial(fault_in_logs, out, state))
             if fault is None:
                 by_main(partial(put_aside, given_up))
-                return together(partial(read_tensors, folder, wanted)), state
+                if shared:
+                    return together(partial(read_tensors, folder, wanted)), state
+                return _sent_by_main(folder), state
             lost = lost or f"{fault} of the first {step} steps, which the run goes on from"
             fault = f"{fault} of the first {step} steps"
         given_up.append((folder, fault))
@@ -163,13 +171,42 @@ def load_checkpoint(
     return None
 
 
-def _require_sight(folder: Path) -> None:
-    """Stop where another rank sees no resume point that rank 0 sees."""
-    if not world().is_main and not os.path.lexists(folder):
-        raise UserError(
-            f"rank {world().rank} does not see {folder}: to go on, out must be on a disk that all "
-            "machines share"
-        )
+def _is_shared(folder: Path) -> bool:
+    """Whether all ranks see the resume point that rank 0 sees, by the hashes of its files."""
+
+    def listed() -> str | None:
+        file = folder / FILES
+        return file.read_text("utf-8", "replace") if file.is_file() else None
+
+    seen = world().from_all(together(listed))
+    return all(each == seen[0] for each in seen)
+
+
+def _fault(folder: Path, shared: bool) -> str | None:
+    """What is wrong with a resume point: all ranks look, or rank 0, which alone sees it."""
+    if shared:
+        return next(filter(None, world().from_all(together(partial(fault_of, folder)))), None)
+
+    def of_main() -> str | None:
+        with alone():
+            return fault_of(folder)
+
+    return by_main(of_main)
+
+
+def _sent_by_main(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a resume point on a disk of rank 0's machine, on all ranks."""
+    read = together(partial(world().lead, partial(read_tensors, folder, None))) or {}
+
+    def told() -> list[tuple[str, str, list[int]]]:
+        return [(name, name_of(each.dtype), [*each.shape]) for name, each in read.items()]
+
+    forms = by_main(told)
+    for name, kind, shape in forms:
+        if name not in read:
+            read[name] = torch.empty(shape, dtype=getattr(torch, kind))
+        world().send(read[name])
+    return read
 
 
 def read_tensors(folder: Path, wanted: Wanted | None) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
-from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.console import Bar, board, say
+from rlhf_cli.reporting.live import Course
 from rlhf_cli.reporting.metrics import JsonLines, Listener, defined, round_figures
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs import interrupts
@@ -70,8 +71,10 @@ from rlhf_cli.runs.out_folder import (
     tidy,
 )
 from rlhf_cli.runs.preflight import Plan, agree, preflight
+from rlhf_cli.runs.progress_file import ProgressFile
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from rlhf_cli.runs.same_weights import require_same
+from rlhf_cli.runs.step_summary import append_summary
 from rlhf_cli.runs.summary import last_lines
 from rlhf_cli.runs.tracking import about_run
 from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
@@ -97,6 +100,7 @@ class Session:
     stream: the batches of rows that are read while the run goes on.
     budget: of a GPU, where hardware says auto.
     listeners: are told of each row of the logs.
+    course: what a terminal shows of them; None where nobody looks on.
     trackers: hear them, too, and of the end; None where none is asked for.
     """
 
@@ -116,6 +120,7 @@ class Session:
     stream: StreamBatches[Any] | None = None
     budget: Budget | None = None
     listeners: list[Listener] = field(default_factory=list)
+    course: Course | None = None
     trackers: Trackers | None = None
 
     def __post_init__(self) -> None:
@@ -230,6 +235,7 @@ class Session:
     def _claim(self) -> None:
         assert self.plan.provenance is not None  # a finished or checked run has no session
         claim(self.cfg, self.plan.provenance)
+        board.heard_by = ProgressFile(self.out)
         if self.budget is not None:
             keep(self.budget, self.out)
         if self.trackers is not None:
@@ -249,6 +255,9 @@ class Session:
             )
         )
         self.logs.append(log)
+        if self.course is not None:
+            for row in log.rows():  # up to the resume point
+                self.course.hear(file, row)
         return log
 
     def steps(self, bar: Bar) -> Iterator[int]:
@@ -466,9 +475,13 @@ class Session:
         return self.out
 
     def _last_lines(self, metrics: dict[str, Any], told: str | None) -> list[str]:
-        """How it went, from the files of `out`, which may lie on the disk of rank 0 alone."""
+        """How it went, for the page of a CI job too; from the files of `out`, which may lie on the
+        disk of rank 0 alone.
+        """
         rows = self.logs[0].rows() if self.logs else []
-        return last_lines(self.cfg, metrics, rows, told)
+        lines = last_lines(self.cfg, metrics, rows, told)
+        append_summary(self.cfg, lines, metrics, rows)
+        return lines
 
     def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         for log in self.logs:
@@ -554,7 +567,15 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
         plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")
     budget, lines = settle(cfg, device, dtype.itemsize, plan.state == RESUMABLE)
     plan.sums += lines
-    return Session(cfg, Path(cfg.out), device, began, plan, budget=budget)
+    course = board.begin(cfg.out, stage_name(cfg))
+    interrupts.shown_by(board.tell_of_signal)
+    heard_by: list[Listener] = [] if course is None else [course.hear]
+    return Session(
+        *(cfg, Path(cfg.out), device, began, plan),
+        budget=budget,
+        listeners=heard_by,
+        course=course,
+    )
 
 
 def set_threads(threads: int | None, parameters: float) -> None:

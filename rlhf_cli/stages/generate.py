@@ -30,6 +30,7 @@ from rlhf_cli.evaluation.samples import (
 from rlhf_cli.ranks.agreement import together
 from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import JsonLines
+from rlhf_cli.reporting.terminal import width
 from rlhf_cli.rewards.reward import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -39,7 +40,8 @@ from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.session import Session, begin
 
 AT_ONCE = 2048  # prompts whose responses are in memory; of like length among them sampled together
-WIDEST = 70  # characters of a text in the table at the end
+WIDEST, LEAST = 70, 16  # characters of a text in the table at the end, by what there is room for
+BESIDE = 28  # columns of what stands beside a prompt and its response
 
 
 def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
@@ -103,8 +105,9 @@ class Written:
             row = generated_row(rollout, i % samples, reward, parts_at(parts, i))
             self._file.append(row, digits=None)  # of the row's own columns nothing is rounded
             if self._count < SHOWN:
-                prompt = last_words(rollout.row.prompt)
-                texts = clip(prompt, WIDEST), clip(rollout.text, WIDEST)
+                room = min(WIDEST, max(LEAST, (width() - BESIDE) // 2))
+                whole = last_words(rollout.row.prompt), rollout.text
+                texts = [clip(" ".join(text.split()), room - len("...")) for text in whole]
                 self._first.append((*texts, rollout.finish_reason, reward))
             self._count += 1
         self._rewards += [reward for reward in rewards if reward is not None]

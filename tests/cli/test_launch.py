@@ -317,11 +317,15 @@ def test_work_of_rank_0_may_take_longer_than_ranks_wait(runs: Runs) -> None:
                 raise RunError("odd judge")
             return [1.5]
         assert by_main(judge) == [1.5]
+        own = world().lead(lambda: time.sleep(5) or rank, leads=rank == 1)
+        assert own == (1 if rank else None)
         assert world().any(rank == 1)
     """
     code, _, err = runs(body, "hardware.rank_timeout=4")
     assert code == 0, err
-    assert err.count("waited") == 1 and "for rank 0, which is in" in err and "run ends" not in err
+    first, second = (line for line in err.splitlines() if line.startswith("waited"))
+    assert "for rank 0, which is in" in first and "for rank 1, which is in" in second
+    assert "(work for all)" in first and "run ends" not in err
     (runs.folder / "odd").touch()
     code, _, err = runs(body, "hardware.rank_timeout=4")
     assert code == 1 and err.splitlines()[-1] == "rlhf-cli: error: odd judge"
@@ -411,7 +415,7 @@ def test_each_job_of_a_sweep_has_its_ranks(runs: Runs) -> None:
     code, out, err = runs(body, "-m", "seed=1,2,3")
     places = [f"runs/demo/sft/seed={seed}" for seed in (1, 3)]
     assert [line for line in out.splitlines() if line[:4] == "runs"] == places, err
-    assert code == 1 and "job 1, out=runs/demo/sft/seed=2: error: odd" in err
+    assert code == 1 and "job 2 of 3, out=runs/demo/sft/seed=2: error: odd" in err
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def test_a_signal_that_comes_too_late_for_a_job_ends_the_sweep(tmp_path: Path) -
     done = ppo(f"interrupts.wait_for_steps()\n{TERM}", "-m", "seed=1,2", cwd=tmp_path)
     assert done.returncode == 75
     assert "SIGTERM: runs/demo/ppo/seed=1 is finished; the same command goes on" in done.stderr
-    assert "job 1" not in done.stderr and "seed=2" not in done.stdout
+    assert "job 2" not in done.stderr and "seed=2" not in done.stdout
 
 
 def test_a_job_after_another_ends_at_once_before_its_first_step(tmp_path: Path) -> None:

@@ -36,10 +36,6 @@ GOLDEN = """\
 module load cuda
 source venv/bin/activate
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-
 asked=
 again=1
 status=1
@@ -72,9 +68,9 @@ ASKED = [
     *("--setup=module load cuda", "--setup=source venv/bin/activate"),
 ]
 FAKES = {
-    # notes its words and what its processes would see; STATUS, after WAITS seconds or SIGTERM
+    # notes its words; STATUS, after WAITS seconds or SIGTERM
     "srun": """
-        printf '%s\\0' "$@" > words; env > environment; echo $$ > pid
+        printf '%s\\0' "$@" > words; echo $$ > pid
         if [ "$WAITS" ]; then
             trap 'sleep 0.2; exit $STATUS' TERM
             for _ in $(seq 100); do sleep 0.1; done
@@ -82,7 +78,6 @@ FAKES = {
         exit $STATUS""",
     "scontrol": """
         case "$2" in
-        hostnames) printf 'node07\\nnode08\\n' ;;
         job) echo "JobId=$3 JobState=$STATE Reason=None" ;;
         *) echo "$@" >> requeued ;;
         esac""",
@@ -139,12 +134,13 @@ def test_the_text_of_a_job(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert b"after job 17" in shown.err
 
 
-def test_a_single_process_needs_no_meeting_place(rendered: Callable[..., str]) -> None:
+def test_processes_of_a_machine(rendered: Callable[..., str]) -> None:
+    """Where they meet is no matter of the job's: each finds it in what srun says."""
     script = rendered()
-    assert "MASTER" not in script
     assert "--nodes=1\n#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=1\n" in script
     cpu = rendered("--gpus=0", "--processes=4")
-    assert "MASTER" in cpu and "--ntasks-per-node=4" in cpu and "gpus-per-node" not in cpu
+    assert "--ntasks-per-node=4" in cpu and "gpus-per-node" not in cpu
+    assert "MASTER" not in script + cpu
 
 
 ODD = [
@@ -168,8 +164,6 @@ def test_words_reach_the_stage_as_they_were_typed() -> None:
     assert not Path("requeued").exists()
     words = Path("words").read_bytes().split(b"\0")[:-1]
     assert words == [b"--kill-on-bad-exit=1", *map(os.fsencode, ["rlhf-cli", "sft", *ODD])]
-    environment = Path("environment").read_text(errors="replace")
-    assert "MASTER_ADDR=node07\n" in environment and "MASTER_PORT=24711\n" in environment
 
 
 def test_the_command_is_this_programs_where_no_path_leads_to_it(
@@ -309,7 +303,6 @@ def test_a_job_of_two_tasks_is_interrupted_and_goes_on(
     own = {
         "srun": TWO_TASKS,
         "scancel": "kill -TERM $(cat pid)",
-        "scontrol": f"if [ $2 = hostnames ]; then echo localhost; else {FAKES['scontrol']}\nfi",
         "rlhf-cli": f'exec {sys.executable} -m rlhf_cli "$@"',
     }
     for name, text in own.items():

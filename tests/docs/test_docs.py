@@ -30,6 +30,7 @@ from rlhf_cli.commands import (
     slurm,
     stage,
     sweeps,
+    watch,
 )
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
@@ -83,6 +84,8 @@ def try_command(words: list[str]) -> None:
         compare.parse(rest)
     elif first == "report":
         report.parse(rest)
+    elif first == "watch":
+        watch.parse(rest)
     elif first == "chat":
         composed("generate", (*chat.ALWAYS, *chat.parse(rest).overrides), None, None)
     elif first == "cp":

@@ -213,4 +213,4 @@ def test_a_bar_on_a_terminal_is_drawn_and_what_others_write_is_shown() -> None:
         and r"\x1b[2K" not in said
         and not CONTROLS.search(plain.replace("\r", ""))
     )
-    assert re.search(r"steps ━+ 2/2 .* loss 1.5", plain)
+    assert re.search(r"steps  ━+  2/2 .* loss 1.5", plain)

@@ -1,6 +1,7 @@
 """The ways of weights to vLLM servers: several of them, from GPU to GPU, and adapters alone."""
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -105,8 +106,10 @@ def test_one_that_fails_ends_what_is_asked_of_the_others(
 class Gloo:
     """What stands for NCCL here."""
 
+    seconds = 10.0
+
     def __init__(self, host: str, port: int, size: int, device: torch.device) -> None:
-        self._group: Any = gloo(host, port, 0, size)
+        self._group: Any = gloo(host, port, 0, size, self.seconds)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         self._group.broadcast(tensor.contiguous(), 0).wait()
@@ -116,8 +119,12 @@ class Gloo:
 
 
 @pytest.fixture
-def by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_gloo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(NcclSync, "group_of", Gloo)
+    yield
+    for thread in threading.enumerate():  # what waits for a worker that does not come
+        if thread.name == "nccl":
+            thread.join(10)
 
 
 NCCL = [
@@ -193,9 +200,11 @@ def test_what_fails_between_gpus_is_one_line(
     stubs: list[Stub],
     urls: list[str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """NCCL waits forever for a worker that does not come; a run does not."""
-    stubs[0].faults, stubs[0].hangs = faults, 4.0
+    stubs[0].faults, stubs[0].hangs = faults, 3.0
+    monkeypatch.setattr(Gloo, "seconds", 1.0)
     seconds = 2.0 if "hang" in str(faults) else 20.0
     words: dict[str, Any] = {"rollout_sync": "nccl", "rollout_timeout": seconds}
     engine = engine_of(model, urls[0], tmp_path / "w", **words)

@@ -219,17 +219,24 @@ def test_a_rank_that_is_killed_as_it_saves_costs_nothing(
     same(out, whole)
 
 
-def run_on_its_own_disk(folder: Path, disks: Path) -> list[str]:
-    """`sft` in a folder of this rank, with the same words on all."""
+def run_on_its_own_disk(folder: Path, disks: Path, *more: str) -> list[list[str]]:
+    """`sft` in a folder of this rank, with the same words on all: stopped, and gone on with."""
     disk = disks / str(world().rank)
     disk.mkdir(parents=True)
     for entry in folder.iterdir():
         (disk / entry.name).symlink_to(entry)
-    return run("sft", disk, Path("own"))
+    stopped = run("sft", disk, Path("own"), *more, stop=(3, 1))
+    return [stopped, run("sft", disk, Path("own"), *more)]
 
 
 @pytest.mark.slow
-def test_machines_need_no_common_disk_to_run_from_start_to_end(chain: Path, tmp_path: Path) -> None:
-    on_ranks(2, run_on_its_own_disk, chain, tmp_path)
-    assert not faults_of(tmp_path / "0" / "own")
-    assert not (tmp_path / "1" / "own").exists()
+def test_machines_need_no_common_disk(chain: Path, tmp_path: Path) -> None:
+    """Rank 0 alone has the resume point, and sends it; parts of sharded weights need one disk."""
+    on_ranks(2, run, "sft", chain, tmp_path / "whole")
+    for said in on_ranks(2, run_on_its_own_disk, chain, tmp_path / "a"):
+        assert said == [[f"SIGTERM: saved after step 3; {GO_ON}"], ["resuming after step 3"]]
+    same(tmp_path / "a" / "0" / "own", tmp_path / "whole")
+    assert not (tmp_path / "a" / "1" / "own").exists()
+    sharded = ("hardware.shard=full",)
+    for said in on_ranks(2, run_on_its_own_disk, chain, tmp_path / "b", *sharded):
+        assert "out must be on a disk that all machines share" in said[0][-1]

@@ -15,12 +15,15 @@ from transformers import AutoTokenizer
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.rollout import server_process
+from rlhf_cli.rollout.server_nccl import NcclSync
 from rlhf_cli.rollout.server_process import end_others
 from rlhf_cli.runs.checks import sampler_lines
 from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.stages import evaluate, generate
 from tests.conftest import Cli
 from tests.ranks import on_ranks
+from tests.rollout.test_server_sync import Gloo
 from tests.tiny import DATA, WORDS, run_stage, words_of
 from tests.vllm_stub import Stub, install, listening
 
@@ -60,6 +63,41 @@ def test_iterations(stage: str, stub: Stub, server: list[str], tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_iterations_whose_adapter_alone_is_sent(
+    stub: Stub, server: list[str], tmp_path: Path
+) -> None:
+    """What is sampled is what whole weights would have sampled."""
+    rewards = []
+    for way in ("files", "adapter"):
+        words = [*SHORT, *WORDS["lora"], *server, f"hardware.rollout_sync={way}"]
+        metrics = run_stage("grpo", tmp_path / way, *words)
+        rewards.append([line["reward"] for line in metrics if "reward" in line])
+        assert all(line["sampling_gap"] < 1e-4 for line in metrics if "sampling_gap" in line)
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 2
+    assert len({body["model"] for body in stub.requests}) >= 4, "policy, and each adapter"
+    assert not (tmp_path / "adapter" / "checkpoints").exists()
+
+
+def by_gloo_on_a_rank(chain: Path, out: Path, words: list[str]) -> list[float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NcclSync, "group_of", Gloo)
+        patch.setattr(server_process, "check_installed", lambda: None)
+        return on_a_rank(chain, out, words, {})
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_broadcast_to_two_servers(stub: Stub, tmp_path: Path) -> None:
+    other = Stub(Path(POLICY).resolve(), longest=64)
+    with listening(stub) as first, listening(other) as second:
+        words = [*SHORT, "hardware.rollout=vllm", f"hardware.rollout_server=[{first},{second}]"]
+        expected = on_a_rank(Path.cwd(), tmp_path / "1", words, {})
+        words += ["hardware.rollout_sync=nccl", "hardware.shard=full"]
+        found = on_ranks(2, by_gloo_on_a_rank, Path.cwd(), tmp_path / "2", words)
+    assert found == [expected, expected] and len(expected) == 2
+    assert stub.requests and other.requests and stub.received == other.received
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_gives_its_weights_first(
     stub: Stub, server: list[str], tmp_path: Path
 ) -> None:
@@ -84,6 +122,10 @@ def test_a_check_tells_who_samples(
     lines = preflight(cfg, check_only=True).lines()
     assert any(line.startswith(said) for line in lines) and not stub.asked
     assert not any("sampled tokens" in line for line in lines)
+    cfg.hardware.rollout_server = ["http://a", "http://b"]
+    assert sampler_lines(cfg) == [
+        "responses: of the vLLM servers http://a, http://b, which get the weights of each update"
+    ]
     cfg.hardware.rollout_server, cfg.hardware.rollout_devices = None, [1, 2]
     assert sampler_lines(cfg) == ["responses: of a vLLM server that is started on GPU 1, 2"]
     monkeypatch.setattr("shutil.which", lambda name, path=None: None)
