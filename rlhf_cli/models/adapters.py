@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from rlhf_cli.folders.manifest import ADAPTER_CONFIG, read_object, shapes_of
 from rlhf_cli.models.decoder import matmul_in_float32
 from rlhf_cli.models.masters import HELD, hold, master_of, put, unrounded
 from rlhf_cli.models.nonfinite import is_finite
+from rlhf_cli.models.sharding import held_whole, is_in_parts, shard_adapter
+from rlhf_cli.models.shards import is_sharded, own_part
+from rlhf_cli.ranks.world import world
 
 WEIGHTS = "adapter_model.safetensors"  # what peft calls those of an adapter
 PREFIX = "base_model.model."  # before the name that a layer has in the base
@@ -62,7 +65,8 @@ def is_fresh(adapted: Any) -> bool:
     own = weights_of(adapted, POLICY)
     if any("lora_magnitude_vector" in name for name in own):
         return False
-    if any(own[name].any() for name in own if ".lora_B." in name or ".lora_embedding_A" in name):
+    adds = [own[name] for name in own if ".lora_B." in name or ".lora_embedding_A" in name]
+    if world().any(any(own_part(each).any() for each in adds)):
         return False
     pairs: list[tuple[Tensor, Tensor]] = []
     for module in adapted.modules():
@@ -74,7 +78,9 @@ def is_fresh(adapted: Any) -> bool:
             if POLICY in layer.trainable_tokens_delta:
                 ours = layer.trainable_tokens_delta[POLICY]
                 pairs.append((ours, layer.trainable_tokens_original[POLICY].to(ours.dtype)))
-    return all(torch.equal(ours, base) for ours, base in pairs)
+    return world().all(
+        all(torch.equal(own_part(ours).to(base.dtype), own_part(base)) for ours, base in pairs)
+    )
 
 
 def can_lend(adapted: Any) -> bool:
@@ -135,8 +141,8 @@ def weights_of(adapted: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 def add_adapter(adapted: Any, adapter: str, like: Any, trainable: bool = False) -> None:
     """Put another adapter on the base; what acts and what trains otherwise stays as it is.
 
-    It has no dropout, and starts from matrices that leave the base as it is, in float32 until
-    `hold_adapter`.
+    It has no dropout, and starts from matrices that leave the base as it is, in float32 and whole
+    until `hold_adapter`.
 
     Args:
         like: the peft config of the new adapter.
@@ -144,7 +150,9 @@ def add_adapter(adapted: Any, adapter: str, like: Any, trainable: bool = False) 
     config = copy.copy(like)
     config.lora_dropout, config.init_lora_weights, config.inference_mode = 0.0, True, False
     flags = [(weight, weight.requires_grad) for weight in adapted.parameters()]
-    adapted.add_adapter(adapter, config)
+    reads = config.use_dora or config.modules_to_save or config.trainable_token_indices
+    with held_whole(adapted) if reads else nullcontext():  # norms, modules or rows of the base
+        adapted.add_adapter(adapter, config)
     for weight, flag in flags:
         weight.requires_grad_(flag)
     for weight in weights_of(adapted, adapter).values():
@@ -162,9 +170,16 @@ def copy_adapter(adapted: nn.Module, source: str, target: str) -> None:
 
 
 def hold_adapter(adapted: Any, adapter: str) -> None:
-    """Hold an adapter that was added as the model is held, once it has its weights."""
+    """Hold an adapter that was added as the model is held, once it has its weights.
+
+    What is trained of a sharded one is cut in float32, as all that is trained.
+    """
+    own = weights_of(adapted, adapter)
+    cut = is_in_parts(adapted)
     if not matmul_in_float32(adapted):
-        hold(weights_of(adapted, adapter), trained=True)
+        held = {name: each for name, each in own.items() if not (cut and each.requires_grad)}
+        hold(held, trained=True)
+    shard_adapter(adapted, own.values())
 
 
 # --------------------------------------------------------------------------- folders
@@ -234,20 +249,19 @@ def put_weights(
     Raises:
         UserError: naming a tensor that the folder lacks, or that is none of this adapter's.
     """
-    import peft
-
     own = saved_weights(adapted, adapter)
     weights = _without_copies(weights, own.keys())
     if head_left:
         own = {name: weight for name, weight in own.items() if not _is_of_output(name)}
     for weight in own.values():
         if weight.is_floating_point():
-            weight.fill_(math.nan)  # what is not overwritten by a finite one shows
-    try:
-        result: Any = peft.set_peft_model_state_dict(adapted, weights, adapter)
-        unknown = set(result.unexpected_keys)
-    except KeyError:  # of a head: peft looks for that by its name
-        unknown = set()
+            own_part(weight).fill_(math.nan)  # what is not overwritten by a finite one shows
+    if any(map(is_sharded, own.values())):
+        for name in own.keys() & weights.keys():
+            put(own[name], weights[name])
+        unknown = weights.keys() - own.keys()
+    else:
+        unknown = _unknown_to_peft(adapted, weights, adapter)
     missing = sorted(name for name, weight in own.items() if not is_finite(weight))
     if head_left:
         unknown = {name for name in unknown if not _is_of_output(name)}
@@ -262,6 +276,17 @@ def put_weights(
         f"{path}: the adapter does not fit its base: {'; '.join(found)}; make or download the "
         f"folder again, or name its own base in {ADAPTER_CONFIG}"
     )
+
+
+def _unknown_to_peft(adapted: Any, weights: dict[str, Tensor], adapter: str) -> set[str]:
+    """Give an adapter weights by peft's own way; returns the names that it has no place for."""
+    import peft
+
+    try:
+        result: Any = peft.set_peft_model_state_dict(adapted, weights, adapter)
+    except KeyError:  # of a head: peft looks for that by its name
+        return set()
+    return set(result.unexpected_keys)
 
 
 def holds_embeddings(path: str, base: Any) -> bool:

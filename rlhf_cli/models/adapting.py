@@ -106,19 +106,23 @@ def place(model: nn.Module, config: FrozenModel, dtype: torch.dtype, device: tor
     def prepare() -> None:
         unwrap(model).compute_dtype = dtype
         if dtype == torch.bfloat16:
-            _narrow(model, config, device)
+            _compute_in_bfloat16(model)
+
+    def narrow(group: nn.Module) -> None:
+        if dtype == torch.bfloat16:
+            _narrow(model, group, config, device)
 
     if world().mesh is None:
+        narrow(model)
         prepare()
         model.to(device)
         return
-    plain = [*_heads_and_norms(model), *_of_adapters(model)]
     copied = isinstance(config, Model) and not (is_adapted(model) and can_lend(model))
-    shard(model, device, dtype, plain, prepare, copied)
+    shard(model, device, dtype, _heads_and_norms(model), prepare, narrow, copied)
 
 
-def _narrow(model: nn.Module, config: FrozenModel, device: torch.device) -> None:
-    """Hold in bfloat16 what is computed with in it.
+def _narrow(model: nn.Module, group: nn.Module, config: FrozenModel, device: torch.device) -> None:
+    """Hold in bfloat16 what is computed with in it of a group of a model's modules.
 
     Not what is to be sharded and trained, or written: its parts stay float32, and are cast as they
     are gathered.
@@ -133,19 +137,22 @@ def _narrow(model: nn.Module, config: FrozenModel, device: torch.device) -> None
 
     spared = {id(weight) for weight in _heads_and_norms(model)}
     if world().mesh is not None:
-        adapters = {id(weight) for weight in _of_adapters(model)}
         spared |= {
             id(weight)
-            for name, weight in model.named_parameters()
-            if id(weight) not in adapters
-            and ((isinstance(config, Model) and weight.requires_grad) or written(name))
+            for name, weight in group.named_parameters()
+            if (isinstance(config, Model) and weight.requires_grad) or written(name)
         }
     hold(
-        {name: weight for name, weight in model.named_parameters() if id(weight) not in spared},
+        {name: weight for name, weight in group.named_parameters() if id(weight) not in spared},
         trained=isinstance(config, Model),
         written=written,
         device=device,
     )
+
+
+def _compute_in_bfloat16(model: nn.Module) -> None:
+    """Let what is beside the weights follow their type."""
+    base = unwrap(model)
     for part in trunk(model).children():  # a table of positions is added to embeddings (XGLM)
         for buffer in part.buffers(recurse=False):
             if buffer.ndim == 2 and buffer.dtype == torch.float32:
@@ -169,12 +176,6 @@ def _heads_and_norms(model: nn.Module) -> list[nn.Parameter]:
     kept = re.compile("|".join(rf"(^|\.){each}(\.|$)" for each in always) or "(?!)")
     named = [weight for name, weight in base.named_parameters() if kept.search(name)]
     return [*(() if head is None else head.parameters()), *named]
-
-
-def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of all adapters of a model."""
-    names = getattr(model, "peft_config", {})
-    return [weight for name in names for weight in weights_of(model, name).values()]
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.adapters import is_adapted, trained
+from rlhf_cli.models.adapters import POLICY, below, is_adapted, trained, weights_of
 from rlhf_cli.models.sharding import class_before
 from rlhf_cli.models.shards import is_sharded, whole
 from rlhf_cli.ranks.world import world
@@ -33,17 +33,21 @@ def assembled(model: nn.Module, adapter_alone: bool = False) -> Iterator[None]:
         return
     wanted = {id(each) for each in model.parameters()}
     if adapter_alone and is_adapted(model):
-        wanted = {id(each) for each in trained(model).values()}
+        names = [POLICY, *below(model)]
+        wanted = {id(each) for name in names for each in weights_of(model, name).values()}
+        wanted |= {id(each) for each in trained(model).values()}
         wanted |= {id(each) for each in _embeddings(model)}
     full = _gathered_weights(model, wanted)
     if not world().is_main:
         yield
         return
-    undo = [_make_plain(module, full) for module in model.modules()]
+    # of a scorer on another's base, the modules that its adapter is on as well
+    modules = [*model.modules(), *getattr(model, "lender", nn.Module()).modules()]
+    undo = [_make_plain(module, full) for module in modules]
     try:
         yield
     finally:
-        for module, (own_class, weights, hooks) in zip(list(model.modules()), undo, strict=True):
+        for module, (own_class, weights, hooks) in zip(modules, undo, strict=True):
             module.__class__ = own_class
             module._parameters.update(weights)
             vars(module).update(hooks)

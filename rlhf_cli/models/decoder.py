@@ -103,7 +103,10 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """Logits in float32, divided by the temperature: (N, d) -> (N, V)."""
+    """Logits in float32, divided by the temperature: (N, d) -> (N, V).
+
+    Of a sharded model with gradient within `sharding.head_gathered` alone.
+    """
     head = linear_head(model)
     if head is not None and hidden.is_cuda and not torch.is_grad_enabled():
         return head.logits(hidden, temperature)  # not rounded to bfloat16, as training has them
@@ -112,7 +115,9 @@ def unembed(model: nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tenso
     if not matmul_in_float32(model):
         hidden = hidden.to(torch.bfloat16)  # Mamba's residuals are float32 all the same
     if stands is None:
-        logits = (getattr(base, HEAD, None) or base.get_output_embeddings())(hidden)
+        # that one would sum its gradient after each chunk, of which ranks have different numbers
+        gathers = None if hidden.requires_grad else getattr(base, HEAD, None)
+        logits = (gathers or base.get_output_embeddings())(hidden)
     else:
         logits = own_logits(base, stands, hidden)
     logits = logits.float()

@@ -24,7 +24,7 @@ from rlhf_cli.models.decoder import (
     text_ids,
     unwrap,
 )
-from rlhf_cli.models.out_of_memory import if_it_fits
+from rlhf_cli.models.keeping_up import keep_up
 from rlhf_cli.models.sharding import gathered_in_float32
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.ranks.world import world
@@ -117,7 +117,7 @@ class _Probe:
         """
         weights = _lender(self._model).parameters()
         as_floats = all(weight.is_floating_point() for weight in weights)
-        exact = if_it_fits(lambda: self._agrees_exactly(layout)) if as_floats else None
+        exact = keep_up(lambda: self._agrees_exactly(layout), None) if as_floats else None
         by_others = self._device.type == "cuda" and not matmul_in_float32(self._model)
         if exact and not by_others:
             return True

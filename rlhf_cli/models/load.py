@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rlhf_cli.models.attention import asked_for, check_attention, check_device, 
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.dtypes import source_type
 from rlhf_cli.models.loading_faults import check_finite, fits, told
+from rlhf_cli.models.mapped import mapped
 from rlhf_cli.models.masters import held_as, put
 from rlhf_cli.models.norms import fuse_norms
 from rlhf_cli.models.quantized import keep_layout, quantization
@@ -88,19 +90,50 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     for folder in (base, path):
         check_weights_hash(folder or path)
     by = "" if config.attention == AUTO else f" with model.attention={config.attention}"
-    with told(f"{path}: cannot load the model{by}"):
-        model, info = (auto or language_class(base or path, config)).from_pretrained(
-            base or path,
+    quantized, source = quantization(config), base or path
+    with (
+        told(f"{path}: cannot load the model{by}"),
+        nullcontext(source) if quantized else mapped(source) as folder,
+    ):
+        model, info = (auto or language_class(source, config)).from_pretrained(
+            folder,
             dtype=torch.float32,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # else weights that are a pickle would do as well
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
             **labels,
-            **quantization(config),
+            **quantized,
             **asked_for(config),
         )
+    if folder != source:  # it is gone
+        model.name_or_path = model.config._name_or_path = source
     keep_layout(model)
+    absent = {str(name) for name in info["missing_keys"]}
+    _check_complete(path, model, info, auto, allowed_missing)
+    if auto is None:
+        _tell_left_out(base or path, model, info["unexpected_keys"])
+    check_attention(model, path, config)
+    model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
+    check_finite(base or path, model.state_dict())
+    keep_scale(model)
+    fuse_norms(model)
+    with told(f"{path}: unreadable config"):
+        model.source_dtype = source_type(base or path)  # read where it is written
+    model.adapter_dtype = model.source_dtype if base is None else source_type(path)
+    model.embeddings_in_adapter = base is not None and holds_embeddings(path, model)
+    model.rows_in_adapter = 0 if base is None else rows_held(path, model)
+    return model
+
+
+def _check_complete(
+    path: str, model: Any, info: Any, auto: Any, allowed_missing: set[str] | None
+) -> None:
+    """Stop where weights are missing or of another shape; the arguments are those of `load_base`.
+
+    Args:
+        info: what transformers says of the weights that it read.
+    """
     absent = {str(name) for name in info["missing_keys"]}
     decoder = f"{model.base_model_prefix}."
     allowed = {each for each in absent if allowed_missing is None and not each.startswith(decoder)}
@@ -115,19 +148,6 @@ def load_base(path: str, config: FrozenModel, auto: Any, allowed_missing: set[st
     if missing or misshapen:
         names = sorted(missing) or sorted(misshapen)
         raise UserError(f"{path}: {len(names)} weights missing or misshapen, such as {names[0]}")
-    if auto is None:
-        _tell_left_out(base or path, model, info["unexpected_keys"])
-    check_attention(model, path, config)
-    model.absent, model.unread = absent, {str(name) for name in info["unexpected_keys"]}
-    check_finite(base or path, model.state_dict())
-    keep_scale(model)
-    fuse_norms(model)
-    with told(f"{path}: unreadable config"):
-        model.source_dtype = source_type(base or path)  # read where it is written
-    model.adapter_dtype = model.source_dtype if base is None else source_type(path)
-    model.embeddings_in_adapter = base is not None and holds_embeddings(path, model)
-    model.rows_in_adapter = 0 if base is None else rows_held(path, model)
-    return model
 
 
 def language_class(path: str, config: FrozenModel) -> Any:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.models.shards import is_sharded, own_part, part_of
+from rlhf_cli.models.shards import is_sharded, own_part, part_of, whole
 
 HELD = torch.bfloat16
 _MASTER = "master"
@@ -74,10 +74,14 @@ def release(weights: Iterable[nn.Parameter]) -> None:
 def put(weight: Tensor, value: Tensor) -> None:
     """Give a weight a value, in place: its master takes it as it is, the working copy rounded.
 
-    A sharded weight takes its part of a whole value.
+    A sharded weight takes its part of a whole value, a whole one all of a sharded value.
     """
     master = master_of(weight)
-    own_part(master).copy_(own_part(value) if is_sharded(value) else part_of(value, master))
+    if is_sharded(value):
+        value = own_part(value) if is_sharded(master) else whole(value)
+    else:
+        value = part_of(value, master)
+    own_part(master).copy_(value)
     if master is not weight:
         weight.copy_(master)
 

@@ -13,7 +13,6 @@ import torch
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import Hardware
-from rlhf_cli.ranks.world import world
 
 
 class Spare(Protocol):
@@ -57,11 +56,6 @@ def if_it_fits(
     except Exception as error:
         if not ran_out(error):
             raise
-        if world().mesh is not None:  # the others wait within a pass, and cannot do it again
-            raise RunError(
-                "out of memory on a rank, which sharded weights do not survive; lower "
-                "hardware.tokens_per_microbatch, or set hardware.gradient_checkpointing=true"
-            ) from None
     # Here, and not before, the error's frames are gone, and with them their tensors.
     spared = spare()
     gc.collect()

@@ -24,6 +24,7 @@ from rlhf_cli.models.adapters import (
     unite,
     weights_of,
 )
+from rlhf_cli.models.masters import put
 from rlhf_cli.models.sharding import hash_of_ranks, is_in_parts, let_go, twin
 from rlhf_cli.models.shards import own_part
 
@@ -107,7 +108,7 @@ class Reference:
             return
         self.refresh()  # it now has the weights that are to be replaced
         for name, weight in self._own().items():
-            weight.copy_(tensors[name])
+            put(weight, tensors[name])
         self.hash = self.digest()
 
     def _own(self) -> dict[str, nn.Parameter]:

@@ -20,8 +20,9 @@ from rlhf_cli.models.forward import (
     token_scores,
     trunk_values,
 )
+from rlhf_cli.models.keeping_up import in_shared_groups
 from rlhf_cli.models.layouts import batch_of, layout_of
-from rlhf_cli.models.out_of_memory import in_groups, keys_that_help, oom_error
+from rlhf_cli.models.out_of_memory import keys_that_help, oom_error
 from rlhf_cli.models.sharding import let_go
 from rlhf_cli.ranks.progress import Share
 from rlhf_cli.ranks.world import world
@@ -60,16 +61,11 @@ def _each(
         keys = keys_that_help(hardware, len(item), logits=logits)
         return oom_error("scoring", len(item.responses), len(item), keys)
 
-    found: list[Tensor] = []
-    own = world().dealt(places)
-    bar = Share(advance, len(items), sum(map(len, own)))
-    for group, of_group in in_groups(own, work, failure):
-        found += of_group
-        bar.advance(len(group))
-    for group in world().idle(places):
-        work(group)
+    bar = Share(advance, len(items), sum(map(len, world().dealt(places))))
+    groups, own = in_shared_groups(places, work, failure, lambda group: bar.advance(len(group)))
+    found = [each for _, of_group in own for each in of_group]
     let_go(model)
-    order = [place for rank in range(ranks) for group in places[rank::ranks] for place in group]
+    order = [place for rank in range(ranks) for group in groups[rank::ranks] for place in group]
     values = iter(world().gather(found))
     bar.finish()
     of_items = {i: [next(values) for _ in items[i].responses] for i in order}

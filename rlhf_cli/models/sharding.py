@@ -1,10 +1,10 @@
 """Weights that are sharded over ranks by FSDP2: each holds a part, and gathers what it computes by.
 
 A block is gathered for its own pass, what is beside blocks (embeddings, norms) for a whole pass,
-and the unembedding where it is used; each again in backward. Adapters and scalar heads stay whole
-on each rank, so that roles can share a base: their gradients are summed as those of any weight that
-is not sharded. What is trained is sharded in float32; with model.dtype=bfloat16 it is gathered in
-that type, and its gradients are summed in float32.
+and the unembedding where it is used; each again in backward. Adapters of all roles are gathered
+with the block that they are on. A scalar head, a row of numbers, stays whole on each rank: its
+gradient is summed as that of any weight that is not sharded. What is trained is sharded in float32;
+with model.dtype=bfloat16 it is gathered in that type, and its gradients are summed in float32.
 
 In one process nothing here does anything, and nothing of torch.distributed is imported.
 """
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.models.decoder import HEAD, PASS, hidden_states, parts_of, probe_of, unwrap
 from rlhf_cli.models.dropout import blocks_of
+from rlhf_cli.models.keeping_up import STEPS, counted
 from rlhf_cli.models.shards import is_sharded, like, own_part
 from rlhf_cli.ranks.world import world
 
@@ -38,6 +40,7 @@ def shard(
     dtype: torch.dtype,
     plain: Collection[Tensor],
     prepare: Callable[[], None],
+    narrow: Callable[[nn.Module], None],
     copied: bool,
 ) -> None:
     """Move a model to the device, each rank its parts.
@@ -49,7 +52,8 @@ def shard(
         model: whole and in float32, the same on each rank.
         dtype: that it is to compute in.
         plain: weights that each rank is to hold whole.
-        prepare: casts what is not trained to the type in which it is held.
+        prepare: lets the model compute in that type.
+        narrow: casts what is not trained of a module to the type in which it is held.
         copied: whether `twin` may be asked for.
 
     Raises:
@@ -64,7 +68,7 @@ def shard(
         base.skeleton = (_skeleton(model),)
     base.compute_dtype = dtype
     try:
-        _wrap(model, {id(each) for each in plain}, dtype)
+        _wrap(model, {id(each) for each in plain}, dtype, narrow)
         model.to(device)
         with torch.no_grad():
             after = hidden_states(model, probe_of(model)).to(before)
@@ -80,8 +84,16 @@ def _refused(base: nn.Module) -> str:
     return f"{type(base).__name__} cannot be sharded (hardware.shard=none keeps it whole)"
 
 
-def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
-    """Make a group of each block, of each tower, and of the rest."""
+def _wrap(
+    model: nn.Module,
+    plain: Collection[int],
+    dtype: torch.dtype,
+    narrow: Callable[[nn.Module], None] = lambda group: None,
+) -> None:
+    """Make a group of each block, of each tower, and of the rest.
+
+    One by one, so that no more than one of them is ever whole outside of the files that it is in.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     base = unwrap(model)
@@ -94,16 +106,19 @@ def _wrap(model: nn.Module, plain: Collection[int], dtype: torch.dtype) -> None:
     }
     apart = [base.get_submodule(path) for path in getattr(base, "towers", [])]
     for group in [*blocks, *apart, base]:
+        narrow(group)
         fully_shard(
             group,
             mesh=world().mesh,
             reshard_after_forward=True,  # the root, too: between passes a rank holds its parts
             ignored_params=left,
         )
+    STEPS.models.add(base)
     for group in _groups(base):
         type(group).__name__ = class_before(type(group)).__name__  # by which messages name it
         group.set_gradient_divide_factor(1.0)  # gradients are sums over ranks
         group.set_force_sum_reduction_for_comms(True)
+        counted(group)
         if group in blocks and any(isinstance(each, nn.ModuleList) for each in group.modules()):
             # experts that are modules: ranks may have gradients of different ones
             group.set_reduce_scatter_unused_params(True)
@@ -140,6 +155,37 @@ def _gather_in(base: nn.Module, dtype: torch.dtype) -> None:
             group._init_mp_dtypes()
 
 
+@torch.no_grad()
+def shard_adapter(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
+    """Shard an adapter that was put on a sharded model: each block then gathers its part of it.
+
+    Args:
+        weights: of the adapter, whole and the same on each rank.
+    """
+    base = _root_of(model)
+    if base is None:
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+
+    let_go(base)
+    left = {id(weight) for weight in weights if weight.ndim and not is_sharded(weight)}
+    for group in reversed(_groups(base)):  # what is within others comes before them
+        for gathers in group._get_fsdp_state()._fsdp_param_groups:
+            places = [
+                (ParamModuleInfo(module, name), weight)
+                for module in group.modules()
+                for name, weight in module.named_parameters(recurse=False)
+                if id(weight) in left
+            ]
+            like = (gathers.mesh_info, gathers.post_forward_mesh_info, gathers.device, None)
+            policies = (gathers.mp_policy, gathers.offload_policy)
+            gathers.fsdp_params += [
+                FSDPParam(weight, place, *like, *policies) for place, weight in places
+            ]
+            gathers._init_mp_dtypes()
+            left -= {id(weight) for _, weight in places}
+
+
 @contextmanager
 def gathered_in_float32(model: nn.Module) -> Iterator[None]:
     """A block in which a sharded model computes in float32, whatever it does elsewhere."""
@@ -163,17 +209,19 @@ def ready_to_learn(model: nn.Module) -> None:
 def hold_parts_in_float32(model: nn.Module) -> None:
     """Hold so what of a sharded model, loaded as a frozen one, is to be trained now."""
     base = _root_of(model)
-    if base is None or base is not unwrap(model):  # a scorer on it has weights of its own
+    if base is None:
         return
-    named = base.named_parameters(remove_duplicate=False)
-    held = {name: weight for name, weight in named if is_sharded(weight)}
     floats = {
         id(weight): nn.Parameter(like(weight, own_part(weight.detach()).float()), False)
-        for weight in held.values()
+        for weight in model.parameters()
+        if is_sharded(weight)
     }
-    _set(base, ((name, floats[id(weight)]) for name, weight in held.items()))
+    for network in (base, model):  # a scorer on the base knows its adapter by other names, too
+        named = list(network.named_parameters(remove_duplicate=False))
+        _set(network, [(name, floats[id(each)]) for name, each in named if id(each) in floats])
     for weight in _cut_weights(base):
         weight.reset_sharded_param()
+    ready_to_learn(model)
 
 
 def _cut_weights(base: nn.Module) -> list[Any]:
@@ -251,15 +299,21 @@ def let_go(model: nn.Module) -> None:
         base.reset_iter_state()
 
 
-def norm_of_all(of_parts: Tensor, of_rest: Tensor) -> Tensor:
-    """The norm of what is sharded, of this rank's parts, and of what each rank holds whole.
+def norm_of_all(gradients: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The norm of gradients, of what is sharded and of what each rank holds whole.
 
-    In float64 between them, so that a single part has the norm that it had.
+    In float64 between ranks, so that a single part has the norm that it had.
+
+    Args:
+        gradients: each with its weight; of one that is sharded this rank's part.
     """
-    copies = world().mesh.size(0) if world().mesh.ndim > 1 else 1
-    total = of_parts.double().square()
+    mesh = world().mesh
+    tells = mesh.get_local_rank(mesh.ndim - 1) == 0  # of what is whole, for all
+    own = get_total_norm([grad for weight, grad in gradients if tells or is_sharded(weight)])
+    total = own.double().square()
     world().sum([total])
-    return (total / copies + of_rest.double().square()).sqrt().to(of_parts)
+    copies = mesh.size(0) if mesh.ndim > 1 else 1
+    return (total / copies).sqrt().to(own)
 
 
 def hash_of_ranks(own: bytes) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_cli.models.keeping_up import STEPS
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a rank's part of a tensor, of the shape of the whole."""
@@ -75,12 +77,22 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Any, dtype: torch.dtype) -> Tensor:
         ctx.mesh, ctx.placements = tensor.device_mesh, tensor.placements
+        if STEPS.is_past():
+            return tensor._local_tensor.new_empty(tensor.shape, dtype=dtype)
         whole: Tensor = like(tensor, tensor._local_tensor.to(dtype)).full_tensor()  # type: ignore[attr-defined]
         return whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         from torch.distributed.tensor import DTensor, Partial
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+        if STEPS.is_past():
+            shape = compute_local_shape_and_global_offset(grad.shape, ctx.mesh, ctx.placements)[0]
+            part = grad.new_empty(shape)
+            layout: Any = {"shape": grad.shape, "stride": grad.contiguous().stride()}
+            return DTensor.from_local(
+                part, ctx.mesh, ctx.placements, run_check=False, **layout
+            ), None
         addends = DTensor.from_local(grad, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
         return addends.redistribute(placements=ctx.placements), None

@@ -13,7 +13,7 @@ class Share:
 
     def advance(self, count: int) -> None:
         """So many more of this rank's own are done."""
-        self._done += count
+        self._done = min(self._done + count, self._own)  # work may be done again
         self._tell(self._total * self._done // self._own)
 
     def finish(self) -> None:

@@ -10,8 +10,8 @@ interpreter and its libraries take comes on top.
 
 Of several ranks it is what each of them takes: its share of the sequences and, where weights are
 sharded (models/sharding.py), its part of the weights, gradients and moments, and what it gathers
-for a pass. Adapters and heads stay whole. What is trained, or written with an adapter merged into
-it, is then held in float32 alone.
+for a pass; a scalar head stays whole. What is trained, or written with an adapter merged into it,
+is then held in float32 alone.
 """
 
 import math
@@ -213,13 +213,16 @@ def held_always(
         parts: that weights are cut into, of which a rank holds one.
     """
     weights, trained = roles_of(cfg, shapes, width, parts)
-    whole = whole_of(cfg, weights, trained) if parts > 1 else weights
+    whole = whole_of(cfg, weights) if parts > 1 else weights
     cut = {role for role in trained if role not in whole}
+    beside = not cfg.model.lora_rank or cfg.model.merge_lora  # frozen weights are written, too
     held: Parts = {}
     for role, numbers in weights.items():
-        stays = whole.get(role, 0)
-        size = BYTES if role in cut or (role in trained and cfg.model.merge_lora) else width
-        held[f"weights of the {role}"] = size * (numbers - stays) / parts + width * stays
+        stays, exact = whole.get(role, 0), 0
+        if role in cut:
+            exact = numbers if beside else trained[role]
+        size = BYTES * exact + width * (numbers - stays - exact)
+        held[f"weights of the {role}"] = size / parts + width * stays
     here = {role: numbers / (parts if role in cut else 1) for role, numbers in trained.items()}
     if width < BYTES and (masters := sum(here[role] for role in here if role not in cut)):
         held["float32 masters of what is trained"] = BYTES * masters
@@ -233,24 +236,14 @@ def held_always(
     return held, trained
 
 
-def whole_of(cfg: Any, weights: dict[str, int], trained: dict[str, int]) -> dict[str, int]:
-    """The numbers of each role that every rank holds, where weights are sharded: adapters, heads.
+def whole_of(cfg: Any, weights: dict[str, int]) -> dict[str, int]:
+    """The numbers of each role that every rank holds where weights are sharded: a value head.
 
     Args:
-        weights, trained: from `roles_of`.
+        weights: from `roles_of`.
     """
-    if not cfg.model.lora_rank:
-        shared = getattr(cfg.algo, "critic", None) == "shared"
-        return {"critic": weights["critic"]} if shared and "critic" in weights else {}
-    whole = dict(trained)
-    whole[next(iter(trained))] += adapter_below(cfg)
-    if models_read(cfg).get("reference") is None and "reference" in weights:
-        whole["reference"] = weights["reference"]
-    if cfg.samples_online:
-        adapters = [each for each in models_of(cfg.reward) if on_base_of(each, cfg.policy)]
-        if adapters:
-            whole["reward"] = sum(count(adapter_shapes(each)) for each in adapters)
-    return whole
+    shared = getattr(cfg.algo, "critic", None) == "shared"
+    return {"critic": weights["critic"]} if shared and "critic" in weights else {}
 
 
 def gathered(cfg: Any, shapes: Shapes, width: int, graphs: int) -> Parts:

@@ -24,7 +24,10 @@ LONG = 180.0  # seconds that the steps that are left must take
 
 
 class Compiling:
-    """Compiles the blocks of networks, at once, after the first steps, or never."""
+    """Compiles the blocks of networks, at once, after the first steps, or never.
+
+    compiled: whether they are, or will be at the next pass.
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module], hardware: Hardware) -> None:
         """Networks that an earlier optimizer has compiled run plainly at first: a run that goes on
@@ -36,13 +39,14 @@ class Compiling:
         on_gpu = any(each.is_cuda for one in self._networks for each in one.parameters())
         self._waits = hardware.compile == AUTO and on_gpu
         self._seen, self._seconds = 0, list[float]()
-        self._compiled = False
+        self.compiled = False
+        self._failed = False  # since `gave_up` was asked
         if hardware.compile is True:
             self._compile()
 
     def _compile(self) -> None:
         self._waits = False
-        self._compiled = sum(map(compile_blocks, self._networks)) > 0
+        self.compiled = sum(map(compile_blocks, self._networks)) > 0
 
     def after_step(self, seconds: float, left: int) -> None:
         """Compile if the first steps show that it pays.
@@ -61,14 +65,16 @@ class Compiling:
         expected = left * sum(self._seconds) / len(self._seconds)
         if expected > LONG:
             self._compile()
-        if self._compiled:
+        if self.compiled:
             say(
                 f"{left} steps would take {expected / 60:.0f} minutes: training passes are "
                 "compiled, and the next step is slow (hardware.compile=auto)"
             )
 
-    def guarded(self, work: Callable[[], Result], again: Callable[[], object]) -> Result:
+    def guarded(self, work: Callable[[], Result], again: Callable[[], object]) -> Result | None:
         """What `work` gives, without compiled passes where they cannot be made.
+
+        None where the weights are sharded, and so other ranks wait within the work.
 
         Args:
             again: what to do before `work` is done once more.
@@ -76,20 +82,34 @@ class Compiling:
         try:
             return work()
         except TorchDynamoException as error:
-            if not self._compiled or ran_out(error):
+            if not self.compiled or ran_out(error):
                 raise
             why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        for network in self._networks:
-            run_plainly(network)
-        torch._dynamo.reset()
-        self._compiled = False
+        self._run_plainly()
+        self._failed = True
         say(f"note: training passes cannot be compiled here, and run as they are ({why})")
+        if world().mesh is not None:
+            return None
         again()
         return work()
 
+    def gave_up(self) -> bool:
+        """Whether passes could not be compiled on some rank, so that none has them compiled now."""
+        gave_up = world().any(self._failed)
+        self._failed = False
+        if gave_up and self.compiled:
+            self._run_plainly()
+        return gave_up
+
+    def _run_plainly(self) -> None:
+        for network in self._networks:
+            run_plainly(network)
+        torch._dynamo.reset()
+        self.compiled = False
+
     def state(self) -> dict[str, int]:
         """What goes into a resume point."""
-        return {"compiled": int(self._compiled), "steps_timed": self._seen}
+        return {"compiled": int(self.compiled), "steps_timed": self._seen}
 
     def load(self, state: Mapping[str, int]) -> None:
         """Go on from what `state` returned, or an older resume point, which has none of it."""

@@ -13,7 +13,8 @@ from rlhf_cli.config.schema import Hardware
 from rlhf_cli.data.batches import micro_batches, one
 from rlhf_cli.data.items import responses_in
 from rlhf_cli.data.packing import Layout
-from rlhf_cli.models.out_of_memory import halves, in_groups, keys_that_help, oom_error
+from rlhf_cli.models.keeping_up import in_shared_groups
+from rlhf_cli.models.out_of_memory import halves, keys_that_help, oom_error
 from rlhf_cli.ranks.world import world
 from rlhf_cli.training.figures import Figures
 
@@ -74,13 +75,11 @@ class LossTerm:
         """
         failure = partial(self.too_large, phase="the evaluation", gradient=False)
         figures = Figures()
-        own = in_groups(world().dealt(self.batches), self.loss, failure)
+        _, own = in_shared_groups(self.batches, self.loss, failure)
         for turn, (_, (total, metrics)) in enumerate(own):
             figures.place = world().place(turn)
             for name, value in {"loss": total, **metrics}.items():
                 figures.add(name, value)
-        for batch in world().idle(self.batches):
-            self.loss(batch)
         return {name: total / self.count for name, total in figures.read().items()}
 
     def too_large(self, batch: Sequence[Any], phase: str, gradient: bool) -> RunError:

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
 from rlhf_cli.models.adapters import trained
+from rlhf_cli.models.keeping_up import keep_up
 from rlhf_cli.models.masters import follow, gather, master_of
 from rlhf_cli.models.out_of_memory import if_it_fits, spare
 from rlhf_cli.models.repeatable import repeatably
@@ -117,31 +118,41 @@ class Optimizer:
 
         Where memory runs out it is done again, in the way that takes less.
         """
-        parts = self.room.cut(parts)
+        parts, compiled = self.room.cut(parts), self._compiling.compiled
         with draws_of_rank():
             rewind = draws_again()
             while (figures := self._attempt(parts, rewind)) is None:
                 self._forget()
-                parts = self.room.more(parts)
+                if not self._compiling.gave_up():
+                    parts = self.room.more(parts)
                 rewind()
+        if compiled:
+            self._compiling.gave_up()
         self._sum_over_ranks()
         return figures
 
     def _attempt(self, parts: list[LossTerm], rewind: Callable[[], None]) -> Figures | None:
         """`_backward` on all ranks; None where memory ran out on any of them.
 
-        A rank may do work again by itself, so within it none waits for another.
+        A rank may do work again by itself where none waits for another within it.
         """
-
-        def fits(work: Callable[[], Figures]) -> Figures | None:
-            done = if_it_fits(partial(self._guarded, work, rewind), rewind)
-            return done if world().all(done is not None) else None
-
         if self._balancing.networks:
-            if fits(partial(self._counted, parts)) is None:
+            if (
+                keep_up(partial(self._guarded, partial(self._counted, parts), rewind), None, rewind)
+                is None
+            ):
                 return None
             self._balancing.sum_over_ranks()
-        return fits(partial(self._backward, parts))
+        work = partial(self._guarded, partial(self._backward, parts), rewind)
+        return keep_up(work, partial(self._least, parts), rewind)
+
+    def _least(self, parts: list[LossTerm]) -> None:
+        """The passes of `_backward` with the shortest item of each micro-batch."""
+        self._forget()
+        for part in parts:
+            for batch in [*world().dealt(part.batches), *world().idle(part.batches)]:
+                i = min(range(len(batch)), key=lambda place: len(batch[place]))
+                (part.loss(batch[i : i + 1])[0] * 0).backward()
 
     def _sum_over_ranks(self) -> None:
         """Of gradients that only some ranks have the others add 0."""
@@ -161,7 +172,7 @@ class Optimizer:
                 weight.grad = torch.zeros_like(weight)
         world().sum([weight.grad for weight in shared if weight.grad is not None])
 
-    def _guarded(self, work: Callable[[], Figures], rewind: Callable[[], None]) -> Figures:
+    def _guarded(self, work: Callable[[], Figures], rewind: Callable[[], None]) -> Figures | None:
         """Work, done again where operators or a compiler do not know what it needs."""
         return self._compiling.guarded(partial(repeatably, work, rewind), rewind)
 
@@ -220,10 +231,9 @@ class Optimizer:
         """Of a network's gradient, over all ranks."""
         pairs = zip(self._working[name], self._parameters[name], strict=True)
         grads = [(weight, own.grad) for weight, own in pairs if own.grad is not None]
-        parts = [grad for weight, grad in grads if is_sharded(weight)]
-        rest = [grad for weight, grad in grads if not is_sharded(weight)]
-        norm = get_total_norm(rest)
-        return norm if not parts else norm_of_all(get_total_norm(parts), norm)
+        if any(is_sharded(weight) for weight in self._working[name]):
+            return norm_of_all(grads)
+        return get_total_norm([grad for _, grad in grads])
 
     def _update(self, norms: dict[str, Tensor], sizes: Metrics) -> None:
         """Clip and step; `sizes` are the same norms on the host."""

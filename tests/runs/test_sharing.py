@@ -34,7 +34,7 @@ from tests.toys import bpe, llama, model_of
 CPU = torch.device("cpu")
 TOKENIZER = bpe()
 DATA = ["data=jsonl", "data.path=rows.jsonl", "data.max_prompt_tokens=40"]
-LORA = ["model=lora", "model.lora_rank=3"]
+LORA = ["model=lora", "model.lora_rank=4"]
 EIGHT = Ranks(8, 8)
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sharing")
     base = llama(len(TOKENIZER), num_hidden_layers=3, tie_word_embeddings=False)
     save_model(base, TOKENIZER, place / "policy", merge=True)
-    for name, rank in (("reward", 0), ("adapter", 3)):
+    for name, rank in (("reward", 0), ("adapter", 4)):
         config = model_of(lora_rank=rank, lora_alpha=32.0)
         scorer = new_scorer(str(place / "policy"), config, TOKENIZER, 1, CPU)
         save_model(scorer, TOKENIZER, place / name, merge=rank == 0)
