@@ -138,6 +138,7 @@ class Findings:
             "policies": self.over_reference(),
             "frontier": frontier_of(self.results, cfg.reference, self.bounds),
             **won_by(main, self.names),
+            "head_to_heads": main.head_to_heads(),
             "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
             "anchor": anchor,
             "by_temperature": {
