@@ -75,6 +75,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     columns: dict[str, Callable[[str], object]] = {
         "policy": name_of,
         **{name: partial(_estimate, results, name) for name in JUDGES},
+        **{spec: partial(_estimate, results, f"scores/{spec}") for spec in cfg.scorers},
         kl: partial(_kl, results),
         "held-out loss": lambda path: results[path].get("text_loss"),
         f"{name_of(str(Path(cfg.policy)))} wins": lambda path: won(report["win_rates"].get(path)),
@@ -88,7 +89,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     rows = [[cell(path) for cell in columns.values()] for path in sorted(kept, key=place)]
     used = {head: i for i, head in enumerate(columns) if any(row[i] is not None for row in rows)}
     dropped = []
-    for head in DISPENSABLE:
+    for head in (*DISPENSABLE, *cfg.scorers):
         cells = [[show(row[i]) for i in used.values()] for row in rows]
         if head in used and not side_by_side(list(used), cells, width()):
             dropped.append(head)
