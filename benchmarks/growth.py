@@ -20,6 +20,8 @@ from typing import Any
 from speed import HERE, Line, jobs_of, measured, run
 from speed_inputs import SHAPES, Shape, prepare, rows_of, write
 
+from rlhf_cli.reporting.plots import Curve, curves_picture
+
 PICTURES = HERE / "growth"
 LIMIT = 600.0  # seconds of a point
 
@@ -109,29 +111,22 @@ def summary(name: str, lines: list[Line]) -> list[tuple[int, float, float]]:
 
 
 def draw(name: str, rows: list[tuple[int, float, float]], device: str) -> None:
-    """Time and memory over the work, side by side; the dashed line is proportional to the work."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Time and memory over the work; the dashed line is proportional to the work."""
     axis = AXES[name]
-    figure = Figure((8.4, 3.4), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    time, memory = figure.subplots(1, 2)
     works, seconds, sizes = (list(column) for column in zip(*rows, strict=True))
-    time.plot(works, seconds, marker="o", label="measured")
     steepest = [seconds[-1] * work / works[-1] for work in works]
-    time.plot(works, steepest, color="0.6", linestyle="--", label="proportional")
-    time.legend(frameon=False, fontsize=8)
-    memory.plot(works, sizes, marker="o")
     what = "to the first step" if axis.time == "start" else "of a step"
     kind = "processor time" if device == "cpu" and axis.time == "step" else "time"
-    time.set(ylabel=f"{kind} {what}, s", ylim=(0, None))
-    memory.set(ylabel="peak memory, GiB", ylim=(0, 1.1 * max(sizes)))
-    for axes in (time, memory):
-        axes.set(xlabel=f"{axis.label} ({axis.job})", xlim=(0, None))
-        axes.spines[["top", "right"]].set_visible(False)
+    panels = {
+        f"{kind} {what}, s": [
+            Curve("measured", works, seconds),
+            Curve("proportional", works, steepest, dashed=True),
+        ],
+        "peak memory, GiB": [Curve("measured", works, sizes)],
+    }
     PICTURES.mkdir(exist_ok=True)
-    figure.savefig(PICTURES / f"{name}.png", metadata={"Software": None})
+    across = f"{axis.label} ({axis.job})"
+    curves_picture(PICTURES / f"{name}.png", "", across, panels, zero=True)
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.reporting.plots import Curve, curve_panel, names_in, write_picture
+
 HERE = Path(__file__).resolve()
 PICTURES = HERE.with_suffix("")
 
@@ -194,24 +196,23 @@ def table(*rows: Sequence[str]) -> None:
 
 
 class Picture:
-    """Panels side by side, saved as a small PNG beside the tables."""
+    """Panels below each other, saved as a PNG beside the tables."""
 
-    def __init__(self, name: str, panels: int) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.figure = Figure((4.2 * panels, 3.4), dpi=90, layout="constrained")
-        FigureCanvasAgg(self.figure)
-        self.panels = list(self.figure.subplots(1, panels, squeeze=False)[0])
+        self.panels: list[tuple[str, str, list[Curve]]] = []
+
+    def panel(self, measured: str, across: str) -> list[Curve]:
+        """The curves of one more panel, to be filled."""
+        self.panels.append((measured, across, []))
+        return self.panels[-1][2]
 
     def save(self) -> None:
-        """A legend in the last panel, and the file."""
-        self.panels[-1].legend(frameon=False, fontsize=8)
-        for axes in self.panels:
-            axes.spines[["top", "right"]].set_visible(False)
+        """The file; a name has one colour in all panels."""
+        names = names_in({str(i): curves for i, (_, _, curves) in enumerate(self.panels)})
         PICTURES.mkdir(exist_ok=True)
-        self.figure.savefig(PICTURES / f"{self.name}.png", metadata={"Software": None})
+        drawn = [curve_panel(*each, names) for each in self.panels]
+        write_picture(PICTURES / f"{self.name}.png", drawn)
 
 
 # --------------------------------------------------------------------------- PPO
@@ -247,15 +248,14 @@ def kl_coefs(bench: Bench) -> None:
         for case, each in folders.items()
     ]
     table(["kl_coef", "gold", "reward model", "KL to SFT"], *lines)
-    picture = Picture("kl_coefs", 1)
-    (axes,) = picture.panels
+    picture = Picture("kl_coefs")
+    shown = picture.panel("gold, held-out prompts", f"place in kl_coef {', '.join(folders)}")
+    places = range(1, len(folders) + 1)
     for i in range(len(bench.seeds)):
         golds = [last(each, "eval/gold")[i] for each in folders.values()]
-        axes.plot(golds, marker=".", lw=0.8, label=f"seed {bench.seeds[i]}")
+        shown.append(Curve(f"seed {bench.seeds[i]}", places, golds, dashed=True))
     golds = [statistics.mean(last(each, "eval/gold")) for each in folders.values()]
-    axes.plot(golds, marker="o", color="k", label="mean")
-    axes.set_xticks(range(len(folders)), list(folders))
-    axes.set(xlabel="kl_coef", ylabel="gold, held-out prompts")
+    shown.append(Curve("mean", places, golds))
     picture.save()
 
 
@@ -269,7 +269,11 @@ def proxies(bench: Bench) -> None:
         words = (*on_demo(size, 80, 4), *free)
         folders |= bench.run_cases("ppo", "proxies", {f"{size} pairs": ()}, *words)
     lines: list[list[str]] = []
-    picture = Picture("proxies", 2)
+    picture = Picture("proxies")
+    across = "sqrt(KL to SFT), nats per response"
+    panels = [
+        picture.panel(f"{name}, held-out prompts", across) for name in ("reward model", "gold")
+    ]
     shown = ("reward", "gold", "kl")
     for case, each in folders.items():
         peaks = [max(watched_rows(folder), key=lambda row: row["eval/gold"]) for folder in each]
@@ -280,13 +284,11 @@ def proxies(bench: Bench) -> None:
         )
         reward, gold, kl = (curve(each, f"eval/{name}") for name in shown)
         roots = [max(value, 0.0) ** 0.5 for value in kl]
-        for axes, values in zip(picture.panels, (reward, gold), strict=True):
-            axes.plot(roots, values, marker=".", label=case)
+        for curves, values in zip(panels, (reward, gold), strict=True):
+            curves.append(Curve(case, roots, values))
     header = ["pairs", "reward model at the peak of gold", "gold there", "KL there"]
     header += ["reward model after 80 iterations", "gold then", "KL then"]
     table(header, *lines)
-    for axes, name in zip(picture.panels, ("reward model", "gold"), strict=True):
-        axes.set(xlabel="sqrt(KL to SFT), nats per response", ylabel=f"{name}, held-out prompts")
     picture.save()
 
 
@@ -414,11 +416,10 @@ def steps(bench: Bench) -> None:
             for case, each in folders.items()
         ),
     )
-    picture = Picture("steps", 1)
-    (axes,) = picture.panels
+    picture = Picture("steps")
+    shown = picture.panel("all steps right, held-out prompts", "iterations")
     for case, values in curves.items():
-        axes.plot([10 * (i + 1) for i in range(6)], values, marker=".", label=case)
-    axes.set(xlabel="iterations", ylabel="all steps right, held-out prompts")
+        shown.append(Curve(case, [10 * (i + 1) for i in range(6)], values))
     picture.save()
 
 
@@ -431,7 +432,11 @@ def dynamic_sampling(bench: Bench) -> None:
     )
     cases: Cases = {str(count): (f"algo.dynamic_sampling={count}",) for count in (0, 3)}
     folders = bench.run_cases("grpo", "dynamic_sampling", cases, *shared)
-    picture = Picture("dynamic_sampling", 2)
+    picture = Picture("dynamic_sampling")
+    panels = [
+        picture.panel("all steps right, held-out prompts", each)
+        for each in ("iterations", "rollouts")
+    ]
     lines: list[list[str]] = []
     for case, each in folders.items():
         evals, sampled = curve(each, "eval/gold"), groups_so_far(each)
@@ -445,12 +450,10 @@ def dynamic_sampling(bench: Bench) -> None:
             ]
         )
         xs = [5 * (i + 1) for i in range(len(evals))]
-        picture.panels[0].plot(xs, evals, marker=".", label=f"{case} rounds")
-        picture.panels[1].plot([4 * s for s in sampled], evals, marker=".", label=f"{case} rounds")
+        for curves, across in zip(panels, (xs, [4 * each for each in sampled]), strict=True):
+            curves.append(Curve(f"{case} rounds", across, evals))
     header = ["rounds", "equal groups", "groups learnt from, of 16", "rollouts in all"]
     table([*header, *(f"right after {i}" for i in (20, 40, 60))], *lines)
-    picture.panels[0].set(xlabel="iterations", ylabel="all steps right, held-out prompts")
-    picture.panels[1].set(xlabel="rollouts")
     picture.save()
 
 

@@ -10,3 +10,4 @@ rlhf-cli dpo
 rlhf-cli grpo
 rlhf-cli generate
 rlhf-cli evaluate
+rlhf-cli report name=demo # runs/demo/report.html: all of it as a page

@@ -8,7 +8,7 @@ ends in a space; one that still needs a value ends in `=`.
 import os
 from pathlib import Path
 
-from rlhf_cli.commands import COMMANDS, SHORT, slurm
+from rlhf_cli.commands import COMMANDS, SHORT, report, slurm
 from rlhf_cli.commands.export import KEYS
 from rlhf_cli.commands.help import ALL
 from rlhf_cli.commands.ls import NAMES
@@ -145,6 +145,10 @@ def _command_words(words: list[str], word: str) -> list[str]:
         if more[0] not in STAGES:
             return []
         return slurm.flags() if word.startswith("-") else _stage_words(more, word)
+    if command == "report":
+        if word.startswith("pictures="):
+            return [f"pictures={kind} " for kind in report.KINDS]
+        return [f"{key}=" for key in report.KEYS]
     if command == "ls":  # what follows `ls runs` are folders, which shells complete themselves
         return [] if more else [f"{name} " for name in NAMES]
     if command == "completion":

@@ -1228,6 +1228,11 @@ class EvaluateConfig(SamplingConfig):
     gold: str | None = key(
         "Scorer that training never saw; null reports the reward only.", role="reward"
     )
+    scorers: list[str] = key(
+        "Further reward models, rules and functions that score all responses, each told by itself; "
+        "a list, as ['length:40',runs/other/reward].",
+        role="reward",
+    )
     prompted: str | None = key(
         "Policy that is shown demonstrations before each prompt, as InstructGPT's prompted GPT-3; "
         "null judges none.",

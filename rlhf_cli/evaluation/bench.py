@@ -16,7 +16,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.choices import Question, questions_of
 from rlhf_cli.evaluation.entrants import Entrant
 from rlhf_cli.evaluation.few_shot import as_asked_alone
-from rlhf_cli.evaluation.figures import Sampled
+from rlhf_cli.evaluation.figures import Sampled, scorers_of
 from rlhf_cli.evaluation.judging import Report, judge
 from rlhf_cli.evaluation.kept import KeptSamples, SamplesOfPolicy
 from rlhf_cli.evaluation.references import references_of, scored_references
@@ -35,7 +35,7 @@ from rlhf_cli.runs.session import Session
 class Bench:
     """Held-out prompts and those who judge responses to them.
 
-    judges: reward, then gold, as far as the config names them.
+    judges: reward, then gold, as far as the config names them, then all others.
     scorer: the first model among the terms of the reward, which held-out rows judge.
     texts: the reference of each prompt, where the data has one.
     references: those, judged.
@@ -168,12 +168,10 @@ def best_places(scores: Tensor) -> list[int]:
 
 
 def load_judges(cfg: EvaluateConfig, encoder: Encoder, session: Session) -> dict[str, Reward]:
-    """Reward, then gold, as far as the config names them."""
-    specs = {"reward": cfg.reward, "gold": cfg.gold}
+    """Reward, then gold, as far as the config names them, then all others."""
     return {
         name: load_reward(spec, cfg, encoder.tokenizer, session.device)
-        for name, spec in specs.items()
-        if spec is not None
+        for name, spec in scorers_of(cfg).items()
     }
 
 

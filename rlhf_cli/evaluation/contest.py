@@ -42,6 +42,13 @@ class Contest:
                 found[other] = {**asdict(win_rate(ours, theirs, self.tie)), "p": tested.p}
         return corrected(found)
 
+    def head_to_heads(self) -> dict[str, dict[str, Figures]]:
+        """Win rates of each player against each other one."""
+        return {
+            player: self.win_rates(player, [other for other in self.scores if other != player])
+            for player in self.scores
+        }
+
     def against(self, other: str, players: Sequence[str]) -> dict[str, Figures]:
         """Win rates of several players against one, such as the references; as `win_rates`."""
         found = {

@@ -130,7 +130,7 @@ def _check_even(path: str, policy: str, counts: Sequence[int]) -> None:
 
 def _prompt_of(raw: dict[str, Any], place: str) -> Prompt:
     """A line's prompt, with the columns that rules read, and what its row said of responses."""
-    ours = (*OURS, "policy", "temperature", "gold", "kl")
+    ours = (*OURS, "policy", "temperature", "gold", "kl", "scores")
     columns = {name: value for name, value in raw.items() if name not in ours}
     beside = {name: columns.pop(f"row_{name}") for name in SAID if f"row_{name}" in columns}
     return Prompt(raw["prompt"], columns, place, beside)

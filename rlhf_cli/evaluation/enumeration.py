@@ -18,6 +18,7 @@ from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.evaluation.bench import Bench
+from rlhf_cli.evaluation.frontier import JUDGES
 from rlhf_cli.models.decoder import hidden_states, unembed
 from rlhf_cli.models.tokenizers import ids_of_no_token
 from rlhf_cli.objectives.estimates import clustered_mean
@@ -103,7 +104,7 @@ def _grown(some: Found, nexts: Tensor, most: int) -> Found:
 
 @dataclass
 class Space:
-    """The responses to one prompt that every judge has a score of.
+    """The responses to one prompt that reward and gold have scores of.
 
     logprobs: (Y,) under the reference, as if it gave these responses alone.
     scores: by judge (Y,).
@@ -182,7 +183,11 @@ def spaces_of(bench: Bench, reference: Policy, name: str) -> list[Space]:
         for ids in of_prompt.ids
     ]
     own = bench.kept.of(f"{name} enumerated", [], 1)
-    said = {judge: own.scored(judge, each, rollouts).total for judge, each in bench.judges.items()}
+    said = {
+        judge: own.scored(judge, bench.judges[judge], rollouts).total
+        for judge in JUDGES
+        if judge in bench.judges
+    }
     spaces, first = [], 0
     for of_prompt in found:
         last = first + len(of_prompt.ids)

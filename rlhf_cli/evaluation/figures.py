@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.schema import EvaluateConfig, Hardware
 from rlhf_cli.data.items import Tokens
+from rlhf_cli.evaluation.frontier import JUDGES
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.objectives.estimates import Estimate, clustered_mean, ratio_mean
 from rlhf_cli.objectives.kl import k1
@@ -33,7 +34,7 @@ COMPARES_ANSWERS = ("exact_answer", "math_answer", "close_answer")
 class Sampled:
     """K responses of a policy to each of N prompts, prompt by prompt, and what judges say of them.
 
-    said: by judge, gold and reward, as far as there are any.
+    said: by judge, as `scorers_of` names them.
     """
 
     rollouts: list[Rollout]
@@ -45,13 +46,25 @@ class Sampled:
         return self.said[judge].total.view(-1, self.samples)
 
     @property
+    def decides(self) -> str:
+        """Who decides who wins: gold where there is gold."""
+        return "gold" if "gold" in self.said else "reward"
+
+    @property
     def decisive(self) -> Tensor:
-        """(N, K) the scores that decide who wins: gold's where there is gold."""
-        return self.of("gold" if "gold" in self.said else "reward")
+        """(N, K) its scores."""
+        return self.of(self.decides)
 
     def by_prompt(self, values: Sequence[float]) -> Tensor:
         """(N, K) of a value of each response."""
         return torch.tensor(values, dtype=torch.double).view(-1, self.samples)
+
+
+def scorers_of(cfg: EvaluateConfig) -> dict[str, str]:
+    """What scores responses, by the name that its figures have: reward, gold, scores/SPEC."""
+    named = {"reward": cfg.reward, "gold": cfg.gold}
+    others = {f"scores/{spec}": spec for spec in cfg.scorers}
+    return {name: spec for name, spec in (named | others).items() if spec is not None}
 
 
 def figures_of(sampled: Sampled, specs: Mapping[str, str]) -> Figures:
@@ -108,7 +121,7 @@ def best_of_samples(sampled: Sampled) -> dict[str, Figures]:
     """
     if "reward" not in sampled.said or sampled.samples == 1:
         return {}
-    scores = {judge: sampled.of(judge) for judge in sampled.said}
+    scores = {judge: sampled.of(judge) for judge in JUDGES if judge in sampled.said}
     known = ~torch.stack([each.isnan().any(-1) for each in scores.values()]).any(0)  # (N,)
     if not known.any():
         return {}

@@ -52,6 +52,7 @@ class Findings:
     lines: list[dict[str, object]] = field(default_factory=list)
     bounds: Figures | None = None
     _every: list[Sampled] = field(default_factory=list)
+    _main: dict[str, Sampled] = field(default_factory=dict)
     _losses: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     _right: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -77,6 +78,7 @@ class Findings:
         self.contests[temperature].scores[name] = sampled.decisive
         self._every.append(sampled)
         if temperature == self.cfg.algo.temperature:
+            self._main[name] = sampled
             first = range(0, len(sampled.rollouts), sampled.samples)
             count = min(self.cfg.judge_samples, sampled.samples)
             self.read[name] = [list(map(text_of, sampled.rollouts[i : i + count])) for i in first]
@@ -85,11 +87,13 @@ class Findings:
         parts = term_columns(said["reward"]) if "reward" in said else {}
         for i, rollout in enumerate(sampled.rollouts):
             reward = columns["reward"][i] if "reward" in columns else None
-            gold = {"gold": columns["gold"][i]} if "gold" in columns else {}
+            judged: dict[str, Any] = {"gold": columns["gold"][i]} if "gold" in columns else {}
+            if self.cfg.scorers:
+                judged["scores"] = {spec: columns[f"scores/{spec}"][i] for spec in self.cfg.scorers}
             of_terms = parts_at(parts, i)
             row = generated_row(rollout, i % sampled.samples, reward, of_terms, tokens[i])
             whose = {"policy": referenced(name), "temperature": temperature}
-            self.lines.append({**whose, **row, **gold})
+            self.lines.append({**whose, **row, **judged})
 
     def knows(
         self, entrant: Entrant, policy: Policy, unseen: dict[str, list[Tokens]], bench: Bench
@@ -134,6 +138,7 @@ class Findings:
             "policies": self.over_reference(),
             "frontier": frontier_of(self.results, cfg.reference, self.bounds),
             **won_by(main, self.names),
+            "head_to_heads": main.head_to_heads(),
             "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),
             "anchor": anchor,
             "by_temperature": {
@@ -154,12 +159,17 @@ class Findings:
         base = str(Path(self.cfg.reference)) if self.cfg.reference else ""
         if base not in self.results:
             return self.results
-        scores = self.contests[self.cfg.algo.temperature].scores
-        ours = Contest(self.cfg.algo.tie, {name: scores[name] for name in self.names})
-        gains = ours.gains(base)
+        gains = {
+            judge: Contest(
+                self.cfg.algo.tie, {name: each.of(judge) for name, each in self._main.items()}
+            ).gains(base)
+            for judge in self._main[base].said
+        }
+        decides = gains.pop(self._main[base].decides)
         changed: dict[str, Figures] = {}
         for name, figures in self.results.items():
-            changes: Figures = {"gain_over_reference": gains[name]}
+            changes: Figures = {"gain_over_reference": decides[name]}
+            changes |= {f"{judge}_gain": of_judge[name] for judge, of_judge in gains.items()}
             for each, losses in self._losses.get(name, {}).items():
                 changes[f"{each}_change"] = change_of(losses, self._losses[base][each])
             if name in self._right:
@@ -196,5 +206,6 @@ def settings(cfg: EvaluateConfig) -> dict[str, Any]:
         "temperature": cfg.algo.temperature,
         "reward": cfg.reward,
         "gold": cfg.gold,
+        "scorers": cfg.scorers,
         "reference": cfg.reference,
     }

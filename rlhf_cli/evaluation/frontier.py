@@ -21,6 +21,7 @@ enumerated.
 """
 
 JUDGES = ("gold", "reward")
+"""Those who decide and choose; other scorers only tell what they see."""
 
 
 def frontier_of(
@@ -42,13 +43,15 @@ def frontier_of(
         if kl is None:
             continue
         own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
-        points.append({"policy": path, "from": POLICY, "kl": kl, **own})
+        at_most = {} if figures.get("kl") else {"at_most": True}
+        points.append({"policy": path, "from": POLICY, "kl": kl, **at_most, **own})
         points += trained(path)
         if reference is not None and path == str(Path(reference)) and bounds is None:
             for n, best in figures.get("best_of", {}).items():
                 own = {judge: best[judge] for judge in JUDGES if judge in best}
                 kl = {"mean": best["kl_bound"], "stderr": 0.0}
-                points.append({"policy": path, "from": BEST_OF, "n": int(n), "kl": kl, **own})
+                point = {"policy": path, "from": BEST_OF, "n": int(n), "kl": kl, "at_most": True}
+                points.append({**point, **own})
     if reference is not None and bounds is not None:
         path = str(Path(reference))
         for n, best in bounds["best_of"].items():
@@ -61,14 +64,17 @@ def frontier_of(
 def trained(path: str) -> list[Point]:
     """What the evaluations of a policy's own training have logged, if they measured a KL.
 
-    They have no error, and stand for the prompts of `algo.eval_prompts`.
+    They stand for the prompts of `algo.eval_prompts`; the KL has no error there.
     """
     points: list[Point] = []
     with suppress(OSError, ValueError):
         lines = (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for line in map(json.loads, lines):
             own = {
-                judge: {"mean": line[f"eval/{judge}"]}
+                judge: {
+                    "mean": line[f"eval/{judge}"],
+                    **({"stderr": error} if (error := line.get(f"eval/{judge}_stderr")) else {}),
+                }
                 for judge in JUDGES
                 if isinstance(line.get(f"eval/{judge}"), float | int)
             }
@@ -100,7 +106,7 @@ def curves_of(points: Sequence[Point], judge: str, names: Mapping[str, str]) -> 
                 [mean + error for mean, error in zip(means, errors, strict=True)],
             )
         name = names.get(path, path)  # the reference need not be among the policies
-        name = name if kind in (POLICY, TRAINING) else f"{kind} of {name}"
+        name = {BEST_OF: f"best of n of {name}", OPTIMUM: "optimum by reward"}.get(kind, name)
         x = [point["kl"]["mean"] for point in own]
         drawn.append(Curve(name, x, means, *bars, joined=kind != POLICY))
     return drawn

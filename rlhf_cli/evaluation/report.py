@@ -13,12 +13,13 @@ from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.beside import lines_beside, plus_minus
 from rlhf_cli.evaluation.frontier import JUDGES, curves_of
 from rlhf_cli.evaluation.judging import Report, calibration_of
+from rlhf_cli.evaluation.temperatures import temperature_panels
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.grid import show, side_by_side
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
-from rlhf_cli.reporting.plots import Curve, curves_picture, reliability_picture
+from rlhf_cli.reporting.plots import curves_picture, reliability_picture
 from rlhf_cli.reporting.terminal import width
 from rlhf_cli.runs.out_folder import SAMPLES
 
@@ -29,9 +30,6 @@ MOST, MOST_PAIRS = 5, 3  # policies in a table, and pairs of them; report.json h
 
 DISPENSABLE = ("held-out loss", "beats references", "rating")
 """Columns that a narrow table goes without, in the order in which they go."""
-
-AGAINST = {"against_references": "the references", "win_rates": "baselines"}
-"""What win rates are against, by where the report has them."""
 
 
 def write_report(
@@ -58,25 +56,6 @@ def write_report(
         curves_picture(folder / "win_rates.png", title, "sampling temperature", panels)
 
 
-def temperature_panels(
-    by_temperature: dict[str, Any], name_of: Callable[[str], str]
-) -> dict[str, list[Curve]]:
-    """Win rates over temperature, as a picture has them: by whom they are against, by policy."""
-    panels: dict[str, list[Curve]] = {}
-    for key, against in AGAINST.items():
-        won: dict[str, list[tuple[float, float, float, float]]] = {}
-        for temperature, found in by_temperature.items():
-            for path, w in found[key].items():
-                point = float(temperature), w["win"] + w["tie"] / 2, w["low"], w["high"]
-                won.setdefault(path, []).append(point)
-        if won:
-            curves = panels[f"score against {against}"] = []
-            for path, points in won.items():
-                x, y, low, high = (list(each) for each in zip(*points, strict=True))
-                curves.append(Curve(name_of(path), x, y, low, high))
-    return panels
-
-
 def brief(cfg: EvaluateConfig, path: str) -> str:
     """A policy beside the one that is judged by its last name."""
     return Path(path).name if Path(path).parent == Path(cfg.policy).parent else path
@@ -96,6 +75,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     columns: dict[str, Callable[[str], object]] = {
         "policy": name_of,
         **{name: partial(_estimate, results, name) for name in JUDGES},
+        **{spec: partial(_estimate, results, f"scores/{spec}") for spec in cfg.scorers},
         kl: partial(_kl, results),
         "held-out loss": lambda path: results[path].get("text_loss"),
         f"{name_of(str(Path(cfg.policy)))} wins": lambda path: won(report["win_rates"].get(path)),
@@ -109,7 +89,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     rows = [[cell(path) for cell in columns.values()] for path in sorted(kept, key=place)]
     used = {head: i for i, head in enumerate(columns) if any(row[i] is not None for row in rows)}
     dropped = []
-    for head in DISPENSABLE:
+    for head in (*DISPENSABLE, *cfg.scorers):
         cells = [[show(row[i]) for i in used.values()] for row in rows]
         if head in used and not side_by_side(list(used), cells, width()):
             dropped.append(head)

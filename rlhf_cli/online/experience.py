@@ -101,7 +101,7 @@ class Experience:
         for i, rollout in enumerate(self.rollouts):
             kls = None if self.reference is None else k1(self.old[i], self.reference[i])
             rewards = torch.zeros(len(rollout.tokens.response))
-            rewards[-1] = self.rewards.whole[i]
+            rewards[-1:] = self.rewards.whole[i]
             if self.rewards.steps is not None and self.rewards.ends is not None:
                 steps = self.rewards.steps[i].nan_to_num(0.0)  # of a step that nothing judges
                 rewards.index_add_(0, torch.tensor(self.rewards.ends[i]), steps)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import parameters_of
-from rlhf_cli.config.schema import RewardConfig, Run
+from rlhf_cli.config.schema import EvaluateConfig, RewardConfig, Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import STDIN, find, is_local, is_there
@@ -182,7 +182,7 @@ def check_models(cfg: Run) -> None:
     cache = getattr(cfg, "reference_cache", None)
     if Path(cache or ".").is_file():
         raise UserError(f"reference_cache={cache} is a file; name a folder, or null")
-    if facts_of(cfg).writes == "report" and not rewards_of(cfg):
+    if isinstance(cfg, EvaluateConfig) and cfg.reward is None and cfg.gold is None:
         raise UserError("evaluate needs reward=... or gold=... to judge by")
     if (anchor := getattr(cfg, "anchor", None)) is not None:
         check_anchor(cfg, anchor)

@@ -60,7 +60,7 @@ def compared(places: Sequence[Path]) -> list[Compared]:
         raise UserError(
             f"compare: {places[0]} is one run; name another beside it, or the folder of a sweep"
         )
-    return [_read(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
 
 
 def differing(runs: Sequence[Compared]) -> list[str]:
@@ -118,7 +118,8 @@ def _below(place: Path) -> list[Path]:
     return sorted(run for run in runs_in([place]) if is_claimed(run))
 
 
-def _read(folder: Path, name: str) -> Compared:
+def read_run(folder: Path, name: str) -> Compared:
+    """A run as it stands beside others."""
     node = read_node(folder, lambda kind, path: None)
     said: Manifest = {}
     with suppress(UserError, OSError):  # damaged, as its state says

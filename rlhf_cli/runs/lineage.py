@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -88,7 +88,12 @@ def trees(folders: Sequence[Path]) -> list[Node]:
     def hash_of(kind: str, place: str) -> str | None:
         return content_hash(place) if kind == PARENTS else input_hash(place)
 
-    nodes = {place.resolve(): read_node(place, hash_of) for place in runs_in(folders)}
+    return arranged([read_node(place, hash_of) for place in runs_in(folders)])
+
+
+def arranged(found: Iterable[Node]) -> list[Node]:
+    """Runs under those whose weights they go on from; the ones that hang under none."""
+    nodes = {node.folder.resolve(): node for node in found}
     above: dict[Path, Path] = {}
     for place, node in nodes.items():
         inside = place.parent in nodes and not is_claimed(place)

@@ -416,8 +416,11 @@ def roles_of(
         held["critic"], trained["critic"] = critic_numbers(cfg, shapes, width, parts)
     if (reward := getattr(cfg, "reward", None)) is not None:
         held["reward"] = sum(reward_numbers(cfg, path, parts) for path in models_of(reward))
-    if (gold := getattr(cfg, "gold", None)) is not None:
-        held["gold"] = sum(count(trunk_of(known(path))) for path in models_of(gold))
+    others = {"gold": getattr(cfg, "gold", None)}
+    others |= {f"scorer {spec}": spec for spec in getattr(cfg, "scorers", [])}
+    for name, spec in others.items():
+        if spec is not None:
+            held[name] = sum(count(trunk_of(known(path))) for path in models_of(spec))
     return {role: number for role, number in held.items() if number}, trained
 
 

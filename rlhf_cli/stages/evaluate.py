@@ -33,6 +33,7 @@ from rlhf_cli.evaluation.figures import (
     estimated_kl,
     figures_of,
     kls_of_tokens,
+    scorers_of,
 )
 from rlhf_cli.evaluation.findings import Findings, text_of
 from rlhf_cli.evaluation.judge_asks import PairJudge, asked_text, identity_of, judge_of
@@ -183,10 +184,8 @@ def asked_of_people(judge: PairJudge, session: Session, cfg: EvaluateConfig) -> 
 
 def figures_by(bench: Bench, sampled: Sampled) -> Figures:
     """What the samples of a policy tell."""
-    specs = {"reward": bench.cfg.reward, "gold": bench.cfg.gold}
-    named = {name: spec for name, spec in specs.items() if spec is not None}
     return {
-        **figures_of(sampled, named),
+        **figures_of(sampled, scorers_of(bench.cfg)),
         "text": text_figures(sampled, bench.texts, bench.seen),
     }
 

@@ -14,6 +14,10 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from rlhf_cli.config.secrets import redacted
+from rlhf_cli.reporting.plots import DARK, LIGHT
+from rlhf_cli.reporting.terminal import on_one_line
+
 PAGE = "page"
 TEMPLATE = "page.html"
 STYLES = ("page.css", "samples.css")
@@ -21,6 +25,7 @@ SCRIPTS = ("page.js", "charts.js", "texts.js", "tokens.js", "samples.js")
 """Files of page/ in every page, in this order: a script sees what earlier ones name."""
 
 MADE_BY = "rlhf-cli report"
+POLICY_START = 2000  # characters in which a page says that it was made here
 POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'"
@@ -40,6 +45,31 @@ class Section:
     body: str = ""
 
 
+def said(text: object) -> str:
+    """A text of a run as HTML: escaped, controls shown, secrets hidden."""
+    return html.escape(on_one_line(redacted(str(text))))
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str | None]], caption: str = "") -> str:
+    """A table that scrolls where it is wider than the page; cells and heads are HTML."""
+    above = f"<caption>{caption}</caption>" if caption else ""
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    lines = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    inside = f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="wide" tabindex="0" role="group" aria-label="table">{inside}</div>'
+
+
+def _cells(row: Sequence[str | None]) -> str:
+    first, *rest = row
+    cells = "".join(f"<td>{'–' if each is None else each}</td>" for each in rest)
+    return f'<th scope="row">{first}</th>{cells}'
+
+
+def folded(summary: str, body: str) -> str:
+    """A part that is opened by whoever wants it."""
+    return f"<details><summary>{summary}</summary>\n{body}</details>"
+
+
 def page(title: str, sections: Sequence[Section], data: Mapping[str, Any], library: str) -> str:
     """The whole file.
 
@@ -53,11 +83,22 @@ def page(title: str, sections: Sequence[Section], data: Mapping[str, Any], libra
         made_by=MADE_BY,
         policy=POLICY.format(scripts=allowed),
         title=html.escape(title),
-        style="\n".join(map(part, STYLES)),
+        style="\n".join([colours(), *map(part, STYLES)]),
         links="\n".join(f'<a href="#{each.name}">{each.title}</a>' for each in sections),
         sections="\n".join(map(section, sections)),
         data=as_json(data),
         scripts="\n".join(f"<script>{each}</script>" for each in scripts),
+    )
+
+
+def colours() -> str:
+    """The colours of pages and of what is drawn in them, light and dark, as custom properties."""
+    light, dark = (
+        " ".join(f"--{name}: {value};" for name, value in each.items()) for each in (LIGHT, DARK)
+    )
+    return (
+        f":root {{ color-scheme: light dark; {light} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
     )
 
 
@@ -70,7 +111,7 @@ def section(each: Section) -> str:
 
 def as_json(data: Mapping[str, Any]) -> str:
     """JSON that no HTML is seen in, whatever texts it holds; halves of characters are escaped."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = redacted(json.dumps(data, separators=(",", ":"), allow_nan=False))
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 

@@ -117,21 +117,25 @@ def evaluated(records: Sequence[Record]) -> list[Shelf]:
     for record in records:
         if record.node.stage != "evaluate":
             continue
+        reference = record.config.get("reference")
         shelves: dict[str, Shelf] = {}
         for line in lines_of(record):
-            of = line.get("policy") or (line.get("kept") or {}).get(
-                "policy"
-            )  # of an unfinished one
-            if isinstance(of, str):
+            if (of := policy_of(line)) is not None:
                 at = str(line.get("temperature"))
-                shelf = shelves.setdefault(
-                    at, Shelf(str(record.folder), record.config.get("reference"))
-                )
+                named = str(Path(reference)) if isinstance(reference, str) else None
+                shelf = shelves.setdefault(at, Shelf(str(record.folder), named))
                 shelf.add(shelf.source(of), line, SAMPLES)
         for at, shelf in shelves.items():
             shelf.title += f", temperature {at}" * (len(shelves) > 1)
         found += shelves.values()
     return found
+
+
+def policy_of(line: Mapping[str, Any]) -> str | None:
+    """Who wrote a line of an evaluation; one that is unfinished says it among what it keeps."""
+    kept = line.get("kept")
+    of = line.get("policy") or (kept.get("policy") if isinstance(kept, dict) else None)
+    return of if isinstance(of, str) else None
 
 
 def in_training(records: Sequence[Record]) -> Shelf:
@@ -143,7 +147,7 @@ def in_training(records: Sequence[Record]) -> Shelf:
             continue
         steps: dict[Any, list[dict[str, Any]]] = {}
         for line in lines_of(record):
-            own = steps.setdefault(line.get("step"), [])
+            own = steps.setdefault(number(line.get("step")), [])
             if len(own) < OF_A_STEP:
                 own.append(line)
             else:

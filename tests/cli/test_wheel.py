@@ -42,6 +42,8 @@ def test_the_wheel_carries_all_that_is_shipped(site: Path) -> None:
     rows = {path.name for path in (ROOT / "rlhf_cli" / "demo").glob("*.jsonl")}
     assert {path.name for path in (site / "rlhf_cli" / "demo").glob("*.jsonl")} == rows
     assert rows
+    page = {path.name for path in (ROOT / "rlhf_cli" / "views" / "page").iterdir()}
+    assert {path.name for path in (site / "rlhf_cli" / "views" / "page").iterdir()} == page
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from rlhf_cli.commands import (
     data,
     export,
     ls,
+    report,
     slurm,
     stage,
     sweeps,
@@ -40,7 +41,7 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 LONGEST_README = 160  # lines
 EXPECTED = (
     *("adapters", "architecture", "chat", "data", "evaluation", "export", "feedback", "hardware"),
-    *("metrics", "models", "online", "python", "resume", "rewards", "trackers", "vllm"),
+    *("metrics", "models", "online", "python", "report", "resume", "rewards", "trackers", "vllm"),
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -81,6 +82,8 @@ def try_command(words: list[str]) -> None:
         export.parse(rest)
     elif first == "compare":
         compare.parse(rest)
+    elif first == "report":
+        report.parse(rest)
     elif first == "watch":
         watch.parse(rest)
     elif first == "chat":

@@ -51,7 +51,7 @@ RUNS: dict[str, list[str]] = {
     "evaluate": [
         *("policy=runs/demo/sft", "baselines=[runs/demo/adapter]", "algo.prompts=4"),
         *("reward=0.1*OWN + runs/demo/reward", "gold=OWN", "algo.samples=1"),
-        *("best_of=runs/demo/adapter", "best_of_n=2"),
+        *("best_of=runs/demo/adapter", "best_of_n=2", "scorers=['length:2',OWN]"),
     ],
 }
 

@@ -126,9 +126,6 @@ def test_the_best_of_n_is_a_policy_of_its_own(tmp_path: Path) -> None:
     assert report["frontier"][-1]["kl"] == best["kl_bound"]
     lines = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in lines if line["policy"] == name] == [0, 1] * 3
-    more = ["algo.samples=16", "best_of=null"]
-    of_sixteen = evaluated(tmp_path / "many", *words, *more)["policies"]["runs/demo/sft"]["best_of"]
-    assert best["reward"]["mean"] == pytest.approx(of_sixteen["8"]["reward"]["mean"], abs=0.5)
     for wrong, line in {
         "best_of_n=null": "best_of=runs/demo/sft needs best_of_n=VALUE",
         "reward=null": "best_of=runs/demo/sft is chosen by reward=",
@@ -136,6 +133,32 @@ def test_the_best_of_n_is_a_policy_of_its_own(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=line):
             evaluated(tmp_path / "no", *words, "best_of_n=8", wrong)
+
+
+def test_any_number_of_scorers(tmp_path: Path) -> None:
+    words = ["baselines=[runs/demo/adapter]", "algo.prompts=3"]
+    plain = evaluated(tmp_path / "plain", *words)
+    report = evaluated(tmp_path / "out", *words, "scorers=['regex:a','length:6']")
+    assert (
+        report["scorers"] == ["regex:a", "length:6"] and report["win_rates"] == plain["win_rates"]
+    )
+    for name, figures in report["policies"].items():
+        assert figures["scores/regex:a"] == figures["gold"]
+        assert figures["scores/regex:a_pass_at"] == figures["gold_pass_at"]
+        assert figures["scores/regex:a_gain"] == figures["gain_over_reference"]
+        assert figures["reward_gain"]["mean"] == pytest.approx(
+            figures["reward"]["mean"] - report["policies"]["runs/demo/sft"]["reward"]["mean"],
+            abs=1e-5,
+        )
+        before = plain["policies"][name]
+        assert {each: figures[each] for each in before} == before
+    for line in (tmp_path / "out/samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["scores"].keys() == {"regex:a", "length:6"}
+        assert row["scores"]["regex:a"] == row["gold"]
+    words = ["reward=null", "gold=null", "scorers=['length:6']", f"out={tmp_path}/no"]
+    with pytest.raises(UserError, match=r"evaluate needs reward=\.\.\. or gold="):
+        evaluated(tmp_path / "no", *words)
 
 
 def test_the_optimum_on_a_space_that_is_enumerated(tmp_path: Path) -> None:

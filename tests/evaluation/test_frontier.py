@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rlhf_cli.evaluation.frontier import BEST_OF, POLICY, TRAINING, curves_of, frontier_of
+from rlhf_cli.evaluation.frontier import BEST_OF, OPTIMUM, POLICY, TRAINING, curves_of, frontier_of
 from rlhf_cli.reporting.plots import curves_picture
 
 
@@ -14,7 +14,7 @@ def figures(kl: float, gold: float) -> dict[str, object]:
 def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "reward": 3.0},
-        {"step": 2, "eval/gold": 1.5, "eval/kl": 0.5, "eval/reward": None},
+        {"step": 2, "eval/gold": 1.5, "eval/gold_stderr": 0.1, "eval/kl": 0.5, "eval/reward": None},
         {"step": 4, "eval/gold": 2.5, "eval/kl": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -34,9 +34,17 @@ def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) 
         "from": TRAINING,
         "step": 2,
         "kl": {"mean": 0.5},
-        "gold": {"mean": 1.5},
+        "gold": {"mean": 1.5, "stderr": 0.1},
     }
-    assert points[-1]["n"] == 1 and points[-1]["kl"]["mean"] == 0
+    assert points[-1]["n"] == 1 and points[-1]["kl"]["mean"] == 0 and points[-1]["at_most"]
+    best = {"kl": {"mean": 0.0}, "gold": {"mean": 1.0}}
+    bounds = {"best_of": {"1": best}, "optimum": [{"beta": 2.0, **best}]}
+    exact = frontier_of(results, "base/", bounds)[-2:]
+    assert [(point["from"], "at_most" in point) for point in exact] == [
+        (BEST_OF, False),
+        (OPTIMUM, False),
+    ]
+    assert curves_of(exact, "gold", {})[-1].name == "optimum by reward"
     assert frontier_of(results, None)[-1]["from"] == POLICY
 
     curves = curves_of(points, "gold", {policy: "ppo", "base": "sft"})

@@ -28,7 +28,7 @@ from tests.tiny import DATA, words_of
 
 FORKED = multiprocessing.get_context("forkserver")
 # what stages import where they need it would be imported anew by every process
-LATE = ["peft", "transformers.models.llama.modeling_llama", "matplotlib.figure"]
+LATE = ["peft", "transformers.models.llama.modeling_llama", "altair"]
 FORKED.set_forkserver_preload(["__main__", __name__, *LATE])
 STAGES: dict[str, Any] = {
     "sft": sft,

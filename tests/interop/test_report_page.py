@@ -35,7 +35,7 @@ def browser() -> Iterator["Browser"]:
 def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with report.html, and `report`, its folder of an evaluation."""
     from rlhf_cli.stages import evaluate
-    from rlhf_cli.views.report import report
+    from rlhf_cli.views.report import report, runs_at
 
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(chain):
@@ -48,7 +48,7 @@ def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         judges = ["reward=runs/demo/reward", "gold=length:2"]
         evaluate.run(compose("evaluate", [*DATA, *words, *sizes, *judges, f"out={out}"]))
         folders = [Path("runs/demo") / name for name in ("sft", "reward", "adapter")]
-        text = report([*folders, folder / "ppo", out])
+        text = report(runs_at([*folders, folder / "ppo", out]), "demo")
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder
 
@@ -91,13 +91,15 @@ def differences(page: "Page") -> list[float]:
 def test_the_whole_page(browser: "Browser", runs: Path, scheme: str, width: int) -> None:
     """Every picture is drawn, nothing is wider than the window, texts are seen on their ground."""
     with opened(browser, runs / "report.html", width, scheme) as page:
-        figures = page.locator("figure[data-chart]").count()
-        assert page.evaluate("Number(document.body.dataset.drawn)") == figures
-        drawn = page.locator("figure[data-chart] svg")
-        assert drawn.count() >= figures
-        assert all(
-            box["width"] > 50 for box in (each.bounding_box() for each in drawn.all()) if box
-        )
+        seen = page.locator("[data-chart]:visible").count()
+        assert 0 < seen == page.locator("[data-chart] svg").count()
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        figures = page.locator("[data-chart]").count()
+        page.locator(f'body[data-drawn="{figures}"]').wait_for(state="attached")
+        drawn = page.locator("[data-chart] svg")
+        assert seen < figures == drawn.count()
+        boxes = [each.bounding_box() for each in drawn.all()]
+        assert all(box and 200 < box["width"] <= width for box in boxes)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert cards(page).count() == 10
         for chosen in ("body", "#samples .asked .text", "#samples .status", "#samples .token"):

@@ -90,4 +90,8 @@ def test_an_unfinished_evaluation_tells_whom_it_has_asked(tmp_path: Path) -> Non
     lines = [{"prompt": "p", "response": "r", "kept": {"policy": name}} for name in ("a/b", "a/c")]
     (shelf,) = samples_of([record(tmp_path / "e", "evaluate", lines)])
     assert [each["name"] for each in shelf["sources"]] == ["b", "c"]
+    odd = [{"prompt": "p", "response": "r", "kept": 1}, {"prompt": "p", "response": "r"}]
+    assert samples_of([record(tmp_path / "odd", "evaluate", odd)]) == []
     assert samples_of([record(tmp_path / "none", "ppo", [])]) == []
+    steps = [{"prompt": "p", "response": "r", "step": step} for step in ([1], None, 2)]
+    assert len(samples_of([record(tmp_path / "steps", "ppo", steps)])[0]["prompts"]) == 1
