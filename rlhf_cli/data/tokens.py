@@ -137,8 +137,8 @@ class Encoder:
         self._kinds: set[bool] = set()  # of rows so far: whether they are dialogues
         self._filled: set[str] = set()  # columns that a row has filled into the template
         self._prefix, self._long_prompts = prefix, "error" if prefix else data.long_prompts
-        without = {"max_prompt_tokens": None} if prefix else {}
-        self.limits = Limits.of(replace(data, **without), context, room)
+        own = None if prefix else data.max_prompt_tokens
+        self.limits = Limits.of(replace(data, max_prompt_tokens=own), context, room)
         self.lengths = Lengths()
         self.ids = TextIds(tokenizer)
         self._begin = "".join(map(str, tokenizer.convert_ids_to_tokens(self.ids.begin)))
