@@ -74,6 +74,8 @@ def main() -> int:
         if isinstance(error, RunError):
             return _fail(str(error), 1, error)
         hint = "set RLHF_TRACEBACK=1 for the traceback"
+        if isinstance(error, MemoryError):  # outside of a step, which would have said more
+            return _fail(f"out of memory: {error} ({hint}; --check tells what fits)", 1, error)
         return _fail(f"{type(error).__name__}: {error} ({hint})", 1, error)
 
 

@@ -226,6 +226,6 @@ def columns(rows: Sequence[tuple[str, ...]]) -> str:
         if len(head.rstrip()) + 2 > indent:
             lines.append(head.rstrip())
         else:
-            lines.append(head.ljust(indent) + text.pop(0))
+            lines.append(head.rstrip().ljust(indent) + text.pop(0))
         lines += [" " * indent + each for each in text]
     return "\n".join(line.rstrip() for line in lines)

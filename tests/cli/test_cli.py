@@ -408,6 +408,7 @@ def test_check_prints_the_summary_and_runs_nothing(stand_in: Run, tmp_path: Path
             "rlhf-cli: error: interrupted; the same command resumes\n",
         ),
         ("{}['x']", 1, "KeyError: 'x' (set RLHF_TRACEBACK=1 for the traceback)\n"),
+        ("raise MemoryError('of 9 bytes')", 1, "for the traceback; --check tells what fits)\n"),
     ],
 )
 def test_how_a_run_ends(body: str, status: int, message: str, stand_in: Run) -> None:

@@ -71,7 +71,10 @@ def test_a_wrong_size_is_told(words: list[str], says: str) -> None:
         compose("sft", [*DATA, *words])
 
 
-def test_families_are_listed_with_their_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_families_are_listed_with_their_sizes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     ls(["model"])
     text = " ".join(capsys.readouterr().out.split())
     assert "qwen3 sft Qwen3; model.size=0.6b|1.7b|4b|8b|14b|30b-a3b" in text
