@@ -136,7 +136,9 @@ class Findings:
         anchor = anchor_of(cfg, self.names)
         return {
             "policies": self.over_reference(),
-            "frontier": frontier_of(self.results, cfg.reference, self.bounds),
+            "frontier": frontier_of(
+                self.results, cfg.reference, self.bounds, {"reward": cfg.reward, "gold": cfg.gold}
+            ),
             **won_by(main, self.names),
             "head_to_heads": main.head_to_heads(),
             "ratings": main.rated(anchor, derived_seed(cfg.seed, "ratings")),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.reporting.plots import Curve
+from rlhf_cli.runs.lineage import config_of_run
 
 Point = dict[str, Any]
 
@@ -28,6 +29,7 @@ def frontier_of(
     results: Mapping[str, Mapping[str, Any]],
     reference: str | None,
     bounds: Mapping[str, Any] | None = None,
+    judges: Mapping[str, str | None] | None = None,
 ) -> list[Point]:
     """The points, policy by policy; empty where no KL was measured.
 
@@ -36,6 +38,7 @@ def frontier_of(
         reference: that KL is measured to; of it stand the points of best of n, at the bound of
             their KL.
         bounds: what was enumerated of it; then best of n stands at its true KL, and the optimum.
+        judges: what reward and gold are here; what another reward has said is no point.
     """
     points: list[Point] = []
     for path, figures in results.items():
@@ -45,7 +48,7 @@ def frontier_of(
         own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
         at_most = {} if figures.get("kl") else {"at_most": True}
         points.append({"policy": path, "from": POLICY, "kl": kl, **at_most, **own})
-        points += trained(path)
+        points += trained(path, judges or {})
         if reference is not None and path == str(Path(reference)) and bounds is None:
             for n, best in figures.get("best_of", {}).items():
                 own = {judge: best[judge] for judge in JUDGES if judge in best}
@@ -61,12 +64,16 @@ def frontier_of(
     return points
 
 
-def trained(path: str) -> list[Point]:
+def trained(path: str, judges: Mapping[str, str | None]) -> list[Point]:
     """What the evaluations of a policy's own training have logged, if they measured a KL.
 
     They stand for the prompts of `algo.eval_prompts`; the KL has no error there.
+
+    Args: judges, as `frontier_of` has them.
     """
     points: list[Point] = []
+    config = config_of_run(Path(path))
+    same = [each for each in JUDGES if config.get(each, judges.get(each)) == judges.get(each)]
     with suppress(OSError, ValueError):
         lines = (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for line in map(json.loads, lines):
@@ -75,7 +82,7 @@ def trained(path: str) -> list[Point]:
                     "mean": line[f"eval/{judge}"],
                     **({"stderr": error} if (error := line.get(f"eval/{judge}_stderr")) else {}),
                 }
-                for judge in JUDGES
+                for judge in same
                 if isinstance(line.get(f"eval/{judge}"), float | int)
             }
             if own and isinstance(line.get("eval/kl"), float | int):

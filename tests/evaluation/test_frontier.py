@@ -3,12 +3,37 @@
 import json
 from pathlib import Path
 
-from rlhf_cli.evaluation.frontier import BEST_OF, OPTIMUM, POLICY, TRAINING, curves_of, frontier_of
+import pytest
+
+from rlhf_cli.evaluation import frontier
+from rlhf_cli.evaluation.frontier import (
+    BEST_OF,
+    OPTIMUM,
+    POLICY,
+    TRAINING,
+    curves_of,
+    frontier_of,
+    trained,
+)
 from rlhf_cli.reporting.plots import curves_picture
 
 
 def figures(kl: float, gold: float) -> dict[str, object]:
     return {"kl": {"mean": kl, "stderr": 0.1}, "gold": {"mean": gold, "stderr": 0.2}}
+
+
+def test_what_another_reward_said_in_training_is_no_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"step": 2, "eval/gold": 1.5, "eval/reward": 9.0, "eval/kl": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    config = {"reward": "exact_answer", "gold": "demo_gold"}
+    monkeypatch.setattr(frontier, "config_of_run", lambda folder: config)
+    judges = {"reward": "runs/demo/reward", "gold": "demo_gold"}
+    (point,) = trained(str(tmp_path), judges)
+    assert point["gold"] == {"mean": 1.5} and "reward" not in point
+    (point,) = trained(str(tmp_path), {**judges, "reward": "exact_answer"})
+    assert point["reward"] == {"mean": 9.0}
 
 
 def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) -> None:
