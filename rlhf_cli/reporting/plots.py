@@ -79,6 +79,7 @@ def theme(colours: Mapping[str, str]) -> dict[str, Any]:
             "labelLimit": 220,
             "orient": "top",
             "columns": 2,
+            "symbolOpacity": 1,
             "symbolSize": 70,
             "title": None,
         },
