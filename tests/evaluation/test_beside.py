@@ -29,7 +29,7 @@ def report_of(names: list[str]) -> dict[str, Any]:
     policy, *others = names[1], names[0], *names[2:]
     wins = {name: rate(0.5) for name in others}
     return {
-        "policies": dict.fromkeys(names, figures),
+        "policies": dict.fromkeys([policy, *others], figures),
         "win_rates": wins,
         "against_references": {name: rate(0.6) for name in names},
         "ratings": {name: {"rating": 12.4, "not_separable": []} for name in names},
@@ -86,7 +86,7 @@ def test_it_is_a_dozen_lines_at_most_whatever_was_asked(
     assert all(len(line) <= columns for line in table), table
     assert table[0].split()[0] == "policy" and ("held-out" in table[0]) == (columns == 120)
     assert [line.split()[0] for line in table[1:]] == [
-        "sft",
         "ppo",
+        "sft",
     ]  # the judged one, the reference
     assert ("in report.json" in said[-4]) and ("5 more policies" in said[-4]) == (names == NAMES)
