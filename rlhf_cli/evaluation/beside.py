@@ -64,15 +64,18 @@ def temperature_line(
     """Wins and half the ties of the policy at each temperature: against the references where the
     data has any, else against the first baseline. None where there is neither.
     """
-    first: Report = next(iter(by_temperature.values()), {})
-    if policy in first.get("against_references", {}):
+    found = by_temperature.values()
+    if any(policy in each["against_references"] for each in found):
         key, place, whom = "against_references", policy, "the references"
-    elif rates := first.get("win_rates"):
-        key, place = "win_rates", next(iter(rates))
-        whom = name_of(place)
+    elif (other := next((name for each in found for name in each["win_rates"]), None)) is not None:
+        key, place, whom = "win_rates", other, name_of(other)
     else:
         return None
-    each = [f"{share(found[key][place]):.2f} at {t}" for t, found in by_temperature.items()]
+    each = [
+        f"{share(rates[key][place]):.2f} at {t}"
+        for t, rates in by_temperature.items()
+        if place in rates[key]  # else no prompt has all scores there
+    ]
     return f"by temperature {name_of(policy)} wins against {whom}: {', '.join(each)}"
 
 

@@ -61,6 +61,9 @@ def test_each_thing_is_a_line() -> None:
     )
     assert judge.endswith("it agrees with people on 0.70 of 40 pairs; 12 pairs without a verdict")
     assert temperature == "by temperature ppo wins against the references: 0.75 at 0, 0.75 at 1"
+    report["by_temperature"]["0"]["against_references"] = {}  # nothing has all scores there
+    *_, temperature = lines_beside(report, NAMES[1], lambda path: Path(path).name)
+    assert temperature == "by temperature ppo wins against the references: 0.75 at 1"
     for each in report["by_temperature"].values():
         each["against_references"] = {}
     *_, temperature = lines_beside(report, NAMES[1], lambda path: Path(path).name)
