@@ -277,14 +277,19 @@ def test_agreement_with_people_and_with_another_scorer() -> None:
     ours = [[Text(text, 1)] for text in ("good", "good", "bad", "bad")]
     theirs = [[Text(text, 1)] for text in ("bad", "bad", "good", "bad")]
     pairs = judged_pairs(Reader(), PROMPTS[:4], ours, theirs)
-    found = agreement_with_people(pairs, 0.5)
+    found = agreement_with_people(pairs, PROMPTS[:4], 0.5)
     assert (found["mean"], found["pairs"], found["tied"], found["failed"]) == (0.625, 4, 0.25, 0)
     assert found["low"] < 0.5 < found["high"]
     scores = {"theirs": torch.tensor([[0.0], [1.0], [math.nan], [0.0]])}
     agrees = agreement_with_scores({"theirs": pairs}, torch.ones(4, 1), scores, 0.5)
     # of the first (agreed) and the last (the judge has a tie); the second ties, the third is none
     assert (agrees["mean"], agrees["pairs"], agrees["tied"]) == (0.75, 2, 0.5)
-    assert agreement_with_people([], 0.5) == {"pairs": 0, "tied": None, "failed": 0}
+    twice = judged_pairs(Reader(), PROMPTS[:4] * 2, ours * 2, theirs * 2)
+    again = agreement_with_people(twice, PROMPTS[:4] * 2, 0.5)  # as pairs of a ranking share theirs
+    assert again["pairs"] == 8
+    for each in ("mean", "stderr"):
+        assert again[each] == pytest.approx(found[each]), each
+    assert agreement_with_people([], [], 0.5) == {"pairs": 0, "tied": None, "failed": 0}
 
 
 def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
