@@ -21,7 +21,7 @@ PROMPTS = 1000  # of a set, before it is fitted into its room
 SAMPLES = 8  # responses of a source to a prompt
 OF_A_STEP = 32  # responses of a step of training
 CHARACTERS = 20_000  # of a text; of a longer one both ends are shown
-DIGITS = 3  # of what colours a token
+DIGITS, TOKEN_DIGITS = 6, 3  # of scores, which are compared, and of what colours a token
 
 Answer = dict[str, Any]
 
@@ -203,15 +203,15 @@ def values_of(line: Mapping[str, Any], count: int) -> Iterator[tuple[str, list[f
     for name in TOKEN_VALUES:
         values = line.get(name)
         if isinstance(values, list) and len(values) == count:
-            yield name, [number(value) for value in values]
+            yield name, [number(value, TOKEN_DIGITS) for value in values]
 
 
-def number(value: Any) -> float | int | None:
-    """A finite number in few digits; None for all else."""
+def number(value: Any, digits: int = DIGITS) -> float | int | None:
+    """A finite number in so many digits; None for all else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.{DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     return None
 
 

@@ -22,7 +22,7 @@ def record(folder: Path, stage: str, lines: Iterable[Any], **config: Any) -> Rec
 def test_policies_side_by_side_by_prompt(tmp_path: Path) -> None:
     lines = [
         {"policy": policy, "temperature": 1.0, "prompt": prompt, "response": f"{policy} {prompt}"}
-        | {"reward": reward, "gold": None, "sample": 0, "tokens": ["a"], "kls": [0.123456]}
+        | {"reward": reward / 100 - 12.34, "gold": None, "sample": 0, "tokens": ["a"], "kls": [0.123456]}
         for reward, policy in enumerate(["runs/demo/ppo", "runs/demo/sft"])
         for prompt in ("one", "two")
     ]
@@ -34,7 +34,9 @@ def test_policies_side_by_side_by_prompt(tmp_path: Path) -> None:
     assert first["reference"] == 1 and first["left_out"] == 0 and "reference" not in second
     assert [entry["prompt"] for entry in first["prompts"]] == [[{"text": "one"}], [{"text": "two"}]]
     answer = first["prompts"][0]["answers"][1][0]
-    assert answer == {"text": "runs/demo/sft one", "reward": 1, "tokens": ["a"], "kls": [0.123]}
+    # scores are compared, and may differ by little of what they are
+    told = {"text": "runs/demo/sft one", "reward": -12.33, "tokens": ["a"], "kls": [0.123]}
+    assert answer == told
 
 
 def test_the_last_steps_of_all_runs_come_first(tmp_path: Path) -> None:
