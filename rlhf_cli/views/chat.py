@@ -62,7 +62,7 @@ class Chat:
 
     def take(self, line: str) -> bool:
         """Answer a message, or obey a command; False where that ends the dialogue."""
-        name, _, rest = line.strip().partition(" ")
+        name, _, rest = line.rstrip().partition(" ")
         if name == "/bye":
             return False
         obey = {
@@ -75,7 +75,7 @@ class Chat:
             "/help": self._help,
         }.get(name)
         try:
-            if obey is not None and line.startswith("/"):
+            if obey is not None:
                 obey(rest.strip())
             elif line.startswith("/"):
                 say(f"no command {name}; /help names them; a blank before / makes it a message")
@@ -83,6 +83,8 @@ class Chat:
                 self._answer(line.strip())
         except UserError as error:
             say(str(error))
+        except KeyboardInterrupt:  # outside of what a policy writes, as where answers are scored
+            say("interrupted: nothing is added")
         return True
 
     def _answer(self, message: str) -> None:

@@ -54,7 +54,7 @@ class Read:
 def test_messages_and_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     voices = [Echo("a"), Echo("b")]
     chat = Chat(voices, Shown(several=True), 1.0)
-    for line in ("x", " /y", "/undo", "/again", "/temperature 0.5", "/system S", "z", ""):
+    for line in ("x", " /bye", "/undo", "/again", "/temperature 0.5", "/system S", "z", ""):
         assert chat.take(line)
     out, said = capfd.readouterr()
     assert out.startswith("a: |x\n[reward 0.5, cut at its longest]\nb: |x\n")
@@ -62,7 +62,7 @@ def test_messages_and_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert [each.answers[1].text for each in chat.told] == ["|x", "S||x|z"]
     assert voices[0].temperatures == [1.0, 1.0, 1.0, 0.5]
     assert said.splitlines() == [
-        "taken back: /y",
+        "taken back: /bye",
         "temperature 0.5",
         "the system prompt is set",
     ]
@@ -95,16 +95,17 @@ def test_what_no_longer_fits_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_again_keeps_the_answers_that_there_were() -> None:
+@pytest.mark.parametrize("fault", [UserError("gone"), KeyboardInterrupt()])
+def test_again_keeps_the_answers_that_there_were(fault: BaseException) -> None:
     class Broken(Echo):
         def answers(self, known: Read, temperature: float, heard: Callable[[str], None]) -> Answer:
             if self.temperatures:
-                raise UserError("gone")
+                raise fault
             return super().answers(known, temperature, heard)
 
     chat = Chat([Broken()], Shown(several=False), 1.0)
     chat.take("x")
-    chat.take("/again")
+    assert chat.take("/again")
     assert [each.answers[0].text for each in chat.told] == ["|x"]
 
 
