@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.secrets import redacted
+from rlhf_cli.config.secrets import redacted_within
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.views.chat_screen import Answer, Shown
@@ -148,11 +148,12 @@ class Chat:
         if not name:
             raise UserError("/save takes a file")
         lines = [
-            json.dumps(self._row(place), ensure_ascii=False) for place in range(len(self._voices))
+            json.dumps(redacted_within(self._row(place)), ensure_ascii=False)
+            for place in range(len(self._voices))
         ]
         try:
             with Path(name).open("x", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(f"{redacted(line)}\n" for line in lines)
+                file.writelines(f"{line}\n" for line in lines)
         except FileExistsError:
             raise UserError(f"{name} exists; name another file") from None
         except (OSError, ValueError) as error:

@@ -84,6 +84,17 @@ def test_messages_and_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ]
 
 
+def test_a_dialogue_is_saved_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", 'pass"word')
+    chat = Chat([Echo()], Shown(several=False), 1.0)
+    for line in ('is it pass"word?', f"/save {tmp_path}/rows.jsonl"):
+        assert chat.take(line)
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert row["messages"][0]["content"] == "is it [DB_PASSWORD]?"
+
+
 def test_what_no_longer_fits_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     chat = Chat([Echo()], Shown(several=False), 1.0)
     for line in ("1", "2", "3", "4", "5" * 21, "/again"):
