@@ -303,8 +303,12 @@ def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
         report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
     asked = len(server.asked)
     assert asked in (5, 6)  # the fifth goes beyond it, one more may be under way
+    with pytest.raises(RunError, match="the same command goes on, for as much again"):
+        report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
+    again = len(server.asked)
+    assert asked + 5 <= again <= asked + 6  # each start counts from 0
     _, counts = report(config(server.url, tmp_path, *words, "judge_max_cost=1"))
-    assert counts["cached"] == asked and len(server.asked) == 16
+    assert counts["cached"] == again and len(server.asked) == 16
 
 
 @pytest.mark.parametrize(
