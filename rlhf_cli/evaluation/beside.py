@@ -46,7 +46,8 @@ def judge_line(judge: Report, policy: str, name_of: Callable[[str], str]) -> str
     """Win rates by a language model, and whether it knows its own mind."""
     rates = [f"{name_of(path)} {score(w)}" for path, w in judge["win_rates"].items()]
     more = f" and {len(rates) - MOST} more" if len(rates) > MOST else ""
-    line = f"{judge['judge']} as judge: {policy} wins against {', '.join(rates[:MOST])}{more}"
+    told = f"wins against {', '.join(rates[:MOST])}{more}" if rates else "stands against nobody"
+    line = f"{judge['judge']} as judge: {policy} {told}"
     if same := judge["consistency"]:
         line += f"; both orders agree in {same['mean']:.2f}"
         if same["mean"] < CONSISTENT:
@@ -54,8 +55,7 @@ def judge_line(judge: Report, policy: str, name_of: Callable[[str], str]) -> str
     for other, agrees in judge["agreement"].items():
         if agrees is not None and agrees["pairs"]:
             line += f"; it agrees with {other} on {agrees['mean']:.2f} of {agrees['pairs']} pairs"
-    failed = sum(w["failed"] for w in judge["win_rates"].values())
-    return line + (f"; {failed} pairs without a verdict" if failed else "")
+    return line + (f"; {judge['failed']} pairs without a verdict" if judge["failed"] else "")
 
 
 def temperature_line(

@@ -192,9 +192,11 @@ def judged_report(
         if name != ours
     }
     every = [pair for each in pairs.values() for pair in each]
-    if every and all(pair.log_odds is None for pair in every):
+    failed = sum(pair.log_odds is None for pair in every)
+    if every and failed == len(every):
         raise RunError(f"the judge has failed at all of {len(every)} pairs; see the lines above")
-    return {"win_rates": judged_wins(pairs, tie), **biases(every, tie)}, pairs
+    found = {"win_rates": judged_wins(pairs, tie), "failed": failed, **biases(every, tie)}
+    return found, pairs
 
 
 # --------------------------------------------------------------------------- is it any good?

@@ -42,6 +42,7 @@ def report_of(names: list[str]) -> dict[str, Any]:
         "judge": {
             "judge": "http://x",
             "win_rates": wins,
+            "failed": 12,
             "consistency": {"mean": 0.5},
             "agreement": {"gold": None, "people": {"mean": 0.7, "pairs": 40}},
         },
@@ -61,6 +62,9 @@ def test_each_thing_is_a_line() -> None:
     )
     assert judge.endswith("it agrees with people on 0.70 of 40 pairs; 12 pairs without a verdict")
     assert temperature == "by temperature ppo wins against the references: 0.75 at 0, 0.75 at 1"
+    report["judge"] |= {"win_rates": {}, "failed": 0, "consistency": None, "agreement": {}}
+    _, judge, _ = lines_beside(report, NAMES[1], lambda path: Path(path).name)
+    assert judge == "http://x as judge: ppo stands against nobody"
     report["by_temperature"]["0"]["against_references"] = {}  # nothing has all scores there
     *_, temperature = lines_beside(report, NAMES[1], lambda path: Path(path).name)
     assert temperature == "by temperature ppo wins against the references: 0.75 at 1"

@@ -272,6 +272,16 @@ def test_several_responses_to_a_prompt_are_read_and_count_as_one_prompt() -> Non
         assert doubled[each] == pytest.approx(once[each]), each
 
 
+def test_an_opponent_without_any_verdict_is_no_less_told_of() -> None:
+    class Mute(Reader):
+        def log_odds(self, asks: Any) -> list[float | None]:
+            return [None if "mute" in (ask.first, ask.second) else 1.0 for ask in asks]
+
+    texts = {name: [[Text(name, 1)]] * 2 for name in ("ours", "theirs", "mute")}
+    found, _ = judged_report(Mute(), PROMPTS[:2], texts, "ours", 0.5)
+    assert list(found["win_rates"]) == ["theirs"] and found["failed"] == 2
+
+
 def test_agreement_with_people_and_with_another_scorer() -> None:
     """Of four pairs the judge finds two right, one wrong, and has one tie: (2 + 1/2) / 4."""
     ours = [[Text(text, 1)] for text in ("good", "good", "bad", "bad")]
