@@ -136,7 +136,9 @@ def check_pictures(file: Path) -> None:
 
     folder = pictures_beside(file)
     if folder == file or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"report: pictures go to a folder {folder}: give out= a name as {folder}.html")
+        raise UserError(
+            f"report: pictures go to a folder {folder}: give out= a name as {folder}.html"
+        )
     if folder in runs_in([folder]):
         raise UserError(f"report: pictures would go into the run {folder}; give out= another name")
 

@@ -256,7 +256,9 @@ def agreement_with_people(pairs: Sequence[Pair], prompts: Sequence[str], tie: fl
 
     Args: prompts, of each row; a ranking gives several rows of one.
     """
-    said = [(each, prompts[pair.place]) for pair in pairs if (each := verdict(pair, tie)) is not None]
+    said = [
+        (each, prompts[pair.place]) for pair in pairs if (each := verdict(pair, tie)) is not None
+    ]
     found = agreement([each for each, _ in said], [1.0] * len(said), [prompt for _, prompt in said])
     return {**found, "failed": len(pairs) - len(said)}
 

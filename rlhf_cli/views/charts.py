@@ -230,7 +230,8 @@ def rewards_in_training(record: Record, name: str) -> Figure | None:
 def rewards_by_policy(record: Record, names: Callable[[str], str]) -> list[Figure]:
     """Rewards and gold of each policy beside those of the reference, as an evaluation has them."""
     reference, temperature = record.report.get("reference"), record.report.get("temperature")
-    reference = str(Path(reference)) if isinstance(reference, str) else None  # as policies are named
+    # as policies are named
+    reference = str(Path(reference)) if isinstance(reference, str) else None
     scores: dict[str, dict[str, list[float]]] = {judge: {} for judge in JUDGES}
     for row in record.samples():
         if row.get("temperature", temperature) == temperature and isinstance(

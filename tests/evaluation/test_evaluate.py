@@ -97,7 +97,7 @@ def test_samples_of_a_file_are_judged_as_those_of_the_policies_were(tmp_path: Pa
 
 
 def test_a_file_may_name_whom_it_likes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`policy` gives the tokenizer alone: the first that the file names is set against the other."""
+    """`policy` gives the tokenizer alone: the first that the file names meets the other."""
     lines = [
         {"policy": name, "prompt": f"Greet {i}", "response": "ab"[: end + 1], "gold": 9}
         for end, name in enumerate(("gpt", "runs/demo/sft"))

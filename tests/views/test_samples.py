@@ -22,7 +22,13 @@ def record(folder: Path, stage: str, lines: Iterable[Any], **config: Any) -> Rec
 def test_policies_side_by_side_by_prompt(tmp_path: Path) -> None:
     lines = [
         {"policy": policy, "temperature": 1.0, "prompt": prompt, "response": f"{policy} {prompt}"}
-        | {"reward": reward / 100 - 12.34, "gold": None, "sample": 0, "tokens": ["a"], "kls": [0.123456]}
+        | {
+            "reward": reward / 100 - 12.34,
+            "gold": None,
+            "sample": 0,
+            "tokens": ["a"],
+            "kls": [0.123456],
+        }
         for reward, policy in enumerate(["runs/demo/ppo", "runs/demo/sft"])
         for prompt in ("one", "two")
     ]
