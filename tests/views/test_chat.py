@@ -140,6 +140,13 @@ def test_columns_and_objects(
     assert found[0]["response"] == text and found[0]["finish_reason"] == "eos"
 
 
+def test_a_job_of_a_sweep_is_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("sweep/lr=0.1_seed=1"), chat=True)
+    (policy,) = parse(["sweep/lr=0.1_seed=1", "seed=3"]).policies
+    assert config_of(policy, ["seed=3"]).policy == "sweep/lr=0.1_seed=1"
+
+
 def test_words() -> None:
     order = parse(["a", "b", "system=Be kind", "algo.temperature=0", "--json"])
     assert order.policies == ["a", "b"] and order.system == "Be kind" and order.json
