@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.config.errors import UserError
@@ -104,7 +105,7 @@ def parse(words: list[str]) -> Order:
             order.json = True
         elif word.startswith("-"):
             raise UserError(f"chat: unknown flag {word}; see rlhf-cli chat --help")
-        elif not equals:
+        elif not equals or Path(word).is_dir():  # as the jobs of a sweep are called
             order.policies.append(word)
         elif key == "system":
             order.system = value

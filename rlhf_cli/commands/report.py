@@ -46,6 +46,8 @@ def run(words: list[str]) -> None:
     runs = runs_at(places)
     file = Path(keys["out"]) if "out" in keys else default_file(places)
     check_ours(file)
+    if "pictures" in keys:
+        check_pictures(file)
     text = report(runs, title_of(places))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def run(words: list[str]) -> None:
 
         write_text(file, text)
         if "pictures" in keys:
-            write_pictures(runs, file.with_suffix(""), keys["pictures"])
+            write_pictures(runs, pictures_beside(file), keys["pictures"])
     except OSError as error:
         raise UserError(f"report: cannot write {file}: {error.strerror}") from error
     said = f"{len(runs.records)} runs, {len(runs.figures)} figures, {len(text) / 1e6:.1f} MB"
@@ -117,6 +119,28 @@ def check_ours(file: Path) -> None:
         start = stream.read(POLICY_START)
     if MADE_BY not in start:
         raise UserError(f"report: {file} is there and no report; give out= another name")
+
+
+def pictures_beside(file: Path) -> Path:
+    """The folder of a page's pictures: its name without the end."""
+    return file.with_suffix("")
+
+
+def check_pictures(file: Path) -> None:
+    """They lie in no folder of a run, whose files are known, and in no file.
+
+    Raises:
+        UserError: the name of the page leads there.
+    """
+    from rlhf_cli.runs.lineage import runs_in
+
+    folder = pictures_beside(file)
+    if folder == file or (folder.exists() and not folder.is_dir()):
+        raise UserError(
+            f"report: pictures go to a folder {folder}: give out= a name as {folder}.html"
+        )
+    if folder in runs_in([folder]):
+        raise UserError(f"report: pictures would go into the run {folder}; give out= another name")
 
 
 def title_of(places: Sequence[Path]) -> str:

@@ -1308,7 +1308,7 @@ class EvaluateConfig(SamplingConfig):
     )
     judge_max_cost: float | None = key(
         "Cost by judge_prices at which a run asks an endpoint no more and ends, its verdicts kept; "
-        "the calls under way then are still paid. null sets no limit.",
+        "the calls under way then are still paid. Each start counts from 0. null sets no limit.",
         gt=0,
         used_by="judge",
     )

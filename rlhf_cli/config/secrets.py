@@ -47,8 +47,33 @@ def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def redacted(text: str) -> str:
     """A text with [NAME] in the place of the value of each secret variable."""
+    return _without(text, _hidden())
+
+
+def redacted_within(value: Any) -> Any:
+    """The same of all texts in lists and maps, keys too: in JSON a secret may be spelt otherwise,
+    and a number may have its digits.
+    """
+    hidden = _hidden()
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return _without(value, hidden)
+        if isinstance(value, Mapping):
+            return {clean(key): clean(each) for key, each in value.items()}
+        return [clean(each) for each in value] if isinstance(value, list | tuple) else value
+
+    return clean(value) if hidden else value
+
+
+def _hidden() -> dict[str, str]:
+    """name -> value of what no text may have, the longest first."""
     hidden = {**_long_enough(), **secrets()}
-    for name, value in sorted(hidden.items(), key=lambda pair: -len(pair[1])):
+    return dict(sorted(hidden.items(), key=lambda pair: -len(pair[1])))
+
+
+def _without(text: str, hidden: Mapping[str, str]) -> str:
+    for name, value in hidden.items():
         text = text.replace(value, f"[{name}]")
     return text
 

@@ -46,7 +46,8 @@ def judge_line(judge: Report, policy: str, name_of: Callable[[str], str]) -> str
     """Win rates by a language model, and whether it knows its own mind."""
     rates = [f"{name_of(path)} {score(w)}" for path, w in judge["win_rates"].items()]
     more = f" and {len(rates) - MOST} more" if len(rates) > MOST else ""
-    line = f"{judge['judge']} as judge: {policy} wins against {', '.join(rates[:MOST])}{more}"
+    told = f"wins against {', '.join(rates[:MOST])}{more}" if rates else "stands against nobody"
+    line = f"{judge['judge']} as judge: {policy} {told}"
     if same := judge["consistency"]:
         line += f"; both orders agree in {same['mean']:.2f}"
         if same["mean"] < CONSISTENT:
@@ -54,8 +55,7 @@ def judge_line(judge: Report, policy: str, name_of: Callable[[str], str]) -> str
     for other, agrees in judge["agreement"].items():
         if agrees is not None and agrees["pairs"]:
             line += f"; it agrees with {other} on {agrees['mean']:.2f} of {agrees['pairs']} pairs"
-    failed = sum(w["failed"] for w in judge["win_rates"].values())
-    return line + (f"; {failed} pairs without a verdict" if failed else "")
+    return line + (f"; {judge['failed']} pairs without a verdict" if judge["failed"] else "")
 
 
 def temperature_line(
@@ -64,15 +64,18 @@ def temperature_line(
     """Wins and half the ties of the policy at each temperature: against the references where the
     data has any, else against the first baseline. None where there is neither.
     """
-    first: Report = next(iter(by_temperature.values()), {})
-    if policy in first.get("against_references", {}):
+    found = by_temperature.values()
+    if any(policy in each["against_references"] for each in found):
         key, place, whom = "against_references", policy, "the references"
-    elif rates := first.get("win_rates"):
-        key, place = "win_rates", next(iter(rates))
-        whom = name_of(place)
+    elif (other := next((name for each in found for name in each["win_rates"]), None)) is not None:
+        key, place, whom = "win_rates", other, name_of(other)
     else:
         return None
-    each = [f"{share(found[key][place]):.2f} at {t}" for t, found in by_temperature.items()]
+    each = [
+        f"{share(rates[key][place]):.2f} at {t}"
+        for t, rates in by_temperature.items()
+        if place in rates[key]  # else no prompt has all scores there
+    ]
     return f"by temperature {name_of(policy)} wins against {whom}: {', '.join(each)}"
 
 

@@ -212,7 +212,8 @@ class Endpoint:
         if unasked:
             raise RunError(
                 f"judge_max_cost={self._most:g} is spent after {self.counts['calls']} calls, and "
-                f"{unasked} are left; verdicts so far are kept: the same command with more goes on"
+                f"{unasked} are left; verdicts so far are kept: the same command goes on, for as "
+                "much again"
             )
         return [known.get(name) for name in names]
 

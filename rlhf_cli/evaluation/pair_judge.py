@@ -8,7 +8,7 @@ no tie.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -192,16 +192,18 @@ def judged_report(
         if name != ours
     }
     every = [pair for each in pairs.values() for pair in each]
-    if every and all(pair.log_odds is None for pair in every):
+    failed = sum(pair.log_odds is None for pair in every)
+    if every and failed == len(every):
         raise RunError(f"the judge has failed at all of {len(every)} pairs; see the lines above")
-    return {"win_rates": judged_wins(pairs, tie), **biases(every, tie)}, pairs
+    found = {"win_rates": judged_wins(pairs, tie), "failed": failed, **biases(every, tie)}
+    return found, pairs
 
 
 # --------------------------------------------------------------------------- is it any good?
 
 
 def agreement(
-    verdicts: Sequence[float], other: Sequence[float], clusters: Sequence[int]
+    verdicts: Sequence[float], other: Sequence[float], clusters: Sequence[Hashable]
 ) -> Figures:
     """How often a judge prefers the response that another one does, half where it has a tie.
 
@@ -249,10 +251,15 @@ def agreement_with_scores(
     return agreement(verdicts, other, places)
 
 
-def agreement_with_people(pairs: Sequence[Pair], tie: float) -> Figures:
-    """On rows in which people have chosen ours."""
-    said = [(each, pair.place) for pair in pairs if (each := verdict(pair, tie)) is not None]
-    found = agreement([each for each, _ in said], [1.0] * len(said), [place for _, place in said])
+def agreement_with_people(pairs: Sequence[Pair], prompts: Sequence[str], tie: float) -> Figures:
+    """On rows in which people have chosen ours.
+
+    Args: prompts, of each row; a ranking gives several rows of one.
+    """
+    said = [
+        (each, prompts[pair.place]) for pair in pairs if (each := verdict(pair, tie)) is not None
+    ]
+    found = agreement([each for each, _ in said], [1.0] * len(said), [prompt for _, prompt in said])
     return {**found, "failed": len(pairs) - len(said)}
 
 

@@ -66,6 +66,7 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     for what was asked for beside them.
     """
     name_of, results = partial(brief, cfg), report["policies"]
+    policy = judged_first(results)
 
     def place(path: str) -> int:
         return place_in_chain((read_manifest(path) or {}).get("stage"))
@@ -78,12 +79,12 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
         **{spec: partial(_estimate, results, f"scores/{spec}") for spec in cfg.scorers},
         kl: partial(_kl, results),
         "held-out loss": lambda path: results[path].get("text_loss"),
-        f"{name_of(str(Path(cfg.policy)))} wins": lambda path: won(report["win_rates"].get(path)),
+        f"{name_of(policy)} wins": lambda path: won(report["win_rates"].get(path)),
         "beats references": lambda path: won(report["against_references"].get(path)),
         "rating": lambda path: round(ratings[path]["rating"]) if path in ratings else None,
     }
-    beside = lines_beside(report, str(Path(cfg.policy)), name_of)
-    first = (str(Path(cfg.policy)), str(Path(cfg.reference or "")))
+    beside = lines_beside(report, policy, name_of)
+    first = (policy, str(Path(cfg.reference or "")))
     kept = sorted(results, key=lambda path: (path not in first, place(path)))
     kept = kept[: MOST - len(beside)]
     rows = [[cell(path) for cell in columns.values()] for path in sorted(kept, key=place)]
@@ -98,6 +99,11 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
     say(remarks(cfg, report, len(results) - len(rows), dropped))
     for line in beside:
         say(line)
+
+
+def judged_first(results: Results) -> str:
+    """The policy whose win rates are told; with samples=FILE the first that the file names."""
+    return next(iter(results))
 
 
 def _estimate(results: Results, name: str, path: str) -> str | None:
@@ -149,7 +155,7 @@ def remarks(cfg: EvaluateConfig, report: dict[str, Any], left: int, dropped: lis
 
 def verdict(cfg: EvaluateConfig, results: Results) -> str:
     """What an evaluation says, in a sentence: the policy, what it gained, and who is the best."""
-    name_of, policy = partial(brief, cfg), str(Path(cfg.policy))
+    name_of, policy = partial(brief, cfg), judged_first(results)
     reference = str(Path(cfg.reference)) if cfg.reference else None
     ours = results[policy]
     judge = "gold" if ours.get("gold") else "reward"

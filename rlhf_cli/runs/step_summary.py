@@ -17,7 +17,7 @@ from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.runs.summary import NUMBERS, Metrics, Rows
 
 VARIABLE = "GITHUB_STEP_SUMMARY"
-JUDGED = ("gold", "reward", "kl")  # estimates of a policy
+JUDGED = ("gold", "reward", "kl")  # estimates of a policy; the KL last
 POINTS = 24  # of a course
 MARKUP = re.compile(r"([\\`*_\[\]<>#|~])")
 
@@ -72,11 +72,16 @@ def _policies(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
     """The policies of an evaluation, with their estimates."""
     body = []
     for path, figures in metrics["policies"].items():
-        estimates = [figures.get(name) for name in JUDGED]
-        cells = [with_error(e["mean"], e.get("stderr")) if e else "" for e in estimates]
+        cells = [_estimate(figures.get(name)) for name in JUDGED]
+        if not figures.get("kl") and (bound := _estimate(figures.get("kl_bound"))):
+            cells[-1] = f"at most {bound}"  # of the best of several
         rating = finite(metrics.get("ratings", {}).get(path, {}).get("rating"))
         body.append([escaped(path), *cells, "" if rating is None else f"{rating:.0f}"])
     return ["policy", *JUDGED, "rating"], body
+
+
+def _estimate(figure: Metrics | None) -> str:
+    return with_error(figure["mean"], figure.get("stderr")) if figure else ""
 
 
 def escaped(text: str) -> str:

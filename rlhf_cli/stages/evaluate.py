@@ -179,7 +179,7 @@ def asked_of_people(judge: PairJudge, session: Session, cfg: EvaluateConfig) -> 
         [[Text(reply_text(reply), 0)] for reply in replies]
         for replies in ([row.chosen for row in rows], [row.rejected for row in rows])
     ]
-    return agreement_with_people(judged_pairs(judge, prompts, *sides), cfg.judge_tie)
+    return agreement_with_people(judged_pairs(judge, prompts, *sides), prompts, cfg.judge_tie)
 
 
 def figures_by(bench: Bench, sampled: Sampled) -> Figures:

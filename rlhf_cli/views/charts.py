@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 MOST_POINTS = 200  # of a curve; more are drawn as means of neighbours, with their span
 ALL_POINTS = 600  # of all curves of a panel
 MOST_CURVES = 8  # in a panel, as many as there are colours
-MOST_SAMPLES = 200_000  # lines of samples.jsonl that are read for a histogram
 EVAL = "eval/"
 ERRORS = ("_stderr", "_low", "_high")
 TERMS = "reward/*/mean"
@@ -213,7 +211,7 @@ def rewards_in_training(record: Record, name: str) -> Figure | None:
     """Rewards of the samples that a run kept of its first and of its last tenth of steps."""
     rows = [
         (row["step"], row["reward"])
-        for row in islice(record.samples(), MOST_SAMPLES)
+        for row in record.samples()
         if is_number(row.get("step")) and is_number(row.get("reward"))
     ]
     steps = sorted({step for step, _ in rows})
@@ -232,8 +230,10 @@ def rewards_in_training(record: Record, name: str) -> Figure | None:
 def rewards_by_policy(record: Record, names: Callable[[str], str]) -> list[Figure]:
     """Rewards and gold of each policy beside those of the reference, as an evaluation has them."""
     reference, temperature = record.report.get("reference"), record.report.get("temperature")
+    # as policies are named
+    reference = str(Path(reference)) if isinstance(reference, str) else None
     scores: dict[str, dict[str, list[float]]] = {judge: {} for judge in JUDGES}
-    for row in islice(record.samples(), MOST_SAMPLES):
+    for row in record.samples():
         if row.get("temperature", temperature) == temperature and isinstance(
             row.get("policy"), str
         ):
@@ -242,7 +242,7 @@ def rewards_by_policy(record: Record, names: Callable[[str], str]) -> list[Figur
                     scores[judge].setdefault(row["policy"], []).append(row[judge])
     figures = []
     for judge, by_policy in scores.items():
-        before = by_policy.pop(reference, None) if isinstance(reference, str) else None
+        before = by_policy.pop(reference, None) if reference is not None else None
         for policy, after in by_policy.items():
             values = {f"before: {names(str(reference))}": before} if before else {}
             values[f"after: {names(policy)}"] = after

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.secrets import redacted
+from rlhf_cli.config.secrets import redacted_within
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.terminal import on_one_line
 from rlhf_cli.views.chat_screen import Answer, Shown
@@ -62,7 +62,7 @@ class Chat:
 
     def take(self, line: str) -> bool:
         """Answer a message, or obey a command; False where that ends the dialogue."""
-        name, _, rest = line.strip().partition(" ")
+        name, _, rest = line.rstrip().partition(" ")
         if name == "/bye":
             return False
         obey = {
@@ -75,7 +75,7 @@ class Chat:
             "/help": self._help,
         }.get(name)
         try:
-            if obey is not None and line.startswith("/"):
+            if obey is not None:
                 obey(rest.strip())
             elif line.startswith("/"):
                 say(f"no command {name}; /help names them; a blank before / makes it a message")
@@ -83,6 +83,8 @@ class Chat:
                 self._answer(line.strip())
         except UserError as error:
             say(str(error))
+        except KeyboardInterrupt:  # outside of what a policy writes, as where answers are scored
+            say("interrupted: nothing is added")
         return True
 
     def _answer(self, message: str) -> None:
@@ -146,11 +148,12 @@ class Chat:
         if not name:
             raise UserError("/save takes a file")
         lines = [
-            json.dumps(self._row(place), ensure_ascii=False) for place in range(len(self._voices))
+            json.dumps(redacted_within(self._row(place)), ensure_ascii=False)
+            for place in range(len(self._voices))
         ]
         try:
             with Path(name).open("x", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(f"{redacted(line)}\n" for line in lines)
+                file.writelines(f"{line}\n" for line in lines)
         except FileExistsError:
             raise UserError(f"{name} exists; name another file") from None
         except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
-from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
@@ -40,12 +39,7 @@ class Shown:
     def __enter__(self) -> "Shown":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """All answers are there, or one of them failed."""
 
     def begin(self, message: str, name: str) -> None:
@@ -86,15 +80,10 @@ class Beside(Shown):
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         assert self._live is not None
         self._live.stop()
-        if kind is None:
+        if error[0] is None:
             self._console.print(self._table(None))
 
     def begin(self, message: str, name: str) -> None:

@@ -14,7 +14,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from rlhf_cli.config.secrets import redacted
+from rlhf_cli.config.secrets import redacted, redacted_within
 from rlhf_cli.reporting.plots import DARK, LIGHT
 from rlhf_cli.reporting.terminal import on_one_line
 
@@ -111,7 +111,7 @@ def section(each: Section) -> str:
 
 def as_json(data: Mapping[str, Any]) -> str:
     """JSON that no HTML is seen in, whatever texts it holds; halves of characters are escaped."""
-    text = redacted(json.dumps(data, separators=(",", ":"), allow_nan=False))
+    text = json.dumps(redacted_within(data), separators=(",", ":"), allow_nan=False)
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 

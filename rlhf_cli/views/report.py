@@ -224,6 +224,9 @@ ESTIMATES = {
 """Figures of a policy, by what they are called in the table."""
 
 
+COUNTS = {"prompts": "prompts", "samples": "samples of each"}
+
+
 def policies(runs: Runs) -> str:
     """A table of the figures of each policy."""
     return each_evaluation(runs, _policies)
@@ -235,8 +238,8 @@ def _policies(report: dict[str, Any], name_of: Callable[[str], str]) -> str:
     ratings = report.get("ratings") or {}
     order = sorted(found, key=lambda path: -(ratings.get(path) or {}).get("rating", 0.0))
     rows = [[said(name_of(path)), *(estimate(found[path], key) for key in used)] for path in order]
-    facts = [f"{report.get('prompts')} prompts", f"{report.get('samples')} samples of each"]
-    facts += [f"temperature {report.get('temperature')}"]
+    facts = [f"{said(report.get(key))} {of}" for key, of in COUNTS.items()]
+    facts += [f"temperature {said(report.get('temperature'))}"]
     facts += [f"{key} {said(report[key])}" for key in ("reward", "gold") if report.get(key)]
     if report.get("reference"):
         facts.append(f"KL and gain to {said(name_of(report['reference']))}")
@@ -280,12 +283,9 @@ def win_rates(runs: Runs) -> str:
         ]
         title = f"of the first policy against others, as {said(judge.get('judge'))} judges"
         beside += table(["against", *heads[1:]], rows, title) if rows else ""
-        return (
-            runs.drawn([*figures, *charts.temperature_figures(report, name_of)])
-            + beside
-            + '<p class="note">Scores of the same prompts are compared; intervals are 95%, '
-            "clustered by prompt.</p>"
-        )
+        drawn = runs.drawn([*figures, *charts.temperature_figures(report, name_of)]) + beside
+        note = "Scores of the same prompts are compared; intervals are 95%, clustered by prompt."
+        return drawn and f'{drawn}<p class="note">{note}</p>'
 
     return each_evaluation(runs, body)
 
@@ -321,7 +321,7 @@ def ratings(runs: Runs) -> str:
             f"Bradley-Terry on Elo's scale, {said(name_of(report['anchor']))} at 0; bars are 95%."
         )
         if alike:
-            note += f" Not separable at {report.get('prompts')} prompts: {alike}."
+            note += f" Not separable at {said(report.get('prompts'))} prompts: {alike}."
         return f'{drawn}<p class="note">{note}</p>'
 
     return each_evaluation(runs, body)

@@ -5,7 +5,8 @@ Every text is handed on as text. What is left out, for the size of the page, is 
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -20,8 +21,9 @@ ROOM = 6_000_000  # bytes of JSON, of all sets together
 PROMPTS = 1000  # of a set, before it is fitted into its room
 SAMPLES = 8  # responses of a source to a prompt
 OF_A_STEP = 32  # responses of a step of training
+MOST_TOKENS = 300_000  # of a run's training, the last ones: ROOM has no space for as many
 CHARACTERS = 20_000  # of a text; of a longer one both ends are shown
-DIGITS = 3  # of what colours a token
+DIGITS, TOKEN_DIGITS = 6, 3  # of scores, which are compared, and of what colours a token
 
 Answer = dict[str, Any]
 
@@ -146,7 +148,7 @@ def in_training(records: Sequence[Record]) -> Shelf:
         if record.node.stage not in ("ppo", "grpo"):
             continue
         steps: dict[Any, list[dict[str, Any]]] = {}
-        for line in lines_of(record):
+        for line in with_last_tokens(lines_of(record)):
             own = steps.setdefault(number(line.get("step")), [])
             if len(own) < OF_A_STEP:
                 own.append(line)
@@ -158,6 +160,24 @@ def in_training(records: Sequence[Record]) -> Shelf:
             for line in own:
                 shelf.add(source, line, OF_A_STEP)
     return shelf
+
+
+def with_last_tokens(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same lines; what earlier ones say of tokens is taken from them, once there is too much
+    of that to be held.
+    """
+    told: deque[dict[str, Any]] = deque()
+    count = 0
+    for line in lines:
+        if isinstance(line.get(TOKENS), list):
+            told.append(line)
+            count += len(line[TOKENS])
+        while count > MOST_TOKENS and len(told) > 1:
+            count -= len(told[0][TOKENS])
+            for name in (TOKENS, *TOKEN_VALUES):
+                told[0].pop(name, None)
+            told.popleft()
+        yield line
 
 
 def generated(records: Sequence[Record]) -> Shelf:
@@ -203,15 +223,15 @@ def values_of(line: Mapping[str, Any], count: int) -> Iterator[tuple[str, list[f
     for name in TOKEN_VALUES:
         values = line.get(name)
         if isinstance(values, list) and len(values) == count:
-            yield name, [number(value) for value in values]
+            yield name, [number(value, TOKEN_DIGITS) for value in values]
 
 
-def number(value: Any) -> float | int | None:
-    """A finite number in few digits; None for all else."""
+def number(value: Any, digits: int = DIGITS) -> float | int | None:
+    """A finite number in so many digits; None for all else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.{DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     return None
 
 

@@ -171,6 +171,11 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
+def absolute(folder: Path) -> str:
+    """A folder by one name, however it was given."""
+    return os.path.abspath(folder)
+
+
 def typed(folder: Path) -> str | None:
     """The command that began a run, as config.yaml has it."""
     with suppress(OSError, ValueError), (folder / CONFIG).open(encoding="utf-8") as stream:
@@ -189,11 +194,12 @@ class Watch:
 
     def look(self) -> None:
         """Read what is new. What has ended is read no more."""
-        known = {run.folder for run in self.runs}
+        known = {absolute(run.folder) for run in self.runs}
         for run in self.runs:
             if not run.has_ended or not run.folder.is_dir():
                 run.look()
-        self.runs += [Watched(each) for each in runs_in(self._folders) if each not in known]
+        found = {absolute(each): each for each in runs_in(self._folders)}
+        self.runs += [Watched(each) for place, each in found.items() if place not in known]
         self.runs.sort(key=lambda run: (place_in_chain(run.node.stage), str(run.folder)))
 
     @property
@@ -221,12 +227,13 @@ class Watch:
             first = sorted(runs, key=lambda run: (run.goes_on, run.heard), reverse=True)
             kept = first[: max(room - 3, 0)]
             runs = [run for run in runs if run in kept]
-        top = os.path.commonpath([str(run.folder.parent) for run in self.runs])
+        top = os.path.commonpath([os.path.dirname(absolute(run.folder)) for run in self.runs])
         heads = ["run", "stage", "state", "done", "left", "figure"]
         rows = [run.row(os.path.relpath(run.folder, top)) for run in runs]
         table = laid_out(heads, rows, max(width, 10_000))
         lines = [Text(clipped(line, width, plain)) for line in table]
         if left := len(self.runs) - len(runs):
             lines.append(Text(f"and {left} more", style="dim"))
-        title = clipped(f"{len(self.runs)} runs in {top}", width, plain)
+        shown = min(top, os.path.relpath(top), key=len)
+        title = clipped(f"{len(self.runs)} runs in {shown}", width, plain)
         return [Text(title, style="bold"), *lines][:room]

@@ -29,7 +29,7 @@ def report_of(names: list[str]) -> dict[str, Any]:
     policy, *others = names[1], names[0], *names[2:]
     wins = {name: rate(0.5) for name in others}
     return {
-        "policies": dict.fromkeys(names, figures),
+        "policies": dict.fromkeys([policy, *others], figures),
         "win_rates": wins,
         "against_references": {name: rate(0.6) for name in names},
         "ratings": {name: {"rating": 12.4, "not_separable": []} for name in names},
@@ -42,6 +42,7 @@ def report_of(names: list[str]) -> dict[str, Any]:
         "judge": {
             "judge": "http://x",
             "win_rates": wins,
+            "failed": 12,
             "consistency": {"mean": 0.5},
             "agreement": {"gold": None, "people": {"mean": 0.7, "pairs": 40}},
         },
@@ -61,6 +62,12 @@ def test_each_thing_is_a_line() -> None:
     )
     assert judge.endswith("it agrees with people on 0.70 of 40 pairs; 12 pairs without a verdict")
     assert temperature == "by temperature ppo wins against the references: 0.75 at 0, 0.75 at 1"
+    report["judge"] |= {"win_rates": {}, "failed": 0, "consistency": None, "agreement": {}}
+    _, judge, _ = lines_beside(report, NAMES[1], lambda path: Path(path).name)
+    assert judge == "http://x as judge: ppo stands against nobody"
+    report["by_temperature"]["0"]["against_references"] = {}  # nothing has all scores there
+    *_, temperature = lines_beside(report, NAMES[1], lambda path: Path(path).name)
+    assert temperature == "by temperature ppo wins against the references: 0.75 at 1"
     for each in report["by_temperature"].values():
         each["against_references"] = {}
     *_, temperature = lines_beside(report, NAMES[1], lambda path: Path(path).name)
@@ -86,7 +93,7 @@ def test_it_is_a_dozen_lines_at_most_whatever_was_asked(
     assert all(len(line) <= columns for line in table), table
     assert table[0].split()[0] == "policy" and ("held-out" in table[0]) == (columns == 120)
     assert [line.split()[0] for line in table[1:]] == [
-        "sft",
         "ppo",
+        "sft",
     ]  # the judged one, the reference
     assert ("in report.json" in said[-4]) and ("5 more policies" in said[-4]) == (names == NAMES)

@@ -96,6 +96,22 @@ def test_samples_of_a_file_are_judged_as_those_of_the_policies_were(tmp_path: Pa
         evaluated(tmp_path / "no", *words, "choices=x")
 
 
+def test_a_file_may_name_whom_it_likes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`policy` gives the tokenizer alone: the first that the file names meets the other."""
+    lines = [
+        {"policy": name, "prompt": f"Greet {i}", "response": "ab"[: end + 1], "gold": 9}
+        for end, name in enumerate(("gpt", "runs/demo/sft"))
+        for i in range(3)
+    ]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = evaluated(tmp_path / "out", f"samples={file}", "baselines=[]")
+    assert list(report["policies"]) == ["gpt", "runs/demo/sft"]
+    assert list(report["win_rates"]) == ["runs/demo/sft"]
+    said = capsys.readouterr().err
+    assert "gpt wins" in said and "sft wins" not in said and "gold of gpt is 1.00" in said
+
+
 def test_a_policy_that_is_shown_demonstrations(tmp_path: Path) -> None:
     words = ["baselines=[]", "prompted=runs/demo/adapter", "algo.prompts=3"]
     report = evaluated(tmp_path / "out", *words, "few_shot=1", "data.max_response_tokens=7")

@@ -272,19 +272,34 @@ def test_several_responses_to_a_prompt_are_read_and_count_as_one_prompt() -> Non
         assert doubled[each] == pytest.approx(once[each]), each
 
 
+def test_an_opponent_without_any_verdict_is_no_less_told_of() -> None:
+    class Mute(Reader):
+        def log_odds(self, asks: Any) -> list[float | None]:
+            return [None if "mute" in (ask.first, ask.second) else 1.0 for ask in asks]
+
+    texts = {name: [[Text(name, 1)]] * 2 for name in ("ours", "theirs", "mute")}
+    found, _ = judged_report(Mute(), PROMPTS[:2], texts, "ours", 0.5)
+    assert list(found["win_rates"]) == ["theirs"] and found["failed"] == 2
+
+
 def test_agreement_with_people_and_with_another_scorer() -> None:
     """Of four pairs the judge finds two right, one wrong, and has one tie: (2 + 1/2) / 4."""
     ours = [[Text(text, 1)] for text in ("good", "good", "bad", "bad")]
     theirs = [[Text(text, 1)] for text in ("bad", "bad", "good", "bad")]
     pairs = judged_pairs(Reader(), PROMPTS[:4], ours, theirs)
-    found = agreement_with_people(pairs, 0.5)
+    found = agreement_with_people(pairs, PROMPTS[:4], 0.5)
     assert (found["mean"], found["pairs"], found["tied"], found["failed"]) == (0.625, 4, 0.25, 0)
     assert found["low"] < 0.5 < found["high"]
     scores = {"theirs": torch.tensor([[0.0], [1.0], [math.nan], [0.0]])}
     agrees = agreement_with_scores({"theirs": pairs}, torch.ones(4, 1), scores, 0.5)
     # of the first (agreed) and the last (the judge has a tie); the second ties, the third is none
     assert (agrees["mean"], agrees["pairs"], agrees["tied"]) == (0.75, 2, 0.5)
-    assert agreement_with_people([], 0.5) == {"pairs": 0, "tied": None, "failed": 0}
+    twice = judged_pairs(Reader(), PROMPTS[:4] * 2, ours * 2, theirs * 2)
+    again = agreement_with_people(twice, PROMPTS[:4] * 2, 0.5)  # as pairs of a ranking share theirs
+    assert again["pairs"] == 8
+    for each in ("mean", "stderr"):
+        assert again[each] == pytest.approx(found[each]), each
+    assert agreement_with_people([], [], 0.5) == {"pairs": 0, "tied": None, "failed": 0}
 
 
 def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
@@ -298,8 +313,12 @@ def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
         report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
     asked = len(server.asked)
     assert asked in (5, 6)  # the fifth goes beyond it, one more may be under way
+    with pytest.raises(RunError, match="the same command goes on, for as much again"):
+        report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
+    again = len(server.asked)
+    assert asked + 5 <= again <= asked + 6  # each start counts from 0
     _, counts = report(config(server.url, tmp_path, *words, "judge_max_cost=1"))
-    assert counts["cached"] == asked and len(server.asked) == 16
+    assert counts["cached"] == again and len(server.asked) == 16
 
 
 @pytest.mark.parametrize(

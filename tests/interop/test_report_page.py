@@ -264,3 +264,30 @@ def test_texts_are_texts(browser: "Browser", tmp_path: Path) -> None:
             page.get_by_label("Search").fill("<IMG SRC")
             page.locator("#samples .status", has_text="1 of 6 prompts").wait_for()
             assert page.evaluate("[...CSS.highlights.get('found')][0].toString()") == "<img src"
+
+
+def test_a_response_is_numbered_by_those_of_its_step(browser: "Browser", tmp_path: Path) -> None:
+    """The third of three, then a step with two."""
+    runs = [
+        record(
+            tmp_path / name,
+            "ppo",
+            [
+                {"step": step, "prompt": "p", "response": f"{step} {i}"}
+                for step in (1, 2)
+                for i in range(4 - step)
+            ],
+        )
+        for name in ("one", "other")
+    ]
+    file = tmp_path / "page.html"
+    data = {"charts": {}, "theme": {}, "samples": samples_of(runs)}
+    file.write_text(page("t", [Section("samples", "Samples")], data, ""), encoding="utf-8")
+    with opened(browser, file) as shown:
+        label = shown.locator("#samples .stepper span")
+        shown.get_by_label("Step", exact=True).select_option("1")
+        shown.get_by_label("previous response").click()
+        assert label.inner_text() == "response 3 of 3"
+        shown.get_by_label("Step", exact=True).select_option("2")
+        assert label.inner_text() == "response 1 of 2"
+        assert shown.locator("#samples .answer .text").all_inner_texts() == ["2 0", "2 0"]

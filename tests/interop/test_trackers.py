@@ -53,6 +53,21 @@ def test_tensorboard() -> None:
     assert b"    response: <b>Hi\n" in shown["samples"]
 
 
+def test_tensorboard_forgets_nothing_of_a_run_that_had_only_its_end_to_do() -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    before = begun("tensorboard")
+    hear(before, 1, 2, 3)
+    before.leave()
+    assert before._outlets[0].ended(120)
+    begun("tensorboard", resumed=True).finish({"reward": 0.5})
+    events = EventAccumulator("runs/demo/ppo")
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("final/reward")] == [0.5]
+
+
 def test_wandb() -> None:
     interrupted_and_resumed("wandb")
     found = [list(records(file)) for file in sorted(Path("wandb").glob("offline-run-*/*.wandb"))]

@@ -32,7 +32,10 @@ def test_an_evaluation_has_its_policies() -> None:
     metrics = {
         "policies": {
             "a": {"gold": {"mean": 2.5, "stderr": 0.25}, "kl": None},
-            "b": {"reward": {"mean": 1.0, "stderr": None}},
+            "b": {
+                "reward": {"mean": 1.0, "stderr": None},
+                "kl_bound": {"mean": 2.5, "stderr": 0.25},
+            },
         },
         "ratings": {"a": {"rating": 12.3}},
     }
@@ -40,7 +43,7 @@ def test_an_evaluation_has_its_policies() -> None:
         "| policy | gold | reward | kl | rating |",
         "| --- | --- | --- | --- | --- |",
         "| a | 2.50 ± 0.25 |  |  | 12 |",
-        "| b |  | 1 |  |  |",
+        "| b |  | 1 | at most 2.50 ± 0.25 |  |",
     ]
 
 

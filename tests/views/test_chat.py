@@ -54,7 +54,7 @@ class Read:
 def test_messages_and_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     voices = [Echo("a"), Echo("b")]
     chat = Chat(voices, Shown(several=True), 1.0)
-    for line in ("x", " /y", "/undo", "/again", "/temperature 0.5", "/system S", "z", ""):
+    for line in ("x", " /bye", "/undo", "/again", "/temperature 0.5", "/system S", "z", ""):
         assert chat.take(line)
     out, said = capfd.readouterr()
     assert out.startswith("a: |x\n[reward 0.5, cut at its longest]\nb: |x\n")
@@ -62,7 +62,7 @@ def test_messages_and_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert [each.answers[1].text for each in chat.told] == ["|x", "S||x|z"]
     assert voices[0].temperatures == [1.0, 1.0, 1.0, 0.5]
     assert said.splitlines() == [
-        "taken back: /y",
+        "taken back: /bye",
         "temperature 0.5",
         "the system prompt is set",
     ]
@@ -84,6 +84,17 @@ def test_messages_and_commands(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ]
 
 
+def test_a_dialogue_is_saved_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", 'pass"word')
+    chat = Chat([Echo()], Shown(several=False), 1.0)
+    for line in ('is it pass"word?', f"/save {tmp_path}/rows.jsonl"):
+        assert chat.take(line)
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert row["messages"][0]["content"] == "is it [DB_PASSWORD]?"
+
+
 def test_what_no_longer_fits_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     chat = Chat([Echo()], Shown(several=False), 1.0)
     for line in ("1", "2", "3", "4", "5" * 21, "/again"):
@@ -95,16 +106,17 @@ def test_what_no_longer_fits_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_again_keeps_the_answers_that_there_were() -> None:
+@pytest.mark.parametrize("fault", [UserError("gone"), KeyboardInterrupt()])
+def test_again_keeps_the_answers_that_there_were(fault: BaseException) -> None:
     class Broken(Echo):
         def answers(self, known: Read, temperature: float, heard: Callable[[str], None]) -> Answer:
             if self.temperatures:
-                raise UserError("gone")
+                raise fault
             return super().answers(known, temperature, heard)
 
     chat = Chat([Broken()], Shown(several=False), 1.0)
     chat.take("x")
-    chat.take("/again")
+    assert chat.take("/again")
     assert [each.answers[0].text for each in chat.told] == ["|x"]
 
 
@@ -126,6 +138,13 @@ def test_columns_and_objects(
     found = [json.loads(line) for line in objects if line]
     assert [each["policy"] for each in found] == ["runs/a", "runs/b"]
     assert found[0]["response"] == text and found[0]["finish_reason"] == "eos"
+
+
+def test_a_job_of_a_sweep_is_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("sweep/lr=0.1_seed=1"), chat=True)
+    (policy,) = parse(["sweep/lr=0.1_seed=1", "seed=3"]).policies
+    assert config_of(policy, ["seed=3"]).policy == "sweep/lr=0.1_seed=1"
 
 
 def test_words() -> None:

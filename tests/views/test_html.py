@@ -4,6 +4,8 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from rlhf_cli.views.html import Section, as_json, hashed, page, script
 
 HOSTILE = "</script><script>alert(1)</script><!--<script>\u2028\ud800 &amp; <img src=x onerror=y>"
@@ -50,6 +52,14 @@ def test_the_policy_names_each_script_and_allows_no_request() -> None:
     _, *scripts = read.scripts
     assert re.findall(r"'(sha256-[^']+)'", policy) == [hashed(text) for text in scripts]
     assert "unsafe-eval" not in policy and "http" not in policy
+
+
+def test_a_secret_is_hidden_however_json_spells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", 'p\u00e4ss"word\\')
+    monkeypatch.setenv("PIN_TOKEN", "12345678")  # as digits of a number, which stays one
+    data = {"texts": ['a p\u00e4ss"word\\ b', "12345678"], "number": 0.12345678}
+    texts = ["a [DB_PASSWORD] b", "[PIN_TOKEN]"]
+    assert json.loads(as_json(data)) == {"texts": texts, "number": 0.12345678}
 
 
 def test_a_script_does_not_end_early() -> None:

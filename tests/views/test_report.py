@@ -146,7 +146,11 @@ def test_what_runs_hold_is_never_markup(tmp_path: Path) -> None:
     folder = made(tmp_path / name, "sft", metrics=rows)
     with (folder / "config.yaml").open("a") as stream:
         stream.write("name: '</pre><script>alert(1)</script>'\n")
-    read = Reader(report(runs_at([folder]), name))
+    judged = evaluation("a", "b") | dict.fromkeys(("prompts", "samples", "temperature"), name)
+    for each in judged["ratings"].values():
+        each["not_separable"] = ["a", "b"]
+    other = made(tmp_path / "e", "evaluate", report=judged)
+    read = Reader(report(runs_at([folder, other]), name))
     assert not {"img"} & {tag for tag, _ in read.tags}
     assert all("alert(1)" not in text for text in read.scripts[1:])
 
@@ -163,6 +167,28 @@ def test_a_report_is_written_beside_its_runs_and_over_no_other_file(
     with pytest.raises(UserError, match="is there and no report"):
         run([str(chain)])
     assert (chain / "report.html").read_text() == "mine"
+
+
+def test_pictures_go_into_no_run_and_need_a_folder(chain: Path) -> None:
+    for out, line in (("ppo0.html", "would go into the run"), ("page", "give out= a name as")):
+        with pytest.raises(UserError, match=line):
+            run([str(chain), f"out={chain}/{out}", "pictures=svg"])
+        assert not (chain / out).exists()
+
+
+def test_a_policy_alone_has_no_win_rates(chain: Path) -> None:
+    found = {**evaluation("a"), "against_references": {}, "by_temperature": {}}
+    (chain / "evaluate" / "report.json").write_text(json.dumps(found))
+    names = [each.name for each in sections_of(runs_at([chain]))]
+    assert "policies" in names and "wins" not in names
+
+
+def test_the_reference_is_known_however_it_was_written(chain: Path) -> None:
+    found = evaluation(*(str(chain / name) for name in ("ppo0", "sft")))
+    found["reference"] += "/"
+    (chain / "evaluate" / "report.json").write_text(json.dumps(found))
+    rows = rows_of(figures_of(runs_at([chain]))["gold-ppo0.0"])
+    assert {row["name"] for row in rows} == {"before: sft", "after: ppo0"}
 
 
 @pytest.mark.parametrize(

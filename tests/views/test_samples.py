@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rlhf_cli.runs.lineage import Node
+from rlhf_cli.views import samples
 from rlhf_cli.views.records import Record
 from rlhf_cli.views.samples import CHARACTERS, OF_A_STEP, samples_of
 
@@ -22,7 +25,13 @@ def record(folder: Path, stage: str, lines: Iterable[Any], **config: Any) -> Rec
 def test_policies_side_by_side_by_prompt(tmp_path: Path) -> None:
     lines = [
         {"policy": policy, "temperature": 1.0, "prompt": prompt, "response": f"{policy} {prompt}"}
-        | {"reward": reward, "gold": None, "sample": 0, "tokens": ["a"], "kls": [0.123456]}
+        | {
+            "reward": reward / 100 - 12.34,
+            "gold": None,
+            "sample": 0,
+            "tokens": ["a"],
+            "kls": [0.123456],
+        }
         for reward, policy in enumerate(["runs/demo/ppo", "runs/demo/sft"])
         for prompt in ("one", "two")
     ]
@@ -34,7 +43,9 @@ def test_policies_side_by_side_by_prompt(tmp_path: Path) -> None:
     assert first["reference"] == 1 and first["left_out"] == 0 and "reference" not in second
     assert [entry["prompt"] for entry in first["prompts"]] == [[{"text": "one"}], [{"text": "two"}]]
     answer = first["prompts"][0]["answers"][1][0]
-    assert answer == {"text": "runs/demo/sft one", "reward": 1, "tokens": ["a"], "kls": [0.123]}
+    # scores are compared, and may differ by little of what they are
+    told = {"text": "runs/demo/sft one", "reward": -12.33, "tokens": ["a"], "kls": [0.123]}
+    assert answer == told
 
 
 def test_the_last_steps_of_all_runs_come_first(tmp_path: Path) -> None:
@@ -56,6 +67,20 @@ def test_the_last_steps_of_all_runs_come_first(tmp_path: Path) -> None:
     assert 0.3 * size < len(json.dumps(less)) < 0.6 * size
     assert less["prompts"][0] == shelf["prompts"][0]
     assert less["left_out"] == 5 + answers(shelf) - answers(less)
+
+
+def test_of_a_long_training_the_last_tokens_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "MOST_TOKENS", 20)
+    lines = [
+        {"step": step, "prompt": f"p{step}", "response": "ab", "tokens": ["a", "b"], "kls": [1, 2]}
+        for step in range(100)
+    ]
+    (shelf,) = samples_of([record(tmp_path / "ppo", "ppo", lines)])
+    shown = [entry["answers"][0][0] for entry in shelf["prompts"]]
+    assert [each["step"] for each in shown if "kls" in each] == list(range(99, 89, -1))
+    assert len(shown) == 100 and all(each["text"] == "ab" for each in shown)
 
 
 def answers(shelf: dict[str, Any]) -> int:

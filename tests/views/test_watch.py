@@ -149,6 +149,23 @@ def test_finished_runs_are_listed_in_the_order_of_the_chain(
     assert out.startswith("runs/demo/sft, sft: finished in 1:03\neval/loss 0.5\n")
 
 
+def test_a_run_that_is_named_twice_or_from_elsewhere_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        folder = a_run(tmp_path / "runs" / name)
+        said = {"stage": "ppo", "kind": "policy", "complete": True}
+        (folder / "stage.json").write_text(json.dumps(said))
+    monkeypatch.chdir(tmp_path)
+    for words in (["runs", "runs/a"], [f"{tmp_path}/runs/a", "runs/b", "runs/../runs/a"]):
+        command.run(words)
+        title, _, *rows = capsys.readouterr().out.splitlines()
+        assert title == "2 runs in runs" and [row.split()[0] for row in rows] == ["a", "b"]
+    monkeypatch.chdir(tmp_path / "runs")
+    command.run(["a", "b"])
+    assert capsys.readouterr().out.startswith("2 runs in .\n")
+
+
 def test_a_list_fits_and_keeps_those_that_go_on(tmp_path: Path) -> None:
     for i in range(30):
         a_run(tmp_path / f"seed={i}", age=10 if i == 17 else 3600 + i)

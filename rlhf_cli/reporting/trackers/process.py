@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO, Any
 
-from rlhf_cli.config.secrets import redacted, take
+from rlhf_cli.config.secrets import redacted, redacted_within, take
 from rlhf_cli.reporting.trackers.about import FINAL, About, Sample, Tracker, numbers
 
 LAST = 60  # seconds that it has for the end, once nobody waits for it any more
@@ -60,7 +60,7 @@ def feed(tracker: Tracker, messages: Iterator[dict[str, Any]], told: IO[str]) ->
             samples = []
         step = message["step"]
         if "sample" in message:
-            samples.append([cleaned(value) for value in message["sample"]])
+            samples.append(redacted_within(message["sample"]))
             continue
         figures = numbers(message["figures"])
         del figures["step"]
@@ -96,17 +96,7 @@ def cleaned_run(about: About) -> About:
     """What is told of a run, without the values of secret variables; its folder lies where it
     does.
     """
-    told = {name: cleaned(value) for name, value in vars(about).items()}
-    return About(**{**told, "out": about.out})
-
-
-def cleaned(value: Any) -> Any:
-    """A value without those of secret variables."""
-    if isinstance(value, str):
-        return redacted(value)
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(each) for key, each in value.items()}
-    return [cleaned(each) for each in value] if isinstance(value, list) else value
+    return About(**{**redacted_within(vars(about)), "out": about.out})
 
 
 @lru_cache(maxsize=4096)

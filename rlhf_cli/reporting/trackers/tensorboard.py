@@ -34,6 +34,9 @@ class TensorBoard:
             restart = SessionLog(status=SessionLog.START)
             self._add(Event(session_log=restart), step)
         self._last = step
+        self._scalars(step, figures)
+
+    def _scalars(self, step: int, figures: Mapping[str, float]) -> None:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._add(Event(summary=Summary(value=values)), step)
 
@@ -47,9 +50,11 @@ class TensorBoard:
         self._text(SAMPLES, step, "\n".join(blocks))
 
     def end(self, figures: Mapping[str, float] | None) -> None:
-        """Scalars at the last step."""
+        """Scalars at the last step; of a run that had only its end to do, at 0: nothing of what it
+        did before is forgotten.
+        """
         if figures:
-            self.log(self._last or 0, figures)
+            self._scalars(self._last or 0, figures)
         self._writer.close()
 
     def _text(self, tag: str, step: int, text: str) -> None:

@@ -361,7 +361,7 @@
         mark(this.list, folded(this.find.trim()));
       };
       const say = () => {
-        label.textContent = `response ${(this.shownOf.get(card.entry) ?? 0) + 1} of ${most}`;
+        label.textContent = `response ${((this.shownOf.get(card.entry) ?? 0) % most) + 1} of ${most}`;
       };
       say();
       return element(
