@@ -122,7 +122,8 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
-    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in RECORDS):
+    records = (*RECORDS, TASKS)  # tasks stand for themselves: what was labelled of them is not lost
+    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in records):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
@@ -332,9 +333,10 @@ def what_is_kept(out: Path) -> str | None:
     """In words what an unfinished run goes on from; None where there is nothing."""
     if (step := newest_step(out)) is not None:
         return f"step {step}"
-    with suppress(OSError), (out / KEPT).open("rb") as stream:
-        if count := sum(1 for _ in stream):
-            return f"{count} samples"
+    for file, what in ((out / TASKS, "tasks"), (out / KEPT, "samples")):
+        with suppress(OSError), file.open("rb") as stream:
+            if count := sum(1 for _ in stream):
+                return f"{count} {what}"
     return None
 
 

@@ -106,6 +106,7 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
 
     session = begin(cfg, plan)
     assert session is not None  # it is not finished
+    session.trackers = None  # they are told by the session that seals: it has the figures
     samples = given_samples(session) if cfg.samples else sampled(session)
     most = cfg.algo.responses if cfg.algo.protocol == "rank" else 2
     tasks, dropped = tasks_of(samples, cfg.algo.protocol, most, derived_seed(cfg.seed, "label"))
