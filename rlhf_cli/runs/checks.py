@@ -390,7 +390,7 @@ def arithmetic(cfg: Run) -> list[str]:
         most = "" if algo.max_steps is None else f", {algo.max_steps} updates at most"
         return [f"{times} in batches of {algo.batch_size} {rows}{most}"]
     if (given := getattr(cfg, "samples", None)) is not None:
-        return [f"responses: those of samples={given}"]
+        return [f"responses: those of samples={given}; keys of sampling are not read"]
     prompts = "all" if algo.prompts is None else algo.prompts
     return [f"{prompts} prompts x {algo.samples} responses"]
 
