@@ -51,10 +51,11 @@ HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
+TASKS = "tasks.jsonl"  # what label asks, once it is sampled
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
+BEGUN = (*RECORDS, TASKS)  # tasks do without a record: what was labelled of them is not lost
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
-TASKS = "tasks.jsonl"  # what label asks, once it is sampled
 BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
 TRACKED = f"{CHECKPOINTS}/tracked"  # by which trackers know an unfinished run again
 ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log
@@ -122,8 +123,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
-    records = (*RECORDS, TASKS)  # tasks stand for themselves: what was labelled of them is not lost
-    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in records):
+    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in BEGUN):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
