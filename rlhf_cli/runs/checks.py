@@ -48,7 +48,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
-from rlhf_cli.runs.out_folder import TASKS, is_claimed
+from rlhf_cli.runs.out_folder import LABELS, TASKS, is_claimed
 from rlhf_cli.runs.provenance import baselines_of, named_models, own_loss
 
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
@@ -85,7 +85,7 @@ def check_data(cfg: Run) -> None:
         if not is_local(value):  # the hub tells what it has once it is asked
             continue
         for place in value if isinstance(value, list) else [value]:
-            _check_sealed(f"data.{key}", place)
+            _check_labelled(f"data.{key}", place)
         try:
             found = find(value)
             for file in found.train + found.held_out:
@@ -96,20 +96,24 @@ def check_data(cfg: Run) -> None:
         check_sources(sources_of(data))
 
 
-def _check_sealed(key: str, place: str) -> None:
-    """Rows are not those of a label folder that has none yet.
+def _check_labelled(key: str, place: str) -> None:
+    """What is named of a label folder are its rows, once it has them.
 
     Raises:
-        UserError: they are; how it comes to rows.
+        UserError: it is the folder itself, with its tasks and events, or it has no rows yet.
     """
     whole = Path(place).expanduser()
     folder = whole if whole.is_dir() else whole.parent
-    begun = (folder / TASKS).is_file() and is_claimed(folder)
-    if begun and read_manifest(folder) is None and (whole == folder or not whole.exists()):
+    if not (folder / TASKS).is_file() or not is_claimed(folder):
+        return
+    if read_manifest(folder) is None and (whole == folder or not whole.exists()):
         raise UserError(
             f"{key}={place}: {folder} is labelled still; the command that began it goes on, and "
             "accept_partial=true seals what is there"
         )
+    if whole == folder:
+        rows = [str(folder / name) for name in LABELS if (folder / name).is_file()]
+        raise UserError(f"{key}={place} is a label folder: name its rows, {' or '.join(rows)}")
 
 
 def is_hub_id(value: str) -> bool:

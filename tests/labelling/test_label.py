@@ -210,6 +210,8 @@ def test_what_is_being_labelled_is_named_as_that(
     typed(monkeypatch, *["1 2 3 4"] * 3)
     label(out, *words)
     check_data(compose("reward", ["data=jsonl", f"data.path={out / 'preferences.jsonl'}"]))
+    with pytest.raises(UserError, match="its rows, .*/rankings.jsonl or .*/preferences.jsonl$"):
+        check_data(compose("reward", ["data=jsonl", f"data.path={out}"]))
 
 
 def test_trackers_hear_of_a_label_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
