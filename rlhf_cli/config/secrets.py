@@ -12,7 +12,7 @@ adapter, the reference of an implicit reward.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
@@ -45,11 +45,15 @@ def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     return dict(sorted(named.items(), key=lambda pair: -len(pair[1])))
 
 
-def redacted(text: str) -> str:
-    """A text with [NAME] in the place of the value of each secret variable."""
+def redacted(text: str, spelt: Callable[[str], str] = str) -> str:
+    """A text with [NAME] in the place of the value of each secret variable.
+
+    Args:
+        spelt: a value as it stands in the text.
+    """
     hidden = {**_long_enough(), **secrets()}
     for name, value in sorted(hidden.items(), key=lambda pair: -len(pair[1])):
-        text = text.replace(value, f"[{name}]")
+        text = text.replace(spelt(value), f"[{name}]")
     return text
 
 

@@ -111,7 +111,8 @@ def section(each: Section) -> str:
 
 def as_json(data: Mapping[str, Any]) -> str:
     """JSON that no HTML is seen in, whatever texts it holds; halves of characters are escaped."""
-    text = redacted(json.dumps(data, separators=(",", ":"), allow_nan=False))
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = redacted(text, lambda value: json.dumps(value)[1:-1])
     return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 

@@ -4,6 +4,8 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from rlhf_cli.views.html import Section, as_json, hashed, page, script
 
 HOSTILE = "</script><script>alert(1)</script><!--<script>\u2028\ud800 &amp; <img src=x onerror=y>"
@@ -55,3 +57,9 @@ def test_the_policy_names_each_script_and_allows_no_request() -> None:
 def test_a_script_does_not_end_early() -> None:
     assert script('a="</script>"') == r'a="<\/script>"'
     assert as_json({"a": "<&>"}) == r'{"a":"\u003c\u0026\u003e"}'
+
+
+def test_a_secret_is_hidden_however_json_spells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = 'pa"ss\\wört/12345'
+    monkeypatch.setenv("MY_TOKEN", secret)
+    assert json.loads(as_json({"text": f"it is {secret}."})) == {"text": "it is [MY_TOKEN]."}
