@@ -52,6 +52,7 @@ STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
 TASKS = "tasks.jsonl"  # what label asks, once it is sampled
+EVENTS = "events-{}.jsonl"  # what one annotator has answered
 LABELS = ("rankings.jsonl", "preferences.jsonl", "feedback.jsonl")  # rows that it seals
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
 BEGUN = (*RECORDS, TASKS)  # tasks do without a record: what was labelled of them is not lost
@@ -159,12 +160,26 @@ def to_be_emptied(out: Path) -> str:
     """FREE, though a stage has written here.
 
     Raises:
-        UserError: other runs lie inside, which would go as well.
+        UserError: other runs lie inside, which would go as well, or labels of people.
     """
+    check_no_labels(out)
     for file in out.rglob(CONFIG):
         if file.parent != out and is_claimed(file.parent):
             raise UserError(f"out={out} holds another run, {file.parent}; name another out")
     return FREE
+
+
+def check_no_labels(out: Path) -> None:
+    """Stop, of whatever stage, before what people have labelled is removed.
+
+    Raises:
+        UserError: naming it.
+    """
+    if labels := sorted(out.glob(EVENTS.format("*"))):
+        raise UserError(
+            f"out={out} holds {len(labels)} files of labels, as {labels[0].name}, which "
+            "overwrite=true would remove: name another out, or remove them yourself"
+        )
 
 
 def begun_by_the_same_order(cfg: Run) -> bool:

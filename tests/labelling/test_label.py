@@ -17,7 +17,7 @@ from rlhf_cli.data.rows import Rows
 from rlhf_cli.labelling.tasks import Sample, dealt, samples_of_file, tasks_of
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs.checks import check_data
-from rlhf_cli.runs.out_folder import what_is_kept
+from rlhf_cli.runs.out_folder import state_of, what_is_kept
 from tests.tiny import DATA
 
 WORDS = [*(word for word in DATA if "eval" not in word), "algo.prompts=4"]
@@ -81,6 +81,8 @@ def test_people_label_stop_and_go_on(
     cfg = compose("reward", ["data=jsonl", f"data.path={out / 'rankings.jsonl'}"])
     rows = Rows(cfg.data).split(Ranking)
     assert [*rows.train, *rows.held_out][0].columns["annotator"] == "me"
+    with pytest.raises(UserError, match="overwrite=true would remove"):
+        state_of(compose("generate", ["overwrite=true", f"out={out}"]))  # nor another stage
     with pytest.raises(UserError, match="overwrite=true would remove"):
         label(out, *words, "overwrite=true")
 
