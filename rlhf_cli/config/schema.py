@@ -118,7 +118,7 @@ class Hardware:
         auto=int,
     )
     rollout: str = key(
-        "Who samples for ppo, grpo, generate and evaluate: this process, or a vLLM server.",
+        "Who samples for ppo, grpo, generate, label and evaluate: this process, or a vLLM server.",
         choices=("native", VLLM),
     )
     rollout_server: Any = key(

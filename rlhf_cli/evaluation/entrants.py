@@ -10,11 +10,12 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.data.files import find
 from rlhf_cli.data.kinds import SAID, Prompt
+from rlhf_cli.data.messages import turns_of
 from rlhf_cli.data.parse import rows_of_file
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.few_shot import Shots
-from rlhf_cli.evaluation.samples import OURS
+from rlhf_cli.evaluation.samples import JUDGED, OURS
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.provenance import baselines_of
 
@@ -90,7 +91,8 @@ def given_samples(path: str) -> Given:
     read. A prompt that not every policy has answered is left out.
 
     Raises:
-        UserError: a row lacks either, or a policy has more responses to one prompt than to others.
+        UserError: a row lacks either, its prompt is no dialogue, or a policy has more responses to
+            one prompt than to others.
     """
     rows: dict[str, Prompt] = {}
     said: dict[str, dict[str, list[tuple[str, bool]]]] = {}
@@ -102,11 +104,13 @@ def given_samples(path: str) -> Given:
             prompt, text = raw.get("prompt"), raw.get("response")
             if not isinstance(prompt, str | list) or not isinstance(text, str):
                 raise UserError(f"{place}: needs prompt and response, as samples.jsonl has them")
+            if isinstance(prompt, list):
+                prompt = turns_of(prompt, "prompt", place)
             policy = str(raw.get("policy") or file.stem)
             if at.setdefault(policy, raw.get("temperature")) != raw.get("temperature"):
                 continue
             key = json.dumps(prompt, sort_keys=True)
-            rows.setdefault(key, _prompt_of(raw, place))
+            rows.setdefault(key, _prompt_of({**raw, "prompt": prompt}, place))
             ended = raw.get("finish_reason") != "length"
             said.setdefault(policy, {}).setdefault(key, []).append((text, ended))
     keys = [key for key in rows if all(key in each for each in said.values())]
@@ -130,7 +134,6 @@ def _check_even(path: str, policy: str, counts: Sequence[int]) -> None:
 
 def _prompt_of(raw: dict[str, Any], place: str) -> Prompt:
     """A line's prompt, with the columns that rules read, and what its row said of responses."""
-    ours = (*OURS, "policy", "temperature", "gold", "kl", "scores")
-    columns = {name: value for name, value in raw.items() if name not in ours}
+    columns = {name: value for name, value in raw.items() if name not in (*OURS, *JUDGED)}
     beside = {name: columns.pop(f"row_{name}") for name in SAID if f"row_{name}" in columns}
     return Prompt(raw["prompt"], columns, place, beside)

@@ -25,7 +25,13 @@ from rlhf_cli.evaluation.figures import (
 )
 from rlhf_cli.evaluation.frontier import frontier_of
 from rlhf_cli.evaluation.pair_judge import Text, Texts
-from rlhf_cli.evaluation.samples import generated_row, known_or_none, parts_at, term_columns
+from rlhf_cli.evaluation.samples import (
+    JUDGED,
+    generated_row,
+    known_or_none,
+    parts_at,
+    term_columns,
+)
 from rlhf_cli.objectives.comparisons import paired_difference
 from rlhf_cli.objectives.estimates import clustered_mean
 from rlhf_cli.rollout.rollouts import Rollout
@@ -91,7 +97,7 @@ class Findings:
             if self.cfg.scorers:
                 judged["scores"] = {spec: columns[f"scores/{spec}"][i] for spec in self.cfg.scorers}
             of_terms = parts_at(parts, i)
-            row = generated_row(rollout, i % sampled.samples, reward, of_terms, tokens[i])
+            row = generated_row(rollout, i % sampled.samples, reward, of_terms, tokens[i], JUDGED)
             whose = {"policy": referenced(name), "temperature": temperature}
             self.lines.append({**whose, **row, **judged})
 

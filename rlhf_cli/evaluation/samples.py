@@ -80,6 +80,8 @@ OURS = (
     *("kept", "part", "crc"),  # of the journal of an unfinished run
 )
 """The names that lines of ours have; a column of a row that is called so becomes row_NAME."""
+JUDGED = ("policy", "temperature", "gold", "kl", "scores")
+"""Further ones of evaluate's lines."""
 
 
 def generated_row(
@@ -88,12 +90,14 @@ def generated_row(
     reward: float | None = None,
     parts: Mapping[str, float | None] | None = None,
     tokens: Mapping[str, object] | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, object]:
     """A line of generate's samples.jsonl: which row was answered, how, and all that the row says.
 
     Args:
         sample: the number of the response among those to its prompt, from 0.
         tokens: what `TokenLines` makes of its tokens, and its KL.
+        more: names that the line leaves free, beside OURS.
     """
     columns = rollout.row.columns
     said = columns.get("id")
@@ -109,18 +113,20 @@ def generated_row(
     return {
         "id": place if said is None else said,
         **round_figures(ours),
-        **round_figures(renamed(own, rollout.row.beside), digits=None),
+        **round_figures(renamed(own, rollout.row.beside, (*OURS, *more)), digits=None),
     }
 
 
-def renamed(columns: Mapping[str, object], beside: Mapping[str, object]) -> dict[str, object]:
-    """What a row says, under names that a line of ours leaves free.
+def renamed(
+    columns: Mapping[str, object], beside: Mapping[str, object], ours: Sequence[str] = OURS
+) -> dict[str, object]:
+    """What a row says, under names that a line of `ours` leaves free.
 
     What it says `beside` its prompt of other responses is never taken for said of ours: its names
     change, too.
     """
-    named = {name: value for name, value in columns.items() if name not in OURS}
-    taken = {name: value for name, value in columns.items() if name in OURS}
+    named = {name: value for name, value in columns.items() if name not in ours}
+    taken = {name: value for name, value in columns.items() if name in ours}
     for name, value in [*taken.items(), *beside.items()]:
         name = f"row_{name}"
         while name in named:

@@ -78,9 +78,9 @@ def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
         if isinstance(row, UserError):
             raise row
         who = row.get("annotator", next(iter(desks)) if len(desks) == 1 else None)
-        if who not in desks:
+        if not isinstance(who, str) or who not in desks:
             raise UserError(f"{place}: annotator is {who!r}; annotators={list(desks)}")
-        named = (str(who), str(row.get("task")))
+        named = (who, str(row.get("task")))
         turn = turns.get((*named, times[named]))
         times[named] += 1
         if turn is None:

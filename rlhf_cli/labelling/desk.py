@@ -17,6 +17,7 @@ from rlhf_cli.folders.files import flush
 from rlhf_cli.folders.journal import Journal
 from rlhf_cli.labelling.answers import Answer, fault_of
 from rlhf_cli.labelling.tasks import Turn
+from rlhf_cli.runs.out_folder import EVENTS
 
 UNDO = "undo"
 Event = dict[str, Any]
@@ -27,7 +28,7 @@ saved, instructions and version; or an undo with task and showing.
 
 def events_file(folder: Path, who: str) -> Path:
     """The file of an annotator's events."""
-    return folder / f"events-{who}.jsonl"
+    return folder / EVENTS.format(who)
 
 
 @dataclass(frozen=True)

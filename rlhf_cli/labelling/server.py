@@ -38,7 +38,7 @@ HOST = "127.0.0.1"
 PAGE = Path(__file__).parent / "page"
 FILES = ("label.js", "label.css")
 LARGEST = 100_000  # bytes of an answer, whose note is the only long thing in it
-LONGEST = 24 * 3600.0  # seconds that a task may have been looked at
+LONGEST = 24 * 3600.0  # seconds that are kept of how long a task was looked at
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -145,13 +145,13 @@ class Page:
         line, note, seconds = said.get("line"), said.get("note", ""), said.get("seconds", 0)
         if not isinstance(line, str) or not isinstance(note, str):
             raise HTTPException(422)
-        if not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST:
+        if not isinstance(seconds, int | float) or not seconds >= 0:
             raise HTTPException(422)
         try:
             answer = read(line, turn, desk.terms.protocol)
         except Wrong as why:
             return JSONResponse({"fault": str(why)}, 422)
-        desk.answer(turn, answer, note.strip(), float(seconds))
+        desk.answer(turn, answer, note.strip(), float(min(seconds, LONGEST)))
         return JSONResponse(self._shown(desk))
 
     async def _undo(self, request: Request) -> Response:
@@ -206,7 +206,7 @@ async def _object(request: Request) -> dict[str, Any]:
             raise HTTPException(413)
     try:
         said = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise HTTPException(422) from None
     if not isinstance(said, dict):
         raise HTTPException(422)

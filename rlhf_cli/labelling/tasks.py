@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.files import find
 from rlhf_cli.data.kinds import Turns, reply_text
+from rlhf_cli.data.messages import turns_of
 from rlhf_cli.data.order import derived_seed, order_of
 from rlhf_cli.data.parse import rows_of_file
 from rlhf_cli.folders.files import write_text
@@ -183,7 +184,7 @@ def samples_of_file(path: str) -> list[Sample]:
     """The responses that samples=FILE has.
 
     Raises:
-        UserError: a row lacks prompt or response.
+        UserError: a row lacks prompt or response, or its prompt is no dialogue.
     """
     samples = []
     for file in find(path).train:
@@ -193,6 +194,8 @@ def samples_of_file(path: str) -> list[Sample]:
             prompt, text = raw.get("prompt"), raw.get("response")
             if not isinstance(prompt, str | list) or not isinstance(text, str):
                 raise UserError(f"{place}: needs prompt and response, as samples.jsonl has them")
+            if isinstance(prompt, list):
+                prompt = turns_of(prompt, "prompt", place)
             origin: dict[str, Any] = {"policy": str(raw.get("policy") or file.stem)}
             reward = raw.get("reward")
             if isinstance(reward, int | float):

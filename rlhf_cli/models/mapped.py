@@ -29,6 +29,8 @@ from rlhf_cli.reporting.console import say
 INDEX = "model.safetensors.index.json"
 AT_ONCE = 2**26  # numbers of a file, so that few are in memory; more of one large tensor
 
+_written: set[Path] = set()
+
 
 @contextmanager
 def mapped(path: str) -> Iterator[str]:
@@ -49,6 +51,8 @@ def mapped(path: str) -> Iterator[str]:
     token = world().from_main(secrets.token_hex(8))
     place = Path(tempfile.gettempdir()) / f"rlhf-cli-float32-{token}"
     leads = world().local_rank == 0
+    if leads:
+        _written.add(place)
     try:
         fault = ""
         if leads:
@@ -57,6 +61,8 @@ def mapped(path: str) -> Iterator[str]:
             except (OSError, SafetensorError) as error:
                 fault = str(error)
         if world().any(bool(fault)):
+            if leads:
+                shutil.rmtree(place, ignore_errors=True)  # there may be little room
             if fault:
                 say(f"note: each process loads all of {path} into memory, as {place}: {fault}")
             yield path
@@ -66,6 +72,13 @@ def mapped(path: str) -> Iterator[str]:
     finally:
         if leads:
             shutil.rmtree(place, ignore_errors=True)
+            _written.discard(place)
+
+
+def remove_written() -> None:
+    """Remove what this process has written and has not removed yet, where a signal ends it."""
+    for place in list(_written):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _write(folder: Path, place: Path) -> None:

@@ -253,15 +253,16 @@ def join(
 
     Raises:
         RunError: not all ranks came.
+        UserError: the environment does not say where they meet.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     later = timedelta(seconds=seconds + GRACE)
-    if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
+    if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdecimal():
         raise UserError(
-            "RANK is set, but not MASTER_ADDR and MASTER_PORT; torchrun sets all three, and else "
-            "RANK is to be unset"
+            "RANK is set, but not MASTER_ADDR, or MASTER_PORT is no number; torchrun sets all, "
+            "and else RANK is to be unset"
         )
     all_here = Rendezvous(rank, size, seconds, say)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import parameters_of
-from rlhf_cli.config.schema import EvaluateConfig, RewardConfig, Run
+from rlhf_cli.config.schema import EvaluateConfig, LabelConfig, RewardConfig, Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import STDIN, find, is_local, is_there
@@ -48,7 +48,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
-from rlhf_cli.runs.out_folder import is_claimed
+from rlhf_cli.runs.out_folder import LABELS, TASKS, is_claimed
 from rlhf_cli.runs.provenance import baselines_of, named_models, own_loss
 
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
@@ -84,6 +84,8 @@ def check_data(cfg: Run) -> None:
             )
         if not is_local(value):  # the hub tells what it has once it is asked
             continue
+        for place in value if isinstance(value, list) else [value]:
+            _check_labelled(f"data.{key}", place)
         try:
             found = find(value)
             for file in found.train + found.held_out:
@@ -92,6 +94,26 @@ def check_data(cfg: Run) -> None:
             raise UserError(f"data.{key}: {error}") from None
     if data.sources:
         check_sources(sources_of(data))
+
+
+def _check_labelled(key: str, place: str) -> None:
+    """What is named of a label folder are its rows, once it has them.
+
+    Raises:
+        UserError: it is the folder itself, with its tasks and events, or it has no rows yet.
+    """
+    whole = Path(place).expanduser()
+    folder = whole if whole.is_dir() else whole.parent
+    if not (folder / TASKS).is_file() or not is_claimed(folder):
+        return
+    if read_manifest(folder) is None and (whole == folder or not whole.exists()):
+        raise UserError(
+            f"{key}={place}: {folder} is labelled still; the command that began it goes on, and "
+            "accept_partial=true seals what is there"
+        )
+    if whole == folder:
+        rows = [str(folder / name) for name in LABELS if (folder / name).is_file()]
+        raise UserError(f"{key}={place} is a label folder: name its rows, {' or '.join(rows)}")
 
 
 def is_hub_id(value: str) -> bool:
@@ -327,13 +349,17 @@ def check_sampler(cfg: Run) -> None:
 
 def check_labelling(cfg: Run) -> None:
     """Where responses are labelled, the files that are named are there, and what serves a page."""
-    if facts_of(cfg).writes != "labels":
+    if not isinstance(cfg, LabelConfig):
         return
     for key in ("samples", "instructions"):
         place = getattr(cfg, key)
         if place is not None and not is_there(place):
             raise UserError(f"{key}={place} does not exist")
-    needed = ("starlette", "uvicorn") if getattr(cfg, "source", None) == "page" else ()
+    try:
+        Path(cfg.instructions or os.devnull).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"instructions={cfg.instructions} cannot be read: {error}") from None
+    needed = ("starlette", "uvicorn") if cfg.source == "page" else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(
             f"source=page needs {' and '.join(missing)}: pip install 'rlhf-cli[label]', or label "
@@ -367,6 +393,8 @@ def arithmetic(cfg: Run) -> list[str]:
         times = "1 epoch" if algo.epochs == 1 else f"{algo.epochs} epochs"
         most = "" if algo.max_steps is None else f", {algo.max_steps} updates at most"
         return [f"{times} in batches of {algo.batch_size} {rows}{most}"]
+    if (given := getattr(cfg, "samples", None)) is not None:
+        return [f"responses: those of samples={given}; keys of sampling are not read"]
     prompts = "all" if algo.prompts is None else algo.prompts
     return [f"{prompts} prompts x {algo.samples} responses"]
 

@@ -51,10 +51,13 @@ HEADER = "# rlhf"  # how the first line of our own config.yaml begins
 STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
+TASKS = "tasks.jsonl"  # what label asks, once it is sampled
+EVENTS = "events-{}.jsonl"  # what one annotator has answered
+LABELS = ("rankings.jsonl", "preferences.jsonl", "feedback.jsonl")  # rows that it seals
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
+BEGUN = (*RECORDS, TASKS)  # tasks do without a record: what was labelled of them is not lost
 # responses and what judges say of them, as an unfinished stage that does not train has made them
 SAMPLES = "samples.jsonl"
-TASKS = "tasks.jsonl"  # what label asks, once it is sampled
 BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
 TRACKED = f"{CHECKPOINTS}/tracked"  # by which trackers know an unfinished run again
 ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log
@@ -122,7 +125,7 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
         raise UserError(
             f"out={out} was made from another {changed}; set overwrite=true to make it again"
         )
-    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in RECORDS):
+    if not complete and what_is_kept(out) and not any((out / name).is_file() for name in BEGUN):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
 
@@ -157,12 +160,26 @@ def to_be_emptied(out: Path) -> str:
     """FREE, though a stage has written here.
 
     Raises:
-        UserError: other runs lie inside, which would go as well.
+        UserError: other runs lie inside, which would go as well, or labels of people.
     """
+    check_no_labels(out)
     for file in out.rglob(CONFIG):
         if file.parent != out and is_claimed(file.parent):
             raise UserError(f"out={out} holds another run, {file.parent}; name another out")
     return FREE
+
+
+def check_no_labels(out: Path) -> None:
+    """Stop, of whatever stage, before what people have labelled is removed.
+
+    Raises:
+        UserError: naming it.
+    """
+    if labels := sorted(out.glob(EVENTS.format("*"))):
+        raise UserError(
+            f"out={out} holds {len(labels)} files of labels, as {labels[0].name}, which "
+            "overwrite=true would remove: name another out, or remove them yourself"
+        )
 
 
 def begun_by_the_same_order(cfg: Run) -> bool:
@@ -332,9 +349,10 @@ def what_is_kept(out: Path) -> str | None:
     """In words what an unfinished run goes on from; None where there is nothing."""
     if (step := newest_step(out)) is not None:
         return f"step {step}"
-    with suppress(OSError), (out / KEPT).open("rb") as stream:
-        if count := sum(1 for _ in stream):
-            return f"{count} samples"
+    for file, what in ((out / TASKS, "tasks"), (out / KEPT, "samples")):
+        with suppress(OSError), file.open("rb") as stream:
+            if count := sum(1 for _ in stream):
+                return f"{count} {what}"
     return None
 
 

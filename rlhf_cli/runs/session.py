@@ -40,6 +40,7 @@ from rlhf_cli.models.dtypes import (
     round_trained,
     type_to_write,
 )
+from rlhf_cli.models.mapped import remove_written
 from rlhf_cli.models.nonfinite import first_nonfinite
 from rlhf_cli.models.repeatable import ask_for_repeatable_sums
 from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
@@ -84,6 +85,8 @@ METRICS = "metrics.jsonl"
 MANY = 50_000  # rows that take a while to read
 FEW = 10  # held-out rows
 ALONE = [1, 1]  # ranks, and those over which weights are sharded: one process
+
+interrupts.before_the_end(remove_written)
 
 
 @dataclass

@@ -42,7 +42,7 @@ from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.out_folder import SAMPLES, staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.session import begin
 
 AT_ONCE = 2048  # prompts whose responses are in memory; of like length among them sampled together
 WIDEST, LEAST = 70, 16  # characters of a text in the table at the end, by what there is room for
@@ -64,8 +64,8 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
         reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
     session.note([*rows.notes, *policy.encoder.report()])
-    kept, written = KeptSamples(session), Written(session)
-    picked = Picked(cfg.algo, staging(session.out))
+    kept, folder = KeptSamples(session), staging(session.out)
+    written, picked = Written(folder), Picked(cfg.algo, folder)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
         for first in range(0, len(prompts), AT_ONCE):
             block = prompts[first : first + AT_ONCE]
@@ -103,8 +103,8 @@ def without_prefix(policy: Policy, cfg: GenerateConfig) -> Encoder | None:
 class Written:
     """The samples in the order of their prompts, and their figures; held are the first few."""
 
-    def __init__(self, session: Session) -> None:
-        self._file = JsonLines(staging(session.out) / SAMPLES)
+    def __init__(self, folder: Path) -> None:
+        self._file = JsonLines(folder / SAMPLES)
         self._first: list[tuple[object, ...]] = []  # as a table shows them
         self._count = 0
         self._rewards: list[float] = []  # of those that have one

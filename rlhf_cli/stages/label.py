@@ -25,7 +25,7 @@ from rlhf_cli.data.rows import Split
 from rlhf_cli.folders.manifest import text_hash
 from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
-from rlhf_cli.labelling.desk import Desk, Terms, events_file
+from rlhf_cli.labelling.desk import Desk, Terms
 from rlhf_cli.labelling.rows import counted, rows_of
 from rlhf_cli.labelling.tasks import (
     Sample,
@@ -39,7 +39,7 @@ from rlhf_cli.reporting.console import Bar, say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, claim, staging
+from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, check_no_labels, claim, staging
 from rlhf_cli.runs.preflight import Plan, preflight
 
 if TYPE_CHECKING:
@@ -73,11 +73,8 @@ def sampled_before(cfg: LabelConfig, plan: Plan) -> bool:
         UserError: labels of people would be lost.
     """
     out = Path(cfg.out)
-    if plan.state == FREE and (labels := sorted(out.glob(events_file(Path(), "*").name))):
-        raise UserError(
-            f"out={out} holds {len(labels)} files of labels, as {labels[0].name}, which "
-            "overwrite=true would remove: name another out, or remove them yourself"
-        )
+    if plan.state == FREE:
+        check_no_labels(out)
     if plan.state == FREE or not (out / TASKS).is_file():
         return False
     assert plan.provenance is not None  # a finished or checked run does not come here
@@ -106,6 +103,7 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
 
     session = begin(cfg, plan)
     assert session is not None  # it is not finished
+    session.trackers = None  # they are told by the session that seals: it has the figures
     samples = given_samples(session) if cfg.samples else sampled(session)
     most = cfg.algo.responses if cfg.algo.protocol == "rank" else 2
     tasks, dropped = tasks_of(samples, cfg.algo.protocol, most, derived_seed(cfg.seed, "label"))

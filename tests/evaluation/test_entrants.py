@@ -48,6 +48,7 @@ def test_a_file_of_one_policy_is_called_by_its_name(tmp_path: Path) -> None:
         ([line("p", "x"), line("p", "y"), line("q", "z")], "other has 1 to 2 responses"),
         ([line("p", "x", policy="a"), line("q", "y", policy="b")], "answered by all of a, b"),
         ([{"prompt": "p"}], ":1: needs prompt and response"),
+        ([{"prompt": ["p"], "response": "x"}], ":1: column 'prompt' needs messages"),
     ],
 )
 def test_files_that_cannot_be_compared(

@@ -64,6 +64,19 @@ def test_all_that_is_compared(tmp_path: Path) -> None:
     assert len(at) == 12 and all("row_chosen" in line for line in lines)
 
 
+def test_a_row_says_nothing_in_the_name_of_a_judge(tmp_path: Path) -> None:
+    own = {"policy": "insured", "temperature": "mild", "gold": 5, "kl": 7, "scores": [1]}
+    rows = [{"prompt": f"Greet {i}: ", "completion": "Hi", **own} for i in range(6)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = [f"data.path={file}", f"data.eval_path={file}", "baselines=[]"]
+    evaluated(tmp_path / "out", *source)
+    for line in map(json.loads, (tmp_path / "out/samples.jsonl").read_text().splitlines()):
+        assert {name: line[f"row_{name}"] for name in own} == own
+        assert line["policy"] == "runs/demo/sft" and line["kl"] != 7 and line["gold"] in (0, 1)
+        assert "scores" not in line and line["temperature"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

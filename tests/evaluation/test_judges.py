@@ -340,6 +340,15 @@ def test_what_is_refused(words: list[str], line: str) -> None:
 
 
 @pytest.mark.usefixtures("inside")
+def test_a_question_that_is_too_long_for_the_judge_is_said_so(tmp_path: Path) -> None:
+    """It has no row of a file to be named by."""
+    words = ["policy=runs/demo/sft", "baselines=[runs/demo/adapter]", "judge=runs/demo/sft"]
+    said = r"^judge=runs/demo/sft cannot read a question: the prompt has \d+ tokens"
+    with pytest.raises(UserError, match=said):
+        evaluated(tmp_path / "out", *words, "judge_rows=0")
+
+
+@pytest.mark.usefixtures("inside")
 def test_judges_in_the_report(fake: Callable[..., FakeJudge], tmp_path: Path) -> None:
     """An endpoint; then a policy as judge, which is asked in both orders as well."""
     server = fake(lambda a, b: float(len(a) - len(b)))

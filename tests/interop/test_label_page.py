@@ -285,6 +285,8 @@ def test_nobody_else_comes_in_and_nothing_tells_who_wrote_what(tmp_path: Path) -
             assert refused.status_code == 403, (name, value)
         for bad in ({**good, "line": "1"}, {**good, "line": 3}, {**good, "seconds": -1}, [1]):
             assert client.post("/answer", **posted(server, bad)).status_code == 422
+        nested = {**sent, "content": "[" * 50_000}
+        assert client.post("/answer", **nested).status_code == 422
         assert (
             client.post("/answer", **posted(server, {**good, "note": "x" * 200_000})).status_code
             == 413
@@ -294,6 +296,16 @@ def test_nobody_else_comes_in_and_nothing_tells_who_wrote_what(tmp_path: Path) -
         assert client.post("/answer", **sent).status_code == 409  # of a second tab
         assert len(desks["ana"].answered) == 1 and not desks["bob"].answered
         assert origin in server.address("bob")
+
+
+def test_a_page_that_was_left_open_for_days_takes_an_answer(tmp_path: Path) -> None:
+    desks = desks_of(tmp_path, [task(0, 2)])
+    with served(desks) as server, client_of(server) as client:
+        client.get(f"/?token={server.tokens['ana']}")
+        turn = client.get("/turn").json()["turn"]
+        said = {"task": turn["task"], "showing": 0, "line": "1 2", "seconds": 300_000}
+        assert client.post("/answer", **posted(server, said)).status_code == 200
+    assert [event["seconds"] for _, event in desks["ana"].answered] == [24 * 3600]
 
 
 def test_the_page_needs_no_torch() -> None:

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import Rows
-from rlhf_cli.labelling.tasks import Sample, dealt, tasks_of
+from rlhf_cli.labelling.tasks import Sample, dealt, samples_of_file, tasks_of
+from rlhf_cli.reporting.trackers.outlets import Trackers
+from rlhf_cli.runs.checks import check_data
+from rlhf_cli.runs.out_folder import state_of, what_is_kept
 from tests.tiny import DATA
 
 WORDS = [*(word for word in DATA if "eval" not in word), "algo.prompts=4"]
@@ -77,6 +81,8 @@ def test_people_label_stop_and_go_on(
     cfg = compose("reward", ["data=jsonl", f"data.path={out / 'rankings.jsonl'}"])
     rows = Rows(cfg.data).split(Ranking)
     assert [*rows.train, *rows.held_out][0].columns["annotator"] == "me"
+    with pytest.raises(UserError, match="overwrite=true would remove"):
+        state_of(compose("generate", ["overwrite=true", f"out={out}"]))  # nor another stage
     with pytest.raises(UserError, match="overwrite=true would remove"):
         label(out, *words, "overwrite=true")
 
@@ -159,6 +165,65 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     cfg = compose("dpo", ["algo=kto", "data=jsonl", f"data.path={out / 'feedback.jsonl'}"])
     feedback = Rows(cfg.data).split(Feedback)
     assert len(feedback.train) + len(feedback.held_out) == len(tasks) - 1  # without the flagged one
+
+
+def test_a_label_file_of_odd_rows_is_named(tmp_path: Path) -> None:
+    labels, out = tmp_path / "labels.jsonl", tmp_path / "out"
+    words = [given(tmp_path / "s.jsonl"), "policy=null", "source=file", f"labels={labels}"]
+    labels.write_text(json.dumps({"task": "x", "annotator": ["me"], "ranks": [1, 2]}))
+    with pytest.raises(UserError, match=r"labels.jsonl:1: annotator is \['me'\]"):
+        label(out, *words)
+
+
+@pytest.mark.parametrize("prompt", [["a text"], [{"role": "user"}], []])
+def test_a_prompt_that_is_no_dialogue_is_named(tmp_path: Path, prompt: Any) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(2 * (json.dumps({"prompt": prompt, "response": "x"}) + "\n"))
+    with pytest.raises(UserError, match=r"samples.jsonl:1: column 'prompt'"):
+        samples_of_file(str(file))
+
+
+def test_instructions_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "told.md"
+    file.write_bytes(b"\xff\xfe")
+    words = [given(tmp_path / "s.jsonl"), "policy=null", f"instructions={file}"]
+    with pytest.raises(UserError, match=r"instructions=.*told.md cannot be read"):
+        label(tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_being_labelled_is_named_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [given(tmp_path / "samples.jsonl", 4), "policy=null"]
+    typed(monkeypatch, "1 2 3 4")
+    with pytest.raises(RunError, match="1 of 4 labels"):
+        label(out, *words)
+    assert what_is_kept(out) == "4 tasks"
+    shown = capsys.readouterr().err
+    assert f"responses: those of samples={tmp_path}" in shown and "prompts x" not in shown
+    for place in (out, out / "preferences.jsonl"):
+        data = ["data=jsonl", f"data.path={place}"]
+        for stage in ("reward", "dpo"):
+            with pytest.raises(UserError, match=f"data.path={place}: {out} is labelled still"):
+                check_data(compose(stage, data))
+    shutil.rmtree(out / "checkpoints")  # the tasks are all that is needed
+    typed(monkeypatch, *["1 2 3 4"] * 3)
+    label(out, *words)
+    check_data(compose("reward", ["data=jsonl", f"data.path={out / 'preferences.jsonl'}"]))
+    with pytest.raises(UserError, match="its rows, .*/rankings.jsonl or .*/preferences.jsonl$"):
+        check_data(compose("reward", ["data=jsonl", f"data.path={out}"]))
+
+
+def test_trackers_hear_of_a_label_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(Trackers, "start", lambda self, about: begun.append(about.id))
+    monkeypatch.setattr(Trackers, "finish", lambda self, figures: begun.append("end"))
+    monkeypatch.setattr("rlhf_cli.runs.preflight.check_packages", lambda trackers: None)
+    words = [given(tmp_path / "samples.jsonl"), "policy=null", "source=reward"]
+    label(tmp_path / "out", *words, "tracker=tensorboard")
+    assert len(begun) == 2 and begun[1] == "end"
 
 
 @pytest.mark.parametrize("key", ["samples", "instructions"])

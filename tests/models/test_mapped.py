@@ -1,5 +1,7 @@
 """Ranks of a machine share the pages of a model's float32 weights, whatever type its files have."""
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from rlhf_cli.models import mapped
 from rlhf_cli.models.load import load_base, load_policy
 from rlhf_cli.models.save import save_model
-from rlhf_cli.ranks.world import world
+from rlhf_cli.ranks.world import World, world
 from tests.ranks import on_ranks
 from tests.toys import bpe, llama, model_of
 
@@ -59,6 +61,31 @@ def test_ranks_share_what_they_load(
     assert share_of_one > 0.9
     for share, named, same, left in on_ranks(2, loaded, folder, "full", str(place)):
         assert share < 0.1 and named and same == weights and left == 0
+
+
+class Sharded(World):
+    """A rank of a sharded run, alone."""
+
+    mesh: Any = object()
+
+
+def test_a_signal_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(mapped, "world", Sharded)
+    with mapped.mapped(str(folder)) as place:
+        assert (Path(place) / mapped.INDEX).is_file()
+        ended = (
+            "import os, signal, sys; from pathlib import Path\n"
+            "import rlhf_cli.runs.session; from rlhf_cli.runs import interrupts\n"
+            "from rlhf_cli.models import mapped\n"
+            "mapped._written.add(Path(sys.argv[1])); interrupts.take()\n"
+            "os.kill(os.getpid(), signal.SIGTERM)"
+        )
+        status = subprocess.run([sys.executable, "-c", ended, place], timeout=60).returncode
+        assert status == 75 and not Path(place).exists()
+    assert not mapped._written
 
 
 def test_they_load_it_each_where_there_is_no_room(folder: Path, tmp_path: Path) -> None:

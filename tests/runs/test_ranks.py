@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from rlhf_cli.config.compose import compose
@@ -14,6 +15,7 @@ from rlhf_cli.config.errors import PeerLost, UserError
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.ranks.causes import OURS, Cause, cause_of, first_cause, is_echo, write_cause
 from rlhf_cli.ranks.environment import Place, first_host, map_scheduler, place, tasks_of
+from rlhf_cli.ranks.group import join
 from rlhf_cli.ranks.watch import Watch
 from rlhf_cli.runs.preflight import Plan, preflight
 
@@ -261,3 +263,12 @@ def test_the_place_of_a_thread_is_told_by_our_own_line() -> None:
 
     assert place_of(None) == "no code"
     assert place_of(sys._getframe()).startswith(f"{__file__}:")
+
+
+@pytest.mark.parametrize("port", ["", "abc"])
+def test_a_place_to_meet_that_is_none_is_told(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_PORT is no number"):
+        join(torch.device("cpu"), 1, print, print)

@@ -63,7 +63,7 @@ async function ask(path, body) {
   };
   const response = await fetch(path, options);
   if (response.status === 403) throw new Error("this page is no longer signed in: open your address again");
-  const told = await response.json();
+  const told = await response.json().catch(() => ({ fault: `the server does not take this (${response.status})` }));
   if (told.fault && told.turn === undefined) throw new Error(told.fault);
   return told;
 }
