@@ -138,14 +138,6 @@ def test_unrecorded_folders_are_loaded(name: str, foreign: Path) -> None:
     assert check(foreign, name, (foreign / name).read_bytes()) is None
 
 
-@pytest.mark.parametrize("name", FILES)
-@settings(ANY, max_examples=FEW)
-@given(data=st.data())
-@pytest.mark.slow
-def test_any_change(name: str, data: st.DataObject, foreign: Path) -> None:
-    check(foreign, name, change(data.draw, foreign / name))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @settings(ANY, max_examples=MANY)

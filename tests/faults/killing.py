@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import vl_convert
+
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.schema import Run
 from rlhf_cli.config.stages import stage_name
@@ -214,6 +216,8 @@ def live(cfg: Run, place: Path, death: Death) -> None:
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
         os.dup2(quiet, stream)
+    # the engine that draws takes a second to start, in each process anew
+    vl_convert.vegalite_to_png = lambda spec, **_: json.dumps(spec).encode()
     touches = watch_files(place, death)
     try:
         STAGES[stage_name(cfg)].run(cfg)
