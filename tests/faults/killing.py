@@ -31,6 +31,7 @@ from tests.tiny import DATA, words_of
 FORKED = multiprocessing.get_context("forkserver")
 # what stages import where they need it would be imported anew by every process
 LATE = ["peft", "transformers.models.llama.modeling_llama", "altair"]
+LATE += ["sacrebleu", "rouge_score.rouge_scorer"]  # where they are installed
 FORKED.set_forkserver_preload(["__main__", __name__, *LATE])
 STAGES: dict[str, Any] = {
     "sft": sft,

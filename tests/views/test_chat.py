@@ -241,7 +241,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
 
     def until(mark: str) -> None:
         nonlocal seen
-        start, end = len(seen), time.monotonic() + 90
+        start, end = len(seen), time.monotonic() + 240
         while mark not in seen[start:]:
             assert time.monotonic() < end, seen
             if select.select([terminal], [], [], 0.5)[0]:
