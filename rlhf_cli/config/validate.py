@@ -341,6 +341,9 @@ def _judge(cfg: EvaluateConfig) -> Iterator[str]:
         yield f"judge={cfg.judge} needs judge_model=NAME, as the endpoint calls it"
     if not address and cfg.judge_model is not None:
         yield f"judge_model={cfg.judge_model} is for endpoints, and judge={cfg.judge} is a folder"
+    for name in () if address else ("judge_concurrency", "judge_timeout", "judge_tokens"):
+        if getattr(cfg, name) != catalog.keys("evaluate")[name].metadata["unused"]:
+            yield f"{name} is for endpoints, and judge={cfg.judge} is a folder"
     if len(cfg.judge_prices) not in (0, 2):
         yield "judge_prices takes two prices, of tokens read and written, or none"
     if cfg.judge_max_cost is not None and not (address and cfg.judge_prices):

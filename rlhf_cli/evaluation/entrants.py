@@ -8,10 +8,8 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema import EvaluateConfig
-from rlhf_cli.data.files import find
 from rlhf_cli.data.kinds import SAID, Prompt
-from rlhf_cli.data.messages import turns_of
-from rlhf_cli.data.parse import rows_of_file
+from rlhf_cli.data.responses import responses_of
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.few_shot import Shots
@@ -97,22 +95,13 @@ def given_samples(path: str) -> Given:
     rows: dict[str, Prompt] = {}
     said: dict[str, dict[str, list[tuple[str, bool]]]] = {}
     at: dict[str, Any] = {}
-    for file in find(path).train:
-        for raw, place in rows_of_file(file):
-            if isinstance(raw, UserError):
-                raise raw
-            prompt, text = raw.get("prompt"), raw.get("response")
-            if not isinstance(prompt, str | list) or not isinstance(text, str):
-                raise UserError(f"{place}: needs prompt and response, as samples.jsonl has them")
-            if isinstance(prompt, list):
-                prompt = turns_of(prompt, "prompt", place)
-            policy = str(raw.get("policy") or file.stem)
-            if at.setdefault(policy, raw.get("temperature")) != raw.get("temperature"):
-                continue
-            key = json.dumps(prompt, sort_keys=True)
-            rows.setdefault(key, _prompt_of({**raw, "prompt": prompt}, place))
-            ended = raw.get("finish_reason") != "length"
-            said.setdefault(policy, {}).setdefault(key, []).append((text, ended))
+    for raw, policy, prompt, text, place in responses_of(path):
+        if at.setdefault(policy, raw.get("temperature")) != raw.get("temperature"):
+            continue
+        key = json.dumps(prompt, sort_keys=True)
+        rows.setdefault(key, _prompt_of({**raw, "prompt": prompt}, place))
+        ended = raw.get("finish_reason") != "length"
+        said.setdefault(policy, {}).setdefault(key, []).append((text, ended))
     keys = [key for key in rows if all(key in each for each in said.values())]
     if not keys:
         raise UserError(f"samples={path}: no prompt was answered by all of {', '.join(said)}")

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.files import find
 from rlhf_cli.data.kinds import Turns, reply_text
-from rlhf_cli.data.messages import turns_of
 from rlhf_cli.data.order import derived_seed, order_of
-from rlhf_cli.data.parse import rows_of_file
+from rlhf_cli.data.responses import responses_of
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.json_forms import misfit
 from rlhf_cli.runs.out_folder import TASKS
@@ -187,24 +185,16 @@ def samples_of_file(path: str) -> list[Sample]:
         UserError: a row lacks prompt or response, or its prompt is no dialogue.
     """
     samples = []
-    for file in find(path).train:
-        for raw, place in rows_of_file(file):
-            if isinstance(raw, UserError):
-                raise raw
-            prompt, text = raw.get("prompt"), raw.get("response")
-            if not isinstance(prompt, str | list) or not isinstance(text, str):
-                raise UserError(f"{place}: needs prompt and response, as samples.jsonl has them")
-            if isinstance(prompt, list):
-                prompt = turns_of(prompt, "prompt", place)
-            origin: dict[str, Any] = {"policy": str(raw.get("policy") or file.stem)}
-            reward = raw.get("reward")
-            if isinstance(reward, int | float):
-                origin |= {"reward": float(reward)}
-            known = {"tokens": raw.get("response_tokens"), "logprob": raw.get("logprob")}
-            known |= {"finish_reason": raw.get("finish_reason")}
-            origin |= {name: value for name, value in known.items() if value is not None}
-            columns = {name: value for name, value in raw.items() if name not in _SAID}
-            samples.append(Sample(prompt, text, place, origin, columns))
+    for raw, policy, prompt, text, place in responses_of(path):
+        origin: dict[str, Any] = {"policy": policy}
+        reward = raw.get("reward")
+        if isinstance(reward, int | float):
+            origin |= {"reward": float(reward)}
+        known = {"tokens": raw.get("response_tokens"), "logprob": raw.get("logprob")}
+        known |= {"finish_reason": raw.get("finish_reason")}
+        origin |= {name: value for name, value in known.items() if value is not None}
+        columns = {name: value for name, value in raw.items() if name not in _SAID}
+        samples.append(Sample(prompt, text, place, origin, columns))
     return samples
 
 

@@ -328,6 +328,8 @@ def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
         (["judge_model=x"], "judge_model is not used by judge=null"),
         (["judge_tie=1"], "judge_tie is not used by judge=null; set it to 0.5"),
         (["judge=runs/demo/sft", "judge_model=x"], "judge_model=x is for endpoints"),
+        (["judge=runs/demo/sft", "judge_concurrency=9"], "judge_concurrency is for endpoints"),
+        (["judge=runs/demo/sft", "judge_tokens=2"], "judge_tokens is for endpoints"),
         (["judge=http://x/v1", "judge_model=m", "judge_prices=[1]"], "takes two prices"),
         (["judge=http://x/v1", "judge_model=m", "judge_max_cost=1"], "for endpoints with judge_pr"),
         (["judge=runs/demo/sft", "judge_samples=5"], "judge_samples=5 exceeds algo.samples=4"),

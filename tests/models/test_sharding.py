@@ -193,8 +193,8 @@ def test_ranks_learn_what_one_process_learns_and_hold_their_part_of_it(
                 assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
             share = found["held"] / alone["held"]
             if over == "full":
-                # of 4 rows of an adapter three ranks have 2, 2 and 0
-                uneven = 0.2 if size == 3 else 0.04
+                # rows that three ranks cannot share alike: of 4 of an adapter they have 2, 2 and 0
+                uneven = (0.2 if "lora" in KINDS[name] else 0.06) if size == 3 else 0.04
                 assert abs(share - 1 / size) < uneven
                 assert abs(found["moments"] / alone["moments"] - 1 / size) < uneven
 
