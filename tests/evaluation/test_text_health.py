@@ -1,7 +1,5 @@
 """Whether text varies, repeats itself and copies, by hand."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
@@ -45,7 +43,7 @@ def test_figures_are_clustered_by_prompt() -> None:
     assert "bleu" not in found
 
 
-@pytest.mark.skipif(find_spec("sacrebleu") is None, reason="sacrebleu is an optional extra")
+@pytest.mark.interop
 def test_bleu_against_the_other_responses_and_the_references() -> None:
     assert self_bleu([TRAINED, TRAINED]) == pytest.approx(1)
     assert self_bleu([TRAINED, "alpha beta gamma delta"]) < 0.05
@@ -55,7 +53,7 @@ def test_bleu_against_the_other_responses_and_the_references() -> None:
     assert found["self_bleu"]["mean"] == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.skipif(find_spec("rouge_score") is None, reason="rouge-score is an optional extra")
+@pytest.mark.interop
 def test_worked_rouge_and_that_of_the_library() -> None:
     # of four words and five three are shared, and one pair of three and four; they stand in order
     said, text = "the cat sat on mats", "The cat, then sat"
