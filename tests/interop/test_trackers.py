@@ -136,7 +136,7 @@ def records(file: Path) -> Iterator[Any]:
         parts += data[at + head : at + head + size]
         at += head + size
         if kind in (1, 4):  # whole, or the last part
-            record = proto.Record()  # type: ignore[attr-defined]
+            record = proto.Record()
             record.ParseFromString(parts)
             yield record
             parts = b""
