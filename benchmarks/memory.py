@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.schema import Model
+from rlhf_cli.config.schema.models import Model
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.rows import read_split
 from rlhf_cli.models.save import save_model

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.schema import Data, FrozenModel, Hardware, Model, PpoConfig
+from rlhf_cli.config.schema.data import Data
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.models import FrozenModel, Model
+from rlhf_cli.config.schema.stages import PpoConfig
 from rlhf_cli.data.batches import Batch
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.reading import Walk

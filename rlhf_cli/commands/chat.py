@@ -12,7 +12,7 @@ from rlhf_cli.config.hints import nearest
 from rlhf_cli.reporting.terminal import printable
 
 if TYPE_CHECKING:
-    from rlhf_cli.config.schema import GenerateConfig
+    from rlhf_cli.config.schema.stages import GenerateConfig
 
 USAGE = """\
 rlhf-cli chat: talk to a policy, or to two side by side.

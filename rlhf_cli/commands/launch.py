@@ -15,7 +15,8 @@ from pathlib import Path
 
 import rlhf_cli
 from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserError
-from rlhf_cli.config.schema import AUTO, Run
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE
 from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.raw import ESCAPED

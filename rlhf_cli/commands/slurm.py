@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.hints import nearest
-from rlhf_cli.config.schema import AUTO
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.secrets import redacted
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.reporting.terminal import on_one_line

@@ -16,7 +16,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import function_named
 from rlhf_cli.config.own_files import read_own, read_yaml
 from rlhf_cli.config.paths import is_path
-from rlhf_cli.config.schema import AUTO, OPTIONS
+from rlhf_cli.config.schema.keys import AUTO, OPTIONS
 from rlhf_cli.config.stages import STAGES
 
 GROUPS = ("algo", "model", "data", "hardware")

@@ -1,4 +1,4 @@
-"""Compose a stage's config from conf/ and turn it into the dataclasses of schema.py.
+"""Compose a stage's config from conf/ and turn it into the dataclasses of schema/.
 
 `compose` serves Python callers and tests. The command line composes through hydra.main, which
 also gives sweeps and `--cfg`, and then takes the same second step: `typed`.
@@ -24,7 +24,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import OWN_CONFIG, check_overrides, explain
 from rlhf_cli.config.own_config import OwnConfig, nested, read_config
 from rlhf_cli.config.own_files import check_place, read_own
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.secrets import keep_reference, take
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.config.texts import as_typed, load

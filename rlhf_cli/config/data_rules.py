@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from rlhf_cli.config.schema import DpoConfig, GenerateConfig, RewardConfig, Run, SftConfig
+from rlhf_cli.config.schema.stages import DpoConfig, GenerateConfig, RewardConfig, Run, SftConfig
 
 
 def data_rules(cfg: Run) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.secrets import refuse_secrets
 from rlhf_cli.config.stages import STAGES
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 
 from rlhf_cli.config import catalog
-from rlhf_cli.config.schema import AUTO, VLLM, GrpoConfig, OnlineConfig, PpoConfig, Run
+from rlhf_cli.config.schema.hardware import VLLM
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.stages import GrpoConfig, OnlineConfig, PpoConfig, Run
 from rlhf_cli.config.stages import stage_name
 
 # The limit of each alarm, and whether it reads evaluations on held-out prompts.

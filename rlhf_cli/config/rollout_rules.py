@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from rlhf_cli.config.schema import VLLM, Decoding, Model, OnlineConfig, Run, SamplingConfig
+from rlhf_cli.config.schema.algorithms import Decoding
+from rlhf_cli.config.schema.hardware import VLLM
+from rlhf_cli.config.schema.models import Model
+from rlhf_cli.config.schema.stages import OnlineConfig, Run, SamplingConfig
 
 COLDEST = 0.01  # vLLM raises a lower temperature to this
 

@@ -1,12 +1,12 @@
 """What is known of each stage before it runs, told once: a line of STAGES for each.
 
 Checks, help, `ls`, completion, lineage and the report of `evaluate` read it here. What the models
-of a stage are is told by the keys that name them: `key(..., role=...)` in schema.py.
+of a stage are is told by the keys that name them: `key(..., role=...)` in schema/.
 """
 
 from dataclasses import dataclass
 
-from rlhf_cli.config.schema import (
+from rlhf_cli.config.schema.stages import (
     DpoConfig,
     EvaluateConfig,
     GenerateConfig,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.own_code import Parameters, parameters_of
-from rlhf_cli.config.schema import OPTIONS
+from rlhf_cli.config.schema.keys import OPTIONS
 
 READ_ANYWAY = ("algo.beta",)  # by dpo, whatever its loss: the scale of the implicit rewards
 

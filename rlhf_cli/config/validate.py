@@ -13,19 +13,18 @@ from rlhf_cli.config.hints import unknown_value, wrong_value
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.rollout_rules import rollouts
-from rlhf_cli.config.schema import (
-    AUTO,
-    Decoding,
+from rlhf_cli.config.schema.algorithms import Decoding
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import Model, SftModel
+from rlhf_cli.config.schema.stages import (
     DpoConfig,
     EvaluateConfig,
     GenerateConfig,
     LabelConfig,
-    Model,
     PpoConfig,
     RewardConfig,
     Run,
     SftConfig,
-    SftModel,
 )
 from rlhf_cli.config.secrets import refuse_secrets
 from rlhf_cli.config.stages import WITHOUT_REFERENCE

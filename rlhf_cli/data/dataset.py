@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from rlhf_cli import __version__
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.checks import Doubts
 from rlhf_cli.data.duplicates import COMPARED, near_of
 from rlhf_cli.data.files import files_of, is_local

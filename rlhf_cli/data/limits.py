@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 
 MOST_CUT = 0.05  # share of responses that may lose their end unasked
 SAMPLED = 256  # tokens of a sampled response where nothing says how long one is

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.files import files_of, is_local
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Places, checked, held_out_by, walked

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.columns import MissingColumn, unused_columns, unused_note
 from rlhf_cli.data.conversions import CONVERSIONS, convert, note_of, route
 from rlhf_cli.data.files import RowError, read_raw, shown_path

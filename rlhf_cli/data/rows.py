@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.checks import doubted
 from rlhf_cli.data.conversions import CONVERSIONS
 from rlhf_cli.data.files import about_files, held_out_of, is_local, shown_path

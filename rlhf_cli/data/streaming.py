@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.dataset import Dataset, item_kind
 from rlhf_cli.data.held_out import MOST, SPACE
 from rlhf_cli.data.order import order_of

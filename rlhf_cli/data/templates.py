@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.columns import OURS, value_at
 from rlhf_cli.data.kinds import Message, Reply, Turns, reply_text
 

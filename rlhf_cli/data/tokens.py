@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.chat import ChatTemplate
 from rlhf_cli.data.items import Answers, Encoded, EncodedPrompt, Tokens
 from rlhf_cli.data.kinds import (

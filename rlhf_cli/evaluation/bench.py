@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.items import Answers, EncodedPrompt
 from rlhf_cli.data.kinds import Preference, Prompt, Ranking
 from rlhf_cli.data.order import derived_seed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.files import find
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.parse import rows_of_file

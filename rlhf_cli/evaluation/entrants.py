@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.kinds import SAID, Prompt
 from rlhf_cli.data.responses import responses_of
 from rlhf_cli.data.rows import Rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import Interrupted, UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.evaluation.bench import Bench

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import EvaluateConfig, Hardware
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.evaluation.frontier import JUDGES
 from rlhf_cli.models.score import logprobs_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import derived_seed

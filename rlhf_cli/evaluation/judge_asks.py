@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.dataset import cache_folder
 from rlhf_cli.data.held_out import hash_of
 from rlhf_cli.data.kinds import Prompt, reply_text

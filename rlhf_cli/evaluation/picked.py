@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import GenerateAlgo
+from rlhf_cli.config.schema.algorithms import GenerateAlgo
 from rlhf_cli.data.kinds import Prompt, Reply, reply_text
 from rlhf_cli.evaluation.samples import renamed
 from rlhf_cli.reporting.metrics import JsonLines, round_figures

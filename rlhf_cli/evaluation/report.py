@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.beside import lines_beside, plus_minus

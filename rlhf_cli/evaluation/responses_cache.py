@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_cli import __version__
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.folders.journal import Journal
 from rlhf_cli.folders.json_forms import COUNT, REAL, Form, misfit

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema.models import FrozenModel, Model
 from rlhf_cli.folders.json_forms import ADAPTER
 from rlhf_cli.folders.manifest import ADAPTER_CONFIG, adapter_base, read_object
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema.models import FrozenModel, Model
 from rlhf_cli.folders.adapter_use import MERGE, STACK, use_of
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.adapters import (

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, EAGER, SDPA, FrozenModel
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import EAGER, SDPA, FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.decoder import hidden_states, unwrap

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.manifest import (

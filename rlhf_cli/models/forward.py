@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.batches import Batch
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.decoder import hidden_states, linear_head, unembed, unwrap

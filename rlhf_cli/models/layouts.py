@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rlhf_cli.config.schema import AUTO, EAGER, SDPA, Hardware
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import EAGER, SDPA
 from rlhf_cli.data.batches import Batch, collate, collate_answers
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.packing import PACKED, PADDED, SHARED, SHARED_FROM, Layout

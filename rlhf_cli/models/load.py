@@ -19,7 +19,8 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, FrozenModel, Model
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base, shapes_of
 from rlhf_cli.models.adapters import (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Model
+from rlhf_cli.config.schema.models import Model
 from rlhf_cli.data.time_limit import time_limit
 from rlhf_cli.folders.adapter_use import STACK
 from rlhf_cli.models.heads import head_name

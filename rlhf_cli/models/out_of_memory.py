@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 
 
 class Spare(Protocol):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 
 
 def quantization(config: FrozenModel) -> dict[str, Any]:

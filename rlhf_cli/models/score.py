@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.batches import Batch, micro_batches
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.forward import (

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import FrozenModel, Model
+from rlhf_cli.config.schema.models import FrozenModel, Model
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import RESPONSE, adapter_base, check_level, kind_of, level_of

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_cli.config.schema import SftModel
+from rlhf_cli.config.schema.models import SftModel
 from rlhf_cli.models.attention import asked_for
 from rlhf_cli.models.norms import fuse_norms
 

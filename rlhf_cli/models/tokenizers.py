@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.folders.generation import Settings, eos_ids, name_eos, read_generation
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.models.decoder import embedding_rows, unwrap

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.online_rules import ALARMS
-from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.config.schema.algorithms import OnlineAlgo
 from rlhf_cli.online.mismatch import SOUND
 from rlhf_cli.reporting.console import say
 from rlhf_cli.training.loss_term import Metrics

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import AUTO, OnlineAlgo
+from rlhf_cli.config.schema.algorithms import OnlineAlgo
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.objectives.policy_gradient import rollout_weights
 from rlhf_cli.online.updates import Trajectory, flat
 from rlhf_cli.rollout.engine import Engine

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import Hardware, PpoConfig
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.stages import PpoConfig
 from rlhf_cli.data.batches import Batch
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import derived_seed

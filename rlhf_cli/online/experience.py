@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import OnlineConfig
+from rlhf_cli.config.schema.stages import OnlineConfig
 from rlhf_cli.evaluation.samples import known_or_none, term_columns
 from rlhf_cli.evaluation.token_values import Values
 from rlhf_cli.models.decoder import matmul_in_float32

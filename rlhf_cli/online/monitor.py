@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import OnlineConfig
+from rlhf_cli.config.schema.stages import OnlineConfig
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.evaluation.samples import show_samples

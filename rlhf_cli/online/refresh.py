@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import GrpoConfig
+from rlhf_cli.config.schema.stages import GrpoConfig
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.items import Answers

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_cli.config.schema import OnlineConfig
+from rlhf_cli.config.schema.stages import OnlineConfig
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.online.correction import Correction
 from rlhf_cli.reporting.console import say

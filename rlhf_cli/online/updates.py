@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.config.schema.algorithms import OnlineAlgo
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.order import evenly, order_of
 from rlhf_cli.data.transfer import to_device

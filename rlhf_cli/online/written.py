@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.config.schema.algorithms import OnlineAlgo
 from rlhf_cli.models.adapters import restore, snapshot
 from rlhf_cli.models.masters import master_of
 from rlhf_cli.reporting.console import say

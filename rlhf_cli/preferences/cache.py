@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_cli.config.schema import DpoConfig
+from rlhf_cli.config.schema.stages import DpoConfig
 from rlhf_cli.data.items import Answers
 from rlhf_cli.folders.files import as_umask_says, disk_fault, library_errors
 from rlhf_cli.models.dtypes import name_of

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import DpoAlgo
+from rlhf_cli.config.schema.algorithms import DpoAlgo
 from rlhf_cli.config.stages import PER_TOKEN, WITHOUT_REFERENCE
 from rlhf_cli.preferences.items import PreferenceItem
 from rlhf_cli.preferences.reference import seen_from

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import DpoAlgo, DpoConfig
+from rlhf_cli.config.schema.algorithms import DpoAlgo
+from rlhf_cli.config.schema.stages import DpoConfig
 from rlhf_cli.data.items import Answers, Lazy, Tokens
 from rlhf_cli.data.kinds import Feedback, Ranking
 from rlhf_cli.data.order import order_of

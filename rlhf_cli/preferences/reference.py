@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import DpoConfig, FrozenModel, Hardware
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.models import FrozenModel
+from rlhf_cli.config.schema.stages import DpoConfig
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
 from rlhf_cli.data.items import Answers, responses_in
 from rlhf_cli.data.kinds import Prompt

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import AUTO, Data, FrozenModel, Hardware
+from rlhf_cli.config.schema.data import Data
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.step_cutter import StepCutter
 from rlhf_cli.folders.manifest import RESPONSE

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import OnlineAlgo
+from rlhf_cli.config.schema.algorithms import OnlineAlgo
 from rlhf_cli.objectives.advantages import soft_overlong
 from rlhf_cli.objectives.moments import RunningMoments
 from rlhf_cli.rewards.reward import Scores, known_sum

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.batches import cut
 from rlhf_cli.data.items import EncodedPrompt, Tokens
 from rlhf_cli.data.order import derived_seed

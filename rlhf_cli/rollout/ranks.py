@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.layouts import layout_of

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import Decoding
+from rlhf_cli.config.schema.algorithms import Decoding
 from rlhf_cli.models.kernels import tried
 
 BLOCK = 256  # columns of large vocabularies that the draw sums before it looks into one block
@@ -21,7 +21,7 @@ HALVINGS = 30  # of the bit patterns between 0 and 1 in float32, until one is le
 
 @dataclass
 class Sampling:
-    """How tokens are chosen; the meaning of each field stands in config/schema.py (Decoding).
+    """How tokens are chosen; the meaning of each field stands in config/schema/ (Decoding).
 
     absent: ids that stand for no token, as rows do that pad an unembedding; they are never drawn.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.batches import cut
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import remove

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import Model
+from rlhf_cli.config.schema.models import Model
 from rlhf_cli.folders.adapter_use import CONTINUE, STACK, use_of
 from rlhf_cli.folders.linear_shapes import linear_shapes, single_shapes
 from rlhf_cli.folders.manifest import Shapes, shapes_of

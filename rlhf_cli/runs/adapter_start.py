@@ -7,7 +7,8 @@ import yaml
 
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Model, Run
+from rlhf_cli.config.schema.models import Model
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.folders.adapter_use import (
     CONTINUE,

@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import AUTO, EAGER, SDPA, Run
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import EAGER, SDPA
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.geometry import decoder_of
 from rlhf_cli.folders.manifest import adapter_base, read_config

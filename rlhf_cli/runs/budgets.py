@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import AUTO, EAGER, VLLM, Run
+from rlhf_cli.config.schema.hardware import VLLM
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import EAGER
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.folders.files import write_json
 from rlhf_cli.folders.json_forms import COUNT, Form
 from rlhf_cli.folders.manifest import read_object

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import parameters_of
-from rlhf_cli.config.schema import EvaluateConfig, LabelConfig, RewardConfig, Run
+from rlhf_cli.config.schema.stages import EvaluateConfig, LabelConfig, RewardConfig, Run
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import STDIN, find, is_local, is_there

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf_cli.config.hints import RENAMED
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.switches import written
 
 # hardware, a cache, the pace and limit of a judge, who hears of metrics and the folder's own path

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_cli.config.schema import SftConfig
+from rlhf_cli.config.schema.stages import SftConfig
 from rlhf_cli.data.kinds import Demonstration, Text, reply_text
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.templates import CHAT, PLAIN, TextTemplate, prefix_of, turns_of

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.config.secrets import refuse_secrets
 from rlhf_cli.folders.companions import copy_companions
 from rlhf_cli.folders.files import disk_fault, seal, whole_folder

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_cli.config.schema import VLLM
+from rlhf_cli.config.schema.hardware import VLLM
 from rlhf_cli.runs.memory_estimate import (
     LIBRARIES,
     Unknown,

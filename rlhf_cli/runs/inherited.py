@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.limits import sampled_tokens
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.geometry import context_of as positions_of

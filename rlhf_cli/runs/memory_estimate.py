@@ -19,7 +19,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import AUTO, EAGER, VLLM, Model, Run, SftModel
+from rlhf_cli.config.schema.hardware import VLLM
+from rlhf_cli.config.schema.keys import AUTO
+from rlhf_cli.config.schema.models import EAGER, Model, SftModel
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE, facts_of, has_reference, row_kind_name
 from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
 from rlhf_cli.folders.cached import folder_of

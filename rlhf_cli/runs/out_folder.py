@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_cli.config.errors import Busy, UserError
 from rlhf_cli.config.own_files import dump
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.secrets import as_given, marks
 from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.data.files import STDIN

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.config.schema import AUTO, VLLM, Hardware
+from rlhf_cli.config.schema.hardware import VLLM, Hardware
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.data.templates import prefix_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import read_manifest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.config.switches import written
 from rlhf_cli.data.files import STDIN

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.rewards.specs import refreshed_model

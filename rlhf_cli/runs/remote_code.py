@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.folders.manifest import (
     SCALAR_HEADS,
     adapter_base,

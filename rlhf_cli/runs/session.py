@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rlhf_cli
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.dataset import Dataset, dataset_of

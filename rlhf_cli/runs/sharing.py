@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import AUTO
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.ranks.environment import place
 from rlhf_cli.ranks.world import world
 

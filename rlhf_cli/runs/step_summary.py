@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.secrets import redacted
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.reporting.grid import show, with_error

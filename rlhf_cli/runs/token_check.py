@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.files import is_local
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Rows, walked

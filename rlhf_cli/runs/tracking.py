@@ -6,7 +6,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.secrets import marks
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.folders.files import write_text

@@ -30,7 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.config.schema import DpoAlgo, DpoConfig, Hardware
+from rlhf_cli.config.schema.algorithms import DpoAlgo
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.stages import DpoConfig
 from rlhf_cli.data.batches import rankings_of
 from rlhf_cli.data.items import responses_in
 from rlhf_cli.data.store import by_source

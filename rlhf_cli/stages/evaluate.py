@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.data.held_out import identity
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Demonstration, Preference, Prompt, reply_text

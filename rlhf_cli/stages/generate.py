@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_cli.config.schema import GenerateConfig
+from rlhf_cli.config.schema.stages import GenerateConfig
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.few_shot import as_asked_alone

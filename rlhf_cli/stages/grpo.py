@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.config.schema import GrpoAlgo, GrpoConfig
+from rlhf_cli.config.schema.algorithms import GrpoAlgo
+from rlhf_cli.config.schema.stages import GrpoConfig
 from rlhf_cli.data.batches import draw
 from rlhf_cli.data.items import EncodedPrompt, response_tokens
 from rlhf_cli.data.kinds import Prompt

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import LabelConfig
+from rlhf_cli.config.schema.stages import LabelConfig
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_cli.config.schema import PpoAlgo, PpoConfig
+from rlhf_cli.config.schema.algorithms import PpoAlgo
+from rlhf_cli.config.schema.stages import PpoConfig
 from rlhf_cli.data.batches import draw
 from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Prompt

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import Hardware, RewardAlgo, RewardConfig
+from rlhf_cli.config.schema.algorithms import RewardAlgo
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.stages import RewardConfig
 from rlhf_cli.data.batches import Batch, rankings_of
 from rlhf_cli.data.items import Answers, Tokens, responses_in
 from rlhf_cli.data.kinds import Demonstration

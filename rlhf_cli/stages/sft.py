@@ -24,7 +24,9 @@ import torch
 from torch import nn
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Hardware, SftAlgo, SftConfig
+from rlhf_cli.config.schema.algorithms import SftAlgo
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.stages import SftConfig
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.items import Tokens, response_tokens
 from rlhf_cli.data.kinds import Demonstration, Prompt

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from rlhf_cli.config.schema import AUTO, Hardware
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.models.compiled import compile_blocks, run_plainly
 from rlhf_cli.models.out_of_memory import ran_out
 from rlhf_cli.ranks.world import world

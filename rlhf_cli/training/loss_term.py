@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.batches import micro_batches, one
 from rlhf_cli.data.items import responses_in
 from rlhf_cli.data.packing import Layout

@@ -17,7 +17,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import AUTO, Hardware, OptimizerConfig
+from rlhf_cli.config.schema.algorithms import OptimizerConfig
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.keeping_up import keep_up
 from rlhf_cli.models.masters import follow, gather, master_of

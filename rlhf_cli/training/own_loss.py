@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.config.own_code import function_in, parameters_of, said_by, trace_of
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.config.switches import given_to
 from rlhf_cli.models.out_of_memory import ran_out

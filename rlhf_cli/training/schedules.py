@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from rlhf_cli.config.schema import OptimizerConfig
+from rlhf_cli.config.schema.algorithms import OptimizerConfig
 
 
 def schedule_of(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.config.schema import GenerateConfig
+from rlhf_cli.config.schema.stages import GenerateConfig
 from rlhf_cli.data.items import EncodedPrompt
 from rlhf_cli.data.kinds import Prompt, Turns
 from rlhf_cli.data.order import derived_seed

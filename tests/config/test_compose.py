@@ -10,7 +10,7 @@ import yaml
 from rlhf_cli.config import catalog
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import PpoConfig
+from rlhf_cli.config.schema.stages import PpoConfig
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.rewards.shaping import overlong_tokens
 

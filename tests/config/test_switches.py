@@ -9,7 +9,7 @@ import pytest
 from rlhf_cli.config import catalog
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import OPTIONS
+from rlhf_cli.config.schema.keys import OPTIONS
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.config.switches import needed_by, used_by
 

@@ -209,7 +209,7 @@ def test_routes(start: type, end: type, names: list[str] | None) -> None:
 def test_the_config_knows_every_conversion() -> None:
     from dataclasses import fields
 
-    from rlhf_cli.config.schema import Data
+    from rlhf_cli.config.schema.data import Data
 
     (key,) = (field for field in fields(Data) if field.name == "convert")
     assert sorted(key.metadata["choices"]) == sorted(CONVERSIONS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import Data
+from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data import dataset as datasets
 from rlhf_cli.data.batches import EpochBatches, draw
 from rlhf_cli.data.dataset import Dataset, dataset_of

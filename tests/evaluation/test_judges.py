@@ -14,7 +14,7 @@ import torch
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import EvaluateConfig
+from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.evaluation.judge_asks import Ask, Endpoint, odds_of_tokens, verdict_of
 from rlhf_cli.evaluation.pair_judge import (
     Pair,

@@ -22,7 +22,7 @@ from typing import Any
 import vl_convert
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.stages import dpo, evaluate, generate, grpo, ppo, reward, sft
 from tests.contents import contents_of, faults_of

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rlhf_cli.config.errors import RunError, UserError
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.folders.manifest import TOKEN
 from rlhf_cli.models.decoder import hidden_states, unwrap

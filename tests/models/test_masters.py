@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Model
+from rlhf_cli.config.schema.models import Model
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.manifest import RESPONSE

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import Interrupted, UserError
-from rlhf_cli.config.schema import Run
+from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.reporting.trackers import about, outlets
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.config_diff import differing_keys, flatten

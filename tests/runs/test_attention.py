@@ -7,7 +7,7 @@ import torch
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.runs.attention import attention_lines, has_sdpa, predicted_attention

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.schema import FrozenModel
+from rlhf_cli.config.schema.models import FrozenModel
 from rlhf_cli.data.batches import collate
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.folders.geometry import Geometry

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.config.schema import Hardware, OptimizerConfig
+from rlhf_cli.config.schema.algorithms import OptimizerConfig
+from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.data.batches import collate, cut
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.models.forward import token_logprobs

@@ -1,0 +1,360 @@
+"""Each stage: its groups and its own keys. config/stages.py has what else is known of it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_cli.config.schema.algorithms import (
+    Algo,
+    Decoding,
+    DpoAlgo,
+    EvaluateAlgo,
+    GenerateAlgo,
+    GrpoAlgo,
+    LabelAlgo,
+    OnlineAlgo,
+    OptimizerConfig,
+    PpoAlgo,
+    RewardAlgo,
+    SftAlgo,
+)
+from rlhf_cli.config.schema.data import Data
+from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.keys import key
+from rlhf_cli.config.schema.models import FrozenModel, Model, SftModel
+
+
+@dataclass
+class Run:
+    """What every stage has.
+
+    trains: whether it changes weights, step by step.
+    samples_online: whether it learns from responses that it samples itself.
+    """
+
+    trains: ClassVar[bool] = False
+    samples_online: ClassVar[bool] = False
+
+    name: str = key("Name of the chain; default paths lie under runs/NAME.")
+    out: str = key("Folder that the stage writes.")
+    seed: int = key("Fixes initialisation, data order and sampling.", ge=0)
+    overwrite: bool = key("Start afresh in an out folder that another config made.")
+    tracker: Any = key(
+        "Where metrics go as well, one or a list: each needs the extra of its name, and takes keys "
+        "and addresses from its own environment variables; null: nowhere.",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+        texts=True,
+    )
+    data: Data
+    hardware: Hardware
+    model: FrozenModel
+    algo: Algo
+
+    @property
+    def start(self) -> str | None:
+        """Folder or hub id of the model that the stage starts from; None builds one."""
+        return getattr(self, "policy", None)
+
+    @property
+    def trackers(self) -> list[str]:
+        """`tracker` as a list, each of them once."""
+        given = [self.tracker] if isinstance(self.tracker, str) else self.tracker or []
+        return list(dict.fromkeys(given))
+
+
+@dataclass
+class TrainingConfig(Run):
+    """What every stage has that changes weights."""
+
+    trains: ClassVar[bool] = True
+
+    model: Model
+    algo: OptimizerConfig
+
+
+@dataclass
+class OnlineConfig(TrainingConfig):
+    """What every stage has that learns from responses that it samples itself."""
+
+    samples_online: ClassVar[bool] = True
+
+    policy: str = key("Policy folder or hub id to start from; also the reference.", role="policy")
+    reward: str = key(
+        "Sum of terms, as in DIR + 0.2*length:20: reward folders or hub ids, dpo outputs (implicit "
+        "rewards), rules, and functions as file.py:name.",
+        role="reward",
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    gold: str | None = key(
+        "Held-out judge, a folder or rule that is never trained on; evaluations show it.",
+        role="reward",
+    )
+    algo: OnlineAlgo
+
+
+@dataclass
+class SamplingConfig(Run):
+    """What every stage has that samples responses and trains nothing."""
+
+    policy: str = key("Policy folder or hub id to sample from.", role="policy")
+    reward: str | None = key(
+        "What scores the samples: models, rules and functions, as in ppo; null: nothing.",
+        role="reward",
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    algo: Decoding
+
+
+@dataclass
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning: demonstrations -> policy."""
+
+    select_by: str = key(
+        "How algo.keep=best chooses: lowest held-out loss, or highest mean reward of responses to "
+        "held-out prompts (InstructGPT).",
+        choices=("loss", "reward"),
+    )
+    reward: str | None = key(
+        "What scores responses; models, rules and functions, as in ppo.",
+        role="reward",
+        used_by="select_by=reward",
+        needed=True,
+    )
+    reward_timeout: float = key("Seconds that an async reward function has for one response.", gt=0)
+    model: SftModel
+    algo: SftAlgo
+
+    @property
+    def start(self) -> str | None:
+        """Folder or hub id of the model that the stage starts from; None builds one."""
+        return self.model.path
+
+
+@dataclass
+class RewardConfig(TrainingConfig):
+    """Reward model: policy trunk and feedback -> classifier with one label."""
+
+    policy: str = key(
+        "Policy folder or hub id whose trunk is used; or a reward model, which goes on with its "
+        "head.",
+        role="policy",
+    )
+    algo: RewardAlgo
+
+
+@dataclass
+class PpoConfig(OnlineConfig):
+    """PPO and its family: policy, reward and prompts -> policy."""
+
+    algo: PpoAlgo
+
+
+@dataclass
+class DpoConfig(TrainingConfig):
+    """Direct preference optimisation and its family: policy and feedback -> policy."""
+
+    policy: str = key("Policy folder or hub id to start from.", role="policy")
+    reference: str | None = key(
+        "null: the policy as it starts; a folder or hub id; or bootstrap: SFT on the chosen side "
+        "first, from which both policy and reference start.",
+        role="policy",
+    )
+    reference_cache: str | None = key(
+        "Folder that keeps precomputed log-probs of the reference; null keeps none."
+    )
+    algo: DpoAlgo
+
+
+@dataclass
+class GrpoConfig(OnlineConfig):
+    """GRPO and its family: policy, reward or verifier, and prompts -> policy."""
+
+    judge: str | None = key(
+        "What labels the policy's responses for the reward model to learn from: models, rules and "
+        "functions, as in reward, but never the one that learns.",
+        role="reward",
+        used_by="algo.refresh_reward",
+        needed=True,
+    )
+    algo: GrpoAlgo
+
+
+@dataclass
+class GenerateConfig(SamplingConfig):
+    """Sampling: policy and prompts -> samples.jsonl."""
+
+    algo: GenerateAlgo
+
+
+@dataclass
+class LabelConfig(SamplingConfig):
+    """Labelling: responses and who judges them -> rankings, preferences or feedback."""
+
+    policy: str | None = key(  # type: ignore[assignment]  # other stages cannot do without
+        "Policy folder or hub id to sample from; null where samples=FILE has all that is needed.",
+        role="policy",
+    )
+    baselines: list[str] = key(
+        "Policies that are sampled from as well: who wrote what is hidden from who labels.",
+        role="policy",
+    )
+    samples: str | None = key(
+        "File of responses to label in place of sampling: rows of prompt, response and, if known, "
+        "policy and reward, as samples.jsonl has them."
+    )
+    reward: str | None = key(
+        "What scores responses, as in ppo: source=reward labels by it, and with other sources the "
+        "report tells how far they agree with it.",
+        role="reward",
+    )
+    source: str = key(
+        "Who labels: people on a local web page or in this terminal; the reward, or what "
+        "samples=FILE says of it; or labels=FILE.",
+        choices=("page", "terminal", "reward", "file"),
+    )
+    annotators: list[str] = key("Names of those who label; tasks are dealt out to them.")
+    who: str | None = key(
+        "Which of them sits at the terminal; null is the first.", used_by="source=terminal"
+    )
+    port: int = key(
+        "Port of the page on this machine; 0 takes a free one.",
+        ge=0,
+        le=65535,
+        used_by="source=page",
+        unused=0,
+    )
+    labels: str | None = key(
+        "File of labels that were made elsewhere, of the tasks in tasks.jsonl: rows of task, "
+        "annotator and ranks, strength, label, skip or flag.",
+        used_by="source=file",
+        needed=True,
+    )
+    flip: float = key(
+        "Chance that the reward's label of a task is turned round, of each annotator by itself: a "
+        "crowd that errs.",
+        ge=0,
+        le=0.5,
+        used_by="source=reward",
+        unused=0.0,
+    )
+    instructions: str | None = key(
+        "Text file with what annotators are to judge by; its hash is in every row."
+    )
+    accept_partial: bool = key("Seal what is labelled where tasks are left.")
+    algo: LabelAlgo
+
+
+@dataclass
+class EvaluateConfig(SamplingConfig):
+    """Evaluation: policy, baselines, reward -> report.json."""
+
+    baselines: list[str] | None = key(
+        "Policies to compare with, or patterns of them as runs/sweep/*/ppo; null takes the "
+        "finished policies beside `policy`.",
+        role="policy",
+    )
+    reference: str | None = key("Policy that KL is measured to; null measures none.", role="policy")
+    gold: str | None = key(
+        "Scorer that training never saw; null reports the reward only.", role="reward"
+    )
+    scorers: list[str] = key(
+        "Further reward models, rules and functions that score all responses, each told by itself; "
+        "a list, as ['length:40',runs/other/reward].",
+        role="reward",
+    )
+    prompted: str | None = key(
+        "Policy that is shown demonstrations before each prompt, as InstructGPT's prompted GPT-3; "
+        "null judges none.",
+        role="policy",
+    )
+    few_shot: str | None = key(
+        "What it is shown: a file of demonstrations, or how many of the first that `data` has to "
+        "learn from.",
+        used_by="prompted",
+        needed=True,
+    )
+    best_of: str | None = key(
+        "Policy that is judged as the best of best_of_n responses by `reward`, as a policy of its "
+        "own; null judges none.",
+        role="policy",
+    )
+    best_of_n: int | None = key(
+        "Responses that the best one is chosen from; so many times algo.samples are sampled.",
+        ge=2,
+        used_by="best_of",
+        needed=True,
+    )
+    samples: str | None = key(
+        "File of responses to judge in place of policies: rows of prompt, response and policy, as "
+        "samples.jsonl has them. `policy` then gives the tokenizer alone."
+    )
+    responses_cache: str | None = key(
+        "Folder that keeps responses by the content of policy, prompts and sampling, for other "
+        "evaluations; null keeps none."
+    )
+    choices: str | None = key(
+        "File of multiple-choice or cloze rows {prompt, choices, answer} that each policy is asked."
+    )
+    judge: str | None = key(
+        "Language model that judges pairs: a policy folder or hub id, or the address of an "
+        "endpoint with the chat route of OpenAI, as https://host/v1; its key is JUDGE_API_KEY or "
+        "OPENAI_API_KEY of the environment; null asks none.",
+        role="policy",
+    )
+    judge_model: str | None = key("Name of the model at that endpoint.", used_by="judge")
+    judge_prompt: str | None = key(
+        "File with the question, with {prompt}, {first} and {second} in it; null is ours.",
+        used_by="judge",
+    )
+    judge_tie: float = key(
+        "Mean log-odds of both orders nearer to 0 than this are a tie.",
+        ge=0,
+        used_by="judge",
+        unused=0.5,
+    )
+    judge_tokens: int = key(
+        "Tokens that an endpoint may answer in: 1 reads the log-probs of A and B; with more it may "
+        "reason, and its last [[A]], [[B]] or [[C]] counts.",
+        ge=1,
+        used_by="judge",
+        unused=1,
+    )
+    judge_concurrency: int = key(
+        "Requests to an endpoint at once.", ge=1, used_by="judge", unused=8
+    )
+    judge_timeout: float = key(
+        "Seconds for a request with all that it is tried again.",
+        gt=0,
+        used_by="judge",
+        unused=120.0,
+    )
+    judge_prices: list[float] = key(
+        "Prices of a million tokens read and a million written, for the cost in the report; [] "
+        "tells none.",
+        ge=0,
+        used_by="judge",
+        unused=[],
+    )
+    judge_max_cost: float | None = key(
+        "Cost by judge_prices at which a run asks an endpoint no more and ends, its verdicts kept; "
+        "the calls under way then are still paid. Each start counts from 0. null sets no limit.",
+        gt=0,
+        used_by="judge",
+    )
+    judge_samples: int = key(
+        "Responses of each policy to a prompt that a judge reads: the first one of each with the "
+        "first one of the other, and so on, up to algo.samples.",
+        ge=1,
+        used_by="judge",
+        unused=1,
+    )
+    judge_rows: int = key(
+        "Held-out preferences of `data` that the judge is asked, to tell how often it agrees with "
+        "people; 0 asks none.",
+        ge=0,
+        used_by="judge",
+        unused=50,
+    )
+    anchor: str | None = key(
+        "Policy whose rating is 0; null takes `reference` where that is judged, or the last one."
+    )
+    algo: EvaluateAlgo
