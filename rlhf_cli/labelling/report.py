@@ -6,7 +6,7 @@ they are. Policies are rated by the Bradley-Terry maximum, with intervals by a b
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_cli.labelling.answers import FLAG, SKIP, dense
 from rlhf_cli.labelling.desk import Desk, Event
 from rlhf_cli.labelling.rows import counted
-from rlhf_cli.labelling.tasks import THUMBS, Task
+from rlhf_cli.labelling.tasks import THUMBS, Task, writers_of
 from rlhf_cli.objectives.agreement import ORDINAL, flip_rate, krippendorff_alpha
 from rlhf_cli.objectives.comparisons import ratings
 from rlhf_cli.reporting.grid import show, with_error
@@ -195,7 +195,8 @@ def rated(answers: Sequence[tuple[Task, Event]], seed: int) -> Figures | None:
     apart: of each, those that it is above by more than chance has it; two of which neither is above
         the other are not separable by so many tasks.
     """
-    names = sorted({str(origin.get("policy")) for task, _ in answers for origin in task.origins})
+    wrote = (writers_of(origin) for task, _ in answers for origin in task.origins)
+    names = sorted({name for writers in wrote for name in writers})
     if len(names) < 2:
         return None
     of_task: dict[str, Tensor] = {}  # several labels of a task are not several tasks
@@ -220,11 +221,17 @@ def rated(answers: Sequence[tuple[Task, Event]], seed: int) -> Figures | None:
 
 
 def points_of(task: Task, event: Event, names: Sequence[str]) -> Tensor:
-    """(P, P) what each policy took from each other one in a task: a win is 1, a tie one half."""
+    """(P, P) what each policy took from each other one in a task: a win is 1, a tie one half.
+
+    What is said of a text is said of all who wrote it. Two who wrote the same tie by it: as it is
+    in evaluate, responses that are alike are no reason to put one policy above the other.
+    """
     points = torch.zeros(len(names), len(names), dtype=torch.double)
-    places = [names.index(str(origin.get("policy"))) for origin in task.origins]
+    writers = [[names.index(name) for name in writers_of(origin)] for origin in task.origins]
+    met = [(*pair, 0.5) for each in writers for pair in combinations(each, 2)]
     for (_, i, j), won in _said(task.id, event):
-        ours, theirs = places[i], places[j]
+        met += [(*pair, won) for pair in product(writers[i], writers[j])]
+    for ours, theirs, won in met:
         if ours != theirs:
             points[ours, theirs] += won
             points[theirs, ours] += 1 - won
@@ -235,7 +242,8 @@ def liked(answers: Sequence[tuple[Task, Event]]) -> Figures:
     """The share of thumbs that are up, by policy."""
     up: dict[str, list[bool]] = {}
     for task, event in answers:
-        up.setdefault(str(task.origins[0].get("policy")), []).append(event["label"])
+        for name in writers_of(task.origins[0]):
+            up.setdefault(name, []).append(event["label"])
     return {name: {"up": _share(each), "labels": len(each)} for name, each in sorted(up.items())}
 
 

@@ -1,7 +1,8 @@
 """Rows that reward, dpo and kto read as they are, from what was answered.
 
 Columns beside those of the kind say where a row comes from: task, annotator, labelled_by (what the
-key `source` said), instructions (a hash), policies, note. No stage reads them.
+key `source` said), instructions (a hash), policies (of a text that several wrote all of them, in
+one), note. No stage reads them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from rlhf_cli.data.kinds import Turns
 from rlhf_cli.labelling.answers import FLAG, SURE
 from rlhf_cli.labelling.desk import Event
-from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS, Task, Turn
+from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS, Task, Turn, writers_of
 
 Answered = Sequence[tuple[Turn, Event]]
 Row = dict[str, Any]
@@ -80,6 +81,6 @@ def about_of(task: Task, event: Event) -> Row:
         "annotator": event["annotator"],
         "labelled_by": event["source"],
         "instructions": event["instructions"],
-        "policies": [origin.get("policy") for origin in task.origins],
+        "policies": [", ".join(writers_of(origin)) for origin in task.origins],
         **({"note": event["note"]} if "note" in event else {}),
     }

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ FEWEST = {RANK: 2, PAIR: 2, THUMBS: 1}
 """Responses that a task of each protocol cannot do without."""
 
 _SAID = ("prompt", "response", "policy", "reward", "response_tokens", "logprob", "finish_reason")
-_ROW = {"task": str, "prompt": (str, list), "responses": [str], "origins": [dict], "source": str}
+_ROW = {
+    "task": str,
+    "prompt": (str, list),
+    "responses": [str],
+    "origins": [{"writers?": [str]}],
+    "source": str,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Sample:
     """A response to a prompt.
 
     source: the row that asked for it.
-    origin: who wrote it, and what is known of how: policy, finish_reason, tokens, logprob, reward.
+    origin: who wrote it, and what is known of how: policy, finish_reason, tokens, logprob, reward;
+        of what several policies wrote word for word that of the first, and all of them as writers.
     columns: what else its row says, for rules.
     """
 
@@ -85,6 +92,19 @@ def key_of(prompt: str | Turns) -> str:
     return json.dumps(prompt, sort_keys=True, default=str)
 
 
+def writers_of(origin: Mapping[str, Any]) -> list[str]:
+    """The policies that wrote a response, word for word."""
+    return origin.get("writers") or [str(origin.get("policy"))]
+
+
+def also_by(sample: Sample, other: Sample) -> Sample:
+    """A sample that knows who else wrote its text."""
+    writers = list(dict.fromkeys([*writers_of(sample.origin), *writers_of(other.origin)]))
+    if len(writers) == 1:
+        return sample
+    return replace(sample, origin={**sample.origin, "writers": writers})
+
+
 def tasks_of(
     samples: Iterable[Sample], protocol: str, most: int, seed: int
 ) -> tuple[list[Task], dict[str, int]]:
@@ -104,6 +124,7 @@ def tasks_of(
             dropped["empty"] += 1
         elif sample.text in said:
             dropped["identical"] += 1
+            said[sample.text] = also_by(said[sample.text], sample)
         else:
             said[sample.text] = sample
     tasks = []

@@ -14,7 +14,9 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import Rows
-from rlhf_cli.labelling.tasks import Sample, dealt, samples_of_file, tasks_of
+from rlhf_cli.labelling.report import liked, points_of
+from rlhf_cli.labelling.rows import rows_of
+from rlhf_cli.labelling.tasks import Sample, dealt, samples_of_file, tasks_of, writers_of
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs.checks import check_data
 from rlhf_cli.runs.out_folder import state_of, what_is_kept
@@ -245,6 +247,28 @@ def test_tasks_are_distinct_and_take_policies_in_turn() -> None:
     assert sorted(origin["policy"] for origin in task.origins) == ["a", "a", "b", "b"]
     assert len(set(task.responses)) == 4
     assert len(tasks_of(samples, "thumbs", 1, 0)[0]) == 6
+
+
+def test_a_text_that_several_wrote_counts_for_each_of_them() -> None:
+    said = {"a": ["same", "own a"], "b": ["same", "own b"], "c": ["same", "own c", "same"]}
+    samples = [Sample("p", text, "", {"policy": name}) for name in said for text in said[name]]
+    (task,), dropped = tasks_of(samples, "rank", 4, 0)
+    assert dropped["identical"] == 3
+    place = task.responses.index("same")
+    assert writers_of(task.origins[place]) == ["a", "b", "c"]
+    best = [task.responses.index(text) for text in ("own c", "same", "own b", "own a")]
+    event = {"kind": "rank", "ranks": [best.index(i) + 1 for i in range(4)]}
+    # between a and b: same ties same, same beats own b, own a loses to same and to own b
+    assert points_of(task, event, ["a", "b", "c"]).tolist() == [
+        [0.0, 1.5, 0.5],
+        [2.5, 0.0, 0.5],
+        [3.5, 3.5, 0.0],
+    ]
+    about = {"annotator": "me", "source": "file", "instructions": None}
+    (row,) = rows_of([(task, {**event, **about})], "rank")["rankings.jsonl"]
+    assert row["policies"][place] == "a, b, c" and sorted(map(len, row["policies"])) == [1, 1, 1, 7]
+    (thumb,) = [each for each in tasks_of(samples, "thumbs", 1, 0)[0] if "same" in each.responses]
+    assert liked([(thumb, {"kind": "thumbs", "label": True})]).keys() == {"a", "b", "c"}
 
 
 def test_every_task_is_dealt() -> None:
