@@ -15,35 +15,28 @@ then not before the end.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.stages import LabelConfig
-from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.rows import Split
 from rlhf_cli.folders.manifest import text_hash
 from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
 from rlhf_cli.labelling.desk import Desk, Terms
 from rlhf_cli.labelling.rows import counted, rows_of
 from rlhf_cli.labelling.tasks import (
-    Sample,
     dealt,
     read_tasks,
-    samples_of_file,
     tasks_of,
     write_tasks,
 )
-from rlhf_cli.reporting.console import Bar, say, table
+from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, check_no_labels, claim, staging
 from rlhf_cli.runs.preflight import Plan, preflight
-
-if TYPE_CHECKING:
-    from rlhf_cli.runs.session import Session
 
 REPORT = "report.json"
 
@@ -99,6 +92,7 @@ def left_over(cfg: LabelConfig, desks: dict[str, Desk]) -> str:
 
 def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     """Write tasks.jsonl: what the policies respond, or what samples=FILE has."""
+    from rlhf_cli.labelling.pool import given_samples, sampled
     from rlhf_cli.runs.session import begin
 
     session = begin(cfg, plan)
@@ -120,99 +114,6 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     write_tasks(session.out, tasks)
     interrupts.wait_no_more("the tasks are sampled")  # nothing is lost by an end from here on
     (session.out / SAMPLES).unlink(missing_ok=True)  # a link to what it was sampled from
-
-
-def sampled(session: "Session") -> list[Sample]:
-    """Responses of each policy to the same prompts, scored where a reward is given."""
-    from rlhf_cli.evaluation.kept import KeptSamples
-    from rlhf_cli.rewards.reward import load_reward
-    from rlhf_cli.rollout.sampling import Sampling
-    from rlhf_cli.runs.policy import policy_of
-
-    cfg: Any = session.cfg
-    rows, kept, samples = prompts_of(session), None, []
-    policies = [cfg.policy, *cfg.baselines]
-    asked = rows.held_out[: cfg.algo.prompts]
-    with Bar("label", len(asked) * cfg.algo.samples * len(policies)) as bar:
-        for path in policies:
-            policy = policy_of(session, path)
-            prompts = policy.encoder.prompts(asked)
-            reward = None
-            if cfg.reward is not None:
-                reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
-                reward.check([row for row, _ in prompts], session.require)
-            if kept is None:
-                session.note([*rows.notes, *policy.encoder.report()])
-                kept = KeptSamples(session)
-            own = kept.of(path, prompts, cfg.algo.samples)
-            bar.skip(len(own.done) * cfg.algo.samples)
-            rollouts = policy.engine.sample(
-                prompts,
-                Sampling.of(cfg.algo),
-                samples=cfg.algo.samples,
-                seed=derived_seed(cfg.seed, "label", path),
-                advance=bar.advance,
-                kept=own,
-            )
-            scores = None if reward is None else own.scored("reward", reward, rollouts).total
-            samples += samples_of(rollouts, path, None if scores is None else scores.tolist())
-    return samples
-
-
-def prompts_of(session: "Session") -> Split:
-    """The prompts whose responses are labelled: all, but of the demo those to learn from.
-
-    What is labelled is learnt from, and the demo's other prompts are what policies are judged by.
-    Of rows of a user's it is their hash that keeps the two apart, in every stage alike.
-    """
-    if session.cfg.data.format == "demo":
-        known = session.rows.split(Prompt)
-        return Split([], known.train, known.notes)
-    return session.rows.to_answer()
-
-
-def given_samples(session: "Session") -> list[Sample]:
-    """What samples=FILE has, scored where a reward is given."""
-    cfg: Any = session.cfg
-    samples = samples_of_file(cfg.samples)
-    session.note([])
-    session.claim()
-    if cfg.reward is None:
-        return samples
-    from rlhf_cli.rewards.reward import load_reward
-    from rlhf_cli.rollout.rollouts import Rollout
-    from rlhf_cli.runs.encoders import encoder_of
-
-    encoder = encoder_of(cfg, session.rows)
-    rows = [Prompt(each.prompt, each.columns, each.source) for each in samples]
-    reasons = [str(each.origin.get("finish_reason", "eos")) for each in samples]
-    texts, ended = [each.text for each in samples], [each != "length" for each in reasons]
-    tokens = encoder.written(rows, texts, ended)
-    rollouts = [
-        Rollout(row, ids, [], reason, text)
-        for row, ids, reason, text in zip(rows, tokens, reasons, texts, strict=True)
-    ]
-    reward = load_reward(cfg.reward, cfg, encoder.tokenizer, session.device)
-    reward.check(rows, session.require)
-    for sample, value in zip(samples, reward.score(rollouts).total.tolist(), strict=True):
-        sample.origin["reward"] = None if value != value else value
-    return samples
-
-
-def samples_of(rollouts: Any, policy: str, rewards: list[float] | None) -> list[Sample]:
-    """Rollouts of a policy as samples; a reward that is not known is None."""
-    samples = []
-    for i, each in enumerate(rollouts):
-        origin: dict[str, Any] = {
-            "policy": policy,
-            "finish_reason": each.finish_reason,
-            "tokens": len(each.tokens.response),
-            "logprob": round(sum(each.logprobs), 4),
-        }
-        if rewards is not None:
-            origin["reward"] = None if rewards[i] != rewards[i] else rewards[i]
-        samples.append(Sample(each.row.prompt, each.text, each.row.source, origin))
-    return samples
 
 
 # --------------------------------------------------------------------------- labels
