@@ -204,14 +204,14 @@ def _cells(node: "Node") -> tuple[str, ...]:
 
 
 def _notes(node: "Node") -> list[str]:
-    """What is wrong with the sources of a run, and which other models it was made from."""
+    """What is wrong with the sources of a run, and what else it was made from."""
     from rlhf_cli.runs.lineage import PARENTS
 
     faults = [f"{each.role} {each.path} {each.fault}" for each in node.sources if each.fault]
     models = [source for source in node.sources if source.kind == PARENTS]
-    others = [source for source in models if source is not node.main]
-    if node.main is not None:  # a policy among its own baselines says nothing
-        others = [source for source in others if source.place != node.main.place]
+    under = node.under or node.main
+    # a policy among its own baselines says nothing
+    others = [source for source in models if under is None or source.place != under.place]
     notes = [*faults, *(f"{each.role}: {each.path}" for each in others)]
     return [on_one_line(note) for note in notes]
 

@@ -54,7 +54,7 @@ STAGES: dict[str, Stage] = {
     # the last is that of its refreshed reward model
     "grpo": Stage(GrpoConfig, "prompt", "policy", ("reward", "eval/gold", "refresh/accuracy")),
     "generate": Stage(GenerateConfig, "prompt", "samples", ("reward",)),
-    "label": Stage(LabelConfig, "prompt", "labels", ("agreement",)),
+    "label": Stage(LabelConfig, "prompt", "labels", ("labels", "agreement")),
     "evaluate": Stage(EvaluateConfig, "prompt", "report", ("gold", "reward")),
 }
 """Every stage by its subcommand, in the order of a chain."""

@@ -30,6 +30,7 @@ LOADED = (  # beside weights
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+OF_ROWS = ("samples", "labels")  # kinds of folders that hold rows, not weights
 SMALL = 2**20  # bytes of a file that is hashed anew each time
 
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")  # what peft calls the tasks of a scalar head
@@ -269,20 +270,23 @@ def _sha256(file: Path) -> str:
 
 
 def content_hash(path: str) -> str:
-    """Identity of a model folder: all that a stage loads of it, and of an adapter's local base, and
-    the scale of its reward. A hub id stands for itself.
+    """Identity of a stage's folder: all that a stage loads of a model, and of an adapter's local
+    base, and the scale of its reward; the rows that generate and label leave. A hub id stands for
+    itself.
     """
     folder = Path(path)
     if not folder.is_dir():
         return path
-    base = adapter_base(folder)
+    base, said = adapter_base(folder), read_manifest(folder) or {}
     files = [
         file
         for place in (folder, *([Path(base)] if base is not None else []))
         for file in (*weight_files(place), *(place / name for name in LOADED))
         if file.is_file()
     ]
-    said = read_manifest(folder) or {}
+    if said.get("kind") in OF_ROWS:
+        sealed = said.get("files", {})
+        files += [file for file in sorted(folder.glob("*.jsonl")) if file.name in sealed]
     scale = [said.get("reward"), said.get("implicit_reward")]
     whole = f"{file_hash(*files)} {json.dumps(scale, sort_keys=True)}"
     return hashlib.sha256(whole.encode()).hexdigest()[:16]

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_cli
+from rlhf_cli.config.schema.stages import LabelConfig
+from rlhf_cli.data.order import derived_seed
 from rlhf_cli.folders.files import flush
 from rlhf_cli.folders.journal import Journal
+from rlhf_cli.folders.manifest import text_hash
 from rlhf_cli.labelling.answers import Answer, fault_of
-from rlhf_cli.labelling.tasks import Turn
+from rlhf_cli.labelling.tasks import Turn, dealt, read_tasks
+from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import EVENTS
 
 UNDO = "undo"
@@ -127,6 +131,21 @@ class Desk:
         self._journal.append([event])
         flush(self._journal.file)
         self._replay(event)
+
+
+def desks_of(cfg: LabelConfig) -> dict[str, Desk]:
+    """The desk of each annotator, with what was answered before."""
+    out = Path(cfg.out)
+    seed = derived_seed(cfg.seed, "deal")
+    turns = dealt(read_tasks(out), cfg.annotators, cfg.algo.overlap, cfg.algo.repeat, seed)
+    told = instructions_of(cfg)
+    terms = Terms(cfg.algo.protocol, cfg.source, None if told is None else text_hash(told)[:16])
+    return {who: Desk(out, who, own, terms, lambda: check_lock(out)) for who, own in turns.items()}
+
+
+def instructions_of(cfg: LabelConfig) -> str | None:
+    """The text that annotators judge by."""
+    return None if cfg.instructions is None else Path(cfg.instructions).read_text(encoding="utf-8")
 
 
 def _utc(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
+from glob import glob, has_magic
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
+from rlhf_cli.runs.lineage import command_of
 from rlhf_cli.runs.out_folder import LABELS, TASKS, is_claimed
 from rlhf_cli.runs.provenance import baselines_of, named_models, own_loss
 
@@ -69,6 +71,8 @@ def check_data(cfg: Run) -> None:
     named |= {
         f"sources[{i}].path": each.path for i, each in enumerate(sources_of(data)) if data.sources
     }
+    if (samples := getattr(cfg, "samples", None)) is not None:
+        _check_sealed("samples", samples)
     for key, value in named.items():
         if data.format == "demo" and key != "text_path" and value is not None:
             raise UserError(f"data=demo brings its own rows; data=jsonl data.{key}=... reads yours")
@@ -85,7 +89,7 @@ def check_data(cfg: Run) -> None:
         if not is_local(value):  # the hub tells what it has once it is asked
             continue
         for place in value if isinstance(value, list) else [value]:
-            _check_labelled(f"data.{key}", place)
+            _check_sealed(f"data.{key}", place)
         try:
             found = find(value)
             for file in found.train + found.held_out:
@@ -96,22 +100,30 @@ def check_data(cfg: Run) -> None:
         check_sources(sources_of(data))
 
 
-def _check_labelled(key: str, place: str) -> None:
-    """What is named of a label folder are its rows, once it has them.
+def _check_sealed(key: str, place: str) -> None:
+    """What is named of a stage's folder are rows that it has sealed: no part of them, and of labels
+    neither tasks nor events.
 
     Raises:
-        UserError: it is the folder itself, with its tasks and events, or it has no rows yet.
+        UserError: the stage is not done, or the label folder itself is named.
     """
     whole = Path(place).expanduser()
     folder = whole if whole.is_dir() else whole.parent
-    if not (folder / TASKS).is_file() or not is_claimed(folder):
+    if has_magic(place):
+        for each in sorted(glob(str(folder))):
+            _check_sealed(key, str(Path(each, whole.name)))
         return
-    if read_manifest(folder) is None and (whole == folder or not whole.exists()):
-        raise UserError(
-            f"{key}={place}: {folder} is labelled still; the command that began it goes on, and "
-            "accept_partial=true seals what is there"
-        )
-    if whole == folder:
+    if not is_claimed(folder):
+        return
+    labelled = (folder / TASKS).is_file()
+    there = labelled and whole != folder and whole.exists()  # its tasks do as prompts
+    if read_manifest(folder) is None and not there:
+        command = command_of(folder)
+        way = f"go on with `{command}`" if command else "the command that began it goes on"
+        way += ", or seal what is there with accept_partial=true" if labelled else ""
+        state = "labelled still" if labelled else "not finished"
+        raise UserError(f"{key}={place}: {folder} is {state}: {way}")
+    if labelled and whole == folder:
         rows = [str(folder / name) for name in LABELS if (folder / name).is_file()]
         raise UserError(f"{key}={place} is a label folder: name its rows, {' or '.join(rows)}")
 

@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,11 +27,12 @@ from rlhf_cli.runs.out_folder import (
     is_claimed,
     what_is_kept,
 )
-from rlhf_cli.runs.provenance import input_hash
+from rlhf_cli.runs.provenance import ROWS, input_hash
 
 PARENTS, INPUTS = "parents", "inputs"
 KINDS = (PARENTS, INPUTS)
-MAIN_ROLES = ("policy", "model")  # whose weights a stage goes on from
+POLICY, REWARD = "policy", "reward"  # roles, and what stages write
+MAIN_ROLES = (POLICY, "model")  # whose weights a stage goes on from
 HEADER = re.compile(r"# (?:rlhf-cli (?P<words>.*)|rlhf_cli\.stages\.(?P<stage>\w+)\.run)")
 
 Figures = dict[str, float]
@@ -43,7 +44,8 @@ HashOf = Callable[[str, str], str | None]
 class RunInput:
     """Something that a stage read.
 
-    kind: parents, a model folder; or inputs, data or a file with reward functions.
+    kind: parents, a model or a folder in which a stage has left rows; or inputs, data or a file
+        with reward functions.
     fault: what is wrong with it now: `has changed since`, `is gone`, or `cannot be read`.
     """
 
@@ -62,7 +64,8 @@ class Node:
     state: in words: finished, stopped, unfinished, running or damaged.
     seconds: working time; None until it has ended.
     ended: seconds since the epoch.
-    sources: all that it read; `main` is the one whose weights it goes on from.
+    sources: all that it read; `main` is the one whose weights it goes on from, and `under` the one
+        that it hangs under among other runs.
     """
 
     folder: Path
@@ -75,11 +78,12 @@ class Node:
     figures: Figures
     sources: list[RunInput]
     main: RunInput | None
+    under: RunInput | None = None
     children: list["Node"] = field(default_factory=list)
 
 
 def trees(folders: Sequence[Path]) -> list[Node]:
-    """The runs in and below folders, each under the run whose weights it goes on from.
+    """The runs in and below folders, each under what it was made from, as `arranged` has it.
 
     What a run writes inside its own folder, such as a refreshed reward model, hangs under the run.
     """
@@ -92,19 +96,44 @@ def trees(folders: Sequence[Path]) -> list[Node]:
 
 
 def arranged(found: Iterable[Node]) -> list[Node]:
-    """Runs under those whose weights they go on from; the ones that hang under none."""
+    """Runs under those whose weights they go on from; the ones that hang under none.
+
+    What learnt from rows that a stage has left, such as labels, hangs under these, the last ones if
+    there are several, and what is trained on such a reward model under that: rounds of labels stand
+    one beneath the other.
+    """
     nodes = {node.folder.resolve(): node for node in found}
     above: dict[Path, Path] = {}
     for place, node in nodes.items():
-        inside = place.parent in nodes and not is_claimed(place)
-        main = Path(os.path.realpath(node.main.place)) if node.main else None
-        parent = place.parent if inside else main
-        if parent in nodes and place not in _ancestry(parent, above):
-            above[place] = parent
+        if place.parent in nodes and not is_claimed(place):  # what a run writes inside its own
+            above[place] = place.parent
+            continue
+        for source in _leads(node, nodes):
+            parent = _real(source)
+            if parent in nodes and place not in _ancestry(parent, above):
+                above[place], node.under = parent, source
+                break
     for place in sorted(nodes, key=lambda each: _order(nodes[each])):
         if place in above:
             nodes[above[place]].children.append(nodes[place])
     return sorted((node for place, node in nodes.items() if place not in above), key=_order)
+
+
+def _leads(node: Node, nodes: Mapping[Path, Node]) -> Iterator[RunInput]:
+    """What a run can hang under, the first choice first."""
+    facts = STAGES.get(node.stage or "")
+    if facts and facts.writes in (POLICY, REWARD):
+        for source in node.sources:
+            judge = nodes.get(_real(source)) if source.role == REWARD else None
+            if judge is not None and any(each.role == ROWS for each in judge.sources):
+                yield source
+        yield from reversed([source for source in node.sources if source.role == ROWS])
+    if node.main is not None:
+        yield node.main
+
+
+def _real(source: RunInput) -> Path:
+    return Path(os.path.realpath(source.place))
 
 
 def _ancestry(place: Path, above: dict[Path, Path]) -> Iterator[Path]:
@@ -204,7 +233,7 @@ def paths_start(folder: Path) -> Path:
 def _lines(folder: Path) -> list[str]:
     """The lines of config.yaml; none where no run of ours made the folder."""
     run = run_of(folder)
-    if not (folder / MANIFEST).is_file() or not is_claimed(run):
+    if not is_claimed(run) or (run != folder and not (folder / MANIFEST).is_file()):
         return []
     with suppress(OSError, ValueError):
         return (run / CONFIG).read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from glob import glob, has_magic
 from operator import attrgetter
 from pathlib import Path
@@ -12,6 +13,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.data.files import STDIN, find, is_there, stdin_lines
+from rlhf_cli.data.sources import sources_of
 from rlhf_cli.folders.manifest import (
     EXPORTED,
     MANIFEST,
@@ -28,6 +30,7 @@ from rlhf_cli.folders.manifest import (
 from rlhf_cli.rewards.specs import files_of, models_of
 
 Provenance = dict[str, dict[str, dict[str, str]]]
+ROWS = "rows"  # the role of a folder that left rows which a stage reads
 
 
 def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
@@ -125,14 +128,36 @@ def places_read(cfg: Run) -> Iterator[tuple[str, Path]]:
             yield key.split()[0], file
 
 
+def folders_of_rows(cfg: Run) -> list[str]:
+    """The finished folders of stages that hold files which this one reads, each once."""
+    files = [
+        file
+        for place in inputs_read(cfg).values()
+        for here in [Path(os.path.expanduser(place))]
+        for file in ([here] if here.is_file() else data_files(place))
+    ]
+    folders = dict.fromkeys(file.parent for file in files)
+    return [str(folder) for folder in folders if _is_finished(folder)]
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a stage has sealed a folder; a stage.json of others says nothing of it."""
+    with suppress(UserError):
+        return bool((read_manifest(folder) or {}).get("complete"))
+    return False
+
+
 def inputs_read(cfg: Run) -> dict[str, str]:
     """The local files, folders and patterns of files that a stage reads beside models, by key.
 
     Each entry of a list has a key of its own: `data.path[0]`.
     """
     inputs: dict[str, str | None] = {}
-    for name in ("path", "eval_path", "text_path", "prefix"):
-        key, value = f"data.{name}", getattr(cfg.data, name)
+    named = {name: getattr(cfg.data, name) for name in ("path", "eval_path", "text_path", "prefix")}
+    if cfg.data.sources:
+        named |= {f"sources[{i}].path": each.path for i, each in enumerate(sources_of(cfg.data))}
+    for name, value in named.items():
+        key = f"data.{name}"
         if isinstance(value, list):
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
@@ -177,10 +202,10 @@ def provenance_of(cfg: Run) -> Provenance:
     hashes = {key: (place, input_hash(place)) for key, place in inputs_read(cfg).items()}
     if cfg.data.path == STDIN and not facts_of(cfg).holds_out:
         hashes["data.path"] = (STDIN, text_hash("".join(stdin_lines())))
+    parents = parents_of(cfg) | {f"{ROWS} {path}": path for path in folders_of_rows(cfg)}
     return {
         "parents": {
-            role: {"path": path, "hash": content_hash(path)}
-            for role, path in parents_of(cfg).items()
+            role: {"path": path, "hash": content_hash(path)} for role, path in parents.items()
         },
         "inputs": {
             key: {"path": place, "hash": digits}

@@ -20,17 +20,11 @@ from typing import Any
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.stages import LabelConfig
 from rlhf_cli.data.order import derived_seed
-from rlhf_cli.folders.manifest import text_hash
 from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
-from rlhf_cli.labelling.desk import Desk, Terms
+from rlhf_cli.labelling.desk import Desk, desks_of, instructions_of
 from rlhf_cli.labelling.rows import counted, rows_of
-from rlhf_cli.labelling.tasks import (
-    dealt,
-    read_tasks,
-    tasks_of,
-    write_tasks,
-)
+from rlhf_cli.labelling.tasks import read_tasks, tasks_of, write_tasks
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
@@ -117,21 +111,6 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
 
 
 # --------------------------------------------------------------------------- labels
-
-
-def desks_of(cfg: LabelConfig) -> dict[str, Desk]:
-    """The desk of each annotator, with what was answered before."""
-    out = Path(cfg.out)
-    seed = derived_seed(cfg.seed, "deal")
-    turns = dealt(read_tasks(out), cfg.annotators, cfg.algo.overlap, cfg.algo.repeat, seed)
-    told = instructions_of(cfg)
-    terms = Terms(cfg.algo.protocol, cfg.source, None if told is None else text_hash(told)[:16])
-    return {who: Desk(out, who, own, terms, lambda: check_lock(out)) for who, own in turns.items()}
-
-
-def instructions_of(cfg: LabelConfig) -> str | None:
-    """The text that annotators judge by."""
-    return None if cfg.instructions is None else Path(cfg.instructions).read_text(encoding="utf-8")
 
 
 def collected(cfg: LabelConfig) -> dict[str, Desk]:

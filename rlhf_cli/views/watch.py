@@ -15,7 +15,7 @@ from rich.text import Text
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.reporting.grid import laid_out, show
 from rlhf_cli.reporting.live import METRICS, SAMPLES, Course, View, clipped, clock, drawn
-from rlhf_cli.runs.lineage import Node, read_node, runs_in
+from rlhf_cli.runs.lineage import Node, command_of, read_node, runs_in
 from rlhf_cli.runs.lock import writer_of
 from rlhf_cli.runs.out_folder import CONFIG
 from rlhf_cli.runs.progress_file import Told, read_progress
@@ -140,7 +140,7 @@ class Watched:
         """All that is shown of it."""
         title = f"{self.folder}, {self.node.stage or 'no stage is known'}: {self.state()}"
         notes = []
-        if not self.has_ended and not self.goes_on and (command := typed(self.folder)):
+        if not self.has_ended and not self.goes_on and (command := command_of(self.folder)):
             notes.append(f"the same command goes on: {command}")
         if not self.course.figures() and self.node.figures:
             notes.append(", ".join(f"{name} {show(v)}" for name, v in self.node.figures.items()))
@@ -174,14 +174,6 @@ def ago(seconds: float) -> str:
 def absolute(folder: Path) -> str:
     """A folder by one name, however it was given."""
     return os.path.abspath(folder)
-
-
-def typed(folder: Path) -> str | None:
-    """The command that began a run, as config.yaml has it."""
-    with suppress(OSError, ValueError), (folder / CONFIG).open(encoding="utf-8") as stream:
-        first = stream.readline().removeprefix("#").strip()
-        return first if first.startswith("rlhf-cli ") else None
-    return None
 
 
 class Watch:

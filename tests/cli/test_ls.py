@@ -15,12 +15,14 @@ import pytest
 
 from rlhf_cli.commands import ls
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.stages import STAGES
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.runs.lineage import Node, trees
 from rlhf_cli.runs.provenance import input_hash
 from tests.conftest import Cli
 
 CONFIG = "# rlhf-cli {words}\nname: demo\nout: {out}\nseed: 3\npolicy: runs/demo/sft\n"
+Tree = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +85,7 @@ def by_folder(*folders: str) -> dict[str, Node]:
     return {str(node.folder): node for node in walk(trees([Path(each) for each in folders]))}
 
 
-def shape(nodes: list[Node]) -> dict[str, Any]:
+def shape(nodes: list[Node]) -> Tree:
     """The trees as nested dicts of folder names."""
     return {node.folder.name: shape(node.children) for node in nodes}
 
@@ -125,6 +127,78 @@ def test_a_tree_of_what_was_made_from_what(chain: None, cli: Cli) -> None:
             *("gold 2.5, reward 1.5", "3", "baseline: runs/demo/sft"),
         ],
     ]
+
+
+def write_rows(out: str, words: str, parents: dict[str, str], *files: str) -> None:
+    """A finished folder of rows."""
+    folder = write_run(out, words, parents)
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_text(f'{{"prompt": "{out}"}}\n')
+    manifest = json.loads((folder / "stage.json").read_text())
+    kind = STAGES[words.split()[0]].writes
+    sealed = {name: {"size": 0, "sha256": ""} for name in files}
+    (folder / "stage.json").write_text(json.dumps({**manifest, "kind": kind, "files": sealed}))
+
+
+@pytest.fixture
+def rounds() -> None:
+    """Two rounds of labels from the policy of sft, as recipes/online.sh makes them."""
+    sft = {"policy": "runs/sft"}
+    write_run("runs/sft", "sft")
+    labels: dict[str, str] = {}
+    newest = "runs/sft"
+    for number in (1, 2):
+        here = f"runs/round{number}"
+        write_rows(f"{here}/label", "label", {"policy": newest}, "rankings.jsonl", "tasks.jsonl")
+        labels[f"rows {here}/label"] = f"{here}/label"
+        write_run(f"{here}/reward", "reward algo=kwise", sft | labels, kind="reward")
+        write_run(f"{here}/ppo", "ppo", {**sft, "reward": f"{here}/reward"})
+        newest = f"{here}/ppo"
+    judged = {"policy": newest, "reward": "runs/round2/reward", "baseline runs/sft": "runs/sft"}
+    write_run("runs/evaluate", "evaluate", judged)
+
+
+def test_rounds_of_labels_stand_one_beneath_the_other(rounds: None, cli: Cli) -> None:
+    last: Tree = {"label": {"reward": {"ppo": {"evaluate": {}}}}}
+    assert shape(trees([Path("runs")])) == {"sft": {"label": {"reward": {"ppo": last}}}}
+    assert notes("runs/round1/reward") == ["policy: runs/sft"]
+    assert notes("runs/round2/reward") == ["policy: runs/sft", "rows: runs/round1/label"]
+    assert notes("runs/round2/ppo") == ["policy: runs/sft"]
+    done = cli("ls", "runs")  # in a pipe
+    assert f"\n{9 * ' '}└─ runs/round2/label  " in done.stdout and done.stderr == ""
+    told = {each["folder"]: each for each in json.loads(cli("ls", "runs", "--json").stdout)}
+    assert told["runs/round2/reward"]["under"] == "runs/round2/label"
+    assert [each["role"] for each in told["runs/round2/reward"]["sources"]] == [
+        *("policy", "rows", "rows")
+    ]
+    assert told["runs/evaluate"]["under"] == "runs/round2/ppo"
+
+
+def test_labels_that_are_edited_or_gone_are_said(rounds: None) -> None:
+    Path("runs/round1/label/rankings.jsonl").write_text("{}\n")
+    Path("runs/round1/label/mine.jsonl").write_text("not of the stage")
+    assert "rows runs/round1/label has changed since" in notes("runs/round2/reward")
+    Path("runs/round2/label").rename("runs/moved")
+    assert "rows runs/round2/label is gone" in notes("runs/round2/reward")
+    # what is left of it: the first round, with the second reward beneath the labels that are there
+    tree: Tree = {"label": {"reward": {"ppo": {"label": {}}}, "reward ": {"ppo": {"evaluate": {}}}}}
+    Path("runs/round2/reward").rename("runs/round2/reward ")  # a name of its own in `shape`
+    write_run("runs/round2/ppo", "ppo", {"policy": "runs/sft", "reward": "runs/round2/reward "})
+    Path("runs/moved").rename("runs/label")
+    assert shape(trees([Path("runs")])) == {"sft": tree}
+
+
+def test_what_learnt_from_samples_hangs_under_them(chain: None) -> None:
+    write_rows("runs/best", "generate", {"policy": "runs/demo/sft"}, "demonstrations.jsonl")
+    made = {"model": "runs/demo/sft", "rows runs/best": "runs/best"}
+    write_run("runs/rejection", "sft", made)
+    found = by_folder("runs")
+    assert found["runs/best"] in found["runs/demo/sft"].children
+    assert found["runs/best"].children == [found["runs/rejection"]]
+    assert notes("runs/rejection") == ["model: runs/demo/sft"]
+    alone = trees([Path("runs/rejection"), Path("runs/demo/sft")])  # without the samples
+    assert shape(alone) == {"sft": {"rejection": {}}}
 
 
 def test_a_narrow_terminal_gets_lines_that_fit(chain: None, cli: Cli) -> None:

@@ -210,6 +210,9 @@ def test_what_is_being_labelled_is_named_as_that(
         for stage in ("reward", "dpo"):
             with pytest.raises(UserError, match=f"data.path={place}: {out} is labelled still"):
                 check_data(compose(stage, data))
+    with pytest.raises(UserError, match="is labelled still"):  # and left out of no pattern
+        check_data(compose("reward", ["data=jsonl", f"data.path={tmp_path}/o*/rankings.jsonl"]))
+    check_data(compose("generate", ["data=jsonl", f"data.path={out / 'tasks.jsonl'}"]))
     shutil.rmtree(out / "checkpoints")  # the tasks are all that is needed
     typed(monkeypatch, *["1 2 3 4"] * 3)
     label(out, *words)

@@ -1,5 +1,6 @@
 """Which models a stage reads, by the keys that name them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,16 @@ import pytest
 from rlhf_cli.config.compose import compose
 from rlhf_cli.runs.provenance import (
     data_files,
+    folders_of_rows,
     input_hash,
     inputs_read,
     models_read,
     parents_of,
     places_read,
+    provenance_of,
 )
 
+SEALED = {"size": 0, "sha256": ""}
 DATA = ["data=jsonl", "data.path=rows.jsonl"]
 
 
@@ -60,6 +64,45 @@ def test_a_pretrained_model_is_the_model_of_sft() -> None:
     cfg = compose("sft", [*DATA, "model=pretrained", "model.path=owner/name", "algo.text_mix=0"])
     assert models_read(cfg) == {"model": "owner/name"}
     assert models_read(compose("sft", ["model=tiny"])) == {}
+
+
+def test_rows_that_a_stage_has_left_name_their_folder(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By file, list, folder and pattern, and by data.sources; not while the stage goes on."""
+    monkeypatch.chdir(made)
+    for name, kind in (("r1/label", "labels"), ("r2/label", "labels"), ("best", "samples")):
+        Path(name).mkdir(parents=True)
+        Path(name, "rankings.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+        said = {"kind": kind, "complete": True, "files": {"rankings.jsonl": SEALED}}
+        Path(name, "stage.json").write_text(json.dumps(said))
+    Path("begun").mkdir()
+    Path("stage.json").write_text('{"stages": 3}')  # of another tool
+    for place in ("begun/rankings.jsonl", "rows.jsonl"):
+        Path(place).write_text('{"prompt": "mine"}\n')
+
+    def found(*words: str) -> list[str]:
+        return folders_of_rows(compose("reward", ["policy=policy", "data=jsonl", *words]))
+
+    labels = [f"r{number}/label" for number in (1, 2)]
+    files = [f"{label}/rankings.jsonl" for label in labels]
+    assert found(f"data.path=[{','.join([*files, 'begun/rankings.jsonl', 'rows.jsonl'])}]") == (
+        labels
+    )
+    assert found("data.path='r*/label/rankings.jsonl'", "data.eval_path=best") == [*labels, "best"]
+    sources = f"data.sources=[{{path: {files[1]}}}, {{path: [best, {files[0]}]}}]"
+    words = ["policy=policy", "data=jsonl", sources]
+    cfg = compose("reward", words)
+    assert folders_of_rows(cfg) == [labels[1], "best", labels[0]]
+    before = provenance_of(cfg)
+    assert list(before["parents"]) == [*("policy", "rows r2/label", "rows best", "rows r1/label")]
+    assert before["inputs"]["data.sources[1].path[0]"]["path"] == "best"
+    Path(files[0]).write_text('{"prompt": "other"}\n')
+    after = provenance_of(cfg)
+    changed = [
+        role for role in before["parents"] if after["parents"][role] != before["parents"][role]
+    ]
+    assert changed == ["rows r1/label"]
 
 
 def test_data_are_hashed_over_all_files_of_a_path(
