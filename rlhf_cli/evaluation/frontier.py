@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.reporting.plots import Curve
+from rlhf_cli.reporting.plots import Curve, numbers
 from rlhf_cli.runs.lineage import config_of_run
 
 Point = dict[str, Any]
@@ -95,17 +95,19 @@ def trained(path: str, judges: Mapping[str, str | None]) -> list[Point]:
 def curves_of(points: Sequence[Point], judge: str, names: Mapping[str, str]) -> list[Curve]:
     """The points of a judge as a picture has them, error bars of two errors.
 
+    One whose KL or score is infinite, or not known, is left out.
+
     Args: names, what policies are called there.
     """
     curves: dict[tuple[str, str], list[Point]] = {}
     for point in points:
-        if judge in point:
+        if numbers(point.get("kl"), "mean") and numbers(point.get(judge), "mean"):
             curves.setdefault((point["policy"], point["from"]), []).append(point)
     drawn = []
     for (path, kind), own in curves.items():
         own = sorted(own, key=lambda point: point["kl"]["mean"])
         means = [point[judge]["mean"] for point in own]
-        errors = [2 * (point[judge].get("stderr") or 0.0) for point in own]
+        errors = [2 * (numbers(point[judge], "stderr") or [0.0])[0] for point in own]
         bars: tuple[list[float], list[float]] = ([], [])
         if kind != TRAINING:
             bars = (

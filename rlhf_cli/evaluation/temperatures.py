@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_cli.reporting.plots import Curve
+from rlhf_cli.reporting.plots import Curve, numbers
 
 AGAINST = {"against_references": "the references", "win_rates": "baselines"}
 """What win rates are against, by where the report has them."""
@@ -17,9 +17,11 @@ def temperature_panels(
     for key, against in AGAINST.items():
         won: dict[str, list[tuple[float, float, float, float]]] = {}
         for temperature, found in by_temperature.items():
-            for path, w in found[key].items():
-                point = float(temperature), w["win"] + w["tie"] / 2, w["low"], w["high"]
-                won.setdefault(path, []).append(point)
+            for path, rate in (found.get(key) or {}).items():
+                if known := numbers(rate, "win", "tie", "low", "high"):
+                    win, tie, *ends = known
+                    point = float(temperature), win + tie / 2, ends[0], ends[1]
+                    won.setdefault(path, []).append(point)
         if won:
             curves = panels[f"score against {against}"] = []
             for path, points in won.items():

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     import altair
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 420, 220  # pixels of a panel of a file, at a scale of 1
 SCALE = 2.0
 BINS = 40
+BIN = ("low", "high", "confidence", "accuracy", "count")  # what a bin of judgements has
 MOST_DOTS = 40  # points of a line that are seen as such
 TITLE_COLUMNS = 58  # characters
 
@@ -177,6 +178,18 @@ def _points(curve: Curve) -> list[dict[str, Any]]:
     return rows
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value can be drawn: what is infinite or not known cannot, and is null in JSON."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def numbers(figures: object, *names: str) -> list[float] | None:
+    """The values under these names; None where one of them cannot be drawn."""
+    values = [figures.get(name) if isinstance(figures, Mapping) else None for name in names]
+    known = [value for value in values if is_number(value)]
+    return known if len(known) == len(names) else None
+
+
 def rounded(value: float) -> float:
     """A number with as many digits as a picture shows."""
     return float(f"{value:.6g}")
@@ -241,9 +254,9 @@ def reliability_panels(bins: Sequence[Mapping[str, float]]) -> list["Panel"]:
     import altair as alt
 
     # confidence in the preferred of two starts at a half
-    start = 0.5 if min((each["low"] for each in bins), default=0.0) >= 0.5 else 0.0
+    rows = [dict(each) for each in bins if numbers(each, *BIN)]
+    start = 0.5 if min((each["low"] for each in rows), default=0.0) >= 0.5 else 0.0
     across = alt.Scale(domain=[start, 1.0])
-    rows = [dict(each) for each in bins]
     ends = [{"confidence": end, "accuracy": end} for end in (start, 1.0)]
     x = alt.X("confidence:Q").title("confidence").scale(across)
     y = alt.Y("accuracy:Q").title("share right").scale(domain=[0.0, 1.0])

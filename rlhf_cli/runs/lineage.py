@@ -320,7 +320,8 @@ def _figures(stage: str | None, manifest: dict[str, Any]) -> Figures:
         with suppress(TypeError, KeyError, AttributeError):
             policy = str(Path(manifest["parents"]["policy"]["path"]))
             judged = metrics["policies"][policy]
-            return {name: judged[name]["mean"] for name in headline if judged.get(name)}
+            means = {name: judged[name]["mean"] for name in headline if judged.get(name)}
+            return {name: mean for name, mean in means.items() if mean is not None}  # infinite
         return {}
     plain = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     known = {name: plain[name] for name in headline if name in plain}

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.evaluation.frontier import JUDGES, curves_of
 from rlhf_cli.evaluation.temperatures import temperature_panels
 from rlhf_cli.reporting.plots import (
+    BIN,
     Curve,
     curve_panel,
     histogram_panel,
+    is_number,
     names_in,
+    numbers,
     reliability_panels,
 )
 from rlhf_cli.reporting.terminal import on_one_line
@@ -284,6 +287,19 @@ def frontier_figures(report: Mapping[str, Any], names: Callable[[str], str]) -> 
     ]
 
 
+def off_the_frontier(report: Mapping[str, Any], names: Callable[[str], str]) -> list[str]:
+    """The policies of which a point cannot be drawn: its KL or a score is infinite or not known."""
+    points = report.get("frontier") or []
+    left = [
+        names(point["policy"])
+        for point in points
+        for judge in JUDGES
+        if judge in point
+        and not (numbers(point.get("kl"), "mean") and numbers(point[judge], "mean"))
+    ]
+    return list(dict.fromkeys(left))
+
+
 def temperature_figures(report: Mapping[str, Any], names: Callable[[str], str]) -> list[Figure]:
     """Wins and half the ties over the temperature of sampling."""
     panels = temperature_panels(report.get("by_temperature") or {}, names)
@@ -311,12 +327,11 @@ def matrix_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Fig
     """The share that the policy of a row wins against that of a column, with half the ties."""
     import altair as alt
 
-    found = wins(report)
-    if not found:
-        return None
     rows = []
-    for (one, other), won in found.items():
-        score = won["win"] + won["tie"] / 2
+    for (one, other), won in wins(report).items():
+        if (shares := numbers(won, "win", "tie")) is None:
+            continue
+        score, ends = shares[0] + shares[1] / 2, numbers(won, "low", "high")
         rows.append(
             {
                 "one": names(one),
@@ -324,9 +339,11 @@ def matrix_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Fig
                 "score": score,
                 "text": f"{score:.2f}",
                 "far": abs(score - 0.5),
-                "range": f"{won['low']:.3f} to {won['high']:.3f}",
+                "range": f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "not known",
             }
         )
+    if not rows:
+        return None
     order = [names(each) for each in report.get("ratings") or report["policies"]]
     y = alt.Y("one:N").sort(order).title(None).axis(domain=False, ticks=False, grid=False)
     head = alt.Axis(orient="top", labelAngle=-30, domain=False, ticks=False, grid=False)
@@ -356,38 +373,57 @@ def matrix_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Fig
 
 def ratings_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Figure | None:
     """Ratings on Elo's scale with 95% intervals, best first."""
+    ratings = report.get("ratings") or {}
+    return intervals_figure("ratings", "Ratings", "rating, Elo's scale", "rating", ratings, names)
+
+
+def intervals_figure(
+    name: str,
+    title: str,
+    across: str,
+    key: str,
+    found: Mapping[str, Mapping[str, Any]],
+    names: Callable[[str], str],
+) -> Figure | None:
+    """A figure of each policy with its 95% interval, from top to bottom.
+
+    Args:
+        across: what is measured, as the axis says it.
+        key: its name among what is found of a policy, beside low and high.
+    """
     import altair as alt
 
-    ratings = report.get("ratings") or {}
-    if not ratings:
+    rows: list[dict[str, Any]] = []
+    for path, each in found.items():
+        if value := numbers(each, key):
+            ends = dict(zip(("low", "high"), numbers(each, "low", "high") or [], strict=False))
+            rows.append({"name": names(path), "value": value[0], **ends})
+    if not rows:
         return None
-    rows = [
-        {"name": names(name), **{key: each[key] for key in ("rating", "low", "high")}}
-        for name, each in ratings.items()
-    ]
     y = alt.Y("name:N").sort([row["name"] for row in rows]).title(None).axis(grid=False)
     base = alt.Chart(alt.Data(values=rows)).encode(y=y)
-    x = alt.X("rating:Q").title("rating, Elo's scale").scale(zero=False, padding=8)
-    bars = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("low:Q").title("rating, Elo's scale").scale(zero=False, padding=8), x2="high:Q"
-    )
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
+    bars = bars.encode(x=alt.X("low:Q").title(across).scale(zero=False, padding=8), x2="high:Q")
     dots = base.mark_circle(size=70, opacity=1).encode(
-        x=x,
+        x=alt.X("value:Q").title(across).scale(zero=False, padding=8),
         tooltip=[
             alt.Tooltip("name:N").title("policy"),
-            *(alt.Tooltip(f"{key}:Q").format(".1f") for key in ("rating", "low", "high")),
+            alt.Tooltip("value:Q").title(key).format(".4~g"),
+            *(alt.Tooltip(f"{end}:Q").format(".4~g") for end in ("low", "high")),
         ],
     )
     said = "; ".join(
-        f"{row['name']} {row['rating']:.0f}, {row['low']:.0f} to {row['high']:.0f}" for row in rows
+        f"{row['name']} {row['value']:.4g}"
+        + (f", {row['low']:.4g} to {row['high']:.4g}" if "low" in row else "")
+        for row in rows
     )
     panel = alt.layer(bars, dots, height=30 * len(rows) + 10)
-    return Figure("ratings", "Ratings", [panel], said)
+    return Figure(name, title, [panel], said)
 
 
 def calibration_figure(report: Mapping[str, Any], name: str) -> Figure | None:
     """How often judgements of a scorer are right, over how sure it is of them."""
-    bins = report.get("calibration_bins")
+    bins = [each for each in report.get("calibration_bins") or [] if numbers(each, *BIN)]
     if not bins:
         return None
     error = report.get("calibration_error")
@@ -414,11 +450,6 @@ def names_for(paths: Iterable[str]) -> Callable[[str], str]:
 def plain(text: str) -> str:
     """A name that a file can have everywhere."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:80] or "figure"
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_error(name: str, names: Iterable[str]) -> bool:

@@ -1,6 +1,6 @@
 """Runs as one page: what was made from what, what it says, how it went, and with which settings."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.config.switches import written
 from rlhf_cli.reporting.grid import show, with_error
-from rlhf_cli.reporting.plots import LIGHT, embedded, theme, unchecked
+from rlhf_cli.reporting.plots import LIGHT, embedded, numbers, theme, unchecked
 from rlhf_cli.runs.comparison import (
     ENDS,
     PLACES,
@@ -224,6 +224,7 @@ ESTIMATES = {
 """Figures of a policy, by what they are called in the table."""
 
 
+SHARES = ("win", "tie", "loss")
 COUNTS = {"prompts": "prompts", "samples": "samples of each"}
 
 
@@ -236,14 +237,17 @@ def _policies(report: dict[str, Any], name_of: Callable[[str], str]) -> str:
     found = report["policies"]
     used = [key for key in ESTIMATES if any(estimate(each, key) for each in found.values())]
     ratings = report.get("ratings") or {}
-    order = sorted(found, key=lambda path: -(ratings.get(path) or {}).get("rating", 0.0))
+    order = sorted(found, key=lambda path: -(numbers(ratings.get(path), "rating") or [0.0])[0])
     rows = [[said(name_of(path)), *(estimate(found[path], key) for key in used)] for path in order]
-    facts = [f"{said(report.get(key))} {of}" for key, of in COUNTS.items()]
-    facts += [f"temperature {said(report.get('temperature'))}"]
-    facts += [f"{key} {said(report[key])}" for key in ("reward", "gold") if report.get(key)]
+    facts = [f"{said(report[key])} {of}" for key, of in COUNTS.items() if report.get(key)]
+    named = ("temperature", "reward", "gold")
+    facts += [f"{key} {said(report[key])}" for key in named if report.get(key) is not None]
     if report.get("reference"):
         facts.append(f"KL and gain to {said(name_of(report['reference']))}")
-    note = f'<p class="note">{"; ".join(facts)}. ± is a standard error, clustered by prompt.</p>'
+    told = [*facts, "± is a standard error, clustered by prompt"]
+    if any(None in row for row in rows):
+        told.append("– is not known, or infinite")
+    note = f'<p class="note">{"; ".join(told)}.</p>'
     return table(["policy", *(ESTIMATES[key] for key in used)], rows) + note
 
 
@@ -252,9 +256,14 @@ def estimate(figures: dict[str, Any], key: str) -> str | None:
     value = figures.get(key)
     if key == "kl" and value is None and (bound := estimate(figures, "kl_bound")):
         return f"at most {bound}"
-    if isinstance(value, dict) and charts.is_number(value.get("mean")):
-        return with_error(value["mean"], value.get("stderr"))
-    return with_error(value, figures.get(f"{key}_stderr")) if charts.is_number(value) else None
+    if isinstance(value, dict):
+        figures, key, error = value, "mean", "stderr"
+    else:
+        error = f"{key}_stderr"
+    if (known := numbers(figures, key)) is None:
+        return None
+    stderr = numbers(figures, error)
+    return with_error(known[0], stderr[0] if stderr else None)
 
 
 def frontier(runs: Runs) -> str:
@@ -263,6 +272,8 @@ def frontier(runs: Runs) -> str:
     def body(report: dict[str, Any], name_of: Callable[[str], str]) -> str:
         drawn = runs.drawn(charts.frontier_figures(report, name_of))
         note = "Bars are two standard errors. At equal KL, higher is better."
+        if left := charts.off_the_frontier(report, name_of):
+            note += f" Not drawn, as its KL or score is not known or infinite: {listed(left)}."
         return drawn and f'{drawn}<p class="note">{note}</p>'
 
     return each_evaluation(runs, body)
@@ -279,7 +290,8 @@ def win_rates(runs: Runs) -> str:
         figures = [charts.matrix_figure(report, name_of)]
         judge = report.get("judge") or {}
         rows = [
-            [said(name_of(path)), *won(each)] for path, each in judge.get("win_rates", {}).items()
+            [said(name_of(path)), *won(each)]
+            for path, each in (judge.get("win_rates") or {}).items()
         ]
         title = f"of the first policy against others, as {said(judge.get('judge'))} judges"
         beside += table(["against", *heads[1:]], rows, title) if rows else ""
@@ -290,15 +302,24 @@ def win_rates(runs: Runs) -> str:
     return each_evaluation(runs, body)
 
 
-def won(rate: dict[str, float]) -> list[str]:
+def won(rate: Mapping[str, Any]) -> list[str | None]:
     """Shares, their interval, and the corrected chance that both are as good."""
-    score = rate["win"] + rate["tie"] / 2
-    chance = rate.get("p_holm")
-    return [
-        *(f"{rate[key]:.3f}" for key in ("win", "tie", "loss")),
-        f"{score:.3f} ({rate['low']:.3f} to {rate['high']:.3f})",
-        "–" if chance is None else f"{chance:.2g}",
-    ]
+    shares, ends = numbers(rate, "win", "tie"), numbers(rate, "low", "high")
+    score = f"{shares[0] + shares[1] / 2:.3f}" if shares else None
+    if score and ends:
+        score += f" ({ends[0]:.3f} to {ends[1]:.3f})"
+    return [*(cell(rate, key, ".3f") for key in SHARES), score, cell(rate, "p_holm", ".2g")]
+
+
+def cell(figures: Mapping[str, Any], key: str, form: str) -> str | None:
+    """A number of a table; None where it is not known."""
+    known = numbers(figures, key)
+    return format(known[0], form) if known else None
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names one after the other, as HTML."""
+    return ", ".join(map(said, names))
 
 
 def ratings(runs: Runs) -> str:
@@ -316,12 +337,15 @@ def ratings(runs: Runs) -> str:
         drawn = runs.drawn([charts.ratings_figure(report, name_of)])
         if not drawn:
             return ""
-        alike = ", ".join(f"{said(one)} and {said(other)}" for one, other in pairs)
-        note = (
-            f"Bradley-Terry on Elo's scale, {said(name_of(report['anchor']))} at 0; bars are 95%."
-        )
-        if alike:
-            note += f" Not separable at {said(report.get('prompts'))} prompts: {alike}."
+        note = "Bradley-Terry on Elo's scale"
+        note += f", {said(name_of(report['anchor']))} at 0" if report.get("anchor") else ""
+        note += "; bars are 95%."
+        if pairs:
+            alike = listed(f"{one} and {other}" for one, other in pairs)
+            count = report.get("prompts")
+            note += f" Not separable{f' at {said(count)} prompts' if count else ''}: {alike}."
+        if left := [name_of(path) for path, each in rated.items() if not numbers(each, "rating")]:
+            note += f" Not rated: {listed(left)}."
         return f'{drawn}<p class="note">{note}</p>'
 
     return each_evaluation(runs, body)
