@@ -2,8 +2,8 @@
 
 Every user error becomes one line on stderr: status 2 for a wrong command, config or input, 1 for a
 run that failed, 75 where the same command is to be given again (a signal ended it, or another
-process writes the folder), 130 where a second Ctrl-C did. stdout carries the path of what a stage
-wrote, nothing else.
+process writes the folder), 130 where a second Ctrl-C did, 141 where the reader of standard output
+has left. stdout carries the path of what a stage wrote, nothing else.
 Hydra and torch are imported only by commands that need them, so help answers at once. What is
 imported before `main` takes the signals is as little as can be.
 """
@@ -20,6 +20,7 @@ TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer th
 if TYPE_CHECKING:
     from types import ModuleType, TracebackType
 
+EXIT_READER_LEFT = 141  # as shells say of a tool that SIGPIPE ended
 LONGEST_LINE = 1000  # characters of an error
 
 
@@ -48,7 +49,7 @@ def main() -> int:
         return status
     except BrokenPipeError:
         drop_stdout()  # its reader left, as `head` does
-        return 1
+        return EXIT_READER_LEFT
     except Interrupted as error:
         if (worker := _worker()) is not None:
             worker.tell(str(error), EXIT_TRY_AGAIN)

@@ -29,7 +29,7 @@ Other keys are those of generate: algo.temperature, algo.top_p, algo.max_tokens,
 data.template, data.chat_template, model.dtype, hardware.device and the like.
 
 On a terminal /help names what may be typed beside messages: /again, /undo, /system, /save, ...
-Ctrl-C ends an answer, Ctrl-D the dialogue. From a pipe each line is a message:
+Ctrl-C ends an answer, Ctrl-D the dialogue. From a pipe each line is a message, and Ctrl-C ends all:
 
   echo "Say hello to Anna." | rlhf-cli chat runs/demo/ppo"""
 
@@ -78,7 +78,8 @@ def run(words: list[str]) -> None:
     from rlhf_cli.views.chat_screen import shown_as
     from rlhf_cli.views.speaker import Speaker
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer, not the dialogue
+    if typed:  # from a pipe nobody would be asked for the next message: it ends all
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     speakers: list[Speaker] = []
     for policy, cfg in zip(order.policies, configs, strict=True):
         speakers.append(Speaker(policy, cfg, speakers[0].reward if speakers else None))

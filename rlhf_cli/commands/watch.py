@@ -24,8 +24,9 @@ Usage: rlhf-cli watch RUN [RUN ...] [--once]
   --once  show it as it is now; so it is where standard output is no terminal
 
 It shows what a terminal shows of the run itself: progress, rate and time left, the course of three
-metrics, and a response beside the first one to the same prompt. It only reads, ends with the run,
-and on Ctrl-C. The status is 1 where a run has died before its end."""
+metrics, and a response beside the first one to the same prompt. It only reads, and ends with the
+runs, a minute later in a folder in which a next one may begin, and on Ctrl-C. The status is 1 where
+a run has died before its end."""
 ONCE = "--once"
 EVERY = 1.0  # seconds between two looks at the folders
 DRAWN = 0.25  # seconds between two pictures: clocks go on, and the terminal may be resized
@@ -106,11 +107,15 @@ class Picture:
         self, console: "Console", options: "ConsoleOptions"
     ) -> "Iterator[RenderableType]":
         width, height = options.max_width, options.size.height
-        yield from self._watch.lines(width, height, options.ascii_only)
+        if self._watch.goes_on or not self._watch.may_grow:
+            yield from self._watch.lines(width, height, options.ascii_only)
+            return
+        yield from self._watch.lines(width, height - 1, options.ascii_only)
+        yield "none goes on; a minute for the next one to begin, Ctrl-C leaves"[:width]
 
 
 def follow(watch: "Watch", draw: Callable[[], None], left: Sequence[int]) -> None:
-    """Look and draw until nothing goes on, or a signal is in `left`; among several runs the next
+    """Look and draw until nothing goes on, or a signal is in `left`; in a folder of runs the next
     one may be yet to begin.
     """
     looked = alive = time.monotonic()
@@ -119,7 +124,7 @@ def follow(watch: "Watch", draw: Callable[[], None], left: Sequence[int]) -> Non
         now = time.monotonic()
         if watch.goes_on:
             alive = now
-        elif len(watch.runs) == 1 or now - alive > BETWEEN:
+        elif not watch.may_grow or now - alive > BETWEEN:
             return
         time.sleep(DRAWN)
         if now - looked >= EVERY:

@@ -195,6 +195,12 @@ class Watch:
         self.runs.sort(key=lambda run: (place_in_chain(run.node.stage), str(run.folder)))
 
     @property
+    def may_grow(self) -> bool:
+        """Whether one may begin in a folder that is watched: the next of a chain or sweep."""
+        known = {absolute(run.folder) for run in self.runs}
+        return any(absolute(folder) not in known for folder in self._folders)
+
+    @property
     def goes_on(self) -> bool:
         """Whether any run does."""
         return any(run.goes_on for run in self.runs)

@@ -150,13 +150,18 @@ def python(
     )
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["ppo --help", "ls runs", "ls runs --json"])
+def test_a_reader_that_leaves_is_no_error(words: str, tmp_path: Path) -> None:
+    """It ends as `cat` and others do that SIGPIPE ends, with nothing said."""
+    for number in range(500 if "runs" in words else 0):  # more than a pipe holds
+        folder = tmp_path / "runs" / f"{number}{200 * 'x'}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("# rlhf-cli sft\n")
     script = Path(sys.executable).parent / "rlhf-cli"
-    done = subprocess.run(
-        f"'{script}' ppo --help | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.startswith("rlhf-cli ppo:")
-    assert done.stderr == ""
+    line = f"'{script}' {words} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
+    assert done.returncode == 141
 
 
 @pytest.mark.parametrize(

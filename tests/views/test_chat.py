@@ -5,6 +5,8 @@ import json
 import os
 import pty
 import select
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -224,6 +226,26 @@ def test_from_a_pipe(
     assert rows[0]["response"] == rows[1]["response"]  # one policy, one seed
     assert all(isinstance(row["reward"], float) for row in rows)
     assert "prompts by its chat template" in told
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_dialogue_that_is_piped(tmp_path: Path) -> None:
+    """Also between two messages, where nobody is asked for the next one."""
+    folder(tmp_path / "it", chat=True)
+    words = [sys.executable, "-m", "rlhf_cli", "chat", "it", "algo.max_tokens=4"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words, cwd=tmp_path, text=True, stdin=pipe, stdout=pipe, stderr=pipe
+    ) as talk:
+        assert talk.stdin and talk.stdout and talk.stderr
+        talk.stdin.write("Hi\n")
+        talk.stdin.flush()
+        talk.stdout.readline()  # an answer is there
+        talk.send_signal(signal.SIGINT)
+        assert talk.wait(60) == 75
+        assert talk.stderr.read().splitlines()[-1] == (
+            "rlhf-cli: interrupted by SIGINT; run the same command again"
+        )
 
 
 @pytest.mark.slow

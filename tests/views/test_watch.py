@@ -1,5 +1,6 @@
 """What is seen of a run in its folder: while it goes on, once it has ended, once it has died."""
 
+import io
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf_cli.commands import watch as command
 from rlhf_cli.config.errors import RunError, UserError
@@ -256,6 +258,30 @@ def test_on_a_terminal_it_has_a_page_of_its_own_until_one_leaves(tmp_path: Path)
     _, there, below = after.partition("\x1b[?1049l")
     assert there and "\x1b[?25h" in after and "interrupted" not in after
     assert "0.5 → 1" in below  # what was seen last stays
+
+
+@pytest.mark.parametrize(("named", "waits"), [(["a", "b"], False), (["a"], False), (["."], True)])
+def test_it_ends_with_the_runs_that_are_named(
+    named: list[str],
+    waits: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    running: Callable[[Path, str], None],
+) -> None:
+    """In a folder of runs the next one may be yet to begin."""
+    monkeypatch.chdir(tmp_path)
+    inside = a_run(Path("a/reward"))  # as a run keeps a model that it refreshes
+    for folder in (a_run(Path("a")), a_run(Path("b"))):
+        (folder / LOCK).unlink()
+    (inside / LOCK).unlink()
+    seen, times = Watch(list(map(Path, named))), []
+    monkeypatch.setattr(command, "BETWEEN", 0.05)
+    monkeypatch.setattr(command, "DRAWN", 0.01)
+    command.follow(seen, lambda: times.append(1), [])
+    assert (len(times) > 1) == waits
+    console = Console(width=79, height=20, file=io.StringIO())
+    console.print(command.Picture(seen))
+    assert ("none goes on" in console.file.getvalue()) == waits  # type: ignore[attr-defined]
 
 
 def test_ages_in_words() -> None:
