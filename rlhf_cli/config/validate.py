@@ -10,6 +10,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.data_rules import data_rules
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import unknown_value, wrong_value
+from rlhf_cli.config.judge_rules import judges
 from rlhf_cli.config.online_rules import online
 from rlhf_cli.config.paths import is_path
 from rlhf_cli.config.rollout_rules import rollouts
@@ -36,7 +37,8 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 _PATHS = (
     *("labels", "instructions"),
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
-    *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "responses_cache"),
+    *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "principles"),
+    "responses_cache",
     *("data.path", "data.eval_path", "data.text_path", "data.prefix"),
     "model.path",
 )
@@ -329,28 +331,6 @@ def _preferences(cfg: Run) -> Iterator[str]:
             yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
 
 
-def _judge(cfg: EvaluateConfig) -> Iterator[str]:
-    """Where a judge is asked."""
-    if cfg.judge is None:
-        return
-    address = cfg.judge.startswith(("http://", "https://"))
-    if "@" in cfg.judge.partition("://")[2].partition("/")[0]:
-        yield "judge holds a name or password: the variable JUDGE_API_KEY is for keys"
-    if address and cfg.judge_model is None:
-        yield f"judge={cfg.judge} needs judge_model=NAME, as the endpoint calls it"
-    if not address and cfg.judge_model is not None:
-        yield f"judge_model={cfg.judge_model} is for endpoints, and judge={cfg.judge} is a folder"
-    for name in () if address else ("judge_concurrency", "judge_timeout", "judge_tokens"):
-        if getattr(cfg, name) != catalog.keys("evaluate")[name].metadata["unused"]:
-            yield f"{name} is for endpoints, and judge={cfg.judge} is a folder"
-    if len(cfg.judge_prices) not in (0, 2):
-        yield "judge_prices takes two prices, of tokens read and written, or none"
-    if cfg.judge_max_cost is not None and not (address and cfg.judge_prices):
-        yield f"judge_max_cost={cfg.judge_max_cost:g} is for endpoints with judge_prices"
-    if cfg.samples is None and cfg.judge_samples > cfg.algo.samples:
-        yield f"judge_samples={cfg.judge_samples} exceeds algo.samples={cfg.algo.samples}"
-
-
 def _enumeration(cfg: EvaluateConfig) -> Iterator[str]:
     """What the probabilities of whole responses are needed for."""
     algo = cfg.algo
@@ -374,7 +354,6 @@ def _evaluation(cfg: Run) -> Iterator[str]:
     """What samples that are there already cannot tell."""
     if not isinstance(cfg, EvaluateConfig):
         return
-    yield from _judge(cfg)
     if cfg.best_of is not None and cfg.reward is None:
         yield f"best_of={cfg.best_of} is chosen by reward=, which is null; give one"
     if cfg.best_of is not None and (cfg.algo.temperature == 0 or cfg.algo.beams > 1):
@@ -442,5 +421,6 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _selection,
     _evaluation,
     _labelling,
+    judges,
     data_rules,
 )

@@ -1,122 +1,111 @@
 """A language model that says which of two responses is better: a local policy, or an endpoint.
 
 Either gives the log-odds that the first one shown is; what they are made of is told to the other
-file, pair_judge.py, which asks in both orders.
+file, pair_judge.py, which asks in both orders. What was answered once is not asked again.
 """
 
 import math
-import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_cli.config.errors import Interrupted, RunError, UserError
-from rlhf_cli.config.schema.stages import EvaluateConfig
+from rlhf_cli.config.judge_rules import is_address
 from rlhf_cli.data.dataset import cache_folder
-from rlhf_cli.data.held_out import hash_of
-from rlhf_cli.data.kinds import Prompt, reply_text
+from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.templates import CHAT, PLAIN
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.folders.journal import Journal
-from rlhf_cli.folders.manifest import content_hash, text_hash
+from rlhf_cli.evaluation.chat_route import ChatRoute
+from rlhf_cli.evaluation.judge_questions import Ask, Questions
+from rlhf_cli.evaluation.judgements import TOKENS, Spending, Verdicts, name_of
+from rlhf_cli.folders.manifest import content_hash, file_hash, text_hash
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.rollout.server_client import Client, ServerFault
+from rlhf_cli.rollout.server_client import ServerFault
 from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.lock import check_lock
+from rlhf_cli.runs.out_folder import CHECKPOINTS
 from rlhf_cli.runs.policy import Policy
 
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 """The variables that the key of an endpoint may stand in; the first that is set."""
 
+PAID = f"{CHECKPOINTS}/judge.jsonl"  # what a run has asked in all its starts
+AT_ONCE = 256  # questions to a local judge, after which their answers are kept
 SURE = 8.0  # log-odds, at most: what a verdict in words counts as
 TOP = 20  # tokens whose log-probs are asked for
 TOLD = 3  # failures that are told one by one
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 LETTER = re.compile(r"\W*([ABC])\W*")
 
-TEMPLATE = """Which of two responses to a prompt is better? Judge how helpful, correct and fitting \
-they are. Neither their order nor their length shall sway you.
 
-Prompt:
-{prompt}
-
-Response A:
-{first}
-
-Response B:
-{second}
-
-Answer with one letter, A or B.
-Answer: """
-"""The question, where judge_prompt names no other."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Two responses to a prompt, in the order in which they are shown."""
-
-    prompt: str
-    first: str
-    second: str
-
-    def written(self, template: str) -> str:
-        """The question as a judge reads it; what responses say of braces is theirs."""
-        parts = {"{prompt}": self.prompt, "{first}": self.first, "{second}": self.second}
-        return re.sub(r"\{(?:prompt|first|second)\}", lambda match: parts[match[0]], template)
+class Spent(RunError):
+    """All that a judge may cost is paid."""
 
 
 class PairJudge(Protocol):
-    """Says which of two is better.
+    """Says which of two is better."""
 
-    counts: calls, cached, prompt_tokens, completion_tokens.
-    """
-
-    counts: Counter[str]
+    @property
+    def counts(self) -> Counter[str]:
+        """calls, cached, prompt_tokens, completion_tokens."""
 
     def log_odds(self, asks: Sequence[Ask]) -> list[float | None]:
         """That the first is better, for each; None where the judge failed."""
 
 
-def template_of(cfg: EvaluateConfig) -> str:
-    """The question that a judge is asked.
+class KeptJudge:
+    """A judge whose answers are kept for other runs; a subclass asks."""
 
-    Raises:
-        UserError: it lacks a part.
-    """
-    if cfg.judge_prompt is None:
-        return TEMPLATE
-    try:
-        text = Path(cfg.judge_prompt).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"judge_prompt={cfg.judge_prompt} cannot be read: {error}") from None
-    if missing := [each for each in ("{prompt}", "{first}", "{second}") if each not in text]:
-        raise UserError(f"judge_prompt={cfg.judge_prompt} lacks {missing[0]}")
-    return text
+    def __init__(self, cfg: Any, named: str) -> None:
+        """Args:
+        cfg: of a stage that has `JudgeKeys`.
+        named: all that its answer to a question depends on.
+        """
+        out = Path(cfg.out)
+        self.questions = Questions.of(cfg)
+        self._verdicts = Verdicts(
+            cache_folder(cfg.data) / "judgements" / f"{text_hash(named)}.jsonl"
+        )
+        self._spending = Spending(
+            out / PAID, cfg.judge_prices, cfg.judge_max_cost, lambda: check_lock(out)
+        )
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Of all starts of the run: calls, cached, prompt_tokens, completion_tokens."""
+        return self._spending.counts
+
+    def log_odds(self, asks: Sequence[Ask]) -> list[float | None]:
+        """Each is asked unless its answer is kept.
+
+        Raises:
+            Spent: what is left to ask may not be paid.
+        """
+        texts = [self.questions.written(ask) for ask in asks]
+        names = [name_of(text) for text in texts]
+        known = by_main(lambda: self._verdicts.of(names))
+        self._spending.count_cached(name for name in names if name in known)
+        new = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
+        known |= self._answers(new)
+        return [known.get(name) for name in names]
+
+    def _answers(self, new: Mapping[str, str]) -> dict[str, float]:
+        """The log-odds of questions by name, kept and paid; without those that failed."""
+        raise NotImplementedError
 
 
-def is_address(judge: str) -> bool:
-    """Whether a judge is an endpoint, not a folder or hub id."""
-    return judge.startswith(("http://", "https://"))
-
-
-def asked_text(prompt: Any) -> str:
-    """A prompt for a judge to read; a dialogue turn by turn."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{turn['role']}: {reply_text(turn)}" for turn in prompt)
-
-
-class LocalJudge:
+class LocalJudge(KeptJudge):
     """A policy in this process: the log-odds of " A" against " B" as its next words."""
 
-    def __init__(self, policy: Policy, cfg: EvaluateConfig) -> None:
+    def __init__(self, policy: Policy, cfg: Any) -> None:
+        super().__init__(cfg, f"{content_hash(cfg.judge)} {cfg.model.dtype}")
         data = replace(
             cfg.data,
             template=CHAT if policy.tokenizer.chat_template else PLAIN,
@@ -126,134 +115,129 @@ class LocalJudge:
         )
         self._encoder = Encoder(policy.tokenizer, data, positions_of(policy.model), room=1)
         self._policy, self._cfg = policy, cfg
-        self._template = template_of(cfg)
-        self.counts: Counter[str] = Counter()
 
-    def log_odds(self, asks: Sequence[Ask]) -> list[float | None]:
+    def _answers(self, new: Mapping[str, str]) -> dict[str, float]:
         """Both answers are scored, neither is sampled.
 
         Raises:
             UserError: a question is too long for the judge.
         """
-        rows = [Prompt(ask.written(self._template)) for ask in asks for _ in "AB"]
         try:
-            self._encoder.prompts(rows[::2])
+            self._encoder.prompts([Prompt(text) for text in new.values()])
         except UserError as error:
             fault = str(error).lstrip(": ").partition(";")[0]
             raise UserError(
                 f"judge={self._cfg.judge} cannot read a question: {fault}; give a shorter "
                 "judge_prompt, or a judge that reads more"
             ) from None
-        tokens = self._encoder.written(rows, ["A", "B"] * len(asks), [False] * len(rows))
+        names = list(new)
+        found: dict[str, float] = {}
+        with Bar("judge", len(names)) as bar:
+            for first in range(0, len(names), AT_ONCE):
+                block = names[first : first + AT_ONCE]
+                found |= self._scored({name: new[name] for name in block})
+                bar.advance(len(block))
+                stop_if_asked()
+        return found
+
+    def _scored(self, block: Mapping[str, str]) -> dict[str, float]:
+        rows = [Prompt(text) for text in block.values() for _ in "AB"]
+        tokens = self._encoder.written(rows, ["A", "B"] * len(block), [False] * len(rows))
         sums = [
             each.double().sum().item()
             for each in logprobs_of(self._policy.model, tokens, self._cfg.hardware)
         ]
-        self.counts["calls"] += len(asks)
-        self.counts["prompt_tokens"] += sum(len(each.prompt) for each in tokens[::2])
-        return [clipped(sums[i] - sums[i + 1]) for i in range(0, len(sums), 2)]
+        odds = [clipped(sums[i] - sums[i + 1]) for i in range(0, len(sums), 2)]
+        found = dict(zip(block, odds, strict=True))
+        read = {name: (len(tokens[2 * i].prompt), 0) for i, name in enumerate(block)}
+
+        def keep() -> None:
+            self._spending.add(read)
+            self._verdicts.keep(found)
+
+        by_main(keep)
+        return found
 
 
-class Endpoint:
-    """A server with the chat route of OpenAI's API, whose answers are kept for other runs."""
+class Endpoint(KeptJudge):
+    """A server with the chat route of OpenAI's API; rank 0 alone asks."""
 
-    def __init__(self, cfg: EvaluateConfig) -> None:
+    def __init__(self, cfg: Any) -> None:
         assert cfg.judge is not None and cfg.judge_model is not None
-        key = next((name for name in KEYS if os.environ.get(name)), KEYS[0])
-        self._client = Client(
-            cfg.judge.rstrip("/"),
-            cfg.judge_timeout,
-            key_of=key,
+        super().__init__(cfg, f"{cfg.judge} {cfg.judge_model} {cfg.judge_tokens}")
+        self._route = ChatRoute(
+            *(cfg.judge, cfg.judge_model),
+            keys=KEYS,
+            timeout=cfg.judge_timeout,
             limited_by="judge_timeout",
             at_once=cfg.judge_concurrency,
         )
-        self._template = template_of(cfg)
-        self._model, self._tokens = cfg.judge_model, cfg.judge_tokens
-        self._prices, self._most = cfg.judge_prices, cfg.judge_max_cost
-        self.counts: Counter[str] = Counter()
-        self._guard = threading.Lock()
-        named = text_hash(f"{cfg.judge} {cfg.judge_model} {cfg.judge_tokens}")
-        self._file = cache_folder(cfg.data) / "judgements" / f"{named}.jsonl"
+        self._tokens = cfg.judge_tokens
 
-    def log_odds(self, asks: Sequence[Ask]) -> list[float | None]:
-        """Each is asked unless its answer is kept; rank 0 alone asks."""
-        return by_main(lambda: self._log_odds(asks))
+    def _answers(self, new: Mapping[str, str]) -> dict[str, float]:
+        return by_main(lambda: self._asked(new))
 
-    def _log_odds(self, asks: Sequence[Ask]) -> list[float | None]:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(self._file)
-        known = {each["ask"]: each["log_odds"] for block in journal.blocks() for each in block}
-        texts = [ask.written(self._template) for ask in asks]
-        names = [f"{hash_of(text):016x}" for text in texts]
-        new = {name: text for name, text in zip(names, texts, strict=True) if name not in known}
-        self.counts["cached"] += len(names) - sum(name in new for name in names)
+    def _asked(self, new: Mapping[str, str]) -> dict[str, float]:
+        found: dict[str, float] = {}
         failures: list[str] = []
-        unasked = 0
-        with Bar("judge", len(new)) as bar:
-            items = list(new.items())
-            for place, answer in self._client.each(lambda item: self._answer(item[1]), items):
+        unasked, items = 0, list(new.items())
+        with Bar("judge", len(items)) as bar:
+            for place, answer in self._route.each(self._answer, items):
                 if answer is None:
                     unasked += 1
                 elif isinstance(answer, str):
                     failures.append(answer)
                 else:
-                    name = items[place][0]
-                    known[name] = answer
-                    journal.append([{"ask": name, "log_odds": answer}])
+                    found[items[place][0]] = answer
+                    self._verdicts.keep({items[place][0]: answer})
                 bar.advance()
-                if world().size == 1 and (signal := interrupts.asked()) is not None:
-                    raise Interrupted(
-                        f"{signal}: verdicts so far are kept; the same command goes on"
-                    )
+                if world().size == 1:  # rank 0 cannot ask the others here
+                    stop_if_asked()
         for line in failures[:TOLD]:
             say(f"judge: no verdict: {line}")
         if len(failures) > TOLD:
             say(f"judge: no verdict in {len(failures) - TOLD} more of {len(new)} calls")
         if unasked:
-            raise RunError(
-                f"judge_max_cost={self._most:g} is spent after {self.counts['calls']} calls, and "
-                f"{unasked} are left; verdicts so far are kept: the same command goes on, for as "
-                "much again"
+            raise Spent(
+                f"judge_max_cost={self._spending.most:g} is spent after {self.counts['calls']} "
+                f"calls, and {unasked} are left; verdicts so far are kept: the same command with a "
+                "greater judge_max_cost goes on"
             )
-        return [known.get(name) for name in names]
+        return found
 
-    def _is_spent(self) -> bool:
-        with self._guard:
-            return self._most is not None and price_of(self.counts, self._prices) >= self._most
-
-    def _answer(self, text: str) -> float | str | None:
+    def _answer(self, item: tuple[str, str]) -> float | str | None:
         """Log-odds, or what went wrong, which is never taken for a tie; None unasked, where all is
         spent.
 
         Raises:
             RunError: the endpoint does not tell what a call costs, and that is limited.
         """
-        if self._is_spent():
+        name, text = item
+        if self._spending.is_spent:
             return None
-        body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
-            "max_tokens": self._tokens,
-            **({"logprobs": True, "top_logprobs": TOP} if self._tokens == 1 else {}),
-        }
+        asked = {"logprobs": True, "top_logprobs": TOP} if self._tokens == 1 else {}
         try:
-            answer = self._client.post("/chat/completions", body)
-            with self._guard:
-                self.counts["calls"] += 1
-                usage = answer.get("usage") or {}
-                if self._most is not None and not usage:
-                    raise RunError(
-                        f"{self._client.url} tells no usage, so judge_max_cost={self._most:g} "
-                        "cannot be held; set it to null"
-                    )
-                for name in ("prompt_tokens", "completion_tokens"):
-                    self.counts[name] += int(usage.get(name) or 0)
+            answer = self._route.ask(text, temperature=0, max_tokens=self._tokens, **asked)
+            usage = answer.get("usage") or {}
+            if self._spending.most is not None and not usage:
+                raise RunError(
+                    f"{self._route.url} tells no usage, so judge_max_cost="
+                    f"{self._spending.most:g} cannot be held; set it to null"
+                )
+            self._spending.add({name: [int(usage.get(each) or 0) for each in TOKENS]})
             return verdict_of(answer["choices"][0])
         except ServerFault as fault:
             return str(fault)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            return f"{self._client.url} answered otherwise than asked: {error or type(error)}"
+            return f"{self._route.url} answered otherwise than asked: {error or type(error)}"
+
+
+def stop_if_asked() -> None:
+    """Raises:
+    Interrupted: a signal asked for the end.
+    """
+    if (signal := interrupts.asked()) is not None:
+        raise Interrupted(f"{signal}: verdicts so far are kept; the same command goes on")
 
 
 def verdict_of(choice: Any) -> float:
@@ -292,31 +276,26 @@ def odds_of_tokens(tokens: Sequence[dict[str, Any]]) -> float | None:
     return clipped(math.log(ours) - math.log(theirs))
 
 
-def price_of(counts: Mapping[str, int], prices: Sequence[float]) -> float:
-    """What was read and written costs, at prices of a million tokens of each."""
-    read, written = (counts.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
-    return (read * prices[0] + written * prices[1]) / 1e6
-
-
 def clipped(log_odds: float) -> float:
     """Within what a verdict in words counts as."""
     return max(-SURE, min(SURE, log_odds))
 
 
-def identity_of(cfg: EvaluateConfig) -> dict[str, str | None]:
-    """Which judge it is, and by which question, for the report."""
+def identity_of(cfg: Any) -> dict[str, str | None]:
+    """Which judge it is, by which question and principles, for the report."""
     assert cfg.judge is not None
     return {
         "judge": cfg.judge,
         "model": cfg.judge_model if is_address(cfg.judge) else content_hash(cfg.judge),
-        "prompt": text_hash(template_of(cfg)),
+        "prompt": text_hash(Questions.of(cfg).template),
+        "principles": None if cfg.principles is None else file_hash(Path(cfg.principles)),
     }
 
 
 Loader = Callable[[str], Policy]
 
 
-def judge_of(cfg: EvaluateConfig, load: Loader) -> PairJudge:
-    """The judge that the config names."""
+def judge_of(cfg: Any, load: Loader) -> KeptJudge:
+    """The judge that the config of a stage with `JudgeKeys` names."""
     assert cfg.judge is not None
     return Endpoint(cfg) if is_address(cfg.judge) else LocalJudge(load(cfg.judge), cfg)

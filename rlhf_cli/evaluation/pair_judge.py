@@ -17,7 +17,9 @@ from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.evaluation.contest import corrected
-from rlhf_cli.evaluation.judge_asks import Ask, PairJudge, price_of
+from rlhf_cli.evaluation.judge_asks import PairJudge
+from rlhf_cli.evaluation.judge_questions import Ask
+from rlhf_cli.evaluation.judgements import price_of
 from rlhf_cli.objectives.comparisons import length_controlled, mean_difference
 from rlhf_cli.objectives.estimates import WinRate, clustered_share, points_interval
 

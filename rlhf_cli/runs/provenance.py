@@ -162,7 +162,7 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
-    for key in ("few_shot", "samples", "choices", "judge_prompt", "instructions"):
+    for key in ("few_shot", "samples", "choices", "judge_prompt", "principles", "instructions"):
         inputs[key] = getattr(cfg, key, None)
     for key, role, value in named_models(cfg):
         if role == "reward":

@@ -36,7 +36,8 @@ from rlhf_cli.evaluation.figures import (
     scorers_of,
 )
 from rlhf_cli.evaluation.findings import Findings, text_of
-from rlhf_cli.evaluation.judge_asks import PairJudge, asked_text, identity_of, judge_of
+from rlhf_cli.evaluation.judge_asks import PairJudge, identity_of, judge_of
+from rlhf_cli.evaluation.judge_questions import Questions, asked_text
 from rlhf_cli.evaluation.pair_judge import (
     Text,
     agreement_with_people,
@@ -68,6 +69,8 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
     session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
+    if cfg.judge is not None:
+        Questions.of(cfg)  # a fault of its files is said before anything is sampled
     found = Findings(cfg)
     bench = judge_file(session, found) if cfg.samples else judge_policies(session, found)
     report = found.report(bench)

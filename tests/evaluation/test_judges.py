@@ -15,7 +15,8 @@ import torch
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.stages import EvaluateConfig
-from rlhf_cli.evaluation.judge_asks import Ask, Endpoint, odds_of_tokens, verdict_of
+from rlhf_cli.evaluation.judge_asks import Endpoint, odds_of_tokens, verdict_of
+from rlhf_cli.evaluation.judge_questions import Ask, Questions
 from rlhf_cli.evaluation.pair_judge import (
     Pair,
     Text,
@@ -101,7 +102,7 @@ def fake() -> Iterator[Callable[..., FakeJudge]]:
 
 
 def config(url: str, folder: Path, *more: str) -> EvaluateConfig:
-    words = [f"judge={url}", "judge_model=fake", f"data.cache={folder}", *more]
+    words = [f"judge={url}", "judge_model=fake", f"data.cache={folder}", f"out={folder}/out", *more]
     cfg: Any = compose("evaluate", words)
     return cfg
 
@@ -173,12 +174,13 @@ def test_answers_are_kept_for_other_runs_and_failures_are_not(
     assert (wins["win"], wins["tie"], wins["pairs"], wins["failed"]) == (1, 0, 7, 1)
     assert counts["calls"] == 14 and "judge: no verdict" in capsys.readouterr().err
     works = True
-    found, counts = report(cfg)
-    assert counts["calls"] == 2 and counts["cached"] == 14
+    found, counts = report(cfg)  # the same run, which goes on
+    assert counts["calls"] == 16 and counts["cached"] == 0
     assert found["win_rates"]["theirs"]["failed"] == 0
     before = len(server.asked)
-    again, counts = report(cfg)
-    assert again == found and len(server.asked) == before and counts["calls"] == 0
+    again, counts = report(config(server.url, tmp_path, f"out={tmp_path}/other"))
+    assert again == found and len(server.asked) == before
+    assert counts["calls"] == 0 and counts["cached"] == 16
     report(config(server.url, tmp_path, "judge_tokens=9"))  # another way of asking: another answer
     assert len(server.asked) == before + 16
 
@@ -313,12 +315,17 @@ def test_a_limit_of_cost_ends_the_run_and_keeps_what_was_paid(
         report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
     asked = len(server.asked)
     assert asked in (5, 6)  # the fifth goes beyond it, one more may be under way
-    with pytest.raises(RunError, match="the same command goes on, for as much again"):
-        report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
-    again = len(server.asked)
-    assert asked + 5 <= again <= asked + 6  # each start counts from 0
+    for start in range(2):  # what was paid before counts, whatever verdict is kept
+        with pytest.raises(RunError, match="with a greater judge_max_cost goes on"):
+            report(config(server.url, tmp_path, *words, "judge_max_cost=0.0005"))
+        assert len(server.asked) == asked, start
+    with pytest.raises(RunError, match=r"judge_max_cost=0.001 is spent after (9|10) calls"):
+        report(config(server.url, tmp_path, *words, "judge_max_cost=0.001"))
     _, counts = report(config(server.url, tmp_path, *words, "judge_max_cost=1"))
-    assert counts["cached"] == again and len(server.asked) == 16
+    assert counts["calls"] == len(server.asked) == 16 and counts["cached"] == 0
+    other = [*words, f"out={tmp_path}/other", "judge_max_cost=0.0005"]
+    _, counts = report(config(server.url, tmp_path, *other))  # others have paid for all of it
+    assert counts["cached"] == 16 and len(server.asked) == 16
 
 
 @pytest.mark.parametrize(
@@ -370,6 +377,52 @@ def test_judges_in_the_report(fake: Callable[..., FakeJudge], tmp_path: Path) ->
         and found["agreement"]["people"] is None
         and found["win_rates"]["references"]["failed"] == 0
     )
+    again = evaluated(tmp_path / "c", *words, "judge_samples=2")["judge"]
+    assert (again["calls"], again["cached"]) == (0, 40)  # by the content of the judge, too
+    assert again["win_rates"] == found["win_rates"]
     question.write_text("{prompt}{first}: ")
     with pytest.raises(UserError, match="lacks {second}"):
-        evaluated(tmp_path / "c", *words)
+        evaluated(tmp_path / "d", *words)
+
+
+def test_both_orders_of_a_pair_are_judged_by_one_principle(
+    fake: Callable[..., FakeJudge], tmp_path: Path
+) -> None:
+    file = tmp_path / "principles.txt"
+    file.write_text("Be kind.\n\n  Be {first} short.\nBe right.\n")
+    server = fake(lambda a, b: 1.0)
+    cfg = config(server.url, tmp_path, f"principles={file}")
+    report(cfg)
+    asked = [body["messages"][0]["content"] for body in server.asked]
+    said = dict.fromkeys(("Be kind.", "Be {first} short.", "Be right."), 0)
+    for good, bad in zip(GOOD, BAD, strict=True):
+        both = [text for text in asked if good.text in text and bad.text in text]
+        (principle,) = {text.split("principle: ")[1].split(" Neither")[0] for text in both}
+        assert len(both) == 2
+        said[principle] += 1
+    assert all(said.values())  # braces of a principle are its own
+    questions = Questions.of(cfg)
+    ask, turned = Ask("p", "x", "y"), Ask("p", "y", "x")
+    assert questions.principle(ask) == questions.principle(turned)
+    seeds = [Questions(questions.template, questions.principles, seed) for seed in range(30)]
+    assert len({each.principle(ask) for each in seeds}) == 3
+
+
+@pytest.mark.parametrize(
+    ("question", "principles", "line"),
+    [
+        ("{prompt}{first}{second}", "Be kind.", "lacks {principle}"),
+        ("{prompt}{first}{second}{principle}", None, "has {principle}: give principles="),
+        (None, "\n \n", "is empty: write one principle on each line"),
+    ],
+)
+def test_questions_and_principles_go_together(
+    question: str | None, principles: str | None, line: str, tmp_path: Path
+) -> None:
+    words = []
+    for key, text in (("judge_prompt", question), ("principles", principles)):
+        if text is not None:
+            (tmp_path / key).write_text(text)
+            words.append(f"{key}={tmp_path / key}")
+    with pytest.raises(UserError, match=line):
+        Questions.of(config("http://x/v1", tmp_path, *words))

@@ -19,6 +19,7 @@ from rlhf_cli.config.schema.algorithms import (
 )
 from rlhf_cli.config.schema.data import Data
 from rlhf_cli.config.schema.hardware import Hardware
+from rlhf_cli.config.schema.judges import JudgeKeys
 from rlhf_cli.config.schema.keys import key
 from rlhf_cli.config.schema.models import FrozenModel, Model, SftModel
 
@@ -186,7 +187,7 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass
-class LabelConfig(SamplingConfig):
+class LabelConfig(JudgeKeys, SamplingConfig):
     """Labelling: responses and who judges them -> rankings, preferences or feedback."""
 
     policy: str | None = key(  # type: ignore[assignment]  # other stages cannot do without
@@ -208,8 +209,9 @@ class LabelConfig(SamplingConfig):
     )
     source: str = key(
         "Who labels: people on a local web page or in this terminal; the reward, or what "
-        "samples=FILE says of it; or labels=FILE.",
-        choices=("page", "terminal", "reward", "file"),
+        "samples=FILE says of it; the judge, which with other sources is compared with what they "
+        "say; or labels=FILE.",
+        choices=("page", "terminal", "reward", "judge", "file"),
     )
     annotators: list[str] = key("Names of those who label; tasks are dealt out to them.")
     who: str | None = key(
@@ -244,7 +246,7 @@ class LabelConfig(SamplingConfig):
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig):
+class EvaluateConfig(JudgeKeys, SamplingConfig):
     """Evaluation: policy, baselines, reward -> report.json."""
 
     baselines: list[str] | None = key(
@@ -293,52 +295,6 @@ class EvaluateConfig(SamplingConfig):
     )
     choices: str | None = key(
         "File of multiple-choice or cloze rows {prompt, choices, answer} that each policy is asked."
-    )
-    judge: str | None = key(
-        "Language model that judges pairs: a policy folder or hub id, or the address of an "
-        "endpoint with the chat route of OpenAI, as https://host/v1; its key is JUDGE_API_KEY or "
-        "OPENAI_API_KEY of the environment; null asks none.",
-        role="policy",
-    )
-    judge_model: str | None = key("Name of the model at that endpoint.", used_by="judge")
-    judge_prompt: str | None = key(
-        "File with the question, with {prompt}, {first} and {second} in it; null is ours.",
-        used_by="judge",
-    )
-    judge_tie: float = key(
-        "Mean log-odds of both orders nearer to 0 than this are a tie.",
-        ge=0,
-        used_by="judge",
-        unused=0.5,
-    )
-    judge_tokens: int = key(
-        "Tokens that an endpoint may answer in: 1 reads the log-probs of A and B; with more it may "
-        "reason, and its last [[A]], [[B]] or [[C]] counts.",
-        ge=1,
-        used_by="judge",
-        unused=1,
-    )
-    judge_concurrency: int = key(
-        "Requests to an endpoint at once.", ge=1, used_by="judge", unused=8
-    )
-    judge_timeout: float = key(
-        "Seconds for a request with all that it is tried again.",
-        gt=0,
-        used_by="judge",
-        unused=120.0,
-    )
-    judge_prices: list[float] = key(
-        "Prices of a million tokens read and a million written, for the cost in the report; [] "
-        "tells none.",
-        ge=0,
-        used_by="judge",
-        unused=[],
-    )
-    judge_max_cost: float | None = key(
-        "Cost by judge_prices at which a run asks an endpoint no more and ends, its verdicts kept; "
-        "the calls under way then are still paid. Each start counts from 0. null sets no limit.",
-        gt=0,
-        used_by="judge",
     )
     judge_samples: int = key(
         "Responses of each policy to a prompt that a judge reads: the first one of each with the "

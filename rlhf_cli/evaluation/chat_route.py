@@ -1,0 +1,58 @@
+"""An endpoint with the chat route of OpenAI's API; no key is written anywhere."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rlhf_cli.rollout.server_client import Client
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class ChatRoute:
+    """Asks one model there; may be used by many threads at once."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        keys: Sequence[str],
+        timeout: float,
+        limited_by: str,
+        at_once: int,
+    ) -> None:
+        """
+        Args:
+            keys: the variables that the key of the endpoint may stand in; the first that is set.
+            timeout: seconds for a request with all that it is tried again.
+            limited_by: the key that the timeout comes from.
+            at_once: requests at once.
+        """
+        key = next((name for name in keys if os.environ.get(name)), keys[0])
+        self._client = Client(
+            url.rstrip("/"), timeout, key_of=key, limited_by=limited_by, at_once=at_once
+        )
+        self._model = model
+
+    @property
+    def url(self) -> str:
+        """The address."""
+        return self._client.url
+
+    def ask(self, text: str, **options: Any) -> Any:
+        """What it answers to one message of the user's, as JSON.
+
+        Raises:
+            ServerFault: it does not, or not in time.
+        """
+        messages = [{"role": "user", "content": text}]
+        body = {"model": self._model, "messages": messages, **options}
+        return self._client.post("/chat/completions", body)
+
+    def each(
+        self, work: Callable[[Item], Answer], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        """The place of each item and what `work`, which asks this route, gives, as they come."""
+        return self._client.each(work, items)
