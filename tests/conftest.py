@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rlhf_cli.config.compose import compose
+from tests.endpoints import FakeJudge, Verdict
 from tests.tiny import WORDS, rows_of, words_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -103,3 +104,17 @@ def inside(chain: Path) -> Iterator[None]:
     """Work in the chain's folder, as a user would."""
     with contextlib.chdir(chain):
         yield
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[..., FakeJudge]]:
+    """Starts judges that go by a function, which end with the test."""
+    servers: list[FakeJudge] = []
+
+    def start(verdict: Verdict, **more: bool) -> FakeJudge:
+        servers.append(FakeJudge(verdict, **more))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.end()

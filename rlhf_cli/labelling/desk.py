@@ -137,7 +137,8 @@ def desks_of(cfg: LabelConfig) -> dict[str, Desk]:
     """The desk of each annotator, with what was answered before."""
     out = Path(cfg.out)
     seed = derived_seed(cfg.seed, "deal")
-    turns = dealt(read_tasks(out), cfg.annotators, cfg.algo.overlap, cfg.algo.repeat, seed)
+    repeat = 0.0 if cfg.source == "judge" else cfg.algo.repeat  # a judge would say the same again
+    turns = dealt(read_tasks(out), cfg.annotators, cfg.algo.overlap, repeat, seed)
     told = instructions_of(cfg)
     terms = Terms(cfg.algo.protocol, cfg.source, None if told is None else text_hash(told)[:16])
     return {who: Desk(out, who, own, terms, lambda: check_lock(out)) for who, own in turns.items()}

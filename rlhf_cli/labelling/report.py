@@ -277,7 +277,7 @@ def inseparable(report: Figures) -> list[tuple[str, str]]:
 def headline(report: Figures) -> Figures:
     """The figures that stage.json has."""
     between, again = report["between_annotators"] or {}, report["with_themselves"] or {}
-    reward = report["with_reward"] or {}
+    reward, judge = report["with_reward"] or {}, report.get("with_judge") or {}
     told = {
         "labels": report["labels"],
         "left": report["left"],
@@ -287,6 +287,7 @@ def headline(report: Figures) -> Figures:
         "alpha": between.get("alpha"),
         "self_agreement": again.get("agreement"),
         "reward_agreement": reward.get("agreement"),
+        "judge_agreement": judge.get("agreement"),
     }
     return {name: value for name, value in told.items() if value is not None}
 
@@ -304,4 +305,7 @@ def sentence(report: Figures) -> str:
     if reward is not None:
         share = with_error(reward["agreement"], reward.get("stderr"))
         told += f"; the reward agrees with them on {share}"
+    if (judge := report.get("with_judge")) is not None:
+        share = with_error(judge["agreement"], judge.get("stderr"))
+        told += f"; the judge agrees with them on {share}"
     return told

@@ -56,8 +56,10 @@ def preferences(task: Task, event: Event, about: Row) -> Iterator[Row]:
 
     margin: of a pair, (strength - 1) / 3: none where it is slightly better, 1 where it is much
     better, as Llama 2 has it (2307.09288, table 28).
+    p: of a judge, how sure it is that the chosen side is better; below 0.5 where the other pairs of
+    a ranking outweigh this one.
     """
-    for i, j in combinations(range(len(task.responses)), 2):
+    for place, (i, j) in enumerate(combinations(range(len(task.responses)), 2)):
         if event["ranks"][i] == event["ranks"][j]:
             continue
         better, worse = (i, j) if event["ranks"][i] < event["ranks"][j] else (j, i)
@@ -65,7 +67,13 @@ def preferences(task: Task, event: Event, about: Row) -> Iterator[Row]:
         sure = {} if not strength else {"strength": strength, "margin": (strength - 1) / (SURE - 1)}
         policies = [about["policies"][better], about["policies"][worse]]
         sides = {"chosen": reply(task, better), "rejected": reply(task, worse)}
-        yield {"prompt": task.prompt, **sides, **sure, **about, "policies": policies}
+        soft = {"p": _likely(event["p"][place], better == i)} if "p" in event else {}
+        yield {"prompt": task.prompt, **sides, **sure, **soft, **about, "policies": policies}
+
+
+def _likely(p: float, as_said: bool) -> float:
+    """The chance of the chosen side, where p is that of the first."""
+    return p if as_said else 1 - p
 
 
 def reply(task: Task, place: int) -> str | Turns:

@@ -37,6 +37,7 @@ from rlhf_cli.runs.checks import (
 from rlhf_cli.runs.config_diff import flatten
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
+from rlhf_cli.runs.kinship import kinship_lines
 from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory
 from rlhf_cli.runs.memory_estimate import written as in_bytes
 from rlhf_cli.runs.out_folder import (
@@ -155,6 +156,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         *adapter_lines(cfg),
         *reward_lines(cfg),
         *own_loss_lines(cfg),
+        *kinship_lines(cfg),
         *sampler_lines(cfg),
         *arithmetic(cfg),
     ]

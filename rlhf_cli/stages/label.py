@@ -1,4 +1,4 @@
-"""Labelling: what people, a reward or a file say of the responses of policies, as rows.
+"""Labelling: what people, a judge, a reward or a file say of the responses of policies, as rows.
 
 InstructGPT's second step (2203.02155): K responses to a prompt, of one policy or several, are
 ranked with ties, compared in pairs with how much better one is, or get thumbs up or down. Whoever
@@ -14,8 +14,9 @@ then not before the end.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.stages import LabelConfig
@@ -32,6 +33,11 @@ from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, check_no_labels, claim, staging
 from rlhf_cli.runs.preflight import Plan, preflight
 
+if TYPE_CHECKING:
+    from rlhf_cli.evaluation.judge_asks import KeptJudge
+    from rlhf_cli.runs.policy import Policy
+    from rlhf_cli.runs.session import Session
+
 REPORT = "report.json"
 
 
@@ -43,10 +49,14 @@ def run(cfg: LabelConfig, plan: Plan | None = None) -> Path:
     """
     if plan is None or (plan.provenance is None and plan.state != FINISHED):
         plan = preflight(cfg)
+    if plan.state != FINISHED and cfg.judge is not None:
+        from rlhf_cli.evaluation.judge_questions import Questions
+
+        Questions.of(cfg)  # a fault of its files is said before anything is sampled
     if plan.state != FINISHED and not sampled_before(cfg, plan):
         sample_tasks(cfg, plan)
     if plan.state != FINISHED:
-        desks = collected(cfg)
+        desks = collected(cfg, plan)
         left = sum(desk.left for desk in desks.values())
         if left and not cfg.accept_partial:
             raise RunError(left_over(cfg, desks))
@@ -113,7 +123,7 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
 # --------------------------------------------------------------------------- labels
 
 
-def collected(cfg: LabelConfig) -> dict[str, Desk]:
+def collected(cfg: LabelConfig, plan: Plan) -> dict[str, Desk]:
     """Let whoever labels answer what is left."""
     desks = desks_of(cfg)
     if cfg.source == "file":
@@ -122,6 +132,13 @@ def collected(cfg: LabelConfig) -> dict[str, Desk]:
     elif cfg.source == "reward":
         for desk in desks.values():
             label_by_reward(desk, cfg.flip, derived_seed(cfg.seed, "flip"))
+    elif cfg.source == "judge":
+        from rlhf_cli.labelling.by_judge import label_by_judge
+        from rlhf_cli.runs.session import begin
+
+        (desk,) = desks.values()
+        judge = judge_for(cfg, lambda: begin(cfg, plan))
+        label_by_judge(desk, judge, cfg.judge_tie, cfg.accept_partial)
     elif cfg.source == "page":
         from rlhf_cli.labelling import server
 
@@ -129,6 +146,19 @@ def collected(cfg: LabelConfig) -> dict[str, Desk]:
     else:
         terminal.label(desks[cfg.who or cfg.annotators[0]], instructions_of(cfg))
     return desks
+
+
+def judge_for(cfg: LabelConfig, session_of: Callable[[], "Session | None"]) -> "KeptJudge":
+    """The language model that judges; a folder is loaded, for which a session is needed."""
+    from rlhf_cli.evaluation.judge_asks import judge_of
+    from rlhf_cli.runs.policy import policy_of
+
+    def load(path: str) -> "Policy":
+        session = session_of()
+        assert session is not None  # it is not finished
+        return policy_of(session, path)
+
+    return judge_of(cfg, load)
 
 
 # --------------------------------------------------------------------------- the end
@@ -153,6 +183,8 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     report["rows"] = {name: len(rows) for name, rows in made.items()}
     if cfg.flip:
         report["flips"] = reporting.crowd(report, cfg.flip)
+    if cfg.judge is not None:
+        tell_of_judge(cfg, report, desks, session)
     folder = staging(session.out)
     for name, rows in made.items():
         if rows:  # a file without rows is none
@@ -162,6 +194,22 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     show(report)
     told = reporting.sentence(report)
     return session.finish("labels", reporting.headline(report), told)
+
+
+def tell_of_judge(
+    cfg: LabelConfig, report: dict[str, Any], desks: list[Desk], session: "Session"
+) -> None:
+    """Put into a report what it tells of the judge who labelled, or of one beside people."""
+    from rlhf_cli.labelling.by_judge import beside_people, doubts, of_labels
+
+    if cfg.source == "judge":
+        report["judge"] = of_labels(cfg, desks[0])
+        report["bias"].pop("first_shown_wins", None)  # both orders were asked
+    else:
+        judge = judge_for(cfg, lambda: session)
+        report["judge"], report["with_judge"] = beside_people(cfg, judge, desks)
+    for line in doubts(report):
+        say(line)
 
 
 def show(report: dict[str, Any]) -> None:

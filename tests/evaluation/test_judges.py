@@ -1,11 +1,8 @@
 """Language models as judges, against endpoints that are biased, broken or slow on purpose."""
 
-import json
 import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,77 +25,8 @@ from rlhf_cli.evaluation.pair_judge import (
     judged_report,
     won,
 )
+from tests.endpoints import FakeJudge
 from tests.evaluation.test_evaluate import evaluated
-
-Verdict = Callable[[str, str], float | None]
-"""Log-odds that the first of two is better; None is a fault of the server."""
-
-
-class FakeJudge(ThreadingHTTPServer):
-    """An endpoint that goes by a function of both responses; it counts what it is asked."""
-
-    def __init__(self, verdict: Verdict, in_words: bool = False) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.verdict, self.in_words = verdict, in_words
-        self.asked: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.at_once = self.most = 0
-        self.guard = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeJudge
-
-    def do_POST(self) -> None:
-        server = self.server
-        with server.guard:
-            server.at_once += 1
-            server.most = max(server.most, server.at_once)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"]
-        first, rest = text.split("Response A:\n")[1].split("\n\nResponse B:\n")
-        odds = server.verdict(first, rest.split("\n\nAnswer with")[0])
-        with server.guard:
-            server.at_once -= 1
-            server.asked.append(body)
-            server.keys.add(self.headers["Authorization"])
-        if odds is None or self.path != "/v1/chat/completions":
-            self.send_error(400, "no such luck")
-            return
-        choice: dict[str, Any] = {"message": {"content": f"I say [[{'A' if odds > 0 else 'B'}]]"}}
-        if not server.in_words:
-            p = 1 / (1 + math.exp(-odds))
-            tokens = [{"token": "A", "logprob": math.log(p)}]
-            tokens += [{"token": " B", "logprob": math.log(1 - p)}]
-            choice["logprobs"] = {"content": [{"token": "A", "top_logprobs": tokens}]}
-        usage = {"prompt_tokens": 100, "completion_tokens": 2}
-        content = json.dumps({"choices": [choice], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def fake() -> Iterator[Callable[..., FakeJudge]]:
-    servers: list[FakeJudge] = []
-
-    def start(verdict: Verdict, **more: bool) -> FakeJudge:
-        servers.append(FakeJudge(verdict, **more))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def config(url: str, folder: Path, *more: str) -> EvaluateConfig:
