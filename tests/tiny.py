@@ -70,7 +70,8 @@ def rows_of() -> dict[str, list[dict[str, Any]]]:
     names = [f"{a}{b}{c}" for a in "ABCDEFGH" for b in ("n", "d", "l") for c in ("a", "o")]
     for i, name in enumerate(names):
         prompt, good, bad = {"prompt": f"Greet {name}: "}, f"Hi {name}!", "No no."
-        files["rows"].append({**prompt, "chosen": good, "rejected": bad, "margin": i % 3 / 2})
+        how_far = {"margin": i % 3 / 2, "p": 0.5 + i % 5 / 10}
+        files["rows"].append({**prompt, "chosen": good, "rejected": bad, **how_far})
         files["text"].append({"text": f"{name} is here and {name} says hi to all."})
         ranked = list(zip([good, f"{name}?", bad, "No."], [1, 2, 3, 3], strict=True))[: 2 + i % 3]
         ranked = ranked[i % 2 :] + ranked[: i % 2]

@@ -311,6 +311,11 @@ def _reward_model(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, RewardConfig):
         return
     loss, aggregate = cfg.algo.loss, cfg.algo.aggregate
+    if cfg.algo.soft_labels and cfg.algo.label_smoothing:
+        yield (
+            f"algo.label_smoothing={cfg.algo.label_smoothing:g} is one doubt for all rows, and "
+            "algo.soft_labels=true takes that of each: set one of them to 0 or false"
+        )
     if aggregate is not None and aggregate not in _AGGREGATES[loss]:
         yield (
             f"algo.aggregate={aggregate} does not fit algo.loss={loss}, which takes "

@@ -27,7 +27,7 @@ KINDS = (*PAIR, "messages", "responses", "steps", "completion", "text")
 COMMON = ("system", "tools", "weight", "source")
 """What a row of any shape may have beside what it asks and answers."""
 
-OURS = ("prompt", *KINDS, "ranks", "scores", "labels", "label", "score", "margin", *COMMON)
+OURS = ("prompt", *KINDS, "ranks", "scores", "labels", "label", "score", "margin", "p", *COMMON)
 """The columns that data/readers.py reads."""
 
 RULE = "answer"  # the column that our rules read

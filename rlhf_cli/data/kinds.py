@@ -81,6 +81,7 @@ class Preference:
     """Two responses to one prompt, the first preferred; `group` is the part of the data it is of.
 
     margin: by how much, where the row says so; 0 or more.
+    p: the chance that it is, where the row says so: a soft label.
     """
 
     prompt: str | Turns
@@ -90,6 +91,7 @@ class Preference:
     margin: float | None = None
     group: str = ""
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
+    p: float | None = None
 
 
 @dataclass
@@ -179,7 +181,7 @@ def if_right(row: Stepwise, join: str) -> list[Demonstration]:
 
 
 SAID = (
-    *("completion", "chosen", "rejected", "margin", "responses", "ranks"),
+    *("completion", "chosen", "rejected", "margin", "p", "responses", "ranks"),
     *("steps", "labels", "label", "score"),
 )
 """What rows say of responses, by the names of their fields."""

@@ -179,10 +179,15 @@ def judged_or_shown(
 
 
 def preference_of(raw: Raw, source: str) -> Preference:
-    """A comparison, with its margin if given; full dialogues in messages share their prompt."""
+    """A comparison, with its margin and soft label if given; full dialogues in messages share their
+    prompt.
+    """
     margin, group = number_of(raw, "margin", source), group_of(raw, source)
+    p = number_of(raw, "p", source)
     if margin is not None and margin < 0:
         raise RowError(f"{source}: column 'margin' holds {margin:g}, expected 0 or more")
+    if p is not None and not 0 <= p <= 1:
+        raise RowError(f"{source}: column 'p' holds {p:g}, expected a chance from 0 to 1")
     chosen, rejected = cell_of(raw, "chosen", source), cell_of(raw, "rejected", source)
     prompt = cell_of(raw, "prompt", source) if "prompt" in raw else None
     asked, better, _ = answered(raw, prompt, "chosen", chosen, source)
@@ -194,9 +199,9 @@ def preference_of(raw: Raw, source: str) -> Preference:
             "data=hh"
         )
     check_no_echo(prompt, [chosen, rejected], "chosen and rejected begin", source)
-    read = ("prompt", "chosen", "rejected", "margin", "source")
+    read = ("prompt", "chosen", "rejected", "margin", "p", "source")
     columns = columns_of(raw, asked, source, read)
-    return Preference(asked, better, worse, source, margin, group, columns)
+    return Preference(asked, better, worse, source, margin, group, columns, p)
 
 
 def ranking_of(raw: Raw, prompt: Cell, source: str) -> Ranking:

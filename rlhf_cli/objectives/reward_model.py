@@ -14,7 +14,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    label_smoothing: Tensor | float = 0.0,
 ) -> Tensor:
     """-(1 - e) log sigmoid(d) - e log sigmoid(-d) with d = r_w - r_l - m, for each pair.
 
@@ -25,7 +28,9 @@ def bradley_terry_loss(
     Args:
         chosen, rejected: (N,) scores r_w and r_l.
         margin: (N,) m >= 0 in units of the score; None is 0.
-        label_smoothing: assumed share e of flipped labels, 0 <= e < 0.5.
+        label_smoothing: assumed share e of flipped labels, 0 <= e < 0.5. Or (N,) the chance of each
+            that its sides are the wrong way round, 1 - p of a soft label p (RLAIF 2309.00267 sec.
+            2.2): the cross-entropy of sigmoid(d) with p.
 
     Returns:
         (N,) losses; ln 2 at equal scores and no margin.

@@ -167,29 +167,30 @@ def check_rows(cfg: Run, rows: Rows) -> list[str]:
     return notes
 
 
-def what_is_read(cfg: Run) -> tuple[str, str] | None:
+def what_is_read(cfg: Run) -> dict[str, str]:
     """What a loss reads of each row beside its responses, and the setting by which it does."""
-    target = getattr(cfg.algo, "target", None)
+    read, target = {}, getattr(cfg.algo, "target", None)
     if getattr(cfg.algo, "row_margin", None):
-        return "margin", "algo.row_margin=true"
+        read["margin"] = "algo.row_margin=true"
+    if getattr(cfg.algo, "soft_labels", None):
+        read["p"] = "algo.soft_labels=true"
     if getattr(cfg.algo, "loss", None) == "kto":
-        return "label", "algo.loss=kto"
-    return None if target is None else (target, f"algo.target={target}")
+        read["label"] = "algo.loss=kto"
+    return read | ({} if target is None else {target: f"algo.target={target}"})
 
 
 def check_judgements(cfg: Run, rows: Iterable[Any]) -> None:
-    """Every row has what the loss reads: its margin, its label or its score.
+    """Every row has what the loss reads: its margin, its soft label, its label or its score.
 
     Raises:
         UserError: naming the first row that has not.
     """
-    read = what_is_read(cfg)
-    if read is None:
+    if not (read := what_is_read(cfg)):
         return
-    needed, setting = read
-    bad = next((row for row in rows if getattr(row, needed) is None), None)
-    if bad is not None:
-        raise UserError(f"{bad.source}: the row says no {needed}, which {setting} reads")
+    for row in rows:
+        for needed, setting in read.items():
+            if getattr(row, needed) is None:
+                raise UserError(f"{row.source}: the row says no {needed}, which {setting} reads")
 
 
 def check_models(cfg: Run) -> None:

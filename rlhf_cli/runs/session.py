@@ -155,7 +155,7 @@ class Session:
             UserError: a row does not say it.
         """
         data = self.dataset(encoder, row_kind(self.cfg))
-        if what_is_read(self.cfg) is not None:
+        if what_is_read(self.cfg):
             known = [data.held_out] if self.cfg.data.streaming else [data.train, data.held_out]
             for side in known:  # a stream checks each row as it comes
                 check_judgements(self.cfg, (item.row for item in side))

@@ -184,7 +184,10 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
         assert algo.label_smoothing is not None and algo.centring is not None
         chosen, rejected = scores.view(-1, 2).unbind(-1)  # (N,) each
         margin = numbers_like(scores, [row.margin for row in rows]) if algo.row_margin else None
-        losses = reward_model.bradley_terry_loss(chosen, rejected, margin, algo.label_smoothing)
+        doubt: Tensor | float = algo.label_smoothing
+        if algo.soft_labels:
+            doubt = 1 - numbers_like(scores, [row.p for row in rows])
+        losses = reward_model.bradley_terry_loss(chosen, rejected, margin, doubt)
         losses = losses + algo.centring * reward_model.centring_penalty(chosen, rejected)
         return losses, {"accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}
     if algo.loss in ("kwise", "plackett_luce"):

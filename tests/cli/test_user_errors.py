@@ -1086,6 +1086,16 @@ LATE: dict[str, Case] = {
         f"reward {ROWS} algo.row_margin=true out=new",
         ["rows.jsonl:", "the row says no margin, which algo.row_margin=true reads"],
     ),
+    "soft labels that rows do not have": (
+        rows(PAIR, {**PAIR, "prompt": "Greet Bob: "}),
+        f"reward {SMALL} algo.soft_labels=true out=new",
+        ["own.jsonl:", "the row says no p, which algo.soft_labels=true reads"],
+    ),
+    "two doubts about labels": (
+        as_it_is,
+        f"reward {ROWS} algo.soft_labels=true algo.label_smoothing=0.1 out=new",
+        ["algo.soft_labels=true takes that of each: set one of them to 0 or false"],
+    ),
     "steps that are cut otherwise": (
         rows(*({**STEPS, "prompt": f"{n}", "steps": ["Hi\nyou", "Ann!"]} for n in range(2))),
         f"reward {SMALL} algo=process",

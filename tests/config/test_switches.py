@@ -55,6 +55,7 @@ def _choices(stage: str, key: str) -> tuple[str, ...]:
         ("dpo", "algo.desirable_weight", "kto"),
         ("reward", "algo.row_margin", "bradley_terry token"),
         ("reward", "algo.label_smoothing", "bradley_terry token"),
+        ("reward", "algo.soft_labels", "bradley_terry token"),
         ("reward", "algo.centring", "bradley_terry token"),
         ("reward", "algo.target", "pointwise"),
         ("reward", "algo.aggregate", "process token"),

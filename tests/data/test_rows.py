@@ -194,6 +194,12 @@ FAULTS: list[tuple[str, type, str, str]] = [
         "column 'margin' holds 'wide', expected a number",
     ),
     (
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "p": 1.2}',
+        Preference,
+        "rows",
+        "column 'p' holds 1.2, expected a chance from 0 to 1",
+    ),
+    (
         '{"prompt": "p", "chosen": "a", "rejected": "b", "source": ["x"]}',
         Preference,
         "rows",

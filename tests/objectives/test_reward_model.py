@@ -76,6 +76,22 @@ def test_a_margin_asks_for_more_and_smoothing_for_less() -> None:
     close(gradient(bradley_terry_loss(best, doubles(0.0), margin, 0.2), best), doubles(0.0))
 
 
+def test_a_soft_label_is_a_target_of_its_own() -> None:
+    """-p log s(d) - (1 - p) log s(-d), at d = ln 3 with s(d) = 3/4: by hand for p = 1, 3/4, 1/4."""
+    chosen, rejected = doubles(*[math.log(3)] * 3), doubles(0.0, 0.0, 0.0)
+    p = doubles(1.0, 0.75, 0.25)
+    found = bradley_terry_loss(chosen, rejected, None, 1 - p).tolist()
+    log4, log43 = math.log(4), math.log(4 / 3)
+    assert found == pytest.approx([log43, 0.75 * log43 + 0.25 * log4, 0.25 * log43 + 0.75 * log4])
+    close(
+        bradley_terry_loss(chosen, rejected, None, 1 - p)[0],
+        bradley_terry_loss(chosen, rejected)[0],
+    )
+    best = torch.logit(doubles(0.75)).requires_grad_()  # least where the scores say p
+    slope = gradient(bradley_terry_loss(best, doubles(0.0), None, doubles(0.25)), best)
+    close(slope, doubles(0.0))
+
+
 def test_centring_pulls_the_sum_of_a_pair_to_zero() -> None:
     chosen, rejected = doubles(1.5, -2.0).requires_grad_(), doubles(0.5, 2.0)
     found = centring_penalty(chosen, rejected)

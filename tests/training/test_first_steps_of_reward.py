@@ -42,6 +42,7 @@ SOFTENED = ["algo.row_margin=true", "algo.label_smoothing=0.2", "algo.centring=0
 CASES: dict[str, tuple[list[str], type]] = {
     "bradley_terry": ([], Preference),
     "bradley_terry with all": (SOFTENED, Preference),
+    "soft labels": (["algo.soft_labels=true"], Preference),
     "kwise": (["algo=kwise", RANKINGS], Ranking),
     "plackett_luce": (["algo=plackett_luce", RANKINGS], Ranking),
     "label": (["algo=pointwise", FEEDBACK], Feedback),
@@ -108,7 +109,7 @@ def losses_of(model: Any, item: Answers, algo: Any, encoder: Encoder) -> list[Te
         if algo.loss == "token":
             scores = [each.mean() if algo.aggregate == "mean" else each.sum() for each in scores]
         d = scores[0] - scores[1] - (row.margin if algo.row_margin else 0.0)
-        e = algo.label_smoothing
+        e = 1 - row.p if algo.soft_labels else algo.label_smoothing
         loss = -(1 - e) * logsigmoid(d) - e * logsigmoid(-d)
         return [loss + algo.centring * (scores[0] + scores[1]) ** 2]
     if algo.loss == "kwise":  # the mean of its pair losses, of which ties have none
@@ -179,9 +180,10 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
         assert any(cut) and not all(cut)
         assert [len(item.ends) for item in train] == counts
 
-    # held-out rows are judged by the scores alone: no margin, smoothing or centring
+    # held-out rows are judged by the scores alone: no margin, doubt or centring
     held_out = encoder.answers(split.held_out)
-    plain_algo = replace(cfg.algo, row_margin=False, label_smoothing=0.0, centring=0.0)
+    off = {"row_margin": False, "label_smoothing": 0.0, "soft_labels": False, "centring": 0.0}
+    plain_algo = replace(cfg.algo, **off)
     if kind is Ranking:
         pairs = [
             -logsigmoid(scores[i] - scores[j])

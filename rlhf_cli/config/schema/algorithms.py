@@ -88,6 +88,12 @@ class RewardAlgo(OptimizerConfig):
     label_smoothing: float | None = key(
         "Assumed share of flipped labels.", ge=0, lt=0.5, used_by=OPTIONS, needed=True
     )
+    soft_labels: bool | None = key(
+        "Take the row's column p for the chance that its chosen side is better, as RLAIF did with "
+        "what a judge says.",
+        used_by=OPTIONS,
+        needed=True,
+    )
     centring: float | None = key(
         "Weight of (r_w + r_l)^2, which keeps scores around 0; TRL suggests 0.01.",
         ge=0,
