@@ -3,12 +3,15 @@
 import contextlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from rlhf_cli.cli import main
 from rlhf_cli.config.compose import compose
 from tests.cli.made import ADAPTER, REWARD, SFT
+from tests.conftest import Cli
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,19 @@ def place(made: Path, tmp_path: Path) -> Path:
     """The test's own copy of that folder, which is where `cli` runs."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+@pytest.fixture
+def inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Cli:
+    """`rlhf-cli WORDS...` in this process, which has imported what a new one takes a second for."""
+
+    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["rlhf-cli", *words])
+        status = main()
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, shown.out, shown.err)
+
+    return run

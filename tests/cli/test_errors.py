@@ -1,9 +1,10 @@
 """What a user can get wrong, and the one line that answers it.
 
-Each case runs the console script: status 2, one line on stderr with the given parts, nothing on
-stdout, nothing written.
+Each case runs the command line, some of them the console script in a process of its own: status 2,
+one line on stderr with the given parts, nothing on stdout, nothing written.
 """
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -212,15 +213,32 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "parts"), NAMES + GRAMMAR + VALUES + RULES)
-def test_a_user_error_is_one_line(words: str, parts: list[str], cli: Cli, tmp_path: Path) -> None:
-    before = cpu_seconds()
-    done = cli(*words.split())
-    assert cpu_seconds() - before < SECONDS
+ALL = NAMES + GRAMMAR + VALUES + RULES
+
+
+def check(done: "subprocess.CompletedProcess[str]", parts: list[str], folder: Path) -> None:
+    """One line with these parts, and nothing made."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert done.stderr.startswith("rlhf-cli: error: ")
     assert done.stderr.count("\n") == 1, done.stderr
     for part in parts:
         assert part in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "parts"), ALL)
+def test_a_user_error_is_one_line(
+    words: str, parts: list[str], inside: Cli, tmp_path: Path
+) -> None:
+    check(inside(*words.split()), parts, tmp_path)
+
+
+@pytest.mark.parametrize(("words", "parts"), ALL[::20])
+def test_a_user_error_is_told_in_time(
+    words: str, parts: list[str], cli: Cli, tmp_path: Path
+) -> None:
+    before = cpu_seconds()
+    done = cli(*words.split())
+    assert cpu_seconds() - before < SECONDS
+    check(done, parts, tmp_path)

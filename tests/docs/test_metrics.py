@@ -104,6 +104,7 @@ def written(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_metric_is_described(written: set[str]) -> None:
     patterns = [re.compile(pattern(name)) for name in described()]
     unknown = {

@@ -63,6 +63,7 @@ def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(
     assert found.kills.total() == 2 and not found.wrong
 
 
+@pytest.mark.slow
 def test_a_stage_killed_at_its_last_file_operation_leaves_nothing_behind(
     chain: Path, tmp_path: Path
 ) -> None:

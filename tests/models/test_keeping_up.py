@@ -102,13 +102,8 @@ def all_places(over: str, places: list[str]) -> dict[str, dict[str, Any]]:
     return {place: learnt(over, place) for place in places}
 
 
-@pytest.mark.parametrize(
-    "places",
-    [
-        ["backward of the last block"],
-        pytest.param([*PLACES], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("places", [["backward of the last block"], [*PLACES]])
+@pytest.mark.slow
 def test_all_ranks_do_again_what_fails_on_one(places: list[str]) -> None:
     alone = learnt("none", "")
     ranks = on_ranks(2, all_places, "full", places)

@@ -233,8 +233,14 @@ SAMPLED = {
 }
 
 
+FEW = ("whitened ppo", "rloo")
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLED],
+)
 def test_with_the_tie_in_the_reward_samples_lead_to_the_optimum(name: str, seed: int) -> None:
     assert TWO.distance(learn(TWO, SAMPLED[name], seed)) < 0.02
 

@@ -163,7 +163,8 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 MORE = [
     *("reward plackett_luce", "reward score", "length_normalised", "ipo", "simpo", "preferred_ft"),
     *("dpo lora precomputed", "dpo bootstrap lora", "dpo folder lora", "kto precomputed", "orpo"),
-    *("a2c", "reinforce", "reinforce_pp", "gspo", "cispo", "grpo refreshed lora"),
+    *("a2c", "reinforce", "reinforce_pp", "gspo", "cispo", "grpo refreshed lora", "grpo watched"),
+    *("grpo_process", "dapo", "rloo", "ppo_klpen", "ppo frozen", "ppo lora rule", "ppo watched"),
 ]
 
 
