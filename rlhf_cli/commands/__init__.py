@@ -4,6 +4,6 @@ SHORT = {"merge": "export"}
 """Another word for a command."""
 
 COMMANDS = (
-    *("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "report", "chat"),
+    *("data", "export", *SHORT, "slurm", "ls", "watch", "compare", "rounds", "report", "chat"),
     *("cp", "env", "completion"),
 )

@@ -32,6 +32,7 @@ Commands
   ls runs [FOLDER]  what was made from what: a tree of runs, with state, time and main metric
   watch RUN         how far a run is, or the runs in a folder, from another terminal
   compare RUN ...   settings that differ and final metrics side by side; a sweep as table or CSV
+  rounds EVAL ...   what each round of labels has gained; which policy the next one labels
   report RUN ...    runs as one HTML file: lineage, curves, comparisons, samples
   chat POLICY ...   talk to a policy, or to two side by side; reads from a pipe too
   cp NAME DEST      copy a shipped recipe or option, to change it

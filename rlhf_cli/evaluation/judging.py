@@ -281,9 +281,23 @@ def with_prompts_exchanged(items: Sequence[Answers]) -> list[Answers]:
 
 
 def figures(report: Report) -> dict[str, float]:
-    """The numbers of a report as metrics: eval/accuracy and so on; not a number where undefined."""
+    """The numbers of a report as metrics: eval/accuracy and so on, and the accuracy on each source;
+    not a number where undefined.
+    """
+    told = {f"eval/{name}": value for name, value in numbers_in(report).items()}
+    for part in report.get("by_source", []):
+        told |= {
+            f"eval/source/{part['source']}/{name}": value
+            for name, value in part.items()
+            if name.startswith("accuracy")
+        }
+    return {name: math.nan if value is None else float(value) for name, value in told.items()}
+
+
+def numbers_in(report: Report) -> Report:
+    """A report without its tables."""
     return {
-        f"eval/{name}": math.nan if value is None else float(value)
+        name: value
         for name, value in report.items()
         if value is None or isinstance(value, float | int)
     }

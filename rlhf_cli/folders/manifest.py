@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ LOADED = (  # beside weights
     "chat_template.jinja",
 )
 OF_ROWS = ("samples", "labels")  # kinds of folders that hold rows, not weights
+ACCURACY_ON = re.compile(r"eval/source/(.+)/(accuracy(?:_stderr|_low|_high)?)")
 SMALL = 2**20  # bytes of a file that is hashed anew each time
 
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")  # what peft calls the tasks of a scalar head
@@ -168,6 +170,17 @@ def check_level(path: str, level: str) -> None:
 def implicit_reward_of(path: str) -> dict[str, Any] | None:
     """What a dpo output says of its implicit reward: beta and the reference; None elsewhere."""
     return (read_manifest(path) or {}).get("implicit_reward")
+
+
+def accuracy_by_source(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each of several data.sources what a reward model's metrics say of its held-out rows:
+    accuracy, accuracy_stderr, accuracy_low and accuracy_high. None where too few tell no error.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        if (match := ACCURACY_ON.fullmatch(name)) is not None and math.isfinite(value):
+            found.setdefault(match[1], {})[match[2]] = value
+    return {source: figures for source, figures in found.items() if len(figures) == 4}
 
 
 def weight_files(folder: Path) -> list[Path]:

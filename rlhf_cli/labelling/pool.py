@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from rlhf_cli.data.asked import asked_in, not_asked
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.labelling.tasks import Sample, samples_of_file
-from rlhf_cli.reporting.console import Bar
+from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -17,11 +18,11 @@ from rlhf_cli.runs.session import Session
 
 
 def sampled(session: Session) -> list[Sample]:
-    """Responses of each policy to the same prompts, scored where a reward is given."""
+    """Responses of each policy to the same new prompts, scored where a reward is given."""
     cfg: Any = session.cfg
     rows, kept, samples = prompts_of(session), None, []
     policies = [cfg.policy, *cfg.baselines]
-    asked = rows.held_out[: cfg.algo.prompts]
+    asked = not_asked(rows.held_out, asked_before(cfg))[: cfg.algo.prompts]
     with Bar("label", len(asked) * cfg.algo.samples * len(policies)) as bar:
         for path in policies:
             policy = policy_of(session, path)
@@ -60,10 +61,18 @@ def prompts_of(session: Session) -> Split:
     return session.rows.to_answer()
 
 
+def asked_before(cfg: Any) -> set[str]:
+    """The identities of the prompts in the files of `asked`, whose number is said."""
+    known = asked_in(cfg.asked)
+    if known:
+        say(f"{len(known)} prompts of {', '.join(cfg.asked)} are not asked again")
+    return known
+
+
 def given_samples(session: Session) -> list[Sample]:
-    """What samples=FILE has, scored where a reward is given."""
+    """What samples=FILE has of new prompts, scored where a reward is given."""
     cfg: Any = session.cfg
-    samples = samples_of_file(cfg.samples)
+    samples = not_asked(samples_of_file(cfg.samples), asked_before(cfg))
     session.note([])
     session.claim()
     if cfg.reward is None:

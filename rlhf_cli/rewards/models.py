@@ -21,6 +21,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.manifest import (
     RESPONSE,
     STEP,
+    accuracy_by_source,
     adapter_base,
     implicit_reward_of,
     level_of,
@@ -203,7 +204,10 @@ class ModelReward(RewardSource):
         """(N,) scores of responses in the model's own ids, before normalisation."""
 
     def check(self, rows: Sequence[Prompt], require: Require, role: str) -> None:
-        """The model puts better above worse more often than not on its own held-out rows."""
+        """The model puts better above worse more often than not on its own held-out rows, and is
+        not wrong on those of one source: sides that one round of labels has turned round hide among
+        the rows of all.
+        """
         self.reader.check(rows)
         metrics = (read_manifest(self.path) or {}).get("metrics", {})
         accuracy = metrics.get("eval/auc", metrics.get("eval/accuracy"))
@@ -214,6 +218,14 @@ class ModelReward(RewardSource):
                 accuracy > 0.5,
                 f"{self.path} is no better than a coin on its own held-out rows; train it longer, "
                 "on more rows, or check which side is chosen",
+            )
+        for source, of in accuracy_by_source(metrics).items():
+            require(
+                f"{role}_accuracy_high/{source}",
+                of["accuracy_high"],
+                of["accuracy_high"] > 0.5,
+                f"{self.path} is worse than a coin on the held-out rows of {source}; check which "
+                "side is chosen there",
             )
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:

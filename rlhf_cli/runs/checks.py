@@ -364,8 +364,8 @@ def check_labelling(cfg: Run) -> None:
     """Where responses are labelled, the files that are named are there, and what serves a page."""
     if not isinstance(cfg, LabelConfig):
         return
-    for key in ("samples", "instructions"):
-        place = getattr(cfg, key)
+    named = [("samples", cfg.samples), ("instructions", cfg.instructions)]
+    for key, place in [*named, *(("asked", each) for each in cfg.asked)]:
         if place is not None and not is_there(place):
             raise UserError(f"{key}={place} does not exist")
     try:

@@ -164,6 +164,7 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs[key] = value
     for key in ("few_shot", "samples", "choices", "judge_prompt", "principles", "instructions"):
         inputs[key] = getattr(cfg, key, None)
+    inputs |= {f"asked[{i}]": each for i, each in enumerate(getattr(cfg, "asked", []))}
     for key, role, value in named_models(cfg):
         if role == "reward":
             inputs |= {f"{key} {file}": str(file) for file in files_of(value)}

@@ -13,7 +13,7 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.folders.cached import folder_of
-from rlhf_cli.folders.manifest import kind_of
+from rlhf_cli.folders.manifest import accuracy_by_source, kind_of
 from rlhf_cli.reporting.grid import show, with_error
 from rlhf_cli.runs.out_folder import SAMPLES, command_line
 
@@ -178,7 +178,13 @@ def of_scores(metrics: Metrics, whose: str) -> str:
 
 
 def _of_reward(metrics: Metrics, rows: Rows) -> str:
-    return of_scores(metrics, "its scores")
+    line = of_scores(metrics, "its scores")
+    unsure = [
+        f"{source} ({with_error(of['accuracy'], of['accuracy_stderr'])})"
+        for source, of in accuracy_by_source(metrics).items()
+        if not of["accuracy_low"] > 0.5
+    ]
+    return line + (f"; not yet told from a coin on {', '.join(unsure)}" if unsure else "")
 
 
 def _of_dpo(metrics: Metrics, rows: Rows) -> str:

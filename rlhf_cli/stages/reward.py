@@ -40,6 +40,7 @@ from rlhf_cli.evaluation.judging import (
     accuracy,
     figures,
     judge,
+    numbers_in,
     with_order_reversed,
     with_prompts_exchanged,
 )
@@ -106,7 +107,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     best.put()
     session.settle(scorer)
     scorer.eval()
-    report = final_report(objective, held_out, algo)
+    report = final_report(objective, held_out, parts, algo)
     statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())
     head = {
         "name": head_name(unwrap(scorer)),
@@ -253,9 +254,20 @@ def evaluated(
     return metrics
 
 
-def final_report(objective: RewardObjective, held_out: list[Answers], algo: RewardAlgo) -> Report:
-    """How the reward model judges held-out rows, with sides swapped and prompts exchanged too."""
+def final_report(
+    objective: RewardObjective,
+    held_out: list[Answers],
+    parts: dict[str, list[Answers]],
+    algo: RewardAlgo,
+) -> Report:
+    """How the reward model judges held-out rows, those of each source by themselves, and pairs with
+    sides swapped and prompts exchanged too.
+    """
     report = judge(held_out, objective.scores(held_out), algo.target)
+    report["by_source"] = [
+        {"source": name, **numbers_in(judge(items, objective.scores(items), algo.target))}
+        for name, items in parts.items()
+    ]
     if "pairs" not in report:
         return report
     # Sides in the other order, labels too: 1 - accuracy, unless the scorer hears the order.

@@ -103,7 +103,7 @@ def test_help_in_a_pipe_is_as_wide_as_the_environment_says(cli: Cli) -> None:
     "words",
     [
         *("ls", "ls runs", "cp", "env", "completion", "compare", "data", "export"),
-        *("watch", "report", "chat"),
+        *("watch", "rounds", "report", "chat"),
     ],
 )
 def test_every_command_has_help(words: str, cli: Cli) -> None:

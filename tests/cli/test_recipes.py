@@ -8,14 +8,23 @@ import pytest
 
 from rlhf_cli.config.catalog import shipped
 from rlhf_cli.config.compose import compose
+from rlhf_cli.data.sources import sources_of
 
 RECIPES = sorted(shipped("recipes").glob("*.sh"))
+# `rounds` names the policy that the next round labels: that of the newest evaluation
+STAND_IN = r"""#!/bin/sh
+printf '%s\t' "$@" >> words
+echo >> words
+[ "$1" = rounds ] && [ -z "$SETTLED" ] || exit 0
+for newest; do :; done
+echo "${newest%/*}/policy"
+"""
 
 
 def lines_of(recipe: Path, folder: Path, **env: str) -> list[list[str]]:
     """The words after rlhf-cli, a list a line."""
     stand_in = folder / "rlhf-cli"
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\t" "$@" >> words\necho >> words\n')
+    stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     subprocess.run([recipe], cwd=folder, env={"PATH": path, **env}, check=True)
@@ -25,7 +34,7 @@ def lines_of(recipe: Path, folder: Path, **env: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_each_line_composes_and_writes_its_own_folder(recipe: Path, tmp_path: Path) -> None:
-    lines = [words for words in lines_of(recipe, tmp_path) if words[0] != "report"]
+    lines = [words for words in lines_of(recipe, tmp_path) if words[0] not in ("report", "rounds")]
     outs = [compose(stage, words).out for stage, *words in lines]
     assert len(outs) == len(set(outs)) >= 4
 
@@ -82,3 +91,40 @@ def test_variables_override_what_a_recipe_says(tmp_path: Path) -> None:
     assert (ppo.data.eval_rows, ppo.seed) == (7, 3)
     assert (ppo.algo.steps, ppo.algo.lr, ppo.algo.ptx_coef) == (2, 0.5, 1.0)
     assert ppo.data.text_path == "my text.jsonl"
+
+
+@pytest.mark.parametrize("recipe", ["online", "online_dpo"])
+def test_rounds_ask_new_prompts_and_learn_from_the_labels_of_all(
+    recipe: str, tmp_path: Path
+) -> None:
+    lines = lines_of(shipped("recipes") / f"{recipe}.sh", tmp_path, ROUNDS="4")
+    learner = "dpo" if recipe == "online_dpo" else "reward"
+    place = f"runs/{recipe}"
+    labels, learners, reports = (
+        [compose(stage, words) for stage, *words in lines if stage == name]
+        for name in ("label", learner, "evaluate")
+    )
+    assert len(labels) == len(learners) == len(reports) == 4
+    for number, label in enumerate(labels):
+        before = [f"{place}/round{i}" for i in range(1, number + 1)]
+        assert label.asked == [f"{each}/label/tasks.jsonl" for each in before]
+        policies = [f"{before[-1]}/policy", f"{place}/sft"] if before else [f"{place}/sft"]
+        assert [label.policy, *label.baselines] == policies
+        own = learners[number]
+        sources = sources_of(own.data)
+        assert [Path(each.path).parent for each in sources] == [
+            Path(f"{place}/round{i}/label") for i in range(1, number + 2)
+        ]
+        *older, newest = (each.weight or 0.0 for each in sources)
+        assert newest >= sum(older) and len(set(older)) <= 1
+        assert (
+            own.policy == f"{place}/sft" and own.data.eval_share == reports[number].data.eval_share
+        )
+        assert reports[number].baselines[0] == reports[number].reference == f"{place}/sft"
+        assert len(reports[number].baselines) == number + 1
+
+
+def test_rounds_end_once_nothing_is_gained(tmp_path: Path) -> None:
+    """`rounds` names no policy then."""
+    lines = lines_of(shipped("recipes") / "online.sh", tmp_path, ROUNDS="4", SETTLED="1")
+    assert [words[0] for words in lines].count("evaluate") == 1 and lines[-1][0] == "rounds"

@@ -27,6 +27,7 @@ from rlhf_cli.commands import (
     export,
     ls,
     report,
+    rounds,
     slurm,
     stage,
     sweeps,
@@ -82,6 +83,8 @@ def try_command(words: list[str]) -> None:
         export.parse(rest)
     elif first == "compare":
         compare.parse(rest)
+    elif first == "rounds":
+        rounds.parse(rest)
     elif first == "report":
         report.parse(rest)
     elif first == "watch":

@@ -129,6 +129,42 @@ def test_planted_errors_are_recovered_and_policies_keep_their_order(tmp_path: Pa
     assert points[2] == 0  # the last one is what others are rated by
 
 
+def test_prompts_that_were_asked_are_not_asked_again(tmp_path: Path) -> None:
+    """Of one file, and of a message list; a prompt with a space more is the same."""
+    words = ["policy=null", "source=reward", given(tmp_path / "s.jsonl", 6, 1)]
+    first = label(tmp_path / "one", *words, "algo.prompts=null")
+    known = read(first / "tasks.jsonl")[:4]
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({"prompt": f" {task['prompt']}"}) + "\n" for task in known)
+    )
+    second = label(tmp_path / "two", *words, f"asked=[{tmp_path}/asked.jsonl]")
+    prompts = {task["prompt"] for task in read(second / "tasks.jsonl")}
+    assert prompts == {f"p{i}" for i in range(6)} - {task["prompt"] for task in known}
+    inputs = json.loads((second / "stage.json").read_text())["inputs"]
+    assert inputs["asked[0]"]["path"] == f"{tmp_path}/asked.jsonl"
+    asked = f"asked=[{first}/tasks.jsonl]"
+    with pytest.raises(UserError, match="each of 12 rows has a prompt that was asked before"):
+        label(tmp_path / "three", *words, asked)
+    (tmp_path / "asked.jsonl").write_text('{"question": "p1"}\n')
+    with pytest.raises(UserError, match=r"asked.jsonl:1: needs a prompt"):
+        label(tmp_path / "four", *words, f"asked=[{tmp_path}/asked.jsonl]")
+    with pytest.raises(UserError, match="asked=nowhere.jsonl does not exist"):
+        label(tmp_path / "five", *words, "asked=[nowhere.jsonl]")
+
+
+def test_a_round_samples_from_new_prompts_only(
+    tmp_path: Path, chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    words = [*WORDS, "policy=runs/demo/sft", "source=reward", "reward=length:2"]
+    first = label(tmp_path / "one", *words)
+    second = label(tmp_path / "two", *words, f"asked=[{first}/tasks.jsonl]")
+    before, after = (
+        {task["prompt"] for task in read(out / "tasks.jsonl")} for out in (first, second)
+    )
+    assert len(before) == len(after) == 4 and not before & after
+
+
 def test_samples_of_policies_are_scored_and_agree_with_the_reward(
     inside: None, tmp_path: Path
 ) -> None:

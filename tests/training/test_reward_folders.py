@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.errors import RunError, UserError
 from tests.tiny import DATA, WORDS, words_of
 
 STEPS = "data.path=steps.jsonl"
@@ -184,6 +184,33 @@ def test_every_reward_has_a_report(name: str, tmp_path: Path) -> None:
     assert said["eval/loss" if picture else "eval/mse"] == pytest.approx(
         last["eval/loss" if picture else "eval/mse"], abs=1e-5
     )
+
+
+def test_a_source_with_its_sides_turned_round_is_found_and_refused(tmp_path: Path) -> None:
+    """Among the rows of all it hides: most pairs are ordered rightly."""
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    for name, part in (("right", rows[::4] + rows[3::4]), ("turned", rows[1::4] + rows[2::4])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    turned = (tmp_path / "turned.jsonl").read_text()
+    turned = turned.replace('"chosen"', '"better"').replace('"rejected"', '"chosen"')
+    (tmp_path / "turned.jsonl").write_text(turned.replace('"better"', '"rejected"'))
+    sources = [f"{{path: {tmp_path}/right.jsonl, name: one, weight: 19}}"]
+    sources += [f"{{path: {tmp_path}/turned.jsonl, name: two, weight: 1}}"]
+    words = ["data.path=null", f"data.sources=[{','.join(sources)}]", "data.eval_rows=24"]
+    out = run("reward", tmp_path / "reward", *words, "algo.epochs=8")
+    report, said = read(out / "report.json"), read(out / "stage.json")["metrics"]
+    one, two = report["by_source"]
+    assert (one["source"], two["source"]) == ("one", "two")
+    assert one["pairs"] + two["pairs"] == report["pairs"] == 24
+    whole = one["pairs"] * one["accuracy"] + two["pairs"] * two["accuracy"]
+    assert report["accuracy"] == pytest.approx(whole / 24, abs=1e-5)
+    assert one["accuracy_low"] > 0.5 > two["accuracy_high"]
+    for name in ("accuracy", "accuracy_stderr", "accuracy_low", "accuracy_high"):
+        assert said[f"eval/source/two/{name}"] == two[name]
+    with pytest.raises(RunError, match=r"reward_accuracy_high/two failed .* rows of two; check"):
+        run("ppo", tmp_path / "ppo", *UPDATES, f"reward={out}")
+    assert report["accuracy"] > 0.5  # by which alone it would have passed
 
 
 def test_swapped_rankings_are_the_complement(tmp_path: Path) -> None:

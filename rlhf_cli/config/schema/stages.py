@@ -202,6 +202,9 @@ class LabelConfig(JudgeKeys, SamplingConfig):
         "File of responses to label in place of sampling: rows of prompt, response and, if known, "
         "policy and reward, as samples.jsonl has them."
     )
+    asked: list[str] = key(
+        "Files of rows whose prompts are not asked again, as tasks.jsonl of the rounds before.",
+    )
     reward: str | None = key(
         "What scores responses, as in ppo: source=reward labels by it, and with other sources the "
         "report tells how far they agree with it.",
