@@ -57,9 +57,7 @@ def inside(place: Path) -> Iterator[None]:
 def gain_over_sft(policy: str) -> tuple[float, float]:
     """By how much gold of a policy is above that of SFT, and the error of that."""
     words = [f"baselines=[{SFT}]", f"policy={policy}", "reward=null", "algo.prompts=100"]
-    report = json.loads(
-        (run("evaluate", f"{policy}_judged", *words) / "report.json").read_text()
-    )
+    report = json.loads((run("evaluate", f"{policy}_judged", *words) / "report.json").read_text())
     gain = report["policies"][policy]["gain_over_reference"]
     return gain["mean"], gain["stderr"]
 

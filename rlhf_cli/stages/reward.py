@@ -264,10 +264,11 @@ def final_report(
     sides swapped and prompts exchanged too.
     """
     report = judge(held_out, objective.scores(held_out), algo.target)
-    report["by_source"] = [
-        {"source": name, **numbers_in(judge(items, objective.scores(items), algo.target))}
-        for name, items in parts.items()
-    ]
+    if parts:
+        report["by_source"] = [
+            {"source": name, **numbers_in(judge(items, objective.scores(items), algo.target))}
+            for name, items in parts.items()
+        ]
     if "pairs" not in report:
         return report
     # Sides in the other order, labels too: 1 - accuracy, unless the scorer hears the order.
