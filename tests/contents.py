@@ -1,4 +1,4 @@
-"""All that a stage leaves in its folder, but for what a clock says."""
+"""All that a stage leaves in its folder, but for what a clock and a machine say."""
 
 import json
 import re
@@ -7,14 +7,15 @@ from typing import Any
 
 from rlhf_cli.folders.integrity import fault_in
 
+MEASURED = re.compile("seconds$|seconds/|tokens_per_second$|peak_memory$")
 LEFTOVER = re.compile(r"(^|/)\.|\.part$|^checkpoints\b|\.lock$")
 
 
 def contents_of(out: Path) -> dict[str, Any]:
     """file name in `out` -> its bytes; of logs, reports and manifests what is said without times.
 
-    Lines of metrics lack `seconds/...` and `tokens_per...`; stage.json and report.json `seconds`,
-    and stage.json the hashes of files.
+    Lines of metrics lack `seconds/...`, `tokens_per_second` and `peak_memory`; stage.json and
+    report.json `seconds`, and stage.json the hashes of files.
     """
     return {
         file.relative_to(out).as_posix(): _content(file)
@@ -42,11 +43,9 @@ def _content(file: Path) -> Any:
 
 
 def without_times(value: Any) -> Any:
-    """A JSON value without the entries that a clock makes, at any depth."""
+    """A JSON value without the entries that a clock or a machine makes, at any depth."""
     if isinstance(value, dict):
         return {
-            name: without_times(entry)
-            for name, entry in value.items()
-            if not re.match("seconds$|seconds/|tokens_per", name)
+            name: without_times(entry) for name, entry in value.items() if not MEASURED.match(name)
         }
     return [without_times(entry) for entry in value] if isinstance(value, list) else value

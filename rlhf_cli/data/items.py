@@ -1,7 +1,7 @@
 """What rows become: sequences, prompts and answers in token ids."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -107,3 +107,10 @@ Encoded = Tokens | Answers | EncodedPrompt
 def responses_in(item: Judged) -> int:
     """Sequences that an item takes in a batch."""
     return len(item.responses)
+
+
+def tokens_in(items: Iterable[Judged]) -> int:
+    """Tokens of all sequences of items, each with its prompt."""
+    return sum(
+        responses_in(item) * len(item.prompt) + sum(map(len, item.responses)) for item in items
+    )

@@ -139,7 +139,7 @@ class Monitor:
         Args:
             items: what was learnt from in this step.
         """
-        algo = self._cfg.algo
+        algo, cost = self._cfg.algo, self._session.cost(items)
         last = stop or step == algo.steps
         if algo.eval_every and (last or step % algo.eval_every == 0):
             seen = self.evaluate()
@@ -152,7 +152,7 @@ class Monitor:
         if self._alarms.on_updates(step, metrics):
             stop = self._stop(step, "sampling_gap")
         self.metrics = metrics
-        self._log.write(step, metrics | clock.seconds)
+        self._log.write(step, metrics | clock.seconds | cost)
         if last or stop or step == 1 or step % algo.show_every == 0:
             charged = metrics["kl_coef"] if algo.kl_in == "reward" else 0.0
             tokens = self._tokens.of(experience.rollouts, experience.of_tokens(items, charged))

@@ -70,11 +70,6 @@ class PreferenceItem(Compared):
         return len(self.answers.responses) - 1
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all sequences, the prompt included once per response."""
-        return sum(len(sequence) for sequence in self.answers.sequences)
-
-    @property
     def is_good(self) -> bool:
         """Whether `best` is a response to imitate: kto's bad ones are not."""
         row = self.answers.row

@@ -19,6 +19,7 @@ from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.dataset import Dataset, dataset_of
+from rlhf_cli.data.items import Judged
 from rlhf_cli.data.kinds import Text
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.order import derived_seed
@@ -59,6 +60,7 @@ from rlhf_cli.runs.adapter_start import adapter_entry
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.budgets import Budget, keep, settle
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
+from rlhf_cli.runs.cost import cost_of
 from rlhf_cli.runs.inherited import longest_learnt
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import BYTES, predicted_memory
@@ -97,6 +99,7 @@ class Session:
 
     plan: what preflight found, and the rows that it read.
     start: the step to go on after; 0 for a fresh run.
+    step_began: when the step that is under way did, on the clock.
     spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
     saved: seconds on the clock at the last resume point, or where training began.
     checks: measured values of the hand-off checks, for stage.json.
@@ -113,6 +116,7 @@ class Session:
     began: float
     plan: Plan
     start: int = 0
+    step_began: float = 0.0
     spent: float = 0.0
     saving: float = 0.0
     saved: float = 0.0
@@ -271,7 +275,14 @@ class Session:
         bar.skip(self.start)
         for step in range(self.start + 1, bar.total + 1):
             bar.advance()
+            self.step_began = time.monotonic()
             yield step
+
+    def cost(self, items: Sequence[Judged]) -> dict[str, float]:
+        """tokens_per_second and peak_memory of the step that has learnt from these items just now;
+        what follows, as an evaluation, takes none of its time.
+        """
+        return cost_of(items, time.monotonic() - self.step_began, self.device)
 
     def seconds(self) -> float:
         """Working time, of earlier parts of a resumed run too."""

@@ -20,7 +20,6 @@ reference start as one, every rho is 0 at first; the stage stops where it is not
     rlhf-cli dpo policy=runs/demo/sft data=hh data.path=hh.jsonl algo.beta=0.1
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -97,14 +96,13 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
 
     with Bar("dpo", len(batches)) as bar:
         for step in session.steps(bar):
-            began, batch = time.monotonic(), batches[step - 1]
+            batch = batches[step - 1]
             reference.score(batch)
             whole = objective.batchwise(batch)
             metrics = by_class(optimizer.step([objective.term(batch, whole)]), batch)
             if algo.loss == "kto":
                 metrics["z0"] = whole.z0
-            seconds = time.monotonic() - began
-            metrics["tokens_per_second"] = sum(item.tokens for item in batch) / seconds
+            metrics |= session.cost(batch)
             if step % algo.eval_every == 0 or step == len(batches):
                 metrics |= evaluate()
                 loss, hits = metrics["eval/loss"], metrics["eval/rewards/accuracy"]

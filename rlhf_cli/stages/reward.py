@@ -71,8 +71,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     session = begin(cfg, plan)
     if session is None:
         return Path(cfg.out)
-    algo, hardware = cfg.algo, cfg.hardware
-    encoder = encoder_of(cfg, session.rows)
+    algo, hardware, encoder = cfg.algo, cfg.hardware, encoder_of(cfg, session.rows)
     tokenizer = encoder.tokenizer
     data = session.judged(encoder)
     train, held_out = data.train, list(data.held_out)
@@ -95,7 +94,8 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
 
     with Bar("reward", len(batches)) as bar:
         for step in session.steps(bar):
-            metrics = optimizer.step([objective.term(batches[step - 1])])
+            batch = batches[step - 1]
+            metrics = optimizer.step([objective.term(batch)]) | session.cost(batch)
             if step % algo.eval_every == 0 or step == len(batches):
                 metrics |= evaluated(objective, held_out, parts, algo)
                 bar.advance(0, held_out_line(metrics))

@@ -95,7 +95,8 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
             if not learning:
                 training_mode(policy.model)
                 learning = True
-            metrics = optimizer.step([objective.term(batches[step - 1])])
+            batch = batches[step - 1]
+            metrics = optimizer.step([objective.term(batch)]) | session.cost(batch)
             if step % algo.eval_every == 0 or step == steps:
                 policy.model.eval()
                 learning = False

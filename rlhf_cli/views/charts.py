@@ -37,7 +37,7 @@ FIRST = (
     *("loss", "reward", TERMS, "gold", "rlhf_reward", "judge"),
     *("accuracy", "margin", "rewards/accuracy", "rewards/margin", "rewards/chosen"),
     *("rewards/rejected", "kl", "entropy", "length", "clip_fraction", "grad_norm/*"),
-    *("tokens_per_second", "memory", "calibration_error"),
+    *("tokens_per_second", "peak_memory", "calibration_error"),
 )
 """Metrics that a stage's curves begin with, of those that it has; others come after them."""
 

@@ -26,6 +26,7 @@ from rlhf_cli.runs.policy import policy_of
 from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import grpo, reward
+from tests.contents import without_times
 from tests.tiny import WORDS, words_of
 from tests.toys import FROZEN, hardware_of
 
@@ -66,10 +67,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def untimed(out: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in each.items() if not name.startswith("seconds/")}
-        for each in lines(out / "metrics.jsonl")
-    ]
+    return [without_times(each) for each in lines(out / "metrics.jsonl")]
 
 
 def pairs_of(out: Path, steps: Sequence[int]) -> list[Answers]:

@@ -25,6 +25,7 @@ from rlhf_cli.rewards.models import ImplicitReward
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.stages import dpo, sft
 from rlhf_cli.training.optimize import Optimizer
+from tests.contents import without_times
 from tests.tiny import WORDS, manifest, words_of
 from tests.toys import FROZEN, run_of
 
@@ -51,7 +52,7 @@ def run(out: str, *more: str) -> Path:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock says."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in each.items() if k != "tokens_per_second"} for each in found]
+    return [without_times(each) for each in found]
 
 
 def same(one: Path, other: Path) -> None:
