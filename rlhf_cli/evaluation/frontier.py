@@ -1,24 +1,27 @@
 """The frontier: what reward and gold cost in KL to the reference, for policies and best of n.
 
-A point is a policy as it was sampled here, the best of n samples of the reference, an evaluation
-that a policy's own training has logged, or the optimum, which nothing lies above. Compare points at
-equal KL: more reward for more KL is no better way to it.
+A point is a policy as it was sampled here, which may be a snapshot of a run, the best of n samples
+of the reference, an evaluation that a policy's own training has logged, or the optimum, which
+nothing lies above. Compare points at equal KL: more reward for more KL is no better way to it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.reporting.plots import Curve, numbers
 from rlhf_cli.runs.lineage import config_of_run
+from rlhf_cli.runs.out_folder import snapshot_step
 
 Point = dict[str, Any]
 
-POLICY, BEST_OF, TRAINING, OPTIMUM = "policy", "best of n", "training", "optimum"
-"""What a point is: sampled here, n of the reference's samples, a line of a metrics.jsonl, or
-enumerated.
+POLICY, SNAPSHOT, BEST_OF = "policy", "snapshot", "best of n"
+TRAINING, OPTIMUM = "training", "optimum"
+"""What a point is: sampled here, a run after one of its steps or not, n of the reference's samples,
+a line of a metrics.jsonl, or enumerated.
 """
 
 JUDGES = ("gold", "reward")
@@ -47,7 +50,11 @@ def frontier_of(
             continue
         own = {judge: figures[judge] for judge in JUDGES if figures.get(judge)}
         at_most = {} if figures.get("kl") else {"at_most": True}
-        points.append({"policy": path, "from": POLICY, "kl": kl, **at_most, **own})
+        step = snapshot_step(Path(path))
+        whose: Point = {"from": POLICY}
+        if step is not None:
+            whose = {"from": SNAPSHOT, "run": str(Path(path).parent), "step": step}
+        points.append({"policy": path, **whose, "kl": kl, **at_most, **own})
         points += trained(path, judges or {})
         if reference is not None and path == str(Path(reference)) and bounds is None:
             for n, best in figures.get("best_of", {}).items():
@@ -92,20 +99,37 @@ def trained(path: str, judges: Mapping[str, str | None]) -> list[Point]:
     return points
 
 
+def runs_of(points: Sequence[Point]) -> list[str]:
+    """The runs of which there are snapshots, each once."""
+    return list(dict.fromkeys(point["run"] for point in points if "run" in point))
+
+
+def snapshots_in(points: Sequence[Point]) -> list[str]:
+    """The snapshots themselves."""
+    return [point["policy"] for point in points if point["from"] == SNAPSHOT]
+
+
 def curves_of(points: Sequence[Point], judge: str, names: Mapping[str, str]) -> list[Curve]:
     """The points of a judge as a picture has them, error bars of two errors.
 
-    One whose KL or score is infinite, or not known, is left out.
+    One whose KL or score is infinite, or not known, is left out. Snapshots of a run are joined from
+    step to step, wherever that leads; of such a run what its training has logged, of fewer samples,
+    is not drawn beside them.
 
-    Args: names, what policies are called there.
+    Args: names, what policies and runs are called there.
     """
     curves: dict[tuple[str, str], list[Point]] = {}
+    kept = runs_of(points)
     for point in points:
+        if point["from"] == TRAINING and point["policy"] in kept:
+            continue
         if numbers(point.get("kl"), "mean") and numbers(point.get(judge), "mean"):
-            curves.setdefault((point["policy"], point["from"]), []).append(point)
+            whose = point["run" if "run" in point else "policy"]
+            curves.setdefault((whose, point["from"]), []).append(point)
     drawn = []
     for (path, kind), own in curves.items():
-        own = sorted(own, key=lambda point: point["kl"]["mean"])
+        along = itemgetter("step") if kind == SNAPSHOT else lambda point: point["kl"]["mean"]
+        own = sorted(own, key=along)
         means = [point[judge]["mean"] for point in own]
         errors = [2 * (numbers(point[judge], "stderr") or [0.0])[0] for point in own]
         bars: tuple[list[float], list[float]] = ([], [])

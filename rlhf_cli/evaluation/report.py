@@ -11,7 +11,7 @@ from rlhf_cli.config.schema.stages import EvaluateConfig
 from rlhf_cli.config.secrets import referenced
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.evaluation.beside import lines_beside, plus_minus
-from rlhf_cli.evaluation.frontier import JUDGES, curves_of
+from rlhf_cli.evaluation.frontier import JUDGES, curves_of, runs_of, snapshots_in
 from rlhf_cli.evaluation.judging import Report, calibration_of
 from rlhf_cli.evaluation.temperatures import temperature_panels
 from rlhf_cli.folders.files import write_text
@@ -42,10 +42,9 @@ def write_report(
     file = JsonLines(folder / SAMPLES)
     for line in samples:
         file.append(line, digits=None)  # of a row's own columns nothing is rounded
-    names = {path: brief(cfg, path) for path in report["policies"]}
-    panels = {
-        judge: curves for judge in JUDGES if (curves := curves_of(report["frontier"], judge, names))
-    }
+    points = report["frontier"]
+    names = {path: brief(cfg, path) for path in (*report["policies"], *runs_of(points))}
+    panels = {judge: curves for judge in JUDGES if (curves := curves_of(points, judge, names))}
     if panels:
         title = "points of policies with two standard errors; at equal KL, higher is better"
         across = f"KL to {brief(cfg, cfg.reference or '')}, nats per response"
@@ -57,8 +56,9 @@ def write_report(
 
 
 def brief(cfg: EvaluateConfig, path: str) -> str:
-    """A policy beside the one that is judged by its last name."""
-    return Path(path).name if Path(path).parent == Path(cfg.policy).parent else path
+    """A policy beside the one that is judged, or below its folder, by the rest of its path."""
+    folder = Path(cfg.policy).parent
+    return str(Path(path).relative_to(folder)) if folder in Path(path).parents else path
 
 
 def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
@@ -84,8 +84,8 @@ def show_report(cfg: EvaluateConfig, report: dict[str, Any]) -> None:
         "rating": lambda path: round(ratings[path]["rating"]) if path in ratings else None,
     }
     beside = lines_beside(report, policy, name_of)
-    first = (policy, str(Path(cfg.reference or "")))
-    kept = sorted(results, key=lambda path: (path not in first, place(path)))
+    first, snapshots = (policy, str(Path(cfg.reference or ""))), snapshots_in(report["frontier"])
+    kept = sorted(results, key=lambda path: (path not in first, path in snapshots, place(path)))
     kept = kept[: MOST - len(beside)]
     rows = [[cell(path) for cell in columns.values()] for path in sorted(kept, key=place)]
     used = {head: i for i, head in enumerate(columns) if any(row[i] is not None for row in rows)}

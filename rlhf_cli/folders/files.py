@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.folders.integrity import described
-from rlhf_cli.folders.manifest import MANIFEST, Manifest
+from rlhf_cli.folders.manifest import MANIFEST, Manifest, places_referenced
 
 PART = ".part"
 # what a file system says of itself, rather than of the program that uses it
@@ -97,6 +97,7 @@ def seal(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Write stage.json, with the size and hash of each file: the folder is complete.
 
     Args:
+        manifest: what it says else; what the environment said is left out of it.
         names: the entries of the folder that were written with it; of folders all below counts.
     """
     files = [
@@ -105,7 +106,8 @@ def seal(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         for path in (folder / name, *(folder / name).rglob("*"))
         if path.is_file()
     ]
-    write_json(folder / MANIFEST, {**manifest, "files": described(folder, files), "complete": True})
+    told = places_referenced(manifest)
+    write_json(folder / MANIFEST, {**told, "files": described(folder, files), "complete": True})
 
 
 def seal_whole(folder: Path, manifest: Manifest) -> None:

@@ -71,6 +71,7 @@ STAGE: Form = {
     "implicit_reward?": {"beta": REAL, "per_token": bool, "reference": Path, "hash": str},
     "metrics?": {"eval/auc?": (REAL, None), "eval/accuracy?": (REAL, None)},
     "seconds?": REAL,
+    "step?": COUNT,
     "exported?": {"stage?": (str, None), "options": dict, "written": [str]},
 }
 

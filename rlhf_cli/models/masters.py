@@ -142,14 +142,19 @@ def sum_uses_in_float32(weights: Iterable[nn.Parameter]) -> None:
 
 
 @contextmanager
-def held_as(dtype: torch.dtype, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def held_as(
+    dtype: torch.dtype, weights: Iterable[nn.Parameter], lasting: bool = True
+) -> Iterator[None]:
     """Hold weights in another type within this block, from their masters.
 
     What they are rounded by stays; so does, in float32, what is changed in place. Of frozen weights
     in bfloat16 it does not: those are as they were.
+
+    Args:
+        lasting: otherwise all are as they were, and take memory beside those that are held so.
     """
     own = list(weights)
-    working = {weight: weight.data for weight in own if weight.dtype == HELD}
+    working = {weight: weight.data for weight in own if weight.dtype == HELD or not lasting}
     for weight in own:
         if weight.dtype != dtype:  # a working copy is its master rounded already
             weight.data = master_of(weight).data.to(dtype)
@@ -161,7 +166,7 @@ def held_as(dtype: torch.dtype, weights: Iterable[nn.Parameter]) -> Iterator[Non
                 weight.data = weight.data.float()
                 continue
             value, weight.data = weight.data, working[weight]
-            if hasattr(weight, _MASTER):
+            if lasting and hasattr(weight, _MASTER):
                 put(weight, value)
 
 

@@ -44,12 +44,14 @@ def save_model(
     merge: bool,
     dtype: torch.dtype = torch.float32,
     shard_size: str = ONE_FILE,
+    rounds: bool = True,
 ) -> None:
     """A folder that transformers (peft for an unmerged adapter) loads as it is.
 
     Args:
         dtype: of the weights on disk, to which those of the model are rounded.
         shard_size: of the largest file of whole weights, as `5GB`; one tensor may be larger.
+        rounds: whether the model is so from then on; otherwise it is trained on as it is.
     """
     adapted: Any = model if is_adapted(model) else None
     if adapted is not None and not merge:
@@ -66,7 +68,8 @@ def save_model(
             save_stacked(adapted, folder, dtype)
         else:
             tables = resized(adapted) if embeds else []
-            with held_as(dtype, trained(adapted).values()), held_as(torch.float32, tables):
+            rounded = held_as(dtype, trained(adapted).values(), rounds)
+            with rounded, held_as(torch.float32, tables, rounds):
                 adapted.save_pretrained(
                     folder, selected_adapters=[POLICY], save_embedding_layers=embeds
                 )
@@ -78,7 +81,7 @@ def save_model(
             whole = merged_copy(adapted)
         if whole.can_generate():
             whole.generation_config = GenerationConfig()  # ours is written in its place
-        with held_as(dtype, whole.parameters()):
+        with held_as(dtype, whole.parameters(), rounds):
             whole.save_pretrained(folder, max_shard_size=shard_size)
         for name, content in getattr(unwrap(model), "processors", {}).items():
             (folder / name).write_bytes(content)

@@ -153,6 +153,8 @@ class Monitor:
             stop = self._stop(step, "sampling_gap")
         self.metrics = metrics
         self._log.write(step, metrics | clock.seconds | cost)
+        policy = self._roles.policy
+        self._session.snapshot(step, policy.model, policy.encoder, self.written.in_place)
         if last or stop or step == 1 or step % algo.show_every == 0:
             charged = metrics["kl_coef"] if algo.kl_in == "reward" else 0.0
             tokens = self._tokens.of(experience.rollouts, experience.of_tokens(items, charged))

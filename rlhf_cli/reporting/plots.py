@@ -95,7 +95,7 @@ def theme(colours: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclass
 class Curve:
-    """Points of a picture under one name, from left to right.
+    """Points of a picture under one name, in the order in which a line goes through them.
 
     low, high: ends of their error bars; none without.
     joined: whether a line goes through them.
@@ -111,6 +111,11 @@ class Curve:
     joined: bool = True
     dashed: bool = False
     band: bool = False
+
+    @property
+    def turns(self) -> bool:
+        """Whether its line does not go from left to right."""
+        return self.joined and list(self.x) != sorted(self.x)
 
 
 def curve_panel(
@@ -132,7 +137,8 @@ def curve_panel(
 
     up = measured if titled else None
 
-    data = alt.Data(values=[row for curve in curves for row in _points(curve)])
+    turns = any(curve.turns for curve in curves)
+    data = alt.Data(values=[row for curve in curves for row in _points(curve, turns)])
     # a dot in the name of a column would be a path to Vega, so columns have plain ones
     colour = alt.Color("name:N").scale(domain=list(names))
     shown = colour.legend(None) if len(names) < 2 else colour
@@ -152,6 +158,7 @@ def curve_panel(
     if any(curve.joined for curve in curves):
         dash = alt.StrokeDash("dashed:N").legend(None)
         line = base.transform_filter("datum.joined").mark_line(strokeWidth=1.6)
+        line = line.encode(order="place:Q") if turns else line
         layers.append(
             line.encode(strokeDash=dash.scale(domain=[False, True], range=[[1, 0], [5, 3]]))
         )
@@ -165,8 +172,12 @@ def curve_panel(
     return alt.layer(*layers, dots, data=data).properties(height=HEIGHT)
 
 
-def _points(curve: Curve) -> list[dict[str, Any]]:
-    """Rows of a chart's data; what is false of them is left out."""
+def _points(curve: Curve, placed: bool) -> list[dict[str, Any]]:
+    """Rows of a chart's data; what is false of them is left out.
+
+    Args:
+        placed: whether they tell their place on the line, which else goes by x.
+    """
     look: dict[str, Any] = {"name": curve.name, "dashed": curve.dashed}
     look |= {"joined": True} if curve.joined else {}
     look |= {"band": True} if curve.band else {}
@@ -174,7 +185,8 @@ def _points(curve: Curve) -> list[dict[str, Any]]:
     rows = []
     for i, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
         ends = {"low": rounded(curve.low[i]), "high": rounded(curve.high[i])} if curve.low else {}
-        rows.append({**look, "x": rounded(x), "y": rounded(y), **ends})
+        place = {"place": i} if placed else {}
+        rows.append({**look, "x": rounded(x), "y": rounded(y), **ends, **place})
     return rows
 
 

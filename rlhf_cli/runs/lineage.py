@@ -23,6 +23,7 @@ from rlhf_cli.runs.lock import running
 from rlhf_cli.runs.out_folder import (
     CHECKPOINTS,
     CONFIG,
+    STEP,
     begun_with,
     is_claimed,
     what_is_kept,
@@ -150,12 +151,18 @@ def _order(node: Node) -> tuple[int, str]:
 
 
 def runs_in(folders: Sequence[Path]) -> Iterator[Path]:
-    """The folders of stages, in and below others; none hidden, no resume points."""
+    """The folders of stages, in and below others; none hidden, no resume points, no snapshots."""
     for top in folders:
         for name, below, files in os.walk(top):
-            below[:] = [each for each in below if each[:1] != "." and each != CHECKPOINTS]
             place = Path(name)
-            if MANIFEST in files or (CONFIG in files and is_claimed(place)):
+            claimed = CONFIG in files and is_claimed(place)
+            below[:] = [
+                each
+                for each in below
+                if each[:1] != "." and each != CHECKPOINTS
+                if not (claimed and STEP.fullmatch(each))
+            ]
+            if MANIFEST in files or claimed:
                 yield place
 
 

@@ -345,6 +345,24 @@ def resume_points(out: Path) -> dict[int, Path]:
     return dict(sorted(points.items()))
 
 
+def snapshot(out: Path, step: int, last: int) -> Path:
+    """The folder of the policy as it is after a step of a run.
+
+    Args:
+        last: the step that the run is planned to end with, which has all the digits that there are:
+            names stand in the order of the steps.
+    """
+    return out / f"step-{step:0{len(str(last))}d}"
+
+
+def snapshot_step(folder: Path) -> int | None:
+    """After which step of its run a policy was kept; None of any other folder."""
+    if not is_claimed(folder.parent):
+        return None
+    step: int | None = (read_manifest(folder) or {}).get("step")
+    return step
+
+
 def what_is_kept(out: Path) -> str | None:
     """In words what an unfinished run goes on from; None where there is nothing."""
     if (step := newest_step(out)) is not None:
@@ -384,8 +402,10 @@ def publish(out: Path, manifest: Manifest) -> None:
                 remove([out / entry.name])
             entry.replace(out / entry.name)
         folder.rmdir()
-    names |= {file.parent.name for file in out.glob(f"*/{MANIFEST}")}  # whole folders of their own
-    seal(out, places_referenced(manifest), names)
+    # whole folders of their own; snapshots may be removed
+    inside = [file.parent for file in out.glob(f"*/{MANIFEST}")]
+    names |= {folder.name for folder in inside if snapshot_step(folder) is None}
+    seal(out, manifest, names)
     tidy(out)
 
 

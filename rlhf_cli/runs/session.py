@@ -5,6 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.store import Items
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.folders.files import library_errors
-from rlhf_cli.folders.manifest import tokenizer_hash
+from rlhf_cli.folders.files import library_errors, seal_whole, whole_folder
+from rlhf_cli.folders.manifest import Manifest, tokenizer_hash
 from rlhf_cli.models.adapters import is_adapted, restore, trained
 from rlhf_cli.models.assembled import assembled
 from rlhf_cli.models.attention import attention_of
@@ -70,6 +71,7 @@ from rlhf_cli.runs.out_folder import (
     begun_with,
     claim,
     publish,
+    snapshot,
     staging,
     tidy,
 )
@@ -99,6 +101,7 @@ class Session:
 
     plan: what preflight found, and the rows that it read.
     start: the step to go on after; 0 for a fresh run.
+    last_step: the one that it is planned to end with.
     step_began: when the step that is under way did, on the clock.
     spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
     saved: seconds on the clock at the last resume point, or where training began.
@@ -116,6 +119,7 @@ class Session:
     began: float
     plan: Plan
     start: int = 0
+    last_step: int = 0
     step_began: float = 0.0
     spent: float = 0.0
     saving: float = 0.0
@@ -273,6 +277,7 @@ class Session:
         The bar counts a step as it begins, so that what a stage says at its end stands beside it.
         """
         bar.skip(self.start)
+        self.last_step = bar.total
         for step in range(self.start + 1, bar.total + 1):
             bar.advance()
             self.step_began = time.monotonic()
@@ -287,6 +292,35 @@ class Session:
     def seconds(self) -> float:
         """Working time, of earlier parts of a resumed run too."""
         return self.spent + time.monotonic() - self.began
+
+    def snapshot(
+        self,
+        step: int,
+        model: nn.Module,
+        encoder: Encoder,
+        as_written: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Keep the policy as it would be written now, where algo.snapshot_every says so.
+
+        Args:
+            as_written: within it the model is that policy, where it is not while it learns.
+        """
+        every = self.cfg.algo.snapshot_every  # type: ignore[attr-defined]
+        if every is None or step % every:
+            return
+        began = time.monotonic()
+        with as_written():
+            self._require_finite(trained(model), f"after step {step}")
+            with assembled(model, adapter_alone=not self._merges):
+                by_main(lambda: self._write_snapshot(step, model, encoder))
+        self.saving += time.monotonic() - began
+
+    def _write_snapshot(self, step: int, model: nn.Module, encoder: Encoder) -> None:
+        check_lock(self.out)
+        with whole_folder(snapshot(self.out, step, self.last_step)) as part:
+            identity = self._save(model, "policy", encoder, part, rounds=False)
+            seal_whole(part, self._described("policy", **identity, step=step))
+            check_lock(self.out)
 
     # ------------------------------------------------------------------ resume points
 
@@ -397,7 +431,7 @@ class Session:
         """
         self._require_finite(trained(model), "at the end")
         dtype = self._written_type(model)
-        if self.cfg.model.merge_lora and is_adapted(model):  # type: ignore[attr-defined]
+        if self._merges and is_adapted(model):
             return
         round_trained(model, dtype)
         if (name := first_nonfinite(trained(model))) is not None:
@@ -407,8 +441,8 @@ class Session:
             )
 
     def _written_type(self, model: nn.Module) -> torch.dtype:
-        wanted: Any = self.cfg.model
-        return type_to_write(model, wanted.save_dtype, wanted.merge_lora)
+        chosen: str = self.cfg.model.save_dtype  # type: ignore[attr-defined]
+        return type_to_write(model, chosen, self._merges)
 
     def finish_model(
         self,
@@ -426,8 +460,7 @@ class Session:
             more: further entries of stage.json.
         """
         self._require_finite(trained(model), "at the end")
-        merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
-        with assembled(model, adapter_alone=not merge):
+        with assembled(model, adapter_alone=not self._merges):
             identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
         if self.stream is not None:
             for line in self.stream.notes():
@@ -438,20 +471,37 @@ class Session:
         self, model: nn.Module, kind: str, encoder: Encoder, write_beside: Callable[[Path], None]
     ) -> dict[str, Any]:
         """Write the model folder aside; returns what stage.json says of it."""
-        merge = self.cfg.model.merge_lora  # type: ignore[attr-defined]
-        if kind == "policy":
-            set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
-        else:
-            whole = merge or not is_adapted(model)
-            set_score_pad(model, encoder.tokenizer, encoder.stop_ids, whole)
         folder = staging(self.out)
         try:
             with library_errors(folder):
-                save_model(model, encoder.tokenizer, folder, merge, self._written_type(model))
+                identity = self._save(model, kind, encoder, folder)
             write_beside(folder)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
             raise
+        return identity
+
+    @property
+    def _merges(self) -> bool:
+        """Whether an adapter is merged into what is written."""
+        merge: bool = self.cfg.model.merge_lora  # type: ignore[attr-defined]
+        return merge
+
+    def _save(
+        self, model: nn.Module, kind: str, encoder: Encoder, folder: Path, rounds: bool = True
+    ) -> dict[str, Any]:
+        """Write the files of a model folder; returns what stage.json says of them.
+
+        Args:
+            rounds: whether the model is what is written from then on.
+        """
+        if kind == "policy":
+            set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
+        else:
+            whole = self._merges or not is_adapted(model)
+            set_score_pad(model, encoder.tokenizer, encoder.stop_ids, whole)
+        dtype = self._written_type(model)
+        save_model(model, encoder.tokenizer, folder, self._merges, dtype, rounds=rounds)
         return {
             **adapter_entry(self.cfg),
             "tokenizer": tokenizer_hash(folder),
@@ -500,25 +550,25 @@ class Session:
     def _publish(self, kind: str, metrics: dict[str, Any], more: dict[str, Any]) -> None:
         for log in self.logs:
             log.described()  # so that it is on disk before stage.json says that all is there
-        publish(
-            self.out,
-            {
-                "stage": stage_name(self.cfg),
-                "kind": kind,
-                **begun_with(self.out),
-                "seed": self.cfg.seed,
-                **more,
-                "checks": round_figures(self.checks),
-                "metrics": round_figures(metrics),
-                "seconds": round(self.seconds(), 1),
-                "versions": {
-                    "rlhf-cli": rlhf_cli.__version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "python": platform.python_version(),
-                },
+        figures = {"checks": round_figures(self.checks), "metrics": round_figures(metrics)}
+        publish(self.out, self._described(kind, **more, **figures))
+
+    def _described(self, kind: str, **more: Any) -> Manifest:
+        """What stage.json says of a folder that this run writes."""
+        return {
+            "stage": stage_name(self.cfg),
+            "kind": kind,
+            **begun_with(self.out),
+            "seed": self.cfg.seed,
+            **more,
+            "seconds": round(self.seconds(), 1),
+            "versions": {
+                "rlhf-cli": rlhf_cli.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
             },
-        )
+        }
 
 
 def _placed(networks: Mapping[str, nn.Module]) -> list[int]:

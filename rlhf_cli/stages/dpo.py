@@ -110,6 +110,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
                 if algo.keep == "best":
                     best.offer(-loss)
             log.write(step, metrics)
+            session.snapshot(step, policy.model, policy.encoder)
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
     best.put()
     session.settle(policy.model)

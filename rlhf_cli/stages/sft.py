@@ -106,6 +106,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
                 if algo.keep == "best":
                     best.offer(merit_of(metrics, cfg.select_by))
             log.write(step, metrics)
+            session.snapshot(step, policy.model, encoder)
             session.save(step, {"policy": policy.model}, optimizer, best.state(), best.weights)
 
     best.put()

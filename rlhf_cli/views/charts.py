@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.evaluation.frontier import JUDGES, curves_of
+from rlhf_cli.evaluation.frontier import JUDGES, curves_of, runs_of
 from rlhf_cli.evaluation.temperatures import temperature_panels
 from rlhf_cli.reporting.plots import (
     BIN,
@@ -22,6 +22,7 @@ from rlhf_cli.reporting.plots import (
     reliability_panels,
 )
 from rlhf_cli.reporting.terminal import on_one_line
+from rlhf_cli.runs.out_folder import STEP
 from rlhf_cli.views.records import Record
 
 if TYPE_CHECKING:
@@ -268,7 +269,8 @@ def histogram(
 def frontier_figures(report: Mapping[str, Any], names: Callable[[str], str]) -> list[Figure]:
     """Gold and reward over KL, with two standard errors."""
     points = report.get("frontier") or []
-    called = {point["policy"]: names(point["policy"]) for point in points}
+    paths = [*(point["policy"] for point in points), *runs_of(points)]
+    called = {path: names(path) for path in paths}
     panels = {judge: curves for judge in JUDGES if (curves := curves_of(points, judge, called))}
     colours = names_in(panels)
     across = f"KL to {names(str(report.get('reference')))}, nats per response"
@@ -435,16 +437,23 @@ def calibration_figure(report: Mapping[str, Any], name: str) -> Figure | None:
 
 
 def names_for(paths: Iterable[str]) -> Callable[[str], str]:
-    """What policies are called: by the last part of a path, or all of it where that is shared."""
+    """What policies are called: by the last part of a path, a snapshot by that of its run as well,
+    or by all of it where that is shared.
+    """
     ends: dict[str, set[str]] = {}
     for path in paths:
-        ends.setdefault(Path(path).name, set()).add(path)
+        ends.setdefault(_end_of(path), set()).add(path)
 
     def name_of(path: str) -> str:
-        end = Path(path).name
+        end = _end_of(path)
         return on_one_line(end if len(ends.get(end, ())) < 2 else path)
 
     return name_of
+
+
+def _end_of(path: str) -> str:
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if parts and STEP.fullmatch(parts[-1]) else parts[-1:])
 
 
 def plain(text: str) -> str:

@@ -10,12 +10,13 @@ from rlhf_cli.evaluation.frontier import (
     BEST_OF,
     OPTIMUM,
     POLICY,
+    SNAPSHOT,
     TRAINING,
     curves_of,
     frontier_of,
     trained,
 )
-from rlhf_cli.reporting.plots import curves_picture
+from rlhf_cli.reporting.plots import curve_panel, curves_picture
 
 
 def figures(kl: float, gold: float) -> dict[str, object]:
@@ -84,3 +85,38 @@ def test_policies_their_training_and_best_of_n_of_the_reference(tmp_path: Path) 
     for name in ("a.png", "b.png"):
         curves_picture(tmp_path / name, "of $x^{", "KL", {"gold": curves})
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_snapshots_of_a_run_are_joined_from_step_to_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its KL falls again; what its training has logged is not drawn beside them."""
+    steps = {Path("ppo/step-10"): 10, Path("ppo/step-20"): 20, Path("ppo/step-30"): 30}
+    monkeypatch.setattr(frontier, "snapshot_step", steps.get)
+    logged = {"policy": "ppo", "from": TRAINING, "step": 5, **figures(0.5, 1.5)}
+    monkeypatch.setattr(frontier, "trained", lambda path, judges: [logged] * (path == "ppo"))
+    results = {
+        "ppo/step-30": figures(2.0, 3.0),
+        "ppo": figures(2.1, 3.1),
+        "ppo/step-10": figures(1.0, 2.0),
+        "ppo/step-20": figures(2.5, 2.5),
+    }
+    points = frontier_of(results, None)
+    assert points[0] == {
+        "policy": "ppo/step-30",
+        "from": SNAPSHOT,
+        "run": "ppo",
+        "step": 30,
+        **figures(2.0, 3.0),
+    }
+    snapshots, policy = curves_of(points, "gold", {"ppo": "PPO"})
+    assert (snapshots.name, snapshots.joined, snapshots.turns) == ("PPO", True, True)
+    assert list(snapshots.x) == [1.0, 2.5, 2.0] and list(snapshots.y) == [2.0, 2.5, 3.0]
+    assert snapshots.low[0] == 1.6
+    assert (policy.name, policy.joined, list(policy.x)) == ("PPO", False, [2.1])
+    (panel,) = [curve_panel("gold", "KL", [snapshots, policy], ["PPO"]).to_dict()]
+    (line,) = [each for each in panel["layer"] if each["mark"]["type"] == "line"]
+    assert line["encoding"]["order"]["field"] == "place"
+    assert [row["place"] for row in panel["data"]["values"]] == [0, 1, 2, 0]
+    without = curve_panel("gold", "KL", [policy], ["PPO"]).to_dict()["data"]["values"]
+    assert all("place" not in row for row in without)

@@ -67,6 +67,11 @@ def test_rounding_is_that_of_writing_and_spares_what_is_not_trained() -> None:
     round_trained(layer, BF16)
     assert layer.weight.tolist() == [[1.0, 1.0 + 2**-6]] and layer.weight.dtype == F32
     assert layer.bias.item() == 1.0 + 2**-12
+    places = [weight.data_ptr() for weight in layer.parameters()]
+    with held_as(BF16, layer.parameters(), lasting=False):
+        assert {weight.dtype for weight in layer.parameters()} == {BF16}
+    assert [weight.data_ptr() for weight in layer.parameters()] == places
+    assert layer.bias.item() == 1.0 + 2**-12 and layer.bias.dtype == F32
     with held_as(BF16, layer.parameters()):
         assert {weight.dtype for weight in layer.parameters()} == {BF16}
     assert layer.bias.item() == 1.0 and layer.bias.dtype == F32

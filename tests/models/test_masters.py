@@ -299,6 +299,8 @@ def test_an_unchanged_block_of_another_type_changes_nothing(folder: str) -> None
     before = {name: value.clone() for name, value in before.items()}
     with held_as(F32, model.parameters()):
         assert {weight.dtype for weight in model.parameters()} == {F32}
+    with held_as(torch.float16, model.parameters(), lasting=False):
+        assert {weight.dtype for weight in model.parameters()} == {torch.float16}
     assert same(masters(model), before) and follows(model)
     assert [each.data_ptr() for each in model.parameters()] == addresses
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_cli.data.items import Answers, Tokens
+from rlhf_cli.data.items import Answers, Judged, Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.ranks.world import world
 from rlhf_cli.runs import cost
 from tests.ranks import on_ranks
 
 CPU = torch.device("cpu")
-ITEMS = [Tokens([1, 2, 3], [4, 5]), Answers([1], [[2], [3, 4], [5]], Prompt("p", {}, "f:1"))]
+ITEMS: list[Judged] = [
+    Tokens([1, 2, 3], [4, 5]),
+    Answers([1], [[2], [3, 4], [5]], Prompt("p", {}, "f:1")),
+]
 """5 tokens, and 2 + 3 + 2."""
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_cli.commands.report import parse, run
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.views import charts
 from rlhf_cli.views.report import Runs, data_of, groups_of, report, runs_at, sections_of
 from tests.views.test_html import HOSTILE, Reader
 
@@ -220,3 +221,12 @@ def test_a_report_needs_no_torch(chain: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(chain)], capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_policies_are_called_by_what_tells_them_apart() -> None:
+    """A snapshot says whose it is."""
+    paths = ["runs/a/ppo", "runs/a/dpo", "runs/b/dpo", "runs/a/ppo/step-10", "me/model best of 4"]
+    name_of = charts.names_for(paths)
+    told = ["ppo", "runs/a/dpo", "runs/b/dpo", "ppo/step-10", "model best of 4"]
+    assert [name_of(path) for path in paths] == told
+    assert name_of("runs/a/sft") == "sft"  # of the reference, which need not be judged

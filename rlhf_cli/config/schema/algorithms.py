@@ -70,6 +70,10 @@ class SftAlgo(OptimizerConfig):
         ge=0,
     )
     eval_every: int = key("Optimizer steps between evaluations of the held-out loss.", ge=1)
+    snapshot_every: int | None = key(
+        "Optimizer steps between policies that are kept as out/step-N beside the last; null: none.",
+        ge=1,
+    )
     keep: str = key("Which weights are written.", choices=("best", "last"))
 
 
@@ -225,6 +229,10 @@ class OnlineAlgo(OptimizerConfig):
     )
     eval_every: int | None = key(
         "Iterations between evaluations on held-out prompts (reward, gold, KL); null: none.", ge=1
+    )
+    snapshot_every: int | None = key(
+        "Iterations between policies that are kept as out/step-N beside the last; null: none.",
+        ge=1,
     )
     eval_prompts: int = key("Held-out prompts of such an evaluation, one response each.", ge=1)
     max_kl: float | None = key("Alarm: KL to the reference per response, in nats.", gt=0)
@@ -399,6 +407,10 @@ class DpoAlgo(OptimizerConfig):
         "Peak learning rate of that SFT; null takes algo.lr.", gt=0, used_by="reference=bootstrap"
     )
     eval_every: int = key("Optimizer steps between evaluations on held-out rows.", ge=1)
+    snapshot_every: int | None = key(
+        "Optimizer steps between policies that are kept as out/step-N beside the last; null: none.",
+        ge=1,
+    )
     keep: str = key(
         "Weights that are written: the last, or those with the lowest loss, as it is trained, on "
         "held-out rows.",
