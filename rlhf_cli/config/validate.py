@@ -28,6 +28,7 @@ from rlhf_cli.config.schema.stages import (
     SftConfig,
 )
 from rlhf_cli.config.secrets import refuse_secrets
+from rlhf_cli.config.selection_rules import selection
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
 from rlhf_cli.config.switches import complaints
 
@@ -392,8 +393,11 @@ def _labelling(cfg: Run) -> Iterator[str]:
         yield "data.path=-: what labels are typed into cannot hold the rows; give a file"
     if cfg.hardware.processes not in (1, AUTO):
         yield f"hardware.processes={cfg.hardware.processes}: one process labels; set it to 1"
-    if cfg.policy is None and (cfg.samples is None or cfg.reward is not None):
-        yield "policy=null needs samples=FILE and reward=null: rewards are given a policy's tokens"
+    if cfg.policy is None and (cfg.samples is None or cfg.reward is not None or cfg.scorers):
+        yield (
+            "policy=null needs samples=FILE, reward=null and scorers=[]: rewards are given a "
+            "policy's tokens"
+        )
     if cfg.samples is not None and cfg.baselines:
         yield f"baselines are sampled from, but samples={cfg.samples} has all; set them to []"
     if cfg.source == "reward" and cfg.reward is None and cfg.samples is None:
@@ -427,5 +431,6 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _evaluation,
     _labelling,
     judges,
+    selection,
     data_rules,
 )

@@ -41,6 +41,7 @@ class JudgedPairs:
     margins: by how much the row says that chosen is better; None where it does not say.
     groups: the part of the data that each row is of; "" where it does not say.
     clusters: the prompt of each pair, by any key.
+    selected: the rule by which each came to be labelled; "" where the row does not say.
     """
 
     chosen: Tensor
@@ -50,6 +51,7 @@ class JudgedPairs:
     margins: Sequence[float | None]
     groups: Sequence[str]
     clusters: Sequence[Hashable]
+    selected: Sequence[str] = ()
 
 
 @dataclass
@@ -61,6 +63,7 @@ class JudgedRanking:
     lengths: Sequence[int]
     cluster: Hashable
     group: str = ""
+    selected: str = ""
 
 
 def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -97,6 +100,7 @@ def pair_report(judged: JudgedPairs) -> Report:
         "by_score_margin": buckets(hits, judged.clusters, margins.tolist()),
         "by_row_margin": buckets(hits, judged.clusters, judged.margins),
         "by_group": groups(hits, judged.clusters, judged.groups),
+        "by_selected": groups(hits, judged.clusters, judged.selected, "selected"),
     }
     return round_figures(report, digits=None)
 
@@ -149,6 +153,7 @@ def pairs_of_rankings(rankings: Sequence[JudgedRanking]) -> JudgedPairs:
         margins=[ranking.ranks[worse] - ranking.ranks[better] for ranking, better, worse in pairs],
         groups=[ranking.group for ranking, _, _ in pairs],
         clusters=[ranking.cluster for ranking, _, _ in pairs],
+        selected=[ranking.selected for ranking, _, _ in pairs],
     )
 
 
@@ -224,12 +229,8 @@ def judge(items: Sequence[Answers], scores: Sequence[Tensor], target: str | None
     """
     clusters = [str(item.row.prompt) for item in items]
     if isinstance(items[0].row, Ranking):
-        return ranking_report(
-            [
-                JudgedRanking(each, item.row.ranks, lengths_of(item), cluster, item.row.group)
-                for item, each, cluster in zip(items, scores, clusters, strict=True)
-            ]
-        )
+        judged = zip(items, scores, clusters, strict=True)
+        return ranking_report([ranking_of(item, each, cluster) for item, each, cluster in judged])
     if isinstance(items[0].row, Preference):
         chosen, rejected = torch.stack(list(scores)).unbind(-1)
         sides = [lengths_of(item) for item in items]
@@ -242,6 +243,7 @@ def judge(items: Sequence[Answers], scores: Sequence[Tensor], target: str | None
                 [item.row.margin for item in items],
                 [item.row.group for item in items],
                 clusters,
+                [selected_by(item) for item in items],
             )
         )
     every = torch.cat(list(scores))
@@ -254,6 +256,18 @@ def judge(items: Sequence[Answers], scores: Sequence[Tensor], target: str | None
     steps = [item.row.labels[: len(item.ends)] for item in items]
     repeated = [c for c, labels in zip(clusters, steps, strict=True) for _ in labels]
     return label_report(every, torch.tensor([x for labels in steps for x in labels]), repeated)
+
+
+def ranking_of(item: Answers, scores: Tensor, cluster: Hashable) -> JudgedRanking:
+    """A ranking and its scores."""
+    row = item.row
+    return JudgedRanking(scores, row.ranks, lengths_of(item), cluster, row.group, selected_by(item))
+
+
+def selected_by(item: Answers) -> str:
+    """The rule by which a row came to be labelled, as label says it; "" where it says nothing."""
+    said = item.row.columns.get("selected")
+    return said if isinstance(said, str) else ""
 
 
 def lengths_of(item: Answers) -> list[int]:
@@ -349,13 +363,15 @@ def buckets(
     return quartiles
 
 
-def groups(hits: Tensor, clusters: Sequence[Hashable], names: Sequence[str]) -> list[Report]:
+def groups(
+    hits: Tensor, clusters: Sequence[Hashable], names: Sequence[str], called: str = "group"
+) -> list[Report]:
     """Accuracy by group, where there is more than one."""
     distinct = sorted(set(names) - {""})
     if len(distinct) < 2:
         return []
     return [
-        {"group": group, **part(hits, clusters, [i for i, n in enumerate(names) if n == group])}
+        {called: group, **part(hits, clusters, [i for i, n in enumerate(names) if n == group])}
         for group in distinct
     ]
 

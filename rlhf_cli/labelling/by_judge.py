@@ -24,7 +24,7 @@ from rlhf_cli.evaluation.pair_judge import (
 )
 from rlhf_cli.labelling.answers import Answer
 from rlhf_cli.labelling.desk import Desk
-from rlhf_cli.labelling.report import Figures, Outcomes, agreement_of, outcomes_of
+from rlhf_cli.labelling.report import Figures, Outcomes, agreement_of, at_random, outcomes_of
 from rlhf_cli.labelling.rows import counted
 from rlhf_cli.labelling.tasks import PAIR, Task, Turn
 from rlhf_cli.reporting.console import say
@@ -138,10 +138,10 @@ def of_pairs(cfg: Any, counts: Mapping[str, int], pairs: Sequence[Pair], failed:
 def beside_people(
     cfg: Any, judge: KeptJudge, desks: Sequence[Desk]
 ) -> tuple[Figures, Figures | None]:
-    """What a judge says of the tasks that others have labelled: its own figures, and how far it
-    agrees with them; a pair of which it says nothing counts for neither.
+    """What a judge says of the tasks that others have labelled, of those that were drawn: its own
+    figures, and how far it agrees with them; a pair of which it says nothing counts for neither.
     """
-    answers = [counted(desk.answered, desk.terms.protocol) for desk in desks]
+    answers = [at_random(counted(desk.answered, desk.terms.protocol)) for desk in desks]
     tasks = list({task.id: task for own in answers for task, _ in own}.values())
     pairs = compared(judge, tasks)
     judged: Outcomes = {}

@@ -1,15 +1,24 @@
 """The responses that tasks are made of: sampled from policies or of a file, scored by rewards."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema.stages import LabelConfig
+from rlhf_cli.config.selection_rules import BY_SCORES, FEWEST, REWARD, choosers
 from rlhf_cli.data.asked import asked_in, not_asked
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split
 from rlhf_cli.evaluation.kept import KeptSamples
+from rlhf_cli.labelling.selection import score_of
 from rlhf_cli.labelling.tasks import Sample, samples_of_file
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.rewards.reward import load_reward
+from rlhf_cli.rewards.reward import Reward, Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.encoders import encoder_of
@@ -27,10 +36,7 @@ def sampled(session: Session) -> list[Sample]:
         for path in policies:
             policy = policy_of(session, path)
             prompts = policy.encoder.prompts(asked)
-            reward = None
-            if cfg.reward is not None:
-                reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
-                reward.check([row for row, _ in prompts], session.require)
+            judges = load_judges(session, policy.tokenizer, [row for row, _ in prompts])
             if kept is None:
                 session.note([*rows.notes, *policy.encoder.report()])
                 kept = KeptSamples(session)
@@ -44,8 +50,8 @@ def sampled(session: Session) -> list[Sample]:
                 advance=bar.advance,
                 kept=own,
             )
-            scores = None if reward is None else own.scored("reward", reward, rollouts).total
-            samples += samples_of(rollouts, path, None if scores is None else scores.tolist())
+            made = [sample_of(rollout, path) for rollout in rollouts]
+            samples += judged(cfg, made, judges, rollouts, own.scored)
     return samples
 
 
@@ -70,12 +76,12 @@ def asked_before(cfg: Any) -> set[str]:
 
 
 def given_samples(session: Session) -> list[Sample]:
-    """What samples=FILE has of new prompts, scored where a reward is given."""
+    """What samples=FILE has of new prompts, scored where rewards are given."""
     cfg: Any = session.cfg
     samples = not_asked(samples_of_file(cfg.samples), asked_before(cfg))
     session.note([])
     session.claim()
-    if cfg.reward is None:
+    if cfg.reward is None and not cfg.scorers:
         return samples
     encoder = encoder_of(cfg, session.rows)
     rows = [Prompt(each.prompt, each.columns, each.source) for each in samples]
@@ -86,24 +92,86 @@ def given_samples(session: Session) -> list[Sample]:
         Rollout(row, ids, [], reason, text)
         for row, ids, reason, text in zip(rows, tokens, reasons, texts, strict=True)
     ]
-    reward = load_reward(cfg.reward, cfg, encoder.tokenizer, session.device)
-    reward.check(rows, session.require)
-    for sample, value in zip(samples, reward.score(rollouts).total.tolist(), strict=True):
-        sample.origin["reward"] = None if value != value else value
-    return samples
+    judges = load_judges(session, encoder.tokenizer, rows)
+    return judged(cfg, samples, judges, rollouts, lambda name, judge, judged: judge.score(judged))
 
 
-def samples_of(rollouts: Any, policy: str, rewards: list[float] | None) -> list[Sample]:
-    """Rollouts of a policy as samples; a reward that is not known is None."""
-    samples = []
-    for i, each in enumerate(rollouts):
-        origin: dict[str, Any] = {
-            "policy": policy,
-            "finish_reason": each.finish_reason,
-            "tokens": len(each.tokens.response),
-            "logprob": round(sum(each.logprobs), 4),
-        }
-        if rewards is not None:
-            origin["reward"] = None if rewards[i] != rewards[i] else rewards[i]
-        samples.append(Sample(each.row.prompt, each.text, each.row.source, origin))
-    return samples
+def sample_of(rollout: Rollout, policy: str) -> Sample:
+    """A rollout of a policy."""
+    origin = {
+        "policy": policy,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.tokens.response),
+        "logprob": round(sum(rollout.logprobs), 4),
+    }
+    return Sample(rollout.row.prompt, rollout.text, rollout.row.source, origin)
+
+
+# --------------------------------------------------------------------------- what rewards say
+
+
+def load_judges(
+    session: Session, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]
+) -> dict[str, Reward]:
+    """Reward and scorers, as far as the config names them, by their name; they check the rows."""
+    cfg: Any = session.cfg
+    named = {REWARD: cfg.reward, **{spec: spec for spec in cfg.scorers}}
+    judges = {
+        name: load_reward(spec, cfg, tokenizer, session.device)
+        for name, spec in named.items()
+        if spec is not None
+    }
+    for judge in judges.values():
+        judge.check(rows, session.require)
+    return judges
+
+
+def judged(
+    cfg: LabelConfig,
+    samples: Sequence[Sample],
+    judges: Mapping[str, Reward],
+    rollouts: Sequence[Rollout],
+    score: Callable[[str, Reward, Sequence[Rollout]], Scores],
+) -> list[Sample]:
+    """Samples with what judges say of them; None where one says nothing.
+
+    Args:
+        rollouts: the same responses as judges read them.
+        score: gives the scores of a judge, by its name.
+    """
+    said = {name: score(name, judge, rollouts).total.tolist() for name, judge in judges.items()}
+    told = []
+    for i, sample in enumerate(samples):
+        own = {name: None if math.isnan(each[i]) else each[i] for name, each in said.items()}
+        reward = {REWARD: own.pop(REWARD)} if REWARD in own else {}
+        others = {"scores": own} if own else {}
+        told.append(replace(sample, origin={**sample.origin, **reward, **others}))
+    if cfg.algo.select != "fisher":
+        return told
+    states = judges[choosers(cfg)[0]].response_model.states(rollouts)
+    return [
+        replace(sample, raw=raw, state=state)
+        for sample, (raw, state) in zip(told, states, strict=True)
+    ]
+
+
+def judges_that_know(cfg: LabelConfig, samples: Sequence[Sample]) -> list[str]:
+    """The judges by whose scores tasks are chosen; a file of responses need not have rewards.
+
+    Raises:
+        UserError: others have no score of any response, or too few are left.
+    """
+    if cfg.algo.select not in BY_SCORES:
+        return []
+    named = choosers(cfg)
+    known = [
+        name for name in named if any(not math.isnan(score_of(each, name)) for each in samples)
+    ]
+    given = [name for name in named if name != REWARD or cfg.reward is not None]
+    if len(known) < FEWEST[cfg.algo.select] or any(name not in known for name in given):
+        unknown = next(name for name in named if name not in known)
+        raise UserError(
+            f"algo.select={cfg.algo.select} chooses by {', '.join(named)}, but no response has a "
+            f"score of {unknown}: give reward=... or scorers=[...] that know them"
+        )
+    return known

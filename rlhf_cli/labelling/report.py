@@ -2,9 +2,12 @@
 
 Everything is measured on pairs of responses within a task, but for thumbs, which are measured as
 they are. Policies are rated by the Bradley-Terry maximum, with intervals by a bootstrap over tasks.
+Where a rule has chosen tasks, all that would be another figure on them is measured on those alone
+that were drawn: agreement, ties, biases, ratings.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, product
 from statistics import median
@@ -16,7 +19,7 @@ from torch import Tensor
 from rlhf_cli.labelling.answers import FLAG, SKIP, dense
 from rlhf_cli.labelling.desk import Desk, Event
 from rlhf_cli.labelling.rows import counted
-from rlhf_cli.labelling.tasks import THUMBS, Task, writers_of
+from rlhf_cli.labelling.tasks import RANDOM, THUMBS, Task, writers_of
 from rlhf_cli.objectives.agreement import ORDINAL, flip_rate, krippendorff_alpha
 from rlhf_cli.objectives.comparisons import ratings
 from rlhf_cli.reporting.grid import show, with_error
@@ -95,11 +98,12 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
     """Every figure of a label folder."""
     protocol = desks[0].terms.protocol
     answers = counted((each for desk in desks for each in desk.answered), protocol)
-    said = [outcomes_of(counted(desk.answered, protocol)) for desk in desks]
+    drawn = at_random(answers)
+    said = [outcomes_of(at_random(counted(desk.answered, protocol))) for desk in desks]
     events = [event for desk in desks for _, event in desk.answered]
     outcomes = [value for each in said for value in each.values()]
     by_reward, rewards = desks[0].terms.source == "reward", of_rewards(tasks, protocol)
-    ties = {"ties": _share(value == 0.5 for value in outcomes)} if protocol != THUMBS else {}
+    ties = {"ties": _share(value == 0.5 for value in outcomes)} if outcomes else {}
     return {
         "protocol": protocol,
         "source": desks[0].terms.source,
@@ -108,14 +112,34 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
         "skipped": sum(event["kind"] == SKIP for event in events),
         "flagged": sum(event["kind"] == FLAG for event in events),
         "left": sum(desk.left for desk in desks),
-        **ties,
+        "selected": by_rule(tasks, answers),
+        **(ties if protocol != THUMBS else {}),
         "annotators": {desk.who: of_one(desk) for desk in desks},
         "between_annotators": between_people(said),
         "with_themselves": agreement_of([_twice(desk) for desk in desks]),
         "with_reward": None if by_reward else agreement_of([(each, rewards) for each in said]),
-        "bias": {} if protocol == THUMBS else bias_of(answers),
-        "ratings": rated(answers, seed) if protocol != THUMBS else liked(answers),
+        "bias": {} if protocol == THUMBS else bias_of(drawn),
+        "ratings": rated(drawn, seed) if protocol != THUMBS else liked(drawn),
     }
+
+
+def at_random(answers: Iterable[tuple[Task, Event]]) -> list[tuple[Task, Event]]:
+    """The answers to tasks that no rule has chosen."""
+    return [(task, event) for task, event in answers if task.selected == RANDOM]
+
+
+def by_rule(tasks: Sequence[Task], answers: Sequence[tuple[Task, Event]]) -> Figures:
+    """How many tasks and labels there are by each rule; nothing where all were drawn."""
+    counts = Counter(task.selected for task in tasks)
+    labels = Counter(task.selected for task, _ in answers)
+    found = {rule: {"tasks": count, "labels": labels[rule]} for rule, count in counts.items()}
+    return {} if found.keys() <= {RANDOM} else {RANDOM: {"tasks": 0, "labels": 0}, **found}
+
+
+def labels_at_random(report: Figures) -> int:
+    """The labels that agreement and ratings rest on."""
+    selected = report["selected"]
+    return int(selected[RANDOM]["labels"] if selected else report["labels"])
 
 
 def crowd(report: Figures, flip: float) -> Figures:
@@ -144,9 +168,9 @@ def _twice(desk: Desk) -> tuple[Outcomes, Outcomes]:
     """What was said of tasks the first time, and once more."""
 
     def at(showing: int) -> Outcomes:
-        kept = [(turn, event) for turn, event in desk.answered if turn.showing == showing]
-        known = [(turn.task, event) for turn, event in kept if event["kind"] not in (SKIP, FLAG)]
-        return outcomes_of(known)
+        kept = [(turn.task, event) for turn, event in desk.answered if turn.showing == showing]
+        known = [(task, event) for task, event in kept if event["kind"] not in (SKIP, FLAG)]
+        return outcomes_of(at_random(known))
 
     return at(0), at(1)
 
@@ -297,6 +321,8 @@ def sentence(report: Figures) -> str:
     told = f"{report['labels']} labels of {report['tasks']} tasks"
     if report["left"]:
         told += f", {report['left']} left"
+    if report["selected"]:
+        told += f"; ratings and agreement are of the {labels_at_random(report)} drawn at random"
     between, reward = report["between_annotators"], report["with_reward"]
     if between is not None:
         share = with_error(between["agreement"], between.get("stderr"))

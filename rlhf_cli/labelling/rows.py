@@ -1,8 +1,8 @@
 """Rows that reward, dpo and kto read as they are, from what was answered.
 
-Columns beside those of the kind say where a row comes from: task, annotator, labelled_by (what the
-key `source` said), instructions (a hash), policies (of a text that several wrote all of them, in
-one), note. No stage reads them.
+Columns beside those of the kind say where a row comes from: task, selected (by which rule),
+annotator, labelled_by (what the key `source` said), instructions (a hash), policies (of a text that
+several wrote all of them, in one), note. `reward` tells its accuracy by `selected`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,6 +86,7 @@ def about_of(task: Task, event: Event) -> Row:
     """Where a row comes from."""
     return {
         "task": task.id,
+        "selected": task.selected,
         "annotator": event["annotator"],
         "labelled_by": event["source"],
         "instructions": event["instructions"],

@@ -2,23 +2,31 @@
 
 import hashlib
 import json
-import random
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Turns, reply_text
-from rlhf_cli.data.order import derived_seed, order_of
+from rlhf_cli.data.order import order_of
 from rlhf_cli.data.responses import responses_of
 from rlhf_cli.folders.files import write_text
-from rlhf_cli.folders.json_forms import misfit
+from rlhf_cli.folders.json_forms import REAL, Form, misfit
 from rlhf_cli.runs.out_folder import TASKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANK, PAIR, THUMBS = "rank", "pair", "thumbs"
 FEWEST = {RANK: 2, PAIR: 2, THUMBS: 1}
 """Responses that a task of each protocol cannot do without."""
+
+RANDOM = "random"
+Select = dict[str, Any]
+"""Why a task is labelled: rule, the score that it gave, and the probability with which it was to be
+chosen, of a rule 1 given the pool."""
 
 _SAID = ("prompt", "response", "policy", "reward", "response_tokens", "logprob", "finish_reason")
 _ROW = {
@@ -28,6 +36,7 @@ _ROW = {
     "origins": [{"writers?": [str]}],
     "source": str,
 }
+_SELECT = {"rule": str, "score": (REAL, None), "probability": REAL}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Sample:
     origin: who wrote it, and what is known of how: policy, finish_reason, tokens, logprob, reward;
         of what several policies wrote word for word that of the first, and all of them as writers.
     columns: what else its row says, for rules.
+    raw, state: where a reward model's head is to learn most, its score, and (d,) what it reads.
     """
 
     prompt: str | Turns
@@ -45,6 +55,8 @@ class Sample:
     source: str
     origin: dict[str, Any]
     columns: dict[str, Any] = field(default_factory=dict)
+    raw: float = math.nan
+    state: "Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Task:
     """A prompt with K responses, each with its origin.
 
     id: a hash of prompt and responses.
+    select: None of a task that was drawn before there were rules to choose by.
     """
 
     id: str
@@ -59,6 +72,12 @@ class Task:
     responses: list[str]
     origins: list[dict[str, Any]]
     source: str
+    select: Select | None = None
+
+    @property
+    def selected(self) -> str:
+        """The rule by which it is labelled."""
+        return RANDOM if self.select is None else str(self.select["rule"])
 
     @property
     def rewards(self) -> list[float] | None:
@@ -105,19 +124,10 @@ def also_by(sample: Sample, other: Sample) -> Sample:
     return replace(sample, origin={**sample.origin, "writers": writers})
 
 
-def tasks_of(
-    samples: Iterable[Sample], protocol: str, most: int, seed: int
-) -> tuple[list[Task], dict[str, int]]:
-    """The tasks that samples make, and how many samples and prompts made none.
-
-    Of each prompt the distinct responses that say something; as many as a task takes are drawn by
-    the seed, of all policies in turn. Of thumbs each response is a task of its own.
-
-    Args:
-        most: responses in a task.
-    """
+def distinct(samples: Iterable[Sample]) -> tuple[dict[str, list[Sample]], dict[str, int]]:
+    """The different responses to each prompt that say something, and how many others there are."""
     prompts: dict[str, dict[str, Sample]] = {}
-    dropped = {"empty": 0, "identical": 0, "prompts": 0}
+    dropped = {"empty": 0, "identical": 0}
     for sample in samples:
         said = prompts.setdefault(key_of(sample.prompt), {})
         if not sample.text.strip():
@@ -127,38 +137,15 @@ def tasks_of(
             said[sample.text] = also_by(said[sample.text], sample)
         else:
             said[sample.text] = sample
-    tasks = []
-    for key, said in prompts.items():
-        drawn = in_turn(list(said.values()), random.Random(derived_seed(seed, "tasks", key)))
-        if len(drawn) < FEWEST[protocol]:
-            dropped["prompts"] += 1
-        elif protocol == THUMBS:
-            tasks += [task_of([each]) for each in drawn]
-        else:
-            tasks.append(task_of(drawn[:most]))
-    return tasks, dropped
+    return {key: list(said.values()) for key, said in prompts.items()}, dropped
 
 
-def in_turn(samples: Sequence[Sample], draw: random.Random) -> list[Sample]:
-    """Samples in an order that is drawn, in which policies take turns as long as they have any."""
-    of_policy: dict[str, list[Sample]] = {}
-    for sample in samples:
-        of_policy.setdefault(str(sample.origin.get("policy")), []).append(sample)
-    queues = list(of_policy.values())
-    draw.shuffle(queues)
-    for queue in queues:
-        draw.shuffle(queue)
-    longest = max(map(len, queues), default=0)
-    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
-
-
-def task_of(samples: Sequence[Sample]) -> Task:
+def task_of(samples: Sequence[Sample], select: Select | None = None) -> Task:
     """A task of the responses to one prompt."""
     first, texts = samples[0], [sample.text for sample in samples]
     digest = hashlib.sha256(json.dumps([key_of(first.prompt), texts]).encode()).hexdigest()
-    return Task(
-        digest[:16], first.prompt, texts, [sample.origin for sample in samples], first.source
-    )
+    origins = [sample.origin for sample in samples]
+    return Task(digest[:16], first.prompt, texts, origins, first.source, select)
 
 
 # --------------------------------------------------------------------------- on disk
@@ -185,13 +172,15 @@ def read_tasks(folder: Path) -> list[Task]:
         fault = "it is no object" if not isinstance(row, dict) else _fault(row)
         if fault is not None:
             raise UserError(f"{file}:{number}: damaged: {fault}; label anew in another out")
-        tasks.append(Task(row["task"], *(row[name] for name in list(_ROW)[1:])))
+        said = row["task"], row["prompt"], row["responses"], row["origins"], row["source"]
+        tasks.append(Task(*said, row.get("select")))
     return tasks
 
 
 def _fault(row: dict[str, Any]) -> str | None:
     """What a line of tasks.jsonl lacks."""
-    form = {name: each for name, each in _ROW.items() if name != "prompt"}
+    form: Form = {name: each for name, each in _ROW.items() if name != "prompt"}
+    form |= {"select": _SELECT} if row.get("select") is not None else {}
     if (fault := misfit(row, form)) is not None:
         return fault
     if not isinstance(row.get("prompt"), str | list):
@@ -228,15 +217,20 @@ def dealt(
     """The turns of each annotator, in an order of their own, by the seed alone.
 
     A share `overlap` of the tasks goes to all, the others to one each; a share `repeat` of what one
-    has comes once more at the end. How responses are ordered is drawn for each turn.
+    has comes once more at the end. Both are tasks that no rule has chosen, as far as there are any:
+    those alone tell how far people agree. How responses are ordered is drawn for each turn.
     """
-    order = order_of(len(tasks), seed, "deal", 0)
+
+    def by_a_rule(place: int) -> bool:
+        return tasks[place].selected != RANDOM
+
+    order = sorted(order_of(len(tasks), seed, "deal", 0), key=by_a_rule)
     shared = round(overlap * len(tasks))
     turns = {}
     for number, who in enumerate(annotators):
         own = order[:shared] + order[shared + number :: len(annotators)]
         own = [own[i] for i in order_of(len(own), seed, f"order of {who}", 0)]
-        again = own[: round(repeat * len(own))]
+        again = sorted(own, key=by_a_rule)[: round(repeat * len(own))]
         turns[who] = [
             Turn(tasks[i], showing, shown_order(tasks[i], who, showing, seed))
             for showing, places in enumerate((own, again))

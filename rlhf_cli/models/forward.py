@@ -230,7 +230,12 @@ def token_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 def response_scores(model: nn.Module, batch: Batch) -> Tensor:
     """The scalar head at the last token of each response: (S,)."""
-    return score_head(model, hidden_states(model, batch).flatten(0, 1)[batch.at[:, -1]])
+    return score_head(model, response_states(model, batch))
+
+
+def response_states(model: nn.Module, batch: Batch) -> Tensor:
+    """What the scalar head reads at the last token of each response: (S, d)."""
+    return hidden_states(model, batch).flatten(0, 1)[batch.at[:, -1]]
 
 
 def state_values(critic: nn.Module, batch: Batch) -> Tensor:

@@ -15,6 +15,8 @@ from rlhf_cli.data.batches import Batch, micro_batches
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.models.forward import (
     response_scores,
+    response_states,
+    score_head,
     state_values,
     token_logprobs,
     token_scores,
@@ -136,3 +138,15 @@ def scores_of(scorer: nn.Module, items: Items, hardware: Hardware) -> Tensor:
         return list(response_scores(scorer, batch).cpu().split(1))  # (1,) each
 
     return torch.cat(_each(items, hardware, scorer, of_batch))
+
+
+def states_of(scorer: nn.Module, items: Items, hardware: Hardware) -> tuple[Tensor, Tensor]:
+    """(S,) raw scores at the last token of each response, and (S, d) what the head reads there."""
+
+    def of_batch(batch: Batch) -> list[Tensor]:
+        states = response_states(scorer, batch).float()
+        rows = torch.cat([score_head(scorer, states)[:, None], states], -1)
+        return list(rows.cpu().split(1))  # (1, 1 + d) each
+
+    scores, states = torch.cat(_each(items, hardware, scorer, of_batch)).tensor_split([1], -1)
+    return scores[:, 0], states

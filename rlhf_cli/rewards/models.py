@@ -29,10 +29,12 @@ from rlhf_cli.folders.manifest import (
     reference_folder,
     trained_here,
 )
+from rlhf_cli.models.decoder import unwrap
+from rlhf_cli.models.heads import scalar_head
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.loading_faults import told
 from rlhf_cli.models.positions import positions_of
-from rlhf_cli.models.score import logprobs_of, scores_of, token_scores_of
+from rlhf_cli.models.score import logprobs_of, scores_of, states_of, token_scores_of
 from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer, same_ids
 from rlhf_cli.reporting.console import say
@@ -265,6 +267,21 @@ class CheckpointReward(ModelReward):
     def raw(self, sequences: Sequence[Tokens]) -> Tensor:
         """(N,) scores of the head."""
         return self.reading.scores(self.model, sequences, self.hardware)
+
+    def states(self, rollouts: Sequence[Rollout]) -> list[tuple[float, Tensor]]:
+        """Of each response its score before normalisation, and (d,) what the head reads at its end.
+
+        NaN for a response that exceeds the context.
+        """
+        unknown = math.nan, torch.full((scalar_head(unwrap(self.model)).in_features,), math.nan)
+        found = [unknown] * len(rollouts)
+        sequences = enumerate(self.reader.sequences(rollouts))
+        fitting = {i: sequence for i, sequence in sequences if sequence is not None}
+        if fitting:
+            raw, states = states_of(self.model, list(fitting.values()), self.hardware)
+            for i, score, state in zip(fitting, raw.tolist(), states, strict=True):
+                found[i] = score, state
+        return found
 
     def score_steps(self, rollouts: Sequence[Rollout], cuts: Sequence[Cut]) -> list[Tensor]:
         """(n_i,) probabilities that the steps are right, as the head was trained to say them.

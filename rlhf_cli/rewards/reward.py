@@ -161,6 +161,13 @@ class Reward:
                 return term
         return None
 
+    @property
+    def response_model(self) -> CheckpointReward:
+        """The first reward model of whole responses that counts; `response_models` tells of any."""
+        counted = (term.source for term in self.terms if term.weight)
+        models = (source for source in counted if isinstance(source, CheckpointReward))
+        return next(model for model in models if model.reading.level == RESPONSE)
+
     def check(self, rows: Sequence[Prompt], require: Require, role: str = "reward") -> None:
         """The rows have what every term reads, and no reward model is as good as a coin."""
         for i, term in enumerate(self.terms):

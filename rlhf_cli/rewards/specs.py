@@ -91,18 +91,20 @@ def files_of(spec: str) -> list[Path]:
     return files
 
 
+def response_models(spec: str) -> list[str]:
+    """The reward models of whole responses among the terms of a reward that count."""
+    models = [term.spec for term in terms_of(spec) if term.weight and is_model(term.spec)]
+    scorers = [name for name in models if implicit_reward_of(name) is None]
+    return [name for name in scorers if level_of(name) == RESPONSE]
+
+
 def refreshed_model(spec: str) -> str:
     """The one term of a reward that algo.refresh_reward trains: a reward model of responses.
 
     Raises:
         UserError: there is none, or several.
     """
-    learners = [
-        term.spec
-        for term in terms_of(spec)
-        if term.weight and is_model(term.spec) and implicit_reward_of(term.spec) is None
-    ]
-    learners = [name for name in learners if level_of(name) == RESPONSE]
+    learners = response_models(spec)
     if len(learners) != 1:
         has = f"has {len(learners)} ({', '.join(learners)})" if learners else "has none"
         raise UserError(

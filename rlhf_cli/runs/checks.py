@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_code import parameters_of
 from rlhf_cli.config.schema.stages import EvaluateConfig, LabelConfig, RewardConfig, Run
+from rlhf_cli.config.selection_rules import REWARD, choosers
 from rlhf_cli.config.stages import STAGES, facts_of, makers_of, row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
 from rlhf_cli.data.files import STDIN, find, is_local, is_there
@@ -46,6 +47,7 @@ from rlhf_cli.rewards.specs import (
     meaning_of,
     models_of,
     refreshed_model,
+    response_models,
     signature_of,
     terms_of,
 )
@@ -372,6 +374,14 @@ def check_labelling(cfg: Run) -> None:
         Path(cfg.instructions or os.devnull).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"instructions={cfg.instructions} cannot be read: {error}") from None
+    if cfg.algo.select == "fisher":
+        (chooser,) = choosers(cfg)
+        spec = str(cfg.reward) if chooser == REWARD else chooser
+        if not response_models(spec):
+            raise UserError(
+                f"algo.select=fisher reads the last layer of a reward model of whole responses, "
+                f"which {spec} is not; give one that `rlhf-cli reward` wrote"
+            )
     needed = ("starlette", "uvicorn") if cfg.source == "page" else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(
@@ -406,10 +416,23 @@ def arithmetic(cfg: Run) -> list[str]:
         times = "1 epoch" if algo.epochs == 1 else f"{algo.epochs} epochs"
         most = "" if algo.max_steps is None else f", {algo.max_steps} updates at most"
         return [f"{times} in batches of {algo.batch_size} {rows}{most}"]
+    chosen = selection_lines(cfg)
     if (given := getattr(cfg, "samples", None)) is not None:
-        return [f"responses: those of samples={given}; keys of sampling are not read"]
+        return [f"responses: those of samples={given}; keys of sampling are not read", *chosen]
     prompts = "all" if algo.prompts is None else algo.prompts
-    return [f"{prompts} prompts x {algo.samples} responses"]
+    return [f"{prompts} prompts x {algo.samples} responses", *chosen]
+
+
+def selection_lines(cfg: Run) -> list[str]:
+    """How label chooses its tasks, where it does not draw them all."""
+    if not isinstance(cfg, LabelConfig) or cfg.algo.select == "random":
+        return []
+    named = [str(cfg.reward or "samples") if name == REWARD else name for name in choosers(cfg)]
+    tasks = "one task per prompt" if cfg.algo.tasks is None else f"{cfg.algo.tasks} tasks"
+    return [
+        f"{tasks}: {cfg.algo.explore:g} of them drawn at random, the others chosen by "
+        f"{cfg.algo.select} of {', '.join(named)}"
+    ]
 
 
 def online_arithmetic(algo: Any) -> list[str]:

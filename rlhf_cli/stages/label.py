@@ -25,7 +25,7 @@ from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
 from rlhf_cli.labelling.desk import Desk, desks_of, instructions_of
 from rlhf_cli.labelling.rows import counted, rows_of
-from rlhf_cli.labelling.tasks import read_tasks, tasks_of, write_tasks
+from rlhf_cli.labelling.tasks import RANDOM, read_tasks, write_tasks
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
@@ -96,20 +96,28 @@ def left_over(cfg: LabelConfig, desks: dict[str, Desk]) -> str:
 
 def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     """Write tasks.jsonl: what the policies respond, or what samples=FILE has."""
-    from rlhf_cli.labelling.pool import given_samples, sampled
+    from rlhf_cli.labelling.draws import pool_of
+    from rlhf_cli.labelling.pool import given_samples, judges_that_know, sampled
+    from rlhf_cli.labelling.selection import chosen
     from rlhf_cli.runs.session import begin
 
     session = begin(cfg, plan)
     assert session is not None  # it is not finished
     session.trackers = None  # they are told by the session that seals: it has the figures
     samples = given_samples(session) if cfg.samples else sampled(session)
-    most = cfg.algo.responses if cfg.algo.protocol == "rank" else 2
-    tasks, dropped = tasks_of(samples, cfg.algo.protocol, most, derived_seed(cfg.seed, "label"))
+    seed = derived_seed(cfg.seed, "label")
+    pool, dropped = pool_of(samples, cfg.algo, seed)
+    tasks = chosen(pool, cfg.algo, judges_that_know(cfg, samples), seed)
+    drawn = sum(task.selected == RANDOM for task in tasks)
+    by_rule = f" ({drawn} at random, {len(tasks) - drawn} by {cfg.algo.select})"
+    told = by_rule if cfg.algo.select != RANDOM else ""
     say(
-        f"{len(tasks)} tasks of {len(samples)} responses; {dropped['empty']} empty and "
+        f"{len(tasks)} tasks{told} of {len(samples)} responses; {dropped['empty']} empty and "
         f"{dropped['identical']} identical ones and {dropped['prompts']} prompts with too few left "
         "are dropped"
     )
+    if cfg.algo.tasks is not None and len(tasks) < cfg.algo.tasks:
+        say(f"note: algo.tasks={cfg.algo.tasks}, but the responses make no more than {len(tasks)}")
     if not tasks:
         raise UserError(
             "no prompt has two different responses: raise algo.samples or algo.temperature"
@@ -214,7 +222,7 @@ def tell_of_judge(
 
 def show(report: dict[str, Any]) -> None:
     """Ratings as a table, and what they do not tell apart."""
-    from rlhf_cli.labelling.report import inseparable, table_of
+    from rlhf_cli.labelling.report import inseparable, labels_at_random, table_of
 
     if lines := table_of(report):
         heads = ("policy", "rating", "95 %", "above")[: len(lines[0])]
@@ -222,4 +230,4 @@ def show(report: dict[str, Any]) -> None:
             heads = ("policy", "up", "labels")
         table("", heads, lines)
     for ours, theirs in inseparable(report):
-        say(f"{ours} and {theirs} are not separable by {report['labels']} labels")
+        say(f"{ours} and {theirs} are not separable by {labels_at_random(report)} labels")

@@ -55,6 +55,7 @@ from rlhf_cli.models.score import scores_of, token_scores_of
 from rlhf_cli.models.scorers import scorer_to_train
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.grid import with_error
 from rlhf_cli.rewards.models import Reading
 from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.preflight import Plan
@@ -271,6 +272,7 @@ def final_report(
         ]
     if "pairs" not in report:
         return report
+    tell_by_rule(report)
     # Sides in the other order, labels too: 1 - accuracy, unless the scorer hears the order.
     scores = [each.flip(0) for each in objective.scores(with_order_reversed(held_out))]
     report["accuracy_swapped"] = 1 - judge(held_out, scores)["accuracy"]
@@ -279,6 +281,17 @@ def final_report(
         scores = objective.scores(with_prompts_exchanged(held_out))
         report["accuracy_prompt_exchanged"] = judge(held_out, scores)["accuracy"]
     return report
+
+
+def tell_by_rule(report: Report) -> None:
+    """How right the scores are on labels that were drawn, beside those that a rule has chosen."""
+    parts = [
+        f"{with_error(each['accuracy'], each['accuracy_stderr'])} of {each['pairs']} pairs "
+        f"selected by {each['selected']}"
+        for each in report.get("by_selected", ())
+    ]
+    if parts:
+        say(f"held out, its scores are right on {', on '.join(parts)}")
 
 
 def held_out_line(metrics: Metrics) -> str:

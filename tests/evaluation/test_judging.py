@@ -86,7 +86,9 @@ def test_accuracy_by_margin_and_group() -> None:
     assert by_row == [(1, 2, 1), (2, 1, 0)]  # the row without a margin is in none
     by_group = [(each["group"], each["pairs"], each["accuracy"]) for each in found["by_group"]]
     assert by_group == [("chat", 1, 1), ("code", 2, 0.25)]
-    for each in found["by_score_margin"] + found["by_row_margin"] + found["by_group"]:
+    chosen = pair_report(replace(PAIRS, selected=["random", "gap", "", "gap"]))["by_selected"]
+    assert [(each["selected"], each["pairs"]) for each in chosen] == [("gap", 2), ("random", 1)]
+    for each in found["by_score_margin"] + found["by_row_margin"] + found["by_group"] + chosen:
         assert 0 <= each["accuracy_low"] <= each["accuracy"] <= each["accuracy_high"] <= 1
     silent = replace(PAIRS, margins=[None] * 4, groups=["chat", "", "", "chat"])
     assert pair_report(silent)["by_row_margin"] == pair_report(silent)["by_group"] == []

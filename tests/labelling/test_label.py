@@ -14,9 +14,11 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.labelling.draws import pool_of
 from rlhf_cli.labelling.report import liked, points_of
 from rlhf_cli.labelling.rows import rows_of
-from rlhf_cli.labelling.tasks import Sample, dealt, samples_of_file, tasks_of, writers_of
+from rlhf_cli.labelling.selection import chosen
+from rlhf_cli.labelling.tasks import Sample, Task, dealt, samples_of_file, writers_of
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs.checks import check_data
 from rlhf_cli.runs.out_folder import state_of, what_is_kept
@@ -29,6 +31,12 @@ def label(out: Path, *more: str) -> Path:
     cfg: Any = compose("label", [*more, f"out={out}"])
     made: Path = importlib.import_module("rlhf_cli.stages.label").run(cfg)
     return made
+
+
+def tasks_of(samples: list[Sample], *words: str) -> tuple[list[Task], dict[str, int]]:
+    algo: Any = compose("label", list(words)).algo
+    pool, dropped = pool_of(samples, algo, 0)
+    return chosen(pool, algo, [], 0), dropped
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -280,18 +288,18 @@ def test_tasks_are_distinct_and_take_policies_in_turn() -> None:
         for policy, texts in {"a": "uvwx", "b": "uyz "}.items()
         for text in texts
     ]
-    tasks, dropped = tasks_of([*samples, Sample("q", "one", "", {})], "rank", 4, 0)
+    tasks, dropped = tasks_of([*samples, Sample("q", "one", "", {})])
     (task,) = tasks
     assert dropped == {"empty": 1, "identical": 1, "prompts": 1}
     assert sorted(origin["policy"] for origin in task.origins) == ["a", "a", "b", "b"]
     assert len(set(task.responses)) == 4
-    assert len(tasks_of(samples, "thumbs", 1, 0)[0]) == 6
+    assert len(tasks_of(samples, "algo.protocol=thumbs")[0]) == 6
 
 
 def test_a_text_that_several_wrote_counts_for_each_of_them() -> None:
     said = {"a": ["same", "own a"], "b": ["same", "own b"], "c": ["same", "own c", "same"]}
     samples = [Sample("p", text, "", {"policy": name}) for name in said for text in said[name]]
-    (task,), dropped = tasks_of(samples, "rank", 4, 0)
+    (task,), dropped = tasks_of(samples)
     assert dropped["identical"] == 3
     place = task.responses.index("same")
     assert writers_of(task.origins[place]) == ["a", "b", "c"]
@@ -306,13 +314,15 @@ def test_a_text_that_several_wrote_counts_for_each_of_them() -> None:
     about = {"annotator": "me", "source": "file", "instructions": None}
     (row,) = rows_of([(task, {**event, **about})], "rank")["rankings.jsonl"]
     assert row["policies"][place] == "a, b, c" and sorted(map(len, row["policies"])) == [1, 1, 1, 7]
-    (thumb,) = [each for each in tasks_of(samples, "thumbs", 1, 0)[0] if "same" in each.responses]
+    (thumb,) = [
+        each for each in tasks_of(samples, "algo.protocol=thumbs")[0] if "same" in each.responses
+    ]
     assert liked([(thumb, {"kind": "thumbs", "label": True})]).keys() == {"a", "b", "c"}
 
 
 def test_every_task_is_dealt() -> None:
     samples = [Sample(f"p{i}", text, "", {}) for i in range(40) for text in "ab"]
-    tasks, _ = tasks_of(samples, "pair", 2, 0)
+    tasks, _ = tasks_of(samples, "algo.protocol=pair")
     turns = dealt(tasks, ["ana", "bob", "eve"], 0.25, 0.1, 3)
     first = {who: [turn.task.id for turn in own if not turn.showing] for who, own in turns.items()}
     every = [task for own in first.values() for task in own]

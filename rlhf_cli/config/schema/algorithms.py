@@ -538,6 +538,31 @@ class LabelAlgo(Decoding):
     responses: int = key(
         "Responses in a task of rank; those of a pair are 2, of thumbs 1.", ge=2, le=9
     )
+    tasks: int | None = key(
+        "Tasks that are labelled, of all that the responses make; null is one of each prompt, or "
+        "each response of thumbs.",
+        ge=1,
+    )
+    select: str = key(
+        "How they are chosen: drawn; the largest score difference, with optimism where scorers "
+        "differ (gap); what tells most of a reward model's head (fisher); where scorers differ on "
+        "which is better (disagree).",
+        choices=("random", "gap", "fisher", "disagree"),
+    )
+    explore: float = key(
+        "Share of the tasks that is drawn whatever the rule, by which agreement, ratings and "
+        "reward models are measured.",
+        ge=0,
+        le=1,
+        used_by="algo.select=gap|fisher|disagree",
+        unused=0.3,
+    )
+    optimism: float = key(
+        "Standard deviations over scorers that gap adds to the mean difference.",
+        ge=0,
+        used_by="algo.select=gap",
+        unused=1.0,
+    )
     overlap: float = key(
         "Share of the tasks that every annotator gets, by which their agreement is measured; the "
         "others are dealt out.",

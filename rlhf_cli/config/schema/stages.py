@@ -210,6 +210,13 @@ class LabelConfig(JudgeKeys, SamplingConfig):
         "report tells how far they agree with it.",
         role="reward",
     )
+    scorers: list[str] = key(
+        "Further reward models, rules and functions by which algo.select chooses, beside `reward`; "
+        "where that is what labels, by these alone.",
+        role="reward",
+        used_by="algo.select=gap|fisher|disagree",
+        unused=[],
+    )
     source: str = key(
         "Who labels: people on a local web page or in this terminal; the reward, or what "
         "samples=FILE says of it; the judge, which with other sources is compared with what they "
