@@ -257,6 +257,10 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def stop(*given: object) -> None:
+    raise KeyboardInterrupt
+
+
 def given(file: Path, prompts: int) -> str:
     """samples=FILE of two policies: the longer a response, the higher its reward."""
     rows = [
@@ -329,7 +333,10 @@ def test_tasks_from_before_there_were_rules_are_read(tmp_path: Path) -> None:
 
 
 def test_a_reward_model_chooses_and_learns_from_what_it_chose(
-    inside: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inside: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sampled, chosen by the head of a reward model, labelled by a rule, learnt from."""
     words = [
@@ -345,7 +352,13 @@ def test_a_reward_model_chooses_and_learns_from_what_it_chose(
         "scorers=[runs/demo/reward]",
     ]
     words += ["algo.samples=5", "algo.prompts=24", "algo.explore=0.5", "hardware.threads=1"]
-    first, again = label(tmp_path / "one", *words), label(tmp_path / "two", *words)
+    first = label(tmp_path / "one", *words)
+    with monkeypatch.context() as stopped:  # once all is sampled, before any task is written
+        stopped.setattr("rlhf_cli.stages.label.write_tasks", stop)
+        with pytest.raises(KeyboardInterrupt):
+            label(tmp_path / "two", *words)
+    assert not (tmp_path / "two" / "tasks.jsonl").exists()
+    again = label(tmp_path / "two", *words)
     assert (first / "tasks.jsonl").read_bytes() == (again / "tasks.jsonl").read_bytes()
     tasks = read_tasks(first)
     assert Counter(task.selected for task in tasks) == {"random": 12, "fisher": 12}
