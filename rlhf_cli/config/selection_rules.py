@@ -25,8 +25,8 @@ def selection(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, LabelConfig) or cfg.algo.select == "random":
         return
     rule, named = f"algo.select={cfg.algo.select}", choosers(cfg)
-    if cfg.algo.protocol == "thumbs":
-        yield f"{rule} compares responses, of which a task of algo.protocol=thumbs has one"
+    if (protocol := cfg.algo.protocol) in ("thumbs", "steps"):
+        yield f"{rule} compares responses, of which a task of algo.protocol={protocol} has one"
     why = f": reward={cfg.reward} is what labels" if cfg.source == REWARD and cfg.reward else ""
     if len(named) < FEWEST[cfg.algo.select]:
         needed = "two rewards that may differ" if cfg.algo.select == "disagree" else "a reward"
@@ -34,7 +34,7 @@ def selection(cfg: Run) -> Iterator[str]:
     if cfg.algo.select == "fisher" and len(named) > 1:
         yield f"{rule} asks what one reward model does not know, but there are {', '.join(named)}"
     pool = cfg.algo.samples * (1 + len(cfg.baselines))
-    size = cfg.algo.responses if cfg.algo.protocol == "rank" else 2
+    size = 2 if protocol == "pair" else cfg.algo.responses
     if cfg.samples is None and cfg.algo.tasks is None and pool <= size:
         yield (
             f"{rule} has nothing to choose from: {pool} responses to a prompt, of which a task has "

@@ -36,7 +36,7 @@ LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
 # Where a file or folder is named, or may be.
 _PATHS = (
-    *("labels", "instructions"),
+    *("labels", "instructions", "known", "anchors"),
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
     *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "principles"),
     "responses_cache",
@@ -402,6 +402,18 @@ def _labelling(cfg: Run) -> Iterator[str]:
         yield f"baselines are sampled from, but samples={cfg.samples} has all; set them to []"
     if cfg.source == "reward" and cfg.reward is None and cfg.samples is None:
         yield "source=reward needs reward=..., or samples=FILE with rewards in it"
+    yield from _protocol(cfg)
+
+
+def _protocol(cfg: LabelConfig) -> Iterator[str]:
+    """Who can be asked what."""
+    protocol = cfg.algo.protocol
+    if protocol == "instructgpt" and cfg.source == "reward":
+        yield "algo.protocol=instructgpt asks for ratings and marks: source=reward has none"
+    if protocol == "steps" and cfg.source == "reward" and cfg.reward is None:
+        yield "algo.protocol=steps source=reward needs reward=... that judges steps"
+    if protocol == "steps" and cfg.flip:
+        yield "flip turns an answer round, but algo.protocol=steps has none to turn; set it to 0"
 
 
 def _selection(cfg: Run) -> Iterator[str]:

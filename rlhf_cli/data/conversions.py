@@ -106,6 +106,23 @@ def feedback_to_ranking(rows: list[Feedback], data: Data) -> Made:
     return made, counts
 
 
+def steps_of(text: str, data: Data, source: str) -> list[str]:
+    """The steps of a response; joined by data.step_join they are the response.
+
+    Raises:
+        UserError: they are not.
+    """
+    *others, last = cut_steps(text, data.step_end)
+    steps = [step.removesuffix(data.step_join) for step in others] + [last]
+    if data.step_join.join(steps) != text:
+        raise UserError(
+            f"{source}: the steps that data.step_end={data.step_end!r} ends, joined by "
+            f"data.step_join={data.step_join!r}, are not this response again; "
+            "data.step_join='' joins any steps"
+        )
+    return steps
+
+
 def feedback_to_stepwise(rows: list[Feedback], data: Data) -> Made:
     """Each step gets the response's label: outcome supervision, as Cobbe 2110.14168 does it.
 
@@ -115,15 +132,7 @@ def feedback_to_stepwise(rows: list[Feedback], data: Data) -> Made:
     made = []
     judged = [row for row in rows if row.label is not None]
     for row in judged:
-        text = reply_text(row.completion)
-        *others, last = cut_steps(text, data.step_end)
-        steps = [step.removesuffix(data.step_join) for step in others] + [last]
-        if data.step_join.join(steps) != text:
-            raise UserError(
-                f"{row.source}: the steps that data.step_end={data.step_end!r} ends, joined by "
-                f"data.step_join={data.step_join!r}, are not this response again; "
-                "data.step_join='' joins any steps"
-            )
+        steps = steps_of(reply_text(row.completion), data, row.source)
         labels = [float(bool(row.label))] * len(steps)
         made.append(Stepwise(row.prompt, steps, labels, row.source, row.columns))
     return made, Counter({"without a label dropped": len(rows) - len(judged)})

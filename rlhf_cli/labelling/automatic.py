@@ -7,9 +7,9 @@ from pathlib import Path
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.parse import rows_of_file
-from rlhf_cli.labelling.answers import FLAG, SKIP, Answer, dense, fault_of
+from rlhf_cli.labelling.answers import FIELDS, FLAG, SKIP, Answer, dense, fault_of
 from rlhf_cli.labelling.desk import Desk
-from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS
+from rlhf_cli.labelling.tasks import PAIR, STEPS, THUMBS, Task
 from rlhf_cli.runs.out_folder import TASKS
 
 
@@ -25,27 +25,34 @@ def label_by_reward(desk: Desk, flip: float, seed: int) -> int:
     """
     turned = 0
     while (turn := desk.current) is not None:
-        rewards = turn.task.rewards
-        if rewards is None:
-            answer: Answer = {"kind": SKIP, "reason": "the reward does not know all responses"}
-        else:
-            place = derived_seed(seed, "flip", desk.who, turn.task.id, turn.showing)
-            errs = random.Random(place).random() < flip
-            turned += errs
-            answer = by_rewards(rewards, desk.terms.protocol, errs)
-        desk.answer(turn, answer)
+        place = derived_seed(seed, "flip", desk.who, turn.task.id, turn.showing)
+        errs = random.Random(place).random() < flip
+        answer = by_rewards(turn.task, desk.terms.protocol, errs)
+        turned += errs and answer is not None
+        unknown = {"kind": SKIP, "reason": "the reward does not know all of it"}
+        desk.answer(turn, unknown if answer is None else answer)
     return turned
 
 
-def by_rewards(rewards: list[float], protocol: str, errs: bool) -> Answer:
-    """The answer that rewards are, or what is contrary to it."""
+def by_rewards(task: Task, protocol: str, errs: bool = False) -> Answer | None:
+    """The answer that the rewards of a task are, or what is contrary to it; None where it has none.
+
+    A response, and a step, is good where its reward is above 0. Of instructgpt it is the ranks.
+    """
+    if protocol == STEPS:
+        if (steps := task.step_rewards) is None:
+            return None
+        wrong = (number for number, reward in enumerate(steps, 1) if not reward > 0)
+        return {"kind": STEPS, "first_wrong": next(wrong, None)}
+    if (rewards := task.rewards) is None:
+        return None
     if protocol == THUMBS:
         return {"kind": THUMBS, "label": (rewards[0] > 0) != errs}
     ranks = dense([-reward for reward in rewards] if errs else rewards)
-    if protocol == RANK:
-        return {"kind": RANK, "ranks": ranks}
-    strength = 0 if ranks == [1, 1] else 1
-    return {"kind": PAIR, "ranks": ranks, "strength": strength, "both_bad": False}
+    if protocol == PAIR:
+        strength = 0 if ranks == [1, 1] else 1
+        return {"kind": PAIR, "ranks": ranks, "strength": strength, "both_bad": False}
+    return {"kind": protocol, "ranks": ranks}
 
 
 def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
@@ -58,10 +65,12 @@ def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
         UserError: a row is no answer to a task that its annotator has.
     """
     file = Path(labels)
+    fields = FIELDS[next(iter(desks.values())).terms.protocol]
     if not file.is_file():
         raise RunError(
             f"labels={labels} is not there yet; {folder / TASKS} has the tasks: write a row of "
-            "task, annotator and ranks, label, skip or flag for each, and give the same command"
+            f"task, annotator and {', '.join(fields)}, skip or flag for each, and give the same "
+            "command"
         )
     turns = {
         (who, turn.task.id, turn.showing): turn
@@ -89,7 +98,7 @@ def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
             continue
         desk = desks[who]
         answer = answer_of(row, desk.terms.protocol)
-        if (fault := fault_of(answer, desk.terms.protocol, len(turn.task.responses))) is not None:
+        if (fault := fault_of(answer, desk.terms.protocol, turn.task)) is not None:
             raise UserError(f"{place}: {fault}")
         desk.answer(turn, answer, str(row.get("note") or ""))
 
@@ -100,9 +109,6 @@ def answer_of(row: dict[str, object], protocol: str) -> Answer:
         if row.get(kind) or row.get("kind") == kind:
             reason = row.get(kind)
             return {"kind": kind, "reason": reason if isinstance(reason, str) else ""}
-    if protocol == PAIR:
-        decided = {"strength": int(row.get("ranks") != [1, 1]), "both_bad": False}
-        named = ("ranks", *decided)
-        return {"kind": protocol, **decided, **{name: row[name] for name in named if name in row}}
-    named = ("ranks",) if protocol == RANK else ("label",)
-    return {"kind": protocol, **{name: row[name] for name in named if name in row}}
+    decided = {"strength": int(row.get("ranks") != [1, 1]), "both_bad": False}
+    said = {name: row[name] for name in FIELDS[protocol] if name in row}
+    return {"kind": protocol, **(decided if protocol == PAIR else {}), **said}

@@ -24,7 +24,8 @@ from rlhf_cli.evaluation.pair_judge import (
 )
 from rlhf_cli.labelling.answers import Answer
 from rlhf_cli.labelling.desk import Desk
-from rlhf_cli.labelling.report import Figures, Outcomes, agreement_of, at_random, outcomes_of
+from rlhf_cli.labelling.outcomes import Figures, Outcomes, agreement_of, outcomes_of
+from rlhf_cli.labelling.report import at_random
 from rlhf_cli.labelling.rows import counted
 from rlhf_cli.labelling.tasks import PAIR, Task, Turn
 from rlhf_cli.reporting.console import say

@@ -26,7 +26,8 @@ from rlhf_cli.runs.out_folder import EVENTS
 UNDO = "undo"
 Event = dict[str, Any]
 """An answer with task, showing, annotator, source, shown (the order), note, seconds, started,
-saved, instructions and version; or an undo with task and showing.
+saved, instructions and version; or an undo with task and showing. What a review puts in the place
+of an answer has `reviewed`, and in `supersedes` when that was saved.
 """
 
 
@@ -66,6 +67,7 @@ class Desk:
         self._journal = Journal(events_file(folder, who), before_write)
         self._places = {(turn.task.id, turn.showing): i for i, turn in enumerate(turns)}
         self._answers: dict[int, Event] = {}  # by the place of the turn, in the order of answering
+        self._own: dict[int, Event] = {}  # the same, without what a review put in their place
         for block in self._journal.blocks():
             for event in block:
                 self._replay(event)
@@ -75,9 +77,18 @@ class Desk:
         if place is None:
             return
         self._answers.pop(place, None)
-        count = len(self.turns[place].task.responses)
-        if event.get("kind") != UNDO and fault_of(event, self.terms.protocol, count) is None:
+        task = self.turns[place].task
+        if event.get("kind") != UNDO and fault_of(event, self.terms.protocol, task) is None:
             self._answers[place] = event
+        if not event.get("reviewed"):
+            self._own.pop(place, None)
+            if place in self._answers:
+                self._own[place] = event
+
+    @property
+    def own(self) -> list[tuple[Turn, Event]]:
+        """What the annotator answered, whatever a review put in its place."""
+        return [(self.turns[place], self._own[place]) for place in sorted(self._own)]
 
     @property
     def answered(self) -> list[tuple[Turn, Event]]:
@@ -111,6 +122,20 @@ class Desk:
             "seconds": round(seconds, 2),
             "started": _utc(now - seconds),
             "saved": _utc(now),
+            "instructions": self.terms.instructions,
+            "version": rlhf_cli.__version__,
+        }
+        self._write(event)
+
+    def review(self, turn: Turn, answer: Answer) -> None:
+        """Put another answer in the place of the annotator's, which stays in the file."""
+        before = self._answers[self._places[turn.task.id, turn.showing]]
+        event = {
+            **{name: before[name] for name in ("task", "showing", "annotator", "source", "shown")},
+            **answer,
+            "reviewed": True,
+            "supersedes": before["saved"],
+            "saved": _utc(time.time()),
             "instructions": self.terms.instructions,
             "version": rlhf_cli.__version__,
         }

@@ -13,7 +13,7 @@ from rlhf_cli.labelling.tasks import (
     FEWEST,
     PAIR,
     RANDOM,
-    THUMBS,
+    SINGLE,
     Sample,
     Select,
     Task,
@@ -60,9 +60,9 @@ def pool_of(samples: Iterable[Sample], algo: LabelAlgo, seed: int) -> tuple[Pool
     keyed, dropped = distinct(samples)
     enough = {key: said for key, said in keyed.items() if len(said) >= FEWEST[algo.protocol]}
     dropped["prompts"] = len(keyed) - len(enough)
-    size = {PAIR: 2, THUMBS: 1}.get(algo.protocol, algo.responses)
+    size = {PAIR: 2, **dict.fromkeys(SINGLE, 1)}.get(algo.protocol, algo.responses)
     whole = [min(sets_of(len(said), size), max(MOST, len(said))) for said in enough.values()]
-    asked = algo.tasks or (sum(whole) if algo.protocol == THUMBS else len(enough))
+    asked = algo.tasks or (sum(whole) if algo.protocol in SINGLE else len(enough))
     wanted = min(asked, sum(whole))
     most = next(each for each in count() if sum(min(each, own) for own in whole) >= wanted)
     looked_at = most if algo.select == RANDOM else MOST

@@ -16,7 +16,7 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.labelling.selection import score_of
-from rlhf_cli.labelling.tasks import Sample, samples_of_file
+from rlhf_cli.labelling.tasks import STEPS, Sample, samples_of_file
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rewards.reward import Reward, Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
@@ -140,11 +140,17 @@ def judged(
         score: gives the scores of a judge, by its name.
     """
     said = {name: score(name, judge, rollouts).total.tolist() for name, judge in judges.items()}
+    steps: list[list[float]] | None = None
+    if cfg.algo.protocol == STEPS and REWARD in judges:
+        by_step = judges[REWARD].score(rollouts, by_step=True).steps or []
+        steps = [each.tolist() for each in by_step]
     told = []
     for i, sample in enumerate(samples):
         own = {name: None if math.isnan(each[i]) else each[i] for name, each in said.items()}
         reward = {REWARD: own.pop(REWARD)} if REWARD in own else {}
-        others = {"scores": own} if own else {}
+        others: dict[str, Any] = {"scores": own} if own else {}
+        if steps is not None:
+            others["step_rewards"] = [None if math.isnan(each) else each for each in steps[i]]
         told.append(replace(sample, origin={**sample.origin, **reward, **others}))
     if cfg.algo.select != "fisher":
         return told

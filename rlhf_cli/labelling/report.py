@@ -1,82 +1,30 @@
 """How good labels are: who agrees with whom, how policies fare, what was shown, how long it took.
 
-Everything is measured on pairs of responses within a task, but for thumbs, which are measured as
-they are. Policies are rated by the Bradley-Terry maximum, with intervals by a bootstrap over tasks.
+Everything is measured on pairs of responses within a task, but for what is said of a response by
+itself. Policies are rated by the Bradley-Terry maximum, with intervals by a bootstrap over tasks.
 Where a rule has chosen tasks, all that would be another figure on them is measured on those alone
-that were drawn: agreement, ties, biases, ratings.
+that were drawn: agreement, ties, biases, ratings. Tasks that were planted count nowhere but there.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_cli.labelling.answers import FLAG, SKIP, dense
+from rlhf_cli.labelling.answers import FLAG, SKIP
+from rlhf_cli.labelling.automatic import by_rewards
 from rlhf_cli.labelling.desk import Desk, Event
+from rlhf_cli.labelling.outcomes import Figures, Outcomes, agreement_of, outcomes_of, said_of
+from rlhf_cli.labelling.quality import anchors_of, contradictions_of, is_good, known_of, scores_of
 from rlhf_cli.labelling.rows import counted
-from rlhf_cli.labelling.tasks import RANDOM, THUMBS, Task, writers_of
+from rlhf_cli.labelling.tasks import INSTRUCTGPT, RANDOM, SINGLE, Task, writers_of
 from rlhf_cli.objectives.agreement import ORDINAL, flip_rate, krippendorff_alpha
 from rlhf_cli.objectives.comparisons import ratings
 from rlhf_cli.reporting.grid import show, with_error
-
-Figures = dict[str, Any]
-Outcomes = dict[tuple[str, int, int], float]
-"""What is said of each pair i < j of each task: 1 if i is better, 0 if j is, 0.5 of a tie. Of
-thumbs the pair is (0, 0), and up is 1."""
-
-
-def outcomes_of(answers: Iterable[tuple[Task, Event]]) -> Outcomes:
-    """What answers say, pair by pair."""
-    return {key: said for task, event in answers for key, said in _said(task.id, event)}
-
-
-def _said(task: str, event: Event) -> Iterator[tuple[tuple[str, int, int], float]]:
-    if event["kind"] == THUMBS:
-        yield (task, 0, 0), float(event["label"])
-        return
-    ranks = event["ranks"]
-    for i, j in combinations(range(len(ranks)), 2):
-        yield (task, i, j), 0.5 * (1 + (ranks[i] < ranks[j]) - (ranks[i] > ranks[j]))
-
-
-def agreement_of(pairs: Sequence[tuple[Outcomes, Outcomes]]) -> Figures | None:
-    """How often two say the same, over all pairs of those who judged the same things.
-
-    agreement: of all outcomes, with a standard error over tasks; decided: of those where neither
-        says that it is a tie. None where nothing was judged by two.
-    """
-    of_task: dict[str, list[float]] = {}
-    decided = []
-    for ours, theirs in pairs:
-        for key in ours.keys() & theirs.keys():
-            of_task.setdefault(key[0], []).append(float(ours[key] == theirs[key]))
-            if 0.5 not in (ours[key], theirs[key]):
-                decided.append(ours[key] == theirs[key])
-    every = [each for said in of_task.values() for each in said]
-    if not every:
-        return None
-    figures: Figures = {"agreement": sum(every) / len(every)}
-    if (stderr := _clustered(list(of_task.values()))) is not None:
-        figures["stderr"] = stderr
-    figures |= {"outcomes": len(every), "tasks": len(of_task)}
-    if decided:
-        figures |= {"decided": sum(decided) / len(decided), "decided_outcomes": len(decided)}
-    return figures
-
-
-def _clustered(groups: Sequence[Sequence[float]]) -> float | None:
-    """The standard error of the mean of all values, which are independent between groups only."""
-    count, total = len(groups), sum(map(len, groups))
-    if count < 2:
-        return None
-    mean = sum(map(sum, groups)) / total
-    apart = sum(sum(value - mean for value in group) ** 2 for group in groups)
-    return math.sqrt(apart * count / (count - 1)) / total
 
 
 def between_people(said: Sequence[Outcomes]) -> Figures | None:
@@ -98,8 +46,9 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
     """Every figure of a label folder."""
     protocol = desks[0].terms.protocol
     answers = counted((each for desk in desks for each in desk.answered), protocol)
+    tasks = [task for task in tasks if not task.planted]
     drawn = at_random(answers)
-    said = [outcomes_of(at_random(counted(desk.answered, protocol))) for desk in desks]
+    said = [outcomes_of(at_random(counted(desk.own, protocol))) for desk in desks]
     events = [event for desk in desks for _, event in desk.answered]
     outcomes = [value for each in said for value in each.values()]
     by_reward, rewards = desks[0].terms.source == "reward", of_rewards(tasks, protocol)
@@ -113,14 +62,21 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
         "flagged": sum(event["kind"] == FLAG for event in events),
         "left": sum(desk.left for desk in desks),
         "selected": by_rule(tasks, answers),
-        **(ties if protocol != THUMBS else {}),
+        "reviewed": sum(bool(event.get("reviewed")) for event in events),
+        **(ties if protocol not in SINGLE else {}),
         "annotators": {desk.who: of_one(desk) for desk in desks},
         "between_annotators": between_people(said),
         "with_themselves": agreement_of([_twice(desk) for desk in desks]),
         "with_reward": None if by_reward else agreement_of([(each, rewards) for each in said]),
-        "bias": {} if protocol == THUMBS else bias_of(drawn),
-        "ratings": rated(drawn, seed) if protocol != THUMBS else liked(drawn),
+        "anchors": anchors_of(desks),
+        "bias": {} if protocol in SINGLE else bias_of(drawn),
+        "ratings": rated(drawn, seed) if protocol not in SINGLE else liked(drawn),
+        **(_rating_figures(drawn) if protocol == INSTRUCTGPT else {}),
     }
+
+
+def _rating_figures(answers: Sequence[tuple[Task, Event]]) -> Figures:
+    return {"scores": scores_of(answers), "contradictions": contradictions_of(answers)}
 
 
 def at_random(answers: Iterable[tuple[Task, Event]]) -> list[tuple[Task, Event]]:
@@ -153,7 +109,7 @@ def of_one(desk: Desk) -> Figures:
     """What one annotator did."""
     events = [event for _, event in desk.answered]
     seconds = [event["seconds"] for event in events if event.get("seconds")]
-    again = agreement_of([_twice(desk)])
+    again, known = agreement_of([_twice(desk)]), known_of(desk)
     return {
         "turns": len(desk.turns),
         "answered": len(events),
@@ -161,6 +117,7 @@ def of_one(desk: Desk) -> Figures:
         "flagged": sum(event["kind"] == FLAG for event in events),
         **({"seconds_median": median(seconds)} if seconds else {}),
         **({"self_agreement": again["agreement"]} if again else {}),
+        **({"known": known} if known else {}),
     }
 
 
@@ -168,7 +125,7 @@ def _twice(desk: Desk) -> tuple[Outcomes, Outcomes]:
     """What was said of tasks the first time, and once more."""
 
     def at(showing: int) -> Outcomes:
-        kept = [(turn.task, event) for turn, event in desk.answered if turn.showing == showing]
+        kept = [(turn.task, event) for turn, event in desk.own if turn.showing == showing]
         known = [(task, event) for task, event in kept if event["kind"] not in (SKIP, FLAG)]
         return outcomes_of(at_random(known))
 
@@ -176,14 +133,9 @@ def _twice(desk: Desk) -> tuple[Outcomes, Outcomes]:
 
 
 def of_rewards(tasks: Sequence[Task], protocol: str) -> Outcomes:
-    """What the rewards of responses say, of thumbs that they are above 0."""
-    found: Outcomes = {}
-    for task in tasks:
-        if (rewards := task.rewards) is None:
-            continue
-        event: Event = {"kind": protocol, "ranks": dense(rewards), "label": rewards[0] > 0}
-        found |= dict(_said(task.id, event))
-    return found
+    """What the rewards of responses say, of thumbs and of steps that they are above 0."""
+    said = ((task, by_rewards(task, protocol)) for task in tasks)
+    return outcomes_of((task, answer) for task, answer in said if answer is not None)
 
 
 def bias_of(answers: Sequence[tuple[Task, Event]]) -> Figures:
@@ -253,7 +205,7 @@ def points_of(task: Task, event: Event, names: Sequence[str]) -> Tensor:
     points = torch.zeros(len(names), len(names), dtype=torch.double)
     writers = [[names.index(name) for name in writers_of(origin)] for origin in task.origins]
     met = [(*pair, 0.5) for each in writers for pair in combinations(each, 2)]
-    for (_, i, j), won in _said(task.id, event):
+    for (_, i, j), won in said_of(task.id, event):
         met += [(*pair, won) for pair in product(writers[i], writers[j])]
     for ours, theirs, won in met:
         if ours != theirs:
@@ -263,11 +215,11 @@ def points_of(task: Task, event: Event, names: Sequence[str]) -> Tensor:
 
 
 def liked(answers: Sequence[tuple[Task, Event]]) -> Figures:
-    """The share of thumbs that are up, by policy."""
+    """The share of responses that are good by themselves, by policy."""
     up: dict[str, list[bool]] = {}
     for task, event in answers:
         for name in writers_of(task.origins[0]):
-            up.setdefault(name, []).append(event["label"])
+            up.setdefault(name, []).append(is_good(event))
     return {name: {"up": _share(each), "labels": len(each)} for name, each in sorted(up.items())}
 
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK, PAIR, THUMBS = "rank", "pair", "thumbs"
-FEWEST = {RANK: 2, PAIR: 2, THUMBS: 1}
+INSTRUCTGPT, STEPS = "instructgpt", "steps"
+RANKED = (RANK, INSTRUCTGPT)
+"""Protocols that order as many responses as algo.responses says."""
+SINGLE = (THUMBS, STEPS)
+"""Protocols that judge a response by itself."""
+FEWEST = {RANK: 2, PAIR: 2, THUMBS: 1, INSTRUCTGPT: 2, STEPS: 1}
 """Responses that a task of each protocol cannot do without."""
 
 RANDOM = "random"
@@ -37,6 +42,7 @@ _ROW = {
     "source": str,
 }
 _SELECT = {"rule": str, "score": (REAL, None), "probability": REAL}
+_MORE = {"select": _SELECT, "steps": [str], "known": dict, "earlier": [dict]}  # where it has them
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Task:
 
     id: a hash of prompt and responses.
     select: None of a task that was drawn before there were rules to choose by.
+    steps: of the one response of protocol=steps: joined by data.step_join they are it again.
+    known: the answer that is right, where it is known, as answers.Answer has it.
+    earlier: of an anchor, what earlier runs said of it: their `out` and their answers, the oldest
+        first.
     """
 
     id: str
@@ -73,6 +83,9 @@ class Task:
     origins: list[dict[str, Any]]
     source: str
     select: Select | None = None
+    steps: list[str] = field(default_factory=list)
+    known: dict[str, Any] | None = None
+    earlier: list[dict[str, Any]] | None = None
 
     @property
     def selected(self) -> str:
@@ -80,10 +93,21 @@ class Task:
         return RANDOM if self.select is None else str(self.select["rule"])
 
     @property
+    def planted(self) -> bool:
+        """Whether it tells how people judge: everybody gets it, and no row is made of it."""
+        return self.known is not None or self.earlier is not None
+
+    @property
     def rewards(self) -> list[float] | None:
         """What a reward says of the responses; None where it does not say it of all."""
         known = [origin.get("reward") for origin in self.origins]
         return None if None in known else [float(each) for each in known if each is not None]
+
+    @property
+    def step_rewards(self) -> list[float] | None:
+        """What a reward says of the steps; None where it does not say it of each of these."""
+        known = self.origins[0].get("step_rewards") or []
+        return known if len(known) == len(self.steps) and None not in known else None
 
 
 @dataclass(frozen=True)
@@ -143,9 +167,14 @@ def distinct(samples: Iterable[Sample]) -> tuple[dict[str, list[Sample]], dict[s
 def task_of(samples: Sequence[Sample], select: Select | None = None) -> Task:
     """A task of the responses to one prompt."""
     first, texts = samples[0], [sample.text for sample in samples]
-    digest = hashlib.sha256(json.dumps([key_of(first.prompt), texts]).encode()).hexdigest()
     origins = [sample.origin for sample in samples]
-    return Task(digest[:16], first.prompt, texts, origins, first.source, select)
+    return Task(id_of(first.prompt, texts), first.prompt, texts, origins, first.source, select)
+
+
+def id_of(prompt: str | Turns, texts: Sequence[str]) -> str:
+    """What names a task: 64 bits of a hash of prompt and responses."""
+    said = json.dumps([key_of(prompt), list(texts)])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------- on disk
@@ -154,7 +183,8 @@ def task_of(samples: Sequence[Sample], select: Select | None = None) -> Task:
 def write_tasks(folder: Path, tasks: Sequence[Task]) -> None:
     """Tasks as a file that is whole or not there."""
     rows = ({"task": row.pop("id"), **row} for row in map(asdict, tasks))
-    write_text(folder / TASKS, "".join(json.dumps(row) + "\n" for row in rows))
+    said = ({name: row[name] for name in row if name in _ROW or row[name]} for row in rows)
+    write_text(folder / TASKS, "".join(json.dumps(row) + "\n" for row in said))
 
 
 def read_tasks(folder: Path) -> list[Task]:
@@ -173,14 +203,14 @@ def read_tasks(folder: Path) -> list[Task]:
         if fault is not None:
             raise UserError(f"{file}:{number}: damaged: {fault}; label anew in another out")
         said = row["task"], row["prompt"], row["responses"], row["origins"], row["source"]
-        tasks.append(Task(*said, row.get("select")))
+        tasks.append(Task(*said, **{name: row[name] for name in _MORE if row.get(name)}))
     return tasks
 
 
 def _fault(row: dict[str, Any]) -> str | None:
     """What a line of tasks.jsonl lacks."""
     form: Form = {name: each for name, each in _ROW.items() if name != "prompt"}
-    form |= {"select": _SELECT} if row.get("select") is not None else {}
+    form |= {name: each for name, each in _MORE.items() if row.get(name)}
     if (fault := misfit(row, form)) is not None:
         return fault
     if not isinstance(row.get("prompt"), str | list):
@@ -218,19 +248,24 @@ def dealt(
 
     A share `overlap` of the tasks goes to all, the others to one each; a share `repeat` of what one
     has comes once more at the end. Both are tasks that no rule has chosen, as far as there are any:
-    those alone tell how far people agree. How responses are ordered is drawn for each turn.
+    those alone tell how far people agree. Planted tasks are mixed in, of all for everybody, once.
+    How responses are ordered is drawn for each turn.
     """
 
     def by_a_rule(place: int) -> bool:
         return tasks[place].selected != RANDOM
 
-    order = sorted(order_of(len(tasks), seed, "deal", 0), key=by_a_rule)
-    shared = round(overlap * len(tasks))
+    plain = [i for i, task in enumerate(tasks) if not task.planted]
+    order = sorted((plain[i] for i in order_of(len(plain), seed, "deal", 0)), key=by_a_rule)
+    planted = [i for i, task in enumerate(tasks) if task.planted]
+    shared = round(overlap * len(plain))
     turns = {}
     for number, who in enumerate(annotators):
         own = order[:shared] + order[shared + number :: len(annotators)]
+        count = round(repeat * len(own))
+        own += planted
         own = [own[i] for i in order_of(len(own), seed, f"order of {who}", 0)]
-        again = sorted(own, key=by_a_rule)[: round(repeat * len(own))]
+        again = sorted((i for i in own if not tasks[i].planted), key=by_a_rule)[:count]
         turns[who] = [
             Turn(tasks[i], showing, shown_order(tasks[i], who, showing, seed))
             for showing, places in enumerate((own, again))

@@ -6,24 +6,30 @@ the terminal as it is.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from rlhf_cli.labelling.answers import Wrong, read
+from rlhf_cli.labelling.answers import MARKS, Wrong, rating, read
 from rlhf_cli.labelling.desk import Desk
-from rlhf_cli.labelling.tasks import PAIR, RANK, THUMBS, Turn, spoken
+from rlhf_cli.labelling.tasks import INSTRUCTGPT, PAIR, RANK, SINGLE, STEPS, THUMBS, Turn, spoken
 from rlhf_cli.reporting.console import console, outliving_stderr, say
 
+BEST_FIRST = "best first, = for ties, as in 2 1=3 4"
 HOW = {
-    RANK: "best first, = for ties, as in 2 1=3 4",
+    RANK: BEST_FIRST,
     PAIR: "1 2 3 4: A is much, clearly, somewhat, slightly better; 5: a tie; 6: both bad; "
     "7 8 9 0: B is slightly, somewhat, clearly, much better",
     THUMBS: "y: good; n: bad",
+    INSTRUCTGPT: "a line for each response, 1 to 7 and the marks that it has, as in 6 h o; then "
+    f"all of them {BEST_FIRST}. " + "; ".join(f"{key}: {text}" for key, (_, text) in MARKS.items()),
+    STEPS: "the number of the first step that is wrong; 0: none is",
 }
 ALWAYS = (
     "s [WHY]: skip; f [WHY]: flag what should enter no data; m TEXT: a note with the next answer; "
-    "u: take the last answer back; ?: instructions; q: stop here, the same command goes on"
+    "u: take the last line or answer back; ?: instructions; q: stop here, the same command goes on"
 )
-NAMES = {RANK: "123456789", PAIR: "AB", THUMBS: " "}
+LEFT_OUT = ("s", "f")  # what is skipped or flagged
+NUMBERS = "123456789"
+NAMES = {RANK: NUMBERS, PAIR: "AB", THUMBS: " ", INSTRUCTGPT: NUMBERS, STEPS: " "}
 
 
 def label(desk: Desk, instructions: str | None, lines: Iterator[str] | None = None) -> None:
@@ -43,9 +49,10 @@ def label(desk: Desk, instructions: str | None, lines: Iterator[str] | None = No
 
 
 def _answered(desk: Desk, turn: Turn, instructions: str | None, typed: Iterator[str]) -> bool:
-    """Read lines until one answers a turn or takes the answer before back; False at the end."""
+    """Read lines until a turn is answered or the answer before taken back; False at the end."""
     began, note = time.monotonic(), ""
-    for line in typed:
+    ratings: list[str] = []  # of instructgpt, a line for each response
+    for line in next_lines(desk, turn, ratings, typed):
         word, _, rest = line.strip().partition(" ")
         if not word:
             continue
@@ -55,19 +62,46 @@ def _answered(desk: Desk, turn: Turn, instructions: str | None, typed: Iterator[
             help_on(desk.terms.protocol, instructions)
         elif word == "m":
             note = rest.strip()
+        elif word == "u" and ratings:
+            ratings.pop()
         elif word == "u":
             if desk.undo() is not None:
                 return True
             say("nothing to take back")
         else:
             try:
-                answer = read(line, turn, desk.terms.protocol)
+                if word not in LEFT_OUT and rates(desk, turn, ratings):
+                    rating(line)
+                    ratings.append(line.strip())
+                    continue
+                said = [line] if word in LEFT_OUT else [*ratings, line]
+                answer = read("\n".join(said), turn, desk.terms.protocol)
             except Wrong as why:
                 say(f"{why}; ? shows what can be typed")
                 continue
             desk.answer(turn, answer, note, time.monotonic() - began)
             return True
     return False
+
+
+def rates(desk: Desk, turn: Turn, ratings: Sequence[str]) -> bool:
+    """Whether the next line is to rate a response."""
+    return desk.terms.protocol == INSTRUCTGPT and len(ratings) < len(turn.order)
+
+
+def next_lines(
+    desk: Desk, turn: Turn, ratings: Sequence[str], typed: Iterator[str]
+) -> Iterator[str]:
+    """Lines as they are typed; where several make an answer, which one is next is said before."""
+    while True:
+        if rates(desk, turn, ratings):
+            say(f"response {len(ratings) + 1}: 1 to 7, and marks")
+        elif desk.terms.protocol == INSTRUCTGPT:
+            say(f"all: {BEST_FIRST}")
+        line = next(typed, None)
+        if line is None:
+            return
+        yield line
 
 
 def show(turn: Turn, desk: Desk) -> None:
@@ -80,8 +114,10 @@ def show(turn: Turn, desk: Desk) -> None:
     for name, place in zip(NAMES[protocol], turn.order, strict=False):
         origin = turn.task.origins[place]
         cut = "  [cut at the most tokens]" if origin.get("finish_reason") == "length" else ""
-        head = "response" if protocol == THUMBS else name
-        say(f"\n[{head}]{cut}\n{turn.task.responses[place]}")
+        head = "response" if protocol in SINGLE else name
+        say(f"\n[{head}]{cut}")
+        steps = [f"{number}: {step}" for number, step in enumerate(turn.task.steps, 1)]
+        say("\n".join(steps) or turn.task.responses[place])
 
 
 def help_on(protocol: str, instructions: str | None) -> None:

@@ -263,12 +263,15 @@ def check_reward(role: str, reward: str) -> None:
 
 def check_supervision(cfg: Any) -> None:
     """Where steps are rewarded, a term judges steps."""
-    if cfg.algo.supervision == "process" and not any(
-        term.weight and judges_steps(term.spec) for term in terms_of(cfg.reward)
-    ):
+    if cfg.algo.supervision == "process":
+        _check_judges_steps(cfg.reward, "algo.supervision=process")
+
+
+def _check_judges_steps(reward: str, why: str) -> None:
+    if not any(term.weight and judges_steps(term.spec) for term in terms_of(reward)):
         raise UserError(
-            f"algo.supervision=process rewards steps, but no term of reward={cfg.reward} judges "
-            "them: a reward model of steps does, and a function that names steps"
+            f"{why} needs a reward of steps, but no term of reward={reward} judges them: a reward "
+            "model of steps does, and a function that names steps"
         )
 
 
@@ -366,10 +369,15 @@ def check_labelling(cfg: Run) -> None:
     """Where responses are labelled, the files that are named are there, and what serves a page."""
     if not isinstance(cfg, LabelConfig):
         return
-    named = [("samples", cfg.samples), ("instructions", cfg.instructions)]
-    for key, place in [*named, *(("asked", each) for each in cfg.asked)]:
+    keys = ("samples", "instructions", "known", "anchors")
+    named = [*((key, getattr(cfg, key)) for key in keys), *(("asked", each) for each in cfg.asked)]
+    for key, place in named:
         if place is not None and not is_there(place):
             raise UserError(f"{key}={place} does not exist")
+    if cfg.anchors is not None and kind_of(Path(cfg.anchors)) != "labels":
+        raise UserError(f"anchors={cfg.anchors} is no finished output of label")
+    if cfg.algo.protocol == "steps" and cfg.reward is not None:
+        _check_judges_steps(cfg.reward, "algo.protocol=steps")
     try:
         Path(cfg.instructions or os.devnull).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -382,10 +390,10 @@ def check_labelling(cfg: Run) -> None:
                 f"algo.select=fisher reads the last layer of a reward model of whole responses, "
                 f"which {spec} is not; give one that `rlhf-cli reward` wrote"
             )
-    needed = ("starlette", "uvicorn") if cfg.source == "page" else ()
+    needed = ("starlette", "uvicorn") if cfg.source == "page" or cfg.review else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         raise UserError(
-            f"source=page needs {' and '.join(missing)}: pip install 'rlhf-cli[label]', or label "
+            f"a page needs {' and '.join(missing)}: pip install 'rlhf-cli[label]', or label "
             "in this terminal: source=terminal"
         )
 

@@ -9,7 +9,7 @@ from rlhf_cli.config.switches import written
 # hardware, a cache, the pace and limit of a judge, who hears of metrics and the folder's own path
 # change no result; overwrite is an order, not a setting
 IGNORED_KEYS = (
-    *("who", "port", "accept_partial"),  # of label: who sits there now, and whether that is all
+    *("who", "port", "review", "accept_partial"),  # of label: who sits there now, is that all
     *("hardware", "out", "overwrite", "reference_cache", "responses_cache"),
     *("judge_concurrency", "judge_timeout", "judge_max_cost", "tracker"),
 )

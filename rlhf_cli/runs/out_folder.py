@@ -53,7 +53,8 @@ CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
 TASKS = "tasks.jsonl"  # what label asks, once it is sampled
 EVENTS = "events-{}.jsonl"  # what one annotator has answered
-LABELS = ("rankings.jsonl", "preferences.jsonl", "feedback.jsonl")  # rows that it seals
+# rows that it seals
+LABELS = ("rankings.jsonl", "preferences.jsonl", "feedback.jsonl", "stepwise.jsonl")
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
 BEGUN = (*RECORDS, TASKS)  # tasks do without a record: what was labelled of them is not lost
 # responses and what judges say of them, as an unfinished stage that does not train has made them

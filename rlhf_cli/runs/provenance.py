@@ -162,7 +162,8 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
-    for key in ("few_shot", "samples", "choices", "judge_prompt", "principles", "instructions"):
+    beside = ("few_shot", "samples", "choices", "judge_prompt", "principles", "instructions")
+    for key in (*beside, "known", "anchors"):
         inputs[key] = getattr(cfg, key, None)
     inputs |= {f"asked[{i}]": each for i, each in enumerate(getattr(cfg, "asked", []))}
     for key, role, value in named_models(cfg):

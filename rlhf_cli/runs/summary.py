@@ -44,7 +44,8 @@ NUMBERS = {
 
 FILES = {
     "rankings.jsonl": "rows for reward",
-    "feedback.jsonl": "rows for dpo algo=kto",
+    "feedback.jsonl": "rows for reward algo=pointwise and dpo algo=kto",
+    "stepwise.jsonl": "rows for reward algo=process",
     "report.json": "tables",
     "frontier.png": "scores over KL",
     "win_rates.png": "over temperature",
@@ -251,10 +252,21 @@ def _after_labels(cfg: Run) -> list[str]:
         "rankings.jsonl": "reward algo=kwise",
         "preferences.jsonl": "reward",
         "feedback.jsonl": "dpo algo=kto",
+        "stepwise.jsonl": "reward algo=process",
     }
     files = [(Path(cfg.out, name), reader) for name, reader in readers.items()]
     found = [f"{reader} data=jsonl data.path={file}" for file, reader in files if file.is_file()]
-    return [f"next: rlhf-cli {each}" for each in found[:1]]
+    words = _steps(cfg) if (Path(cfg.out) / "stepwise.jsonl").is_file() else ""
+    return [f"next: rlhf-cli {each}{words}" for each in found[:1]]
+
+
+def _steps(cfg: Run) -> str:
+    """The words by which steps are read as they were cut, where others than the usual ones."""
+    usual = catalog.stage_values("reward", {"data": "jsonl"}, catalog.config_dirs())
+    own = {f"data.{key}": getattr(cfg.data, key) for key in ("step_join", "step_end")}
+    return "".join(
+        f" {shlex.quote(f'{key}={value!r}')}" for key, value in own.items() if value != usual[key]
+    )
 
 
 def _words(cfg: Run, stage: str, following: str) -> list[str]:

@@ -1,8 +1,9 @@
 """Labelling: what people, a judge, a reward or a file say of the responses of policies, as rows.
 
 InstructGPT's second step (2203.02155): K responses to a prompt, of one policy or several, are
-ranked with ties, compared in pairs with how much better one is, or get thumbs up or down. Whoever
-labels is not told who wrote what, and sees responses in an order of their own.
+ranked with ties, compared in pairs with how much better one is, get thumbs up or down, are rated
+and marked before they are ranked, or have their first wrong step named. Whoever labels is not told
+who wrote what, and sees responses in an order of their own.
 
 First responses are sampled, once, into tasks.jsonl; or samples=FILE has them. Then labels are
 collected, each on disk before the next task is shown, in events-NAME.jsonl. Once all tasks are
@@ -15,21 +16,27 @@ then not before the end.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.stages import LabelConfig
+from rlhf_cli.data.conversions import steps_of
 from rlhf_cli.data.order import derived_seed
+from rlhf_cli.folders.files import remove
+from rlhf_cli.folders.manifest import MANIFEST
 from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
 from rlhf_cli.labelling.desk import Desk, desks_of, instructions_of
+from rlhf_cli.labelling.majority import MAJORITY, by_majority
+from rlhf_cli.labelling.planted import anchor_tasks, known_tasks, with_planted
 from rlhf_cli.labelling.rows import counted, rows_of
-from rlhf_cli.labelling.tasks import RANDOM, read_tasks, write_tasks
+from rlhf_cli.labelling.tasks import RANDOM, STEPS, Task, read_tasks, write_tasks
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.lock import check_lock
+from rlhf_cli.runs.lock import check_lock, lock, unlock
 from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, check_no_labels, claim, staging
 from rlhf_cli.runs.preflight import Plan, preflight
 
@@ -60,7 +67,24 @@ def run(cfg: LabelConfig, plan: Plan | None = None) -> Path:
         left = sum(desk.left for desk in desks.values())
         if left and not cfg.accept_partial:
             raise RunError(left_over(cfg, desks))
+    if cfg.review and reviewed(cfg) and plan.state == FINISHED:
+        plan = preflight(cfg)  # it is no longer sealed
     return sealed(cfg, plan)
+
+
+def reviewed(cfg: LabelConfig) -> bool:
+    """Show what is disagreed on until that is finished with; returns whether an answer was given.
+
+    What was sealed is open from the first answer on, so that nothing reads the rows of before.
+    """
+    from rlhf_cli.labelling import review
+
+    out = Path(cfg.out)
+    lock(out)
+    changed = review.show(desks_of(cfg), cfg.port, lambda: remove([out / MANIFEST]))
+    if not changed and (out / MANIFEST).is_file():
+        unlock(out)
+    return changed
 
 
 def sampled_before(cfg: LabelConfig, plan: Plan) -> bool:
@@ -104,10 +128,16 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     session = begin(cfg, plan)
     assert session is not None  # it is not finished
     session.trackers = None  # they are told by the session that seals: it has the figures
+    planted = planted_of(cfg)
     samples = given_samples(session) if cfg.samples else sampled(session)
     seed = derived_seed(cfg.seed, "label")
     pool, dropped = pool_of(samples, cfg.algo, seed)
     tasks = chosen(pool, cfg.algo, judges_that_know(cfg, samples), seed)
+    if cfg.algo.protocol == STEPS:
+        tasks = [
+            replace(task, steps=steps_of(task.responses[0], cfg.data, task.source))
+            for task in tasks
+        ]
     drawn = sum(task.selected == RANDOM for task in tasks)
     by_rule = f" ({drawn} at random, {len(tasks) - drawn} by {cfg.algo.select})"
     told = by_rule if cfg.algo.select != RANDOM else ""
@@ -123,9 +153,22 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
             "no prompt has two different responses: raise algo.samples or algo.temperature"
         )
     check_lock(session.out)
-    write_tasks(session.out, tasks)
+    write_tasks(session.out, with_planted(tasks, planted))
     interrupts.wait_no_more("the tasks are sampled")  # nothing is lost by an end from here on
     (session.out / SAMPLES).unlink(missing_ok=True)  # a link to what it was sampled from
+
+
+def planted_of(cfg: LabelConfig) -> list[Task]:
+    """The tasks with known answers, and the anchors."""
+    known, anchors = [], []
+    if cfg.known is not None:
+        known = known_tasks(cfg.known, cfg.algo.protocol, cfg.data.step_join)
+    if cfg.anchors is not None:
+        seed = derived_seed(cfg.seed, "anchors")
+        anchors = anchor_tasks(cfg.anchors, cfg.algo.protocol, cfg.algo.anchor_tasks, seed)
+    if planted := [*known, *anchors]:
+        say(f"{len(known)} tasks with known answers and {len(anchors)} anchors go to everybody")
+    return planted
 
 
 # --------------------------------------------------------------------------- labels
@@ -186,6 +229,8 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     answers = counted((each for desk in desks for each in desk.answered), cfg.algo.protocol)
     if not answers:
         raise RunError(f"{cfg.out}: no task has a label, so there is nothing to seal")
+    if cfg.algo.aggregate == MAJORITY:
+        answers = by_majority(answers)
     made = rows_of(answers, cfg.algo.protocol)
     report = reporting.report_of(desks, tasks, derived_seed(cfg.seed, "ratings"))
     report["rows"] = {name: len(rows) for name, rows in made.items()}
@@ -222,6 +267,7 @@ def tell_of_judge(
 
 def show(report: dict[str, Any]) -> None:
     """Ratings as a table, and what they do not tell apart."""
+    from rlhf_cli.labelling.quality import lines_of
     from rlhf_cli.labelling.report import inseparable, labels_at_random, table_of
 
     if lines := table_of(report):
@@ -229,5 +275,7 @@ def show(report: dict[str, Any]) -> None:
         if len(lines[0]) == 3:
             heads = ("policy", "up", "labels")
         table("", heads, lines)
+    for line in lines_of(report):
+        say(line)
     for ours, theirs in inseparable(report):
         say(f"{ours} and {theirs} are not separable by {labels_at_random(report)} labels")

@@ -3,28 +3,33 @@
 What is compared is what was meant with what lies on disk, whatever order was shown.
 """
 
-import asyncio
 import itertools
 import json
-import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_cli.labelling.desk import Desk, Terms
-from rlhf_cli.labelling.tasks import Sample, Task, dealt, task_of
+from tests.interop.label_pages import (
+    browser,
+    client_of,
+    desks_of,
+    in_browser,
+    place_is,
+    posted,
+    press,
+    served,
+    task,
+    visited,
+)
+
+__all__ = ["browser"]  # a fixture
 
 pytestmark = pytest.mark.interop
 starlette = pytest.importorskip("starlette")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 EVIL = (
     "<img src=x onerror=\"document.title='owned'\">",
@@ -34,103 +39,9 @@ EVIL = (
 )
 
 
-def task(number: int, count: int, texts: tuple[str, ...] = ()) -> Task:
-    said = texts or tuple(f"response {number}.{i}" for i in range(count))
-    origins = [
-        {"policy": f"secret/policy{i}", "reward": 0.5, "logprob": -3.25} for i in range(count)
-    ]
-    return task_of(
-        [
-            Sample(f"prompt {number}", text, "hidden.jsonl:1", origin)
-            for text, origin in zip(said, origins, strict=True)
-        ]
-    )
-
-
-def desks_of(
-    folder: Path, tasks: list[Task], protocol: str = "rank", who: tuple[str, ...] = ("ana",)
-) -> dict[str, Desk]:
-    terms = Terms(protocol, "page", None)
-    turns = dealt(tasks, who, overlap=1.0, repeat=0.0, seed=1)
-    return {name: Desk(folder, name, own, terms) for name, own in turns.items()}
-
-
-@contextmanager
-def served(desks: dict[str, Desk], instructions: str | None = None) -> Iterator[Any]:
-    """The page on a port of its own, until its finish."""
-    from rlhf_cli.labelling import server
-
-    with server.listening(0) as listener:
-        page = server.Page(desks, instructions, True, listener.getsockname()[1])
-        thread = threading.Thread(target=lambda: asyncio.run(server._serve(page, listener)))
-        thread.start()
-        try:
-            yield page
-        finally:
-            if not page.finished.is_set():
-                with client_of(page) as client:
-                    client.get(f"/?token={next(iter(page.tokens.values()))}")
-                    client.post("/finish", **posted(page, {}))
-            thread.join(10)
-            assert not thread.is_alive()
-
-
-def client_of(page: Any) -> Any:
-    import httpx2
-
-    return httpx2.Client(base_url=f"http://127.0.0.1:{page._port}")
-
-
-def posted(page: Any, body: Any) -> dict[str, Any]:
-    """What our own page sends."""
-    origin = f"http://127.0.0.1:{page._port}"
-    head = {"content-type": "application/json", "x-label": "1", "origin": origin}
-    return {"content": json.dumps(body), "headers": head}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def visited(browser: Any, address: str, width: int = 1000, **options: Any) -> Iterator[Any]:
-    """The page in a window; nothing fails, nothing is said on the console, nothing leaves here."""
-    context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-    page, faults = context.new_page(), []
-    home = address.partition("/?")[0]
-    page.on("console", lambda message: faults.append(message.text))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda each: faults.extend([each.url] * (not each.url.startswith(home))))
-    page.goto(address)
-    yield page
-    context.close()
-    assert not faults, faults
-
-
-def place_is(page: Any, text: str) -> None:
-    page.wait_for_function("text => document.querySelector('h1').textContent === text", arg=text)
-
-
 def weak_orders(count: int) -> list[list[int]]:
     ranks = itertools.product(range(1, count + 1), repeat=count)
     return [list(each) for each in ranks if set(each) == set(range(1, max(each) + 1))]
-
-
-def press(page: Any, ranks: list[int], order: list[int]) -> None:
-    """Rank what is shown so that the responses of the task get these ranks."""
-    for rank in range(1, max(ranks) + 1):
-        tied = [number for number, place in enumerate(order, 1) if ranks[place] == rank]
-        page.keyboard.press(str(tied[0]))
-        for number in tied[1:]:
-            page.keyboard.press(" " if number % 2 else "=")
-            page.keyboard.press(str(number))
-    page.keyboard.press("Enter")
 
 
 @in_browser
@@ -256,16 +167,16 @@ def test_what_models_write_is_text_and_fits(tmp_path: Path, browser: Any, width:
 def test_nobody_else_comes_in_and_nothing_tells_who_wrote_what(tmp_path: Path) -> None:
     desks = desks_of(tmp_path, [task(0, 2)], who=("ana", "bob"))
     with served(desks) as server, client_of(server) as client:
-        origin = f"http://127.0.0.1:{server._port}"
+        origin = f"http://127.0.0.1:{server.port}"
         for path in ("/", "/turn", "/label.js", "/label.css", "/?token=x", "/?token=%ff"):
             assert client.get(path).status_code == 403, path
         assert client.get("/", headers={"host": "evil.example"}).status_code == 400
-        assert client.get("/", headers={"host": f"evil.example:{server._port}"}).status_code == 400
+        assert client.get("/", headers={"host": f"evil.example:{server.port}"}).status_code == 400
         entered = client.get(f"/?token={server.tokens['ana']}")
         assert entered.status_code == 303 and entered.headers["location"] == "/"
         cookie = entered.headers["set-cookie"]
         assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
-        assert f"label-{server._port}=" in cookie
+        assert f"label-{server.port}=" in cookie
         told = client.get("/turn")
         assert "default-src 'none'" in told.headers["content-security-policy"]
         assert told.headers["x-content-type-options"] == "nosniff"
@@ -277,7 +188,7 @@ def test_nobody_else_comes_in_and_nothing_tells_who_wrote_what(tmp_path: Path) -
         sent = posted(server, good)
         for name, value in (
             *(("origin", "http://evil.example"), ("origin", None), ("x-label", None)),
-            *(("content-type", "text/plain"), ("origin", f"http://localhost:{server._port}")),
+            *(("content-type", "text/plain"), ("origin", f"http://localhost:{server.port}")),
         ):
             head = {**sent["headers"], name: value}
             head = {key: each for key, each in head.items() if each is not None}

@@ -30,7 +30,7 @@ def test_every_ranking_is_kept_as_meant_whatever_the_order_shown(count: int, ord
                 for rank in range(1, max(meant) + 1)
             ]
             typed = " ".join("=".join(group) for group in groups)
-            assert ranking(typed, turn(list(shown)))["ranks"] == meant
+            assert ranking(typed, turn(list(shown))) == meant
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_is_no_ranking_is_refused(typed: str) -> None:
 
 
 def test_ties_may_be_typed_with_blanks() -> None:
-    assert ranking(" 3 =1  2\n", turn([0, 1, 2]))["ranks"] == [1, 2, 1]
+    assert ranking(" 3 =1  2\n", turn([0, 1, 2])) == [1, 2, 1]
 
 
 def test_keys_of_a_pair_mirror_each_other() -> None:
@@ -78,4 +78,4 @@ def test_ranks_of_scores_leave_no_gap() -> None:
     ],
 )
 def test_what_a_file_says_is_looked_at(answer: dict[str, object], protocol: str) -> None:
-    assert fault_of(answer, protocol, 2) is not None
+    assert fault_of(answer, protocol, turn([0, 1]).task) is not None

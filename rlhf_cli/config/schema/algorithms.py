@@ -532,11 +532,16 @@ class LabelAlgo(Decoding):
     prompts: int | None = key("Use the first prompts only; null uses all.", ge=1)
     protocol: str = key(
         "What is asked of a task: rank all responses, ties allowed; which of a pair is better, and "
-        "by how much; thumbs up or down for one response.",
-        choices=("rank", "pair", "thumbs"),
+        "by how much; thumbs up or down for one response; a rating from 1 to 7 and eleven marks "
+        "for each response, then their ranks (instructgpt: 2203.02155); the first wrong step of "
+        "one response (steps).",
+        choices=("rank", "pair", "thumbs", "instructgpt", "steps"),
     )
     responses: int = key(
-        "Responses in a task of rank; those of a pair are 2, of thumbs 1.", ge=2, le=9
+        "Responses in a task of rank and instructgpt; those of a pair are 2, of thumbs and steps "
+        "1.",
+        ge=2,
+        le=9,
     )
     tasks: int | None = key(
         "Tasks that are labelled, of all that the responses make; null is one of each prompt, or "
@@ -574,6 +579,18 @@ class LabelAlgo(Decoding):
         "with themselves is measured; the second answer enters no row.",
         ge=0,
         le=1,
+    )
+    anchor_tasks: int = key(
+        "Tasks that become anchors, drawn from those that anchors=FOLDER has answers to; the "
+        "anchors that it had itself come again whatever their number.",
+        ge=1,
+        used_by="anchors",
+        unused=20,
+    )
+    aggregate: str = key(
+        "What several labels of a task become: a row each, or one by what more than half of them "
+        "say, pair by pair.",
+        choices=("each", "majority"),
     )
 
 

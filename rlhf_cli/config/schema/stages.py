@@ -236,7 +236,7 @@ class LabelConfig(JudgeKeys, SamplingConfig):
     )
     labels: str | None = key(
         "File of labels that were made elsewhere, of the tasks in tasks.jsonl: rows of task, "
-        "annotator and ranks, strength, label, skip or flag.",
+        "annotator and ranks, strength, label, ratings, marks, first_wrong, skip or flag.",
         used_by="source=file",
         needed=True,
     )
@@ -250,6 +250,20 @@ class LabelConfig(JudgeKeys, SamplingConfig):
     )
     instructions: str | None = key(
         "Text file with what annotators are to judge by; its hash is in every row."
+    )
+    known: str | None = key(
+        "Rows whose answer is known (rankings, preferences, feedback, stepwise): tasks that are "
+        "mixed into everybody's and enter no row; the report tells how often who is right.",
+        used_by="source=page|terminal|file|judge",
+    )
+    anchors: str | None = key(
+        "Folder of an earlier label run, of whose tasks some come again to everybody and enter no "
+        "row: the report sets what people say of them beside what they said then.",
+        used_by="source=page|terminal|file|judge",
+    )
+    review: bool = key(
+        "Show on a page, to you alone, where annotators disagree with each other or with the "
+        "reward, with the names of all; an answer that you give there takes the place of theirs."
     )
     accept_partial: bool = key("Seal what is labelled where tasks are left.")
     algo: LabelAlgo

@@ -1,0 +1,103 @@
+"use strict";
+// As InstructGPT asked (2203.02155, table 3): each response gets a rating and marks, one after the
+// other, and then all of them are ranked.
+
+let ratings = []; // of each shown response: its score, null without one, and the keys of its marks
+let at = 0; // which of them is rated; their number where they are ranked
+
+PROTOCOLS.instructgpt = {
+  keys: [
+    ["1 to 7", "rate the response, 7 is best"], ["letters", "a mark, as it stands beside it"],
+    ["Enter", "the next response, then their ranks"], ["u or Backspace", "one step back"],
+    ...RANKS.map(([key, text]) => [key, `ranks: ${text}`]),
+  ],
+  name: (i) => String(i + 1),
+  head: headOfRanked,
+  begin() {
+    [groups, ties, at] = [[], false, 0];
+    ratings = state.turn.responses.map(() => ({ score: null, marks: new Set() }));
+    showStep();
+  },
+  save: () => answer([...ratings.map(lineOf), ranked()].join("\n")),
+  undo: back,
+  key(key) {
+    if (at === ratings.length) return key === "Backspace" && !groups.length ? back() : keyOfRanks(key);
+    if (/^[1-7]$/.test(key)) return press(`#form input[value='${key}']`);
+    if (state.marks.some((mark) => mark.key === key)) return press(`#form input[value='${key}']`);
+    if (key === "Enter") return next(), true;
+    return key === "Backspace" && back();
+  },
+};
+
+const lineOf = ({ score, marks }) => [score, ...marks].join(" ");
+
+function press(selector) {
+  document.querySelector(selector).click();
+  return true;
+}
+
+function next() {
+  if (ratings[at].score === null) return say("rate it from 1 to 7 first");
+  at += 1;
+  say("");
+  showStep();
+}
+
+function back() {
+  if (at === 0) return false;
+  at -= 1;
+  [groups, ties] = [[], false];
+  say("");
+  showStep();
+  return true;
+}
+
+function showStep() {
+  const count = ratings.length;
+  const ranking = at === count;
+  [...$("responses").children].forEach((made, i) => {
+    made.hidden = !ranking && i !== at;
+    made.classList.toggle("rating", !ranking);
+    made.querySelector("h3").textContent = `Response ${i + 1}${ranking ? `, rated ${ratings[i].score}` : ""}`;
+  });
+  $("responses-head").textContent = ranking ? "Responses, to be ranked" : `Response ${at + 1} of ${count}, to be rated`;
+  $("form").replaceChildren(...(ranking ? [] : [ratingOf(ratings[at]), marksOf(ratings[at])]));
+  if (ranking) showRanks();
+  else {
+    $("picked").textContent = "";
+    const on = button(at + 1 < count ? "Next response" : "On to ranks", "Enter", next);
+    $("answers").replaceChildren(on);
+    showScore(on);
+  }
+  $("undo").disabled = at === 0 && state.done === 0;
+  if (document.activeElement === document.body) $("responses-head").focus();
+  document.querySelector("main").scrollTop = 0;
+}
+
+function showScore(on) {
+  on.classList.toggle("main", ratings[at].score !== null);
+  on.disabled = ratings[at].score === null;
+}
+
+function ratingOf(rating) {
+  const made = fieldset("Overall quality, from 1 (worst) to 7 (best)", "scores");
+  for (let score = 1; score <= 7; score += 1) {
+    made.append(choice("radio", "score", String(score), [String(score)], rating.score === score, () => {
+      rating.score = score;
+      say("");
+      showScore($("answers").firstChild);
+    }));
+  }
+  return made;
+}
+
+function marksOf(rating) {
+  const made = fieldset("What holds of it", "marks");
+  for (const { key, text } of state.marks) {
+    made.append(choice("checkbox", "marks", key, [element("kbd", key), element("span", text)], rating.marks.has(key), (on) => {
+      if (on) rating.marks.add(key);
+      else rating.marks.delete(key);
+    }));
+  }
+  return made;
+}
