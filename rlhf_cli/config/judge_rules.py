@@ -7,7 +7,7 @@ from rlhf_cli.config.schema.judges import JudgeKeys
 from rlhf_cli.config.schema.stages import EvaluateConfig, LabelConfig, Run
 
 OF_ENDPOINTS = ("judge_concurrency", "judge_timeout", "judge_tokens")
-COMPARED = ("rank", "pair")
+COMPARED = ("rank", "pair", "instructgpt")
 """Protocols of label whose tasks a judge of pairs can answer."""
 
 

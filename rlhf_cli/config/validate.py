@@ -408,8 +408,8 @@ def _labelling(cfg: Run) -> Iterator[str]:
 def _protocol(cfg: LabelConfig) -> Iterator[str]:
     """Who can be asked what."""
     protocol = cfg.algo.protocol
-    if protocol == "instructgpt" and cfg.source == "reward":
-        yield "algo.protocol=instructgpt asks for ratings and marks: source=reward has none"
+    if protocol == "instructgpt" and cfg.source in ("reward", "judge"):
+        yield f"algo.protocol=instructgpt asks for ratings and marks: source={cfg.source} has none"
     if protocol == "steps" and cfg.source == "reward" and cfg.reward is None:
         yield "algo.protocol=steps source=reward needs reward=... that judges steps"
     if protocol == "steps" and cfg.flip:
