@@ -20,6 +20,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.at_once = self.most = 0
+        self.status = 400  # of what it does not answer
         self.guard = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -70,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.asked.append(body)
             server.keys.add(self.headers["Authorization"])
         if choice is None or self.path != "/v1/chat/completions":
-            self.send_error(400, "no such luck")
+            self.send_error(server.status, "no such luck")
             return
         usage = {"prompt_tokens": 100, "completion_tokens": 2}
         content = json.dumps({"choices": [choice], "usage": usage}).encode()

@@ -39,6 +39,7 @@ _PATHS = (
     *("labels", "instructions", "known", "anchors"),
     *("out", "name", "policy", "reference", "reference_cache", "baselines", "anchor"),
     *("prompted", "few_shot", "best_of", "samples", "choices", "judge_prompt", "principles"),
+    *("reviser", "critique_prompt", "revision_prompt"),
     "responses_cache",
     *("data.path", "data.eval_path", "data.text_path", "data.prefix"),
     "model.path",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.judge_rules import is_address
 from rlhf_cli.data.dataset import cache_folder
 from rlhf_cli.data.kinds import Prompt
@@ -21,6 +21,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.chat_route import ChatRoute
 from rlhf_cli.evaluation.judge_questions import Ask, Questions
 from rlhf_cli.evaluation.judgements import TOKENS, Spending, Verdicts, name_of
+from rlhf_cli.evaluation.kept import stop_if_asked
 from rlhf_cli.folders.manifest import content_hash, file_hash, text_hash
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of
@@ -28,7 +29,6 @@ from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rollout.server_client import ServerFault
-from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import CHECKPOINTS
 from rlhf_cli.runs.policy import Policy
@@ -36,6 +36,7 @@ from rlhf_cli.runs.policy import Policy
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 """The variables that the key of an endpoint may stand in; the first that is set."""
 
+KEPT = "verdicts so far are kept"
 PAID = f"{CHECKPOINTS}/judge.jsonl"  # what a run has asked in all its starts
 AT_ONCE = 256  # questions to a local judge, after which their answers are kept
 SURE = 8.0  # log-odds, at most: what a verdict in words counts as
@@ -137,7 +138,7 @@ class LocalJudge(KeptJudge):
                 block = names[first : first + AT_ONCE]
                 found |= self._scored({name: new[name] for name in block})
                 bar.advance(len(block))
-                stop_if_asked()
+                stop_if_asked(KEPT)
         return found
 
     def _scored(self, block: Mapping[str, str]) -> dict[str, float]:
@@ -192,7 +193,7 @@ class Endpoint(KeptJudge):
                     self._verdicts.keep({items[place][0]: answer})
                 bar.advance()
                 if world().size == 1:  # rank 0 cannot ask the others here
-                    stop_if_asked()
+                    stop_if_asked(KEPT)
         for line in failures[:TOLD]:
             say(f"judge: no verdict: {line}")
         if len(failures) > TOLD:
@@ -230,14 +231,6 @@ class Endpoint(KeptJudge):
             return str(fault)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             return f"{self._route.url} answered otherwise than asked: {error or type(error)}"
-
-
-def stop_if_asked() -> None:
-    """Raises:
-    Interrupted: a signal asked for the end.
-    """
-    if (signal := interrupts.asked()) is not None:
-        raise Interrupted(f"{signal}: verdicts so far are kept; the same command goes on")
 
 
 def verdict_of(choice: Any) -> float:

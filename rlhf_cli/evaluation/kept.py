@@ -27,6 +27,7 @@ from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import CHECKPOINTS, KEPT, KEPT_SCORES, SAMPLES
 from rlhf_cli.runs.session import Session
 
+KEPT_SAMPLES = "what was sampled is kept"
 SCORED_AT_ONCE = 256  # prompts whose responses a judge gets in one call
 
 _RESPONSE: Form = {
@@ -142,7 +143,7 @@ class SamplesOfPolicy:
         ]
         if block:
             by_main(lambda: self._kept.responses.append(block))
-        self._stop_if_asked()
+        stop_if_asked(KEPT_SAMPLES)
 
     def scored(self, name: str, judge: Reward, rollouts: Sequence[Rollout]) -> Scores:
         """What a judge says of all responses, block by block.
@@ -172,12 +173,21 @@ class SamplesOfPolicy:
             if not scores.total.isnan().all():  # else it is asked again: a service may be back
                 by_main(lambda record=record: self._kept.scores.append([record]))  # type: ignore[misc]
             parts.append(scores)
-            self._stop_if_asked()
+            stop_if_asked(KEPT_SAMPLES)
         return _joined(parts)
 
-    def _stop_if_asked(self) -> None:
-        if (name := interrupts.asked()) is not None:
-            raise Interrupted(f"{name}: what was sampled is kept; the same command goes on")
+
+def stop_if_asked(kept: str) -> None:
+    """End a run that would go on from what it has kept.
+
+    Args:
+        kept: says that it has.
+
+    Raises:
+        Interrupted: a signal asked for the end.
+    """
+    if (name := interrupts.asked()) is not None:
+        raise Interrupted(f"{name}: {kept}; the same command goes on")
 
 
 def identity_of(judge: Reward) -> str:

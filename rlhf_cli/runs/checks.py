@@ -55,6 +55,7 @@ from rlhf_cli.runs.lineage import command_of
 from rlhf_cli.runs.out_folder import LABELS, TASKS, is_claimed
 from rlhf_cli.runs.provenance import baselines_of, named_models, own_loss
 
+READERS = ("judge", "reviser")  # of text: their tokens may be others than the policy's
 A_REWARD = "a reward output, a dpo output with a reference, a rule, or file.py:function"
 
 
@@ -210,7 +211,7 @@ def check_models(cfg: Run) -> None:
             check_folder(
                 key, value, role, "a pretrained model" if key == "model.path" else a_policy
             )
-            if cfg.start is not None and value != cfg.start and key != "judge":  # it reads text
+            if cfg.start is not None and value != cfg.start and key not in READERS:
                 check_tokenizers(key, value, cfg.start)
     if cfg.samples_online:
         check_supervision(cfg)

@@ -12,6 +12,7 @@ IGNORED_KEYS = (
     *("who", "port", "review", "accept_partial"),  # of label: who sits there now, is that all
     *("hardware", "out", "overwrite", "reference_cache", "responses_cache"),
     *("judge_concurrency", "judge_timeout", "judge_max_cost", "tracker"),
+    *("reviser_concurrency", "reviser_timeout"),
 )
 SHOWN_ONLY = ("algo.show_every",)
 EVALUATIONS = ("algo.eval_every", "algo.eval_prompts")

@@ -30,6 +30,12 @@ from rlhf_cli.folders.manifest import (
 from rlhf_cli.rewards.specs import files_of, models_of
 
 Provenance = dict[str, dict[str, dict[str, str]]]
+FILES = (
+    *("few_shot", "samples", "choices", "instructions", "principles"),
+    *("judge_prompt", "critique_prompt", "revision_prompt"),
+    *("known", "anchors"),
+)
+"""Keys that name a file beside `data`."""
 ROWS = "rows"  # the role of a folder that left rows which a stage reads
 
 
@@ -162,8 +168,7 @@ def inputs_read(cfg: Run) -> dict[str, str]:
             inputs |= {f"{key}[{i}]": each for i, each in enumerate(value)}
         else:
             inputs[key] = value
-    beside = ("few_shot", "samples", "choices", "judge_prompt", "principles", "instructions")
-    for key in (*beside, "known", "anchors"):
+    for key in FILES:
         inputs[key] = getattr(cfg, key, None)
     inputs |= {f"asked[{i}]": each for i, each in enumerate(getattr(cfg, "asked", []))}
     for key, role, value in named_models(cfg):

@@ -4,7 +4,8 @@ Every usual decoding option, in the order in which transformers applies them: re
 minimum length, temperature, top-k, top-p, min-p; or greedy, or beam search. With `reward=` each
 sample is scored. Prompts come from data, or from standard input with data.path=-. A line of
 samples.jsonl has all that its row says, and comes as it is sampled. With algo.keep_best and
-algo.pairs what is best of them becomes rows for sft and dpo.
+algo.pairs what is best of them becomes rows for sft and dpo; with algo.revisions each is criticised
+and revised by principles (constitutional AI, 2212.08073) for sft.
 
     echo "Once upon a time" | rlhf-cli generate policy=DIR data=rows data.path=- algo.samples=3
 """
@@ -22,6 +23,8 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.few_shot import as_asked_alone
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.evaluation.picked import Picked, check_sides
+from rlhf_cli.evaluation.revised import Requests, Revised
+from rlhf_cli.evaluation.revisers import reviser_of
 from rlhf_cli.evaluation.samples import (
     SHOWN,
     clip,
@@ -63,9 +66,14 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
     if cfg.reward is not None:
         reward = load_reward(cfg.reward, cfg, policy.tokenizer, session.device)
         reward.check([row for row, _ in prompts], session.require)
+    if cfg.algo.revisions:
+        Requests.of(cfg)  # a fault of its files is said before anything is sampled
     session.note([*rows.notes, *policy.encoder.report()])
     kept, folder = KeptSamples(session), staging(session.out)
-    written, picked = Written(folder), Picked(cfg.algo, folder)
+    written, picked, revised = Written(folder), Picked(cfg.algo, folder), None
+    if cfg.algo.revisions:
+        reviser = reviser_of(cfg, policy, partial(policy_of, session))
+        revised = Revised(cfg, reviser, session.out, folder)
     with Bar("generate", len(prompts) * cfg.algo.samples) as bar:
         for first in range(0, len(prompts), AT_ONCE):
             block = prompts[first : first + AT_ONCE]
@@ -86,9 +94,12 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
             together(partial(written.add, rollouts, cfg.algo.samples, scores))
             rewards = None if scores is None else known_or_none(scores.total)
             together(partial(picked.add, rollouts, cfg.algo.samples, rewards))
+            if revised is not None:
+                revised.add(rollouts, cfg.algo.samples, first * cfg.algo.samples)
     if reward is not None:
         reward.check_scored("reward", written.rewards())
-    return session.finish("samples", written.shown() | picked.metrics())
+    made = picked.metrics() | (revised.metrics() if revised is not None else {})
+    return session.finish("samples", written.shown() | made)
 
 
 def without_prefix(policy: Policy, cfg: GenerateConfig) -> Encoder | None:

@@ -523,6 +523,11 @@ class GenerateAlgo(Decoding):
         "row's own over the policy's (below_row); null makes none.",
         choices=("best_worst", "above_row", "below_row"),
     )
+    revisions: int = key(
+        "Times that each response is criticised by a principle and revised, before it becomes a "
+        "row of demonstrations.jsonl for sft (constitutional AI: 1 to 4); 0 revises none.",
+        ge=0,
+    )
 
 
 @dataclass

@@ -23,6 +23,8 @@ from rlhf_cli.config.schema.judges import JudgeKeys
 from rlhf_cli.config.schema.keys import key
 from rlhf_cli.config.schema.models import FrozenModel, Model, SftModel
 
+REVISES = "algo.revisions>0"
+
 
 @dataclass
 class Run:
@@ -183,6 +185,37 @@ class GrpoConfig(OnlineConfig):
 class GenerateConfig(SamplingConfig):
     """Sampling: policy and prompts -> samples.jsonl."""
 
+    principles: str | None = key(
+        "File of principles, one on each line, of which one is drawn for each revision.",
+        used_by=REVISES,
+        needed=True,
+    )
+    reviser: str | None = key(
+        "Language model that criticises and revises: a policy folder or hub id, or the address of "
+        "an endpoint with the chat route of OpenAI, whose key is REVISER_API_KEY or "
+        "OPENAI_API_KEY of the environment; null is the policy itself, as in the paper.",
+        role="policy",
+        used_by=REVISES,
+    )
+    reviser_model: str | None = key("Name of the model at that endpoint.", used_by="reviser")
+    reviser_concurrency: int = key(
+        "Requests to that endpoint at once.", ge=1, used_by="reviser", unused=8
+    )
+    reviser_timeout: float = key(
+        "Seconds for a request with all that it is tried again.",
+        gt=0,
+        used_by="reviser",
+        unused=120.0,
+    )
+    critique_prompt: str | None = key(
+        "File that asks for a critique, with {prompt}, {response} and {principle}; null is ours.",
+        used_by=REVISES,
+    )
+    revision_prompt: str | None = key(
+        "File that asks for a revision, with {prompt}, {response} and {critique}, and {principle} "
+        "if you like; null is ours.",
+        used_by=REVISES,
+    )
     algo: GenerateAlgo
 
 

@@ -1,0 +1,199 @@
+"""Critique and revision: by an endpoint that follows a rule, and by a policy in this process."""
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.data.kinds import Demonstration
+from rlhf_cli.data.rows import Rows
+from rlhf_cli.rollout import server_client
+from tests.endpoints import FakeEndpoint
+from tests.tiny import DATA
+
+Choose = Callable[[str], dict[str, Any] | None]
+WORDS = [
+    *(word for word in DATA if "eval" not in word),
+    *("policy=runs/demo/sft", "algo.prompts=5", "algo.samples=2", "algo.max_tokens=6"),
+]
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Choose], FakeEndpoint]]:
+    servers: list[FakeEndpoint] = []
+
+    def start(choose: Choose) -> FakeEndpoint:
+        servers.append(FakeEndpoint(choose))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.end()
+
+
+def said(text: str, reason: str = "stop") -> dict[str, Any]:
+    return {"message": {"content": text}, "finish_reason": reason}
+
+
+def response_in(text: str) -> str:
+    return re.split("\n\n(?:Say in|A critique)", text.split("Response:\n")[1])[0]
+
+
+def kinder(text: str) -> dict[str, Any]:
+    """Names a fault, and mends it by the critique: each revision is the text with a + more."""
+    if text.endswith("Critique: "):
+        return said(f"lacks + ({response_in(text)})")
+    assert f"lacks + ({response_in(text)})" in text  # what it is asked to mend is what it said
+    return said(f" {response_in(text)}+\n")
+
+
+def generate(out: Path, *more: str) -> Path:
+    cfg: Any = compose("generate", [*WORDS, *more, f"out={out}"])
+    made: Path = importlib.import_module("rlhf_cli.stages.generate").run(cfg)
+    return made
+
+
+def words_for(server: FakeEndpoint, folder: Path, *more: str) -> list[str]:
+    file = folder / "principles.txt"
+    file.write_text("Be kind.\nBe brief.\n")
+    return [f"reviser={server.url}", "reviser_model=fake", f"principles={file}", *more]
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("inside")
+def test_each_response_is_criticised_and_revised(
+    served: Callable[[Choose], FakeEndpoint], tmp_path: Path
+) -> None:
+    server = served(kinder)
+    words = words_for(server, tmp_path, "algo.revisions=2", "reviser_concurrency=2")
+    out = generate(tmp_path / "out", *words)
+    samples = [row["response"] for row in read(out / "samples.jsonl")]
+    revisions, rows = read(out / "revisions.jsonl"), read(out / "demonstrations.jsonl")
+    assert [each["response"] for each in revisions] == [text for text in samples if text.strip()]
+    for each in revisions:
+        texts = [step["revision"] for step in each["revisions"]]
+        assert texts == [f"{each['response']}+".strip(), f"{each['response']}+".strip() + "+"]
+    ends = {(each["prompt"], each["revisions"][-1]["revision"]) for each in revisions}
+    assert {(row["prompt"], row["completion"]) for row in rows} == ends
+    assert not any("Be " in json.dumps(row) for row in rows)  # without the principle
+    assert len(server.asked) == 4 * len(revisions) and server.most <= 2
+    drawn = [step["principle"] for each in revisions for step in each["revisions"]]
+    assert set(drawn) == {"Be kind.", "Be brief."}
+    assert any(first != second for first, second in zip(drawn[::2], drawn[1::2], strict=True))
+    asked = server.asked[0]
+    assert (asked["max_tokens"], asked["temperature"]) == (6, 1.0)
+    manifest = json.loads((out / "stage.json").read_text())
+    assert manifest["metrics"]["demonstrations"] == len(rows)
+    assert manifest["metrics"]["revised"] == len(revisions) / 10
+    assert manifest["metrics"]["revisions_changed"] == 1
+    cfg = compose("sft", ["data=rows", f"data.path={out / 'demonstrations.jsonl'}"])
+    found = Rows(cfg.data).split(Demonstration)
+    assert len(found.train) + len(found.held_out) == len(rows)
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_run_that_ended_goes_on_and_ends_alike(
+    served: Callable[[Choose], FakeEndpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_client, "TRIES", 1)
+    whole = served(kinder)
+    words = ["algo.revisions=1", "reviser_concurrency=1"]
+    expected = generate(tmp_path / "whole", *words_for(whole, tmp_path, *words))
+    count = 0
+
+    def fails(text: str) -> dict[str, Any] | None:
+        nonlocal count
+        count += 1
+        return kinder(text) if count <= 12 else None
+
+    broken = served(fails)
+    broken.status = 503
+    with pytest.raises(RunError, match="answered 503"):
+        generate(tmp_path / "out", *words_for(broken, tmp_path, *words, "reviser_timeout=1"))
+    assert not (tmp_path / "out/demonstrations.jsonl").exists()
+    count = -1000
+    before = len(broken.asked)
+    out = generate(tmp_path / "out", *words_for(broken, tmp_path, *words, "reviser_timeout=9"))
+    for name in ("demonstrations.jsonl", "revisions.jsonl"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    assert len(broken.asked) - before == len(whole.asked) - 12
+
+
+@pytest.mark.usefixtures("inside")
+def test_what_is_refused_or_cut_is_left_out_and_told(
+    served: Callable[[Choose], FakeEndpoint],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = 0
+
+    def choose(text: str) -> dict[str, Any] | None:
+        nonlocal asked
+        asked += text.endswith("Revision: ")
+        cut = text.endswith("Revision: ") and asked == 1
+        return said("half a", "length") if cut else None if asked == 3 else kinder(text)
+
+    words = words_for(served(choose), tmp_path, "algo.revisions=1", "reviser_concurrency=1")
+    out = generate(tmp_path / "out", *words)
+    shown = capsys.readouterr().err
+    assert (
+        "reviser: http" in shown and "answered 400" in shown and "responses are left out" in shown
+    )
+    assert all(row["completion"] != "half a" for row in read(out / "demonstrations.jsonl"))
+    with pytest.raises(RunError, match="none of 10 responses has a revision"):
+        generate(tmp_path / "none", *words_for(served(lambda text: None), tmp_path, *words[3:]))
+
+
+@pytest.mark.usefixtures("inside")
+def test_the_policy_revises_itself_as_in_the_paper(tmp_path: Path) -> None:
+    for name, text in {
+        "principles": "Be kind.",
+        "critique": "{response} {principle}? ",
+        "revision": "{prompt}{response} {critique} ",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "critique").write_text("{prompt}{response}{principle}")
+    words = [
+        *("algo.revisions=1", "algo.max_tokens=4", f"principles={tmp_path / 'principles'}"),
+        *(f"critique_prompt={tmp_path / 'critique'}", f"revision_prompt={tmp_path / 'revision'}"),
+    ]
+    out = generate(tmp_path / "out", *words)
+    again = generate(tmp_path / "again", *words)
+    other = generate(tmp_path / "other", *words, "reviser=runs/demo/adapter")
+    texts = [(each / "revisions.jsonl").read_bytes() for each in (out, again, other)]
+    assert texts[0] == texts[1] != texts[2]
+    assert read(out / "demonstrations.jsonl")
+    (tmp_path / "revision").write_text("{prompt}{response}")
+    with pytest.raises(UserError, match="lacks {critique}"):
+        generate(tmp_path / "lacking", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["algo.revisions=1"], "algo.revisions=1 needs principles=VALUE"),
+        (["principles=f"], "principles is not used by algo.revisions=0"),
+        (["reviser=runs/demo/sft"], "reviser is not used by algo.revisions=0"),
+        (["algo.revisions=1", "principles=f", "reviser=http://x"], "needs reviser_model=NAME"),
+        (
+            ["algo.revisions=1", "principles=f", "reviser=runs/x", "reviser_concurrency=2"],
+            "reviser_concurrency is for endpoints",
+        ),
+        (
+            ["algo.revisions=1", "principles=f", "algo.keep_best=1", "reward=length:9"],
+            "both write demonstrations.jsonl",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_said(words: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)):
+        compose("generate", words)
