@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli import demo
 from rlhf_cli.config.compose import compose
-from rlhf_cli.config.errors import RunError, UserError
+from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import Rows
-from rlhf_cli.rollout import server_client
+from rlhf_cli.demo.gold import FACTS, QUESTION, gold_score
 from tests.endpoints import FakeEndpoint
 from tests.tiny import DATA
 
@@ -102,9 +103,8 @@ def test_each_response_is_criticised_and_revised(
 
 @pytest.mark.usefixtures("inside")
 def test_a_run_that_ended_goes_on_and_ends_alike(
-    served: Callable[[Choose], FakeEndpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Callable[[Choose], FakeEndpoint], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(server_client, "TRIES", 1)
     whole = served(kinder)
     words = ["algo.revisions=1", "reviser_concurrency=1"]
     expected = generate(tmp_path / "whole", *words_for(whole, tmp_path, *words))
@@ -154,7 +154,12 @@ def test_what_is_refused_or_cut_is_left_out_and_told(
 
 
 @pytest.mark.usefixtures("inside")
-def test_the_policy_revises_itself_as_in_the_paper(tmp_path: Path) -> None:
+def test_the_policy_revises_itself_as_in_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(kept: str) -> None:
+        raise Interrupted(f"SIGTERM: {kept}")
+
     for name, text in {
         "principles": "Be kind.",
         "critique": "{response} {principle}? ",
@@ -167,8 +172,12 @@ def test_the_policy_revises_itself_as_in_the_paper(tmp_path: Path) -> None:
         *(f"critique_prompt={tmp_path / 'critique'}", f"revision_prompt={tmp_path / 'revision'}"),
     ]
     out = generate(tmp_path / "out", *words)
-    again = generate(tmp_path / "again", *words)
     other = generate(tmp_path / "other", *words, "reviser=runs/demo/adapter")
+    with monkeypatch.context() as signals:
+        signals.setattr("rlhf_cli.evaluation.revisers.stop_if_asked", ended)
+        with pytest.raises(Interrupted, match="what was revised is kept"):
+            generate(tmp_path / "again", *words)
+    again = generate(tmp_path / "again", *words)
     texts = [(each / "revisions.jsonl").read_bytes() for each in (out, again, other)]
     assert texts[0] == texts[1] != texts[2]
     assert read(out / "demonstrations.jsonl")
@@ -197,3 +206,50 @@ def test_the_policy_revises_itself_as_in_the_paper(tmp_path: Path) -> None:
 def test_what_does_not_go_together_is_said(words: list[str], line: str) -> None:
     with pytest.raises(UserError, match=re.escape(line)):
         compose("generate", words)
+
+
+def gold_of(policy: Path, out: Path) -> float:
+    """The mean gold score of a policy of the demo, on prompts that are held out."""
+    words = [f"policy={policy}", "reward=demo_gold", f"out={out}", "hardware.threads=1"]
+    importlib.import_module("rlhf_cli.stages.generate").run(compose("generate", words))
+    value: float = json.loads((out / "stage.json").read_text())["metrics"]["reward"]
+    return value
+
+
+@pytest.mark.slow
+def test_what_is_learnt_from_revisions_is_better(
+    served: Callable[[Choose], FakeEndpoint], tmp_path: Path
+) -> None:
+    """The demo, half learnt; who revises names what is rude or wrong, and mends it."""
+
+    def revise(text: str) -> dict[str, Any]:
+        question = text.split("Prompt:\n")[1].split("\n")[0]
+        sentences = re.findall(r"[^.!?]+[.!?]", response_in(text))
+        faults = [each for each in sentences if gold_score(question, each) <= 0]
+        if text.endswith("Critique: "):
+            return said(" ".join(faults) or "none")
+        kept = [each.strip() for each in sentences if each not in faults]
+        asked = QUESTION.search(question)
+        assert asked is not None
+        thing, part = asked["thing"], asked["part"]
+        fact = f"Every {thing} has {FACTS[part][thing]} {part}."
+        right = kept if any(f" {part}" in each for each in kept) else [*kept, fact]
+        return said(" ".join([*right, "Thank you for asking!"]))
+
+    server, sft = served(revise), importlib.import_module("rlhf_cli.stages.sft")
+    policy, revised = tmp_path / "sft", tmp_path / "revised"
+    short = ["hardware.threads=1", "algo.text_mix=0", "algo.eval_every=1000"]
+    sft.run(compose("sft", [*short, "algo.max_steps=150", f"out={policy}"]))
+    prompts = Path(demo.__file__).parent / "prompts.train.jsonl"
+    rows = ["data=rows", f"data.path={prompts}", "data.eval_share=0.1", "algo.prompts=400"]
+    words = [*rows, f"policy={policy}", "algo.max_tokens=40", "hardware.threads=1"]
+    out = tmp_path / "out"
+    cfg = compose(
+        "generate", [*words, *words_for(server, tmp_path, "algo.revisions=1", f"out={out}")]
+    )
+    importlib.import_module("rlhf_cli.stages.generate").run(cfg)
+    data = ["data=rows", f"data.path={out / 'demonstrations.jsonl'}", "data.eval_share=0.1"]
+    more = ["model=pretrained", f"model.path={policy}", "algo.epochs=3", f"out={revised}"]
+    sft.run(compose("sft", [*short, *data, *more]))
+    before, after = (gold_of(each, tmp_path / f"gold_{each.name}") for each in (policy, revised))
+    assert after > before + 1

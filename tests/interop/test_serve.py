@@ -13,6 +13,7 @@ import torch
 
 from rlhf_cli.config.errors import RunError
 from tests.evaluation.test_judges import config, report
+from tests.evaluation.test_revised import generate, read
 from tests.toys import bigram, bpe
 
 pytestmark = pytest.mark.interop
@@ -69,8 +70,19 @@ def test_a_judge_that_always_says_a_is_found_out(server: str, tmp_path: Path) ->
     assert (wins["tie"], wins["pairs"], wins["failed"]) == (1, 8, 0)
     assert counts["calls"] == 16 and counts["completion_tokens"] == 16
     assert counts["prompt_tokens"] > 16 * 20
-    _, counts = report(config(server, tmp_path, *words))
+    _, counts = report(config(server, tmp_path, *words, f"out={tmp_path}/other"))
     assert (counts["calls"], counts["cached"]) == (0, 16)
+
+
+def test_what_it_revises_says_a(
+    server: str, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    file = tmp_path / "principles.txt"
+    file.write_text("Be brief.")
+    words = [f"reviser={server}", "reviser_model=judge", "reviser_timeout=60", "algo.prompts=2"]
+    out = generate(tmp_path / "out", *words, "algo.revisions=1", f"principles={file}")
+    assert {row["completion"] for row in read(out / "demonstrations.jsonl")} == {"A"}
 
 
 def test_a_model_that_the_server_does_not_have(server: str, tmp_path: Path) -> None:
