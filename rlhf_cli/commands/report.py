@@ -23,9 +23,10 @@ Usage: rlhf-cli report RUN ... [out=FILE] [pictures=png|svg]
   out=FILE       the file; report.html in RUN, or in what all of them lie in
   pictures=png   what is drawn as files too, in a folder beside it; or pictures=svg
 
-Lineage, figures of policies, frontier, win rates, ratings, rewards before and after, calibration,
-curves of every stage, settings and how runs differ. Runs that differ in their seed alone are drawn
-as their mean. A run that goes on, or has stopped, is shown as far as it is."""
+Lineage, labels and who agrees with whom, figures of policies, frontier, win rates, ratings, rewards
+before and after, calibration, samples, curves of every stage, settings and how runs differ. Runs
+that differ in their seed alone are drawn as their mean. A run that goes on, or has stopped, is
+shown as far as it is."""
 KEYS = ("name", "out", "pictures")
 KINDS = ("png", "svg")
 FILE = "report.html"

@@ -21,9 +21,10 @@ from rlhf_cli.labelling.desk import Desk, Event
 from rlhf_cli.labelling.outcomes import Figures, Outcomes, agreement_of, outcomes_of, said_of
 from rlhf_cli.labelling.quality import anchors_of, contradictions_of, is_good, known_of, scores_of
 from rlhf_cli.labelling.rows import counted
-from rlhf_cli.labelling.tasks import INSTRUCTGPT, RANDOM, SINGLE, Task, writers_of
+from rlhf_cli.labelling.tasks import INSTRUCTGPT, RANDOM, SINGLE, Task, key_of, writers_of
 from rlhf_cli.objectives.agreement import ORDINAL, flip_rate, krippendorff_alpha
 from rlhf_cli.objectives.comparisons import ratings
+from rlhf_cli.objectives.estimates import Share, clustered_share
 from rlhf_cli.reporting.grid import show, with_error
 
 
@@ -98,11 +99,17 @@ def labels_at_random(report: Figures) -> int:
     return int(selected[RANDOM]["labels"] if selected else report["labels"])
 
 
-def crowd(report: Figures, flip: float) -> Figures:
-    """Of errors that were planted: their chance, and what agreement tells of it."""
-    between = report["between_annotators"] or {}
-    told = {"recovered": flip_rate(between["decided"])} if "decided" in between else {}
-    return {"chance": flip, **told}
+def crowd(report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[Task]) -> Figures:
+    """Of errors that were planted: their chance, the share of pairs that they turned round, and
+    what the agreement of annotators tells of it.
+    """
+    protocol, between = desks[0].terms.protocol, report["between_annotators"] or {}
+    rewards = of_rewards(tasks, protocol)
+    said = [outcomes_of(at_random(counted(desk.answered, protocol))) for desk in desks]
+    meant = agreement_of([(each, rewards) for each in said]) or {}
+    told = {"chance": flip}
+    told |= {"planted": 1 - meant["decided"]} if "decided" in meant else {}
+    return told | ({"recovered": flip_rate(between["decided"])} if "decided" in between else {})
 
 
 def of_one(desk: Desk) -> Figures:
@@ -139,22 +146,35 @@ def of_rewards(tasks: Sequence[Task], protocol: str) -> Outcomes:
 
 
 def bias_of(answers: Sequence[tuple[Task, Event]]) -> Figures:
-    """How often the first one shown, and the longer one, wins a pair that is decided."""
-    first, longer = [], []
+    """How often the first one shown, and the longer one, wins a pair that is decided, with 95%
+    intervals over tasks.
+    """
+    hits: dict[str, list[tuple[bool, str]]] = {"first_shown_wins": [], "longer_wins": []}
     for task, event in answers:
         for i, j in combinations(range(len(task.responses)), 2):
             ranks, shown = event["ranks"], event["shown"]
             if ranks[i] == ranks[j]:
                 continue
             better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
-            first.append(shown.index(better) < shown.index(worse))
+            first = shown.index(better) < shown.index(worse)
+            hits["first_shown_wins"].append((first, task.id))
             sizes = len(task.responses[better]), len(task.responses[worse])
             if sizes[0] != sizes[1]:
-                longer.append(sizes[0] > sizes[1])
-    told = {"first_shown_wins": first, "longer_wins": longer}
+                hits["longer_wins"].append((sizes[0] > sizes[1], task.id))
     return {
-        name: {"share": _share(each), "pairs": len(each)} for name, each in told.items() if each
+        name: {"share": found.mean, **_ends(found), "pairs": len(each)}
+        for name, each in hits.items()
+        if each and (found := _shared(each))
     }
+
+
+def _shared(hits: Sequence[tuple[bool, str]]) -> Share:
+    """The share of hits, each with what it is not independent within."""
+    return clustered_share(torch.tensor([hit for hit, _ in hits]), [place for _, place in hits])
+
+
+def _ends(found: Share) -> Figures:
+    return {"low": found.low, "high": found.high}
 
 
 def _share(values: Iterable[bool]) -> float:
@@ -215,12 +235,18 @@ def points_of(task: Task, event: Event, names: Sequence[str]) -> Tensor:
 
 
 def liked(answers: Sequence[tuple[Task, Event]]) -> Figures:
-    """The share of responses that are good by themselves, by policy."""
-    up: dict[str, list[bool]] = {}
+    """The share of responses that are good by themselves, by policy, with 95% intervals over
+    prompts.
+    """
+    up: dict[str, list[tuple[bool, str]]] = {}
     for task, event in answers:
         for name in writers_of(task.origins[0]):
-            up.setdefault(name, []).append(is_good(event))
-    return {name: {"up": _share(each), "labels": len(each)} for name, each in sorted(up.items())}
+            up.setdefault(name, []).append((is_good(event), key_of(task.prompt)))
+    found = {name: _shared(each) for name, each in sorted(up.items())}
+    return {
+        name: {"up": each.mean, **_ends(each), "labels": len(up[name])}
+        for name, each in found.items()
+    }
 
 
 # --------------------------------------------------------------------------- in words

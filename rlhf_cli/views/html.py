@@ -8,14 +8,15 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from string import Template
 from typing import Any
 
 from rlhf_cli.config.secrets import redacted, redacted_within
-from rlhf_cli.reporting.plots import DARK, LIGHT
+from rlhf_cli.reporting.grid import with_error
+from rlhf_cli.reporting.plots import DARK, LIGHT, numbers
 from rlhf_cli.reporting.terminal import on_one_line
 
 PAGE = "page"
@@ -63,6 +64,23 @@ def _cells(row: Sequence[str | None]) -> str:
     first, *rest = row
     cells = "".join(f"<td>{'–' if each is None else each}</td>" for each in rest)
     return f'<th scope="row">{first}</th>{cells}'
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names one after the other, as HTML."""
+    return ", ".join(map(said, names))
+
+
+def cell(figures: object, key: str, form: str) -> str | None:
+    """A number of a table; None where it is not known."""
+    known = numbers(figures, key)
+    return format(known[0], form) if known else None
+
+
+def with_stderr(figures: object, key: str, stderr: str) -> str | None:
+    """A number with its standard error, under the names of both; None where it is not known."""
+    known, error = numbers(figures, key), numbers(figures, stderr)
+    return with_error(known[0], error[0] if error else None) if known else None
 
 
 def folded(summary: str, body: str) -> str:

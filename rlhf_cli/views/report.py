@@ -1,6 +1,6 @@
 """Runs as one page: what was made from what, what it says, how it went, and with which settings."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +26,9 @@ from rlhf_cli.runs.config_diff import as_named_now, flatten
 from rlhf_cli.runs.lineage import Node, arranged, command_of, config_text, runs_in
 from rlhf_cli.views import charts
 from rlhf_cli.views.charts import Figure, Group
-from rlhf_cli.views.html import Section, folded, page, said, table
+from rlhf_cli.views.html import Section, cell, folded, listed, page, said, table, with_stderr
+from rlhf_cli.views.label_tasks import shelves_of
+from rlhf_cli.views.labels import LABEL, figures_of
 from rlhf_cli.views.records import Record, read_record
 from rlhf_cli.views.samples import samples_of
 
@@ -49,7 +51,7 @@ class Runs:
     @cached_property
     def samples(self) -> Any:
         """What the browser of samples shows; nothing where no run has any."""
-        return samples_of(self.records)
+        return samples_of(self.records, shelves_of(self.records))
 
     @property
     def evaluations(self) -> list[tuple[str, Record]]:
@@ -115,6 +117,7 @@ def sections_of(runs: Runs) -> list[Section]:
     """The parts of the page that have something to show, in their order."""
     parts = [
         Section("lineage", "Lineage", lineage(runs)),
+        Section("labels", "Labels", labels(runs)),
         Section("policies", "Policies", policies(runs)),
         Section("frontier", "Frontier", frontier(runs)),
         Section("wins", "Win rates", win_rates(runs)),
@@ -197,6 +200,25 @@ def when(ended: float | None) -> str | None:
     return None if ended is None else f"{datetime.fromtimestamp(ended, UTC):%Y-%m-%d %H:%M} UTC"
 
 
+# --------------------------------------------------------------------------- labels
+
+
+def labels(runs: Runs) -> str:
+    """Of each label folder who labelled how much, how far they agree, and how policies fare."""
+    found = [
+        (name, figures_of(record, runs.drawn))
+        for name, record in zip(runs.names, runs.records, strict=True)
+        if record.node.stage == LABEL
+    ]
+    note = (
+        '<p class="note">All tasks are among the <a href="#samples">samples</a>, with what '
+        'everybody said. There "won" is the share of its comparisons that a response won, ties '
+        "half.</p>"
+    )
+    texts = [f"<h3>{said(name)}</h3>\n{text}" if len(found) > 1 else text for name, text in found]
+    return "\n".join([*texts, note] if found and runs.samples else texts)
+
+
 # --------------------------------------------------------------------------- evaluations
 
 
@@ -257,13 +279,8 @@ def estimate(figures: dict[str, Any], key: str) -> str | None:
     if key == "kl" and value is None and (bound := estimate(figures, "kl_bound")):
         return f"at most {bound}"
     if isinstance(value, dict):
-        figures, key, error = value, "mean", "stderr"
-    else:
-        error = f"{key}_stderr"
-    if (known := numbers(figures, key)) is None:
-        return None
-    stderr = numbers(figures, error)
-    return with_error(known[0], stderr[0] if stderr else None)
+        return with_stderr(value, "mean", "stderr")
+    return with_stderr(figures, key, f"{key}_stderr")
 
 
 def frontier(runs: Runs) -> str:
@@ -309,17 +326,6 @@ def won(rate: Mapping[str, Any]) -> list[str | None]:
     if score and ends:
         score += f" ({ends[0]:.3f} to {ends[1]:.3f})"
     return [*(cell(rate, key, ".3f") for key in SHARES), score, cell(rate, "p_holm", ".2g")]
-
-
-def cell(figures: Mapping[str, Any], key: str, form: str) -> str | None:
-    """A number of a table; None where it is not known."""
-    known = numbers(figures, key)
-    return format(known[0], form) if known else None
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names one after the other, as HTML."""
-    return ", ".join(map(said, names))
 
 
 def ratings(runs: Runs) -> str:

@@ -16,7 +16,7 @@ from rlhf_cli.reporting.metrics import TOKEN_VALUES, TOKENS
 from rlhf_cli.runs.comparison import names_of
 from rlhf_cli.views.records import Record
 
-SCORES = ("reward", "gold", "kl")
+SCORES = ("won", "reward", "gold", "kl")
 ROOM = 6_000_000  # bytes of JSON, of all sets together
 PROMPTS = 1000  # of a set, before it is fitted into its room
 SAMPLES = 8  # responses of a source to a prompt
@@ -44,13 +44,18 @@ class Shelf:
     """Responses that are looked at side by side: those of one evaluation, or of training.
 
     reference: the source that others are compared with first.
-    prompts: by its JSON the prompt, and under the number of each source what it responded.
+    beside: whether all responses to a prompt are seen at once, not one of each source.
+    prompts: by its JSON, or another key, the prompt, and under the number of each source what it
+        responded.
+    about: by the same key what else is said of it: `marks`, by which it is found, and `said`.
     """
 
     title: str
     reference: str | None = None
+    beside: bool = False
     sources: list[Source] = field(default_factory=list)
     prompts: dict[str, tuple[Any, dict[int, list[Answer]]]] = field(default_factory=dict)
+    about: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     left_out: int = 0  # responses
 
     def source(self, of: str) -> int:
@@ -61,10 +66,12 @@ class Shelf:
         self.sources.append(Source(of, of))
         return len(self.sources) - 1
 
-    def add(self, source: int, line: Mapping[str, Any], at_most: int) -> None:
-        """A response of a source, unless it has `at_most` to this prompt."""
+    def add(
+        self, source: int, line: Mapping[str, Any], at_most: int, key: str | None = None
+    ) -> None:
+        """A response of a source, unless it has `at_most` to this prompt, or under this key."""
         prompt = line["prompt"]
-        key = json.dumps(prompt, sort_keys=True)
+        key = key or json.dumps(prompt, sort_keys=True)
         if key not in self.prompts and len(self.prompts) >= PROMPTS:
             self.left_out += 1
             return
@@ -78,8 +85,9 @@ class Shelf:
         """As the page reads it: its first prompts, as many as fit into so many bytes."""
         shown: list[dict[str, Any]] = []
         left_out = self.left_out
-        for prompt, answers in self.prompts.values():
-            entry = {"prompt": prompt_of(prompt), "answers": answers}
+        for key, (prompt, answers) in self.prompts.items():
+            about = {name: each for name, each in self.about.get(key, {}).items() if each}
+            entry = {"prompt": prompt_of(prompt), "answers": answers, **about}
             room -= len(json.dumps(entry))
             if room < 0 and shown:
                 left_out += sum(map(len, answers.values()))
@@ -94,21 +102,25 @@ class Shelf:
             "title": self.title,
             "sources": [vars(each) for each in self.sources],
             **({"reference": known.index(self.reference)} if self.reference in known else {}),
+            **({"beside": True} if self.beside else {}),
             "prompts": shown,
             "left_out": left_out,
         }
 
 
-def samples_of(records: Sequence[Record], room: int = ROOM) -> list[dict[str, Any]]:
+def samples_of(
+    records: Sequence[Record], more: Sequence[Shelf] = (), room: int = ROOM
+) -> list[dict[str, Any]]:
     """What runs have sampled, as the page reads it.
 
     Each evaluation is one set, at each of its temperatures; what policies said in training is
     another, and what `generate` wrote a third.
 
     Args:
+        more: what is shown beside it.
         room: how many bytes of JSON they may be together.
     """
-    shelves = [*evaluated(records), in_training(records), generated(records)]
+    shelves = [*evaluated(records), in_training(records), generated(records), *more]
     full = [shelf for shelf in shelves if shelf.prompts]
     return [shelf.fitted(room // len(full)) for shelf in full]
 
@@ -208,6 +220,8 @@ def answer_of(line: Mapping[str, Any]) -> Answer:
             answer[name] = value
     if line.get("finish_reason") == "length":
         answer["unended"] = True
+    if line.get("said"):
+        answer["said"] = line["said"]
     if isinstance(line.get("parts"), dict):
         answer["parts"] = {name: number(value) for name, value in line["parts"].items()}
     tokens = line.get(TOKENS)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlhf_cli.config.compose import compose
+from rlhf_cli.config.errors import RunError
 from rlhf_cli.views.html import Section, page
 from rlhf_cli.views.samples import samples_of
 from tests.interop.browser import chromium, opened
+from tests.labelling.test_label import given, label, typed
 from tests.tiny import DATA, run_stage
 from tests.views.test_samples import record
 
@@ -106,6 +108,67 @@ def test_the_whole_page(browser: "Browser", runs: Path, scheme: str, width: int)
             assert contrast(page.locator(chosen).first) > 4.5, chosen
         page.emulate_media(media="print")
         assert not page.locator("#samples .controls").is_visible()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a label folder with errors, and of one that is not sealed."""
+    from rlhf_cli.views.report import report, runs_at
+
+    folder = tmp_path_factory.mktemp("labels")
+    policies = ("runs/sft", "runs/ppo", "runs/dpo")
+    words = [given(folder / "s.jsonl", 12, 2, policies), "policy=null", "annotators=[ana,bob]"]
+    words += ["algo.overlap=0.5", "algo.repeat=0.1"]
+    label(folder / "runs/sealed", *words, "source=reward", "flip=0.25")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError):
+        typed(patch, f"m {HOSTILE}", "1 2=3 4", "f a phone number", "4 3 2 1")
+        label(folder / "runs/open", *words)
+    text = report(runs_at([folder / "runs"]), "labels")
+    (folder / "labels.html").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_page_of_labels(browser: "Browser", labelled: Path, scheme: str, width: int) -> None:
+    with opened(browser, labelled / "labels.html", width, scheme) as page:
+        assert page.locator("#labels [data-chart] svg").count() == 1
+        assert "Not sealed: 3 of 20 labels are there" in page.locator("#labels").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for chosen in ("#labels td", "#labels .note", "#samples .said li", "#samples .facts"):
+            assert contrast(page.locator(chosen).first) > 4.5, chosen
+
+
+def test_labelled_tasks_are_found_by_what_was_said(browser: "Browser", labelled: Path) -> None:
+    shown = json.loads((labelled / "runs/sealed/report.json").read_text())
+    with opened(browser, labelled / "labels.html") as page:
+        samples = page.locator("#samples")
+        sealed = samples.get_by_label("Samples").locator("option", has_text="sealed")
+        samples.get_by_label("Samples").select_option(label=sealed.inner_text())
+        assert status(page) == "12 prompts, 1 to 10 shown."
+        first = cards(page).first
+        assert first.locator(".answer").count() == 4 and first.locator(".stepper").count() == 0
+        samples.get_by_label("Show").select_option("annotators disagree")
+        apart = cards(page).count()
+        assert 0 < apart < shown["between_annotators"]["tasks"] + 1
+        for each in cards(page).all():
+            said = each.locator(".said").all_inner_texts()
+            assert any(len({rank[-1] for rank in line.split("\n")}) > 1 for line in said)
+        samples.get_by_label("Policy", exact=True).select_option(label="dpo")
+        samples.get_by_label("Compared with").select_option(label="sft")
+        samples.get_by_label("Order").select_option("difference")
+        assert differences(page) == sorted(differences(page), reverse=True)
+
+        other = samples.get_by_label("Samples").locator("option", has_text="open")
+        samples.get_by_label("Samples").select_option(label=other.inner_text())
+        heads = samples.locator(".answer h4").all_inner_texts()
+        assert set(heads) == {"not told until sealed"}
+        samples.get_by_label("Show").select_option("with a note")
+        assert cards(page).count() == 1 and page.evaluate("window.hacked") is None
+        assert f"ana noted: {HOSTILE}" in cards(page).first.inner_text()
+        samples.get_by_label("Show").select_option("")
+        samples.get_by_label("Search").fill("phone number")
+        page.locator("#samples .status", has_text="1 of 12 prompts").wait_for()
 
 
 def contrast(place: "Locator") -> float:

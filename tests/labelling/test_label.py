@@ -127,7 +127,11 @@ def test_planted_errors_are_recovered_and_policies_keep_their_order(tmp_path: Pa
     more = ["algo.prompts=null", "annotators=[one,two]", "algo.overlap=1", "flip=0.25"]
     monkey = label(tmp_path / "out", *words, *more, "algo.repeat=0")
     report = json.loads((monkey / "report.json").read_text())
-    assert report["flips"]["recovered"] == pytest.approx(0.25, abs=0.05)
+    flips, bias = report["flips"], report["bias"]
+    assert flips["recovered"] == pytest.approx(flips["planted"], abs=0.05)
+    assert flips["planted"] == pytest.approx(0.25, abs=0.03) and flips["chance"] == 0.25
+    for each in bias.values():  # neither has to do with the reward
+        assert each["low"] < 0.5 < each["high"] and each["low"] < each["share"] < each["high"]
     agreement = report["between_annotators"]
     assert agreement["agreement"] == pytest.approx(0.625, abs=3 * agreement["stderr"])
     assert agreement["stderr"] == pytest.approx((0.625 * 0.375 / 400) ** 0.5, rel=0.1)

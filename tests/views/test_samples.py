@@ -63,7 +63,7 @@ def test_the_last_steps_of_all_runs_come_first(tmp_path: Path) -> None:
     assert list(dict.fromkeys(each["step"] for each in firsts)) == [20, 15, 10, 1]
     assert firsts[0]["kl"] == 1e-9
     size = len(json.dumps(shelf))
-    (less,) = samples_of(runs, size // 2)
+    (less,) = samples_of(runs, room=size // 2)
     assert 0.3 * size < len(json.dumps(less)) < 0.6 * size
     assert less["prompts"][0] == shelf["prompts"][0]
     assert less["left_out"] == 5 + answers(shelf) - answers(less)

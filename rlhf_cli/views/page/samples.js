@@ -4,7 +4,13 @@
 
 (() => {
   const PER_PAGE = 10;
-  const SCORES = { reward: "reward", gold: "gold", kl: "KL", response_tokens: "length" };
+  const SCORES = {
+    won: "won",
+    reward: "reward",
+    gold: "gold",
+    kl: "KL",
+    response_tokens: "length",
+  };
 
   // ------------------------------------------------------------------------- a set of samples
 
@@ -86,6 +92,8 @@
       this.order = "file";
       this.only = false;
       this.find = "";
+      this.mark = "";
+      this.marks = [...new Set(set.prompts.flatMap((entry) => entry.marks ?? []))].sort();
       this.controls();
       this.update();
     }
@@ -125,6 +133,10 @@
         const colours = this.values.map((name) => [name, VALUES[name][0]]);
         const pick = (colour) => this.change({ colour }, true);
         parts.push(this.select("Colour", [...colours, ["", "none"]], this.colour, pick));
+      }
+      if (this.marks.length > 1) {
+        const marks = [["", "all"], ...this.marks.map((each) => [each, each])];
+        parts.push(this.select("Show", marks, this.mark, (mark) => this.change({ mark })));
       }
       if (names.length > 2) {
         const only = element("input", { type: "checkbox" });
@@ -204,7 +216,8 @@
         const answered = Object.keys(entry.answers).some(
           (source) => this.answersOf(entry, source).length,
         );
-        if (answered && (!find || this.textOf(i).includes(find))) found.push(i);
+        const marked = !this.mark || entry.marks?.includes(this.mark);
+        if (answered && marked && (!find || this.textOf(i).includes(find))) found.push(i);
       });
       if (order === "file") return sign > 0 ? found : found.reverse();
       const key = (i) => {
@@ -225,7 +238,8 @@
       if (this.texts[i] === undefined) {
         const entry = this.set.prompts[i];
         const said = Object.values(entry.answers).flat();
-        this.texts[i] = folded([...entry.prompt, ...said].map((each) => each.text).join("\n"));
+        const texts = [...entry.prompt, ...said].map((each) => each.text);
+        this.texts[i] = folded([...texts, ...(entry.said ?? [])].join("\n"));
       }
       return this.texts[i];
     }
@@ -303,10 +317,12 @@
         head,
         asked(entry.prompt),
         body,
+        ...(entry.said ?? []).map((each) => element("p", { class: "facts" }, ...visible(each))),
       );
       card.entry = entry;
       const counts = this.columns().map((source) => this.answersOf(entry, source).length);
-      card.alone = counts.filter(Boolean).length === 1; // then all of its responses are shown
+      // then all of its responses are shown
+      card.alone = this.set.beside || counts.filter(Boolean).length === 1;
       if (!card.alone && Math.max(...counts) > 1) {
         this.turnToFound(entry);
         head.append(this.stepper(card, Math.max(...counts)));
@@ -398,6 +414,7 @@
       if (answer.step !== undefined) facts.unshift(`step ${answer.step}`);
       if (answer.unended) facts.push("cut at the limit of tokens");
       if (facts.length) cell.append(element("p", { class: "facts" }, facts.join(" \u00b7 ")));
+      if (answer.said?.length) cell.append(verdicts(answer.said));
       const parts = Object.entries(answer.parts ?? {});
       if (parts.length) {
         const terms = parts.map(([term, value]) => `${named(term)} ${figure(value)}`);
@@ -439,6 +456,15 @@
     beyond(by, card) {
       if (this.page + by >= 0 && this.page + by < this.pages) this.turn(by, card);
     }
+  }
+
+  /** What each of those who labelled says of a response. */
+  function verdicts(said) {
+    const list = element("ul", { class: "said" });
+    for (const [who, what] of said) {
+      list.append(element("li", {}, ...visible(who), ": ", element("b", {}, what)));
+    }
+    return list;
   }
 
   /** A prompt, message by message. */

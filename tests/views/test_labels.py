@@ -1,0 +1,159 @@
+"""Label folders on the page of runs: sealed, not sealed, damaged and hostile ones."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli.config.errors import RunError
+from rlhf_cli.labelling.desk import events_file
+from rlhf_cli.views.label_tasks import HIDDEN, verdict
+from rlhf_cli.views.report import report, runs_at
+from tests.labelling.test_label import given, label, read, typed
+from tests.views.test_html import HOSTILE, Reader
+from tests.views.test_unknown_figures import UNKNOWN, drawn, seen_on_page, without
+
+POLICIES = ("runs/plain-sft", "runs/better-ppo")
+TWO = ["policy=null", "annotators=[ana,bob]", "algo.overlap=1", "algo.repeat=0.25"]
+
+
+def made(folder: Path, *more: str, count: int = 8) -> Path:
+    """A sealed folder that a reward has labelled, with errors."""
+    words = [given(folder / "s.jsonl", count, 2, POLICIES), *TWO, "source=reward", "flip=0.25"]
+    return label(folder / "label", *words, *more)
+
+
+def set_of(page: str) -> dict[str, Any]:
+    """The tasks as the browser of samples reads them."""
+    (tasks,) = json.loads(Reader(page).scripts[0])["samples"]
+    return dict(tasks)
+
+
+def test_a_sealed_folder_tells_who_said_what_and_how_policies_fare(tmp_path: Path) -> None:
+    out = made(tmp_path)
+    words, figures = seen_on_page(out)
+    found = json.loads((out / "report.json").read_text())
+    assert f"{found['labels']} labels; 8 tasks; protocol rank; source reward" in words
+    for who in ("ana", "bob"):
+        assert re.search(rf"{who}\s+10\s+10\s+0\s+0\s+0", words)
+    between = found["between_annotators"]
+    assert f"{between['decided']:.3f}" in words and f"{between['alpha']:.3f}" in words
+    assert f"{found['flips']['planted']:.3f}" in words
+    bias = found["bias"]["longer_wins"]
+    interval = f"{bias['low']:.3f} to {bias['high']:.3f}"
+    assert re.search(rf"the longer one\s+{bias['share']:.3f}\s+{interval}", words)
+    rows = {row["name"]: row for row in drawn(figures["ratings.0"])}
+    ppo = found["ratings"]["runs/better-ppo"]
+    assert (rows["better-ppo"]["value"], rows["better-ppo"]["low"]) == (ppo["rating"], ppo["low"])
+    assert ("Not separable at 8 tasks" in words) == (not ppo["above"])
+
+
+def test_all_tasks_can_be_read_with_every_answer(tmp_path: Path) -> None:
+    out = made(tmp_path)
+    shown = set_of(report(runs_at([out]), "t"))
+    assert shown["beside"] and {each["of"] for each in shown["sources"]} == set(POLICIES)
+    tasks = {task["prompt"]: task for task in read(out / "tasks.jsonl")}
+    events = [each for who in ("ana", "bob") for each in read(events_file(out, who))]
+    for entry in shown["prompts"]:
+        task = tasks[entry["prompt"][0]["text"]]
+        own = [each for each in events if each["task"] == task["task"]]
+        answers = {
+            each["text"]: (shown["sources"][int(source)]["of"], each)
+            for source, given_ in entry["answers"].items()
+            for each in given_
+        }
+        for place, response in enumerate(task["responses"]):
+            policy, answer = answers[response]
+            assert policy == task["origins"][place]["policy"]
+            said = {
+                each["annotator"] + ", once more" * each["showing"]: f"rank {each['ranks'][place]}"
+                for each in own
+            }
+            assert dict(answer["said"]) == said
+            first = [each["ranks"] for each in own if not each["showing"]]
+            won = [rank > ranks[place] for ranks in first for rank in ranks if rank != ranks[place]]
+            assert answer["won"] == pytest.approx(sum(won) / len(won), abs=1e-5)
+        ranks = {tuple(each["ranks"]) for each in own if not each["showing"]}
+        agree = "annotators agree" if len(ranks) == 1 else "annotators disagree"
+        assert entry["marks"] == [agree]
+
+
+def test_what_is_not_sealed_tells_what_is_left_and_not_who_wrote_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [given(tmp_path / "s.jsonl", 8, 2, POLICIES), *TWO, "algo.protocol=pair"]
+    typed(monkeypatch, "1", "5", "s no idea", "m odd", "f a phone number")
+    with pytest.raises(RunError, match="4 of 20 labels"):
+        label(tmp_path / "label", *words)
+    page = report(runs_at([tmp_path / "label"]), "t")
+    said, _ = seen_on_page(tmp_path / "label")
+    assert "Not sealed: 4 of 20 labels are there; left: ana 6, bob 10." in said
+    assert re.search(r"ana\s+10\s+4\s+6\s+1\s+1", said)
+    shown = set_of(page)
+    assert [each["name"] for each in shown["sources"]] == [HIDDEN]
+    beside = [
+        {name: value for name, value in answer.items() if name != "text"}  # which name them here
+        for entry in shown["prompts"]
+        for answer in entry["answers"]["0"]
+    ]
+    assert all(each.keys() <= {"said", "won"} for each in beside)
+    assert not any(policy in said for policy in POLICIES)
+    told = [line for entry in shown["prompts"] for line in entry.get("said", [])]
+    assert told == ["ana skipped it: no idea", "ana flagged it: a phone number", "ana noted: odd"]
+    marks = [mark for entry in shown["prompts"] for mark in entry.get("marks", [])]
+    assert marks.count("skipped or flagged") == 2 and marks.count("not labelled yet") == 4
+
+
+@pytest.mark.parametrize(
+    ("event", "verdicts"),
+    [
+        ({"ranks": [2, 1, 2]}, ["rank 2, tied", "rank 1", "rank 2, tied"]),
+        ({"ranks": [2, 1], "strength": 3, "both_bad": False}, ["worse", "better, strength 3"]),
+        ({"ranks": [1, 1], "strength": 0, "both_bad": False}, ["tie", "tie"]),
+        ({"ranks": [1, 1], "strength": 0, "both_bad": True}, ["both bad", "both bad"]),
+        ({"label": True}, ["good"]),
+    ],
+)
+def test_answers_in_words(event: dict[str, Any], verdicts: list[str]) -> None:
+    assert [verdict(event, place) for place in range(len(verdicts))] == verdicts
+
+
+@pytest.mark.parametrize("protocol", ["rank", "thumbs"])
+def test_figures_that_are_not_known_are_left_out(tmp_path: Path, protocol: str) -> None:
+    out = made(tmp_path, f"algo.protocol={protocol}")
+    words, figures = seen_on_page(out)
+    assert ("liked.0" in figures) == (protocol == "thumbs")
+    known = json.loads((out / "report.json").read_text())
+    for lost in ("low", "rating", "up", "alpha", ""):
+        left = without(known, lambda name, lost=lost: lost in ("", name))  # type: ignore[misc]
+        (out / "report.json").write_text(json.dumps(left))
+        words, figures = seen_on_page(out)
+        assert not UNKNOWN.search(words)
+        assert not any(UNKNOWN.search(json.dumps(drawn(each))) for each in figures.values())
+
+
+@pytest.mark.parametrize("lost", ["report.json", "tasks.jsonl", "config.yaml", "events-ana.jsonl"])
+def test_what_is_lost_of_a_folder_is_left_out(tmp_path: Path, lost: str) -> None:
+    out = made(tmp_path)
+    (out / lost).write_text("{" if lost != "config.yaml" else "# rlhf-cli label\nalgo: 3\n")
+    words, _ = seen_on_page(out)
+    assert ("ana" in words) == (lost not in ())
+    assert "Labels" not in words or "labels" in words
+
+
+def test_what_labels_hold_is_never_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = HOSTILE.replace("\ud800", "")  # no row has halves of characters
+    row = {"prompt": hostile, "policy": hostile}
+    lines = [json.dumps({**row, "response": f"{hostile}{i}"}) for i in range(2)]
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    typed(monkeypatch, f"m {hostile}", f"f {hostile}")
+    words = [f"samples={tmp_path / 's.jsonl'}", "policy=null", "algo.protocol=pair"]
+    with pytest.raises(RunError, match="nothing to seal"):
+        label(tmp_path / "label", *words)
+    read_page = Reader(report(runs_at([tmp_path / "label"]), "t"))
+    assert "img" not in {tag for tag, _ in read_page.tags}
+    assert all("alert(1)" not in text for text in read_page.scripts[1:])
+    (entry,) = json.loads(read_page.scripts[0])["samples"][0]["prompts"]
+    assert entry["said"][0] == f"me flagged it: {hostile}"
