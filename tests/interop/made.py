@@ -75,21 +75,29 @@ def rows_for(stage: str) -> Any:
     return Dataset.from_list(ROWS)
 
 
-def theirs(stage: str, model: Any, out: Path, lora: Any = None, tokenizer: Any = None) -> float:
+def theirs(
+    stage: str,
+    model: Any,
+    out: Path,
+    lora: Any = None,
+    tokenizer: Any = None,
+    rows: Any = None,
+) -> float:
     """Train with TRL, write the folder, and return the mean loss.
 
     Args:
         model: a folder, or a model with its `tokenizer`.
+        rows: a data set; None takes ROWS.
     """
     import trl
 
-    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO"}[stage]
+    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO"}[stage]
     config = getattr(trl, f"{name}Config")(output_dir=str(out), **THEIRS)
     torch.manual_seed(0)
     trainer = getattr(trl, f"{name}Trainer")(
         model=model,
         args=config,
-        train_dataset=rows_for(stage),
+        train_dataset=rows_for(stage) if rows is None else rows,
         peft_config=lora,
         processing_class=tokenizer,
     )
