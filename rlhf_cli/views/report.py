@@ -23,7 +23,8 @@ from rlhf_cli.runs.comparison import (
     read_run,
 )
 from rlhf_cli.runs.config_diff import as_named_now, flatten
-from rlhf_cli.runs.lineage import Node, arranged, command_of, config_text, runs_in
+from rlhf_cli.runs.lineage import INPUTS, Node, arranged, command_of, config_text, runs_in
+from rlhf_cli.runs.provenance import ROWS
 from rlhf_cli.views import charts
 from rlhf_cli.views.charts import Figure, Group
 from rlhf_cli.views.html import Section, cell, folded, listed, page, said, table, with_stderr
@@ -175,9 +176,12 @@ def branches(nodes: Sequence[Node], depth: int = 0) -> Iterator[tuple[int, Node]
 
 
 def sources(node: Node) -> str:
-    """What a run read, by its role, and what of it is gone."""
+    """What a run read, by its role, and what of it is gone; of files of rows their folder."""
     roles: dict[str, list[str]] = {}
+    folders = [each.place for each in node.sources if each.role == ROWS]
     for each in node.sources:
+        if each.kind == INPUTS and each.place.parent in folders:
+            continue
         gone = " <em>is gone</em>" if each.fault == "is gone" else ""
         roles.setdefault(each.role, []).append(said(each.path) + gone)
     return "<br>".join(f"{said(role)}: {', '.join(paths)}" for role, paths in roles.items())
