@@ -249,11 +249,12 @@ def anchors(report: Mapping[str, Any]) -> str:
 def ratings(report: Mapping[str, Any]) -> str:
     """Of policies whose responses were rated and marked, the means."""
     scores = report.get("scores") or {}
-    marks = {name for each in scores.values() for name, share in each["marks"].items() if share}
+    marks = {name for each in scores.values() for name, share in marked(each).items() if share}
     columns = {"rating": lambda each: with_stderr(each, "score", "stderr")}
     columns |= {"ratings": count_of("ratings")}
     columns |= {name.replace("_", " "): mark_of(name) for name in sorted(marks)}
-    body = grid("policy", scores, columns)
+    name_of = charts.names_for(scores)
+    body = grid("policy", {name_of(path): each for path, each in scores.items()}, columns)
     against = with_stderr(report.get("contradictions"), "share", "stderr")
     note = f"The better ranked of two has the lower rating in {against} of the pairs."
     return body + (f'<p class="note">{note}</p>' if against else "")
@@ -261,7 +262,12 @@ def ratings(report: Mapping[str, Any]) -> str:
 
 def mark_of(name: str) -> Column:
     """How often a mark is there."""
-    return lambda each: cell(each["marks"], name, ".3f")
+    return lambda each: cell(marked(each), name, ".3f")
+
+
+def marked(each: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The shares of a policy's responses that have each mark."""
+    return each.get("marks") or {}
 
 
 def policies(
@@ -272,7 +278,7 @@ def policies(
     name_of = charts.names_for(found)
     if any("up" in (each or {}) for each in found.values()):
         across = "share of responses that are good"
-        figure = charts.intervals_figure("liked", "Thumbs up", across, "up", found, name_of)
+        figure = charts.intervals_figure("liked", "Good responses", across, "up", found, name_of)
         note = "Bars are 95%, clustered by prompt."
     else:
         figure = charts.ratings_figure({"ratings": found}, name_of)

@@ -217,7 +217,7 @@ def labels(runs: Runs) -> str:
     note = (
         '<p class="note">All tasks are among the <a href="#samples">samples</a>, with what '
         'everybody said. There "won" is the share of its comparisons that a response won, ties '
-        "half.</p>"
+        "half; of one that is judged by itself, how often it is good.</p>"
     )
     texts = [f"<h3>{said(name)}</h3>\n{text}" if len(found) > 1 else text for name, text in found]
     return "\n".join([*texts, note] if found and runs.samples else texts)

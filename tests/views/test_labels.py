@@ -10,6 +10,7 @@ import pytest
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.labelling.desk import events_file
 from rlhf_cli.views.label_tasks import HIDDEN, verdict
+from rlhf_cli.views.labels import anchors, ratings, selected
 from rlhf_cli.views.report import report, runs_at
 from tests.labelling.test_label import given, label, read, typed
 from tests.views.test_html import HOSTILE, Reader
@@ -114,6 +115,11 @@ def test_what_is_not_sealed_tells_what_is_left_and_not_who_wrote_what(
         ({"ranks": [1, 1], "strength": 0, "both_bad": False}, ["tie", "tie"]),
         ({"ranks": [1, 1], "strength": 0, "both_bad": True}, ["both bad", "both bad"]),
         ({"label": True}, ["good"]),
+        ({"first_wrong": 2}, ["step 2 is the first wrong one"]),
+        (
+            {"ranks": [1, 2], "ratings": [6, 2], "marks": [[], ["harmful_advice"]]},
+            ["rank 1, 6 of 7", "rank 2, 2 of 7, harmful advice"],
+        ),
     ],
 )
 def test_answers_in_words(event: dict[str, Any], verdicts: list[str]) -> None:
@@ -134,13 +140,30 @@ def test_figures_that_are_not_known_are_left_out(tmp_path: Path, protocol: str) 
         assert not any(UNKNOWN.search(json.dumps(drawn(each))) for each in figures.values())
 
 
+def test_figures_of_ratings_anchors_and_choices() -> None:
+    rate = {"share": 0.75, "stderr": 0.1, "outcomes": 8}
+    found = {
+        "anchors": {
+            "same": {"agreement": 0.5, "outcomes": 8},
+            "runs": [{"out": "r1", "rates": {"a over b": rate}}, {"out": "now", "rates": {}}],
+        },
+        "scores": {"x/a": {"score": 6.5, "ratings": 4, "marks": {"opinion": 0.25, "sexual": 0.0}}},
+        "contradictions": {"share": 0.125, "pairs": 8},
+        "selected": {"random": {"tasks": 3, "labels": 2}, "gap": {"tasks": 7, "labels": 6}},
+    }
+    page = anchors(found) + ratings(found) + selected(found)
+    words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "as before 0.5 8 a over b, r1 0.75 ± 0.10 8" in words
+    assert "policy rating ratings opinion a 6.5 4 0.250" in words
+    assert "lower rating in 0.125 of the pairs" in words and "gap 7 6" in words
+
+
 @pytest.mark.parametrize("lost", ["report.json", "tasks.jsonl", "config.yaml", "events-ana.jsonl"])
 def test_what_is_lost_of_a_folder_is_left_out(tmp_path: Path, lost: str) -> None:
     out = made(tmp_path)
     (out / lost).write_text("{" if lost != "config.yaml" else "# rlhf-cli label\nalgo: 3\n")
     words, _ = seen_on_page(out)
-    assert ("ana" in words) == (lost not in ())
-    assert "Labels" not in words or "labels" in words
+    assert re.search(r"\bana\s+10\b", words)  # by what is left: the figures, or the answers
 
 
 def test_what_labels_hold_is_never_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
