@@ -12,7 +12,8 @@
 #        each model; github.com/openai/grade-school-math has example_model_solutions.jsonl
 # NAME   results go to runs/NAME
 # COMMON, SFT, KWISE, POINTWISE, PROCESS, KTO, PLACKETT_LUCE: more overrides, for every line or for
-#        one of them
+#        one of them; what is too long for a small model is left out, and
+#        COMMON="data.max_response_tokens=320" takes more
 #
 # The variables are split into words on purpose: each holds several overrides.
 # shellcheck disable=SC2086,SC2206
@@ -26,7 +27,7 @@ MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M}
 size=$(du -sm "$MODEL" 2>/dev/null | cut -f1 || true)
 if [ "${size:-1000}" -lt 50 ]; then
   COMMON="data.max_prompt_tokens=224 data.max_response_tokens=272 data.long_prompts=drop \
-    data.max_rows=800 data.eval_rows=60 ${COMMON:-}"
+    data.long_responses=drop data.max_rows=800 data.eval_rows=60 ${COMMON:-}"
   SFT="algo.lr=2e-3 algo.batch_size=16 algo.epochs=2 algo.eval_every=20 ${SFT:-}"
   KWISE="algo.lr=2e-3 algo.batch_size=8 algo.epochs=3 algo.eval_every=10 ${KWISE:-}"
   POINTWISE="algo.lr=1e-3 algo.batch_size=16 algo.epochs=2 ${POINTWISE:-}"

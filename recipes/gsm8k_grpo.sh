@@ -13,7 +13,8 @@
 # VERIFIER  what a response is worth, a sum of terms: exact_answer, or math_answer, which also sees
 #           that 1/2 is 0.5 and x+1 is 1+x
 # NAME      results go to runs/NAME
-# COMMON, SFT, GRPO, GENERATE, EVALUATE: more overrides, for every line or for one of them
+# COMMON, SFT, GRPO, GENERATE, EVALUATE: more overrides, for every line or for one of them; what is
+#           too long for a small model is left out, COMMON="data.max_response_tokens=256" takes more
 #
 # The variables are split into words on purpose: each holds several overrides.
 # shellcheck disable=SC2086,SC2206
@@ -28,7 +29,7 @@ MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M}
 size=$(du -sm "$MODEL" 2>/dev/null | cut -f1 || true)
 if [ "${size:-1000}" -lt 50 ]; then
   COMMON="data.max_prompt_tokens=192 data.max_response_tokens=192 data.long_prompts=drop \
-    data.max_rows=1500 ${COMMON:-}"
+    data.long_responses=drop data.max_rows=1500 ${COMMON:-}"
   SFT="algo.lr=2e-3 algo.batch_size=16 algo.epochs=1 ${SFT:-}"
   : "${VERIFIER:=exact_answer + 0.2*regex:#### [0-9]}"
   GRPO="algo.lr=1e-4 algo.batch_size=8 algo.minibatch_size=8 algo.group_size=8 algo.steps=20 \

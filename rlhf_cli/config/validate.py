@@ -29,8 +29,8 @@ from rlhf_cli.config.schema.stages import (
 )
 from rlhf_cli.config.secrets import refuse_secrets
 from rlhf_cli.config.selection_rules import selection
-from rlhf_cli.config.stages import WITHOUT_REFERENCE
-from rlhf_cli.config.switches import complaints
+from rlhf_cli.config.stages import WITHOUT_REFERENCE, stage_name
+from rlhf_cli.config.switches import complaints, written
 
 LARGEST = 2**53 - 1  # of whole numbers: sums with them stay exact
 
@@ -375,6 +375,29 @@ def _evaluation(cfg: Run) -> Iterator[str]:
             yield f"{key}={value} asks a policy, but samples={cfg.samples} has all; set it to null"
     if cfg.algo.temperatures:
         yield f"algo.temperatures samples, but samples={cfg.samples} has all; set it to []"
+    if cfg.baselines:
+        yield f"baselines are sampled from, but samples={cfg.samples} has all; set them to []"
+    yield from _unsampled(cfg)
+
+
+SAMPLING = (
+    *("prompts", "samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("beams", "min_tokens", "stop"),
+)
+
+
+def _unsampled(cfg: EvaluateConfig | LabelConfig) -> Iterator[str]:
+    """Keys of sampling that have been set, though samples=FILE has all responses; null, which is
+    all prompts, is what it is read by.
+    """
+    start = catalog.stage_values(stage_name(cfg), {}, catalog.config_dirs())
+    for name in SAMPLING:
+        value, before = getattr(cfg.algo, name), start[f"algo.{name}"]
+        if value is not None and (value if isinstance(value, list) else written(value)) != before:
+            yield (
+                f"algo.{name}={written(value)} is of sampling, but samples={cfg.samples} has all "
+                f"responses; leave it at {before}"
+            )
 
 
 def _labelling(cfg: Run) -> Iterator[str]:
@@ -401,6 +424,8 @@ def _labelling(cfg: Run) -> Iterator[str]:
         )
     if cfg.samples is not None and cfg.baselines:
         yield f"baselines are sampled from, but samples={cfg.samples} has all; set them to []"
+    if cfg.samples is not None:
+        yield from _unsampled(cfg)
     if cfg.source == "reward" and cfg.reward is None and cfg.samples is None:
         yield "source=reward needs reward=..., or samples=FILE with rewards in it"
     yield from _protocol(cfg)

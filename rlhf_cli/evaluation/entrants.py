@@ -1,7 +1,7 @@
 """Who is judged: the policy, its baselines, one with demonstrations, the best of n, or a file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,17 @@ class Given:
     """What a file says that policies responded: K texts each to the same N prompts.
 
     responses: by policy, for each prompt the texts, each with whether it came to an end.
+    temperature: at which they were sampled; None where policies differ, or the file does not say.
     """
 
     prompts: list[Prompt]
     responses: dict[str, list[list[tuple[str, bool]]]]
+    temperature: float | None
+
+    @property
+    def samples(self) -> int:
+        """Responses of the first policy to each prompt."""
+        return len(next(iter(self.responses.values()))[0])
 
     def rollouts(self, policy: str, encoder: Encoder) -> list[Rollout]:
         """The responses of a policy, prompt by prompt."""
@@ -110,7 +117,15 @@ def given_samples(path: str) -> Given:
     return Given(
         [rows[key] for key in keys],
         {policy: [each[key] for key in keys] for policy, each in said.items()},
+        _alike(at.values()),
     )
+
+
+def _alike(temperatures: Iterable[Any]) -> float | None:
+    """What all are, if it is a number."""
+    found = {repr(each): each for each in temperatures}
+    (one, *others) = found.values()
+    return one if not others and isinstance(one, int | float) else None
 
 
 def _check_even(path: str, policy: str, counts: Sequence[int]) -> None:

@@ -75,12 +75,13 @@ def sample_row(
 
 
 OURS = (
+    *("policy", "temperature"),
     *("id", "prompt", "sample", "response", "finish_reason", "reward", "parts"),
     *("prompt_tokens", "response_tokens", "logprob", TOKENS, *TOKEN_VALUES),
     *("kept", "part", "crc"),  # of the journal of an unfinished run
 )
 """The names that lines of ours have; a column of a row that is called so becomes row_NAME."""
-JUDGED = ("policy", "temperature", "gold", "kl", "scores")
+JUDGED = ("gold", "kl", "scores")
 """Further ones of evaluate's lines."""
 
 

@@ -11,7 +11,9 @@ model shows.
 """
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from rlhf_cli.data.reading import KindError
 from rlhf_cli.evaluation import judging
 from rlhf_cli.evaluation.bench import Bench, responses_at
 from rlhf_cli.evaluation.contest import REFERENCES
-from rlhf_cli.evaluation.entrants import Entrant, entrants_of, given_samples
+from rlhf_cli.evaluation.entrants import Entrant, Given, entrants_of, given_samples
 from rlhf_cli.evaluation.enumeration import bounds
 from rlhf_cli.evaluation.figures import (
     Figures,
@@ -71,8 +73,13 @@ def run(cfg: EvaluateConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     if cfg.judge is not None:
         Questions.of(cfg)  # a fault of its files is said before anything is sampled
-    found = Findings(cfg)
-    bench = judge_file(session, found) if cfg.samples else judge_policies(session, found)
+    if cfg.samples is None:
+        found = Findings(cfg)
+        bench = judge_policies(session, found)
+    else:
+        given = given_samples(cfg.samples)
+        found = Findings(as_sampled(cfg, given))
+        bench = judge_file(session, found, given)
     report = found.report(bench)
     if cfg.judge is not None:
         report["judge"] = judged_by_model(session, found, bench)
@@ -120,15 +127,19 @@ def judge_policies(session: Session, found: Findings) -> Bench:
     return bench
 
 
-def judge_file(session: Session, found: Findings) -> Bench:
+def as_sampled(cfg: EvaluateConfig, given: Given) -> EvaluateConfig:
+    """A config as it would have sampled what a file has."""
+    told: Any = {"samples": given.samples, "temperature": given.temperature}
+    return replace(cfg, algo=replace(cfg.algo, **told))
+
+
+def judge_file(session: Session, found: Findings, given: Given) -> Bench:
     """The responses that samples=FILE has; no model is loaded but those that judge.
 
     Raises:
         UserError: prompts are dropped that the file has answers to.
     """
-    cfg = found.cfg
-    assert cfg.samples is not None
-    given, encoder = given_samples(cfg.samples), encoder_of(cfg, session.rows)
+    cfg, encoder = found.cfg, encoder_of(found.cfg, session.rows)
     found.names = list(given.responses)
     prompts = encoder.prompts(given.prompts)
     if len(prompts) < len(given.prompts):

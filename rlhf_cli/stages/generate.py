@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.schema.stages import GenerateConfig
+from rlhf_cli.config.secrets import referenced
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.few_shot import as_asked_alone
@@ -70,7 +71,7 @@ def run(cfg: GenerateConfig, plan: Plan | None = None) -> Path:
         Requests.of(cfg)  # a fault of its files is said before anything is sampled
     session.note([*rows.notes, *policy.encoder.report()])
     kept, folder = KeptSamples(session), staging(session.out)
-    written, picked, revised = Written(folder), Picked(cfg.algo, folder), None
+    written, picked, revised = Written(cfg, folder), Picked(cfg.algo, folder), None
     if cfg.algo.revisions:
         reviser = reviser_of(cfg, policy, partial(policy_of, session))
         revised = Revised(cfg, reviser, session.out, folder)
@@ -114,7 +115,9 @@ def without_prefix(policy: Policy, cfg: GenerateConfig) -> Encoder | None:
 class Written:
     """The samples in the order of their prompts, and their figures; held are the first few."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, cfg: GenerateConfig, folder: Path) -> None:
+        whose, at = referenced(str(Path(cfg.policy))), cfg.algo.temperature
+        self._whose = {"policy": whose, "temperature": at}
         self._file = JsonLines(folder / SAMPLES)
         self._first: list[tuple[object, ...]] = []  # as a table shows them
         self._count = 0
@@ -135,7 +138,9 @@ class Written:
             self._scored = True
         for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
             row = generated_row(rollout, i % samples, reward, parts_at(parts, i))
-            self._file.append(row, digits=None)  # of the row's own columns nothing is rounded
+            self._file.append(
+                {**self._whose, **row}, digits=None
+            )  # of the row's own columns nothing is rounded
             if self._count < SHOWN:
                 room = min(WIDEST, max(LEAST, (width() - BESIDE) // 2))
                 whole = last_words(rollout.row.prompt), rollout.text

@@ -174,6 +174,15 @@ RULES = [
         "generate algo.length_penalty=2",
         ["length_penalty is not used by algo.beams=1", "to 1", "above"],
     ),
+    (
+        "evaluate samples=a.jsonl algo.samples=8",
+        ["algo.samples=8 is of sampling, but samples=a.jsonl has all responses; leave it at 4"],
+    ),
+    (
+        "label samples=a.jsonl algo.temperature=0.5",
+        ["algo.temperature=0.5 is of sampling", "leave it at 1.0"],
+    ),
+    ("evaluate samples=a.jsonl baselines=[x]", ["baselines are sampled from"]),
     ("generate algo.beams=4 algo.samples=5", ["samples=5 exceeds algo.beams=4"]),
     ("ppo data.template=Hello", ["data.template", "{prompt}"]),
     ('reward data.step_end="["', ["data.step_end='[' is not a regular expression"]),

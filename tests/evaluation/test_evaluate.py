@@ -20,11 +20,14 @@ from tests.tiny import DATA
 from tests.training.test_stages_on_ranks import near
 
 pytestmark = pytest.mark.usefixtures("inside")
-FEW = ["reference=runs/demo/sft", "reward=length:4", "gold=regex:a", "algo.prompts=5"]
+JUDGES = ["reference=runs/demo/sft", "reward=length:4", "gold=regex:a"]
+FEW = [*JUDGES, "algo.prompts=5"]
 
 
 def evaluated(out: Path, *more: str) -> dict[str, Any]:
-    words = [*DATA, "policy=runs/demo/sft", "algo.samples=2", *FEW, f"out={out}", *more]
+    sampled = not any(word.startswith("samples=") for word in more)
+    few = [*FEW, "algo.samples=2"] if sampled else JUDGES
+    words = [*DATA, "policy=runs/demo/sft", *few, f"out={out}", *more]
     made: Path = importlib.import_module("rlhf_cli.stages.evaluate").run(compose("evaluate", words))
     found: dict[str, Any] = json.loads((made / "report.json").read_text())
     return found
@@ -105,6 +108,8 @@ def test_samples_of_a_file_are_judged_as_those_of_the_policies_were(tmp_path: Pa
         assert "kl" not in again
     for each in ("win_rates", "against_references", "ratings", "references"):
         assert report[each] == made[each], each
+    assert report["samples"] == 2  # as the file has them, not as the config would sample
+    assert report["temperature"] == made["temperature"] == 1.0
     with pytest.raises(UserError, match="choices=x asks a policy, but samples="):
         evaluated(tmp_path / "no", *words, "choices=x")
 
@@ -122,6 +127,7 @@ def test_a_file_may_name_whom_it_likes(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(report["policies"]) == ["gpt", "runs/demo/sft"]
     assert list(report["win_rates"]) == ["runs/demo/sft"]
     said = capsys.readouterr().err
+    assert (report["samples"], report["temperature"]) == (1, None)  # which nobody has said
     assert "gpt wins" in said and "sft wins" not in said and "gold of gpt is 1.00" in said
 
 

@@ -11,6 +11,7 @@ from rlhf_cli.data.files import Raw
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt, derive
 from rlhf_cli.data.readers import as_row
+from rlhf_cli.evaluation.entrants import given_samples
 from rlhf_cli.evaluation.samples import generated_row, renamed
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import generate
@@ -48,6 +49,22 @@ def test_all_prompts_with_all_that_their_rows_say(tmp_path: Path) -> None:
     assert len(set(ids)) == 50
     assert isinstance(lines[8]["reward"], float)
     assert (lines[8]["row_row_reward"], lines[8]["row_reward"]) == ("mine", "too")
+
+
+def test_a_line_says_who_wrote_it_and_how(tmp_path: Path) -> None:
+    """And not what its row says of another response, or of the weather."""
+    rows: list[Raw] = [{"prompt": f"Greet {i}: ", "policy": "me", "temperature": i} for i in "12"]
+    out = tmp_path / "out"
+    lines = answered(rows, out, "policy=runs/demo/sft/", "algo.temperature=0.5")
+    assert [line["policy"] for line in lines] == ["runs/demo/sft"] * 2
+    assert [line["temperature"] for line in lines] == [0.5] * 2
+    assert [(line["row_policy"], line["row_temperature"]) for line in lines] == [
+        ("me", "1"),
+        ("me", "2"),
+    ]
+    given = given_samples(str(out / "samples.jsonl"))
+    assert (len(given.prompts), given.samples, given.temperature) == (2, 1, 0.5)
+    assert list(given.responses) == ["runs/demo/sft"]
 
 
 def test_samples_are_rows_of_a_later_stage(tmp_path: Path) -> None:

@@ -28,12 +28,14 @@ from rlhf_cli.labelling.tasks import Sample, Task, dealt, read_tasks
 from rlhf_cli.runs.checks import check_labelling
 from tests.tiny import run_stage
 
-PAIRS = ["algo.protocol=pair", "algo.samples=9", "algo.overlap=0", "algo.repeat=0"]
+PAIRS = ["algo.protocol=pair", "algo.overlap=0", "algo.repeat=0"]
 ONE, TWO = "scorers=['length:9']", "scorers=['length:9','regex:a']"
 
 
 def tasks_of(samples: list[Sample], *words: str, judges: list[str] | None = None) -> list[Task]:
-    algo: Any = compose("label", [*PAIRS, "source=reward", "reward=length:2", *words]).algo
+    algo: Any = compose(
+        "label", [*PAIRS, "algo.samples=9", "source=reward", "reward=length:2", *words]
+    ).algo
     return chosen(pool_of(samples, algo, 0)[0], algo, judges or ["x"], 0)
 
 
