@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from rlhf_cli.config.schema.stages import LabelConfig, Run
 
 BY_SCORES = ("gap", "disagree")
-REWARD = "reward"
+REWARD = "reward="
+"""What `reward` says, or a file of responses: a name that no scorer has."""
+
 FEWEST = {"random": 0, "gap": 1, "fisher": 1, "disagree": 2}
 """Rewards that each rule goes by, at least."""
 
@@ -16,7 +18,7 @@ def choosers(cfg: LabelConfig) -> list[str]:
     A file of responses may have what a reward says of them.
     """
     of_file = cfg.samples is not None and cfg.algo.select in BY_SCORES
-    own = cfg.source != REWARD and (cfg.reward is not None or of_file)
+    own = cfg.source != "reward" and (cfg.reward is not None or of_file)
     return [REWARD] * own + cfg.scorers
 
 
@@ -27,10 +29,13 @@ def selection(cfg: Run) -> Iterator[str]:
     rule, named = f"algo.select={cfg.algo.select}", choosers(cfg)
     if (protocol := cfg.algo.protocol) in ("thumbs", "steps"):
         yield f"{rule} compares responses, of which a task of algo.protocol={protocol} has one"
-    why = f": reward={cfg.reward} is what labels" if cfg.source == REWARD and cfg.reward else ""
+    why = f": reward={cfg.reward} is what labels" if cfg.source == "reward" and cfg.reward else ""
     if len(named) < FEWEST[cfg.algo.select]:
         needed = "two rewards that may differ" if cfg.algo.select == "disagree" else "a reward"
         yield f"{rule} needs {needed} to choose by{why}; give scorers=[...]"
+    specs = [cfg.reward if name == REWARD else name for name in named]
+    if twice := [spec for spec in specs if spec is not None and specs.count(spec) > 1]:
+        yield f"{rule} would hear {twice[0]} twice; name each reward once"
     if cfg.algo.select == "fisher" and len(named) > 1:
         yield f"{rule} asks what one reward model does not know, but there are {', '.join(named)}"
     pool = cfg.algo.samples * (1 + len(cfg.baselines))

@@ -93,7 +93,7 @@ def given_samples(session: Session) -> list[Sample]:
         for row, ids, reason, text in zip(rows, tokens, reasons, texts, strict=True)
     ]
     judges = load_judges(session, encoder.tokenizer, rows)
-    return judged(cfg, samples, judges, rollouts, lambda name, judge, judged: judge.score(judged))
+    return judged(cfg, samples, judges, rollouts, lambda name, judge, read: judge.score(read))
 
 
 def sample_of(rollout: Rollout, policy: str) -> Sample:
@@ -147,7 +147,7 @@ def judged(
     told = []
     for i, sample in enumerate(samples):
         own = {name: None if math.isnan(each[i]) else each[i] for name, each in said.items()}
-        reward = {REWARD: own.pop(REWARD)} if REWARD in own else {}
+        reward = {"reward": own.pop(REWARD)} if REWARD in own else {}
         others: dict[str, Any] = {"scores": own} if own else {}
         if steps is not None:
             others["step_rewards"] = [None if math.isnan(each) else each for each in steps[i]]

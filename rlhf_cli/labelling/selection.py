@@ -92,7 +92,7 @@ def standardised(pool: Pool, judges: Sequence[str]) -> list[Tensor]:
 def score_of(sample: Sample, judge: str) -> float:
     """What a judge says of a response; NaN where it is not known."""
     origin = sample.origin
-    value = origin.get(REWARD) if judge == REWARD else origin.get("scores", {}).get(judge)
+    value = origin.get("reward") if judge == REWARD else origin.get("scores", {}).get(judge)
     return math.nan if value is None else float(value)
 
 

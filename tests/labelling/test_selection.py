@@ -259,6 +259,17 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_a_scorer_that_is_called_reward_is_not_what_labels() -> None:
+    said = {"a": (9.0, 0.0), "b": (0.0, 5.0)}  # of the first response: what labels, the scorer
+    samples = [
+        Sample(prompt, f"{prompt}{i}", "", {"reward": i * gold, "scores": {"reward": i * score}})
+        for prompt, (gold, score) in said.items()
+        for i in range(2)
+    ]
+    words = ["algo.select=gap", "scorers=[reward]", "algo.explore=0", "algo.tasks=1"]
+    assert tasks_of(samples, *words, judges=["reward"])[0].prompt == "b"
+
+
 def stop(*given: object) -> None:
     raise KeyboardInterrupt
 
@@ -385,7 +396,11 @@ def test_a_reward_model_chooses_and_learns_from_what_it_chose(
         (["algo.select=gap"], "needs a reward to choose by; give scorers"),
         (["algo.select=disagree", "reward=length:9"], "needs two rewards that may differ"),
         (["algo.select=gap", "source=reward", "reward=length:9"], "length:9 is what labels"),
-        (["algo.select=fisher", "reward=length:9", ONE], "one reward model .* reward, length:9"),
+        (
+            ["algo.select=fisher", "reward=length:9", "scorers=['length:8']"],
+            "one reward model .* reward=, length:8",
+        ),
+        (["algo.select=disagree", "reward=length:9", ONE], "would hear length:9 twice"),
         (["algo.select=gap", ONE, "algo.protocol=thumbs"], "algo.protocol=thumbs has one"),
         (["algo.select=gap", ONE, "algo.samples=2"], "nothing to choose from: 2 responses"),
         (["algo.explore=0.5"], "algo.explore is not used by algo.select=random"),
