@@ -11,10 +11,11 @@ measured on them holds for all. No prompt has more tasks than it takes to come t
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema.algorithms import LabelAlgo
 from rlhf_cli.config.selection_rules import REWARD
@@ -22,8 +23,8 @@ from rlhf_cli.labelling.draws import Pick, Pool, at_random, selected, task_in
 from rlhf_cli.labelling.tasks import RANDOM, Sample, Task
 from rlhf_cli.objectives.acquisition import (
     comparison_weights,
-    covariance_after,
     information_gain,
+    information_known,
     mean_over_pairs,
     optimistic_gaps,
     preference_variance,
@@ -103,22 +104,20 @@ def by_design(pool: Pool, drawn: Sequence[Pick]) -> list[Pick]:
     a later one, and few are computed anew (lazy greedy).
     """
     design, room, picks = Design(pool), room_in(pool, drawn), list[Pick]()
-    known = {(pick.prompt, pick.place) for pick in drawn}
-    heap = [each for each in design.bounds() if each[1:] not in known]
+    heap = [best for prompt in range(len(room)) if (best := design.best(prompt)) is not None]
     heapq.heapify(heap)
     for pick in drawn:
         design.add(pick.prompt, pick.place)
     while heap and len(drawn) + len(picks) < pool.tasks:
-        _, prompt, place = heapq.heappop(heap)
-        if not room[prompt]:
+        _, prompt, _ = heapq.heappop(heap)
+        best = design.best(prompt) if room[prompt] else None
+        if best is None:
             continue
-        gain = design.gain(prompt, place)
-        if heap and (-gain, prompt, place) > heap[0]:
-            heapq.heappush(heap, (-gain, prompt, place))
-            continue
-        design.add(prompt, place)
-        room[prompt] -= 1
-        picks.append(Pick(prompt, place, selected("fisher", gain, 1.0)))
+        heapq.heappush(heap, best)
+        if best == heap[0]:
+            design.add(*best[1:])
+            room[prompt] -= 1
+            picks.append(Pick(*best[1:], selected("fisher", -best[0], 1.0)))
     return picks
 
 
@@ -129,47 +128,51 @@ class Design:
 
     def __init__(self, pool: Pool) -> None:
         self._sets = [torch.tensor(each) for each in pool.candidates]
-        self._raw = [torch.tensor([sample.raw for sample in said]) for said in pool.prompts]
-        self._states = [
-            torch.stack([sample.state for sample in said if sample.state is not None]).double()
+        raw = [torch.tensor([sample.raw for sample in said]) for said in pool.prompts]
+        every = zip(raw, self._sets, strict=True)
+        self._weights = [comparison_weights(scores[sets]) for scores, sets in every]  # (C, K, K)
+        states = [
+            torch.stack([sample.state for sample in said if sample.state is not None])
             for said in pool.prompts
         ]
-        every = map(self._all_of, range(len(self._sets)))
-        traces = [(weights * gram).sum((-1, -2)) for weights, gram in every]
-        width = self._states[0].shape[-1]
-        self._ridge = (torch.cat(traces).nanmean().item() or 1.0) / width
-        self._covariance = torch.eye(width, dtype=torch.double) / self._ridge
+        self._states = pad_sequence(states, batch_first=True).double()  # (P, N, d)
+        width = self._states.shape[-1]
+        self._gram = self._states @ self._states.mT  # (P, N, N) Phi M^-1 Phi^T
+        traces = [
+            (weights * self._gram_of(prompt)).sum((-1, -2))
+            for prompt, weights in enumerate(self._weights)
+        ]
+        ridge = (torch.cat(traces).nanmean().item() or 1.0) / width
+        self._gram /= ridge
+        self._covariance = torch.eye(width, dtype=torch.double) / ridge
+        self._known = set[tuple[int, int]]()
 
-    def _all_of(self, prompt: int) -> tuple[Tensor, Tensor]:
-        """(C, K, K) of each candidate of a prompt how its responses are weighed, and the products
-        of their states; NaN where one is not known.
+    def _gram_of(self, prompt: int) -> Tensor:
+        """(C, K, K) of each candidate of a prompt; NaN where a state is not known."""
+        sets = self._sets[prompt]
+        return self._gram[prompt][sets[:, :, None], sets[:, None]]
+
+    def best(self, prompt: int) -> tuple[float, int, int] | None:
+        """Of the task of a prompt that adds most to log det of the information, of those that are
+        not known, minus what it adds, in nats, the prompt and its place; None where none is left.
         """
-        sets, states = self._sets[prompt], self._states[prompt]
-        weights, products = comparison_weights(self._raw[prompt][sets]), states @ states.mT
-        return weights, products[sets[:, :, None], sets[:, None]]
-
-    def bounds(self) -> Iterator[tuple[float, int, int]]:
-        """Minus the gain of each task before any other is known, its prompt and its place."""
-        for prompt in range(len(self._sets)):
-            weights, gram = self._all_of(prompt)
-            gains = information_gain(weights, gram / self._ridge).round(decimals=SAME)
-            for place, gain in enumerate(gains.tolist()):
-                if not math.isnan(gain):
-                    yield -gain, prompt, place
-
-    def gain(self, prompt: int, place: int) -> float:
-        """What a task adds to log det of the information, in nats."""
-        states, weights = self._one(prompt, place)
-        gain = information_gain(weights, states @ self._covariance @ states.mT).item()
-        return round(gain, SAME)
+        gains = information_gain(self._weights[prompt], self._gram_of(prompt)).round(decimals=SAME)
+        told = [
+            (-gain, prompt, place)
+            for place, gain in enumerate(gains.tolist())
+            if not math.isnan(gain) and (prompt, place) not in self._known
+        ]
+        return min(told, default=None)
 
     def add(self, prompt: int, place: int) -> None:
         """Count a task among those that are known; one whose states are not known tells nothing."""
-        states, weights = self._one(prompt, place)
-        if not weights.isnan().any():
-            self._covariance = covariance_after(self._covariance, states, weights)
-
-    def _one(self, prompt: int, place: int) -> tuple[Tensor, Tensor]:
-        """(K, d) the states of the responses in a task, and (K, K) how they are weighed."""
-        places = self._sets[prompt][place]
-        return self._states[prompt][places], comparison_weights(self._raw[prompt][places])
+        self._known.add((prompt, place))
+        places, weights = self._sets[prompt][place], self._weights[prompt][place]
+        if weights.isnan().any():
+            return
+        gram = self._gram[prompt][places[:, None], places]
+        known = information_known(weights, gram)
+        seen = self._states[prompt][places] @ self._covariance  # (K, d)
+        reached = self._states @ seen.mT  # (P, N, K)
+        self._covariance -= seen.mT @ known @ seen
+        self._gram -= reached @ known @ reached.mT

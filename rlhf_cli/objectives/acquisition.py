@@ -78,15 +78,12 @@ def information_gain(weights: Tensor, gram: Tensor) -> Tensor:
     return torch.linalg.slogdet(unit + weights @ gram)[1]
 
 
-def covariance_after(covariance: Tensor, states: Tensor, weights: Tensor) -> Tensor:
-    """(d, d) M^-1 once a set is known, too (Woodbury).
+def information_known(weights: Tensor, gram: Tensor) -> Tensor:
+    """(K, K) S by which M^-1 shrinks once a set is known: M^-1 - M^-1 Phi^T S Phi M^-1 (Woodbury).
 
     Args:
-        covariance: (d, d) M^-1 before.
-        states: (K, d) Phi.
         weights: (K, K) by `comparison_weights`.
+        gram: (K, K) Phi M^-1 Phi^T before.
     """
-    seen = states @ covariance
     unit = torch.eye(len(weights), dtype=weights.dtype)
-    inner = weights @ torch.linalg.inv(unit + seen @ states.mT @ weights)
-    return covariance - seen.mT @ inner @ seen
+    return weights @ torch.linalg.inv(unit + gram @ weights)

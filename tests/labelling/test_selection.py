@@ -229,13 +229,12 @@ def test_the_design_is_the_greedy_one(protocol: str) -> None:
     design, naive = Design(pool), list[tuple[float, int, int]]()
     while len(naive) < 5:
         open_ = [i for i in range(6) if i not in [prompt for _, prompt, _ in naive]]
-        places = [(i, place) for i in open_ for place in range(len(pool.candidates[i]))]
-        gains = [(design.gain(*each), *each) for each in places]
-        naive.append(max(each for each in gains if not math.isnan(each[0])))
+        gains = [best for i in open_ if (best := design.best(i)) is not None]
+        naive.append(min(gains))
         design.add(*naive[-1][1:])
     tasks = chosen(pool, algo, [], 0)
     found = {str(task.prompt): task.select["score"] for task in tasks if task.select}
-    assert found == pytest.approx({f"p{prompt}": gain for gain, prompt, _ in naive})
+    assert found == pytest.approx({f"p{prompt}": -gain for gain, prompt, _ in naive})
 
 
 def test_many_sets_of_responses_are_looked_at_in_part() -> None:

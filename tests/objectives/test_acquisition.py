@@ -7,12 +7,17 @@ import torch
 
 from rlhf_cli.objectives.acquisition import (
     comparison_weights,
-    covariance_after,
     information_gain,
+    information_known,
     mean_over_pairs,
     optimistic_gaps,
     preference_variance,
 )
+
+
+def shrunk(covariance: torch.Tensor, phi: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    known = information_known(weights, phi @ covariance @ phi.mT)
+    return covariance - covariance @ phi.mT @ known @ phi @ covariance
 
 
 def test_a_gap_is_the_mean_difference_and_its_deviations() -> None:
@@ -48,7 +53,7 @@ def test_a_pair_tells_a_quarter_where_it_is_even_and_nothing_where_it_is_sure() 
     weights = comparison_weights(even)
     gain = information_gain(weights, states @ covariance @ states.mT)
     assert gain.item() == pytest.approx(math.log(3))
-    assert covariance_after(covariance, states, weights).item() == pytest.approx(1 / 6)
+    assert shrunk(covariance, states, weights).item() == pytest.approx(1 / 6)
 
 
 def test_gains_add_up_to_the_determinant_of_all_pairs() -> None:
@@ -60,7 +65,7 @@ def test_gains_add_up_to_the_determinant_of_all_pairs() -> None:
     for phi, said in zip(states, scores, strict=True):
         weights = comparison_weights(said)
         gained += information_gain(weights, phi @ covariance @ phi.mT).item()
-        covariance = covariance_after(covariance, phi, weights)
+        covariance = shrunk(covariance, phi, weights)
         for a in range(4):
             for b in range(a):
                 p, apart = (said[a] - said[b]).sigmoid(), phi[a] - phi[b]
