@@ -30,13 +30,13 @@ Said = list[tuple[Desk, Turn, Event]]
 
 
 def disagreements(desks: Mapping[str, Desk]) -> list[tuple[Task, Said]]:
-    """The tasks of which annotators say different things, then those that they alone agree on
-    against the reward; each with what was said at its first showing.
+    """The tasks of which annotators say different things, then those of which all of them say what
+    the reward does not; each with what was said at its first showing. Planted ones make no rows.
     """
     of_task: dict[str, Said] = {}
     for desk in desks.values():
         for turn, event in desk.answered:
-            if turn.showing == 0:
+            if turn.showing == 0 and not turn.task.planted:
                 of_task.setdefault(turn.task.id, []).append((desk, turn, event))
     apart, against = [], []
     for said in of_task.values():

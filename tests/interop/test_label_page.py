@@ -25,6 +25,7 @@ from tests.interop.label_pages import (
     task,
     visited,
 )
+from tests.labelling.test_label import given
 
 __all__ = ["browser"]  # a fixture
 
@@ -219,13 +220,49 @@ def test_a_page_that_was_left_open_for_days_takes_an_answer(tmp_path: Path) -> N
     assert [event["seconds"] for _, event in desks["ana"].answered] == [24 * 3600]
 
 
-def test_the_page_needs_no_torch() -> None:
+def test_a_page_of_tasks_that_are_there_needs_no_torch(tmp_path: Path) -> None:
     """So that it is there at once where a run goes on."""
-    code = (
-        "import sys, rlhf_cli.stages.label, rlhf_cli.labelling.server; "
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    words = [given(tmp_path / "s.jsonl"), "policy=null", "source=page", f"out={tmp_path / 'out'}"]
+    command = [sys.executable, "-X", "importtime", "-m", "rlhf_cli", "label", *words]
+
+    def imported() -> set[str]:
+        """What a run has imported once its address is there."""
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+            assert run.stderr is not None
+            names = set()
+            for line in run.stderr:
+                names.add(line.rpartition("|")[2].strip())
+                if "http://" in line:
+                    break
+            run.terminate()
+        return names
+
+    first, again = imported(), imported()
+    assert "torch" in first and (tmp_path / "out" / "tasks.jsonl").is_file()
+    assert "uvicorn" in again and not {"torch", "transformers", "datasets"} & again
+
+
+def test_where_nothing_is_left_nobody_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlhf_cli.labelling import server
+
+    desks = desks_of(tmp_path, [task(0, 2)])
+    desks["ana"].answer(desks["ana"].turns[0], {"kind": "skip"})
+    server.label(desks, None, False, 0)
+    assert "all tasks are labelled" in capsys.readouterr().err
+
+
+def test_answers_of_the_server_do_not_wait_for_acknowledgements(tmp_path: Path) -> None:
+    """Without TCP_NODELAY each takes the 40 ms that the other side may be silent."""
+    with served(desks_of(tmp_path, [task(0, 2)])) as server, client_of(server) as client:
+        client.get(f"/?token={server.tokens['ana']}")
+        took = []
+        for _ in range(20):
+            began = time.perf_counter()
+            client.get("/turn")
+            took.append(time.perf_counter() - began)
+        assert min(took[1:]) < 0.03
 
 
 def test_an_answer_is_on_disk_in_milliseconds(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ function answersOf(task) {
     const said = element("td");
     said.append(element("pre", line));
     const take = element("td");
-    take.append(button("Take this", () => settle(task, line)));
+    take.append(button("Take", () => settle(task, line)));
     take.firstChild.setAttribute("aria-label", `take what ${who} says`);
     row.append(element("th", who, { scope: "row" }), said, element("td", reviewed ? "reviewed" : note), take);
     made.append(row);
