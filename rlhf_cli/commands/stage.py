@@ -404,7 +404,9 @@ def _checked_run(stage: str, cfg: Any, check: bool, words: list[str], as_json: b
     if check:
         _tell(plan.lines())
         return None
-    if plan.state == FINISHED and place() is None:  # known without torch: a chain flies by again
+    asked_again = getattr(cfg, "review", False)  # what people have labelled is looked at anew
+    # known without torch: a chain flies by again
+    if plan.state == FINISHED and place() is None and not asked_again:
         tidy(Path(cfg.out))
         _tell([f"{cfg.out}: already finished; nothing to do"])
         return Path(cfg.out)

@@ -130,7 +130,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         f"out: {cfg.out} ({'made anew: what is there goes' if emptied else state})",
     ]
     if state == FINISHED:
-        return Plan(state, rows, None, doing)
+        return Plan(state, rows, None, doing, loading=loading_line(cfg))
     check_packages(cfg.trackers)
     check_data(cfg)
     check_models(cfg)

@@ -1,6 +1,8 @@
 """The page on which disagreements are settled: who sees it, what it tells, what it leaves."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,28 @@ def test_a_review_that_is_killed_leaves_the_folder_open(
         check_data(compose("dpo", ["data=jsonl", f"data.path={out}"]))
     label(out, *words)
     assert sum(bool(row.get("reviewed")) for row in read(out / "preferences.jsonl")) == 2
+
+
+def test_a_sealed_folder_is_reviewed_from_the_shell(tmp_path: Path) -> None:
+    import httpx2
+
+    out, words = labelled(tmp_path)
+    command = [sys.executable, "-m", "rlhf_cli", "label", *words, f"out={out}", "review=true"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        address = next(line.strip() for line in run.stderr if "http://" in line)
+        base = address.partition("/?")[0]
+        sent = {"content-type": "application/json", "x-label": "1", "origin": base}
+        with httpx2.Client(base_url=base, headers=sent) as client:
+            client.get(address.removeprefix(base))
+            task = client.get("/disagreements").json()["tasks"][0]["task"]
+            said = json.dumps({"task": task, "line": "5"})
+            assert client.post("/review", content=said).status_code == 200
+            assert not (out / "stage.json").exists()
+            client.post("/finish", content="{}")
+        run.stderr.read()
+    assert run.returncode == 0 and (out / "stage.json").is_file()
+    assert task not in {row["task"] for row in read(out / "preferences.jsonl")}
 
 
 @in_browser
