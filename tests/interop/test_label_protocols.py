@@ -66,6 +66,20 @@ def test_ratings_marks_and_ranks_by_keys(tmp_path: Path, browser: Any, width: in
 
 
 @in_browser
+def test_ranking_by_buttons_and_a_keyboard_keeps_the_focus(tmp_path: Path, browser: Any) -> None:
+    """As a screen reader presses them: the next one to be pressed has the focus."""
+    desks = desks_of(tmp_path, [task(0, 3)])
+    with served(desks) as server, visited(browser, server.address("ana")) as page:
+        place_is(page, "Task 1 of 1")
+        page.locator("article").nth(1).get_by_role("button", name="Next best").focus()
+        for _ in range(4):  # 2, then the first that is left: 1, 3, and Save
+            page.keyboard.press("Enter")
+        place_is(page, "Done")
+    ((turn, event),) = desks["ana"].answered
+    assert [event["ranks"][place] for place in turn.order] == [2, 1, 3]
+
+
+@in_browser
 def test_ratings_by_mouse_and_a_step_back(tmp_path: Path, browser: Any) -> None:
     desks = desks_of(tmp_path, [task(0, 2)], "instructgpt")
     with served(desks) as server, visited(browser, server.address("ana"), 400) as page:

@@ -63,10 +63,17 @@ function saveRanks() {
 }
 
 function headOfRanked(head, i) {
-  head.append(button("Next best", String(i + 1), () => pick(i + 1)));
   const tie = element("button", "Tie with last", { type: "button", class: "tie" });
-  tie.addEventListener("click", () => { ties = true; pick(i + 1); });
-  head.append(tie);
+  const best = button("Next best", String(i + 1), (event) => press(event, i + 1));
+  tie.addEventListener("click", (event) => { ties = true; press(event, i + 1); });
+  head.append(best, tie);
+}
+
+function press(event, number) {
+  pick(number);
+  if (event.detail > 0) return; // by mouse
+  const next = document.querySelector("#responses button:enabled") || $("answers").querySelector("button");
+  next.focus(); // the one that was pressed cannot keep it
 }
 
 function keyOfRanks(key) {

@@ -22,8 +22,7 @@ PROTOCOLS.instructgpt = {
   undo: back,
   key(key) {
     if (at === ratings.length) return key === "Backspace" && !groups.length ? back() : keyOfRanks(key);
-    if (/^[1-7]$/.test(key)) return press(`#form input[value='${key}']`);
-    if (state.marks.some((mark) => mark.key === key)) return press(`#form input[value='${key}']`);
+    if (/^[1-7]$/.test(key) || state.marks.some((mark) => mark.key === key)) return tick(key);
     if (key === "Enter") return next(), true;
     return key === "Backspace" && back();
   },
@@ -31,8 +30,8 @@ PROTOCOLS.instructgpt = {
 
 const lineOf = ({ score, marks }) => [score, ...marks].join(" ");
 
-function press(selector) {
-  document.querySelector(selector).click();
+function tick(key) {
+  document.querySelector(`#form input[value='${key}']`).click();
   return true;
 }
 
@@ -64,19 +63,21 @@ function showStep() {
   $("form").replaceChildren(...(ranking ? [] : [ratingOf(ratings[at]), marksOf(ratings[at])]));
   if (ranking) showRanks();
   else {
-    $("picked").textContent = "";
-    const on = button(at + 1 < count ? "Next response" : "On to ranks", "Enter", next);
-    $("answers").replaceChildren(on);
-    showScore(on);
+    $("answers").replaceChildren(button(at + 1 < count ? "Next response" : "On to ranks", "Enter", next));
+    showRating();
   }
   $("undo").disabled = at === 0 && state.done === 0;
   if (document.activeElement === document.body) $("responses-head").focus();
   document.querySelector("main").scrollTop = 0;
 }
 
-function showScore(on) {
-  on.classList.toggle("main", ratings[at].score !== null);
-  on.disabled = ratings[at].score === null;
+function showRating() {
+  const { score, marks } = ratings[at];
+  const names = state.marks.filter((mark) => marks.has(mark.key)).map((mark) => mark.text);
+  $("picked").textContent = [score === null ? "" : `${score} of 7`, ...names].filter(Boolean).join("; ");
+  const on = $("answers").firstChild;
+  on.classList.toggle("main", score !== null);
+  on.disabled = score === null;
 }
 
 function ratingOf(rating) {
@@ -85,7 +86,7 @@ function ratingOf(rating) {
     made.append(choice("radio", "score", String(score), [String(score)], rating.score === score, () => {
       rating.score = score;
       say("");
-      showScore($("answers").firstChild);
+      showRating();
     }));
   }
   return made;
@@ -97,6 +98,7 @@ function marksOf(rating) {
     made.append(choice("checkbox", "marks", key, [element("kbd", key), element("span", text)], rating.marks.has(key), (on) => {
       if (on) rating.marks.add(key);
       else rating.marks.delete(key);
+      showRating();
     }));
   }
   return made;
