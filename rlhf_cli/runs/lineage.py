@@ -36,6 +36,8 @@ POLICY, REWARD = "policy", "reward"  # roles, and what stages write
 MAIN_ROLES = (POLICY, "model")  # whose weights a stage goes on from
 HEADER = re.compile(r"# (?:rlhf-cli (?P<words>.*)|rlhf_cli\.stages\.(?P<stage>\w+)\.run)")
 
+ERROR = "_stderr"  # of another figure
+
 Figures = dict[str, float]
 HashOf = Callable[[str, str], str | None]
 """The hash now of what stands under `parents` or `inputs`, by kind and path."""
@@ -332,7 +334,7 @@ def _figures(stage: str | None, manifest: dict[str, Any]) -> Figures:
         return {}
     plain = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     known = {name: plain[name] for name in headline if name in plain}
-    others = [name for name in plain if name.startswith("eval/")][:1]
+    others = [name for name in plain if name.startswith("eval/") and not name.endswith(ERROR)][:1]
     return known or {name: plain[name] for name in others}
 
 

@@ -419,7 +419,8 @@ def intervals_figure(
         + (f", {row['low']:.4g} to {row['high']:.4g}" if "low" in row else "")
         for row in rows
     )
-    panel = alt.layer(bars, dots, height=30 * len(rows) + 10)
+    layers = [bars, dots] if any("low" in row for row in rows) else [dots]
+    panel = alt.layer(*layers, height=30 * len(rows) + 10)
     return Figure(name, title, [panel], said)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_cli.commands import compare, ls, report, watch
+from rlhf_cli.runs.lineage import read_node
 from rlhf_cli.views.report import data_of, runs_at, sections_of
 from tests.views.test_report import evaluation, logged, made
 
@@ -125,6 +126,11 @@ def test_no_figure_is_known(
     watch.run(["demo"])
     watch.run(["demo/evaluate"])
     assert not UNKNOWN.search(capsys.readouterr().out)
+
+
+def test_an_error_is_not_taken_for_what_it_is_the_error_of(chain: Path) -> None:
+    lose(chain, lambda each: each in ("eval/loss", "loss"))
+    assert read_node(chain / "sft", lambda kind, path: None).figures == {}
 
 
 def test_what_is_not_drawn_is_named(chain: Path) -> None:
