@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.files import Raw, find
 from rlhf_cli.data.kinds import Turns
-from rlhf_cli.data.messages import turns_of
+from rlhf_cli.data.messages import check_characters, turns_of
 from rlhf_cli.data.parse import rows_of_file
 
 
@@ -15,7 +15,8 @@ def responses_of(path: str) -> Iterator[tuple[Raw, str, str | Turns, str, str]]:
     Without a `policy` the file is who wrote it.
 
     Raises:
-        UserError: a row lacks prompt or response, or its prompt is no dialogue.
+        UserError: a row lacks prompt or response, its prompt is no dialogue, or half a character is
+            in them.
     """
     for file in find(path).train:
         for raw, place in rows_of_file(file):
@@ -24,6 +25,11 @@ def responses_of(path: str) -> Iterator[tuple[Raw, str, str | Turns, str, str]]:
             prompt, text = raw.get("prompt"), raw.get("response")
             if not isinstance(prompt, str | list) or not isinstance(text, str):
                 raise UserError(f"{place}: needs prompt and response, as samples.jsonl has them")
+            policy = str(raw.get("policy") or file.stem)
             if isinstance(prompt, list):
                 prompt = turns_of(prompt, "prompt", place)
-            yield raw, str(raw.get("policy") or file.stem), prompt, text, place
+            else:
+                check_characters(prompt, "prompt", place)
+            check_characters(text, "response", place)
+            check_characters(policy, "policy", place)
+            yield raw, policy, prompt, text, place

@@ -44,7 +44,7 @@ NUMBERS = {
 
 FILES = {
     "rankings.jsonl": "rows for reward",
-    "feedback.jsonl": "rows for reward algo=pointwise and dpo algo=kto",
+    "feedback.jsonl": "rows for reward algo=pointwise and, of thumbs, dpo algo=kto",
     "stepwise.jsonl": "rows for reward algo=process",
     "report.json": "tables",
     "frontier.png": "scores over KL",

@@ -233,6 +233,15 @@ def test_a_prompt_that_is_no_dialogue_is_named(tmp_path: Path, prompt: Any) -> N
         samples_of_file(str(file))
 
 
+@pytest.mark.parametrize("column", ["prompt", "response", "policy"])
+def test_half_a_character_is_named(tmp_path: Path, column: str) -> None:
+    row = {"prompt": "a", "response": "b", "policy": "c", column: "x\ud800"}
+    file = tmp_path / "samples.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"samples.jsonl:1: column '{column}' holds half"):
+        samples_of_file(str(file))
+
+
 def test_instructions_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     file = tmp_path / "told.md"
     file.write_bytes(b"\xff\xfe")
