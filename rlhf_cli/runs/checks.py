@@ -400,6 +400,16 @@ def check_labelling(cfg: Run) -> None:
         )
 
 
+def check_questions(cfg: Run) -> None:
+    """The files that say what a judge or a reviser is asked are there; a stage reads them as it
+    starts.
+    """
+    for key in ("judge_prompt", "principles", "critique_prompt", "revision_prompt"):
+        place = getattr(cfg, key, None)
+        if place is not None and not Path(place).is_file():
+            raise UserError(f"{key}={place} does not exist, or is no file")
+
+
 def sampler_lines(cfg: Run) -> list[str]:
     """Who samples, where this process does not."""
     hardware = cfg.hardware

@@ -27,6 +27,7 @@ from rlhf_cli.runs.checks import (
     check_frozen_layers,
     check_labelling,
     check_models,
+    check_questions,
     check_rows,
     check_sampler,
     own_loss_lines,
@@ -138,6 +139,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     check_frozen_layers(cfg)
     check_sampler(cfg)
     check_labelling(cfg)
+    check_questions(cfg)
     check_adapter_use(cfg)
     provenance: Provenance | None = {}
     if decides:

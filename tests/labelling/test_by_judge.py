@@ -15,6 +15,7 @@ from rlhf_cli.data.kinds import Preference
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.labelling.by_judge import ranks_of
 from rlhf_cli.runs.kinship import kinship_lines
+from rlhf_cli.runs.preflight import preflight
 from tests.endpoints import FakeJudge
 from tests.labelling.test_label import WORDS, given, label, read, typed
 
@@ -169,6 +170,14 @@ def test_principles_are_in_the_events(fake: Fake, tmp_path: Path) -> None:
         count = sum(f"principle: {principle}" in text for text in asked)
         assert count == 2 * sum(own.count(principle) for own in said)
     assert not any("Be kind" in json.dumps(row) for row in read(out / "preferences.jsonl"))
+
+
+def test_files_of_questions_are_looked_for_before_anything_runs(fake: Fake, tmp_path: Path) -> None:
+    server = fake(fair)
+    for key in ("judge_prompt", "principles"):
+        words = words_for(server, tmp_path, f"{key}={tmp_path / 'none.txt'}")
+        with pytest.raises(UserError, match=f"{key}=.*none.txt does not exist"):
+            preflight(compose("label", [*words, f"out={tmp_path / 'out'}"]), check_only=True)
 
 
 def test_a_policy_labels(inside: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
