@@ -52,6 +52,7 @@ _ON_DARK = ("#56b4e9", "#ff9e4a", "#35c79b", "#e58ad0", "#e6d04a", "#b3bac4", "#
 LIGHT |= {f"series-{i}": colour for i, colour in enumerate(_ON_LIGHT)}
 DARK |= {f"series-{i}": colour for i, colour in enumerate(_ON_DARK)}
 SERIES = len(_ON_LIGHT)
+SHAPES = ("circle", "square", "triangle-up", "diamond")  # of points, each for a round of colours
 
 
 def theme(colours: Mapping[str, str]) -> dict[str, Any]:
@@ -165,7 +166,12 @@ def curve_panel(
     if any(curve.low and not curve.band for curve in curves):
         bar = base.transform_filter("!datum.band && isValid(datum.low)").mark_rule(strokeWidth=1.4)
         layers.append(bar.encode(**ends))
-    dots = base.mark_circle(size=34).encode(
+    dots = base.mark_circle(size=34)
+    if len(names) > SERIES:
+        shapes = [SHAPES[i // SERIES % len(SHAPES)] for i in range(len(names))]
+        shape = alt.Shape("name:N").scale(domain=list(names), range=shapes)
+        dots = base.mark_point(filled=True, size=34).encode(shape=shape)
+    dots = dots.encode(
         tooltip=tooltip,
         opacity=alt.Opacity("dot:Q").scale(None).legend(None),  # unseen ones answer the pointer
     )

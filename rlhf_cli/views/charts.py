@@ -57,12 +57,14 @@ class Figure:
     name: of its file.
     panels: what is drawn, from top to bottom.
     said: what a reader who does not see it is told.
+    whole: whether it takes the width of the page.
     """
 
     name: str
     title: str
     panels: list["Panel"]
     said: str = ""
+    whole: bool = False
 
 
 @dataclass
@@ -370,7 +372,7 @@ def matrix_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Fig
     count = len({row["one"] for row in rows})
     said = "; ".join(f"{row['one']} against {row['other']} {row['text']}" for row in rows)
     panel = alt.layer(*cells, words).properties(height=36 * count + 20)
-    return Figure("wins", "Wins and half the ties", [panel], said)
+    return Figure("wins", "Wins and half the ties", [panel], said, whole=count > MOST_CURVES)
 
 
 def ratings_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Figure | None:

@@ -34,6 +34,7 @@ from rlhf_cli.views.records import Record, read_record
 from rlhf_cli.views.samples import samples_of
 
 SEED = "seed"
+MOST_COLUMNS = 6  # of runs beside each other; more are lines
 ONLINE = ("ppo", "grpo")
 
 
@@ -75,7 +76,8 @@ class Runs:
             f'<div class="chart" data-chart="{name}.{i}" role="img" aria-label="{label}"></div>'
             for i in range(len(figure.panels))
         )
-        return f"<figure><figcaption>{said(figure.title)}</figcaption>{panels}</figure>"
+        start = '<figure class="whole">' if figure.whole else "<figure>"
+        return f"{start}<figcaption>{said(figure.title)}</figcaption>{panels}</figure>"
 
 
 def runs_at(places: Sequence[Path]) -> Runs:
@@ -375,7 +377,10 @@ def rewards(runs: Runs) -> str:
         figures.append(charts.rewards_in_training(record, name))
     left = ", ".join(said(name) for name, _ in online[charts.MOST_CURVES :])
     note = f'<p class="note">Not drawn: {left}. Name fewer runs to see them.</p>' if left else ""
-    return runs.drawn(figures) + note
+    known = [each for each in figures if each is not None]
+    first, rest = known[: charts.MOST_CURVES], known[charts.MOST_CURVES :]
+    more = folded(f"{len(rest)} more histograms", runs.drawn(rest)) if rest else ""
+    return runs.drawn(first) + more + note
 
 
 def calibration(runs: Runs) -> str:
@@ -480,7 +485,9 @@ def settings(runs: Runs) -> str:
 
 
 def beside(runs: Sequence[Compared]) -> str:
-    """Settings that differ, then final metrics, a column for each run."""
+    """Settings that differ, then final metrics, a column for each run; of a sweep a line for each,
+    with both.
+    """
     heads = ["", *(said(each.name) for each in runs)]
     differ = [[said(key), *(setting(each, key) for each in runs)] for key in differing(runs)]
     names = [each for each in figure_names(runs) if not each.endswith(ENDS)]
@@ -491,6 +498,12 @@ def beside(runs: Sequence[Compared]) -> str:
         ]
         for name in names
     ]
+    if len(runs) > MOST_COLUMNS:
+        (_, *lines) = zip(heads, *differ, *ended, strict=True)
+        columns = [str(row[0]) for row in (*differ, *ended)]
+        return table(
+            ["run", *columns], lines, "settings that differ, final metrics ± standard error"
+        )
     told = table(heads, differ, "settings that differ") if differ else "<p>No setting differs.</p>"
     return told + table(heads, ended, "final metrics, ± standard error")
 

@@ -11,8 +11,17 @@ import pytest
 
 from rlhf_cli.commands.report import parse, run
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.reporting.plots import Curve, curve_panel
 from rlhf_cli.views import charts
-from rlhf_cli.views.report import Runs, data_of, groups_of, report, runs_at, sections_of
+from rlhf_cli.views.report import (
+    Runs,
+    data_of,
+    groups_of,
+    report,
+    runs_at,
+    sections_of,
+    settings,
+)
 from tests.views.test_html import HOSTILE, Reader
 
 WON = {"win": 0.6, "tie": 0.2, "loss": 0.2, "low": 0.6, "high": 0.8, "p": 0.01, "p_holm": 0.02}
@@ -230,3 +239,31 @@ def test_policies_are_called_by_what_tells_them_apart() -> None:
     told = ["ppo", "runs/a/dpo", "runs/b/dpo", "ppo/step-10", "model best of 4"]
     assert [name_of(path) for path in paths] == told
     assert name_of("runs/a/sft") == "sft"  # of the reference, which need not be judged
+
+
+def test_the_runs_of_a_sweep_are_lines_of_a_table(tmp_path: Path) -> None:
+    """Up to six stand beside each other."""
+    for i in range(7):
+        folder = made(tmp_path / f"sweep/lr={i}", "ppo", metrics=[{"step": 1, "reward": i}])
+        config = folder / "config.yaml"
+        config.write_text(config.read_text().replace("lr: 0.1", f"lr: {i}"))
+    text = settings(runs_at([tmp_path]))
+    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in text.split("<tr>")[1:]]
+    assert rows[0][:2] == ["run", "algo.lr"] and len(rows) == 8
+    assert [row[:2] for row in rows[1:]] == [[f"lr={i}", str(i)] for i in range(7)]
+    text = settings(runs_at(sorted(tmp_path.glob("sweep/*"))[:6]))
+    assert "settings that differ</caption>" in text and '<th scope="row">algo.lr' in text
+
+
+def test_many_policies_are_told_apart(tmp_path: Path) -> None:
+    """By shapes once colours have gone round, on a matrix as wide as the page."""
+    names = [f"p{i}" for i in range(9)]
+    few, many = (evaluation(*names[:count]) for count in (8, 9))
+    for each, whole in ((few, False), (many, True)):
+        figure = charts.matrix_figure(each, str)
+        assert figure is not None and figure.whole == whole
+    curves = [Curve(name, [0.0], [1.0], joined=False) for name in names]
+    spec = curve_panel("gold", "KL", curves, names).to_dict()
+    (shape,) = [layer["encoding"]["shape"] for layer in spec["layer"] if "shape" in str(layer)]
+    assert shape["scale"]["range"] == [*["circle"] * 8, "square"]
+    assert "shape" not in str(curve_panel("gold", "KL", curves[:8], names[:8]).to_dict())
