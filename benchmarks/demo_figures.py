@@ -2,8 +2,9 @@
 
     python benchmarks/demo_figures.py docs/pictures runs/seed0/evaluate runs/seed1/evaluate ...
 
-frontier.png (2305.18290 fig. 2, left): gold over the KL to SFT, of each policy, of the evaluations
-that its training has logged, and of the best of n samples of SFT at the bound of its KL.
+frontier.png (2305.18290 fig. 2, left): gold over the KL to SFT, of each policy, of its snapshots or
+else of the evaluations that its training has logged, and of the best of n samples of SFT at the
+bound of its KL.
 win_rates.png (fig. 2, right): how often a policy beats the reference of the data by gold, over the
 sampling temperature; ties are half.
 Points are means over seeds, bars go from the least seed to the greatest.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.evaluation.frontier import BEST_OF, POLICY, TRAINING
+from rlhf_cli.evaluation.frontier import BEST_OF, POLICY, SNAPSHOT, TRAINING
 from rlhf_cli.reporting.plots import Curve, curves_picture
 
 Report = dict[str, Any]
@@ -25,13 +26,14 @@ def main(folder: Path, evaluations: Sequence[Path]) -> None:
     """Draw both pictures into a folder."""
     reports = [json.loads((each / "report.json").read_text()) for each in evaluations]
     folder.mkdir(parents=True, exist_ok=True)
-    names = sorted({Path(path).name for path in reports[0]["policies"]})
+    kept = {point["policy"] for point in reports[0]["frontier"] if point["from"] == SNAPSHOT}
+    names = sorted({Path(path).name for path in reports[0]["policies"] if path not in kept})
     seeds = f"{len(reports)} seeds"
     frontier = [
         curve
         for name in names
         for curve in (
-            over_seeds(name, reports, lambda report, name=name: logged(report, name), joined=True),
+            over_seeds(name, reports, lambda report, name=name: way_of(report, name), joined=True),
             over_seeds(name, reports, lambda report, name=name: sampled(report, name)),
         )
         if curve.x
@@ -79,9 +81,10 @@ def sampled(report: Report, name: str) -> Iterator[tuple[float, float]]:
     yield from of_frontier(report, name, POLICY)
 
 
-def logged(report: Report, name: str) -> Iterator[tuple[float, float]]:
-    """What its training has logged, in the order of steps."""
-    yield from of_frontier(report, name, TRAINING)
+def way_of(report: Report, name: str) -> Iterator[tuple[float, float]]:
+    """Its snapshots, or what its training has logged, in the order of steps."""
+    kept = [*of_frontier(report, name, SNAPSHOT)]
+    yield from kept or of_frontier(report, name, TRAINING)
 
 
 def best_of(report: Report) -> Iterator[tuple[float, float]]:
@@ -91,8 +94,9 @@ def best_of(report: Report) -> Iterator[tuple[float, float]]:
 
 def of_frontier(report: Report, name: str, kind: str) -> Iterator[tuple[float, float]]:
     """(KL, gold) of the points of a kind."""
-    for point in report["frontier"]:
-        if Path(point["policy"]).name == name and point["from"] == kind and "gold" in point:
+    for point in sorted(report["frontier"], key=lambda point: point.get("step") or 0):
+        path = point["run" if kind == SNAPSHOT and "run" in point else "policy"]
+        if Path(path).name == name and point["from"] == kind and "gold" in point:
             yield point["kl"]["mean"], point["gold"]["mean"]
 
 
