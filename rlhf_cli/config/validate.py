@@ -428,6 +428,8 @@ def _labelling(cfg: Run) -> Iterator[str]:
         yield from _unsampled(cfg)
     if cfg.source == "reward" and cfg.reward is None and cfg.samples is None:
         yield "source=reward needs reward=..., or samples=FILE with rewards in it"
+    if cfg.port and cfg.source != "page" and not cfg.review:
+        yield f"port={cfg.port} is that of a page: source=page and review=true show one, or set 0"
     yield from _protocol(cfg)
 
 

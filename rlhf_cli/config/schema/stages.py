@@ -261,11 +261,9 @@ class LabelConfig(JudgeKeys, SamplingConfig):
         "Which of them sits at the terminal; null is the first.", used_by="source=terminal"
     )
     port: int = key(
-        "Port of the page on this machine; 0 takes a free one.",
+        "Port of the page on this machine, with source=page and review=true; 0 takes a free one.",
         ge=0,
         le=65535,
-        used_by="source=page",
-        unused=0,
     )
     labels: str | None = key(
         "File of labels that were made elsewhere, of the tasks in tasks.jsonl: rows of task, "
