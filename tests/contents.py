@@ -7,7 +7,10 @@ from typing import Any
 
 from rlhf_cli.folders.integrity import fault_in
 
-MEASURED = re.compile("seconds$|seconds/|tokens_per_second$|peak_memory$")
+MEASURED = re.compile(
+    "seconds$|seconds/|tokens_per_second$|peak_memory$"
+    "|started$|saved$|crc$"  # of an answer, and the checksum of a line that says when it was given
+)
 LEFTOVER = re.compile(r"(^|/)\.|\.part$|^checkpoints\b|\.lock$")
 
 

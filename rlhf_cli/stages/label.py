@@ -155,7 +155,6 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     check_lock(session.out)
     write_tasks(session.out, with_planted(tasks, planted))
     interrupts.wait_no_more("the tasks are sampled")  # nothing is lost by an end from here on
-    (session.out / SAMPLES).unlink(missing_ok=True)  # a link to what it was sampled from
 
 
 def planted_of(cfg: LabelConfig) -> list[Task]:
@@ -224,6 +223,7 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     if session is None:
         return Path(cfg.out)
     session.claim()
+    (session.out / SAMPLES).unlink(missing_ok=True)  # a link to what tasks were sampled from
     desks = list(desks_of(cfg).values())
     tasks = read_tasks(session.out)
     answers = counted((each for desk in desks for each in desk.answered), cfg.algo.protocol)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from subprocess import DEVNULL
 
 import pytest
 
+from rlhf_cli.config.catalog import shipped
 from tests.contents import contents_of, faults_of
 from tests.tiny import DATA, rows_of, words_of
 
@@ -48,14 +50,13 @@ def start(folder: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def kill(folder: Path, stage: str, seconds: float) -> bool:
-    """Run the script and kill it so long after a stage claims its folder; False if it ends first.
+def kill(folder: Path, file: str, seconds: float) -> bool:
+    """Run the script and kill it so long after a file is there; False if it ends first.
 
-    Where the folder is claimed already, the seconds count from the start of the script.
+    Where the file is there already, the seconds count from the start of the script.
     """
     script = start(folder)
-    claimed = folder / "runs/demo" / stage / "config.yaml"
-    while script.poll() is None and not claimed.exists():
+    while script.poll() is None and not (folder / file).exists():
         time.sleep(0.002)
     with suppress(subprocess.TimeoutExpired):
         script.wait(seconds)
@@ -82,7 +83,7 @@ def test_a_killed_chain_ends_with_the_same_bytes_and_does_nothing_twice(
     draw, done, during = random.Random(0), dict[str, int](), list[str]()
     for stage in STAGES:
         for longest in (1.0, 12.0):  # as it trains or writes, and at any time of its next run
-            if not kill(killed, stage, draw.uniform(0, longest)):
+            if not kill(killed, f"runs/demo/{stage}/config.yaml", draw.uniform(0, longest)):
                 continue
             now = finished(killed)
             assert {name: now.get(name) for name in done} == done
@@ -100,3 +101,58 @@ def test_a_killed_chain_ends_with_the_same_bytes_and_does_nothing_twice(
         out = killed / "runs/demo" / stage
         assert contents_of(out) == contents_of(whole / "runs/demo" / stage), stage
         assert not faults_of(out), stage
+
+
+# --------------------------------------------------------------------------- rounds
+
+ROUNDS = {
+    "POLICY": "runs/demo/sft",
+    "DATA": "data=jsonl data.path=rows.jsonl",
+    "ROUNDS": "2",
+    "HELD_OUT": "0.3",
+    "COMMON": "hardware.threads=1",
+    "LABEL": "source=reward reward=runs/demo/reward algo.prompts=20 algo.temperature=1.2",
+    "REWARD": "algo.batch_size=8 algo.epochs=12 algo.lr=1e-2 algo.warmup_steps=1 "
+    "algo.eval_every=100 data.long_responses=cut",
+    "PPO": "algo.steps=4 algo.batch_size=8 algo.minibatch_size=8 algo.lr=1e-3 algo.value_lr=1e-2 "
+    "algo.warmup_steps=1 hardware.save_every=1",
+    "EVALUATE": "gold=length:2 algo.prompts=8 algo.samples=2",
+}
+MOMENTS = (
+    ("round1/label/tasks.jsonl", 0.0),  # sampled, and labelled next
+    ("round1/ppo/metrics.jsonl", 0.0),
+    ("round1/evaluate/stage.json", 0.0),  # before the line that reads it
+    ("round2/label/stage.json", 0.5),  # between two lines, or as the next one starts
+    ("round2/reward/config.yaml", 0.5),
+)
+
+
+def prepare_rounds(folder: Path, chain: Path) -> None:
+    """A folder with a policy, prompts and a script that starts the recipe."""
+    shutil.copytree(chain, folder)
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in ROUNDS.items()]
+    recipe = shlex.quote(str(shipped("recipes") / "online.sh"))
+    (folder / SCRIPT).write_text("\n".join([*lines, f"exec bash {recipe}"]) + "\n")
+
+
+@pytest.mark.slow
+def test_killed_rounds_end_with_the_same_bytes(chain: Path, tmp_path: Path) -> None:
+    """What a round reads of the ones before, and which policy it labels, are as they were."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    prepare_rounds(whole, chain)
+    prepare_rounds(killed, chain)
+    assert start(whole).wait() == 0
+    for file, seconds in MOMENTS:
+        assert kill(killed, f"runs/online/{file}", seconds), file
+    assert start(killed).wait() == 0
+    ours, theirs = (
+        {
+            file.parent.relative_to(folder): contents_of(file.parent)
+            for file in (folder / "runs/online").rglob("stage.json")
+        }
+        for folder in (whole, killed)
+    )
+    assert len(ours) == 8 and ours.keys() == theirs.keys()
+    for place, content in ours.items():
+        assert theirs[place] == content, place
+        assert not faults_of(killed / place), place
