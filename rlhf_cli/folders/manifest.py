@@ -32,6 +32,7 @@ LOADED = (  # beside weights
     "chat_template.jinja",
 )
 OF_ROWS = ("samples", "labels")  # kinds of folders that hold rows, not weights
+EVENTS = "events-{}.jsonl"  # what one annotator has answered
 ACCURACY_ON = re.compile(r"eval/source/(.+)/(accuracy(?:_stderr|_low|_high)?)")
 SMALL = 2**20  # bytes of a file that is hashed anew each time
 
@@ -284,8 +285,8 @@ def _sha256(file: Path) -> str:
 
 def content_hash(path: str) -> str:
     """Identity of a stage's folder: all that a stage loads of a model, and of an adapter's local
-    base, and the scale of its reward; the rows that generate and label leave. A hub id stands for
-    itself.
+    base, and the scale of its reward; the rows that generate and label leave, whenever they were
+    labelled. A hub id stands for itself.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -298,8 +299,8 @@ def content_hash(path: str) -> str:
         if file.is_file()
     ]
     if said.get("kind") in OF_ROWS:
-        sealed = said.get("files", {})
-        files += [file for file in sorted(folder.glob("*.jsonl")) if file.name in sealed]
+        rows = set(folder.glob("*.jsonl")) - set(folder.glob(EVENTS.format("*")))
+        files += [file for file in sorted(rows) if file.name in said.get("files", {})]
     scale = [said.get("reward"), said.get("implicit_reward")]
     whole = f"{file_hash(*files)} {json.dumps(scale, sort_keys=True)}"
     return hashlib.sha256(whole.encode()).hexdigest()[:16]

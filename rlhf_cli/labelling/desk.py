@@ -17,11 +17,10 @@ from rlhf_cli.config.schema.stages import LabelConfig
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.folders.files import flush
 from rlhf_cli.folders.journal import Journal
-from rlhf_cli.folders.manifest import text_hash
+from rlhf_cli.folders.manifest import EVENTS, text_hash
 from rlhf_cli.labelling.answers import Answer, fault_of
 from rlhf_cli.labelling.tasks import Turn, dealt, read_tasks
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import EVENTS
 
 UNDO = "undo"
 Event = dict[str, Any]

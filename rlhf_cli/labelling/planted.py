@@ -13,6 +13,7 @@ from rlhf_cli.data.parse import rows_of_file
 from rlhf_cli.data.raw import RowError
 from rlhf_cli.data.readers import as_row
 from rlhf_cli.folders.journal import Journal
+from rlhf_cli.folders.manifest import EVENTS
 from rlhf_cli.labelling.answers import FIELDS, FLAG, dense
 from rlhf_cli.labelling.tasks import (
     PAIR,
@@ -24,7 +25,7 @@ from rlhf_cli.labelling.tasks import (
     key_of,
     read_tasks,
 )
-from rlhf_cli.runs.out_folder import CONFIG, EVENTS, TASKS
+from rlhf_cli.runs.out_folder import CONFIG, TASKS
 
 KNOWN = {
     **dict.fromkeys((*RANKED, PAIR), "prompt, responses and ranks, or prompt, chosen and rejected"),

@@ -24,6 +24,7 @@ from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_j
 from rlhf_cli.folders.integrity import check_files, check_plain, oddity
 from rlhf_cli.folders.json_forms import PROVENANCE
 from rlhf_cli.folders.manifest import (
+    EVENTS,
     MANIFEST,
     Manifest,
     places_filled_in,
@@ -52,7 +53,6 @@ STAGING = ".staging"
 CHECKPOINTS = "checkpoints"
 INPUTS = f"{CHECKPOINTS}/inputs.json"
 TASKS = "tasks.jsonl"  # what label asks, once it is sampled
-EVENTS = "events-{}.jsonl"  # what one annotator has answered
 # rows that it seals
 LABELS = ("rankings.jsonl", "preferences.jsonl", "feedback.jsonl", "stepwise.jsonl")
 RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
