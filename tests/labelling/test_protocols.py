@@ -154,7 +154,7 @@ def right(steps):
 def test_a_reward_that_judges_steps_labels_them(inside: None, tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     judge.write_text(JUDGE)
-    words = [samples(tmp_path / "s.jsonl", "One\nIs wrong\nThree", "One\nTwo"), *WORDS]
+    words = [samples(tmp_path / "s.jsonl", "One\nIs wrong\nThree", "One\nTwo"), *WORDS[:-1]]
     words += ["algo.protocol=steps", "source=reward"]
     out = label(tmp_path / "out", *words, f"reward={judge}:right")
     assert sorted(row["first_wrong"] or 0 for row in rows_in(out / "stepwise.jsonl")) == [0, 2]
