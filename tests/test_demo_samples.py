@@ -20,7 +20,6 @@ from rlhf_cli.data.rows import DEMO_FOLDER
 pytestmark = pytest.mark.slow
 
 SFT = "runs/demo/sft"
-FEW = ["hardware.threads=1", "hardware.save_every=null"]
 
 
 def run(stage: str, out: str, *words: str) -> Path:
