@@ -7,12 +7,14 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
 # Processes are forked off one that has imported what takes long, and has never computed anything.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed", "rlhf_cli.stages.ppo", "tests.ranks"])
+get_temp_dir()  # for good, before a test may move it: addresses of sockets have to be short
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any, seconds: int = 120) -> list[Any]:

@@ -38,7 +38,7 @@ def place(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def inside(
+def here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Cli:
     """`rlhf-cli WORDS...` in this process, which has imported what a new one takes a second for."""

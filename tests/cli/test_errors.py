@@ -237,10 +237,8 @@ def check(done: "subprocess.CompletedProcess[str]", parts: list[str], folder: Pa
 
 
 @pytest.mark.parametrize(("words", "parts"), ALL)
-def test_a_user_error_is_one_line(
-    words: str, parts: list[str], inside: Cli, tmp_path: Path
-) -> None:
-    check(inside(*words.split()), parts, tmp_path)
+def test_a_user_error_is_one_line(words: str, parts: list[str], here: Cli, tmp_path: Path) -> None:
+    check(here(*words.split()), parts, tmp_path)
 
 
 @pytest.mark.parametrize(("words", "parts"), ALL[::20])

@@ -1250,11 +1250,11 @@ def check_last_line(stderr: str, parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", EARLY)
-def test_a_bad_input_is_one_line_and_changes_nothing(name: str, inside: Cli, place: Path) -> None:
+def test_a_bad_input_is_one_line_and_changes_nothing(name: str, here: Cli, place: Path) -> None:
     change, words, parts = EARLY[name]
     change(place)
     before = contents(place)
-    done = inside(*words.split())
+    done = here(*words.split())
     assert (done.returncode, done.stdout) == (2, "")
     check_line(done.stderr, parts)
     assert contents(place) == before
@@ -1275,13 +1275,11 @@ def test_a_bad_input_is_told_of_in_time(name: str, cli: Cli, place: Path) -> Non
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if "never ends" in name else name for name in LATE],
 )
-def test_what_only_loading_shows_changes_nothing_either(
-    name: str, inside: Cli, place: Path
-) -> None:
+def test_what_only_loading_shows_changes_nothing_either(name: str, here: Cli, place: Path) -> None:
     change, words, parts = LATE[name]
     change(place)
     before = contents(place)
-    done = inside(*words.split())
+    done = here(*words.split())
     assert (done.returncode, done.stdout) == (2, "")
     check_last_line(done.stderr, parts)
     assert contents(place) == before

@@ -115,6 +115,7 @@ def test_every_metric_is_described(written: set[str]) -> None:
     assert not unknown
 
 
+@pytest.mark.slow
 def test_what_is_described_is_written_somewhere(written: set[str]) -> None:
     """By a run, or at least the code has its last word."""
     code = "".join(path.read_text() for path in (ROOT / "rlhf_cli").rglob("*.py"))

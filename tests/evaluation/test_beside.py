@@ -34,6 +34,7 @@ def report_of(names: list[str]) -> dict[str, Any]:
         "against_references": {name: rate(0.6) for name in names},
         "ratings": {name: {"rating": 12.4, "not_separable": []} for name in names},
         "anchor": names[0],
+        "frontier": [],
         "prompts": 16,
         "choices_by_chance": 0.5,
         "by_temperature": {

@@ -186,7 +186,7 @@ def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
 
 
 @pytest.mark.parametrize("in_slots", [True, False])
-@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("most", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_responses_do_not_change_where_fewer_are_drawn_at_once(
     most: int, in_slots: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

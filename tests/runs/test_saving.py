@@ -164,8 +164,12 @@ def forged(point: Path, **values: Any) -> None:
     (point / "files.json").write_text(json.dumps(files))
 
 
+MISSHAPEN = [{"step": "x"}, {"step": 2}, {"logs": 3}, {"schedule": None}]
+
+
 @pytest.mark.parametrize(
-    "values", [{"kl_coef": 9.0}, {"step": "x"}, {"step": 2}, {"logs": 3}, {"schedule": None}]
+    "values",
+    [{"kl_coef": 9.0}, *(pytest.param(each, marks=pytest.mark.slow) for each in MISSHAPEN)],
 )
 def test_forged_numbers_are_given_up(
     values: dict[str, Any], killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

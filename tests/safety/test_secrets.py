@@ -114,7 +114,7 @@ def test_a_function_that_says_its_key(cli: Cli, place: Path) -> None:
     assert written(place / "new") and KEY.encode() not in written(place / "new")
 
 
-@pytest.mark.parametrize("traceback", ["0", "1"])
+@pytest.mark.parametrize("traceback", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_function_that_fails_as_it_is_loaded(traceback: str, cli: Cli, place: Path) -> None:
     (place / "mine.py").write_text(AT_IMPORT)
     words = ["generate", *ANSWERS, "reward=mine.py:score"]

@@ -164,6 +164,8 @@ MORE = [
     *("reward plackett_luce", "reward score", "length_normalised", "ipo", "simpo", "preferred_ft"),
     *("dpo lora precomputed", "dpo bootstrap lora", "dpo folder lora", "kto precomputed", "orpo"),
     *("a2c", "reinforce", "reinforce_pp", "gspo", "cispo", "grpo refreshed lora", "grpo watched"),
+    *("sft on a model", "sft by reward", "reward kwise", "reward label", "reward token lora"),
+    *("dpo bootstrap", "dpo folder", "dpo sft_coef", "plackett_luce", "dpo lora"),
     *("grpo_process", "dapo", "rloo", "ppo_klpen", "ppo frozen", "ppo lora rule", "ppo watched"),
 ]
 
@@ -277,7 +279,10 @@ CUT = [
 ]
 
 
-CUT_MORE = ["reward plackett_luce", "reward score", "length_normalised", "plackett_luce", "gspo"]
+CUT_MORE = [
+    *("reward plackett_luce", "reward score", "length_normalised", "plackett_luce", "gspo"),
+    *("reward label", "reward kwise", "dpo bootstrap", "dpo sft_coef", "a2c", "ppo watched"),
+]
 
 
 @pytest.mark.parametrize(
