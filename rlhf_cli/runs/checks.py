@@ -104,18 +104,26 @@ def check_data(cfg: Run) -> None:
 
 
 def _check_sealed(key: str, place: str) -> None:
+    """`_check_sealed_at` of all that a place may name: of a pattern every folder that fits, whether
+    what it names there is there already or not.
+    """
+    whole = Path(place).expanduser()
+    if not has_magic(place) or whole.exists():
+        _check_sealed_at(key, whole)
+        return
+    inside = {Path(each, whole.name) for each in glob(str(whole.parent))}
+    for each in sorted(inside.union(map(Path, glob(str(whole))))):
+        _check_sealed_at(key, each)
+
+
+def _check_sealed_at(key: str, whole: Path) -> None:
     """What is named of a stage's folder are rows that it has sealed: no part of them, and of labels
     neither tasks nor events.
 
     Raises:
         UserError: the stage is not done, or the label folder itself is named.
     """
-    whole = Path(place).expanduser()
     folder = whole if whole.is_dir() else whole.parent
-    if has_magic(place):
-        for each in sorted(glob(str(folder))):
-            _check_sealed(key, str(Path(each, whole.name)))
-        return
     if not is_claimed(folder):
         return
     labelled = (folder / TASKS).is_file()
@@ -125,10 +133,10 @@ def _check_sealed(key: str, place: str) -> None:
         way = f"go on with `{command}`" if command else "the command that began it goes on"
         way += ", or seal what is there with accept_partial=true" if labelled else ""
         state = "labelled still" if labelled else "not finished"
-        raise UserError(f"{key}={place}: {folder} is {state}: {way}")
+        raise UserError(f"{key}={whole}: {folder} is {state}: {way}")
     if labelled and whole == folder:
         rows = [str(folder / name) for name in LABELS if (folder / name).is_file()]
-        raise UserError(f"{key}={place} is a label folder: name its rows, {' or '.join(rows)}")
+        raise UserError(f"{key}={whole} is a label folder: name its rows, {' or '.join(rows)}")
 
 
 def is_hub_id(value: str) -> bool:

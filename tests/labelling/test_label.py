@@ -267,15 +267,21 @@ def test_what_is_being_labelled_is_named_as_that(
         for stage in ("reward", "dpo"):
             with pytest.raises(UserError, match=f"data.path={place}: {out} is labelled still"):
                 check_data(compose(stage, data))
-    with pytest.raises(UserError, match="is labelled still"):  # and left out of no pattern
-        check_data(compose("reward", ["data=jsonl", f"data.path={tmp_path}/o*/rankings.jsonl"]))
+    for pattern in ("o*/rankings.jsonl", "o*", "out/rank*.jsonl", "*/*.jsonl"):  # left out of none
+        with pytest.raises(UserError, match="is labelled still"):
+            check_data(compose("reward", ["data=jsonl", f'data.path="{tmp_path}/{pattern}"']))
+    (tmp_path / "o[1].jsonl").write_text("{}\n")
+    for pattern in ("sam*.jsonl", "*.jsonl", "o[1].jsonl"):
+        check_data(compose("reward", ["data=jsonl", f'data.path="{tmp_path}/{pattern}"']))
     check_data(compose("generate", ["data=jsonl", f"data.path={out / 'tasks.jsonl'}"]))
     shutil.rmtree(out / "checkpoints")  # the tasks are all that is needed
     typed(monkeypatch, *["1 2 3 4"] * 3)
     label(out, *words)
-    check_data(compose("reward", ["data=jsonl", f"data.path={out / 'preferences.jsonl'}"]))
-    with pytest.raises(UserError, match="its rows, .*/rankings.jsonl or .*/preferences.jsonl$"):
-        check_data(compose("reward", ["data=jsonl", f"data.path={out}"]))
+    for place in (out / "preferences.jsonl", out / "p*.jsonl"):
+        check_data(compose("reward", ["data=jsonl", f"data.path={place}"]))
+    for place in (out, tmp_path / "ou?"):
+        with pytest.raises(UserError, match="its rows, .*/rankings.jsonl or .*/preferences.jsonl$"):
+            check_data(compose("reward", ["data=jsonl", f"data.path={place}"]))
 
 
 def test_trackers_hear_of_a_label_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
