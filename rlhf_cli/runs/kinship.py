@@ -1,6 +1,5 @@
 """Whether a judge is of the family of those whose responses it judges."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,16 @@ def kinship_lines(cfg: Any) -> list[str]:
 
 def ancestry(path: str) -> dict[str, str]:
     """The folder of a policy and those that its weights come from, nearest first, by hash."""
-    return dict(_ancestors(path, content_hash(path))) if Path(path).is_dir() else {}
-
-
-def _ancestors(path: str, mark: str) -> Iterator[tuple[str, str]]:
-    yield mark, path
-    parents = (read_manifest(path) or {}).get("parents") or {}
-    for role in GOES_ON_FROM:
-        if role in parents and parents[role]["path"] != path:
-            yield from _ancestors(parents[role]["path"], parents[role]["hash"])
+    if not Path(path).is_dir():
+        return {}
+    found: dict[str, str] = {}
+    left = [(content_hash(path), path)]
+    while left:
+        mark, place = left.pop(0)
+        if mark in found:  # folders that were made anew from each other
+            continue
+        found[mark] = place
+        parents = (read_manifest(place) or {}).get("parents") or {}
+        named = [parents[role] for role in GOES_ON_FROM if role in parents]
+        left += [(parent["hash"], parent["path"]) for parent in named]
+    return found

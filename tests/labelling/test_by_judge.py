@@ -213,6 +213,16 @@ def test_kinship_goes_by_the_weights_that_a_policy_began_with() -> None:
     assert not lines("policy=runs/demo/sft")
 
 
+def test_folders_that_were_made_anew_from_each_other_have_an_end(tmp_path: Path) -> None:
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        parents = {"policy": {"path": str(tmp_path / other), "hash": f"that of {other} then"}}
+        said = {"stage": "dpo", "kind": "policy", "complete": True, "parents": parents}
+        (tmp_path / name / "stage.json").write_text(json.dumps(said))
+    words = [f"policy={tmp_path}/one", f"judge={tmp_path}/two", "data=demo"]
+    assert "both come from" in kinship_lines(compose("label", words))[0]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
