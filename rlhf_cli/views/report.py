@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import place_in_chain
 from rlhf_cli.config.switches import written
+from rlhf_cli.evaluation.frontier import runs_of
 from rlhf_cli.reporting.grid import show, with_error
 from rlhf_cli.reporting.plots import LIGHT, embedded, numbers, theme, unchecked
 from rlhf_cli.runs.comparison import (
@@ -232,7 +233,8 @@ def each_evaluation(runs: Runs, body: Callable[[dict[str, Any], Callable[[str], 
     """What all evaluations have of something, under their names where there are several."""
     parts = []
     for name, record in runs.evaluations:
-        text = body(record.report, charts.names_for(record.report["policies"]))
+        runs_kept = runs_of(record.report.get("frontier") or [])
+        text = body(record.report, charts.names_for((*record.report["policies"], *runs_kept)))
         if text:
             parts.append(f"<h3>{said(name)}</h3>\n{text}" if len(runs.evaluations) > 1 else text)
     return "\n".join(parts)

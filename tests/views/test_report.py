@@ -232,6 +232,18 @@ def test_a_report_needs_no_torch(chain: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_runs_of_one_name_are_lines_of_their_own(tmp_path: Path) -> None:
+    """Of the second one no more is judged than its snapshots."""
+    kept = [f"{run}/ppo/step-{step}" for run in ("a", "b") for step in (1, 2)]
+    found = evaluation("a/ppo", *kept)
+    for point in found["frontier"][1:]:
+        run, step = point["policy"].split("/step-")
+        point |= {"from": "snapshot", "run": run, "step": int(step)}
+    made(tmp_path / "evaluate", "evaluate", report=found)
+    rows = rows_of(figures_of(runs_at([tmp_path]))["frontier-gold.0"])
+    assert [row["name"] for row in rows] == [*3 * ["a/ppo"], *2 * ["b/ppo"]]
+
+
 def test_policies_are_called_by_what_tells_them_apart() -> None:
     """A snapshot says whose it is."""
     paths = ["runs/a/ppo", "runs/a/dpo", "runs/b/dpo", "runs/a/ppo/step-10", "me/model best of 4"]
