@@ -22,7 +22,7 @@ def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
     """Keys that may differ from those of the run before; True where by growing only.
 
     Logging always may; evaluations where they choose neither weights nor the end; and an unfinished
-    run may be given more steps.
+    run may be given more steps, and keep other policies on its way.
     """
     algo = cfg.algo
     free = dict.fromkeys(SHOWN_ONLY, False)
@@ -31,7 +31,8 @@ def free_keys(cfg: Run, complete: bool) -> dict[str, bool]:
         free |= dict.fromkeys(EVALUATIONS, False)
     if not complete:
         length = ("algo.steps",) if cfg.samples_online else ("algo.epochs", "algo.max_steps")
-        free |= dict.fromkeys(length, True) | {"model.save_dtype": False}
+        free |= dict.fromkeys(length, True)
+        free |= dict.fromkeys(("model.save_dtype", "algo.snapshot_every"), False)
     return free
 
 

@@ -356,6 +356,16 @@ def snapshot(out: Path, step: int, last: int) -> Path:
     return out / f"step-{step:0{len(str(last))}d}"
 
 
+def drop_snapshots(out: Path, after: int) -> None:
+    """Remove those of later steps, which a run that goes on from a step makes anew: it may have
+    been given another length, by which names have other digits.
+    """
+    for folder in out.glob("step-*"):
+        if (match := STEP.fullmatch(folder.name)) and int(match[1]) > after:
+            remove([folder])
+    remove(out.glob(f".step-*{PART}"))  # of a run that was killed as it wrote one
+
+
 def snapshot_step(folder: Path) -> int | None:
     """After which step of its run a policy was kept; None of any other folder."""
     if not is_claimed(folder.parent):

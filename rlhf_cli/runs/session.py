@@ -62,7 +62,8 @@ from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.budgets import Budget, keep, settle
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.cost import cost_of
-from rlhf_cli.runs.inherited import longest_learnt
+    drop_snapshots,
+from rlhf_cli.runs.device import device_of, set_threads
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import BYTES, predicted_memory
 from rlhf_cli.runs.out_folder import (

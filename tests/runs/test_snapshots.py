@@ -111,6 +111,33 @@ def test_a_snapshot_may_go_and_is_no_run(tmp_path: Path) -> None:
     assert snapshot_step(out) is None
 
 
+def test_a_run_that_is_given_more_steps_makes_later_snapshots_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end has more digits: what lay ahead of the resume point would be there twice."""
+    write = JsonLines.write
+
+    def dying(log: JsonLines, number: int, values: dict[str, Any]) -> None:
+        write(log, number, values)
+        if number == 7:
+            (tmp_path / "out/.step-8.part").mkdir()  # as if it were killed while it writes that
+            raise Killed
+
+    words = ["hardware.save_every=4", "algo.epochs=20"]
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "write", dying)
+        with pytest.raises(Killed):
+            run("sft", tmp_path / "out", EVERY, *words, "algo.max_steps=9")
+    assert snapshots(tmp_path / "out") == ["step-2", "step-4", "step-6"]
+    run("sft", tmp_path / "out", "algo.snapshot_every=3", *words, "algo.max_steps=12")
+    assert snapshots(tmp_path / "out") == ["step-06", "step-09", "step-12", "step-2", "step-4"]
+    assert faults_of(tmp_path / "out") == []
+
+
+def snapshots(out: Path) -> list[str]:
+    return sorted(each.name for each in out.glob("step-*"))
+
+
 def test_names_stand_in_the_order_of_steps() -> None:
     names = [snapshot(Path("out"), step, 120).name for step in (5, 10, 100)]
     assert names == sorted(names) == ["step-005", "step-010", "step-100"]
