@@ -4,6 +4,7 @@ Either gives the log-odds that the first one shown is; what they are made of is 
 file, pair_judge.py, which asks in both orders. What was answered once is not asked again.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -106,7 +107,8 @@ class LocalJudge(KeptJudge):
     """A policy in this process: the log-odds of " A" against " B" as its next words."""
 
     def __init__(self, policy: Policy, cfg: Any) -> None:
-        super().__init__(cfg, f"{content_hash(cfg.judge)} {cfg.model.dtype}")
+        read_by = f"{cfg.data.special_tokens} {json.dumps(cfg.data.chat_args, sort_keys=True)}"
+        super().__init__(cfg, f"{content_hash(cfg.judge)} {cfg.model.dtype} {read_by}")
         data = replace(
             cfg.data,
             template=CHAT if policy.tokenizer.chat_template else PLAIN,

@@ -308,6 +308,8 @@ def test_judges_in_the_report(fake: Callable[..., FakeJudge], tmp_path: Path) ->
     again = evaluated(tmp_path / "c", *words, "judge_samples=2")["judge"]
     assert (again["calls"], again["cached"]) == (0, 40)  # by the content of the judge, too
     assert again["win_rates"] == found["win_rates"]
+    read = [*words, "judge_samples=2", "data.special_tokens=keep"]  # it may read other tokens
+    assert evaluated(tmp_path / "e", *read)["judge"]["calls"] == 40
     question.write_text("{prompt}{first}: ")
     with pytest.raises(UserError, match="lacks {second}"):
         evaluated(tmp_path / "d", *words)
