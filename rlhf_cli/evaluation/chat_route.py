@@ -4,7 +4,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.server_client import Client
+
+TOLD = 3  # failures that are told one by one
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -56,3 +59,16 @@ class ChatRoute:
     ) -> Iterator[tuple[int, Answer]]:
         """The place of each item and what `work`, which asks this route, gives, as they come."""
         return self._client.each(work, items)
+
+
+def tell_failures(what: str, failures: Sequence[str], calls: int) -> None:
+    """Say why calls have failed: of the first few, and how many more there are.
+
+    Args:
+        what: is missing, and of whom.
+        calls: how many there were.
+    """
+    for line in failures[:TOLD]:
+        say(f"{what}: {line}")
+    if len(failures) > TOLD:
+        say(f"{what} in {len(failures) - TOLD} more of {calls} calls")

@@ -19,7 +19,7 @@ from rlhf_cli.data.dataset import cache_folder
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.templates import CHAT, PLAIN
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.evaluation.chat_route import ChatRoute
+from rlhf_cli.evaluation.chat_route import ChatRoute, tell_failures
 from rlhf_cli.evaluation.judge_questions import Ask, Questions
 from rlhf_cli.evaluation.judgements import TOKENS, Spending, Verdicts, name_of
 from rlhf_cli.evaluation.kept import stop_if_asked
@@ -28,7 +28,7 @@ from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
-from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.server_client import ServerFault
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import CHECKPOINTS
@@ -42,7 +42,6 @@ PAID = f"{CHECKPOINTS}/judge.jsonl"  # what a run has asked in all its starts
 AT_ONCE = 256  # questions to a local judge, after which their answers are kept
 SURE = 8.0  # log-odds, at most: what a verdict in words counts as
 TOP = 20  # tokens whose log-probs are asked for
-TOLD = 3  # failures that are told one by one
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 LETTER = re.compile(r"\W*([ABC])\W*")
 
@@ -196,10 +195,7 @@ class Endpoint(KeptJudge):
                 bar.advance()
                 if world().size == 1:  # rank 0 cannot ask the others here
                     stop_if_asked(KEPT)
-        for line in failures[:TOLD]:
-            say(f"judge: no verdict: {line}")
-        if len(failures) > TOLD:
-            say(f"judge: no verdict in {len(failures) - TOLD} more of {len(new)} calls")
+        tell_failures("judge: no verdict", failures, len(new))
         if unasked:
             raise Spent(
                 f"judge_max_cost={self._spending.most:g} is spent after {self.counts['calls']} "

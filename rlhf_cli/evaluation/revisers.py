@@ -14,12 +14,12 @@ from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.templates import CHAT, PLAIN
 from rlhf_cli.data.tokens import Encoder
-from rlhf_cli.evaluation.chat_route import ChatRoute
+from rlhf_cli.evaluation.chat_route import ChatRoute, tell_failures
 from rlhf_cli.evaluation.kept import stop_if_asked
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
-from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.server_client import BUSY, ServerFault
@@ -28,12 +28,13 @@ from rlhf_cli.runs.policy import Policy
 KEYS = ("REVISER_API_KEY", "OPENAI_API_KEY")
 """The variables that the key of an endpoint may stand in; the first that is set."""
 
+CUT = ("length", "content_filter")  # reasons for which an endpoint ends what is not whole
 NO_TOKENS = Tokens([], [], "")
 KEPT = "what was revised is kept"
 
 
 class Said(NamedTuple):
-    """What a reviser has written; ended: by itself, not at max_tokens."""
+    """What a reviser has written; ended: by itself, neither at max_tokens nor by a filter."""
 
     text: str
     ended: bool
@@ -170,17 +171,18 @@ class EndpointReviser:
         left = [(place, text) for place, text in enumerate(requests) if place not in done]
 
         def ask() -> list[tuple[int, str, bool]]:
-            found = []
+            found, failures = [], []
             for at, answer in self._route.each(lambda item: self._answer(item[1]), left):
                 place = left[at][0]
                 if isinstance(answer, Said):
                     keep({place: answer})
                     found.append((place, *answer))
                 else:
-                    say(f"reviser: {answer}")
+                    failures.append(answer)
                 bar.advance()
                 if world().size == 1:  # rank 0 cannot ask the others here
                     stop_if_asked(KEPT)
+            tell_failures("reviser: no answer", failures, len(left))
             return found
 
         made = {place: Said(text, ended) for place, text, ended in by_main(ask)}
@@ -195,7 +197,7 @@ class EndpointReviser:
         try:
             answer = self._route.ask(text, **self._options)
             choice = answer["choices"][0]
-            ended = choice.get("finish_reason") != "length"
+            ended = choice.get("finish_reason") not in CUT
             return Said(str(choice["message"]["content"] or ""), ended)
         except ServerFault as fault:
             if fault.status is None or fault.status in BUSY:
