@@ -112,7 +112,7 @@ def arranged(found: Iterable[Node]) -> list[Node]:
             above[place] = place.parent
             continue
         for source in _leads(node, nodes):
-            parent = _real(source)
+            parent = _place(source, nodes)
             if parent in nodes and place not in _ancestry(parent, above):
                 above[place], node.under = parent, source
                 break
@@ -127,7 +127,7 @@ def _leads(node: Node, nodes: Mapping[Path, Node]) -> Iterator[RunInput]:
     facts = STAGES.get(node.stage or "")
     if facts and facts.writes in (POLICY, REWARD):
         for source in node.sources:
-            judge = nodes.get(_real(source)) if source.role == REWARD else None
+            judge = nodes.get(_place(source, nodes)) if source.role == REWARD else None
             if judge is not None and any(each.role == ROWS for each in judge.sources):
                 yield source
         yield from reversed([source for source in node.sources if source.role == ROWS])
@@ -135,8 +135,11 @@ def _leads(node: Node, nodes: Mapping[Path, Node]) -> Iterator[RunInput]:
         yield node.main
 
 
-def _real(source: RunInput) -> Path:
-    return Path(os.path.realpath(source.place))
+def _place(source: RunInput, nodes: Mapping[Path, Node]) -> Path:
+    """Where a source lies; of a snapshot, its run."""
+    place = Path(os.path.realpath(source.place))
+    kept = STEP.fullmatch(place.name) is not None and place.parent in nodes
+    return place.parent if kept else place
 
 
 def _ancestry(place: Path, above: dict[Path, Path]) -> Iterator[Path]:

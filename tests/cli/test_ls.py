@@ -201,6 +201,12 @@ def test_what_learnt_from_samples_hangs_under_them(chain: None) -> None:
     assert shape(alone) == {"sft": {"rejection": {}}}
 
 
+def test_what_goes_on_from_a_snapshot_hangs_under_its_run(chain: None) -> None:
+    write_run("runs/on", "dpo", {"policy": "runs/demo/ppo/step-20"})
+    found = by_folder("runs")
+    assert found["runs/on"] in found["runs/demo/ppo"].children
+
+
 def test_a_narrow_terminal_gets_lines_that_fit(chain: None, cli: Cli) -> None:
     done = cli("ls", "runs", COLUMNS="50", FORCE_COLOR="1")
     lines = done.stdout.splitlines()
