@@ -138,9 +138,8 @@ class Written:
             self._scored = True
         for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
             row = generated_row(rollout, i % samples, reward, parts_at(parts, i))
-            self._file.append(
-                {**self._whose, **row}, digits=None
-            )  # of the row's own columns nothing is rounded
+            # of the row's own columns nothing is rounded
+            self._file.append({**self._whose, **row}, digits=None)
             if self._count < SHOWN:
                 room = min(WIDEST, max(LEAST, (width() - BESIDE) // 2))
                 whole = last_words(rollout.row.prompt), rollout.text
