@@ -1,6 +1,5 @@
 """One run of one stage: its folder, device, logs, resume point, checks and manifest."""
 
-import os
 import platform
 import shutil
 import time
@@ -29,9 +28,8 @@ from rlhf_cli.data.store import Items
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors, seal_whole, whole_folder
-from rlhf_cli.folders.manifest import Manifest, tokenizer_hash
-from rlhf_cli.models.adapters import is_adapted, restore, trained
-from rlhf_cli.models.assembled import assembled
+from rlhf_cli.folders.manifest import Manifest
+from rlhf_cli.models.adapters import restore, trained
 from rlhf_cli.models.attention import attention_of
 from rlhf_cli.models.dtypes import (
     AUTO,
@@ -39,13 +37,8 @@ from rlhf_cli.models.dtypes import (
     product_type,
     product_type_of,
     products_of,
-    round_trained,
-    type_to_write,
 )
 from rlhf_cli.models.mapped import remove_written
-from rlhf_cli.models.nonfinite import first_nonfinite
-from rlhf_cli.models.repeatable import ask_for_repeatable_sums
-from rlhf_cli.models.save import save_model, set_score_pad, set_stop_ids
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.ranks.agreement import by_main, together
@@ -56,13 +49,11 @@ from rlhf_cli.reporting.console import Bar, board, say
 from rlhf_cli.reporting.live import Course
 from rlhf_cli.reporting.metrics import JsonLines, Listener, defined, round_figures
 from rlhf_cli.reporting.trackers.outlets import Trackers
-from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.adapter_start import adapter_entry
+from rlhf_cli.runs import interrupts, written_model
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.budgets import Budget, keep, settle
 from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.cost import cost_of
-    drop_snapshots,
 from rlhf_cli.runs.device import device_of, set_threads
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import BYTES, predicted_memory
@@ -71,6 +62,7 @@ from rlhf_cli.runs.out_folder import (
     RESUMABLE,
     begun_with,
     claim,
+    drop_snapshots,
     publish,
     snapshot,
     staging,
@@ -279,6 +271,7 @@ class Session:
         """
         bar.skip(self.start)
         self.last_step = bar.total
+        by_main(lambda: drop_snapshots(self.out, self.start))
         for step in range(self.start + 1, bar.total + 1):
             bar.advance()
             self.step_began = time.monotonic()
@@ -311,15 +304,15 @@ class Session:
             return
         began = time.monotonic()
         with as_written():
-            self._require_finite(trained(model), f"after step {step}")
-            with assembled(model, adapter_alone=not self._merges):
+            written_model.require_finite(trained(model), f"after step {step}")
+            with written_model.gathered(self.cfg, model):
                 by_main(lambda: self._write_snapshot(step, model, encoder))
         self.saving += time.monotonic() - began
 
     def _write_snapshot(self, step: int, model: nn.Module, encoder: Encoder) -> None:
         check_lock(self.out)
         with whole_folder(snapshot(self.out, step, self.last_step)) as part:
-            identity = self._save(model, "policy", encoder, part, rounds=False)
+            identity = written_model.write(self.cfg, model, "policy", encoder, part, rounds=False)
             seal_whole(part, self._described("policy", **identity, step=step))
             check_lock(self.out)
 
@@ -348,7 +341,7 @@ class Session:
         tensors = trained_weights(networks)
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.tensors().items()}
         tensors |= {f"extra/{name}": value for name, value in (extra or {}).items()}
-        self._require_finite(tensors, f"after step {step}")
+        written_model.require_finite(tensors, f"after step {step}")
         own = {
             "products": products_of(next(iter(networks.values()))),
             "seconds": self.seconds(),
@@ -377,13 +370,6 @@ class Session:
             passed = time.monotonic() - self.saved >= 60 * int(every.removesuffix("min"))
             return world().from_main(passed)
         return step % int(every) == 0
-
-    def _require_finite(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        if (name := first_nonfinite(tensors)) is not None:
-            raise RunError(
-                f"{name} is not finite {when}, and is not saved; what was saved before is whole. "
-                "Lower algo.lr, or set algo.max_grad_norm"
-            )
 
     def resume(
         self, networks: dict[str, nn.Module], optimizer: Optimizer
@@ -423,27 +409,8 @@ class Session:
     # ------------------------------------------------------------------ the end
 
     def settle(self, model: nn.Module) -> None:
-        """Round what was trained to the type in which it is written: what is measured is written.
-
-        Of an adapter that is merged it is the sum with its base that is rounded, as it is written.
-
-        Raises:
-            RunError: a weight is not finite, or not in that type.
-        """
-        self._require_finite(trained(model), "at the end")
-        dtype = self._written_type(model)
-        if self._merges and is_adapted(model):
-            return
-        round_trained(model, dtype)
-        if (name := first_nonfinite(trained(model))) is not None:
-            raise RunError(
-                f"{name} is too large for {name_of(dtype)}; the same command goes on with "
-                "model.save_dtype=float32 or bfloat16"
-            )
-
-    def _written_type(self, model: nn.Module) -> torch.dtype:
-        chosen: str = self.cfg.model.save_dtype  # type: ignore[attr-defined]
-        return type_to_write(model, chosen, self._merges)
+        """Round what was trained to the type in which it is written, before it is measured."""
+        written_model.settle(self.cfg, model)
 
     def finish_model(
         self,
@@ -460,8 +427,8 @@ class Session:
             write_beside: writes further files into the folder.
             more: further entries of stage.json.
         """
-        self._require_finite(trained(model), "at the end")
-        with assembled(model, adapter_alone=not self._merges):
+        written_model.require_finite(trained(model), "at the end")
+        with written_model.gathered(self.cfg, model):
             identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
         if self.stream is not None:
             for line in self.stream.notes():
@@ -475,48 +442,12 @@ class Session:
         folder = staging(self.out)
         try:
             with library_errors(folder):
-                identity = self._save(model, kind, encoder, folder)
+                identity = written_model.write(self.cfg, model, kind, encoder, folder)
             write_beside(folder)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # a full disk has room again
             raise
         return identity
-
-    @property
-    def _merges(self) -> bool:
-        """Whether an adapter is merged into what is written."""
-        merge: bool = self.cfg.model.merge_lora  # type: ignore[attr-defined]
-        return merge
-
-    def _save(
-        self, model: nn.Module, kind: str, encoder: Encoder, folder: Path, rounds: bool = True
-    ) -> dict[str, Any]:
-        """Write the files of a model folder; returns what stage.json says of them.
-
-        Args:
-            rounds: whether the model is what is written from then on.
-        """
-        if kind == "policy":
-            set_stop_ids(model, encoder.tokenizer, encoder.stop_ids)
-        else:
-            whole = self._merges or not is_adapted(model)
-            set_score_pad(model, encoder.tokenizer, encoder.stop_ids, whole)
-        dtype = self._written_type(model)
-        save_model(model, encoder.tokenizer, folder, self._merges, dtype, rounds=rounds)
-        return {
-            **adapter_entry(self.cfg),
-            "tokenizer": tokenizer_hash(folder),
-            "eos_ids": encoder.stop_ids,
-            "pad_id": encoder.tokenizer.pad_token_id,
-            "template": encoder.template,
-            "chat_args": self.cfg.data.chat_args,
-            "limits": {
-                "max_prompt_tokens": self.cfg.data.max_prompt_tokens,
-                "max_response_tokens": self.cfg.data.max_response_tokens,
-                # what has read no response hands on what its start has learnt from
-                "longest_response": encoder.lengths.response or longest_learnt(self.cfg) or 0,
-            },
-        }
 
     def finish(
         self, kind: str, metrics: dict[str, Any], told: str | None = None, **more: Any
@@ -643,38 +574,6 @@ def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
     )
 
 
-def set_threads(threads: int | None, parameters: float) -> None:
-    """Take so many CPU threads; None leaves them to torch, but for models as small as the demo's.
-
-    What those compute is done sooner than a second thread has woken up. OMP_NUM_THREADS holds.
-    """
-    if threads is None and parameters <= DEMO_SIZE and "OMP_NUM_THREADS" not in os.environ:
-        threads = 1
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def watches(cfg: Run) -> bool:
     """Whether a stage evaluates on held-out rows."""
     return getattr(cfg.algo, "eval_every", 1) is not None
-
-
-def device_of(name: str) -> torch.device:
-    """The device that hardware.device names, which then sums in the same order each time."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cuda":
-        return torch.device(name)
-    ask_for_repeatable_sums()
-    if (here := place()) is None:
-        return torch.device(name)
-    count = torch.cuda.device_count()
-    if 1 < count <= here.local_rank:
-        raise UserError(
-            f"{here.local_size} processes were started on this machine, and torch finds {count} "
-            "GPUs there: start one for each"
-        )
-    # a scheduler may show each rank its own device only
-    device = torch.device(name, here.local_rank if count > 1 else 0)
-    torch.cuda.set_device(device)
-    return device

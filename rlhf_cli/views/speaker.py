@@ -20,7 +20,7 @@ from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.decode import Completion, decode
 from rlhf_cli.rollout.rollouts import Rollout, as_rollout
 from rlhf_cli.rollout.sampling import Sampling
-from rlhf_cli.runs.session import device_of, set_threads
+from rlhf_cli.runs.device import device_of, set_threads
 from rlhf_cli.views.chat import Exchange
 from rlhf_cli.views.chat_screen import Answer
 

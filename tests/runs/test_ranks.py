@@ -241,11 +241,11 @@ def test_more_processes_than_gpus_are_a_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_each_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from rlhf_cli.runs.session import device_of
+    from rlhf_cli.runs.device import device_of
 
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr("rlhf_cli.runs.session.ask_for_repeatable_sums", lambda: None)
+    monkeypatch.setattr("rlhf_cli.runs.device.ask_for_repeatable_sums", lambda: None)
     for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

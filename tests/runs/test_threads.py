@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlhf_cli.runs.session import set_threads
+from rlhf_cli.runs.device import set_threads
 
 
 @pytest.fixture(autouse=True)
