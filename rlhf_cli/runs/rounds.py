@@ -71,6 +71,10 @@ def _read(folder: Path) -> tuple[str, str, dict[str, Any]]:
     if not manifest.get("complete") or manifest.get("kind") != "report":
         raise UserError(f"{folder} is no finished evaluation: rlhf-cli evaluate makes one")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    reference = manifest["parents"].get("reference", {}).get("path", "")
+    reference = manifest["parents"].get("reference", {}).get("path")
+    if reference is None:
+        raise UserError(
+            f"{folder} compares with no folder that rounds start from: evaluate with reference=DIR"
+        )
     wins: dict[str, Any] = report.get("judge", report)["win_rates"]
     return str(Path(reference)), next(iter(report["policies"])), wins

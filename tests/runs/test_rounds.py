@@ -101,6 +101,11 @@ def test_what_is_no_round_is_named() -> None:
         read_rounds([first, second])
     with pytest.raises(UserError, match=r"round3/evaluate is no finished evaluation"):
         read_rounds([first, evaluation(3, {}, complete=False)])
+    manifest = json.loads((first / "stage.json").read_text())
+    del manifest["parents"]["reference"]  # it is none, or lies on the hub
+    (first / "stage.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="compares with no folder .*evaluate with reference=DIR"):
+        read_rounds([first])
     with pytest.raises(UserError, match="elsewhere is no finished evaluation"):
         read_rounds([Path("elsewhere")])
     for words in ([], ["--all", "round1/evaluate"]):
