@@ -65,7 +65,7 @@ def pool_of(samples: Iterable[Sample], algo: LabelAlgo, seed: int) -> tuple[Pool
     asked = algo.tasks or (sum(whole) if algo.protocol in SINGLE else len(enough))
     wanted = min(asked, sum(whole))
     most = next(each for each in count() if sum(min(each, own) for own in whole) >= wanted)
-    looked_at = most if algo.select == RANDOM else MOST
+    looked_at = most if algo.select == RANDOM else max(MOST, most)
     candidates = [
         candidates_of(said, size, min(own, looked_at), derived_seed(seed, "tasks", key))
         for (key, said), own in zip(enough.items(), whole, strict=True)

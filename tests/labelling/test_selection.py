@@ -223,7 +223,8 @@ def test_the_design_is_the_greedy_one(protocol: str) -> None:
         "p1", "12", "", {"policy": "a"}, raw=math.nan, state=torch.full((4,), math.nan)
     )
     words = [*PAIRS, "source=reward", "reward=length:2", f"algo.protocol={protocol}", ONE]
-    words += ["algo.select=fisher", "algo.explore=0", "algo.tasks=5", "algo.responses=3"]
+    words += ["algo.select=fisher", "algo.explore=0", "algo.tasks=5"]
+    words += ["algo.responses=3"] * (protocol == "rank")
     algo: Any = compose("label", words).algo
     pool, _ = pool_of(samples, algo, 0)
     design, naive = Design(pool), list[tuple[float, int, int]]()
@@ -243,6 +244,12 @@ def test_many_sets_of_responses_are_looked_at_in_part() -> None:
     (task,) = tasks_of(samples, *words)
     assert len(task.responses) == 4 and task.select and task.select["score"] > 0
     assert tasks_of(samples, *words) == [task]
+
+
+def test_of_one_prompt_more_tasks_are_chosen_than_sets_are_looked_at() -> None:
+    samples = scored({"p": [[float(i)] for i in range(205)]})
+    tasks = tasks_of(samples, "algo.select=gap", ONE, "algo.tasks=204")
+    assert len({task.id for task in tasks}) == 204
 
 
 # --------------------------------------------------------------------------- as users run it
