@@ -40,6 +40,7 @@ def merge(task: Task, events: Sequence[Event]) -> Event | None:
         "source": events[0]["source"],
         "instructions": events[0]["instructions"],
         "votes": len(events),
+        **({"reviewed": True} if all(event.get("reviewed") for event in events) else {}),
     }
     if kind == THUMBS:
         up = sum(event["label"] for event in events)

@@ -40,6 +40,14 @@ def test_a_pair_goes_by_more_than_half_and_has_the_margin_of_those() -> None:
     assert pairs(rows("pair", task(2), {**first, "strength": 2}, tie, tie)) == []
 
 
+def test_what_a_review_settled_is_told_of_the_row() -> None:
+    said = {"ranks": [1, 2], "strength": 2}
+    for reviewed in ((True, True), (True, False)):
+        events = [{**said, "reviewed": True} if each else said for each in reviewed]
+        (row,) = rows("pair", task(2), *events)["preferences.jsonl"]
+        assert row.get("reviewed", False) == all(reviewed)
+
+
 def test_pairs_that_run_in_a_circle_stay_and_tie_in_the_ranking() -> None:
     circle = [{"ranks": ranks} for ranks in ([1, 2, 3, 4], [3, 1, 2, 4], [2, 3, 1, 4])]
     made = rows("rank", task(4), *circle)
