@@ -12,7 +12,7 @@ Figures = dict[str, Any]
 Outcomes = dict[tuple[str, int, int], float]
 """What is said of each pair i < j of each task: 1 if i is better, 0 if j is, 0.5 of a tie. Of a
 response by itself the pair is (0, 0): thumbs up is 1; of steps it is the number of the first wrong
-one, 0 for none.
+one, infinite for none: the later, the better.
 """
 
 
@@ -24,7 +24,7 @@ def outcomes_of(answers: Iterable[tuple[Task, Event]]) -> Outcomes:
 def said_of(task: str, event: Event) -> Iterator[tuple[tuple[str, int, int], float]]:
     """What an answer says, pair by pair."""
     if event["kind"] in (THUMBS, STEPS):
-        said = event["label"] if event["kind"] == THUMBS else event["first_wrong"] or 0
+        said = event["label"] if event["kind"] == THUMBS else event["first_wrong"] or math.inf
         yield (task, 0, 0), float(said)
         return
     ranks = event["ranks"]

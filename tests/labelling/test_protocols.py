@@ -1,6 +1,7 @@
 """Ratings with marks, and first wrong steps: as typed, as kept, and as reward reads them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Stepwise
 from rlhf_cli.data.readers import as_row
 from rlhf_cli.labelling.answers import Wrong, as_typed, fault_of, rating, read
+from rlhf_cli.labelling.outcomes import outcomes_of
+from rlhf_cli.labelling.report import between_people
 from rlhf_cli.labelling.tasks import Sample, Task, Turn, task_of
 from tests.labelling.test_label import WORDS, given, label, typed
 from tests.labelling.test_label import read as rows_in
@@ -143,6 +146,27 @@ def test_steps_are_labelled_up_to_the_first_wrong_one(
     assert all(isinstance(as_row(row, ""), Stepwise) for row in rows.values()) and len(rows) == 3
     report = json.loads((out / "report.json").read_text())
     assert report["ratings"]["by A"]["up"] == 1 and report["ratings"]["by W"]["up"] == 0
+
+
+def test_no_wrong_step_lies_behind_the_last_one() -> None:
+    """By ordinal alpha a solution that is right differs less from one that fails at its end."""
+
+    def alpha(*said: tuple[int | None, int | None]) -> float:
+        tasks = [replace(turn([0]).task, id=str(number)) for number in range(len(said))]
+        events = [
+            [
+                (task, {"kind": "steps", "first_wrong": each[who]})
+                for task, each in zip(tasks, said, strict=True)
+            ]
+            for who in (0, 1)
+        ]
+        found = between_people([*map(outcomes_of, events)])
+        assert found is not None
+        return float(found["alpha_ordinal"])
+
+    agreed = [(step, step) for step in (1, 2, 3, 4, None)]
+    assert alpha(*agreed) == 1
+    assert alpha(*agreed, (4, None)) > alpha(*agreed, (3, None)) > alpha(*agreed, (1, None))
 
 
 JUDGE = """
