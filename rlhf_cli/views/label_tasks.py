@@ -1,6 +1,7 @@
 """Labelled tasks among the samples of a page: prompts with their responses, and who said what.
 
-Policies are named, and rewards told, only once a folder is sealed: those who label may look too.
+Policies are named, and rewards and which answers are known are told, only once a folder is sealed:
+those who label may look too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ def shelf_of(record: Record) -> Shelf:
             told["response_tokens"] = origin.get("tokens")
             source = shelf.source(", ".join(writers_of(origin)))
             shelf.add(source, {**line, **told}, MOST, task.id)
-        marks = [*marks_of(said), *kinds_of(task)]
+        marks = [*marks_of(said), *(kinds_of(task) if is_sealed(record) else [])]
         shelf.about[task.id] = {"marks": marks, "said": remarks_of(said)}
     return shelf
 

@@ -107,6 +107,27 @@ def test_what_is_not_sealed_tells_what_is_left_and_not_who_wrote_what(
     assert marks.count("skipped or flagged") == 2 and marks.count("not labelled yet") == 4
 
 
+def test_which_answers_are_known_is_not_told_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tmp_path / "known.jsonl"
+    known.write_text(json.dumps({"prompt": "k", "chosen": "good", "rejected": "bad"}))
+    words = [given(tmp_path / "s.jsonl", 3, 1, POLICIES), "policy=null", f"known={known}"]
+    words += ["algo.protocol=pair", "algo.repeat=0"]
+
+    def marks() -> list[str]:
+        entries = set_of(report(runs_at([tmp_path / "label"]), "t"))["prompts"]
+        return [mark for entry in entries for mark in entry.get("marks", [])]
+
+    typed(monkeypatch, "1")
+    with pytest.raises(RunError, match="1 of 4 labels"):
+        label(tmp_path / "label", *words)
+    assert set(marks()) == {"not labelled yet"}
+    typed(monkeypatch, *"111")
+    label(tmp_path / "label", *words)
+    assert marks() == ["its answer is known"]
+
+
 @pytest.mark.parametrize(
     ("event", "verdicts"),
     [
