@@ -239,6 +239,11 @@ def _fault_of_strength(answer: Mapping[str, Any]) -> str | None:
         return f"strength is no whole number from 0 to {SURE}"
     if (strength == 0) != (ranks == [1, 1]):
         return f"strength={strength} does not go with ranks={ranks}: 0 is a tie"
+    both_bad = answer.get("both_bad", False)
+    if not isinstance(both_bad, bool) or (both_bad and ranks != [1, 1]):
+        return (
+            f"both_bad={both_bad!r} does not go with ranks={ranks}: it is true of a tie, or false"
+        )
     return None
 
 

@@ -13,25 +13,19 @@ from rlhf_cli.labelling.tasks import PAIR, STEPS, THUMBS, Task
 from rlhf_cli.runs.out_folder import TASKS
 
 
-def label_by_reward(desk: Desk, flip: float, seed: int) -> int:
+def label_by_reward(desk: Desk, flip: float, seed: int) -> None:
     """Answer all turns that are left by the rewards of their responses.
 
     Ranks are those of the rewards, equal ones tie; thumbs are up where a reward is above 0. With
     chance `flip` an answer is turned round whole, so that each pair in it is; a task that comes
     once more may be answered otherwise.
-
-    Returns:
-        How many answers were turned round, of those made now.
     """
-    turned = 0
     while (turn := desk.current) is not None:
         place = derived_seed(seed, "flip", desk.who, turn.task.id, turn.showing)
         errs = random.Random(place).random() < flip
         answer = by_rewards(turn.task, desk.terms.protocol, errs)
-        turned += errs and answer is not None
         unknown = {"kind": SKIP, "reason": "the reward does not know all of it"}
         desk.answer(turn, unknown if answer is None else answer)
-    return turned
 
 
 def by_rewards(task: Task, protocol: str, errs: bool = False) -> Answer | None:
@@ -107,7 +101,7 @@ def answer_of(row: dict[str, object], protocol: str) -> Answer:
     """What a row of a file answers, as an event has it; whether it is sound is not asked."""
     for kind in (SKIP, FLAG):
         if row.get(kind) or row.get("kind") == kind:
-            reason = row.get(kind)
+            reason = row.get("reason", row.get(kind))
             return {"kind": kind, "reason": reason if isinstance(reason, str) else ""}
     decided = {"strength": int(row.get("ranks") != [1, 1]), "both_bad": False}
     said = {name: row[name] for name in FIELDS[protocol] if name in row}

@@ -73,6 +73,8 @@ def test_ranks_of_scores_leave_no_gap() -> None:
         ({"kind": "pair", "ranks": [1, 2], "strength": 0}, "pair"),
         ({"kind": "pair", "ranks": [1, 1], "strength": 2}, "pair"),
         ({"kind": "pair", "ranks": [1, 2], "strength": 5}, "pair"),
+        ({"kind": "pair", "ranks": [1, 2], "strength": 1, "both_bad": True}, "pair"),
+        ({"kind": "pair", "ranks": [1, 1], "strength": 0, "both_bad": "yes"}, "pair"),
         ({"kind": "thumbs", "label": 1}, "thumbs"),
         ({"kind": "rank", "ranks": [1, 2]}, "pair"),
     ],

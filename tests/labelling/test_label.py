@@ -207,6 +207,7 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     tasks = read(out / "tasks.jsonl")
     rows: list[dict[str, Any]] = [{"task": each["task"], "label": True} for each in tasks]
     rows[0] = {"task": tasks[0]["task"], "flag": "a phone number"}
+    rows[1] = {"task": tasks[1]["task"], "kind": "skip", "reason": "odd"}  # as events have it
     labels.write_text(json.dumps({**rows[1], "annotator": "bob"}))
     with pytest.raises(UserError, match="labels.jsonl:1: annotator is 'bob'"):
         label(out, *words)
@@ -214,7 +215,9 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     label(out, *words)
     cfg = compose("dpo", ["algo=kto", "data=jsonl", f"data.path={out / 'feedback.jsonl'}"])
     feedback = Rows(cfg.data).split(Feedback)
-    assert len(feedback.train) + len(feedback.held_out) == len(tasks) - 1  # without the flagged one
+    assert len(feedback.train) + len(feedback.held_out) == len(tasks) - 2  # flagged, and skipped
+    left_out = [each for each in read(out / "events-ana.jsonl") if "reason" in each]
+    assert {each["reason"] for each in left_out} == {"a phone number", "odd"}
 
 
 def test_a_label_file_of_odd_rows_is_named(tmp_path: Path) -> None:
