@@ -371,6 +371,7 @@ def test_every_task_is_dealt() -> None:
         (["source=file"], "source=file needs labels"),
         (["flip=0.1"], "flip is not used by source=terminal"),
         (["port=8000"], "port=8000 is that of a page"),
+        (["algo.protocol=pair", "algo.responses=3"], "algo.responses is not used by algo.protocol"),
         (["policy=null"], "policy=null needs samples"),
         (["samples=s.jsonl", "baselines=[x]"], "baselines are sampled from"),
         (["data=jsonl", "data.path=-"], "data.path=-"),

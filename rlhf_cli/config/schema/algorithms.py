@@ -547,6 +547,8 @@ class LabelAlgo(Decoding):
         "1.",
         ge=2,
         le=9,
+        used_by="algo.protocol=rank|instructgpt",
+        unused=4,
     )
     tasks: int | None = key(
         "Tasks that are labelled, of all that the responses make; null is one of each prompt, or "
