@@ -117,14 +117,18 @@ def ranks_of(log_odds: Sequence[float], count: int, tie: float) -> list[int]:
 
 
 def of_labels(cfg: Any, desk: Desk) -> Figures:
-    """Of the judge whose labels these are, in all starts of the run."""
+    """Of the judge whose labels these are, in all starts of the run: what it goes by on the tasks
+    that were drawn, and what all of them cost, whatever a review put in the place of its answers.
+    """
     questions, spending = Questions.of(cfg), Spending(Path(cfg.out) / PAID)
+    drawn = {task.id for task, _ in at_random(counted(desk.own, desk.terms.protocol))}
     pairs: list[Pair] = []
-    for place, (turn, event) in enumerate(desk.answered):
+    for place, (turn, event) in enumerate(desk.own):
         prompt = asked_text(turn.task.prompt)
         sides = combinations(map(text_of, turn.task.responses), 2)
-        for (ours, theirs), odds in zip(sides, event.get("log_odds", []), strict=True):
-            pairs.append(Pair(place, 0, ours, theirs, *odds))
+        for (ours, theirs), odds in zip(sides, event["log_odds"], strict=True):
+            if turn.task.id in drawn:
+                pairs.append(Pair(place, 0, ours, theirs, *odds))
             orders = Ask(prompt, ours.text, theirs.text), Ask(prompt, theirs.text, ours.text)
             spending.count_cached(name_of(questions.written(ask)) for ask in orders)
     return of_pairs(cfg, spending.counts, pairs, desk.left)

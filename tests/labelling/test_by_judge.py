@@ -14,6 +14,7 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Preference
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.labelling.by_judge import ranks_of
+from rlhf_cli.labelling.desk import Desk, desks_of
 from rlhf_cli.runs.kinship import kinship_lines
 from rlhf_cli.runs.preflight import preflight
 from tests.endpoints import FakeJudge
@@ -155,6 +156,28 @@ def test_a_judge_beside_people(
 
     label(tmp_path / "labelled", *words)  # what the judge has said there costs nothing here
     assert len(server.asked) == 40
+
+
+def test_a_judge_is_told_by_what_it_said_of_what_was_drawn(fake: Fake, tmp_path: Path) -> None:
+    """Neither a task with a known answer nor a review changes what it goes by."""
+    server = fake(lambda a, b: 3.0 if a.startswith("known") else fair(a, b))
+    known = tmp_path / "known.jsonl"
+    known.write_text(json.dumps({"prompt": "k", "chosen": "known 1", "rejected": "known 0"}))
+    words = words_for(server, tmp_path, "algo.protocol=pair", f"known={known}")
+    out = label(tmp_path / "out", *words)
+    report = report_in(out)
+    assert report["judge"]["consistency"]["mean"] == 1 and report["judge"]["calls"] == 14
+
+    (desk,) = desks_of(compose("label", [*words, f"out={out}"])).values()
+    turn = next(turn for turn in desk.turns if not turn.task.planted)
+    tie = {"kind": "pair", "ranks": [1, 1], "strength": 0, "both_bad": True}
+    Desk(out, desk.who, desk.turns, desk.terms).review(turn, tie)
+    (out / "stage.json").unlink()
+    again = report_in(label(out, *words))
+    goes_by = ("consistency", "first_slot", "longer_wins", "failed")
+    assert all(again["judge"][each] == report["judge"][each] for each in goes_by)
+    assert again["reviewed"] == 1
+    assert (report["rows"]["preferences.jsonl"], again["rows"]["preferences.jsonl"]) == (6, 5)
 
 
 def test_principles_are_in_the_events(fake: Fake, tmp_path: Path) -> None:
