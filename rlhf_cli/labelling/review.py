@@ -1,4 +1,4 @@
-"""A local web page of what annotators disagree on, for whoever settles it.
+"""A local web page of what annotators disagree on, or a judge with itself, for whoever settles it.
 
 Here alone are names told, of annotators and of policies. An answer that is given here takes the
 place of those of all annotators, as a new event of each; theirs stay in their files, and what tells
@@ -31,14 +31,15 @@ Said = list[tuple[Desk, Turn, Event]]
 
 def disagreements(desks: Mapping[str, Desk]) -> list[tuple[Task, Said]]:
     """The tasks of which annotators say different things, then those of which all of them say what
-    the reward does not; each with what was said at its first showing. Planted ones make no rows.
+    the reward does not, then those of which a judge says another thing in the other order; each
+    with what was said at its first showing. Planted ones make no rows.
     """
     of_task: dict[str, Said] = {}
     for desk in desks.values():
         for turn, event in desk.answered:
             if turn.showing == 0 and not turn.task.planted:
                 of_task.setdefault(turn.task.id, []).append((desk, turn, event))
-    apart, against = [], []
+    apart, against, doubted = [], [], []
     for said in of_task.values():
         task = said[0][1].task
         meant = [meaning_of(task, event) for _, _, event in said]
@@ -47,7 +48,14 @@ def disagreements(desks: Mapping[str, Desk]) -> list[tuple[Task, Said]]:
             apart.append((task, said))
         elif verdict is not None and meant[0] not in (SKIP, FLAG, meaning_of(task, verdict)):
             against.append((task, said))
-    return apart + against
+        elif any(goes_by_order(event) for _, _, event in said):
+            doubted.append((task, said))
+    return apart + against + doubted
+
+
+def goes_by_order(event: Event) -> bool:
+    """Whether a judge prefers no response of some pair in both orders."""
+    return any(first * second <= 0 for first, second in event.get("log_odds", []))
 
 
 def meaning_of(task: Task, event: Event) -> dict[tuple[str, int, int], float] | str:

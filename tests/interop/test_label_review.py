@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_cli.labelling.tasks import Task
 from tests.interop.label_pages import browser, in_browser, posted, serving, visited
+from tests.labelling.test_by_judge import fair, words_for
 from tests.labelling.test_label import given, label, read
 
 __all__ = ["browser"]  # a fixture
@@ -110,6 +111,24 @@ def test_a_review_that_is_killed_leaves_the_folder_open(
         check_data(compose("dpo", ["data=jsonl", f"data.path={out}"]))
     label(out, *words)
     assert sum(bool(row.get("reviewed")) for row in read(out / "preferences.jsonl")) == 2
+
+
+def test_what_a_judge_says_otherwise_in_the_other_order_is_settled(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake(lambda a, b: 3.0 if "says 0" in a else fair(a, b))
+    words = words_for(server, tmp_path, "algo.protocol=pair")
+    samples = tmp_path / "samples.jsonl"
+    rows = [{**row, "reward": None} for row in read(samples)]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = label(tmp_path / "out", *words)
+    shown = settling(monkeypatch, (0, "1"))
+    label(out, *words, "review=true")
+    (task,) = shown[0]["tasks"]  # the first prompt alone
+    assert [(each["who"], each["line"]) for each in task["answers"]] == [("me", "5")]
+    (row,) = (row for row in read(out / "preferences.jsonl") if row["task"] == task["task"])
+    assert row["reviewed"] and "p" not in row
+    assert json.loads((out / "report.json").read_text())["judge"]["consistency"]["mean"] < 1
 
 
 def test_a_sealed_folder_is_reviewed_from_the_shell(tmp_path: Path) -> None:

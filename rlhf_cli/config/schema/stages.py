@@ -294,7 +294,8 @@ class LabelConfig(JudgeKeys, SamplingConfig):
     )
     review: bool = key(
         "Show on a page, to you alone, where annotators disagree with each other or with the "
-        "reward, with the names of all; an answer that you give there takes the place of theirs."
+        "reward, or a judge with itself in the other order, with the names of all; an answer that "
+        "you give there takes the place of theirs."
     )
     accept_partial: bool = key("Seal what is labelled where tasks are left.")
     algo: LabelAlgo
