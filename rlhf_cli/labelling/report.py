@@ -1,7 +1,7 @@
 """How good labels are: who agrees with whom, how policies fare, what was shown, how long it took.
 
 Everything is measured on pairs of responses within a task, but for what is said of a response by
-itself. Policies are rated by the Bradley-Terry maximum, with intervals by a bootstrap over tasks.
+itself. Policies are rated by the Bradley-Terry maximum, with intervals by a bootstrap over prompts.
 Where a rule has chosen tasks, all that would be another figure on them is measured on those alone
 that were drawn: agreement, ties, biases, ratings. Tasks that were planted count nowhere but there.
 """
@@ -27,6 +27,9 @@ from rlhf_cli.objectives.comparisons import ratings
 from rlhf_cli.objectives.estimates import Share, clustered_share
 from rlhf_cli.reporting.grid import show, with_error
 
+SEEN_HERE = ("page", "terminal")
+"""Sources that see responses in the order of their turn."""
+
 
 def between_people(said: Sequence[Outcomes]) -> Figures | None:
     """Agreement of annotators with each other, and Krippendorff's alpha."""
@@ -49,7 +52,8 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
     answers = counted((each for desk in desks for each in desk.answered), protocol)
     tasks = [task for task in tasks if not task.planted]
     drawn = at_random(answers)
-    said = [outcomes_of(at_random(counted(desk.own, protocol))) for desk in desks]
+    own = [at_random(counted(desk.own, protocol)) for desk in desks]
+    said = [outcomes_of(each) for each in own]
     events = [event for desk in desks for _, event in desk.answered]
     outcomes = [value for each in said for value in each.values()]
     by_reward, rewards = desks[0].terms.source == "reward", of_rewards(tasks, protocol)
@@ -70,7 +74,7 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
         "with_themselves": agreement_of([_twice(desk) for desk in desks]),
         "with_reward": None if by_reward else agreement_of([(each, rewards) for each in said]),
         "anchors": anchors_of(desks),
-        "bias": {} if protocol in SINGLE else bias_of(drawn),
+        "bias": {} if protocol in SINGLE else bias_of([each for said in own for each in said]),
         "ratings": rated(drawn, seed) if protocol not in SINGLE else liked(drawn),
         **(_rating_figures(drawn) if protocol == INSTRUCTGPT else {}),
     }
@@ -113,8 +117,8 @@ def crowd(report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[T
 
 
 def of_one(desk: Desk) -> Figures:
-    """What one annotator did."""
-    events = [event for _, event in desk.answered]
+    """What one annotator did, whatever a review put in its place."""
+    events = [event for _, event in desk.own]
     seconds = [event["seconds"] for event in events if event.get("seconds")]
     again, known = agreement_of([_twice(desk)]), known_of(desk)
     return {
@@ -147,7 +151,7 @@ def of_rewards(tasks: Sequence[Task], protocol: str) -> Outcomes:
 
 def bias_of(answers: Sequence[tuple[Task, Event]]) -> Figures:
     """How often the first one shown, and the longer one, wins a pair that is decided, with 95%
-    intervals over tasks.
+    intervals over prompts. What was first is known of those alone who saw it here.
     """
     hits: dict[str, list[tuple[bool, str]]] = {"first_shown_wins": [], "longer_wins": []}
     for task, event in answers:
@@ -156,11 +160,13 @@ def bias_of(answers: Sequence[tuple[Task, Event]]) -> Figures:
             if ranks[i] == ranks[j]:
                 continue
             better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
-            first = shown.index(better) < shown.index(worse)
-            hits["first_shown_wins"].append((first, task.id))
+            prompt = key_of(task.prompt)
+            if event["source"] in SEEN_HERE:
+                first = shown.index(better) < shown.index(worse)
+                hits["first_shown_wins"].append((first, prompt))
             sizes = len(task.responses[better]), len(task.responses[worse])
             if sizes[0] != sizes[1]:
-                hits["longer_wins"].append((sizes[0] > sizes[1], task.id))
+                hits["longer_wins"].append((sizes[0] > sizes[1], prompt))
     return {
         name: {"share": found.mean, **_ends(found), "pairs": len(each)}
         for name, each in hits.items()
@@ -189,17 +195,17 @@ def rated(answers: Sequence[tuple[Task, Event]], seed: int) -> Figures | None:
     """Ratings of the policies behind the responses; None where there is but one.
 
     apart: of each, those that it is above by more than chance has it; two of which neither is above
-        the other are not separable by so many tasks.
+        the other are not separable by so many labels.
     """
     wrote = (writers_of(origin) for task, _ in answers for origin in task.origins)
     names = sorted({name for writers in wrote for name in writers})
     if len(names) < 2:
         return None
-    of_task: dict[str, Tensor] = {}  # several labels of a task are not several tasks
+    of_prompt: dict[str, Tensor] = {}  # several labels or tasks of a prompt are not several prompts
     for task, event in answers:
-        points = points_of(task, event, names)
-        of_task[task.id] = of_task.get(task.id, torch.zeros_like(points)) + points
-    every = torch.stack(list(of_task.values()))
+        points, prompt = points_of(task, event, names), key_of(task.prompt)
+        of_prompt[prompt] = of_prompt.get(prompt, torch.zeros_like(points)) + points
+    every = torch.stack(list(of_prompt.values()))
     games = every + every.mT
     every = (every / games.clamp(min=1))[games.sum((1, 2)) > 0]
     if not len(every):

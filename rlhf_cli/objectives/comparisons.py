@@ -13,6 +13,7 @@ ELO = 400 / math.log(10)
 ROUNDS = 100  # of Newton's method, which needs about ten
 STEP = 2.0  # of log odds, at most, lest an early step run away
 EXACT = 1e-12
+FEWEST = 6  # prompts that can tell players apart: a coin gives all of five to one in 1 of 16
 
 
 @dataclass
@@ -123,7 +124,8 @@ class Ratings:
     """Of P players, in points of Elo's scale above the anchor, whose rating is 0.
 
     low, high: (P,) of a 95% interval.
-    apart: (P, P) whether i is above j: the interval of their difference lies above 0.
+    apart: (P, P) whether i is above j: the interval of their difference lies above 0, and is of
+        FEWEST prompts or more. Where one wins all of fewer no redrawing of them says otherwise.
     """
 
     points: Tensor
@@ -158,7 +160,8 @@ def ratings(points: Tensor, anchor: int, seed: int, resamples: int = 1000) -> Ra
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
     low, high = redrawn.quantile(ends, 0)
     gaps = redrawn[:, :, None] - redrawn[:, None, :]
-    return Ratings(centre, low, high, gaps.quantile(0.025, 0) > 0)
+    apart = (gaps.quantile(0.025, 0) > 0) & (count >= FEWEST)
+    return Ratings(centre, low, high, apart)
 
 
 def length_controlled(

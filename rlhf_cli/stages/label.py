@@ -257,7 +257,6 @@ def tell_of_judge(
 
     if cfg.source == "judge":
         report["judge"] = of_labels(cfg, desks[0])
-        report["bias"].pop("first_shown_wins", None)  # both orders were asked
     else:
         judge = judge_for(cfg, lambda: session)
         report["judge"], report["with_judge"] = beside_people(cfg, judge, desks)

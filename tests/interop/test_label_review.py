@@ -89,6 +89,7 @@ def test_what_is_settled_takes_the_place_of_what_was_said(
     report = json.loads((out / "report.json").read_text())
     assert report["between_annotators"] == agreement  # of what they said themselves
     assert report["reviewed"] == 4 and report["skipped"] == 2
+    assert [each["skipped"] for each in report["annotators"].values()] == [0, 0]
     events = read(out / "events-bob.jsonl")
     old = [event for event in events if event["task"] == first["task"]]
     assert [event["ranks"] for event in old] == [[2, 1], [1, 2]]

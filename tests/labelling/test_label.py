@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.labelling.draws import pool_of
-from rlhf_cli.labelling.report import liked, points_of
+from rlhf_cli.labelling.report import bias_of, liked, points_of, rated
 from rlhf_cli.labelling.rows import rows_of
 from rlhf_cli.labelling.selection import chosen
-from rlhf_cli.labelling.tasks import Sample, Task, dealt, samples_of_file, writers_of
+from rlhf_cli.labelling.tasks import (
+    Sample,
+    Task,
+    dealt,
+    samples_of_file,
+    task_of,
+    writers_of,
+)
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs.checks import check_data
 from rlhf_cli.runs.out_folder import state_of, what_is_kept
@@ -130,8 +138,7 @@ def test_planted_errors_are_recovered_and_policies_keep_their_order(tmp_path: Pa
     flips, bias = report["flips"], report["bias"]
     assert flips["recovered"] == pytest.approx(flips["planted"], abs=0.05)
     assert flips["planted"] == pytest.approx(0.25, abs=0.03) and flips["chance"] == 0.25
-    for each in bias.values():  # neither has to do with the reward
-        assert each["low"] < 0.5 < each["high"] and each["low"] < each["share"] < each["high"]
+    assert not bias  # all are equally long, and a reward sees no order
     agreement = report["between_annotators"]
     assert agreement["agreement"] == pytest.approx(0.625, abs=3 * agreement["stderr"])
     assert agreement["stderr"] == pytest.approx((0.625 * 0.375 / 400) ** 0.5, rel=0.1)
@@ -139,6 +146,37 @@ def test_planted_errors_are_recovered_and_policies_keep_their_order(tmp_path: Pa
     points = [report["ratings"][name]["rating"] for name in "abc"]
     assert points == sorted(points) and report["ratings"]["c"]["above"] == ["a", "b"]
     assert points[2] == 0  # the last one is what others are rated by
+
+
+def said_of_pair(prompt: str, source: str = "page", **said: Any) -> tuple[Task, dict[str, Any]]:
+    """An answer to a pair of which the second one, by b, is longer and better."""
+    made = task_of([Sample(prompt, f"{by}{prompt}", "", {"policy": by}) for by in ("a", "bb")])
+    shown = {"kind": "pair", "ranks": [2, 1], "shown": [1, 0], "source": source}
+    return made, {**shown, **said}
+
+
+def test_what_was_shown_first_is_known_of_those_who_saw_it_here() -> None:
+    sources = ("page", "terminal", "file", "reward")
+    found = bias_of([said_of_pair(f"p{source}", source) for source in sources])
+    assert found["first_shown_wins"]["pairs"] == 2 and found["first_shown_wins"]["share"] == 1
+    assert found["longer_wins"]["pairs"] == 4
+    assert all(each["low"] < 1 == each["high"] for each in found.values())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tasks", "apart"), [(5, 1, False), (1, 8, False), (3, 3, False), (6, 1, True)]
+)
+def test_policies_are_told_apart_by_prompts_and_not_by_tasks(
+    prompts: int, tasks: int, apart: bool
+) -> None:
+    """Where one wins all, as a coin may on few prompts."""
+    answers = [said_of_pair(f"p{i}") for i in range(prompts) for _ in range(tasks)]
+    answers = [
+        (replace(task, id=f"{number}"), event) for number, (task, event) in enumerate(answers)
+    ]
+    found = rated(answers, 0)
+    assert found is not None and bool(found["bb"]["above"]) == apart
+    assert found["a"]["rating"] < found["bb"]["rating"] == 0
 
 
 def test_prompts_that_were_asked_are_not_asked_again(tmp_path: Path) -> None:
