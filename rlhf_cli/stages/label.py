@@ -217,6 +217,7 @@ def judge_for(cfg: LabelConfig, session_of: Callable[[], "Session | None"]) -> "
 def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     """Write rows and report, and seal the folder."""
     from rlhf_cli.labelling import report as reporting
+    from rlhf_cli.labelling.summary import headline, sentence
     from rlhf_cli.runs.session import begin
 
     session = begin(cfg, plan)
@@ -245,8 +246,7 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
             (folder / name).write_text(text, encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(round_figures(report), indent=2) + "\n")
     show(report)
-    told = reporting.sentence(report)
-    return session.finish("labels", reporting.headline(report), told)
+    return session.finish("labels", headline(report), sentence(report))
 
 
 def tell_of_judge(
@@ -267,7 +267,7 @@ def tell_of_judge(
 def show(report: dict[str, Any]) -> None:
     """Ratings as a table, and what they do not tell apart."""
     from rlhf_cli.labelling.quality import lines_of
-    from rlhf_cli.labelling.report import inseparable, labels_at_random, table_of
+    from rlhf_cli.labelling.summary import inseparable, labels_at_random, table_of
 
     if lines := table_of(report):
         heads = ("policy", "rating", "95 %", "above")[: len(lines[0])]

@@ -1,0 +1,76 @@
+"""A report of labels in short: what the terminal shows of it, and what stage.json has."""
+
+from itertools import combinations
+
+from rlhf_cli.labelling.outcomes import Figures
+from rlhf_cli.labelling.tasks import RANDOM
+from rlhf_cli.reporting.grid import show, with_error
+
+
+def table_of(report: Figures) -> list[tuple[object, ...]]:
+    """A line for each policy: its rating with its interval, and whom it is above."""
+    lines: list[tuple[object, ...]] = []
+    for name, each in (report["ratings"] or {}).items():
+        if "up" in each:
+            lines.append((name, each["up"], each["labels"]))
+        else:
+            interval = f"{each['low']:.0f} to {each['high']:.0f}"
+            lines.append(
+                (name, round(each["rating"]), interval, ", ".join(each["above"]) or "none")
+            )
+    return lines
+
+
+def inseparable(report: Figures) -> list[tuple[str, str]]:
+    """Pairs of policies that the labels do not tell apart."""
+    found = {name: each for name, each in (report["ratings"] or {}).items() if "above" in each}
+    return [
+        (ours, theirs)
+        for ours, theirs in combinations(found, 2)
+        if theirs not in found[ours]["above"] and ours not in found[theirs]["above"]
+    ]
+
+
+def labels_at_random(report: Figures) -> int:
+    """The labels that agreement and ratings rest on."""
+    selected = report["selected"]
+    return int(selected[RANDOM]["labels"] if selected else report["labels"])
+
+
+def headline(report: Figures) -> Figures:
+    """The figures that stage.json has."""
+    between, again = report["between_annotators"] or {}, report["with_themselves"] or {}
+    reward, judge = report["with_reward"] or {}, report.get("with_judge") or {}
+    told = {
+        "labels": report["labels"],
+        "left": report["left"],
+        "ties": report.get("ties"),
+        "agreement": between.get("agreement"),
+        "agreement_stderr": between.get("stderr"),
+        "alpha": between.get("alpha"),
+        "self_agreement": again.get("agreement"),
+        "reward_agreement": reward.get("agreement"),
+        "judge_agreement": judge.get("agreement"),
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def sentence(report: Figures) -> str:
+    """What was labelled, and how far it can be relied on."""
+    told = f"{report['labels']} labels of {report['tasks']} tasks"
+    if report["left"]:
+        told += f", {report['left']} left"
+    if report["selected"]:
+        told += f"; ratings and agreement are of the {labels_at_random(report)} drawn at random"
+    between, reward = report["between_annotators"], report["with_reward"]
+    if between is not None:
+        share = with_error(between["agreement"], between.get("stderr"))
+        told += f"; annotators agree on {share} of {between['outcomes']} outcomes"
+        told += f" (alpha {show(between['alpha'])})" if between["alpha"] is not None else ""
+    if reward is not None:
+        share = with_error(reward["agreement"], reward.get("stderr"))
+        told += f"; the reward agrees with them on {share}"
+    if (judge := report.get("with_judge")) is not None:
+        share = with_error(judge["agreement"], judge.get("stderr"))
+        told += f"; the judge agrees with them on {share}"
+    return told
