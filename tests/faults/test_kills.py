@@ -35,6 +35,7 @@ NAMES = [
 ]
 CONFIGS = {
     **{name: RUNS[name] for name in NAMES},
+    "dpo lora": [*RUNS["dpo lora"], "algo.snapshot_every=2"],
     **{name: [name] for name in SAMPLING},
     "grpo_iterative": ["grpo", "algo=grpo_iterative", *REFRESH, "algo.refresh_reference=2"],
 }
