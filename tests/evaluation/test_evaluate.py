@@ -279,7 +279,8 @@ def everything(folder: Path, out: Path) -> dict[str, Any]:
     with contextlib.chdir(folder):
         Path("choices.jsonl").write_text(json.dumps(row))
         Path("question.txt").write_text("{prompt}{first}|{second}: ")
-        return evaluated(out, *EVERYTHING, f"responses_cache={out}-cache")
+        caches = (f"responses_cache={out}-cache", f"data.cache={out}-answers")
+        return evaluated(out, *EVERYTHING, *caches)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ CONFIGS = {
     **{name: [name] for name in SAMPLING},
     "grpo_iterative": ["grpo", "algo=grpo_iterative", *REFRESH, "algo.refresh_reference=2"],
 }
-KILLS = 16  # of each config
+KILLS = 8  # of each config
 KINDS = (TIME, FILE, BYTES)
 
 
@@ -53,15 +53,6 @@ def kill_before_each(words: list[str], chain: Path, place: Path, last: int | Non
         assert attempt(cfg, chain, killed, Death(touch=touch))
         assert not attempt(cfg, chain, killed, Death())
         assert not differences(killed, expected), f"killed before file operation {touch}"
-
-
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo", *SAMPLING])
-@pytest.mark.slow
-def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(
-    name: str, chain: Path, tmp_path: Path
-) -> None:
-    found = kill_often(CONFIGS[name], chain, tmp_path, 2, name)
-    assert found.kills.total() == 2 and not found.wrong
 
 
 @pytest.mark.slow
@@ -81,7 +72,7 @@ def test_no_file_operation_is_a_bad_moment(words: list[str], chain: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_hundreds_of_kills_change_no_byte(
+def test_kills_at_any_moment_change_no_byte(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {
