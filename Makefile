@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The tests use what is on this disk and nothing else, and two cores, a thread on each.
 export HF_HUB_OFFLINE ?= 1
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+# Neighbours share what they are tried on, so a process takes half of the tests, then what is left.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo check test test-slow test-gpu interop bench lint format type wheel

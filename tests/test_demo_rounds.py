@@ -77,10 +77,8 @@ def read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the recipe has run."""
-    place = tmp_path_factory.mktemp("rounds")
+def run_rounds(place: Path) -> None:
+    """Run the recipe in a folder."""
     asked = prompts_of_rounds()
     write(place / "prompts.jsonl", [row for rows in asked for row in rows])
     write(place / "first.jsonl", asked[0])
@@ -91,10 +89,10 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = {**os.environ, **RECIPE, "PATH": path}
     done = subprocess.run(recipe, cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return place
 
 
-def test_each_round_asks_new_prompts_of_the_best_policy(rounds: Path) -> None:
+def check_prompts(rounds: Path) -> None:
+    """Each round asks new ones, of the best policy before it."""
     seen: set[str] = set()
     best = ["runs/demo/sft"]
     with contextlib.chdir(rounds):
@@ -112,8 +110,8 @@ def test_each_round_asks_new_prompts_of_the_best_policy(rounds: Path) -> None:
         assert sampled == {"runs/demo/sft"} - {best[number - 1]}
 
 
-def test_gold_rises_over_rounds(rounds: Path) -> None:
-    """Of each policy on prompts from which nothing was learnt, beside the one before it."""
+def check_gold(rounds: Path) -> None:
+    """It rises from round to round, of each policy on prompts from which nothing was learnt."""
     last = read(rounds / ROUND.format(3) / "evaluate/report.json")["policies"]
     gain = last[f"{ROUND.format(3)}/ppo"]["gain_over_reference"]
     assert gain["mean"] > 4 * gain["stderr"]
@@ -124,8 +122,8 @@ def test_gold_rises_over_rounds(rounds: Path) -> None:
     assert gains[2]["mean"] > gains[0]["mean"]
 
 
-def test_replay_keeps_what_the_newest_labels_forget(rounds: Path) -> None:
-    """Of two reward models on held-out prompts of the first round, labelled without errors: that of
+def check_replay(rounds: Path) -> None:
+    """It keeps what the newest labels forget: of two reward models on held-out prompts of the first round, labelled without errors: that of
     the third round, and one of the third round's labels alone.
     """
     with contextlib.chdir(rounds):
@@ -144,3 +142,10 @@ def test_replay_keeps_what_the_newest_labels_forget(rounds: Path) -> None:
             accuracy[name] = read(report)["reward_model"]
     replay, newest = accuracy["replay"], accuracy["newest"]
     assert replay["accuracy_low"] > newest["accuracy_high"]
+
+
+def test_rounds_ask_anew_raise_gold_and_keep_what_was_learnt(tmp_path: Path) -> None:
+    run_rounds(tmp_path)  # which takes minutes, so that it is not done for each of these
+    check_prompts(tmp_path)
+    check_gold(tmp_path)
+    check_replay(tmp_path)
