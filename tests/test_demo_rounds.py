@@ -123,8 +123,8 @@ def check_gold(rounds: Path) -> None:
 
 
 def check_replay(rounds: Path) -> None:
-    """It keeps what the newest labels forget: of two reward models on held-out prompts of the first round, labelled without errors: that of
-    the third round, and one of the third round's labels alone.
+    """It keeps what the newest labels forget: on held-out prompts of the first round, labelled
+    without errors, the third round's reward model is beside one of that round's labels alone.
     """
     with contextlib.chdir(rounds):
         prompts = ["data=rows", "data.path=first.jsonl", "policy=runs/demo/sft"]
