@@ -120,10 +120,8 @@ ROUNDS = {
 }
 MOMENTS = (
     ("round1/label/tasks.jsonl", 0.0),  # sampled, and labelled next
-    ("round1/ppo/metrics.jsonl", 0.0),
     ("round1/evaluate/stage.json", 0.0),  # before the line that reads it
     ("round2/label/stage.json", 0.5),  # between two lines, or as the next one starts
-    ("round2/reward/config.yaml", 0.5),
 )
 
 

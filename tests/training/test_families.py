@@ -70,11 +70,16 @@ SEQUENCES = [
 REFUSED: dict[tuple[str, str, str], str] = {}
 
 
-@pytest.mark.parametrize("how", ["full", "lora"])
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in names()],
-)
+# whole or as an adapter in turn, since test_lora_places.py has adapters of all of them
+CASES = [
+    pytest.param(name, how, marks=[] if name in DEFAULT else [pytest.mark.slow])
+    for i, name in enumerate(names())
+    for how in ("full", "lora")
+    if name in DEFAULT or how == ("full", "lora")[i % 2]
+]
+
+
+@pytest.mark.parametrize(("family", "how"), CASES)
 def test_a_family_goes_through_all_stages(
     family: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
