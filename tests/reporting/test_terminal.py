@@ -164,7 +164,8 @@ class TestCommands:
         (place / "runs/demo/reward").rename(place / "runs/demo/é漢")
         done = cli("ls", "runs", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
         assert done.returncode == 0 and done.stderr == ""
-        assert "`- runs/demo/adapter" in done.stdout and "|- " in done.stdout
+        assert "- runs/demo/adapter" in done.stdout
+        assert "`- " in done.stdout and "|- " in done.stdout
         assert r"\xe9\u6f22" in done.stdout
 
 

@@ -271,6 +271,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
 
     until("\r\n> ")
     for line, mark in (("Hi\n", "> "), ("\x03", "Ctrl-D ends"), ("/undo\n", "taken back: Hi")):
+        time.sleep(1)  # a mark is there before what is typed is waited for
         os.write(terminal, line.encode())
         until(mark)
     os.write(terminal, b"\x04")
