@@ -161,7 +161,8 @@ def test_a_reader_that_leaves_is_no_error(words: str, tmp_path: Path) -> None:
     line = f"'{script}' {words} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
-    assert done.returncode == 141
+    # what a pipe holds may be written before its reader is gone
+    assert done.returncode == 141 or (done.returncode == 0 and "runs" not in words)
 
 
 @pytest.mark.parametrize(
