@@ -7,6 +7,7 @@ file, pair_judge.py, which asks in both orders. What was answered once is not as
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -61,7 +62,7 @@ class PairJudge(Protocol):
         """That the first is better, for each; None where the judge failed."""
 
 
-class KeptJudge:
+class KeptJudge(ABC):
     """A judge whose answers are kept for other runs; a subclass asks."""
 
     def __init__(self, cfg: Any, named: str) -> None:
@@ -97,9 +98,9 @@ class KeptJudge:
         known |= self._answers(new)
         return [known.get(name) for name in names]
 
+    @abstractmethod
     def _answers(self, new: Mapping[str, str]) -> dict[str, float]:
         """The log-odds of questions by name, kept and paid; without those that failed."""
-        raise NotImplementedError
 
 
 class LocalJudge(KeptJudge):

@@ -14,6 +14,7 @@ import hmac
 import json
 import secrets
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ OURS = "x-label"
 """A header that no form of another site can send."""
 
 
-class Gate:
+class Gate(ABC):
     """Who may come in to which pages.
 
     Subclasses add routes, and ask `owner` of each request whose it is.
@@ -67,9 +68,9 @@ class Gate:
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=self._guarded)],
         )
 
+    @abstractmethod
     def routes(self) -> list[Route]:
         """What there is beside the page and its files."""
-        raise NotImplementedError
 
     def address(self, name: str) -> str:
         """Where somebody begins."""
