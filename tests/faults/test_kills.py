@@ -39,7 +39,7 @@ CONFIGS = {
     **{name: [name] for name in SAMPLING},
     "grpo_iterative": ["grpo", "algo=grpo_iterative", *REFRESH, "algo.refresh_reference=2"],
 }
-KILLS = 4  # of each config
+KILLS = 16  # of each config
 KINDS = (TIME, FILE, BYTES)
 
 
