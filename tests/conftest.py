@@ -18,6 +18,9 @@ from tests.endpoints import FakeJudge, Verdict
 from tests.tiny import WORDS, rows_of, words_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Commands draw less where a service sets CI, and as wide as these say: tests say so where they ask.
+for name in ("CI", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(name, None)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before a test wakes cuBLAS
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

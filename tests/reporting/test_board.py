@@ -89,13 +89,12 @@ class Terminal:
         self.screen, self._raw = Screen(), ""
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        seen = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=theirs,
             stderr=theirs,
-            env={**seen, "TERM": "xterm", **env},
+            env={**os.environ, "TERM": "xterm", **env},
             text=True,
         )
         os.close(theirs)
@@ -193,12 +192,9 @@ def test_bars_tell_who_asks_how_far_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert heard == [["outer 1"], ["outer 1", "inner 1"], ["outer 2"]]
 
 
-def test_no_file_is_a_terminal_whatever_colours_it_gets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_file_is_a_terminal_whatever_colours_it_gets(tmp_path: Path) -> None:
     from rich.console import Console
 
-    monkeypatch.delenv("CI", raising=False)
     with (tmp_path / "log").open("w") as log:
         ours = Board(Console(file=log, force_terminal=True))
         assert not ours.is_live() and ours.begin("x", "ppo") is None and not ours.shows_samples()

@@ -1,7 +1,6 @@
 """Tables fit the terminal: nothing is cut, and numbers and words stay whole."""
 
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from rich.cells import cell_len
 
 from rlhf_cli.reporting.grid import laid_out, shared_out, show, with_error
 from rlhf_cli.reporting.terminal import width
+from tests.terminals import on_a_terminal
 
 HEADS = ("policy", "gold", "reward", "KL to sft", "held-out loss", "ppo wins, 95%")
 ROWS = [
@@ -97,28 +97,21 @@ table("held-out prompts", HEADS, ROWS)
 """
 
 
-@pytest.mark.parametrize("columns", ["80", "120"])
-def test_a_table_on_a_terminal(columns: str) -> None:
-    reader, writer = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": columns}
-    subprocess.run([sys.executable, "-c", TABLE], stderr=writer, stdout=writer, env=env, check=True)
-    os.close(writer)
-    said = os.read(reader, 65536).decode()
-    os.close(reader)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_table_on_a_terminal(columns: int) -> None:
+    said = on_a_terminal([sys.executable, "-c", TABLE], columns=columns)
     lines = re.sub(r"\x1b\[[\d;]*m", "", said).splitlines()
     assert "\x1b[1m" in said and lines[0] == "held-out prompts"
-    assert max(map(len, lines)) <= int(columns)
-    assert len(lines) == (3 + 1 if columns == "120" else 2 * len(HEADS) + 1 + 1)
+    assert max(map(len, lines)) <= columns
+    assert len(lines) == (3 + 1 if columns == 120 else 2 * len(HEADS) + 1 + 1)
 
 
 def test_a_table_in_a_pipe_is_plain() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
         [sys.executable, "-c", TABLE],
         capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
-        env=env,
     )
     assert "\x1b" not in done.stderr and done.stdout == ""
     lines = done.stderr.splitlines()

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 from rlhf_cli.reporting import console
 from rlhf_cli.reporting.terminal import Shown, on_one_line, printable
 from tests.conftest import Cli
+from tests.terminals import on_a_terminal
 from tests.tiny import DATA
 
 EVIL = "\x1b]52;c;cm0gLXJm\x07\x1b[31mred\x9b2J\x7f\r\u202eab\u2066"
@@ -171,14 +169,9 @@ class TestCommands:
 
 def test_a_terminal_gets_colours_of_ours_alone(chain: Path) -> None:
     """On a terminal `ls runs` dims its lines; what leads to them is ours."""
-    reader, writer = pty.openpty()
     script = str(Path(sys.executable).parent / "rlhf-cli")
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    subprocess.run([script, "ls", "runs"], cwd=chain, stdout=writer, stderr=writer, env=env)
-    os.close(writer)
-    said = os.read(reader, 65536)
-    os.close(reader)
-    assert rb"\x1b" not in said and b"\x1b[2m" in said
+    said = on_a_terminal([script, "ls", "runs"], cwd=chain, columns=200)
+    assert r"\x1b" not in said and "\x1b[2m" in said
 
 
 BAR = """
@@ -199,13 +192,7 @@ assert sys.stderr is before
 
 def test_a_bar_on_a_terminal_is_drawn_and_what_others_write_is_shown() -> None:
     """Rich stands between while a bar is shown; the bar's own sequences are sent, others' not."""
-    reader, writer = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
-    done = subprocess.run([sys.executable, "-c", BAR], stdout=writer, stderr=writer, env=env)
-    os.close(writer)
-    said = os.read(reader, 65536).decode()
-    os.close(reader)
-    assert done.returncode == 0, said
+    said = on_a_terminal([sys.executable, "-c", BAR])
     for word in (r"\x1b[31mred \x9b2J", r"\x1b]52;c;xx\x07 on stdout", "[bold]said"):
         assert said.count(word) == 2, said
     plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", said)
