@@ -23,6 +23,7 @@ from rlhf_cli.models.tokenizers import load_tokenizer, stop_ids_of
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.runs.preflight import preflight
 from tests.cli.made import POLICY, ROWS
+from tests.pace import fast
 
 ANY = settings(
     derandomize=True,
@@ -146,7 +147,13 @@ def test_many_changes(name: str, data: st.DataObject, foreign: Path) -> None:
     check(foreign, name, change(data.draw, foreign / name))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith("stage.json")])
+@pytest.mark.parametrize(
+    "name",
+    fast(
+        lambda name: name.endswith("tensors"),
+        [name for name in FILES if not name.endswith("stage.json")],
+    ),
+)
 @settings(ANY, max_examples=FEW)
 @given(data=st.data())
 def test_no_change_passes_that_is_recorded(name: str, data: st.DataObject, place: Path) -> None:

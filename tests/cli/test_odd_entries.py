@@ -12,6 +12,7 @@ from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
 from tests.cli.made import POLICY, REWARD, ROWS, SFT
 from tests.cli.test_user_errors import value
 from tests.conftest import Cli
+from tests.pace import fast
 
 
 def circle(place: Path) -> None:
@@ -82,7 +83,9 @@ def test_as_the_base_of_an_adapter(kind: str, cli: Cli, place: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ODD)
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/inputs.json"])
+@pytest.mark.parametrize(
+    "name", fast(["metrics.jsonl"], ["config.yaml", "metrics.jsonl", "checkpoints/inputs.json"])
+)
 def test_in_an_unfinished_out(name: str, kind: str, cli: Cli, place: Path) -> None:
     unfinished(place)
     put(place / POLICY / name, kind)

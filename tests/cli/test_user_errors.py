@@ -23,6 +23,7 @@ from tests.cli.made import (
     cpu_seconds,
 )
 from tests.conftest import Cli
+from tests.pace import fast
 
 OWN = f"data=jsonl data.path=own.jsonl {LIMITS} out=new"
 OWN_SFT = f"sft {OWN}"
@@ -1260,7 +1261,7 @@ def test_a_bad_input_is_one_line_and_changes_nothing(name: str, here: Cli, place
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("name", list(EARLY)[::20])
+@pytest.mark.parametrize("name", fast(list(EARLY)[::60], list(EARLY)[::20]))
 def test_a_bad_input_is_told_of_in_time(name: str, cli: Cli, place: Path) -> None:
     change, words, parts = EARLY[name]
     change(place)
@@ -1273,7 +1274,7 @@ def test_a_bad_input_is_told_of_in_time(name: str, cli: Cli, place: Path) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if "never ends" in name else name for name in LATE],
+    fast(lambda name: "never ends" not in name, LATE),
 )
 def test_what_only_loading_shows_changes_nothing_either(name: str, here: Cli, place: Path) -> None:
     change, words, parts = LATE[name]

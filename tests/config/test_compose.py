@@ -13,6 +13,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import PpoConfig
 from rlhf_cli.config.stages import STAGES
 from rlhf_cli.rewards.shaping import overlong_tokens
+from tests.pace import fast
 
 CONF = catalog.shipped("conf")
 DIRS = catalog.config_dirs()
@@ -41,7 +42,10 @@ def words_for(stage: str, group: str, option: str) -> list[str]:
     return words + (OTHER_DATA.get(stage, []) if group == "data" and option != "demo" else [])
 
 
-@pytest.mark.parametrize(("stage", "group", "option"), OPTIONS)
+FIRST = set({option[1:]: option for option in reversed(OPTIONS)}.values())
+
+
+@pytest.mark.parametrize(("stage", "group", "option"), fast(FIRST, OPTIONS))
 def test_an_option_composes_with_its_stages(stage: str, group: str, option: str) -> None:
     config = compose(stage, words_for(stage, group, option))
     assert type(config) is STAGES[stage].config

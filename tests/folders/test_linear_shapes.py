@@ -14,6 +14,7 @@ from rlhf_cli.models.lora_places import lora_places, peft_targets
 from rlhf_cli.runs.adapter_sizes import lora
 from rlhf_cli.runs.memory_estimate import of_text
 from tests.model_families import build, model_of, names
+from tests.pace import fast
 from tests.toys import model_of as config_of
 
 QUICK = ["gpt2", "mamba", "llama", "mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"]
@@ -23,9 +24,7 @@ ROUGH = [
 SLOW = [name for name in names() if name not in {*QUICK, *ROUGH}]
 
 
-@pytest.mark.parametrize(
-    "family", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)]
-)
+@pytest.mark.parametrize("family", fast(QUICK, [*QUICK, *SLOW]))
 def test_the_numbers_of_an_adapter_are_those_that_are_trained(family: str, tmp_path: Path) -> None:
     build(family, tmp_path)
     model = model_of(family)

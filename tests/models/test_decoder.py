@@ -24,6 +24,7 @@ from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model
 from rlhf_cli.runs.memory_estimate import count, known, roles_of, towers_of
 from tests.conftest import Cli
+from tests.pace import slow
 from tests.toys import bpe, composed, llama, model_of
 
 T: Any = transformers
@@ -256,7 +257,7 @@ def folder_of(family: str, place: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "rank"),
-    [("qwen3_vl", 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in WRITTEN)],
+    [("qwen3_vl", 0), *(slow(*each) for each in WRITTEN)],
 )
 def test_towers_are_frozen_and_written_back(family: str, rank: int, tmp_path: Path) -> None:
     place = folder_of(family, tmp_path / "in")

@@ -19,6 +19,7 @@ from rlhf_cli.models.dropout import (
 )
 from rlhf_cli.models.recompute import recompute_activations
 from tests.model_families import model_of, names
+from tests.pace import fast
 
 BATCH = collate([Tokens([5, 6, 7, 8, 9, 10], [11, 12, 13]), Tokens([14, 15], [16])])
 # parallel branches are one sum; the mixers of some blocks stand alone
@@ -27,7 +28,7 @@ BRANCHES |= {"mamba": 1, "falcon_mamba": 1, "mamba2": 1, "gemma4_text": 3, "long
 QUICK = ["gpt2", "opt", "bloom", "falcon", "gpt_neox", "seed_oss", "mixtral", "mamba"]
 QUICK += ["biogpt", "dbrx", "modernbert_decoder", "gemma2", "phimoe"]
 SLOW = [each for each in names() if each not in QUICK]
-FAMILIES = [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)]
+FAMILIES = fast(QUICK, [*QUICK, *SLOW])
 
 
 def rates_of(family: str) -> dict[str, float]:

@@ -24,6 +24,7 @@ from rlhf_cli.models.dtypes import (
 from rlhf_cli.models.masters import held_as
 from rlhf_cli.runs.session import Session
 from tests.contents import contents_of
+from tests.pace import slow
 from tests.tiny import WORDS, run_stage
 from tests.toys import DEVICE
 
@@ -184,7 +185,7 @@ def test_adapters(from_halved: str, tmp_path: Path) -> None:
     [
         ("null", "float32"),
         ("bootstrap", "float32"),
-        pytest.param("bootstrap", "bfloat16", marks=pytest.mark.slow),
+        slow("bootstrap", "bfloat16"),
     ],
 )
 def test_a_resumed_run_writes_the_same_bytes(

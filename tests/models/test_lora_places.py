@@ -19,6 +19,7 @@ from rlhf_cli.models.lora_places import (
 )
 from rlhf_cli.models.recompute import recompute_activations
 from tests.model_families import model_of, names
+from tests.pace import fast
 
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 MLP = ["down_proj", "gate_proj", "up_proj"]
@@ -119,9 +120,7 @@ def gradients_of(adapted: Any) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(
-    "family", [*MIXTURES, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)]
-)
+@pytest.mark.parametrize("family", fast(MIXTURES, [*MIXTURES, *MORE]))
 def test_adapters_on_experts_are_adapters_as_others_are(family: str, tmp_path: Path) -> None:
     base, adapted = adapted_of(family)
     own, plain = logits_of(adapted), logits_of(base)

@@ -32,6 +32,7 @@ from rlhf_cli.models.shared import SharedScorer
 from rlhf_cli.models.tokenizers import fit_embeddings, load_tokenizer
 from rlhf_cli.runs.remote_code import brings_code
 from tests.model_families import build
+from tests.pace import fast, slow
 from tests.toys import FROZEN, bpe, hardware_of, llama, model_of, sequences_of
 
 CPU = torch.device("cpu")
@@ -175,7 +176,7 @@ def test_other_tools_load_the_folder_of_ours(family: str, level: str, tmp_path: 
 
 @pytest.mark.parametrize(
     "family",
-    ["Ernie4_5", *(pytest.param(each, marks=pytest.mark.slow) for each in list(WITHOUT)[1:])],
+    fast(["Ernie4_5"], WITHOUT),
 )
 def test_every_family_has_reward_models_and_critics(family: str, tmp_path: Path) -> None:
     """In full and with LoRA, of responses and tokens: written = loaded, padded = unpadded."""
@@ -210,7 +211,7 @@ def test_every_family_has_reward_models_and_critics(family: str, tmp_path: Path)
     assert not scores(load_critic(None, str(policy), LORA, TOKENIZER, 7, CPU, adapted)).any()
 
 
-@pytest.mark.parametrize("family", ["llama4", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", fast(["llama4"], ["llama4", "qwen2_5_vl"]))
 def test_a_model_that_sees_becomes_a_scorer(family: str, tmp_path: Path) -> None:
     """Of a policy in full and of an adapter: on the policy's own states, and written = loaded."""
     base, policy = str(tmp_path / "base"), str(tmp_path / "policy")
@@ -247,10 +248,7 @@ def test_a_router_that_is_called_as_heads_are_is_not_trained(tmp_path: Path) -> 
     ("family", "elsewhere"),
     [
         ("qwen2_5_vl", False),
-        *(
-            pytest.param(each, True, marks=pytest.mark.slow)
-            for each in ("qwen2_5_vl", "mistral3", "gemma3")
-        ),
+        *(slow(each, True) for each in ("qwen2_5_vl", "mistral3", "gemma3")),
     ],
 )
 def test_weights_of_other_names_on_disk_are_found(

@@ -58,9 +58,10 @@ from tests.objectives.online import (
     settle,
 )
 from tests.objectives.spaces import ENDING, ONE, TWO, Space, Tables, drawn
+from tests.pace import fast
 
 SPACES = {"one": ONE, "two": TWO, "ending": ENDING}
-SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
+SEEDS = fast([0], [0, 1])
 Advantages = Callable[[Rollouts], Tensor]
 Losses = Callable[[Now, Rollouts, Tensor], Tensor]
 Tie = Callable[[Now, Rollouts], Tensor]
@@ -239,7 +240,7 @@ FEW = ("whitened ppo", "rloo")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "name",
-    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLED],
+    fast(FEW, SAMPLED),
 )
 def test_with_the_tie_in_the_reward_samples_lead_to_the_optimum(name: str, seed: int) -> None:
     assert TWO.distance(learn(TWO, SAMPLED[name], seed)) < 0.02

@@ -12,6 +12,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.stages import grpo, ppo
+from tests.pace import slow
 from tests.ranks import on_ranks
 from tests.tiny import run_stage as run
 
@@ -51,10 +52,6 @@ def sample_by_another(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def another(monkeypatch: pytest.MonkeyPatch) -> None:
     sample_by_another(monkeypatch)
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.slow

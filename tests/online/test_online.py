@@ -15,6 +15,7 @@ from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.online import experience
 from rlhf_cli.rollout.native import NativeEngine
+from tests.pace import fast, slow
 from tests.tiny import run_stage as run
 
 ONCE = ["algo.epochs=1", "algo.minibatch_size=8", "algo.steps=3", "hardware.save_every=null"]
@@ -104,9 +105,7 @@ class Passes:
         pytest.param(  # charged before the update
             *("grpo", ["algo.kl_in=reward", "algo.kl_estimator=k1"], 2), marks=pytest.mark.slow
         ),
-        pytest.param(
-            *("ppo", ["algo.kl_in=loss", "algo.kl_estimator=k2"], 0), marks=pytest.mark.slow
-        ),
+        slow("ppo", ["algo.kl_in=loss", "algo.kl_estimator=k2"], 0),
     ],
 )
 def test_a_single_update_has_old_log_probs_itself(
@@ -128,7 +127,7 @@ def test_a_single_update_has_old_log_probs_itself(
         assert ours["old_kl"] == 0 or more
 
 
-@pytest.mark.parametrize("stage", [pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.parametrize("stage", fast(["grpo"], ["ppo", "grpo"]))
 def test_without_a_tie_the_reference_makes_no_pass(
     stage: str,
     tmp_path: Path,

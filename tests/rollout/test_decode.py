@@ -18,6 +18,7 @@ from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slot_probe import fits_slots
+from tests.pace import fast
 from tests.toys import bigram, bpe, characters, data_of, hardware_of, llama
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 3, 20, 6, 8], [1, 4, 4]]
@@ -186,7 +187,7 @@ def test_rollouts_do_not_depend_on_the_batch(budget: int) -> None:
 
 
 @pytest.mark.parametrize("in_slots", [True, False])
-@pytest.mark.parametrize("most", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
+@pytest.mark.parametrize("most", fast([2], [1, 2, 5]))
 def test_responses_do_not_change_where_fewer_are_drawn_at_once(
     most: int, in_slots: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

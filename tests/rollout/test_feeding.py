@@ -28,6 +28,7 @@ from rlhf_cli.rollout.feeding import reorders, way_of
 from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.sampling import Sampling
 from tests.model_families import build, names
+from tests.pace import fast
 from tests.toys import FROZEN, hardware_of, llama
 
 DEFAULT = ("mamba", "recurrent_gemma")  # in the fast tests
@@ -145,7 +146,7 @@ def test_a_family_is_sampled_as_it_is_and_as_it_is_scored(family: str, tmp_path:
 
 @pytest.mark.parametrize(
     "family",
-    ["recurrent_gemma", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mamba", *MORE))],
+    fast(["recurrent_gemma"], ["recurrent_gemma", "mamba", *MORE]),
 )
 def test_beams_keep_their_own_states(family: str, tmp_path: Path) -> None:
     """A search that reads every hypothesis anew finds the same."""

@@ -21,6 +21,7 @@ from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.rollout.slot_probe import fits_slots
 from rlhf_cli.runs.policy import Policy
+from tests.pace import fast
 from tests.ranks import on_ranks
 from tests.toys import bpe, data_of, hardware_of, llama
 
@@ -60,9 +61,7 @@ def sampled(texts: list[str], names: list[str]) -> dict[str, tuple[Told, list[in
     return found
 
 
-@pytest.mark.parametrize(
-    "size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("size", fast([2], [2, 3, 4]))
 def test_any_number_of_ranks_writes_the_same_texts(size: int) -> None:
     alone = sampled(TEXTS, list(OPTIONS))
     assert {each[3] for (known, _), _ in alone.values() for each in known} == {True, False}

@@ -21,6 +21,7 @@ from rlhf_cli.runs import interrupts, session
 from rlhf_cli.runs.out_folder import resume_points
 from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
 from tests.contents import contents_of, faults_of
+from tests.pace import slow
 from tests.ranks import on_ranks
 from tests.tiny import WORDS, words_of
 
@@ -95,9 +96,7 @@ def test_a_signal_to_one_rank_ends_all_and_they_go_on_together(chain: Path, tmp_
     ]
 
 
-@pytest.mark.parametrize(
-    "more", [[], pytest.param([*WORDS["lora"], "model.merge_lora=true"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("more", [[], slow([*WORDS["lora"], "model.merge_lora=true"])])
 def test_sharded_weights_are_saved_in_parts_and_written_whole(
     more: list[str], chain: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from rlhf_cli.runs.out_folder import newest_step, resume_point, resume_points
 from rlhf_cli.runs.resume_points import save_checkpoint
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft
+from tests.pace import slow
 from tests.tiny import DATA, words_of
 from tests.training.test_stages import kill_at, lines, same, untimed, weights
 
@@ -169,7 +170,7 @@ MISSHAPEN = [{"step": "x"}, {"step": 2}, {"logs": 3}, {"schedule": None}]
 
 @pytest.mark.parametrize(
     "values",
-    [{"kl_coef": 9.0}, *(pytest.param(each, marks=pytest.mark.slow) for each in MISSHAPEN)],
+    [{"kl_coef": 9.0}, *map(slow, MISSHAPEN)],
 )
 def test_forged_numbers_are_given_up(
     values: dict[str, Any], killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

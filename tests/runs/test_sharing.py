@@ -28,6 +28,7 @@ from rlhf_cli.runs.memory_estimate import (
     predicted_peak,
 )
 from rlhf_cli.runs.sharing import Ranks, gpus, ranks_of
+from tests.pace import slow
 from tests.ranks import on_ranks
 from tests.toys import bpe, llama, model_of
 
@@ -134,7 +135,7 @@ def bytes_of_a_rank(place: Path, names: list[str]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [FAST, slow(SLOW)])
 def test_ranks_hold_as_many_bytes_as_predicted(names: list[str], folder: Path) -> None:
     """Of both ranks together, since rows need not be even."""
     both = on_ranks(2, bytes_of_a_rank, folder, names)

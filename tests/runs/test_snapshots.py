@@ -16,6 +16,7 @@ from rlhf_cli.runs.lineage import runs_in
 from rlhf_cli.runs.out_folder import FINISHED, snapshot, snapshot_step, state_of
 from rlhf_cli.stages import evaluate
 from tests.contents import contents_of, faults_of
+from tests.pace import fast
 from tests.tiny import DATA, WORDS, run_stage, words_of
 
 EVERY = "algo.snapshot_every=2"
@@ -52,9 +53,7 @@ def made(out: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name != "sft")]
-)
+@pytest.mark.parametrize("name", fast(["sft"], RUNS))
 def test_a_snapshot_is_what_the_run_would_write_then(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.secrets import redacted, refuse_secrets, secrets
 from tests.conftest import Cli
+from tests.pace import fast
 from tests.tiny import DATA
 
 KEY = "hf_0123456789abc"
@@ -114,7 +115,7 @@ def test_a_function_that_says_its_key(cli: Cli, place: Path) -> None:
     assert written(place / "new") and KEY.encode() not in written(place / "new")
 
 
-@pytest.mark.parametrize("traceback", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("traceback", fast(["0"], ["0", "1"]))
 def test_a_function_that_fails_as_it_is_loaded(traceback: str, cli: Cli, place: Path) -> None:
     (place / "mine.py").write_text(AT_IMPORT)
     words = ["generate", *ANSWERS, "reward=mine.py:score"]

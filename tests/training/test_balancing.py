@@ -21,6 +21,7 @@ from rlhf_cli.ranks.world import world
 from rlhf_cli.training.loss_term import Loss, LossTerm
 from rlhf_cli.training.optimize import Optimizer
 from tests.model_families import model_of
+from tests.pace import fast
 from tests.ranks import on_ranks
 from tests.training.test_optimize import PLAIN, config_of
 
@@ -76,9 +77,7 @@ def by_transformers(model: Any, coef: float) -> tuple[float, Gradients]:
     return output.aux_loss.item(), gradients
 
 
-@pytest.mark.parametrize(
-    "family", [*FAMILIES, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)]
-)
+@pytest.mark.parametrize("family", fast(FAMILIES, [*FAMILIES, *MORE]))
 def test_loss_and_gradient_are_those_of_transformers(family: str) -> None:
     changes: dict[str, Any] = {"router_aux_loss_coef": 0.7}
     if family == "dbrx":

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
+from tests.pace import fast
 from tests.tiny import DATA, WORDS, words_of
 
 STEPS = "data.path=steps.jsonl"
@@ -172,7 +173,7 @@ JUDGED: dict[str, tuple[list[str], bool, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", fast(["score", "steps", "dpo", "kto"], JUDGED))
 def test_every_reward_has_a_report(name: str, tmp_path: Path) -> None:
     (stage, *words), picture, names = JUDGED[name]
     out = run(stage, tmp_path, *words, "algo.epochs=1", "hardware.save_every=null")

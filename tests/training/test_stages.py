@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import sft
 from tests.contents import contents_of, without_times
+from tests.pace import fast
 from tests.tiny import DATA, WORDS, manifest, words_of
 from tests.toys import FROZEN, bpe, hardware_of, llama
 
@@ -159,20 +161,8 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JsonLines, "write", dying)
 
 
-# these go on as others of their stage do
-MORE = [
-    *("reward plackett_luce", "reward score", "length_normalised", "ipo", "simpo", "preferred_ft"),
-    *("dpo lora precomputed", "dpo bootstrap lora", "dpo folder lora", "kto precomputed", "orpo"),
-    *("a2c", "reinforce", "reinforce_pp", "gspo", "cispo", "grpo refreshed lora", "grpo watched"),
-    *("sft on a model", "sft by reward", "reward kwise", "reward label", "reward token lora"),
-    *("dpo bootstrap", "dpo folder", "dpo sft_coef", "plackett_luce", "dpo lora"),
-    *("grpo_process", "dapo", "rloo", "ppo_klpen", "ppo frozen", "ppo lora rule", "ppo watched"),
-]
-
-
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in RUNS],
+    "name", fast(["sft", "reward", "dpo", "kto", "ppo", "grpo", "grpo adapter"], RUNS)
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,16 +269,7 @@ CUT = [
 ]
 
 
-CUT_MORE = [
-    *("reward plackett_luce", "reward score", "length_normalised", "plackett_luce", "gspo"),
-    *("reward label", "reward kwise", "dpo bootstrap", "dpo sft_coef", "a2c", "ppo watched"),
-]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in CUT_MORE else name for name in CUT],
-)
+@pytest.mark.parametrize("name", fast(["sft", "reward", "dpo", "kto", "ppo", "grpo"], CUT))
 def test_hardware_changes_no_metric(name: str, tmp_path: Path) -> None:
     """Small micro-batches and rollouts, small chunks, recomputed activations, prompts repeated."""
     stage = RUNS[name][0]
@@ -358,8 +339,9 @@ def test_plain_text_is_imitated_as_well(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("policy", ["sft", "adapter"])
-@pytest.mark.parametrize("model", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("model", "policy"), fast([("lora", "adapter")], product(["full", "lora"], ["sft", "adapter"]))
+)
 def test_an_adapter_is_handed_on_as_base_plus_adapter(
     policy: str, model: str, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_cli.config.compose import compose
 from rlhf_cli.training.diagnosis import draws_of_rank
 from tests.online.test_refresh import REFRESH
+from tests.pace import slow
 from tests.ranks import on_ranks
 from tests.tiny import words_of
 from tests.training.test_stages import RUNS, same, untimed, weights
@@ -56,7 +57,7 @@ TO_THE_BIT: dict[str, list[str]] = {
 
 @pytest.mark.parametrize(
     "names",
-    [["dapo"], pytest.param([*TO_THE_BIT][:-1], marks=pytest.mark.slow)],
+    [["dapo"], slow([*TO_THE_BIT][:-1])],
     ids=["grpo", "all"],
 )
 def test_with_a_micro_batch_each_two_ranks_end_with_the_bytes_of_one(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.data import streaming
+from tests.pace import fast
 from tests.tiny import run_stage, words_of
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -22,7 +23,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", fast(["sft", "dpo"], STAGES))
 def test_a_stream_that_is_killed_goes_on_to_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
