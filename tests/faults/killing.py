@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def kill_often(words: list[str], chain: Path, place: Path, count: int, seed: str
     """
     cfg = config(words)
     whole, found, draw = place / "whole", Found(), random.Random(seed)
+    kinds = cycle((TIME, FILE, BYTES, FILE))
     life = lived(cfg, chain, whole)
     found.wrong += [f"whole: {fault}" for fault in faults_of(whole / "out")]
     expected = contents_of(whole / "out")
@@ -126,7 +128,7 @@ def kill_often(words: list[str], chain: Path, place: Path, count: int, seed: str
         try:
             while len(deaths) < row:
                 share = draw.uniform(0, left)
-                death = drawn(draw, life, share)
+                death = drawn(next(kinds), draw, life, share)
                 if not attempt(cfg, chain, killed, death):
                     break
                 deaths.append(death)
@@ -149,9 +151,8 @@ def config(words: list[str]) -> Run:
     return compose(stage, [*words_of(stage), *more, "out=out", "hardware.save_every=1"])
 
 
-def drawn(draw: random.Random, life: Life, share: float) -> Death:
+def drawn(kind: str, draw: random.Random, life: Life, share: float) -> Death:
     """A moment after a share of an uninterrupted run; a resumed one may end before it."""
-    kind = draw.choice((TIME, FILE, FILE, BYTES))
     if kind == TIME:
         return Death(seconds=life.seconds * share)
     touch = 1 + int(life.touches * share)
