@@ -32,7 +32,7 @@ ANY = settings(
     phases=[Phase.explicit, Phase.generate],  # loading is slow, and a change says enough as it is
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-FEW, MANY = 4, 25
+FEW, MANY = 4, 15
 
 REWARD, ADAPTER = "runs/demo/reward", "runs/demo/adapter"
 JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")

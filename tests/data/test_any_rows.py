@@ -34,7 +34,7 @@ ANY = settings(
     deadline=timedelta(seconds=5),  # an example that hangs fails
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-FEW, MANY = 60, 250
+FEW, MANY = 60, 150
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -37,7 +37,7 @@ CONFIGS = {
     **{name: [name] for name in SAMPLING},
     "grpo_iterative": ["grpo", "algo=grpo_iterative", *REFRESH, "algo.refresh_reference=2"],
 }
-KILLS = 16  # of each config: more than 200 by SIGKILL in all
+KILLS = 12  # of each config: more than 200 in all
 
 
 def kill_before_each(words: list[str], chain: Path, place: Path, last: int | None = None) -> None:
