@@ -33,7 +33,7 @@ class ChatTemplate:
         self._arguments = arguments
         self._ids = ids
         self.name = name
-        self.reach = Reach(self._sample)
+        self.reach = Reach(self._sample, name)
 
     # ------------------------------------------------------------------ rendering
 
@@ -135,6 +135,24 @@ class ChatTemplate:
         named = {getattr(self._tokenizer, name) for name in names}
         of_turns = self._ids.special_in(turns) | self._ids.special_in(self.ending) | named
         return self._ids.special_in(self._tokenizer.get_chat_template()) - of_turns
+
+    def check_marks(self, turns: Turns, source: str) -> None:
+        """The assistant spells no special token of `own_marks`.
+
+        It would be read as text, which the template does not know for its mark.
+
+        Raises:
+            UserError: it does.
+        """
+        for turn in turns:
+            if turn["role"] == "assistant" and self._ids.spelt(turn):
+                spelt = self._ids.special_in(reply_text(turn)) & self.own_marks
+                if spelt:
+                    raise UserError(
+                        f"{source}: a reply spells {min(spelt)}, with which the chat template of "
+                        f"{self.name} marks part of a reply; set data.special_tokens=keep to have "
+                        "it read as that token"
+                    )
 
     @cached_property
     def marks(self) -> bool:

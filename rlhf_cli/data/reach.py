@@ -5,11 +5,12 @@ template has of itself, and what does not come out it leaves out. The answers ar
 of a message and of its neighbours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.kinds import Message, Turns
+from rlhf_cli.data.templates import replied
 
 SAID, NAME, VALUE, AROUND = "Qzsaid", "qzname", "qzvalue", "Qzaround"
 TOOL: Message = {
@@ -81,15 +82,53 @@ class Reach:
     """What one chat template writes.
 
     render: the text of a dialogue, as a whole or up to where the model writes.
+    name: of the tokenizer's folder, for messages.
     """
 
-    def __init__(self, render: Render) -> None:
-        self._render = render
+    def __init__(self, render: Render, name: str) -> None:
+        self._render, self._name = render, name
         self._known: dict[tuple[Form | None, Form, Form | None], set[str] | str] = {}
         self._keys: dict[tuple[str, str, type], bool] = {}
         self._tools: bool | None = None
 
-    def left_out(self, turns: Turns) -> list[tuple[int, set[str], str]]:
+    def check(self, turns: Turns, replies: list[Message], tools: Any, source: str) -> Iterator[str]:
+        """A line on each thing that is left out of a dialogue with which a run can go on.
+
+        Args:
+            replies: of which each may end the dialogue.
+
+        Raises:
+            UserError: a message is left out, or its calls.
+        """
+        for number, whole in enumerate([replied(turns, each) for each in replies] or [turns]):
+            for place, lost, why in self._left_out(whole):
+                message = whole[place]
+                if CALLS in lost:
+                    raise UserError(
+                        f"{source}: a message has tool_calls, which the chat template of "
+                        f"{self._name} does not write{why and f' (it fails: {why})'}; set "
+                        "data.chat_template=qwen, or a template of your own that does"
+                    )
+                if not message.get("tool_calls"):
+                    raise UserError(
+                        f"{source}: the chat template of {self._name} leaves out message "
+                        f"{place + 1} of the dialogue, of the {message['role']}; take it out, or "
+                        "set data.chat_template to one that writes it"
+                    )
+                if not number or place >= len(turns):
+                    yield (
+                        "messages have words beside tool_calls, which the chat template does not "
+                        "write"
+                    )
+        for message in (*turns, *replies):
+            for key in message.keys() - READ - LOSS if len(message) > 2 else ():
+                value = message[key]
+                if value and not self._reads_key(message["role"], key, value):
+                    yield f"messages have {key}, which the chat template does not write"
+        if tools and not self._reads_tools():
+            yield "rows have tools, which the chat template does not write"
+
+    def _left_out(self, turns: Turns) -> list[tuple[int, set[str], str]]:
         """Of messages that are not written whole: their place, what is left out, and why if the
         template says it.
         """
@@ -131,7 +170,7 @@ class Reach:
                 return lost
         return said
 
-    def reads_key(self, role: str, key: str, value: Any) -> bool:
+    def _reads_key(self, role: str, key: str, value: Any) -> bool:
         """Whether a key of a message, beside role and content, changes what is written."""
         known = (role, key, type(value))
         if known not in self._keys:
@@ -144,7 +183,7 @@ class Reach:
                 self._keys[known] = False
         return self._keys[known]
 
-    def reads_tools(self) -> bool:
+    def _reads_tools(self) -> bool:
         """Whether the tools of a row are written."""
         if self._tools is None:
             try:

@@ -1,4 +1,4 @@
-"""Where the steps of a response end, in its tokens."""
+"""The steps of a response: joined, and where they end in its tokens."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_cli.data.kinds import cut_steps
+from rlhf_cli.config.errors import UserError
+from rlhf_cli.data.kinds import Stepwise, cut_steps
 from rlhf_cli.data.token_texts import TokenTexts
 
 
@@ -32,6 +33,23 @@ class StepCutter:
             inside = pieces[place][: limit - seen[place]] if seen[place] > limit else ""
             ends.append(place - 1 if place and inside.isspace() else place)
         return [*ends, len(ids) - 1]
+
+    def joined(self, row: Stepwise, join: str) -> str:
+        """The response whose steps a row judges.
+
+        Raises:
+            UserError: joined, they are cut elsewhere.
+        """
+        text = join.join(row.steps)
+        ours = list(accumulate(len(step) + len(join) for step in row.steps))[:-1]
+        theirs = list(accumulate(map(len, cut_steps(text, self.step_end))))[:-1]
+        apart = zip(ours, theirs, strict=False)
+        if len(ours) != len(theirs) or not all(0 <= a - b <= len(join) for a, b in apart):
+            raise UserError(
+                f"{row.source}: these {len(row.steps)} steps, joined by data.step_join={join!r}, "
+                f"are not those that data.step_end={self.step_end!r} ends ({len(theirs) + 1} steps)"
+            )
+        return text
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The steps as text, as many as `ends` finds."""

@@ -33,11 +33,13 @@ class TextIds:
     control: the special tokens and the added ones, text -> id.
     special_ids: of those that are special; none stands for what is unknown.
     before: the ids that the tokenizer puts before a text of its own accord, such as one BOS.
-    begin: those, or the BOS that it has but does not put there.
+    begin: those, or the BOS that it has but does not put there; begin_text: as a text spells them.
+    name: of the tokenizer's folder, for messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or "the model that is built here"
         self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
         added = tokenizer.added_tokens_decoder
         self.control = {token.content: id for id, token in added.items() if token.content.strip()}
@@ -63,6 +65,7 @@ class TextIds:
         self.before = whole[: next(starts, 0)]
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.begin: list[int] = self.before or bos
+        self.begin_text = "".join(map(str, tokenizer.convert_ids_to_tokens(self.begin)))
         break_ids = self.of("\n")
         self._prefixes = self.of("\na")[len(break_ids) :] != plain
 
