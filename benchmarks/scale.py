@@ -30,7 +30,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from rlhf_cli.folders.geometry import Geometry
-from rlhf_cli.runs.memory_estimate import BYTES, activations
+from rlhf_cli.runs.model_sizes import BYTES
+from rlhf_cli.runs.pass_sizes import activations
 
 GB, GIB, MIB = 1e9, 2**30, 2**20
 

@@ -365,7 +365,8 @@ def _as_json(stage: str, cfg: Any, plan: "Plan") -> dict[str, Any]:
 
     Numbers are null where they are not known.
     """
-    from rlhf_cli.runs.memory_estimate import Unknown, predicted_peak
+    from rlhf_cli.runs.memory_estimate import predicted_peak
+    from rlhf_cli.runs.model_sizes import Unknown
     from rlhf_cli.runs.out_folder import FINISHED
 
     peak = None

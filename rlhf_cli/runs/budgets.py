@@ -25,25 +25,19 @@ from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.slot_sampler import size_of
 from rlhf_cli.runs.attention import predicted_attention
-from rlhf_cli.runs.memory_estimate import (
-    BYTES,
-    Unknown,
+from rlhf_cli.runs.memory_estimate import held_always, in_bytes
+from rlhf_cli.runs.model_sizes import BYTES, Unknown, geometry_of, start_of
+from rlhf_cli.runs.out_folder import BUDGET
+from rlhf_cli.runs.pass_sizes import (
     activations,
     attention_matrices,
     gathered,
-    geometry_of,
     has_plain_head,
-    held_always,
-    longest_sequence,
     of_the_head,
-    responses_of,
-    rows_of_update,
     share_of,
-    start_of,
-    written,
 )
-from rlhf_cli.runs.out_folder import BUDGET
 from rlhf_cli.runs.sharing import ranks_of
+from rlhf_cli.runs.update_sizes import longest_sequence, responses_of, rows_of_update
 from rlhf_cli.training.room import SHARES
 
 USED = 0.9  # of the free memory: estimates are not exact, and allocators leave gaps
@@ -100,7 +94,7 @@ def settle(
     budget = None if said is None else Budget(**said)
     if budget is None:
         free = min(world().from_all(free_memory(device)))
-        budget, why = budget_of(cfg, free, width), f"{written(free)} of the GPU are free"
+        budget, why = budget_of(cfg, free, width), f"{in_bytes(free)} of the GPU are free"
     hardware.measured(budget.tokens, budget.sampled, budget.chunk)
     told = {
         "tokens_per_microbatch": budget.tokens,

@@ -3,17 +3,15 @@
 from typing import Any
 
 from rlhf_cli.config.schema.hardware import VLLM
-from rlhf_cli.runs.memory_estimate import (
-    LIBRARIES,
-    Unknown,
+from rlhf_cli.runs.memory_estimate import LIBRARIES, in_bytes, predicted_peak
+from rlhf_cli.runs.model_sizes import Unknown
+from rlhf_cli.runs.sharing import ALONE, Ranks, expects_gpu, gpu_memory, host_memory, ranks_of
+from rlhf_cli.runs.update_sizes import (
     items_of_update,
     longest_sequence,
-    predicted_peak,
     responses_of,
     rows_of_update,
-    written,
 )
-from rlhf_cli.runs.sharing import ALONE, Ranks, expects_gpu, gpu_memory, host_memory, ranks_of
 
 SHARDS = "none", "hybrid", "full"
 USED = 0.9  # of a device's memory, as of runs/budgets.py
@@ -71,14 +69,14 @@ def memory_lines(cfg: Any, ranks: Ranks) -> list[str]:
     peaks = {each: predicted_peak(cfg, ranks=ranks, shard=each) for each in ways}
     lines = []
     if ranks.size > 1:
-        told = ", ".join(f"{each} {written(peak)}" for each, peak in peaks.items())
+        told = ", ".join(f"{each} {in_bytes(peak)}" for each, peak in peaks.items())
         lines.append(f"memory of each rank at its peak, by hardware.shard: {told}")
     room, what = device_of(cfg)
     if room is None:
         return lines
     fitting = [each for each, peak in peaks.items() if fits(cfg, peak, room, ranks)]
     if ranks.size == 1:
-        peak = written(peaks["none"])
+        peak = in_bytes(peaks["none"])
         return [] if fitting else [f"note: a peak of {peak} does not fit {what}{wider(cfg, room)}"]
     if fitting:
         return [*lines, f"of {what} these fit: {', '.join(fitting)}"]
@@ -98,9 +96,9 @@ def device_of(cfg: Any) -> tuple[float | None, str]:
         return given * 2**30, f"the {given:g} GiB of hardware.device_memory"
     if expects_gpu(cfg):
         found = gpu_memory()
-        return found, "" if found is None else f"the {written(found)} of the GPU"
+        return found, "" if found is None else f"the {in_bytes(found)} of the GPU"
     found = host_memory()
-    return found, "" if found is None else f"the {written(found)} that are free on this machine"
+    return found, "" if found is None else f"the {in_bytes(found)} that are free on this machine"
 
 
 def fits(cfg: Any, peak: float, room: float, ranks: Ranks) -> bool:

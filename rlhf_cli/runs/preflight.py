@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.config.switches import written
@@ -39,8 +40,7 @@ from rlhf_cli.runs.config_diff import flatten
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.kinship import kinship_lines
-from rlhf_cli.runs.memory_estimate import auto_line, predicted_memory
-from rlhf_cli.runs.memory_estimate import written as in_bytes
+from rlhf_cli.runs.memory_estimate import in_bytes, predicted_memory
 from rlhf_cli.runs.out_folder import (
     FINISHED,
     FREE,
@@ -54,7 +54,7 @@ from rlhf_cli.runs.out_folder import (
 from rlhf_cli.runs.provenance import Provenance, models_read, provenance_of, size_of_parents
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
-from rlhf_cli.runs.sharing import Ranks
+from rlhf_cli.runs.sharing import Ranks, expects_gpu
 
 HEAVY = 4 * 2**30  # bytes that take seconds to hash
 NAMED = 4  # models in the line on what is loaded
@@ -173,6 +173,23 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         loading=loading_line(cfg),
         parameters=math.inf if parameters is None else parameters,
     )
+
+
+def auto_line(cfg: Run) -> list[str]:
+    """What the keys of hardware that say auto will mean, for --check."""
+    hardware, gpu = cfg.hardware, expects_gpu(cfg)
+    at_once = {
+        "tokens_per_microbatch": hardware.tokens_at_once,
+        "rollout_tokens": hardware.sampled_at_once,
+        "logprob_chunk": hardware.logits_at_once,
+    }
+    said = {
+        name: "by the GPU's free memory" if gpu else str(tokens) for name, tokens in at_once.items()
+    }
+    said["gradient_checkpointing"] = "once memory runs out"
+    said["compile"] = "if the steps after the fourth take over 3 minutes" if gpu else "false"
+    told = [f"{name} {what}" for name, what in said.items() if getattr(hardware, name) == AUTO]
+    return [f"hardware, auto: {', '.join(told)}"] if told else []
 
 
 def loading_line(cfg: Run) -> str:

@@ -56,7 +56,8 @@ from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
 from rlhf_cli.runs.cost import cost_of
 from rlhf_cli.runs.device import device_of, set_threads
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.memory_estimate import BYTES, predicted_memory
+from rlhf_cli.runs.memory_estimate import predicted_memory
+from rlhf_cli.runs.model_sizes import BYTES
 from rlhf_cli.runs.out_folder import (
     FINISHED,
     RESUMABLE,

@@ -12,7 +12,7 @@ from rlhf_cli.folders.manifest import Shapes, shapes_of
 from rlhf_cli.models.experts import decoder_of, experts_of
 from rlhf_cli.models.lora_places import lora_places, peft_targets
 from rlhf_cli.runs.adapter_sizes import lora
-from rlhf_cli.runs.memory_estimate import of_text
+from rlhf_cli.runs.model_sizes import of_text
 from tests.model_families import build, model_of, names
 from tests.pace import fast
 from tests.toys import model_of as config_of

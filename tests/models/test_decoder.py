@@ -22,7 +22,8 @@ from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model
-from rlhf_cli.runs.memory_estimate import count, known, roles_of, towers_of
+from rlhf_cli.runs.model_sizes import count, known, towers_of
+from rlhf_cli.runs.role_sizes import roles_of
 from tests.conftest import Cli
 from tests.pace import slow
 from tests.toys import bpe, composed, llama, model_of

@@ -11,8 +11,10 @@ from rlhf_cli.folders.geometry import Geometry
 from rlhf_cli.models.save import save_model
 from rlhf_cli.runs import budgets
 from rlhf_cli.runs.budgets import MOST, UNMEASURED, Budget, budget_of, keep, settle
-from rlhf_cli.runs.memory_estimate import activations, auto_line, parts_of
+from rlhf_cli.runs.memory_estimate import parts_of
 from rlhf_cli.runs.out_folder import BUDGET
+from rlhf_cli.runs.pass_sizes import activations
+from rlhf_cli.runs.preflight import auto_line
 from tests.toys import bpe, llama
 
 DATA = ["data=jsonl", "data.path=rows.jsonl", "data.max_prompt_tokens=100"]

@@ -21,16 +21,11 @@ from rlhf_cli.models.save import save_model
 from rlhf_cli.models.scorers import load_critic, load_scorer
 from rlhf_cli.models.scorers import scorer_from_policy as new_scorer
 from rlhf_cli.models.scratch import build_decoder
-from rlhf_cli.runs.memory_estimate import (
-    activations,
-    from_scratch,
-    known,
-    parts_of,
-    predicted_memory,
-    predicted_peak,
-    roles_of,
-)
-from rlhf_cli.runs.memory_estimate import count as numbers_in
+from rlhf_cli.runs.memory_estimate import parts_of, predicted_memory, predicted_peak
+from rlhf_cli.runs.model_sizes import count as numbers_in
+from rlhf_cli.runs.model_sizes import from_scratch, known
+from rlhf_cli.runs.pass_sizes import activations
+from rlhf_cli.runs.role_sizes import roles_of
 from tests.toys import bpe, llama, model_of
 
 CPU = torch.device("cpu")

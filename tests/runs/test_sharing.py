@@ -19,14 +19,8 @@ from rlhf_cli.ranks.world import world
 from rlhf_cli.runs import fitting, sharing
 from rlhf_cli.runs.budgets import budget_of
 from rlhf_cli.runs.fitting import sharing_lines
-from rlhf_cli.runs.memory_estimate import (
-    count,
-    held_always,
-    known,
-    parts_of,
-    predicted_memory,
-    predicted_peak,
-)
+from rlhf_cli.runs.memory_estimate import held_always, parts_of, predicted_memory, predicted_peak
+from rlhf_cli.runs.model_sizes import count, known
 from rlhf_cli.runs.sharing import Ranks, gpus, ranks_of
 from tests.pace import slow
 from tests.ranks import on_ranks
