@@ -331,8 +331,8 @@ def our_samples(spec: dict[str, Any]) -> None:
     from rlhf_cli.config.compose import compose
     from rlhf_cli.data.kinds import Prompt
     from rlhf_cli.rollout.sampling import Sampling
+    from rlhf_cli.runs.begin import begin
     from rlhf_cli.runs.policy import policy_of
-    from rlhf_cli.runs.session import begin
 
     folder, watch = Path(spec["folder"]), Watch(spec)
     count, group, length = spec["sampling"]

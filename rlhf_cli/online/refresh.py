@@ -53,7 +53,8 @@ from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import begun_with
 from rlhf_cli.runs.policy import Policy
-from rlhf_cli.runs.session import Session, tensors_of
+from rlhf_cli.runs.session import Session
+from rlhf_cli.runs.weights import tensors_of
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
@@ -109,7 +110,7 @@ class RewardRefresh:
     def _preferences(self) -> list[Answers]:
         """The preference rows of `data`, as the reward model reads them; none of other data."""
         try:
-            data = self._session.dataset(self._encoder, Preference)
+            data = self._session.data.tokenised(self._encoder, Preference)
         except KindError:
             return []
         context = self.source.reader.context

@@ -11,7 +11,7 @@ from rlhf_cli.config.schema.algorithms import OnlineAlgo
 from rlhf_cli.models.adapters import restore, snapshot
 from rlhf_cli.models.masters import master_of
 from rlhf_cli.reporting.console import say
-from rlhf_cli.runs.session import tensors_of
+from rlhf_cli.runs.weights import tensors_of
 from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Metrics
 

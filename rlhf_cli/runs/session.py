@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,23 @@ import transformers
 from torch import Tensor, nn
 
 import rlhf_cli
-from rlhf_cli.config.errors import Interrupted, RunError, UserError
+from rlhf_cli.config.errors import Interrupted, RunError
 from rlhf_cli.config.schema.stages import Run
-from rlhf_cli.config.stages import DEMO_SIZE, stage_name
-from rlhf_cli.data.batches import EpochBatches
-from rlhf_cli.data.dataset import Dataset, dataset_of
+from rlhf_cli.config.stages import stage_name
+from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.items import Judged
-from rlhf_cli.data.kinds import Text
 from rlhf_cli.data.look import expected_rows
-from rlhf_cli.data.order import derived_seed
-from rlhf_cli.data.rows import Rows, text_data
-from rlhf_cli.data.store import Items
-from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
+from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.files import library_errors, seal_whole, whole_folder
 from rlhf_cli.folders.manifest import Manifest
 from rlhf_cli.models.adapters import restore, trained
 from rlhf_cli.models.attention import attention_of
-from rlhf_cli.models.dtypes import (
-    AUTO,
-    name_of,
-    product_type,
-    product_type_of,
-    products_of,
-)
+from rlhf_cli.models.dtypes import product_type_of, products_of
 from rlhf_cli.models.mapped import remove_written
 from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.models.towers import told_of_towers
 from rlhf_cli.ranks.agreement import by_main, together
-from rlhf_cli.ranks.environment import place
-from rlhf_cli.ranks.worker import join_others
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar, board, say
 from rlhf_cli.reporting.live import Course
@@ -51,36 +38,25 @@ from rlhf_cli.reporting.metrics import JsonLines, Listener, defined, round_figur
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs import interrupts, written_model
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
-from rlhf_cli.runs.budgets import Budget, keep, settle
-from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
+from rlhf_cli.runs.budgets import Budget, keep
+from rlhf_cli.runs.checks import row_kind
 from rlhf_cli.runs.cost import cost_of
-from rlhf_cli.runs.device import device_of, set_threads
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.model_sizes import BYTES
-from rlhf_cli.runs.out_folder import (
-    FINISHED,
-    RESUMABLE,
-    begun_with,
-    claim,
-    drop_snapshots,
-    publish,
-    snapshot,
-    staging,
-    tidy,
-)
-from rlhf_cli.runs.preflight import Plan, agree, preflight
+from rlhf_cli.runs.out_folder import begun_with, claim, drop_snapshots, publish, snapshot, staging
+from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.progress_file import ProgressFile
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint
+from rlhf_cli.runs.run_data import RunData
 from rlhf_cli.runs.same_weights import require_same
 from rlhf_cli.runs.step_summary import append_summary
 from rlhf_cli.runs.summary import last_lines
 from rlhf_cli.runs.tracking import about_run
-from rlhf_cli.runs.weights import all_weights, trained_weights, wanted_by
+from rlhf_cli.runs.weights import all_weights, tensors_of, trained_weights, wanted_by
 from rlhf_cli.training.optimize import Optimizer
 
 METRICS = "metrics.jsonl"
-MANY = 50_000  # rows that take a while to read
 FEW = 10  # held-out rows
 ALONE = [1, 1]  # ranks, and those over which weights are sharded: one process
 
@@ -100,7 +76,7 @@ class Session:
     spent, saving: seconds that earlier parts of a resumed run took, and that resume points did.
     saved: seconds on the clock at the last resume point, or where training began.
     checks: measured values of the hand-off checks, for stage.json.
-    stream: the batches of rows that are read while the run goes on.
+    data: rows, tokenised and dealt to steps.
     budget: of a GPU, where hardware says auto.
     listeners: are told of each row of the logs.
     course: what a terminal shows of them; None where nobody looks on.
@@ -122,13 +98,14 @@ class Session:
     logs: list[JsonLines] = field(default_factory=list)
     log_sizes: dict[str, int] = field(default_factory=dict)
     checks: dict[str, float] = field(default_factory=dict)
-    stream: StreamBatches[Any] | None = None
     budget: Budget | None = None
     listeners: list[Listener] = field(default_factory=list)
     course: Course | None = None
     trackers: Trackers | None = None
+    data: RunData = field(init=False)
 
     def __post_init__(self) -> None:
+        self.data = RunData(self.cfg, self.rows)
         if self.cfg.trackers and world().is_main:
             self.trackers = Trackers(self.cfg.trackers)
             self.listeners.append(self.trackers.hear)
@@ -137,65 +114,6 @@ class Session:
     def rows(self) -> Rows:
         """The rows of cfg.data, each file read once."""
         return self.plan.rows
-
-    def dataset(self, encoder: Encoder, kind: type) -> Dataset:
-        """The rows of a kind, tokenised, under a bar where that takes a while."""
-        places = replace(self.rows.places(kind), watched=watches(self.cfg))
-        if self.cfg.data.streaming:
-            check = self._check_row if kind is row_kind(self.cfg) else lambda row: None
-            return streamed(places, kind, self.cfg.data, encoder, check)
-        count = expected_rows(places)
-        if count > MANY:
-            say(f"reading about {count:,} rows of {places.name}")
-        with Bar("rows", count) as bar:
-            return dataset_of(places, kind, self.cfg.data, encoder, bar.advance)
-
-    def judged(self, encoder: Encoder) -> Dataset:
-        """Rows of the kind that the loss reads, each with what it reads of them.
-
-        Raises:
-            UserError: a row does not say it.
-        """
-        data = self.dataset(encoder, row_kind(self.cfg))
-        if what_is_read(self.cfg):
-            known = [data.held_out] if self.cfg.data.streaming else [data.train, data.held_out]
-            for side in known:  # a stream checks each row as it comes
-                check_judgements(self.cfg, (item.row for item in side))
-        return data
-
-    def _check_row(self, row: Any) -> None:
-        check_judgements(self.cfg, [row])
-
-    def batches(
-        self,
-        items: Sequence[Any] | Stream[Any],
-        batch_size: int,
-        epochs: int,
-        name: str,
-        max_steps: int | None = None,
-    ) -> EpochBatches[Any] | StreamBatches[Any]:
-        """The batch of each step; resume points keep where they stand."""
-        seed = self.cfg.seed
-        if isinstance(items, Stream):
-            assert max_steps is not None  # validate() asks for it
-            self.stream = StreamBatches(items, batch_size, max_steps, seed, name)
-            return self.stream
-        batches: EpochBatches[Any] = EpochBatches(items, batch_size, epochs, seed, name, max_steps)
-        warmup = getattr(self.cfg.algo, "warmup_steps", 0)
-        if warmup >= len(batches):
-            say(
-                f"note: {len(batches)} updates, {warmup} of warm-up: algo.lr is never reached; "
-                "lower algo.warmup_steps, or give more epochs"
-            )
-        return batches
-
-    def texts(self, encoder: Encoder) -> Dataset:
-        """Plain text for the pretraining mix, tokenised; empty where none is named."""
-        places = self.rows.text_places()
-        if places is None:
-            return Dataset(Items.none(), Items.none(), [])
-        with Bar("plain text", expected_rows(places)) as bar:
-            return dataset_of(places, Text, text_data(self.cfg.data), encoder, bar.advance)
 
     def require(self, name: str, value: float, holds: bool, diagnosis: str) -> None:
         """Record a hand-off check; stop the run where it does not hold."""
@@ -354,8 +272,8 @@ class Session:
             own["placed"] = placed
         keep = self.cfg.hardware.keep_checkpoints
         assert keep is not None  # validate() asks for it where a stage trains
-        if self.stream is not None:
-            own["stream"] = self.stream.state()
+        if self.data.stream is not None:
+            own["stream"] = self.data.stream.state()
         save_checkpoint(self.out, step, tensors, {**state, **optimizer.state(), **own}, keep)
         self.saved = time.monotonic()
         self.saving += self.saved - began
@@ -396,8 +314,8 @@ class Session:
         self.start = state["step"]
         self.spent, self.saving = state["seconds"], state["saving"]
         self.checks = state["checks"]
-        if self.stream is not None:
-            self.stream.load(state["stream"])
+        if self.data.stream is not None:
+            self.data.stream.load(state["stream"])
         self.log_sizes = {name: entry["size"] for name, entry in state["logs"].items()}
         say(f"resuming after step {self.start}")
         require_same(all_weights(networks), f"after step {self.start}, where they go on")
@@ -431,8 +349,8 @@ class Session:
         written_model.require_finite(trained(model), "at the end")
         with written_model.gathered(self.cfg, model):
             identity = by_main(lambda: self._write_model(model, kind, encoder, write_beside))
-        if self.stream is not None:
-            for line in self.stream.notes():
+        if self.data.stream is not None:
+            for line in self.data.stream.notes():
                 say(f"of the rows that were streamed: {line}")
         return self.finish(kind, metrics, **identity, **more)
 
@@ -524,57 +442,3 @@ def _note_ranks(before: list[int], now: list[int]) -> None:
         f"note: this run was on {told[0]} up to there and is on {told[1]} from here on: it ends "
         "equal up to rounding, not to the last bit"
     )
-
-
-def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `group/`, without that."""
-    start = f"{group}/"
-    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
-
-
-def begin(cfg: Run, plan: Plan | None = None) -> Session | None:
-    """Set torch up for a run that is checked; None where `out` is finished already.
-
-    Args:
-        plan: from `preflight` of this config, where that was asked before; one of a check is made
-            anew.
-    """
-    began = time.monotonic()
-    if cfg.hardware.processes not in (1, AUTO) and place() is None:
-        raise UserError(
-            f"hardware.processes={cfg.hardware.processes} is for commands: a stage that Python "
-            "calls is this process alone, or a rank of torchrun's"
-        )
-    if plan is None or (plan.provenance is None and plan.state != FINISHED):
-        plan = preflight(cfg)
-    device = device_of(cfg.hardware.device)
-    join_others(device, cfg.hardware.rank_timeout, say)
-    agree(cfg, plan)
-    if plan.state == FINISHED:
-        by_main(lambda: tidy(Path(cfg.out)))
-        say(f"{cfg.out}: already finished; nothing to do")
-        return None
-    for line in [*plan.at_once(), *plan.code]:
-        say(line)
-    set_threads(cfg.hardware.threads, plan.parameters)
-    torch.manual_seed(derived_seed(cfg.seed, "begin"))  # adapters and added tokens start from it
-    world().shard(cfg.hardware.shard)
-    dtype = product_type(cfg.model.dtype, plan.parameters, device)
-    if cfg.model.dtype == AUTO and plan.parameters > DEMO_SIZE:
-        plan.sums.append(f"model.dtype: {name_of(dtype)} (auto, on {device.type})")
-    budget, lines = settle(cfg, device, dtype.itemsize, plan.state == RESUMABLE)
-    plan.sums += lines
-    course = board.begin(cfg.out, stage_name(cfg))
-    interrupts.shown_by(board.tell_of_signal)
-    heard_by: list[Listener] = [] if course is None else [course.hear]
-    return Session(
-        *(cfg, Path(cfg.out), device, began, plan),
-        budget=budget,
-        listeners=heard_by,
-        course=course,
-    )
-
-
-def watches(cfg: Run) -> bool:
-    """Whether a stage evaluates on held-out rows."""
-    return getattr(cfg.algo, "eval_every", 1) is not None

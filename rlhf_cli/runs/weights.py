@@ -49,3 +49,9 @@ def wanted_by(networks: Mapping[str, nn.Module]) -> Wanted | None:
         return weight if weight is not None and list(weight.shape) == shape else None
 
     return wanted
+
+
+def tensors_of(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `group/`, without that."""
+    start = f"{group}/"
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}

@@ -59,9 +59,9 @@ from rlhf_cli.preferences.reference import (
     sequence_logprobs,
 )
 from rlhf_cli.reporting.console import Bar
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.policy import policy_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import begin
 from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
@@ -75,7 +75,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     algo, hardware, own = cfg.algo, cfg.hardware, own_loss_of(cfg)
     policy = policy_of(session, cfg.policy)
-    data = session.judged(policy.encoder)
+    data = session.data.judged(policy.encoder)
     train = items_of(data.train, cfg, "training")
     unseen = PreferenceItems(data.held_out, cfg, "held-out")
     weights = class_weights(train, algo)
@@ -83,7 +83,7 @@ def run(cfg: DpoConfig, plan: Plan | None = None) -> Path:
     reference = FrozenReference(session, policy, cfg, train)
     held_out = reference.precompute(train, unseen)
 
-    batches = session.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
+    batches = session.data.batches(train, algo.batch_size, algo.epochs, "dpo", algo.max_steps)
     optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, len(batches), hardware)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
     objective = DpoObjective(policy.model, algo, hardware, weights, own)

@@ -57,12 +57,13 @@ from rlhf_cli.objectives.subsets import best_of_n_kl_bound
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.provenance import siblings_of
-from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.session import Session
 from rlhf_cli.runs.summary import of_scores
 
 
@@ -284,6 +285,6 @@ def held_out_sequences(session: Session, policy: Policy) -> dict[str, list[Token
     if session.cfg.data.format not in ("rows", "verl"):  # these may be prompts alone
         demonstrations = session.rows.held_out(Demonstration).held_out
     return {
-        "text_loss": list(session.texts(policy.encoder).held_out),
+        "text_loss": list(session.data.texts(policy.encoder).held_out),
         "demonstration_loss": policy.encoder.demonstrations(demonstrations),
     }

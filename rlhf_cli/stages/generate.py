@@ -43,10 +43,10 @@ from rlhf_cli.reporting.terminal import width
 from rlhf_cli.rewards.reward import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.out_folder import SAMPLES, staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import begin
 
 AT_ONCE = 2048  # prompts whose responses are in memory; of like length among them sampled together
 WIDEST, LEAST = 70, 16  # characters of a text in the table at the end, by what there is room for

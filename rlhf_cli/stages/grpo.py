@@ -69,9 +69,10 @@ from rlhf_cli.online.updates import (
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.policy import check_reference
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import begin, tensors_of
+from rlhf_cli.runs.weights import tensors_of
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 
@@ -84,11 +85,11 @@ def run(cfg: GrpoConfig, plan: Plan | None = None) -> Path:
     algo = cfg.algo
     roles = load_roles(session)
     policy = roles.policy
-    data = session.dataset(policy.encoder, Prompt)
+    data = session.data.tokenised(policy.encoder, Prompt)
     prompts, rows = data.train, Mapped(data.train, itemgetter(0))
     roles.reward.check(rows, session.require)
     held_out = prompts_to_monitor(cfg, session, roles, data.held_out)
-    unseen = list(session.texts(policy.encoder).held_out)
+    unseen = list(session.data.texts(policy.encoder).held_out)
     session.note(data.notes, data)
     refresh = None
     if algo.refresh_reward:

@@ -123,7 +123,7 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     from rlhf_cli.labelling.draws import pool_of
     from rlhf_cli.labelling.pool import given_samples, judges_that_know, sampled
     from rlhf_cli.labelling.selection import chosen
-    from rlhf_cli.runs.session import begin
+    from rlhf_cli.runs.begin import begin
 
     session = begin(cfg, plan)
     assert session is not None  # it is not finished
@@ -184,7 +184,7 @@ def collected(cfg: LabelConfig, plan: Plan) -> dict[str, Desk]:
             label_by_reward(desk, cfg.flip, derived_seed(cfg.seed, "flip"))
     elif cfg.source == "judge":
         from rlhf_cli.labelling.by_judge import label_by_judge
-        from rlhf_cli.runs.session import begin
+        from rlhf_cli.runs.begin import begin
 
         (desk,) = desks.values()
         judge = judge_for(cfg, lambda: begin(cfg, plan))
@@ -218,7 +218,7 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     """Write rows and report, and seal the folder."""
     from rlhf_cli.labelling import report as reporting
     from rlhf_cli.labelling.summary import headline, sentence
-    from rlhf_cli.runs.session import begin
+    from rlhf_cli.runs.begin import begin
 
     session = begin(cfg, plan)
     if session is None:

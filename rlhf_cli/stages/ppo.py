@@ -63,9 +63,9 @@ from rlhf_cli.online.updates import (
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.metrics import Clock
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.policy import check_reference
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import begin
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
 from rlhf_cli.training.own_loss import OwnLoss
@@ -80,7 +80,7 @@ def run(cfg: PpoConfig, plan: Plan | None = None) -> Path:
     roles = load_roles(session)
     policy = roles.policy
     critic = Critic(cfg, roles.reward, policy, session) if algo.baseline == "critic" else None
-    data, texts = session.dataset(policy.encoder, Prompt), session.texts(policy.encoder)
+    data, texts = session.data.tokenised(policy.encoder, Prompt), session.data.texts(policy.encoder)
     prompts, unseen = data.train, list(texts.held_out)
     roles.reward.check(Mapped(prompts, itemgetter(0)), session.require)
     held_out = prompts_to_monitor(cfg, session, roles, data.held_out)

@@ -57,9 +57,10 @@ from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.grid import with_error
 from rlhf_cli.rewards.models import Reading
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.session import Session
 from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
@@ -74,7 +75,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
         return Path(cfg.out)
     algo, hardware, encoder = cfg.algo, cfg.hardware, encoder_of(cfg, session.rows)
     tokenizer = encoder.tokenizer
-    data = session.judged(encoder)
+    data = session.data.judged(encoder)
     train, held_out = data.train, list(data.held_out)
     parts = by_source(data.held_out, held_out)
     level = LEVELS.get(algo.loss, RESPONSE)
@@ -87,7 +88,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
         recompute_activations(scorer)
     reading = Reading(level, algo.aggregate, encoder.step_cutter)
 
-    batches = session.batches(train, algo.batch_size, algo.epochs, "reward", algo.max_steps)
+    batches = session.data.batches(train, algo.batch_size, algo.epochs, "reward", algo.max_steps)
     optimizer = Optimizer({"reward": (scorer, algo.rate)}, algo, len(batches), hardware)
     best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
     objective = RewardObjective(scorer, reading, algo, hardware)
@@ -226,7 +227,7 @@ def to_imitate(
     Of many the first ones will do: their mean and deviation are known to a hundredth.
     """
     try:
-        shown: list[Tokens] = first(session.dataset(encoder, Demonstration).train, IMITATED)
+        shown: list[Tokens] = first(session.data.tokenised(encoder, Demonstration).train, IMITATED)
     except UserError:  # none is good enough to imitate
         shown = []
     if len(shown) >= 2:

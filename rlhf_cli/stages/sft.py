@@ -49,11 +49,12 @@ from rlhf_cli.reporting.console import Bar
 from rlhf_cli.reporting.grid import show
 from rlhf_cli.rewards.reward import load_reward
 from rlhf_cli.rollout.sampling import Sampling
+from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.encoders import new_tokenizer
 from rlhf_cli.runs.inherited import check_context, longest_sample
 from rlhf_cli.runs.policy import Policy, check_reference, saying_how
 from rlhf_cli.runs.preflight import Plan
-from rlhf_cli.runs.session import Session, begin
+from rlhf_cli.runs.session import Session
 from rlhf_cli.training.best import Best
 from rlhf_cli.training.loss_term import Loss, LossTerm, Metrics
 from rlhf_cli.training.optimize import Optimizer
@@ -70,7 +71,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     algo, hardware = cfg.algo, cfg.hardware
     policy = initial_policy(cfg, session)
     encoder = policy.encoder
-    data, texts = session.dataset(encoder, Demonstration), session.texts(encoder)
+    data, texts = session.data.tokenised(encoder, Demonstration), session.data.texts(encoder)
     if algo.text_mix == 0:
         texts = Dataset(Items.none(), Items.none(), [])
     train = data.train
@@ -82,7 +83,7 @@ def run(cfg: SftConfig, plan: Plan | None = None) -> Path:
     objective = objective_of(cfg, session, policy, data)
     session.note(data.notes + texts.notes, data)
 
-    batches = session.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
+    batches = session.data.batches(train, algo.batch_size, algo.epochs, "sft", algo.max_steps)
     steps = len(batches)
     optimizer = Optimizer({"policy": (policy.model, algo.rate)}, algo, steps, hardware)
     best = Best(policy.model, *session.resume({"policy": policy.model}, optimizer))
@@ -196,7 +197,7 @@ def objective_of(cfg: SftConfig, session: Session, policy: Policy, data: Dataset
     context = positions_of(policy.model)
     encoder = Encoder(policy.tokenizer, cfg.data, context, prefix=prefix_of(cfg.data))
     encoder.ends_with(policy.stop_ids)
-    prefixed = session.dataset(encoder, Demonstration)
+    prefixed = session.data.tokenised(encoder, Demonstration)
     return DistillObjective(policy.model, cfg.hardware, data, prefixed)
 
 

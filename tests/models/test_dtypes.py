@@ -250,7 +250,7 @@ def test_the_choice_of_products_is_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Where the model is larger than the demo's; here every model is made to seem so."""
-    monkeypatch.setattr("rlhf_cli.runs.session.DEMO_SIZE", 10)
+    monkeypatch.setattr("rlhf_cli.runs.begin.DEMO_SIZE", 10)
     monkeypatch.setattr(dtypes, "DEMO_SIZE", 10)
     run_stage("dpo", tmp_path / "out", f"policy={from_halved}")
     chosen = name_of(product_type("auto", 1e9, DEVICE))
