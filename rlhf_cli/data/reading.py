@@ -26,7 +26,8 @@ from rlhf_cli.data.kinds import (
 )
 from rlhf_cli.data.labels import note
 from rlhf_cli.data.readers import EXPECTED
-from rlhf_cli.data.shapes import PARTS, missed, reader_of
+from rlhf_cli.data.shapes.formats import PARTS, reader_of
+from rlhf_cli.data.shapes.likeness import missed
 from rlhf_cli.data.sources import Source
 
 CHUNK = 1024  # rows that are in memory at once

@@ -8,7 +8,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.files import files_of, is_local, refuse_twins, shown_path
-from rlhf_cli.data.shapes import FORMATS
+from rlhf_cli.data.shapes.formats import FORMATS
 
 
 @dataclass

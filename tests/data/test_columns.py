@@ -11,7 +11,7 @@ from rlhf_cli.data.columns import unused_columns, unused_note
 from rlhf_cli.data.kinds import Demonstration, Feedback, Preference, Prompt, Row, Text
 from rlhf_cli.data.labels import note
 from rlhf_cli.data.reading import Walk
-from rlhf_cli.data.shapes import reader_of
+from rlhf_cli.data.shapes.formats import reader_of
 from rlhf_cli.data.sources import Source
 from tests.toys import data_of
 

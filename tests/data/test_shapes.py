@@ -18,7 +18,7 @@ from rlhf_cli.data.kinds import (
     Stepwise,
     Text,
 )
-from rlhf_cli.data.shapes import FORMATS, reader_of
+from rlhf_cli.data.shapes.formats import FORMATS, reader_of
 from tests.toys import all_rows, data_of
 
 
