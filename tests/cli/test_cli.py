@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cli.commands import cp
+from rlhf_cli.commands.flags import parse
 from rlhf_cli.commands.help import CHANGED, stage_help
 from rlhf_cli.commands.ls import _options
-from rlhf_cli.commands.stage import parse
 from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES

@@ -29,10 +29,10 @@ from rlhf_cli.commands import (
     report,
     rounds,
     slurm,
-    stage,
     sweeps,
     watch,
 )
+from rlhf_cli.commands.flags import parse
 from rlhf_cli.config.compose import compose, hydras_words, typed_config
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.stages import STAGES
@@ -65,7 +65,7 @@ def try_command(words: list[str]) -> None:
     """
     first, rest = words[0], words[1:]
     if first in STAGES:
-        flags = stage.parse(first, rest)
+        flags = parse(first, rest)
         if not flags.multirun:
             composed(first, tuple(flags.overrides), flags.config_dir, flags.config)
             return

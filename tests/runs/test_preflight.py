@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_cli.commands import stage as command
+from rlhf_cli.commands.execute import execute
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data import rows
@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def run(stage: str, *words: str) -> None:
-    command._execute(stage, compose(stage, [*words]), check=False, words=[*words])
+    execute(stage, compose(stage, [*words]), check=False, words=[*words])
 
 
 @pytest.mark.parametrize(
