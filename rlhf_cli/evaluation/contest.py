@@ -1,16 +1,30 @@
 """Policies against each other on the same prompts: win rates, paired differences, ratings."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives.comparisons import holm, mean_difference, paired_difference, ratings
-from rlhf_cli.objectives.estimates import outcomes, win_rate
+from rlhf_cli.objectives.comparisons import (
+    holm,
+    length_controlled,
+    mean_difference,
+    paired_difference,
+    ratings,
+)
+from rlhf_cli.objectives.estimates import (
+    WinRate,
+    means_within,
+    outcomes,
+    points_interval,
+    win_rate,
+)
 
 Figures = dict[str, Any]
+Name = TypeVar("Name", bound=Hashable)
 
 REFERENCES = "references"
 """The responses that the data has, as a player."""
@@ -112,7 +126,31 @@ def played(scores: Sequence[Tensor], tie: float) -> Tensor:
     return points
 
 
-def corrected(found: Mapping[str, Figures]) -> dict[str, Figures]:
+def head_to_head(points: Tensor, longer: Tensor, clusters: Sequence[Hashable]) -> Figures:
+    """Wins, ties and losses of one over another in single comparisons, raw and at equal length.
+
+    Prompts are independent, and each counts once however many comparisons it has; at equal length
+    each comparison does (`length_controlled`).
+
+    Args:
+        points: (N,) 1 where it won, 0 where it lost, one half at a tie.
+        longer: (N,) by how much its response is the longer one, in any unit.
+        clusters: (N,) the prompt of each.
+    """
+    wins, losses = (points == 1).double(), (points == 0).double()
+    win, loss = (means_within(each, clusters).mean().item() for each in (wins, losses))
+    of_prompts = means_within(points, clusters)
+    interval = points_interval(of_prompts, max(Counter(clusters).values()))
+    equal = length_controlled(points, longer, clusters)
+    return {
+        **asdict(WinRate(win, 1 - win - loss, loss, *interval)),
+        "p": mean_difference(of_prompts - 0.5).p,
+        "pairs": len(points),
+        "at_equal_length": {"mean": equal.mean, "stderr": equal.stderr},
+    }
+
+
+def corrected(found: Mapping[Name, Figures]) -> dict[Name, Figures]:
     """The same with p_holm: several comparisons are made at once."""
     chances = holm([figures["p"] for figures in found.values()])
     return {

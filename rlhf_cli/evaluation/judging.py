@@ -209,6 +209,29 @@ def regression_report(scores: Tensor, targets: Tensor, clusters: Sequence[Hashab
     return round_figures(report, digits=None)
 
 
+def pair_calibration(log_odds: Tensor, outcomes: Tensor, clusters: Sequence[Hashable]) -> Report:
+    """How far the probabilities of one who judges pairs are those with which a side is preferred.
+
+    Brier's score (1950) is the mean of (p - outcome)^2, one quarter of who always says one half.
+    The calibration error is that of the side which the judge prefers, as in `pair_report`. Neither
+    depends on which side of a pair is called the first.
+
+    Args:
+        log_odds: (N,) that the first of two is better.
+        outcomes: (N,) 1 where it was preferred, 0 where the other one was, one half at a tie.
+        clusters: the prompt of each.
+    """
+    scores = (log_odds.sigmoid() - outcomes).square()
+    right = 0.5 + (outcomes - 0.5) * log_odds.sign()
+    return {
+        "pairs": len(scores),
+        "prompts": len(set(clusters)),
+        "brier": scores.mean().item(),
+        "brier_stderr": clustered_stderr(scores, clusters),
+        **plain(calibration_error(log_odds.abs().sigmoid(), right, PAIR_BINS)),
+    }
+
+
 def calibration_of(report: Report) -> Calibration:
     """The calibration that a report holds, to draw it."""
     error = report["calibration_error"]

@@ -7,7 +7,6 @@ no tie.
 """
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.errors import RunError
-from rlhf_cli.evaluation.contest import corrected
+from rlhf_cli.evaluation.contest import corrected, head_to_head
 from rlhf_cli.evaluation.judge_asks import PairJudge
 from rlhf_cli.evaluation.judge_questions import Ask
 from rlhf_cli.evaluation.judgements import price_of
-from rlhf_cli.objectives.comparisons import length_controlled, mean_difference
-from rlhf_cli.objectives.estimates import WinRate, clustered_share, points_interval
+from rlhf_cli.objectives.estimates import clustered_share, means_within
 
 Figures = dict[str, Any]
 
@@ -98,30 +96,14 @@ def won(pairs: Sequence[Pair], tie: float) -> Figures | None:
     if not known:
         return None
     odds = tensor([pair.log_odds or 0.0 for pair in known])
-    wins, losses = (odds > tie).double(), (odds < -tie).double()
-    points = wins + (1 - wins - losses) / 2
+    points = ((odds > tie).double() - (odds < -tie).double() + 1) / 2
     longer = tensor([float(pair.ours.length - pair.theirs.length) for pair in known])
     places = [pair.place for pair in known]
-    of_prompts = by_cluster(torch.stack([wins, losses, points, odds.sigmoid()], -1), places)
-    win, loss, _, preference = of_prompts.mean(0).tolist()
-    interval = points_interval(of_prompts[:, 2], max(Counter(places).values()))
-    equal = length_controlled(points, longer, places)
     return {
-        **asdict(WinRate(win, 1 - win - loss, loss, *interval)),
-        "p": mean_difference(of_prompts[:, 2] - 0.5).p,
-        "pairs": len(known),
+        **head_to_head(points, longer, places),
         "failed": len(pairs) - len(known),
-        "preference": preference,
-        "at_equal_length": {"mean": equal.mean, "stderr": equal.stderr},
+        "preference": means_within(odds.sigmoid(), places).mean().item(),
     }
-
-
-def by_cluster(values: Tensor, clusters: Sequence[int]) -> Tensor:
-    """(G, C) means over each cluster. Args: values (N, C)."""
-    _, places = torch.tensor(clusters).unique(return_inverse=True)
-    counts = places.bincount().double()
-    sums = values.new_zeros(len(counts), values.shape[-1]).index_add_(0, places, values)
-    return sums / counts[:, None]
 
 
 def judged_wins(pairs: Mapping[str, Sequence[Pair]], tie: float) -> dict[str, Figures]:

@@ -7,17 +7,11 @@ whether all of them judge as they did then (Stiennon et al. 2009.01325, C.6).
 from collections.abc import Iterable, Sequence
 from itertools import product
 
+from rlhf_cli.labelling.agreement import agreement_of, mean_of
 from rlhf_cli.labelling.answers import FLAG, MARKS, SKIP
 from rlhf_cli.labelling.desk import Desk, Event
-from rlhf_cli.labelling.outcomes import (
-    Figures,
-    Outcomes,
-    agreement_of,
-    mean_of,
-    outcomes_of,
-    said_of,
-)
-from rlhf_cli.labelling.tasks import SINGLE, Task, Turn, writers_of
+from rlhf_cli.labelling.outcomes import Figures, Outcomes, is_good, outcomes_of, said_of
+from rlhf_cli.labelling.tasks import SINGLE, Task, Turn, key_of, writers_of
 from rlhf_cli.reporting.grid import with_error
 
 Said = Sequence[tuple[Task, Event]]
@@ -27,7 +21,7 @@ def known_of(desk: Desk) -> Figures | None:
     """How often somebody is right where that is known; None where nothing known was judged."""
     said = [(turn.task, event) for turn, event in judged(desk) if turn.task.known is not None]
     kind = desk.terms.protocol
-    known = [(task, {"kind": kind, **(task.known or {})}) for task, _ in said]
+    known = [(task, answer) for task, _ in said for answer in told_of(task, kind)]
     figures = agreement_of([(outcomes_of(said), outcomes_of(known))])
     return None if figures is None else {"right": figures.pop("agreement"), **figures}
 
@@ -54,11 +48,19 @@ def anchors_of(desks: Sequence[Desk]) -> Figures | None:
             runs.setdefault(run["out"], []).extend(answers)
     before: list[Outcomes] = []
     for task in tasks.values():
-        last = (task.earlier or [])[-1]["answers"]
-        before += [outcomes_of([(task, {**answer, "kind": kind})]) for answer in last]
+        before += [outcomes_of([(task, answer)]) for answer in told_of(task, kind)]
     same = agreement_of([*product(map(outcomes_of, of_desk), before)])
     told = [{"out": out, **rates_of(said)} for out, said in runs.items()]
     return {"tasks": len(tasks), "same": same, "runs": [*told, {"out": "now", **rates_of(now)}]}
+
+
+def told_of(task: Task, protocol: str) -> list[Event]:
+    """What was known of a task before it was labelled here: its answer, or of an anchor all that
+    the last run before said of it.
+    """
+    known = [] if task.known is None else [task.known]
+    answers = known or (task.earlier or [{"answers": []}])[-1]["answers"]
+    return [{**answer, "kind": protocol} for answer in answers]
 
 
 def rates_of(answers: Said) -> Figures:
@@ -66,7 +68,7 @@ def rates_of(answers: Said) -> Figures:
     of_name: dict[str, dict[str, list[float]]] = {}
 
     def note(name: str, task: Task, value: float) -> None:
-        of_name.setdefault(name, {}).setdefault(task.id, []).append(value)
+        of_name.setdefault(name, {}).setdefault(key_of(task.prompt), []).append(value)
 
     for task, event in answers:
         writers = [writers_of(origin) for origin in task.origins]
@@ -74,18 +76,13 @@ def rates_of(answers: Said) -> Figures:
             for name in writers[0]:
                 note(name, task, float(is_good(event)))
             continue
-        for (_, i, j), won in said_of(task.id, event):
+        for (i, j), won in said_of(event):
             for ours, theirs in product(writers[i], writers[j]):
                 if ours != theirs:
                     first, second = sorted((ours, theirs))
                     note(f"{first} over {second}", task, won if ours == first else 1 - won)
     rates = {name: mean_of(each, "share", "outcomes") for name, each in sorted(of_name.items())}
     return {"rates": rates}
-
-
-def is_good(event: Event) -> bool:
-    """Whether a response that is judged by itself is good: thumbs up, or no step is wrong."""
-    return bool(event["label"]) if "label" in event else event["first_wrong"] is None
 
 
 def judged(desk: Desk) -> Iterable[tuple[Turn, Event]]:
@@ -101,18 +98,18 @@ def scores_of(answers: Said) -> Figures:
             task.origins, event["ratings"], event["marks"], strict=True
         ):
             for name in writers_of(origin):
-                of_policy.setdefault(name, []).append((task.id, score, marks))
+                of_policy.setdefault(name, []).append((key_of(task.prompt), score, marks))
     return {name: _scores(said) for name, said in sorted(of_policy.items())}
 
 
 def _scores(said: Sequence[tuple[str, int, list[str]]]) -> Figures:
-    of_task: dict[str, list[float]] = {}
-    for task, score, _ in said:
-        of_task.setdefault(task, []).append(score)
+    of_prompt: dict[str, list[float]] = {}
+    for prompt, score, _ in said:
+        of_prompt.setdefault(prompt, []).append(score)
     shares = {
         name: sum(name in marks for _, _, marks in said) / len(said) for name, _ in MARKS.values()
     }
-    return {**mean_of(of_task, "score", "ratings"), "marks": shares}
+    return {**mean_of(of_prompt, "score", "ratings"), "marks": shares}
 
 
 def contradictions_of(answers: Said) -> Figures | None:
@@ -120,14 +117,14 @@ def contradictions_of(answers: Said) -> Figures | None:
 
     Equal ratings contradict nothing.
     """
-    of_task: dict[str, list[float]] = {}
+    of_prompt: dict[str, list[float]] = {}
     for task, event in answers:
         ratings = event["ratings"]
-        for (_, i, j), won in said_of(task.id, event):
+        for (i, j), won in said_of(event):
             if won != 0.5:
                 against = ratings[i] < ratings[j] if won else ratings[j] < ratings[i]
-                of_task.setdefault(task.id, []).append(float(against))
-    return mean_of(of_task, "share", "pairs") if of_task else None
+                of_prompt.setdefault(key_of(task.prompt), []).append(float(against))
+    return mean_of(of_prompt, "share", "pairs") if of_prompt else None
 
 
 def lines_of(report: Figures) -> list[str]:

@@ -1,52 +1,39 @@
 """How good labels are: who agrees with whom, how policies fare, what was shown, how long it took.
 
 Everything is measured on pairs of responses within a task, but for what is said of a response by
-itself. Policies are rated by the Bradley-Terry maximum, with intervals by a bootstrap over prompts.
+itself. All errors and intervals are over prompts, of which several tasks may be one.
 Where a rule has chosen tasks, all that would be another figure on them is measured on those alone
 that were drawn: agreement, ties, biases, ratings. Tasks that were planted count nowhere but there.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import combinations, product
+from itertools import combinations
 from statistics import median
 
-import torch
-from torch import Tensor
-
-from rlhf_cli.labelling.answers import FLAG, SKIP
+from rlhf_cli.labelling.agreement import agreement_of, between_people, calibration_of, share_of
+from rlhf_cli.labelling.answers import FLAG, SKIP, dense
 from rlhf_cli.labelling.automatic import by_rewards
 from rlhf_cli.labelling.desk import Desk, Event
-from rlhf_cli.labelling.outcomes import Figures, Outcomes, agreement_of, outcomes_of, said_of
-from rlhf_cli.labelling.quality import anchors_of, contradictions_of, is_good, known_of, scores_of
-from rlhf_cli.labelling.rows import counted
-from rlhf_cli.labelling.tasks import INSTRUCTGPT, RANDOM, SINGLE, Task, key_of, writers_of
-from rlhf_cli.objectives.agreement import ORDINAL, flip_rate, krippendorff_alpha
-from rlhf_cli.objectives.comparisons import ratings
-from rlhf_cli.objectives.estimates import Share, clustered_share
+from rlhf_cli.labelling.outcomes import Figures, Outcomes, asked_of, outcomes_of, said_of
+from rlhf_cli.labelling.policies import liked, meetings_of, rated, win_rates
+from rlhf_cli.labelling.quality import anchors_of, contradictions_of, known_of, scores_of
+from rlhf_cli.labelling.rows import counted, decided
+from rlhf_cli.labelling.tasks import INSTRUCTGPT, RANDOM, SINGLE, Task, key_of
+from rlhf_cli.objectives.agreement import flip_rate
 
 SEEN_HERE = ("page", "terminal")
 """Sources that see responses in the order of their turn."""
 
 
-def between_people(said: Sequence[Outcomes]) -> Figures | None:
-    """Agreement of annotators with each other, and Krippendorff's alpha."""
-    figures = agreement_of(list(combinations(said, 2)))
-    if figures is None:
-        return None
-    keys = sorted({key for each in said for key in each})
-    table = torch.tensor([[each.get(key, math.nan) for each in said] for key in keys])
-    alphas = {
-        "alpha": krippendorff_alpha(table),
-        "alpha_ordinal": krippendorff_alpha(table, ORDINAL),
-    }
-    known = {name: None if math.isnan(value) else value for name, value in alphas.items()}
-    return figures | known
+def report_of(
+    desks: Sequence[Desk], tasks: Sequence[Task], seed: int, scale: float | None
+) -> Figures:
+    """Every figure of a label folder.
 
-
-def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figures:
-    """Every figure of a label folder."""
+    Args:
+        scale: how many log-odds a unit of the reward is; None where it tells no probabilities.
+    """
     protocol = desks[0].terms.protocol
     answers = counted((each for desk in desks for each in desk.answered), protocol)
     tasks = [task for task in tasks if not task.planted]
@@ -55,7 +42,7 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
     said = [outcomes_of(each) for each in own]
     events = [event for desk in desks for _, event in desk.answered]
     outcomes = [value for each in said for value in each.values()]
-    by_reward, rewards = desks[0].terms.source == "reward", of_rewards(tasks, protocol)
+    by_reward = desks[0].terms.source == "reward"
     ties = {"ties": _share(value == 0.5 for value in outcomes)} if outcomes else {}
     return {
         "protocol": protocol,
@@ -69,11 +56,12 @@ def report_of(desks: Sequence[Desk], tasks: Sequence[Task], seed: int) -> Figure
         "reviewed": sum(bool(event.get("reviewed")) for event in events),
         **(ties if protocol not in SINGLE else {}),
         "annotators": {desk.who: of_one(desk) for desk in desks},
-        "between_annotators": between_people(said),
+        "between_annotators": between_people(said, protocol, seed),
         "with_themselves": agreement_of([_twice(desk) for desk in desks]),
-        "with_reward": None if by_reward else agreement_of([(each, rewards) for each in said]),
+        "with_reward": None if by_reward else with_reward(said, tasks, protocol, scale),
         "anchors": anchors_of(desks),
         "bias": {} if protocol in SINGLE else bias_of([each for said in own for each in said]),
+        "win_rates": {} if protocol in SINGLE else wins_of(drawn),
         "ratings": rated(drawn, seed) if protocol not in SINGLE else liked(drawn),
         **(_rating_figures(drawn) if protocol == INSTRUCTGPT else {}),
     }
@@ -98,7 +86,7 @@ def by_rule(tasks: Sequence[Task], answers: Sequence[tuple[Task, Event]]) -> Fig
 
 def crowd(report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[Task]) -> Figures:
     """Of errors that were planted: their chance, the share of pairs that they turned round, and
-    what the agreement of annotators tells of it.
+    what the agreement of annotators tells of it, with a 95% interval over prompts.
     """
     protocol, between = desks[0].terms.protocol, report["between_annotators"] or {}
     rewards = of_rewards(tasks, protocol)
@@ -106,7 +94,13 @@ def crowd(report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[T
     meant = agreement_of([(each, rewards) for each in said]) or {}
     told = {"chance": flip}
     told |= {"planted": 1 - meant["decided"]} if "decided" in meant else {}
-    return told | ({"recovered": flip_rate(between["decided"])} if "decided" in between else {})
+    ends = {"": "decided", "_low": "decided_high", "_high": "decided_low"}
+    told |= {
+        f"recovered{end}": flip_rate(between[share])
+        for end, share in ends.items()
+        if share in between
+    }
+    return told
 
 
 def of_one(desk: Desk) -> Figures:
@@ -142,107 +136,60 @@ def of_rewards(tasks: Sequence[Task], protocol: str) -> Outcomes:
     return outcomes_of((task, answer) for task, answer in said if answer is not None)
 
 
+def with_reward(
+    said: Sequence[Outcomes], tasks: Sequence[Task], protocol: str, scale: float | None
+) -> Figures | None:
+    """How far rewards agree with annotators, and on what these have judged how policies fare by
+    them, what length has to do with it, and how far it can be believed how sure they are.
+
+    Args: as of `report_of`.
+    """
+    rewards = of_rewards(tasks, protocol)
+    agrees = agreement_of([(each, rewards) for each in said])
+    if agrees is None or protocol in SINGLE:
+        return agrees
+    labelled = {key.task for each in said for key in each}
+    known = [(task, task.rewards) for task in tasks if task.id in labelled and task.rewards]
+    answers = [
+        (task, {"kind": protocol, "ranks": dense(found), "source": "reward"})
+        for task, found in known
+    ]
+    agrees |= {**bias_of(answers), "win_rates": wins_of(answers)}
+    if scale is None:
+        return agrees
+    log_odds: Outcomes = {}
+    for task, found in known:
+        places = combinations(range(len(found)), 2)
+        log_odds |= asked_of(task, (((i, j), scale * (found[i] - found[j])) for i, j in places))
+    return agrees | {"calibration": calibration_of(said, log_odds)}
+
+
+def wins_of(answers: Sequence[tuple[Task, Event]]) -> Figures:
+    """`win_rates` of what answers say."""
+    return win_rates(met for task, event in answers for met in meetings_of(task, said_of(event)))
+
+
 def bias_of(answers: Sequence[tuple[Task, Event]]) -> Figures:
     """How often the first one shown, and the longer one, wins a pair that is decided, with 95%
     intervals over prompts. What was first is known of those alone who saw it here.
     """
     hits: dict[str, list[tuple[bool, str]]] = {"first_shown_wins": [], "longer_wins": []}
     for task, event in answers:
-        for i, j in combinations(range(len(task.responses)), 2):
-            ranks, shown = event["ranks"], event["shown"]
-            if ranks[i] == ranks[j]:
-                continue
-            better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
-            prompt = key_of(task.prompt)
+        prompt = key_of(task.prompt)
+        for better, worse in decided(event["ranks"]):
             if event["source"] in SEEN_HERE:
-                first = shown.index(better) < shown.index(worse)
+                first = event["shown"].index(better) < event["shown"].index(worse)
                 hits["first_shown_wins"].append((first, prompt))
             sizes = len(task.responses[better]), len(task.responses[worse])
             if sizes[0] != sizes[1]:
                 hits["longer_wins"].append((sizes[0] > sizes[1], prompt))
     return {
-        name: {"share": found.mean, **_ends(found), "pairs": len(each)}
+        name: {"share": found.mean, "low": found.low, "high": found.high, "pairs": len(each)}
         for name, each in hits.items()
-        if each and (found := _shared(each))
+        if each and (found := share_of(each))
     }
-
-
-def _shared(hits: Sequence[tuple[bool, str]]) -> Share:
-    """The share of hits, each with what it is not independent within."""
-    return clustered_share(torch.tensor([hit for hit, _ in hits]), [place for _, place in hits])
-
-
-def _ends(found: Share) -> Figures:
-    return {"low": found.low, "high": found.high}
 
 
 def _share(values: Iterable[bool]) -> float:
     known = list(values)
     return sum(known) / len(known) if known else 0.0
-
-
-# --------------------------------------------------------------------------- policies
-
-
-def rated(answers: Sequence[tuple[Task, Event]], seed: int) -> Figures | None:
-    """Ratings of the policies behind the responses; None where there is but one.
-
-    apart: of each, those that it is above by more than chance has it; two of which neither is above
-        the other are not separable by so many labels.
-    """
-    wrote = (writers_of(origin) for task, _ in answers for origin in task.origins)
-    names = sorted({name for writers in wrote for name in writers})
-    if len(names) < 2:
-        return None
-    of_prompt: dict[str, Tensor] = {}  # several labels or tasks of a prompt are not several prompts
-    for task, event in answers:
-        points, prompt = points_of(task, event, names), key_of(task.prompt)
-        of_prompt[prompt] = of_prompt.get(prompt, torch.zeros_like(points)) + points
-    every = torch.stack(list(of_prompt.values()))
-    games = every + every.mT
-    every = (every / games.clamp(min=1))[games.sum((1, 2)) > 0]
-    if not len(every):
-        return None
-    found = ratings(every, len(names) - 1, seed)
-    return {
-        name: {
-            "rating": found.points[i].item(),
-            "low": found.low[i].item(),
-            "high": found.high[i].item(),
-            "above": [other for j, other in enumerate(names) if found.apart[i, j]],
-        }
-        for i, name in enumerate(names)
-    }
-
-
-def points_of(task: Task, event: Event, names: Sequence[str]) -> Tensor:
-    """(P, P) what each policy took from each other one in a task: a win is 1, a tie one half.
-
-    What is said of a text is said of all who wrote it. Two who wrote the same tie by it: as it is
-    in evaluate, responses that are alike are no reason to put one policy above the other.
-    """
-    points = torch.zeros(len(names), len(names), dtype=torch.double)
-    writers = [[names.index(name) for name in writers_of(origin)] for origin in task.origins]
-    met = [(*pair, 0.5) for each in writers for pair in combinations(each, 2)]
-    for (_, i, j), won in said_of(task.id, event):
-        met += [(*pair, won) for pair in product(writers[i], writers[j])]
-    for ours, theirs, won in met:
-        if ours != theirs:
-            points[ours, theirs] += won
-            points[theirs, ours] += 1 - won
-    return points
-
-
-def liked(answers: Sequence[tuple[Task, Event]]) -> Figures:
-    """The share of responses that are good by themselves, by policy, with 95% intervals over
-    prompts.
-    """
-    up: dict[str, list[tuple[bool, str]]] = {}
-    for task, event in answers:
-        for name in writers_of(task.origins[0]):
-            up.setdefault(name, []).append((is_good(event), key_of(task.prompt)))
-    found = {name: _shared(each) for name, each in sorted(up.items())}
-    return {
-        name: {"up": each.mean, **_ends(each), "labels": len(up[name])}
-        for name, each in found.items()
-    }

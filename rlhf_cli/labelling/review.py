@@ -18,7 +18,7 @@ from rlhf_cli.labelling.answers import FLAG, SKIP, Wrong, as_typed, read
 from rlhf_cli.labelling.automatic import by_rewards
 from rlhf_cli.labelling.desk import Desk, Event
 from rlhf_cli.labelling.gate import Gate, listening, posted, serve
-from rlhf_cli.labelling.outcomes import said_of
+from rlhf_cli.labelling.outcomes import Places, said_of
 from rlhf_cli.labelling.tasks import Task, Turn, spoken, writers_of
 from rlhf_cli.labelling.terminal import HOW
 from rlhf_cli.reporting.console import say
@@ -42,11 +42,11 @@ def disagreements(desks: Mapping[str, Desk]) -> list[tuple[Task, Said]]:
     apart, against, doubted = [], [], []
     for said in of_task.values():
         task = said[0][1].task
-        meant = [meaning_of(task, event) for _, _, event in said]
+        meant = [meaning_of(event) for _, _, event in said]
         verdict = by_rewards(task, said[0][0].terms.protocol)
         if any(each != meant[0] for each in meant):
             apart.append((task, said))
-        elif verdict is not None and meant[0] not in (SKIP, FLAG, meaning_of(task, verdict)):
+        elif verdict is not None and meant[0] not in (SKIP, FLAG, meaning_of(verdict)):
             against.append((task, said))
         elif any(goes_by_order(event) for _, _, event in said):
             doubted.append((task, said))
@@ -58,9 +58,9 @@ def goes_by_order(event: Event) -> bool:
     return any(first * second <= 0 for first, second in event.get("log_odds", []))
 
 
-def meaning_of(task: Task, event: Event) -> dict[tuple[str, int, int], float] | str:
+def meaning_of(event: Event) -> dict[Places, float] | str:
     """What an answer says, pair by pair, or that it says nothing."""
-    return event["kind"] if event["kind"] in (SKIP, FLAG) else dict(said_of(task.id, event))
+    return event["kind"] if event["kind"] in (SKIP, FLAG) else dict(said_of(event))
 
 
 class Review(Gate):

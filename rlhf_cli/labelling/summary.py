@@ -4,7 +4,7 @@ from itertools import combinations
 
 from rlhf_cli.labelling.outcomes import Figures
 from rlhf_cli.labelling.tasks import RANDOM
-from rlhf_cli.reporting.grid import show, with_error
+from rlhf_cli.reporting.grid import with_error
 
 
 def table_of(report: Figures) -> list[tuple[object, ...]]:
@@ -48,11 +48,19 @@ def headline(report: Figures) -> Figures:
         "agreement": between.get("agreement"),
         "agreement_stderr": between.get("stderr"),
         "alpha": between.get("alpha"),
+        "alpha_low": between.get("alpha_low"),
+        "alpha_high": between.get("alpha_high"),
         "self_agreement": again.get("agreement"),
         "reward_agreement": reward.get("agreement"),
         "judge_agreement": judge.get("agreement"),
     }
     return {name: value for name, value in told.items() if value is not None}
+
+
+def alpha_of(between: Figures) -> str:
+    """0.45, 0.31 to 0.58."""
+    told, low, high = (between[f"alpha{end}"] for end in ("", "_low", "_high"))
+    return f"{told:.2f}" if low is None else f"{told:.2f}, {low:.2f} to {high:.2f}"
 
 
 def sentence(report: Figures) -> str:
@@ -66,7 +74,7 @@ def sentence(report: Figures) -> str:
     if between is not None:
         share = with_error(between["agreement"], between.get("stderr"))
         told += f"; annotators agree on {share} of {between['outcomes']} outcomes"
-        told += f" (alpha {show(between['alpha'])})" if between["alpha"] is not None else ""
+        told += f" (alpha {alpha_of(between)})" if between["alpha"] is not None else ""
     if reward is not None:
         share = with_error(reward["agreement"], reward.get("stderr"))
         told += f"; the reward agrees with them on {share}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_cli.objectives.estimates import numbered, redrawn
+
 ELO = 400 / math.log(10)
 """Points of Elo's scale to a unit of log odds: 400 points are odds of 10 to 1."""
 
@@ -150,16 +152,14 @@ def ratings(points: Tensor, anchor: int, seed: int, resamples: int = 1000) -> Ra
     count, players = points.shape[:2]
     points = points.double()
     tied = (1 - torch.eye(players, dtype=torch.double)) / 2
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (resamples, count), generator=generator)
-    times = torch.zeros(resamples, count, dtype=torch.double)
-    times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
-    sums = (times @ points.flatten(1)).unflatten(-1, (players, players)) + tied
+    sums = (redrawn(count, seed, resamples) @ points.flatten(1)).unflatten(
+        -1, (players, players)
+    ) + tied
     centre = ELO * bradley_terry(points.sum(0) + tied, anchor)
-    redrawn = ELO * bradley_terry(sums, anchor)  # (R, P)
+    again = ELO * bradley_terry(sums, anchor)  # (R, P)
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    low, high = redrawn.quantile(ends, 0)
-    gaps = redrawn[:, :, None] - redrawn[:, None, :]
+    low, high = again.quantile(ends, 0)
+    gaps = again[:, :, None] - again[:, None, :]
     apart = (gaps.quantile(0.025, 0) > 0) & (count >= FEWEST)
     return Ratings(centre, low, high, apart)
 
@@ -179,9 +179,8 @@ def length_controlled(
         clusters: (N,) the prompt of each comparison; None where each has one of its own.
     """
     points, longer = points.double(), longer.double()
-    places = {name: i for i, name in enumerate(dict.fromkeys(clusters or range(len(points))))}
-    cluster = torch.tensor([places[name] for name in clusters or range(len(points))])
-    count = len(places)
+    cluster = numbered(clusters or range(len(points)))
+    count = int(cluster.max()) + 1
     spread = longer.square().mean().sqrt().clamp(min=1e-9)
     columns = torch.stack([torch.ones_like(longer), (longer / spread).tanh()], -1)  # (N, 2)
     prior = points.new_tensor([0.01, 1.0])

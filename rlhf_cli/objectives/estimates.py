@@ -61,6 +61,27 @@ def clustered_stderr(values: Tensor, clusters: Sequence[Hashable]) -> float:
     return math.sqrt(sum(total**2 for total in sums.values())) / len(deviations)
 
 
+def numbered(clusters: Sequence[Hashable]) -> Tensor:
+    """(N,) the number of each one's cluster, from 0, in the order in which they first stand."""
+    places = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    return torch.tensor([places[name] for name in clusters], dtype=torch.long)
+
+
+def means_within(values: Tensor, clusters: Sequence[Hashable]) -> Tensor:
+    """(G,) the mean of (N,) values over each of their clusters."""
+    places = numbered(clusters)
+    counts = places.bincount().double()
+    return counts.new_zeros(len(counts)).index_add_(0, places, values.double()) / counts
+
+
+def redrawn(count: int, seed: int, resamples: int = 1000) -> Tensor:
+    """(R, N) how often each of N clusters is in each of R bootstraps of all (Efron 1979)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(count, (resamples, count), generator=generator)
+    times = torch.zeros(resamples, count, dtype=torch.double)
+    return times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+
+
 @dataclass
 class Share:
     """A share, its standard error and a 95% interval."""

@@ -39,6 +39,7 @@ from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer, same_ids
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
+from rlhf_cli.rewards.specs import judges_steps, models_of
 from rlhf_cli.rollout.rollouts import Rollout
 
 
@@ -340,6 +341,14 @@ def statistics_of(path: str) -> tuple[float, float]:
     """Mean and standard deviation that a folder's stage.json gives for its rewards; or 0 and 1."""
     statistics = (read_manifest(path) or {}).get("reward", {})
     return float(statistics.get("mean", 0.0)), float(statistics.get("std", 1.0))
+
+
+def log_odds_of(spec: str) -> float | None:
+    """How many log-odds of one response over another a difference of 1 in a reward is: the standard
+    deviation by which the scores of a model are divided, of which a difference is log-odds under
+    Bradley-Terry. None of a sum, a rule, and what judges steps.
+    """
+    return statistics_of(spec)[1] if models_of(spec) == [spec] and not judges_steps(spec) else None
 
 
 def load_model_reward(

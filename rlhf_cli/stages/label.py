@@ -218,6 +218,7 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     """Write rows and report, and seal the folder."""
     from rlhf_cli.labelling import report as reporting
     from rlhf_cli.labelling.summary import headline, sentence
+    from rlhf_cli.rewards.models import log_odds_of
     from rlhf_cli.runs.begin import begin
 
     session = begin(cfg, plan)
@@ -233,7 +234,8 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     if cfg.algo.aggregate == MAJORITY:
         answers = by_majority(answers)
     made = rows_of(answers, cfg.algo.protocol)
-    report = reporting.report_of(desks, tasks, derived_seed(cfg.seed, "ratings"))
+    scale = None if cfg.reward is None else log_odds_of(cfg.reward)
+    report = reporting.report_of(desks, tasks, derived_seed(cfg.seed, "ratings"), scale)
     report["rows"] = {name: len(rows) for name, rows in made.items()}
     if cfg.flip:
         report["flips"] = reporting.crowd(report, cfg.flip, desks, tasks)

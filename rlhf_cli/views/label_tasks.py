@@ -10,8 +10,7 @@ from typing import Any
 
 from rlhf_cli.labelling.answers import BEST, FLAG, SKIP
 from rlhf_cli.labelling.desk import Desk, Event
-from rlhf_cli.labelling.outcomes import Outcomes, outcomes_of, said_of
-from rlhf_cli.labelling.quality import is_good
+from rlhf_cli.labelling.outcomes import Places, is_good, said_of
 from rlhf_cli.labelling.tasks import RANDOM, SINGLE, Task, Turn, writers_of
 from rlhf_cli.views.labels import LABEL, desks_in, is_sealed
 from rlhf_cli.views.records import Record
@@ -76,18 +75,18 @@ def lines_of(task: Task, said: Said) -> Iterator[dict[str, Any]]:
     reviewed = [each for each in judged if each[0] == REVIEW]
     counted = [event for _, turn, event in reviewed or judged if not turn.showing]
     for place, response in enumerate(task.responses):
-        won = [value for event in counted for value in won_of(task, event, place)]
+        won = [value for event in counted for value in won_of(event, place)]
         verdicts = [(named(*each), verdict(each[2], place)) for each in judged]
         line = {"prompt": task.prompt, "response": response, "said": verdicts}
         yield line | ({"won": fmean(won)} if won else {})
 
 
-def won_of(task: Task, event: Event, place: int) -> Iterator[float]:
+def won_of(event: Event, place: int) -> Iterator[float]:
     """Of each comparison of a response whether it won, a tie is one half."""
     if event["kind"] in SINGLE:
         yield float(is_good(event))
         return
-    for (_, i, j), value in said_of(task.id, event):
+    for (i, j), value in said_of(event):
         if place in (i, j):
             yield value if i == place else 1 - value
 
@@ -145,10 +144,10 @@ def kinds_of(task: Task) -> list[str]:
 def marks_of(said: Said) -> list[str]:
     """By which of the filters a task is found."""
     kinds = [event["kind"] for _, _, event in said]
-    of_one: dict[str, Outcomes] = {}
+    of_one: dict[str, dict[Places, float]] = {}
     for who, turn, event in said:
         if event["kind"] not in (SKIP, FLAG) and not turn.showing and who != REVIEW:
-            of_one[who] = outcomes_of([(turn.task, event)])
+            of_one[who] = dict(said_of(event))
     first, *others = of_one.values() or [None]
     found = []
     if others:

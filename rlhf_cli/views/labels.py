@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import combinations
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.labelling.answers import FLAG, SKIP
 from rlhf_cli.labelling.desk import Desk, desks_of
-from rlhf_cli.labelling.tasks import RANDOM
 from rlhf_cli.reporting.plots import numbers
 from rlhf_cli.runs.lineage import command_of
 from rlhf_cli.views import charts
-from rlhf_cli.views.html import cell, listed, said, table, with_stderr
+from rlhf_cli.views.grids import Column, count_of, grid, share_of, within
+from rlhf_cli.views.html import cell, listed, said, with_stderr
+from rlhf_cli.views.label_policies import policies, ratings, wins
 from rlhf_cli.views.records import Record
 
 LABEL = "label"  # the stage
@@ -25,9 +25,6 @@ AGREEMENTS = {
     "with_judge": "with the judge",
 }
 """Who agrees with whom, by where the report has it."""
-
-Column = Callable[[Mapping[str, Any]], str | None]
-"""What a table says of figures; None where they do not know it."""
 
 JUDGE = ("judge", "failed", "calls", "cached", "cost")
 JUDGED = {
@@ -73,8 +70,8 @@ def figures_of(record: Record, drawn: Callable[[Sequence[charts.Figure | None]],
     parts = [about(record, desks), annotators(report, desks)]
     if report:
         parts += [selected(report), agreements(report), biases(report), flips(report)]
-        parts += [of_judge(report), anchors(report), ratings(report)]
-        parts.append(policies(report, drawn))
+        parts += [of_judge(report), beliefs(report, drawn), anchors(report), ratings(report)]
+        parts += [policies(report, drawn), wins(report)]
     return "\n".join(filter(None, parts))
 
 
@@ -129,28 +126,11 @@ def agreements(report: Mapping[str, Any]) -> str:
     """Who agrees with whom, and on how much."""
     found = {who: report[key] for key, who in AGREEMENTS.items() if report.get(key)}
     note = (
-        "± is a standard error over tasks; alpha (Krippendorff) is 0 where chance agrees as often."
+        "± is a standard error and brackets hold 95%, both over prompts; alpha (Krippendorff) is 0 "
+        "where chance agrees as often."
     )
     body = grid("agreement", found, OF_AGREEMENT)
     return body and f'{body}<p class="note">{note}</p>'
-
-
-def grid(head: str, told: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
-    """A table with a row for each name, and the columns of which something is known."""
-    cells = {title: [of(each) for each in told.values()] for title, of in columns.items()}
-    known = {title: column for title, column in cells.items() if any(column)}
-    rows = [list(row) for row in zip(map(said, told), *known.values(), strict=True)]
-    return table([head, *known], rows) if rows and known else ""
-
-
-def count_of(key: str) -> Column:
-    """A column of whole numbers."""
-    return lambda each: cell(each, key, ".0f")
-
-
-def share_of(key: str) -> Column:
-    """A column of shares."""
-    return lambda each: cell(each, key, ".3f")
 
 
 def _left(each: Mapping[str, Any]) -> str | None:
@@ -164,11 +144,6 @@ def _right(each: Mapping[str, Any]) -> str | None:
     count = cell(known, "outcomes", ".0f")
     share = with_stderr(known, "right", "stderr")
     return f"{share} of {count}" if share and count else share
-
-
-def _interval(each: Mapping[str, Any]) -> str | None:
-    ends = numbers(each, "low", "high")
-    return f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else None
 
 
 OF_ONE: dict[str, Column] = {
@@ -187,10 +162,10 @@ OF_AGREEMENT: dict[str, Column] = {
     "all": lambda each: with_stderr(each, "agreement", "stderr"),
     "outcomes": count_of("outcomes"),
     "tasks": count_of("tasks"),
-    "without ties": share_of("decided"),
+    "without ties": within("decided", "decided_low", "decided_high"),
     "outcomes without ties": count_of("decided_outcomes"),
-    "alpha": share_of("alpha"),
-    "ordinal alpha": share_of("alpha_ordinal"),
+    "alpha": within("alpha", "alpha_low", "alpha_high"),
+    "ordinal alpha": within("alpha_ordinal", "alpha_ordinal_low", "alpha_ordinal_high"),
 }
 OF_RULE: dict[str, Column] = {"tasks": count_of("tasks"), "labels": count_of("labels")}
 OF_ANCHOR: dict[str, Column] = {
@@ -199,23 +174,26 @@ OF_ANCHOR: dict[str, Column] = {
     ),
     "outcomes": count_of("outcomes"),
 }
-OF_BIAS: dict[str, Column] = {
-    "share": share_of("share"),
-    "95%": _interval,
-    "decided pairs": count_of("pairs"),
+OF_BIAS: dict[str, Column] = {"share": within("share"), "decided pairs": count_of("pairs")}
+OF_JUDGE: dict[str, Column] = {"share": within("mean")}
+OF_BELIEF: dict[str, Column] = {
+    "Brier score": lambda each: with_stderr(each, "brier", "brier_stderr"),
+    "calibration error": share_of("calibration_error"),
+    "pairs": count_of("pairs"),
 }
-OF_JUDGE: dict[str, Column] = {"share": share_of("mean"), "95%": _interval}
 OF_FLIPS: dict[str, Column] = {
     "chance": share_of("chance"),
     "planted": share_of("planted"),
-    "recovered from agreement": share_of("recovered"),
+    "recovered from agreement": within("recovered", "recovered_low", "recovered_high"),
 }
 
 
 def biases(report: Mapping[str, Any]) -> str:
     """How often what has nothing to do with the text wins."""
-    bias = report.get("bias") or {}
-    return grid("wins", {BIASES.get(key, key): each for key, each in bias.items()}, OF_BIAS)
+    rows = {BIASES.get(key, key): each for key, each in (report.get("bias") or {}).items()}
+    if longer := (report.get("with_reward") or {}).get("longer_wins"):
+        rows[f"{BIASES['longer_wins']}, by the reward"] = longer
+    return grid("wins", rows, OF_BIAS)
 
 
 def flips(report: Mapping[str, Any]) -> str:
@@ -234,6 +212,21 @@ def of_judge(report: Mapping[str, Any]) -> str:
     return grid("judge", rows, OF_JUDGE) + note
 
 
+def beliefs(
+    report: Mapping[str, Any], drawn: Callable[[Sequence[charts.Figure | None]], str]
+) -> str:
+    """How far a judge and a reward can be believed how sure they are, where people have judged."""
+    told = {"judge": report.get("judge") or {}, "reward": report.get("with_reward") or {}}
+    found = {who: each["calibration"] for who, each in told.items() if each.get("calibration")}
+    body = grid("how sure", {f"the {who}": each for who, each in found.items()}, OF_BELIEF)
+    note = (
+        "A Brier score of 0.25 is that of always saying one half, 0 that of knowing; points below "
+        "the line are of pairs on which it is too sure."
+    )
+    figures = [charts.calibration_figure(each, who) for who, each in found.items()]
+    return body and f'{body}<p class="note">{note}</p>{drawn(figures)}'
+
+
 def anchors(report: Mapping[str, Any]) -> str:
     """What tasks that came in earlier runs as well were said to be, then and now."""
     found = report.get("anchors") or {}
@@ -244,56 +237,3 @@ def anchors(report: Mapping[str, Any]) -> str:
         for name, rate in (run.get("rates") or {}).items()
     }
     return grid("anchors", rows, OF_ANCHOR)
-
-
-def ratings(report: Mapping[str, Any]) -> str:
-    """Of policies whose responses were rated and marked, the means."""
-    scores = report.get("scores") or {}
-    marks = {name for each in scores.values() for name, share in marked(each).items() if share}
-    columns = {"rating": lambda each: with_stderr(each, "score", "stderr")}
-    columns |= {"ratings": count_of("ratings")}
-    columns |= {name.replace("_", " "): mark_of(name) for name in sorted(marks)}
-    name_of = charts.names_for(scores)
-    body = grid("policy", {name_of(path): each for path, each in scores.items()}, columns)
-    against = with_stderr(report.get("contradictions"), "share", "stderr")
-    note = f"The better ranked of two has the lower rating in {against} of the pairs."
-    return body + (f'<p class="note">{note}</p>' if against else "")
-
-
-def mark_of(name: str) -> Column:
-    """How often a mark is there."""
-    return lambda each: cell(marked(each), name, ".3f")
-
-
-def marked(each: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The shares of a policy's responses that have each mark."""
-    return each.get("marks") or {}
-
-
-def policies(
-    report: Mapping[str, Any], drawn: Callable[[Sequence[charts.Figure | None]], str]
-) -> str:
-    """How policies fare, with intervals, and whom the labels do not tell apart."""
-    found = report.get("ratings") or {}
-    name_of = charts.names_for(found)
-    if any("up" in (each or {}) for each in found.values()):
-        across = "share of responses that are good"
-        figure = charts.intervals_figure("liked", "Good responses", across, "up", found, name_of)
-        note = "Bars are 95%, clustered by prompt."
-    else:
-        figure = charts.ratings_figure({"ratings": found}, name_of)
-        note = "Bradley-Terry on Elo's scale, over all pairs within a task; bars are 95%."
-        alike = [
-            f"{name_of(one)} and {name_of(other)}"
-            for one, other in combinations(found, 2)
-            if other not in (found[one].get("above") or [])
-            and one not in (found[other].get("above") or [])
-        ]
-        if left := [name_of(path) for path, each in found.items() if not numbers(each, "rating")]:
-            note += f" Not rated: {listed(left)}."
-        if alike:
-            drawn_of = (report.get("selected") or {}).get(RANDOM, report)
-            note += f" Not separable at {said(drawn_of.get('tasks'))} tasks: {listed(alike)}."
-    if not (body := drawn([figure])):
-        return ""
-    return f'{body}<p class="note">{note}</p>'

@@ -16,7 +16,8 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.labelling.draws import pool_of
-from rlhf_cli.labelling.report import bias_of, liked, points_of, rated
+from rlhf_cli.labelling.policies import liked, points_of, rated
+from rlhf_cli.labelling.report import bias_of
 from rlhf_cli.labelling.rows import rows_of
 from rlhf_cli.labelling.selection import chosen
 from rlhf_cli.labelling.tasks import (

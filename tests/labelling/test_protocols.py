@@ -11,10 +11,10 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Stepwise
 from rlhf_cli.data.readers import as_row
+from rlhf_cli.labelling.agreement import between_people
 from rlhf_cli.labelling.answers import Wrong, as_typed, fault_of, rating, read
 from rlhf_cli.labelling.outcomes import outcomes_of
-from rlhf_cli.labelling.report import between_people
-from rlhf_cli.labelling.tasks import Sample, Task, Turn, task_of
+from rlhf_cli.labelling.tasks import STEPS, Sample, Task, Turn, task_of
 from tests.labelling.test_label import WORDS, given, label, typed
 from tests.labelling.test_label import read as rows_in
 
@@ -160,7 +160,7 @@ def test_no_wrong_step_lies_behind_the_last_one() -> None:
             ]
             for who in (0, 1)
         ]
-        found = between_people([*map(outcomes_of, events)])
+        found = between_people([*map(outcomes_of, events)], STEPS, 0)
         assert found is not None
         return float(found["alpha_ordinal"])
 

@@ -9,8 +9,10 @@ import pytest
 
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.labelling.desk import events_file
+from rlhf_cli.reporting.grid import with_error
+from rlhf_cli.views.label_policies import ratings
 from rlhf_cli.views.label_tasks import HIDDEN, verdict
-from rlhf_cli.views.labels import anchors, ratings, selected
+from rlhf_cli.views.labels import anchors, selected
 from rlhf_cli.views.report import report, runs_at
 from tests.labelling.test_label import given, label, read, typed
 from tests.views.test_html import HOSTILE, Reader
@@ -44,7 +46,11 @@ def test_a_sealed_folder_tells_who_said_what_and_how_policies_fare(tmp_path: Pat
     assert f"{found['flips']['planted']:.3f}" in words
     bias = found["bias"]["longer_wins"]
     interval = f"{bias['low']:.3f} to {bias['high']:.3f}"
-    assert re.search(rf"the longer one\s+{bias['share']:.3f}\s+{interval}", words)
+    assert re.search(rf"the longer one\s+{bias['share']:.3f} \({interval}\)", words)
+    won = found["win_rates"]["runs/better-ppo"]["runs/plain-sft"]
+    equal = with_error(won["at_equal_length"]["mean"], won["at_equal_length"]["stderr"])
+    share = f"{won['win'] + won['tie'] / 2:.3f} \\({won['low']:.3f} to {won['high']:.3f}\\)"
+    assert re.search(rf"better-ppo over plain-sft\s+{share}\s+{won['tie']:.3f}\s+{equal}", words)
     rows = {row["name"]: row for row in drawn(figures["ratings.0"])}
     ppo = found["ratings"]["runs/better-ppo"]
     assert (rows["better-ppo"]["value"], rows["better-ppo"]["low"]) == (ppo["rating"], ppo["low"])
