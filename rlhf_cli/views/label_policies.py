@@ -33,7 +33,7 @@ def wins(report: Mapping[str, Any]) -> str:
         "A tie is half a win; brackets hold 95%. At equal length is what would be won if the "
         "responses of both had as many characters (2404.04475)."
     )
-    body = grid("wins", named, OF_WINS)
+    body = grid("policies", named, OF_WINS)
     return body and f'{body}<p class="note">{note}</p>'
 
 

@@ -193,7 +193,7 @@ def biases(report: Mapping[str, Any]) -> str:
     rows = {BIASES.get(key, key): each for key, each in (report.get("bias") or {}).items()}
     if longer := (report.get("with_reward") or {}).get("longer_wins"):
         rows[f"{BIASES['longer_wins']}, by the reward"] = longer
-    return grid("wins", rows, OF_BIAS)
+    return grid("who wins", rows, OF_BIAS)
 
 
 def flips(report: Mapping[str, Any]) -> str:

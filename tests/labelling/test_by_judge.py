@@ -147,6 +147,12 @@ def test_a_judge_beside_people(
     assert found["agreement"] == pytest.approx(right / 20) == found["preferred"]["mean"]
     assert found["outcomes"] == found["decided_outcomes"] == 20
     assert report["judge"]["consistency"]["mean"] == 1 and len(server.asked) == 40
+    odds = [fair(row["chosen"], row["rejected"]) for row in rows]
+    belief = report["judge"]["calibration"]
+    brier = sum((1 / (1 + math.exp(-each)) - 1) ** 2 for each in odds) / 20
+    assert (belief["brier"], belief["pairs"]) == (pytest.approx(brier, rel=1e-5), 20)
+    assert report["judge"]["win_rates"]["x"]["y"]["loss"] == 1  # y is better by it, to anybody
+    assert report["win_rates"]["x"]["y"]["loss"] < 1
     assert all("p" not in row for row in rows)
     shown = capsys.readouterr().err
     assert ("as a coin may" in shown) == (found["preferred"]["low"] <= 0.5)
@@ -167,6 +173,8 @@ def test_a_judge_is_told_by_what_it_said_of_what_was_drawn(fake: Fake, tmp_path:
     out = label(tmp_path / "out", *words)
     report = report_in(out)
     assert report["judge"]["consistency"]["mean"] == 1 and report["judge"]["calls"] == 14
+    belief = report["judge"]["calibration"]  # it goes by the order there: by neither, in the mean
+    assert (belief["brier"], belief["pairs"]) == (0.25, 1)
 
     (desk,) = desks_of(compose("label", [*words, f"out={out}"])).values()
     turn = next(turn for turn in desk.turns if not turn.task.planted)

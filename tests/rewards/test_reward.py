@@ -22,7 +22,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.score import scores_of
-from rlhf_cli.rewards.models import CheckpointReward, ImplicitReward, statistics_of
+from rlhf_cli.rewards.models import CheckpointReward, ImplicitReward, log_odds_of, statistics_of
 from rlhf_cli.rewards.reward import RuleReward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from tests.toys import bpe, hardware_of, llama, run_of, sequences_of
@@ -77,6 +77,12 @@ def test_a_foreign_reward_model_is_used_raw(folder: Path) -> None:
     reward = load(str(folder))
     raw = scores_of(reward.model, SEQUENCES, hardware_of())
     assert reward.score(ROLLOUTS).tolist() == pytest.approx(raw.tolist())
+
+
+def test_of_a_model_alone_a_difference_is_log_odds(folder: Path) -> None:
+    assert log_odds_of(str(folder)) == 2.0  # by which its scores are divided
+    for spec in (f"0.5*{folder}", f"{folder} + length:20", "length:20"):
+        assert log_odds_of(spec) is None
 
 
 @pytest.mark.parametrize(("accuracy", "holds"), [(0.5, False), (0.7, True), (0.2, False)])
