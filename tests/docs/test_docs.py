@@ -42,7 +42,8 @@ from tests.docs.pages import DOCS, PAGES, README, ROOT, Command, anchors, blocks
 LONGEST_README = 160  # lines
 EXPECTED = (
     *("adapters", "architecture", "chat", "data", "evaluation", "export", "feedback", "hardware"),
-    *("metrics", "models", "online", "python", "report", "resume", "rewards", "trackers", "vllm"),
+    *("labelling", "metrics", "models", "online", "python", "report", "resume", "rewards"),
+    *("trackers", "vllm"),
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.labelling.desk import events_file
 from rlhf_cli.reporting.grid import with_error
-from rlhf_cli.views.label_policies import ratings
+from rlhf_cli.views.charts import Figure
+from rlhf_cli.views.label_policies import ratings, wins
 from rlhf_cli.views.label_tasks import HIDDEN, verdict
-from rlhf_cli.views.labels import anchors, selected
+from rlhf_cli.views.labels import anchors, beliefs, biases, selected
 from rlhf_cli.views.report import report, runs_at
 from tests.labelling.test_label import given, label, read, typed
 from tests.views.test_html import HOSTILE, Reader
@@ -183,6 +185,34 @@ def test_figures_of_ratings_anchors_and_choices() -> None:
     assert "as before 0.5 8 a over b, r1 0.75 ± 0.10 8" in words
     assert "policy rating ratings opinion a 6.5 4 0.250" in words
     assert "lower rating in 0.125 of the pairs" in words and "gap 7 6" in words
+
+
+def test_figures_of_a_judge_and_a_reward_beside_people() -> None:
+    bins = [{"low": 0.5, "high": 0.55, "confidence": 0.53, "accuracy": 0.5, "count": 9}]
+    belief = {"brier": 0.2, "brier_stderr": 0.01, "pairs": 9, "calibration_error": 0.03}
+    sure = {"calibration": {**belief, "calibration_bins": bins}}
+    won = {"win": 0.5, "tie": 0.5, "loss": 0.0, "low": 0.6, "high": 0.8, "pairs": 4}
+    equal = {"at_equal_length": {"mean": 0.5, "stderr": 0.1}}
+    longer = {"share": 0.75, "low": 0.5, "high": 0.9, "pairs": 8}
+    found = {
+        "win_rates": {"x/a": {"x/b": won}},
+        "with_reward": {**sure, "longer_wins": longer, "win_rates": {"x/a": {"x/b": won | equal}}},
+        "judge": {**sure, "win_rates": {"x/a": {"x/b": won}}},
+    }
+    titles: list[str] = []
+
+    def drawn_as(figures: Sequence[Figure | None]) -> str:
+        titles.extend(each.title for each in figures if each)
+        return ""
+
+    page = beliefs(found, drawn_as) + biases(found) + wins(found)
+    words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "the judge 0.200 ± 0.010 0.030 9 the reward 0.200 ± 0.010 0.030 9" in words
+    assert titles == ["judge: calibration error 0.030", "reward: calibration error 0.030"]
+    assert "the longer one, by the reward 0.750 (0.500 to 0.900) 8" in words
+    assert "a over b 0.750 (0.600 to 0.800) 0.500 – 4" in words
+    assert "a over b, by the reward 0.750 (0.600 to 0.800) 0.500 0.50 ± 0.10 4" in words
+    assert "a over b, by the judge" in words
 
 
 @pytest.mark.parametrize("lost", ["report.json", "tasks.jsonl", "config.yaml", "events-ana.jsonl"])
