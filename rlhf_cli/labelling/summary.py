@@ -57,6 +57,19 @@ def headline(report: Figures) -> Figures:
     return {name: value for name, value in told.items() if value is not None}
 
 
+def beliefs(report: Figures) -> list[str]:
+    """How far a judge and a reward can be believed how sure they are, where people have judged."""
+    lines = []
+    for who, found in (("judge", report.get("judge")), ("reward", report["with_reward"])):
+        if (belief := (found or {}).get("calibration")) is not None:
+            brier = with_error(belief["brier"], belief["brier_stderr"])
+            lines.append(
+                f"how sure the {who} is: Brier score {brier} (always saying one half has 0.25), "
+                f"calibration error {belief['calibration_error']:.3f} on {belief['pairs']} pairs"
+            )
+    return lines
+
+
 def alpha_of(between: Figures) -> str:
     """0.45, 0.31 to 0.58."""
     told, low, high = (between[f"alpha{end}"] for end in ("", "_low", "_high"))

@@ -41,9 +41,12 @@ def krippendorff_alpha(
         metric: nominal takes all different values as equally far apart; ordinal goes by how many
             judgements lie between them.
     """
-    of_units = coincidences(values)  # (N, V, V)
-    places = numbered(clusters)
-    count = len(set(clusters))
+    shared = [i for i, count in enumerate((~values.isnan()).sum(-1).tolist()) if count > 1]
+    if not shared:
+        return Alpha(math.nan, math.nan, math.nan)
+    of_units = coincidences(values[shared])  # (N', V, V)
+    places = numbered([clusters[i] for i in shared])
+    count = int(places.max()) + 1
     of_clusters = of_units.new_zeros(count, *of_units.shape[1:]).index_add_(0, places, of_units)
     value = alpha_of(of_clusters.sum(0), metric).item()
     times = redrawn(count, seed)
@@ -73,12 +76,12 @@ def coincidences(values: Tensor) -> Tensor:
     """(N, V, V) how often each unit is given both of two of the V values that occur: of its m
     judgements each is paired with each other one, and counts 1 / (m - 1).
 
-    Args: values (N, R), NaN where a rater says nothing.
+    Args: values (N, R), NaN where a rater says nothing; at least two say something.
     """
     levels = values[~values.isnan()].unique()
     given = (values[:, :, None] == levels).double().sum(1)  # (N, V) judgements of each value
     pairs = given[:, :, None] * given[:, None, :] - torch.diag_embed(given)
-    return pairs / (given.sum(-1) - 1).clamp(min=1)[:, None, None]
+    return pairs / (given.sum(-1) - 1)[:, None, None]
 
 
 def alpha_of(coincidences: Tensor, metric: str) -> Tensor:

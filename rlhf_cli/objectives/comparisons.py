@@ -152,9 +152,8 @@ def ratings(points: Tensor, anchor: int, seed: int, resamples: int = 1000) -> Ra
     count, players = points.shape[:2]
     points = points.double()
     tied = (1 - torch.eye(players, dtype=torch.double)) / 2
-    sums = (redrawn(count, seed, resamples) @ points.flatten(1)).unflatten(
-        -1, (players, players)
-    ) + tied
+    sums = redrawn(count, seed, resamples) @ points.flatten(1)
+    sums = sums.unflatten(-1, (players, players)) + tied
     centre = ELO * bradley_terry(points.sum(0) + tied, anchor)
     again = ELO * bradley_terry(sums, anchor)  # (R, P)
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)

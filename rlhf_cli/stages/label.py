@@ -267,16 +267,16 @@ def tell_of_judge(
 
 
 def show(report: dict[str, Any]) -> None:
-    """Ratings as a table, and what they do not tell apart."""
+    """Ratings as a table, how far labels and judges are right, and what is not told apart."""
     from rlhf_cli.labelling.quality import lines_of
-    from rlhf_cli.labelling.summary import inseparable, labels_at_random, table_of
+    from rlhf_cli.labelling.summary import beliefs, inseparable, labels_at_random, table_of
 
     if lines := table_of(report):
         heads = ("policy", "rating", "95 %", "above")[: len(lines[0])]
         if len(lines[0]) == 3:
             heads = ("policy", "up", "labels")
         table("", heads, lines)
-    for line in lines_of(report):
+    for line in (*lines_of(report), *beliefs(report)):
         say(line)
     for ours, theirs in inseparable(report):
         say(f"{ours} and {theirs} are not separable by {labels_at_random(report)} labels")

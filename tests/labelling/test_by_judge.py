@@ -157,6 +157,7 @@ def test_a_judge_beside_people(
     shown = capsys.readouterr().err
     assert ("as a coin may" in shown) == (found["preferred"]["low"] <= 0.5)
     assert "the judge agrees with them on" in shown
+    assert "how sure the judge is: Brier score" in shown and "on 20 pairs" in shown
     manifest = json.loads((out / "stage.json").read_text())
     assert manifest["metrics"]["judge_agreement"] == pytest.approx(right / 20)
 

@@ -118,3 +118,9 @@ def test_the_interval_covers_what_is_true() -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.25, 0.5])
 def test_a_planted_rate_of_errors_is_found_again(rate: float) -> None:
     assert flip_rate(rate**2 + (1 - rate) ** 2) == pytest.approx(rate)
+
+
+def test_what_one_alone_has_judged_widens_no_interval() -> None:
+    table = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]] * 5)
+    more = torch.cat([table, torch.tensor([[1.0, N], [N, N]] * 30)])
+    assert alpha(more) == alpha(table)
