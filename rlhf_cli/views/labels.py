@@ -224,7 +224,7 @@ def beliefs(
         "the line are of pairs on which it is too sure."
     )
     figures = [charts.calibration_figure(each, who) for who, each in found.items()]
-    return body and f'{body}<p class="note">{note}</p>{drawn(figures)}'
+    return body and f'{body}{drawn(figures)}<p class="note">{note}</p>'
 
 
 def anchors(report: Mapping[str, Any]) -> str:
