@@ -131,8 +131,8 @@ def config_of(policy: str, overrides: list[str]) -> "GenerateConfig":
         UserError: a value is wrong, or there is no such policy.
     """
     from rlhf_cli.config.compose import compose
-    from rlhf_cli.runs.checks import check_models
     from rlhf_cli.runs.inherited import inherit
+    from rlhf_cli.runs.model_checks import check_models
 
     cfg: GenerateConfig = compose("generate", [*ALWAYS, *overrides, f"policy={policy}"])
     given = cfg.data.max_prompt_tokens

@@ -103,8 +103,9 @@ def looked_at(
     from rlhf_cli.data.rows import Rows
     from rlhf_cli.data.survey import surveyed
     from rlhf_cli.reporting.console import Bar
-    from rlhf_cli.runs.checks import check_data, check_models, row_kind
+    from rlhf_cli.runs.data_checks import check_data, row_kind
     from rlhf_cli.runs.inherited import inherit
+    from rlhf_cli.runs.model_checks import check_models
 
     inherit(cfg)
     check_data(cfg)

@@ -42,7 +42,7 @@ from rlhf_cli.models.scorers import SCORING, load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.model_card import card_text
-from rlhf_cli.runs.checks import check_folder, is_hub_id
+from rlhf_cli.runs.model_checks import check_folder, is_hub_id
 from rlhf_cli.runs.origin import CARD, card_of
 
 CPU = torch.device("cpu")

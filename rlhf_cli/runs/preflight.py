@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.config.switches import written
@@ -22,25 +21,14 @@ from rlhf_cli.reporting.console import say
 from rlhf_cli.reporting.trackers.about import check_packages
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
-from rlhf_cli.runs.checks import (
-    arithmetic,
-    check_data,
-    check_frozen_layers,
-    check_labelling,
-    check_models,
-    check_questions,
-    check_rows,
-    check_sampler,
-    own_loss_lines,
-    reward_lines,
-    row_kind,
-    sampler_lines,
-)
+from rlhf_cli.runs.checks import check_labelling, check_questions, check_sampler
 from rlhf_cli.runs.config_diff import flatten
+from rlhf_cli.runs.data_checks import check_data, check_rows, row_kind
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.kinship import kinship_lines
 from rlhf_cli.runs.memory_estimate import in_bytes, predicted_memory
+from rlhf_cli.runs.model_checks import check_frozen_layers, check_models
 from rlhf_cli.runs.out_folder import (
     FINISHED,
     FREE,
@@ -51,10 +39,17 @@ from rlhf_cli.runs.out_folder import (
     state_of,
     what_is_kept,
 )
+from rlhf_cli.runs.plan_lines import (
+    arithmetic,
+    auto_line,
+    own_loss_lines,
+    reward_lines,
+    sampler_lines,
+)
 from rlhf_cli.runs.provenance import Provenance, models_read, provenance_of, size_of_parents
 from rlhf_cli.runs.rates import called, choose_rates, size_of
 from rlhf_cli.runs.remote_code import code_lines
-from rlhf_cli.runs.sharing import Ranks, expects_gpu
+from rlhf_cli.runs.sharing import Ranks
 
 HEAVY = 4 * 2**30  # bytes that take seconds to hash
 NAMED = 4  # models in the line on what is loaded
@@ -143,9 +138,8 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     check_adapter_use(cfg)
     provenance: Provenance | None = {}
     if decides:
-        provenance = (
-            None if check_only else provenance_of(cfg)
-        )  # weights are read for it, at length
+        # weights are read for it, at length
+        provenance = None if check_only else provenance_of(cfg)
     counted = check_rows(cfg, rows)
     if check_only:
         from rlhf_cli.runs.token_check import check_tokens  # a tokenizer takes long to import
@@ -153,20 +147,8 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         counted += check_tokens(cfg, rows)
     if state == RESUMABLE and (kept := what_is_kept(out)) is not None:
         doing.append(resumed_line(cfg, kept))
-    sums = [
-        *taken,
-        *adapter_lines(cfg),
-        *reward_lines(cfg),
-        *own_loss_lines(cfg),
-        *kinship_lines(cfg),
-        *sampler_lines(cfg),
-        *arithmetic(cfg),
-    ]
-    sums += attention_lines(predicted_attention(cfg), cfg.model.attention)
     parameters = 0.0 if cfg.start is None else size_of(cfg.start, called(cfg, cfg.start))
-    if check_only:  # a start tells what is found on its device
-        sums += auto_line(cfg)
-    sums += sharing_lines(cfg, ranks)
+    sums = [*taken, *_sums(cfg, check_only, ranks)]
     memory = predicted_memory(cfg, expected_rows(rows.places(row_kind(cfg))), ranks=ranks)
     return Plan(
         *(state, rows, provenance, doing, counted, code_lines(cfg), sums, memory),
@@ -175,21 +157,19 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
     )
 
 
-def auto_line(cfg: Run) -> list[str]:
-    """What the keys of hardware that say auto will mean, for --check."""
-    hardware, gpu = cfg.hardware, expects_gpu(cfg)
-    at_once = {
-        "tokens_per_microbatch": hardware.tokens_at_once,
-        "rollout_tokens": hardware.sampled_at_once,
-        "logprob_chunk": hardware.logits_at_once,
-    }
-    said = {
-        name: "by the GPU's free memory" if gpu else str(tokens) for name, tokens in at_once.items()
-    }
-    said["gradient_checkpointing"] = "once memory runs out"
-    said["compile"] = "if the steps after the fourth take over 3 minutes" if gpu else "false"
-    told = [f"{name} {what}" for name, what in said.items() if getattr(hardware, name) == AUTO]
-    return [f"hardware, auto: {', '.join(told)}"] if told else []
+def _sums(cfg: Run, check_only: bool, ranks: Ranks | None) -> list[str]:
+    """What a run is made of and how much it does, as far as its config and its folders tell."""
+    return [
+        *adapter_lines(cfg),
+        *reward_lines(cfg),
+        *own_loss_lines(cfg),
+        *kinship_lines(cfg),
+        *sampler_lines(cfg),
+        *arithmetic(cfg),
+        *attention_lines(predicted_attention(cfg), cfg.model.attention),
+        *(auto_line(cfg) if check_only else []),  # a start tells what is found on its device
+        *sharing_lines(cfg, ranks),
+    ]
 
 
 def loading_line(cfg: Run) -> str:

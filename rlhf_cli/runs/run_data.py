@@ -14,7 +14,7 @@ from rlhf_cli.data.store import Items
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.runs.checks import check_judgements, row_kind, what_is_read
+from rlhf_cli.runs.data_checks import check_judgements, row_kind, what_is_read
 
 MANY = 50_000  # rows that take a while to read
 

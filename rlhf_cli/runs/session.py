@@ -39,8 +39,8 @@ from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs import interrupts, written_model
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.budgets import Budget, keep
-from rlhf_cli.runs.checks import row_kind
 from rlhf_cli.runs.cost import cost_of
+from rlhf_cli.runs.data_checks import row_kind
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.model_sizes import BYTES

@@ -25,7 +25,7 @@ from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.shapes.formats import reader_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rewards.rules import rule_of
-from rlhf_cli.runs.checks import check_rows, row_kind
+from rlhf_cli.runs.data_checks import check_rows, row_kind
 from tests.toys import bpe, composed, data_of
 
 ANY = settings(

@@ -101,7 +101,7 @@ def test_a_review_that_is_killed_leaves_the_folder_open(
 ) -> None:
     from rlhf_cli.config.compose import compose
     from rlhf_cli.config.errors import UserError
-    from rlhf_cli.runs.checks import check_data
+    from rlhf_cli.runs.data_checks import check_data
 
     out, words = labelled(tmp_path)
     shown = settling(monkeypatch, (0, "1"), (9, "1"))  # there is no such task: the page breaks down

@@ -20,16 +20,9 @@ from rlhf_cli.labelling.policies import liked, points_of, rated
 from rlhf_cli.labelling.report import bias_of
 from rlhf_cli.labelling.rows import rows_of
 from rlhf_cli.labelling.selection import chosen
-from rlhf_cli.labelling.tasks import (
-    Sample,
-    Task,
-    dealt,
-    samples_of_file,
-    task_of,
-    writers_of,
-)
+from rlhf_cli.labelling.tasks import Sample, Task, dealt, samples_of_file, task_of, writers_of
 from rlhf_cli.reporting.trackers.outlets import Trackers
-from rlhf_cli.runs.checks import check_data
+from rlhf_cli.runs.data_checks import check_data
 from rlhf_cli.runs.out_folder import state_of, what_is_kept
 from tests.tiny import DATA
 

@@ -18,7 +18,8 @@ from rlhf_cli.rewards.specs import (
     terms_of,
     value_of,
 )
-from rlhf_cli.runs.checks import check_models, reward_lines
+from rlhf_cli.runs.model_checks import check_models
+from rlhf_cli.runs.plan_lines import reward_lines
 from rlhf_cli.runs.provenance import parents_of
 
 

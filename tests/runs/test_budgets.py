@@ -14,7 +14,7 @@ from rlhf_cli.runs.budgets import MOST, UNMEASURED, Budget, budget_of, keep, set
 from rlhf_cli.runs.memory_estimate import parts_of
 from rlhf_cli.runs.out_folder import BUDGET
 from rlhf_cli.runs.pass_sizes import activations
-from rlhf_cli.runs.preflight import auto_line
+from rlhf_cli.runs.plan_lines import auto_line
 from tests.toys import bpe, llama
 
 DATA = ["data=jsonl", "data.path=rows.jsonl", "data.max_prompt_tokens=100"]

@@ -25,7 +25,7 @@ from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.model_card import card_text
 from rlhf_cli.rewards.models import load_model_reward
 from rlhf_cli.runs import export as work
-from rlhf_cli.runs.checks import check_folder
+from rlhf_cli.runs.model_checks import check_folder
 from rlhf_cli.runs.origin import card_of, front_matter_of
 from rlhf_cli.runs.provenance import siblings_of
 from tests.toys import FROZEN, data_of, hardware_of

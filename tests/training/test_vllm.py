@@ -18,7 +18,7 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.rollout import server_process
 from rlhf_cli.rollout.server_nccl import NcclSync
 from rlhf_cli.rollout.server_process import end_others
-from rlhf_cli.runs.checks import sampler_lines
+from rlhf_cli.runs.plan_lines import sampler_lines
 from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.stages import evaluate, generate
 from tests.conftest import Cli
