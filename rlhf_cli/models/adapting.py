@@ -16,21 +16,15 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.models import FrozenModel, Model
 from rlhf_cli.folders.adapter_use import MERGE, STACK, use_of
 from rlhf_cli.folders.manifest import adapter_base
-from rlhf_cli.models.adapters import (
-    BELOW,
-    POLICY,
+from rlhf_cli.models.adapter_folders import (
     PREFIX,
     adapter_config,
     adapter_weights,
-    can_lend,
     check_patterns,
-    is_adapted,
-    merge,
     put_weights,
-    unite,
     unknown_settings,
-    weights_of,
 )
+from rlhf_cli.models.adapters import BELOW, POLICY, can_lend, is_adapted, unite, weights_of
 from rlhf_cli.models.decoder import trunk, unwrap
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.dtypes import product_type
@@ -38,6 +32,7 @@ from rlhf_cli.models.heads import HEAD_NAMES, head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
 from rlhf_cli.models.masters import HELD, hold, sum_uses_in_float32
+from rlhf_cli.models.merging import merge
 from rlhf_cli.models.quantized import compute_in_bfloat16
 from rlhf_cli.models.sharding import shard
 from rlhf_cli.models.shared import freeze_lowest

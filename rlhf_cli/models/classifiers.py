@@ -27,7 +27,7 @@ from rlhf_cli.folders.manifest import (
     shapes_of,
     weight_files,
 )
-from rlhf_cli.models.adapters import PREFIX
+from rlhf_cli.models.adapter_folders import PREFIX
 from rlhf_cli.models.adapting import own_names
 from rlhf_cli.models.decoder import hidden_states, plain_ids
 from rlhf_cli.models.heads import head_name, scalar_head

@@ -23,15 +23,13 @@ from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.schema.models import FrozenModel, Model
 from rlhf_cli.folders.integrity import check_weights_hash
 from rlhf_cli.folders.manifest import adapter_base, shapes_of
-from rlhf_cli.models.adapters import (
-    POLICY,
+from rlhf_cli.models.adapter_folders import (
     adapter_weights,
     holds_embeddings,
-    is_adapted,
     put_weights,
     rows_held,
-    trained,
 )
+from rlhf_cli.models.adapters import POLICY, is_adapted, trained
 from rlhf_cli.models.adapting import adapt
 from rlhf_cli.models.attention import asked_for, check_attention, check_device, try_attention
 from rlhf_cli.models.decoder import find_parts

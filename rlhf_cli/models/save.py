@@ -17,9 +17,10 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.text_ids import beginning_of
 from rlhf_cli.folders.generation import FROM_CONFIG, Settings, ended_by, write_generation
 from rlhf_cli.models import scalar_head
-from rlhf_cli.models.adapters import POLICY, below, is_adapted, merged_copy, trained
+from rlhf_cli.models.adapters import POLICY, below, is_adapted, trained
 from rlhf_cli.models.decoder import embedding_rows, unwrap
 from rlhf_cli.models.masters import held_as, release
+from rlhf_cli.models.merging import merged_copy
 from rlhf_cli.models.scalar_head import ScalarHead
 from rlhf_cli.models.stacking import save_stacked
 from rlhf_cli.models.tokenizers import fit_embeddings, source_folder

@@ -10,22 +10,24 @@ from torch import Tensor, nn
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.folders.manifest import content_hash
+from rlhf_cli.models.adapter_folders import (
+    PREFIX,
+    WEIGHTS,
+    adapter_config,
+    adapter_weights,
+    check_patterns,
+    put_weights,
+    saved_weights,
+)
 from rlhf_cli.models.adapters import (
     PLAIN_STARTS,
     POLICY,
-    PREFIX,
-    WEIGHTS,
     Acting,
-    adapter_config,
-    adapter_weights,
     add_adapter,
     base_is_as_stored,
     below,
-    check_patterns,
     copy_adapter,
     hold_adapter,
-    put_weights,
-    saved_weights,
     weights_of,
 )
 from rlhf_cli.models.decoder import passing, trunk, unwrap

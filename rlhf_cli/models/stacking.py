@@ -14,14 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_cli.models.adapters import (
-    BELOW,
-    POLICY,
-    PREFIX,
-    WEIGHTS,
-    saved_weights,
-    weights_of,
-)
+from rlhf_cli.models.adapter_folders import PREFIX, WEIGHTS, saved_weights
+from rlhf_cli.models.adapters import BELOW, POLICY, weights_of
 from rlhf_cli.models.masters import held_as
 
 SIDES = {  # the parts of an adapter by the dimension along which ranks lie

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.batches import collate
-from rlhf_cli.models.adapters import WEIGHTS, trained
+from rlhf_cli.models.adapter_folders import WEIGHTS
+from rlhf_cli.models.adapters import trained
 from rlhf_cli.models.forward import state_values, token_logprobs
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
