@@ -56,7 +56,7 @@ from rlhf_cli.models.scorers import scorer_to_train
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.grid import with_error
-from rlhf_cli.rewards.models import Reading
+from rlhf_cli.rewards.reading import Reading
 from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.preflight import Plan

@@ -21,7 +21,7 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.folders.manifest import content_hash
 from rlhf_cli.models.heads import init_head
 from rlhf_cli.models.scorers import load_scorer
-from rlhf_cli.rewards import functions, models
+from rlhf_cli.rewards import functions, models, reading
 from rlhf_cli.rewards.models import ModelReward
 from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
@@ -34,7 +34,7 @@ NAN = math.nan
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines that are told."""
     lines: list[str] = []
-    for module in (functions, models):
+    for module in (functions, reading):
         monkeypatch.setattr(module, "say", lines.append)
     return lines
 
