@@ -11,6 +11,11 @@ from rlhf_cli.data.templates import replied
 from rlhf_cli.data.text_ids import Span
 
 END = 2**62  # of a text, whatever its length
+LEARNT = "earlier replies carry loss as well as the last (data.loss_on=last: the last alone)"
+REWRITTEN = (
+    "earlier replies carry no loss: the chat template writes them otherwise once the dialogue goes "
+    "on, and only the last reply of such a row is learnt"
+)
 
 
 class LearntReplies:
@@ -57,18 +62,16 @@ class LearntReplies:
         Returns:
             As of `Written`.
         """
-        wanted = self.earlier(row, dialogue)
-        others = len(_earlier(row, dialogue)) - len(wanted)
+        earlier, wanted = _earlier(row, dialogue), self.earlier(row, dialogue)
         if self._last_alone:
-            what = "earlier replies carry no loss (data.loss_on=last)"
-            self._counts[what] += len(wanted) + others
+            self._count(len(earlier), "earlier replies carry no loss (data.loss_on=last)")
             wanted = []
-        elif others:
-            self._counts["replies of weight 0 carry no loss"] += others
+        else:
+            self._count(len(earlier) - len(wanted), "replies of weight 0 carry no loss")
         marked = chat.marked_spans(dialogue, asked, tools, row.source) if chat.marks else None
         if marked is not None:
             replies = [i for i, turn in enumerate(dialogue) if turn["role"] == "assistant"]
-            self._count_learnt(len(wanted))
+            self._count(len(wanted), LEARNT)
             start, end = marked[-1]
             own = (max(start, len(asked)), end)
             return [*(marked[replies.index(i)] for i in wanted), own]
@@ -76,20 +79,14 @@ class LearntReplies:
             return None
         spans = chat.earlier_spans(dialogue, wanted, asked, tools, row.source)
         if spans is None:
-            self._counts[
-                "earlier replies carry no loss: the chat template writes them otherwise once the "
-                "dialogue goes on, and only the last reply of such a row is learnt"
-            ] += len(wanted)
+            self._count(len(wanted), REWRITTEN)
             return None
-        self._count_learnt(len(wanted))
+        self._count(len(wanted), LEARNT)
         return [*spans, (len(asked), END)]
 
-    def _count_learnt(self, count: int) -> None:
-        if count:
-            what = (
-                "earlier replies carry loss as well as the last (data.loss_on=last: the last alone)"
-            )
-            self._counts[what] += count
+    def _count(self, number: int, what: str) -> None:
+        if number:  # what is counted is told
+            self._counts[what] += number
 
 
 def _earlier(row: Demonstration, dialogue: Turns) -> list[int]:

@@ -159,6 +159,8 @@ def test_which_replies_are_learnt() -> None:
     encoder = encoder_of(tokenizer, loss_on="last")
     assert learnt(tokenizer, encoder.demonstrations([row])[0]) == "A song, 12 notes.<|im_end|>"
     assert encoder.notes() == ["1 earlier replies carry no loss (data.loss_on=last)"]
+    encoder.demonstrations([Demonstration(TALK[:2], "Hello Ann!")])
+    assert encoder.notes() == []
     apart = Demonstration(TALK[:-1], TALK[-1]["content"], learn_from=4)
     (shown,) = encoder_of(tokenizer).demonstrations([apart])
     assert learnt(tokenizer, shown) == "A song, 12 notes.<|im_end|>" and shown.loss is None
