@@ -18,9 +18,8 @@ from rlhf_cli.config.errors import EXIT_TRY_AGAIN, Interrupted, RunError, UserEr
 from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE
-from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.raw import ESCAPED
-from rlhf_cli.data.stdin import stdin_lines
+from rlhf_cli.data.stdin import STDIN, stdin_lines
 from rlhf_cli.ranks import worker
 from rlhf_cli.ranks.causes import Cause
 from rlhf_cli.ranks.environment import place

@@ -198,7 +198,7 @@ def checked(order: argparse.Namespace, overrides: list[str]) -> list[str]:
         UserError: the config, a path or a row is wrong, or a job cannot have it.
     """
     from rlhf_cli.config.compose import compose
-    from rlhf_cli.data.files import STDIN
+    from rlhf_cli.data.stdin import STDIN
 
     cfg = compose(order.stage, overrides, order.config_dir, order.config)
     if cfg.data.path == STDIN:

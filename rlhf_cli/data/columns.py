@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.hints import nearest
 from rlhf_cli.config.schema.data import Data
-from rlhf_cli.data.files import Raw, RowError
+from rlhf_cli.data.raw import Raw, RowError
 
 
 class MissingColumn(RowError):

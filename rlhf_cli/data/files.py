@@ -18,11 +18,8 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.hub import HubName, hub_held_out, hub_name, read_hub
 from rlhf_cli.data.parse import PACKED, SUFFIXES, rows_of_file, suffix_of
-from rlhf_cli.data.raw import Raw as Raw
-from rlhf_cli.data.raw import RowError as RowError
-from rlhf_cli.data.stdin import STDIN as STDIN
-from rlhf_cli.data.stdin import read_stdin
-from rlhf_cli.data.stdin import stdin_lines as stdin_lines
+from rlhf_cli.data.raw import Raw, RowError
+from rlhf_cli.data.stdin import STDIN, read_stdin
 
 Paths = str | Path | list[str]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.columns import is_given, shown
-from rlhf_cli.data.files import Raw, RowError
+from rlhf_cli.data.raw import Raw, RowError
 
 GOOD = (
     *("true", "1", "1.0", "+1", "yes", "y", "t", "good", "up", "thumbs up", "thumbs_up", "+"),

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from rlhf_cli.data.columns import column, is_given, shown
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.kinds import Message, Reply, Turns, reply_text
+from rlhf_cli.data.raw import Raw, RowError
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 from rlhf_cli.data.columns import column, filled, is_given, shown
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.kinds import (
     Demonstration,
     Feedback,
@@ -32,6 +31,7 @@ from rlhf_cli.data.messages import (
     turns_of,
     with_system,
 )
+from rlhf_cli.data.raw import Raw, RowError
 
 LONG = 24  # characters of a prompt that is no greeting, in writing without blanks
 HH_DIALOGUE = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)

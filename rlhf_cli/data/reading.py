@@ -11,7 +11,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.columns import MissingColumn, unused_columns, unused_note
 from rlhf_cli.data.conversions import CONVERSIONS, convert, note_of, route
-from rlhf_cli.data.files import RowError, read_raw, shown_path
+from rlhf_cli.data.files import read_raw, shown_path
 from rlhf_cli.data.held_out import hash_of, identity
 from rlhf_cli.data.kinds import (
     JUDGEMENTS,
@@ -25,6 +25,7 @@ from rlhf_cli.data.kinds import (
     name_of,
 )
 from rlhf_cli.data.labels import note
+from rlhf_cli.data.raw import RowError
 from rlhf_cli.data.readers import EXPECTED
 from rlhf_cli.data.shapes.formats import PARTS, reader_of
 from rlhf_cli.data.shapes.likeness import missed

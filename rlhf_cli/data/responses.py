@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.data.files import Raw, find
+from rlhf_cli.data.files import find
 from rlhf_cli.data.kinds import Turns
 from rlhf_cli.data.messages import check_characters, turns_of
 from rlhf_cli.data.parse import rows_of_file
+from rlhf_cli.data.raw import Raw
 
 
 def responses_of(path: str) -> Iterator[tuple[Raw, str, str | Turns, str, str]]:

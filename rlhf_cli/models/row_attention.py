@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
-from rlhf_cli.data.packing import Packing as Packing
+from rlhf_cli.data.packing import Packing
 
 NAME = "rlhf_rows"
 FLASH_WIDTH = 256  # the widest head that the kernels take

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from rlhf_cli.data.packing import Packing
 from rlhf_cli.models.decoder import embedding_rows, taken_by, trunk, unembed
 from rlhf_cli.models.kernels import tried
-from rlhf_cli.models.row_attention import Layout, Packing, Slots, laid_out
+from rlhf_cli.models.row_attention import Layout, Slots, laid_out
 from rlhf_cli.rollout.sampling import Chooser, Sampling, seen_in
 
 GROWTH = 32  # tokens by which slots grow

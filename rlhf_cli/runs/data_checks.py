@@ -8,12 +8,13 @@ from typing import Any
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import LabelConfig, Run
 from rlhf_cli.config.stages import facts_of, row_kind_name
-from rlhf_cli.data.files import STDIN, find, is_local
+from rlhf_cli.data.files import find, is_local
 from rlhf_cli.data.kinds import Demonstration, Prompt, Text, kind_named
 from rlhf_cli.data.look import check_split, looked_at
 from rlhf_cli.data.parse import check_content
 from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.sources import check_sources, sources_of
+from rlhf_cli.data.stdin import STDIN
 from rlhf_cli.data.templates import chat_template_of, prefix_of
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.rewards.specs import check_rows_of, terms_of

@@ -19,7 +19,7 @@ from rlhf_cli.config.own_files import dump
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.secrets import as_given, marks
 from rlhf_cli.config.stages import facts_of, stage_name
-from rlhf_cli.data.files import STDIN
+from rlhf_cli.data.stdin import STDIN
 from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files, check_plain, oddity
 from rlhf_cli.folders.json_forms import PROVENANCE

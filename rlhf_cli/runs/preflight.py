@@ -10,9 +10,9 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.config.switches import written
-from rlhf_cli.data.files import STDIN
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.data.stdin import STDIN
 from rlhf_cli.ranks.agreement import together
 from rlhf_cli.ranks.environment import is_first, place
 from rlhf_cli.ranks.worker import STDIN as PIPED

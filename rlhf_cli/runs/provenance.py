@@ -12,8 +12,9 @@ from rlhf_cli.config import catalog
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import facts_of, stage_name
-from rlhf_cli.data.files import STDIN, find, is_there, stdin_lines
+from rlhf_cli.data.files import find, is_there
 from rlhf_cli.data.sources import sources_of
+from rlhf_cli.data.stdin import STDIN, stdin_lines
 from rlhf_cli.folders.manifest import (
     EXPORTED,
     MANIFEST,

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.data.files import (
-    RowError,
     about_files,
     files_of,
     find,
@@ -32,6 +31,7 @@ from rlhf_cli.data.files import (
     read_raw,
 )
 from rlhf_cli.data.hub import HubName, hub_name
+from rlhf_cli.data.raw import RowError
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a, b", "completion": 'say "x"\nand y'},

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from rlhf_cli.config.compose import compose
-from rlhf_cli.data.files import Raw
 from rlhf_cli.data.items import Tokens
 from rlhf_cli.data.kinds import Prompt, derive
+from rlhf_cli.data.raw import Raw
 from rlhf_cli.data.readers import as_row
 from rlhf_cli.evaluation.entrants import given_samples
 from rlhf_cli.evaluation.samples import generated_row, renamed

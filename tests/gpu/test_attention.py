@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.data.packing import Packing
 from rlhf_cli.models import row_attention
-from rlhf_cli.models.row_attention import Packing, Slots, attend, laid_out
+from rlhf_cli.models.row_attention import Slots, attend, laid_out
 from tests.toys import DEVICE
 
 pytestmark = pytest.mark.gpu

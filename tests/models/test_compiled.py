@@ -8,12 +8,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from rlhf_cli.data.packing import Packing
 from rlhf_cli.models.adapters import unite
 from rlhf_cli.models.compiled import compile_blocks, run_plainly
 from rlhf_cli.models.decoder import trunk
 from rlhf_cli.models.dropout import residual_dropout
 from rlhf_cli.models.recompute import recompute_activations
-from rlhf_cli.models.row_attention import Packing, laid_out
+from rlhf_cli.models.row_attention import laid_out
 from tests.toys import llama
 
 LAYOUTS = ([5, 7], [3, 9, 4], [20])

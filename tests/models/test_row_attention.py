@@ -8,14 +8,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_cli.models.row_attention import (
-    Packing,
-    Slots,
-    UnknownAttention,
-    attend,
-    laid_out,
-    recomputing,
-)
+from rlhf_cli.data.packing import Packing
+from rlhf_cli.models.row_attention import Slots, UnknownAttention, attend, laid_out, recomputing
 
 HEADS, SHARED_HEADS, WIDTH = 4, 2, 8
 KINDS: dict[str, dict[str, Any]] = {

@@ -3,9 +3,9 @@
 import re
 
 from rlhf_cli.data.columns import PAIR, column, is_given, shown
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.labels import as_number
 from rlhf_cli.data.messages import text_of
+from rlhf_cli.data.raw import Raw, RowError
 from rlhf_cli.data.shapes.shape import given, inner, object_of, objects_of, reads
 
 HELPSTEER_TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")

@@ -1,8 +1,8 @@
 """Instructions and conversations."""
 
 from rlhf_cli.data.columns import PAIR, column, is_given
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.messages import text_of, turns_of
+from rlhf_cli.data.raw import Raw, RowError
 from rlhf_cli.data.readers import items_of
 from rlhf_cli.data.shapes.shape import given, reads
 

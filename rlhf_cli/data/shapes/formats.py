@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from rlhf_cli.config.schema.data import Data
 from rlhf_cli.data.columns import COMMON, OURS, MissingColumn, check_names, renamed
-from rlhf_cli.data.files import Raw
 from rlhf_cli.data.kinds import Row
+from rlhf_cli.data.raw import Raw
 from rlhf_cli.data.readers import as_row
 from rlhf_cli.data.shapes.comparisons import helpsteer, hh, stack_exchange, tldr, ultrafeedback
 from rlhf_cli.data.shapes.dialogues import alpaca, sharegpt

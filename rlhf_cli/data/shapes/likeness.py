@@ -1,8 +1,8 @@
 """Which published shape a row looks like that is read in another one, for its error line."""
 
 from rlhf_cli.data.columns import PAIR, is_given
-from rlhf_cli.data.files import Raw
 from rlhf_cli.data.kinds import Prompt, Row
+from rlhf_cli.data.raw import Raw
 from rlhf_cli.data.shapes.problems import solutions_in
 
 KNOWN: list[tuple[str, str, tuple[tuple[str, ...], ...]]] = [

@@ -1,10 +1,10 @@
 """Problems with an answer, and solutions of them."""
 
 from rlhf_cli.data.columns import OURS, column, shown
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.kinds import Row
 from rlhf_cli.data.labels import as_label
 from rlhf_cli.data.messages import text_of
+from rlhf_cli.data.raw import Raw, RowError
 from rlhf_cli.data.readers import as_row
 from rlhf_cli.data.shapes.shape import inner, object_of, reads
 

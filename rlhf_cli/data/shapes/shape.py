@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_cli.data.columns import COMMON, column, is_given
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.kinds import Row
+from rlhf_cli.data.raw import Raw, RowError
 from rlhf_cli.data.readers import as_row, items_of
 
 AsOurs = Callable[[Raw, str], Raw]

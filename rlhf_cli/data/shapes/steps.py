@@ -1,9 +1,9 @@
 """Solutions whose steps are judged."""
 
 from rlhf_cli.data.columns import column, is_given, shown
-from rlhf_cli.data.files import Raw, RowError
 from rlhf_cli.data.labels import THUMBS, as_label
 from rlhf_cli.data.messages import text_of
+from rlhf_cli.data.raw import Raw, RowError
 from rlhf_cli.data.readers import items_of
 from rlhf_cli.data.shapes.shape import inner, object_of, objects_of, reads
 
