@@ -23,10 +23,10 @@ Usage: rlhf-cli watch RUN [RUN ...] [--once]
           each, and beneath them the one that is under way
   --once  show it as it is now; so it is where standard output is no terminal
 
-It shows what a terminal shows of the run itself: progress, rate and time left, the course of three
-metrics, and a response beside the first one to the same prompt. It only reads, and ends with the
-runs, a minute later in a folder in which a next one may begin, and on Ctrl-C. The status is 1 where
-a run has died before its end."""
+It shows what a terminal shows of the run itself: progress, rate, time left and peak memory, the
+course of three metrics, and a response beside the first one to the same prompt. It only reads, and
+ends with the runs, a minute later in a folder in which a next one may begin, and on Ctrl-C. The
+status is 1 where a run has died before its end."""
 ONCE = "--once"
 EVERY = 1.0  # seconds between two looks at the folders
 DRAWN = 0.25  # seconds between two pictures: clocks go on, and the terminal may be resized

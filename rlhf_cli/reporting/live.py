@@ -1,5 +1,5 @@
-"""What a live view shows of a run: how far it is, the course of three figures, and a response
-beside the first one to the same prompt.
+"""What a live view shows of a run: how far it is and what it takes, the course of three figures,
+and a response beside the first one to the same prompt.
 
 Lines of a given width, drawn from what is heard of the run: by the run itself (console.py), and by
 `rlhf-cli watch`, which reads the same in its folder.
@@ -149,6 +149,7 @@ class Course:
         self._firsts: dict[str, Sample] = {}
         self._newest: Sample | None = None
         self._alarms: list[str] = []
+        self._peak: float | None = None
         self._guard = threading.Lock()
 
     def hear(self, file: str, row: Mapping[str, Any]) -> None:
@@ -167,6 +168,8 @@ class Course:
                 series = self._series.setdefault(name, Series())
                 series.add(value, finite(row.get(f"{name}_stderr")))
         self._alarms = [name for name, value in row.items() if name[:6] == "alarm/" and value == 1]
+        peak = finite(row.get("peak_memory"))
+        self._peak = self._peak if peak is None else peak
 
     def _hear_sample(self, row: Mapping[str, Any]) -> None:
         """The newest is the first one of its step, of the prompts that had a response before."""
@@ -192,6 +195,11 @@ class Course:
         """Limits that the last step broke."""
         with self._guard:
             return list(self._alarms)
+
+    def peak_memory(self) -> float | None:
+        """GiB that the run has held at once, as its last step knew; None before the first one."""
+        with self._guard:
+            return self._peak
 
     def samples(self) -> list[Sample]:
         """The newest response, after the first one to its prompt where that is another."""
@@ -242,7 +250,11 @@ def drawn(view: View, width: int, height: int, plain: bool = False) -> list[Text
     """
     course = view.course
     told = course is not None and bool(course.figures())
-    bars = [bar_line(bar, width, plain, note=not told) for bar in view.bars]
+    peak = None if course is None else course.peak_memory()
+    bars = [
+        bar_line(bar, width, plain, note=not told, peak=None if i else peak)
+        for i, bar in enumerate(view.bars)
+    ]
     for bar in bars:  # even a count may not fit
         bar.truncate(width, overflow="crop" if plain else "ellipsis")
     if height < FEWEST_ROWS:
@@ -278,8 +290,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def bar_line(bar: Progress, width: int, plain: bool, note: bool) -> Text:
-    """An activity; on a narrow terminal its time so far goes first, then its rate and its bar."""
+def bar_line(bar: Progress, width: int, plain: bool, note: bool, peak: float | None = None) -> Text:
+    """An activity; on a narrow terminal its memory goes first, then its time so far, rate and bar.
+
+    Args:
+        peak: GiB that the run has held at once, where the line is to say it.
+    """
     share = min(bar.done / bar.total, 1.0) if bar.total > 0 else 0.0
     name, count = on_one_line(redacted(bar.activity)), f"{bar.done}/{bar.total}"
     left = bar.left()
@@ -288,6 +304,7 @@ def bar_line(bar: Progress, width: int, plain: bool, note: bool) -> Text:
         "bar": "━" * LEAST_BAR,
         "rate": bar.rate(),
         "seconds": clock(bar.seconds),
+        "peak": "" if peak is None else f"peak {peak:.2f} GiB",
     }
     kept: dict[str, str] = {}
     room = width - cell_len(name) - len(GAP) - len(count)
@@ -304,7 +321,7 @@ def bar_line(bar: Progress, width: int, plain: bool, note: bool) -> Text:
         line.append(GAP + ("#" if plain else "━") * full, style="green")
         line.append(("." if plain else "─") * (LEAST_BAR + more - full), style="dim")
     line.append(GAP + count)
-    for key in ("rate", "seconds", "left"):
+    for key in ("rate", "seconds", "left", "peak"):
         line.append(f"{GAP}{kept[key]}" if key in kept else "")
     if note and bar.note and room > len(GAP) + LEAST_BAR:
         line.append(GAP + clipped(bar.note, room - len(GAP), plain))

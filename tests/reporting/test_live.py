@@ -99,6 +99,18 @@ def test_a_narrow_bar_keeps_its_count_and_the_time_left() -> None:
         assert [part in line for part in parts] == [True] * kept + [False] * (5 - kept), line
 
 
+def test_peak_memory_stands_beside_the_time_left_of_the_outermost_activity() -> None:
+    course = Course("ppo")
+    view = View("", [], [BAR, Progress("inner", 2, done=1, seconds=1.0)], course)
+    assert not any("GiB" in line for line in text(view, 79, 20))  # it is not known yet
+    for row in ({"peak_memory": 0.412}, {"peak_memory": 3.456}, {"peak_memory": None}, {}):
+        course.hear(METRICS, {"step": 1, **row})
+    outer, inner = text(view, 79, 20)
+    assert outer.endswith("2.0 s each  0:12  1:20 left  peak 3.46 GiB") and "GiB" not in inner
+    assert text(view, 50, 20)[0] == "ppo  ━━───────  10/50  2.0 s each  0:12  1:20 left"
+    assert course.figures() == []
+
+
 def test_odd_rows_are_nothing() -> None:
     course = Course("dpo")
     course.hear(METRICS, {"step": 1, "loss": "nan", "eval/loss": None, "rewards/margin": True})
