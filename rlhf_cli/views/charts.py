@@ -57,6 +57,7 @@ class Figure:
     name: of its file.
     panels: what is drawn, from top to bottom.
     said: what a reader who does not see it is told.
+    table: HTML that a page has in place of the panels, which then are for files alone.
     whole: whether it takes the width of the page.
     """
 
@@ -64,6 +65,7 @@ class Figure:
     title: str
     panels: list["Panel"]
     said: str = ""
+    table: str = ""
     whole: bool = False
 
 
@@ -316,63 +318,6 @@ def temperature_figures(report: Mapping[str, Any], names: Callable[[str], str]) 
         )
         for measured, curves in panels.items()
     ]
-
-
-def wins(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, float]]:
-    """What is known of each policy against each other one; all, but in reports of old versions."""
-    table = report.get("head_to_heads")
-    if not table:
-        policy = next(iter(report.get("policies") or {}), "")
-        table = {policy: report.get("win_rates") or {}}
-    return {(one, other): won for one, row in table.items() for other, won in row.items()}
-
-
-def matrix_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Figure | None:
-    """The share that the policy of a row wins against that of a column, with half the ties."""
-    import altair as alt
-
-    rows = []
-    for (one, other), won in wins(report).items():
-        if (shares := numbers(won, "win", "tie")) is None:
-            continue
-        score, ends = shares[0] + shares[1] / 2, numbers(won, "low", "high")
-        rows.append(
-            {
-                "one": names(one),
-                "other": names(other),
-                "score": score,
-                "text": f"{score:.2f}",
-                "far": abs(score - 0.5),
-                "range": f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "not known",
-            }
-        )
-    if not rows:
-        return None
-    order = [names(each) for each in report.get("ratings") or report["policies"]]
-    y = alt.Y("one:N").sort(order).title(None).axis(domain=False, ticks=False, grid=False)
-    head = alt.Axis(orient="top", labelAngle=-30, domain=False, ticks=False, grid=False)
-    x = alt.X("other:N").sort(order).title("against").axis(head)
-    strength = alt.Opacity("far:Q").scale(domain=[0, 0.5], range=[0.06, 0.7]).legend(None)
-    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
-    cells = [
-        base.transform_filter(f"datum.score {sign} 0.5")
-        .mark_rect(style=style, cornerRadius=3)
-        .encode(
-            opacity=strength,
-            tooltip=[
-                alt.Tooltip("one:N").title("policy"),
-                alt.Tooltip("other:N").title("against"),
-                alt.Tooltip("score:Q").title("wins + ties / 2").format(".3f"),
-                alt.Tooltip("range:N").title("95%"),
-            ],
-        )
-        for sign, style in ((">=", "win"), ("<", "loss"))
-    ]
-    words = base.mark_text().encode(text="text:N")
-    count = len({row["one"] for row in rows})
-    said = "; ".join(f"{row['one']} against {row['other']} {row['text']}" for row in rows)
-    panel = alt.layer(*cells, words).properties(height=36 * count + 20)
-    return Figure("wins", "Wins and half the ties", [panel], said, whole=count > MOST_CURVES)
 
 
 def ratings_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Figure | None:

@@ -51,13 +51,24 @@ def said(text: object) -> str:
     return html.escape(on_one_line(redacted(str(text))))
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str | None]], caption: str = "") -> str:
-    """A table that scrolls where it is wider than the page; cells and heads are HTML."""
+def table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str | None]],
+    caption: str = "",
+    look: str = "",
+) -> str:
+    """A table that scrolls where it is wider than the page; cells and heads are HTML.
+
+    Args:
+        look: its class in page.css, if it has a look of its own.
+    """
     above = f"<caption>{caption}</caption>" if caption else ""
     head = "".join(f'<th scope="col">{each}</th>' for each in heads)
     lines = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
-    inside = f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    return f'<div class="wide" tabindex="0" role="group" aria-label="table">{inside}</div>'
+    start = f'<table class="{look}">' if look else "<table>"
+    inside = f"{start}{above}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    label = caption or "table"
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{inside}</div>'
 
 
 def _cells(row: Sequence[str | None]) -> str:

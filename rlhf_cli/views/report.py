@@ -31,6 +31,7 @@ from rlhf_cli.views.charts import Figure, Group
 from rlhf_cli.views.html import Section, cell, folded, listed, page, said, table, with_stderr
 from rlhf_cli.views.label_tasks import shelves_of
 from rlhf_cli.views.labels import LABEL, figures_of
+from rlhf_cli.views.matrix import matrix_figure
 from rlhf_cli.views.records import Record, read_record
 from rlhf_cli.views.samples import samples_of
 
@@ -78,7 +79,8 @@ class Runs:
             for i in range(len(figure.panels))
         )
         start = '<figure class="whole">' if figure.whole else "<figure>"
-        return f"{start}<figcaption>{said(figure.title)}</figcaption>{panels}</figure>"
+        caption = f"<figcaption>{said(figure.title)}</figcaption>"
+        return f"{start}{caption}{figure.table or panels}</figure>"
 
 
 def runs_at(places: Sequence[Path]) -> Runs:
@@ -141,6 +143,7 @@ def data_of(runs: Runs) -> dict[str, Any]:
         f"{name}.{i}": embedded(panel)
         for name, figure in runs.figures.items()
         for i, panel in enumerate(figure.panels)
+        if not figure.table
     }
     look = {**{name: f"var(--{name})" for name in LIGHT}, "page": "transparent"}
     return {"charts": specs, "theme": theme(look), "samples": runs.samples}
@@ -168,7 +171,7 @@ def lineage(runs: Runs) -> str:
         for depth, node in branches(arranged(each.node for each in runs.records))
     ]
     heads = ["run", "stage", "algo", "state", "seed", "time", "ended", "metric", "made from"]
-    return table(heads, rows)
+    return table(heads, rows, look="lineage")
 
 
 def branches(nodes: Sequence[Node], depth: int = 0) -> Iterator[tuple[int, Node]]:
@@ -312,7 +315,7 @@ def win_rates(runs: Runs) -> str:
         rows = [[said(name_of(path)), *won(each)] for path, each in against.items()]
         heads = ["policy", "win", "tie", "loss", "win + tie / 2, 95%", "p, Holm"]
         beside = table(heads, rows, "against the references of the data") if rows else ""
-        figures = [charts.matrix_figure(report, name_of)]
+        figures = [matrix_figure(report, name_of)]
         judge = report.get("judge") or {}
         rows = [
             [said(name_of(path)), *won(each)]

@@ -16,6 +16,7 @@ from rlhf_cli.views.samples import samples_of
 from tests.interop.browser import chromium, opened
 from tests.labelling.test_label import given, label, typed
 from tests.tiny import DATA, run_stage
+from tests.views.test_report import WON, evaluation, made
 from tests.views.test_samples import record
 
 if TYPE_CHECKING:
@@ -137,6 +138,47 @@ def test_a_page_of_labels(browser: "Browser", labelled: Path, scheme: str, width
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         for chosen in ("#labels td", "#labels .note", "#samples .said li", "#samples .facts"):
             assert contrast(page.locator(chosen).first) > 4.5, chosen
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of twelve policies, of which each wins all against those after it."""
+    from rlhf_cli.views.report import report, runs_at
+
+    folder = tmp_path_factory.mktemp("rated")
+    names = [f"policy-{i:02}-of-a-sweep-over/lr=1e-{i}" for i in range(12)]
+    judged = evaluation(*names)
+    for place, one in enumerate(names):
+        for other in judged["head_to_heads"][one]:
+            won = float(place < names.index(other))
+            judged["head_to_heads"][one][other] = WON | {"win": won, "tie": 0.0}
+    made(folder / "evaluate", "evaluate", report=judged)
+    (folder / "page.html").write_text(report(runs_at([folder]), "rated"), encoding="utf-8")
+    return folder / "page.html"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_matrix_of_many_policies(
+    browser: "Browser", rated: Path, scheme: str, width: int
+) -> None:
+    """No number covers another one, and on a phone they move along beneath the names of rows."""
+    with opened(browser, rated, width, scheme) as page:
+        matrix = page.locator("#wins .matrix")
+        scores = matrix.locator("td span")
+        assert scores.count() == 12 * 11
+        assert scores.evaluate_all("all => all.every(each => each.scrollWidth <= each.clientWidth)")
+        for each in (scores.first, scores.last):  # the deepest colours
+            assert contrast(each) > 4.5
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        around = page.locator("#wins .wide", has=page.locator(".matrix"))
+        hidden = around.evaluate("each => each.scrollWidth - each.clientWidth")
+        assert (hidden > 100) == (width == 400)
+        around.evaluate("each => each.scrollTo(each.scrollWidth, 0)")
+        name, last = matrix.locator("tbody th").first, matrix.locator("tbody tr").first
+        shown, end = name.bounding_box(), last.locator("td").last.bounding_box()
+        assert shown and end and shown["x"] >= 0 and shown["width"] < width / 2
+        assert shown["x"] + shown["width"] <= end["x"] and end["x"] + end["width"] <= width
 
 
 def test_labelled_tasks_are_found_by_what_was_said(browser: "Browser", labelled: Path) -> None:
