@@ -25,6 +25,7 @@ BINS = 40
 BIN = ("low", "high", "confidence", "accuracy", "count")  # what a bin of judgements has
 MOST_DOTS = 40  # points of a line that are seen as such
 TITLE_COLUMNS = 58  # characters
+SHORT_NAME = 20  # characters; two of these stand beside each other in a legend, on a phone too
 
 LIGHT = {
     "page": "#ffffff",
@@ -78,7 +79,7 @@ def theme(colours: Mapping[str, str]) -> dict[str, Any]:
         "legend": {
             "labelColor": text,
             "labelFontSize": 11,
-            "labelLimit": 220,
+            "labelLimit": 280,
             "orient": "top",
             "columns": 2,
             "symbolOpacity": 1,
@@ -141,8 +142,7 @@ def curve_panel(
     turns = any(curve.turns for curve in curves)
     data = alt.Data(values=[row for curve in curves for row in _points(curve, turns)])
     # a dot in the name of a column would be a path to Vega, so columns have plain ones
-    colour = alt.Color("name:N").scale(domain=list(names))
-    shown = colour.legend(None) if len(names) < 2 else colour
+    shown = _colours(names)
     x = alt.X("x:Q").title(across).scale(zero=zero, nice=False, padding=6)
     y = alt.Y("y:Q").title(up).scale(zero=zero)
     base = alt.Chart().encode(x=x, y=y, color=shown)  # each layer would copy the data
@@ -176,6 +176,16 @@ def curve_panel(
         opacity=alt.Opacity("dot:Q").scale(None).legend(None),  # unseen ones answer the pointer
     )
     return alt.layer(*layers, dots, data=data).properties(height=HEIGHT)
+
+
+def _colours(names: Sequence[str]) -> "altair.Color":
+    """A colour for each name, and a legend of them where there are several."""
+    import altair as alt
+
+    colour = alt.Color("name:N").scale(domain=list(names))
+    if len(names) < 2:
+        return colour.legend(None)
+    return colour.legend(columns=1) if max(map(len, names)) > SHORT_NAME else colour
 
 
 def _points(curve: Curve, placed: bool) -> list[dict[str, Any]]:
@@ -235,14 +245,13 @@ def histogram_panel(measured: str, values: Mapping[str, Sequence[float]]) -> "Pa
             for i, count in enumerate(counts)
             if count
         ]
-    colour = alt.Color("name:N").scale(domain=list(values))
     bars = alt.Chart().mark_bar(opacity=0.55 if len(values) > 1 else 0.85, binSpacing=0)
     bars = bars.encode(
         x=alt.X("low:Q").title(measured).scale(zero=False, nice=False),
         x2="high:Q",
         y=alt.Y("share:Q").title("share").stack(None).axis(format="~%"),
         y2=alt.datum(0),
-        color=colour.legend(None) if len(values) < 2 else colour,
+        color=_colours(list(values)),
         tooltip=[
             alt.Tooltip("name:N").title("of"),
             alt.Tooltip("low:Q").title("from").format(".4~g"),

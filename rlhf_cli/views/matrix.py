@@ -10,7 +10,7 @@ from rlhf_cli.views.html import said, table
 if TYPE_CHECKING:
     from rlhf_cli.reporting.plots import Panel
 
-MOST_BESIDE = 6  # policies of a table that has room beside other figures
+MOST_BESIDE = 7  # policies of a table that has room beside other figures
 STRENGTH = 0.9  # of the colour of a cell, times how far its score is from one half
 
 Scores = dict[tuple[str, str], tuple[float, list[float] | None]]

@@ -146,7 +146,7 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rlhf_cli.views.report import report, runs_at
 
     folder = tmp_path_factory.mktemp("rated")
-    names = [f"policy-{i:02}-of-a-sweep-over/lr=1e-{i}" for i in range(12)]
+    names = [f"policy-{i:02}-of-a-sweep-over-lr=1e-{i}" for i in range(12)]
     judged = evaluation(*names)
     for place, one in enumerate(names):
         for other in judged["head_to_heads"][one]:
@@ -168,6 +168,9 @@ def test_a_matrix_of_many_policies(
         scores = matrix.locator("td span")
         assert scores.count() == 12 * 11
         assert scores.evaluate_all("all => all.every(each => each.scrollWidth <= each.clientWidth)")
+        words = page.locator("#wins .chart text")
+        ends = words.evaluate_all("all => all.map(each => each.getBoundingClientRect().right)")
+        assert max(ends) <= width
         for each in (scores.first, scores.last):  # the deepest colours
             assert contrast(each) > 4.5
         assert page.evaluate("document.documentElement.scrollWidth") <= width

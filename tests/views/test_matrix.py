@@ -46,6 +46,6 @@ def test_reports_of_old_versions_have_a_row_alone() -> None:
 
 
 def test_more_policies_than_have_room_beside_others_take_the_width_of_the_page() -> None:
-    for count, whole in ((6, False), (7, True)):
+    for count, whole in ((7, False), (8, True)):
         figure = matrix_figure(evaluation(*(f"p{i}" for i in range(count))), str)
         assert figure is not None and figure.whole == whole
