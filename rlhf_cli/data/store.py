@@ -97,13 +97,14 @@ class TokenWriter:
         return TokenTable(pa.ipc.open_stream(self._sink.getvalue()).read_all(), self._kind)
 
 
-# From numpy: what pyarrow makes of Python's lists takes several times as long.
+# Numbers go to Arrow and come back as memory: what pyarrow makes of lists takes several times
+# as long, and its own ways to and from numpy import pandas, in tenths of a second.
 
 
 def lists(values: Sequence[list[int]]) -> pa.ListArray:
     """Lists of ids."""
     flat = np.fromiter(chain.from_iterable(values), np.int32)
-    return pa.ListArray.from_arrays(offsets_of(values), pa.array(flat))
+    return pa.ListArray.from_arrays(offsets_of(values), integers(flat))
 
 
 def nested(values: Sequence[list[list[int]]]) -> pa.ListArray:
@@ -115,19 +116,34 @@ def nested(values: Sequence[list[list[int]]]) -> pa.ListArray:
 def masks(values: Sequence[list[bool]]) -> pa.ListArray:
     """Lists of truth values."""
     flat = np.fromiter(chain.from_iterable(values), np.bool_)
-    return pa.ListArray.from_arrays(offsets_of(values), pa.array(flat))
+    bits = pa.py_buffer(np.packbits(flat, bitorder="little"))
+    known = pa.Array.from_buffers(pa.bool_(), len(flat), [None, bits])
+    return pa.ListArray.from_arrays(offsets_of(values), known)
 
 
 def strings(values: Sequence[str]) -> pa.StringArray:
     """Texts."""
     texts = [value.encode() for value in values]
-    buffers = [pa.py_buffer(each) for each in (offsets_of(texts).to_numpy(), b"".join(texts))]
-    return pa.StringArray.from_buffers(len(texts), *buffers)
+    return pa.StringArray.from_buffers(
+        len(texts), offsets_of(texts).buffers()[1], pa.py_buffer(b"".join(texts))
+    )
 
 
 def offsets_of(values: Sequence[Any]) -> pa.Array:
     """Where each value begins among all, and where the last ends."""
-    return pa.array(np.cumsum([0, *map(len, values)], dtype=np.int32))
+    return integers(np.cumsum([0, *map(len, values)], dtype=np.int32))
+
+
+def integers(values: Any) -> pa.Array:
+    """(N,) int32 of numpy as an array of Arrow."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+
+def numbers(values: pa.Array) -> Any:
+    """An int32 array of Arrow as (N,) of numpy."""
+    if not len(values):  # it may have no memory
+        return np.empty(0, np.int32)
+    return np.frombuffer(values.buffers()[1], np.int32, len(values), 4 * values.offset)
 
 
 @dataclass
@@ -154,9 +170,9 @@ class TokenTable(Lazy[Encoded]):
             self._batches.append(
                 _Batch(
                     flat(prompt),
-                    responses.offsets.to_numpy(),
+                    numbers(responses.offsets),
                     flat(inner),
-                    (loss.offsets.to_numpy(), loss.values),
+                    (numbers(loss.offsets), loss.values),
                     flat(ends),
                     rows,
                 )
@@ -194,7 +210,7 @@ class TokenTable(Lazy[Encoded]):
 
 def flat(column: pa.ListArray) -> tuple[Any, Any]:
     """Offsets and values of lists of numbers."""
-    return column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
+    return numbers(column.offsets), numbers(column.values)
 
 
 def part(column: tuple[Any, Any], i: int) -> list[int]:
