@@ -288,6 +288,8 @@ def _whole(adapted: nn.Module) -> list[tuple[str, Any]]:
 
 def _namesakes(adapted: nn.Module, config: FrozenModel) -> list[str]:
     """Parts of a decoder that are called as heads are, which peft would train whole with a head."""
+    if not is_adapted(adapted):  # nor is peft imported, which takes a while
+        return []
     asked = config.modules_to_save if isinstance(config, Model) else ()
     inside = [name for name, _ in _whole(adapted) if "." in name]
     return [
