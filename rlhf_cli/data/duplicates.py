@@ -25,9 +25,10 @@ def near_of(train: Iterable[Sequence[int]], held_out: Sequence[Sequence[int]]) -
         for shingle in each:
             places.setdefault(shingle, []).append(place)
     near: set[int] = set()
-    for prompt in islice(train, COMPARED):
+    for prompt in set(map(tuple, islice(train, COMPARED))):
         theirs = shingles_of(prompt) - usual
-        shared = Counter(place for shingle in theirs for place in places.get(shingle, ()))
+        known = theirs & places.keys()
+        shared = Counter(place for shingle in known for place in places[shingle])
         for place, count in shared.items():
             if count >= NEAR * (len(theirs) + len(ours[place]) - count):
                 near.add(place)
@@ -36,5 +37,5 @@ def near_of(train: Iterable[Sequence[int]], held_out: Sequence[Sequence[int]]) -
 
 def shingles_of(prompt: Sequence[int]) -> set[int]:
     """The hashes of all runs of SHINGLE tokens; of a shorter prompt the whole."""
-    last = max(1, len(prompt) - SHINGLE + 1)
-    return {hash(tuple(prompt[i : i + SHINGLE])) for i in range(last)}
+    runs = zip(*(prompt[i:] for i in range(SHINGLE)), strict=False)
+    return set(map(hash, runs)) or {hash(tuple(prompt))}
