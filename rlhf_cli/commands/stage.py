@@ -183,9 +183,9 @@ def _hydra_main(
     import hydra
     from hydra._internal.hydra import Hydra
 
-    from rlhf_cli.config.compose import hydras_words, register_schemas
+    from rlhf_cli.config.compose import hydras_words, register_schema
 
-    register_schemas()
+    register_schema(stage)
     # Without this Hydra prints its own errors, of many lines, and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     folder = [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
