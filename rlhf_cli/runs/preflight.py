@@ -141,7 +141,7 @@ def preflight(cfg: Run, check_only: bool = False, ranks: Ranks | None = None) ->
         # weights are read for it, at length
         provenance = None if check_only else provenance_of(cfg)
     counted = check_rows(cfg, rows)
-    if check_only:
+    if check_only and _has_tokenizer(cfg):
         from rlhf_cli.runs.token_check import check_tokens  # a tokenizer takes long to import
 
         counted += check_tokens(cfg, rows)
@@ -179,6 +179,13 @@ def loading_line(cfg: Run) -> str:
     models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
     more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
     return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"
+
+
+def _has_tokenizer(cfg: Run) -> bool:
+    """Whether there is one to ask: models that are not on this machine, or are made from scratch,
+    have none yet.
+    """
+    return cfg.start is not None and Path(cfg.start, "tokenizer.json").is_file()
 
 
 def _check_stdin(cfg: Run) -> None:

@@ -1,6 +1,5 @@
 """The first rows as tokens, for --check: templates and lengths, without torch."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +20,8 @@ ROWS = 200  # of each source
 def check_tokens(cfg: Run, rows: Rows) -> list[str]:
     """The template writes the first rows of local files, and they fit the limits.
 
-    Models that are not on this machine, or are made from scratch, have no tokenizer to ask yet.
+    Args:
+        cfg: of a run that starts from a folder with a tokenizer.
 
     Returns:
         Lines on lengths, and on what is cut or dropped.
@@ -29,9 +29,8 @@ def check_tokens(cfg: Run, rows: Rows) -> list[str]:
     Raises:
         UserError: as the stage would.
     """
-    if cfg.start is None or not Path(cfg.start, "tokenizer.json").is_file():
-        return []
     room = getattr(cfg.algo, "max_tokens", None) or 0
+    assert cfg.start is not None
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(cfg.start)
     settings = read_generation(cfg.start)
     name_eos(tokenizer, settings, cfg.start)

@@ -121,6 +121,7 @@ def test_every_command_has_help(words: str, cli: Cli) -> None:
         (["ppo", "--cfg", "job"], ["torch", "transformers"]),
         (["ppo", "--check", "algo.kl_coef=abc"], ["torch", "transformers"]),
         (["ppo", "--check"], ["torch", "transformers"]),
+        (["sft", "--check"], ["torch", "transformers", "pyarrow", "pandas"]),
     ],
 )
 def test_what_must_be_quick_imports_nothing_heavy(
@@ -135,6 +136,22 @@ def test_what_must_be_quick_imports_nothing_heavy(
     modules = done.stdout.rpartition("MODULES")[2].split()
     assert "rlhf_cli.cli" in modules
     assert not [name for name in absent if name in modules]
+
+
+@pytest.mark.slow
+def test_stages_import_nothing_that_their_runs_do_not_need(tmp_path: Path) -> None:
+    """peft is for adapters, datasets for rows of the hub, and pyarrow's own ways import pandas."""
+    code = (
+        "import sys; from rlhf_cli.cli import main\n"
+        "for stage in ('sft', 'dpo'):\n"
+        "    sys.argv = ['rlhf-cli', stage, 'algo.max_steps=1', 'hardware.threads=1']\n"
+        "    assert main() == 0\n"
+        "print('MODULES', *sys.modules)"
+    )
+    done = python(code, [], tmp_path)
+    modules = done.stdout.rpartition("MODULES")[2].split()
+    assert "transformers.modeling_utils" in modules and "pyarrow" in modules, done.stderr
+    assert not {"peft", "datasets", "pandas", "torch.utils.tensorboard"} & set(modules)
 
 
 def python(
