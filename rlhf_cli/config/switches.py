@@ -133,13 +133,16 @@ def _own_complaints(
             and other not in READ_ANYWAY
             and not _as_at_start(stage, other, config)
         ):
-            yield f"{other} is not used by {spec}, which does not name it; set it to null"
+            unused = written(field.metadata["unused"])
+            yield f"{other} is not used by {spec}, which does not name it; set it to {unused}"
 
 
 def _as_at_start(stage: str, key: str, config: Mapping[str, Any]) -> bool:
     """Whether a key is null or has the value that its stage starts with."""
-    start = catalog.stage_values(stage, {}, catalog.config_dirs())[key]
-    return config[key] is None or (start != catalog.NULL and config[key] == float(start))
+    value, start = config[key], catalog.stage_values(stage, {}, catalog.config_dirs())[key]
+    if value is None or start == catalog.NULL:
+        return value is None
+    return written(value) == start if isinstance(value, bool) else bool(value == float(start))
 
 
 def given_to(stage: str, key: str, parameters: Parameters) -> tuple[str, ...]:

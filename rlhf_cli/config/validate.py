@@ -214,15 +214,21 @@ def _reward_model(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, RewardConfig):
         return
     loss, aggregate = cfg.algo.loss, cfg.algo.aggregate
-    if cfg.algo.soft_labels and cfg.algo.label_smoothing:
-        yield (
-            f"algo.label_smoothing={cfg.algo.label_smoothing:g} is one doubt for all rows, and "
-            "algo.soft_labels=true takes that of each: set one of them to 0 or false"
-        )
     if aggregate is not None and aggregate not in _AGGREGATES[loss]:
         yield (
             f"algo.aggregate={aggregate} does not fit algo.loss={loss}, which takes "
             f"{' or '.join(_AGGREGATES[loss])}"
+        )
+
+
+def _doubts(cfg: Run) -> Iterator[str]:
+    """How far labels are believed is said once."""
+    if not isinstance(cfg, RewardConfig | DpoConfig):
+        return
+    if cfg.algo.soft_labels and cfg.algo.label_smoothing:
+        yield (
+            f"algo.label_smoothing={cfg.algo.label_smoothing:g} is one doubt for all rows, and "
+            "algo.soft_labels=true takes that of each: set one of them to 0 or false"
         )
 
 
@@ -256,6 +262,7 @@ _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _decoding,
     rollouts,
     _reward_model,
+    _doubts,
     _preferences,
     _selection,
     evaluation,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_cli.config.schema.algorithms import DpoAlgo, RewardAlgo
 from rlhf_cli.data.items import Answers, Judged, Tokens
 from rlhf_cli.data.mixing import Quotas, epoch_order, epoch_size, quotas
 from rlhf_cli.data.packing import PADDED, SHARED_FROM, Layout, Packing, pack
-from rlhf_cli.data.transfer import to_device, together
+from rlhf_cli.data.transfer import numbers_like, to_device, together
 
 Item = TypeVar("Item")
 
@@ -229,6 +230,15 @@ def rankings_of(
     counts = torch.tensor([len(each) for each in ranks])
     mask = torch.arange(int(counts.max())) < counts[:, None]
     return to_device(pad_sequence(ranks, batch_first=True), device), to_device(mask, device)
+
+
+def doubts_of(items: Sequence[Answers], algo: RewardAlgo | DpoAlgo, like: Tensor) -> Tensor | float:
+    """The chance that the chosen side of a pair is not the better one: of each, (N,), by the soft
+    labels of their rows, in the type of `like`; or of all.
+    """
+    if algo.soft_labels:
+        return 1 - numbers_like(like, [item.row.p for item in items])
+    return algo.label_smoothing or 0.0
 
 
 def one(item: object) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def dpo_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def dpo_loss(h: Tensor, beta: float, label_smoothing: Tensor | float = 0.0) -> Tensor:
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
 
     DPO (2305.18290 eq. 7) with e = 0, else conservative DPO (Mitchell, ericmitchell.ai/cdpo.pdf),
@@ -26,17 +26,20 @@ def dpo_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     Args:
         h: (N,) difference of log-ratios.
         beta: tie to the reference; larger stays closer.
-        label_smoothing: assumed share e of flipped labels, 0 <= e < 0.5.
+        label_smoothing: assumed share e of flipped labels, 0 <= e < 0.5. Or (N,) the chance of each
+            that its sides are the wrong way round, 1 - p of a soft label p: the cross-entropy of
+            sigmoid(beta h) with p, as cDPO stands for in 2409.06691.
     """
     return -(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)
 
 
-def dpo_gradient_weight(h: Tensor, beta: float) -> Tensor:
-    """sigmoid(-beta h), how wrongly the implicit rewards order each pair; no gradient.
+def dpo_gradient_weight(h: Tensor, beta: float, label_smoothing: Tensor | float = 0.0) -> Tensor:
+    """|sigmoid(-beta h) - e|, how far the implicit rewards are from the label; no gradient.
 
-    d dpo_loss / d rho_w = -beta times this (2305.18290 sec. 4). It is 1/2 at the start. (N,).
+    |d dpo_loss / d rho_w| is beta times this (2305.18290 sec. 4). It is 1/2 - e at the start, and 0
+    where sigmoid(beta h) is 1 - e. (N,).
     """
-    return torch.sigmoid(-beta * h).detach()
+    return (torch.sigmoid(-beta * h) - label_smoothing).abs().detach()
 
 
 def robust_dpo_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -54,8 +57,12 @@ def robust_dpo_loss(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
     return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo_loss(h: Tensor, tau: float) -> Tensor:
-    """(h - 1 / (2 tau))^2 (2310.12036 eq. 17), whose optimum is finite for certain labels too.
+def ipo_loss(h: Tensor, tau: float, label_smoothing: Tensor | float = 0.0) -> Tensor:
+    """(h - (1 - 2e) / (2 tau))^2, whose optimum is finite for certain labels too.
+
+    With e = 0 it is 2310.12036 eq. 17, where either order of a pair adds (h - I / tau)^2 / 2, I
+    being 1 where the first one won and 0 where it lost. With the chance 1 - e of y_w in the place
+    of that draw the two squares add up to this, and to the constant that eq. 17 leaves out as well.
 
     Over all pairs from mu it is least at pi = ref exp(p(y beats mu) / tau) / Z. It starts at
     1 / (4 tau^2).
@@ -63,8 +70,10 @@ def ipo_loss(h: Tensor, tau: float) -> Tensor:
     Args:
         h: (N,) difference of log-ratios; the paper sums over tokens, some tools average.
         tau: tie to the reference; larger stays closer.
+        label_smoothing: the chance e that the sides are the wrong way round; or (N,) that of each,
+            1 - p of a soft label p.
     """
-    return (h - 1 / (2 * tau)) ** 2
+    return (h - (1 - 2 * label_smoothing) / (2 * tau)) ** 2
 
 
 def hinge_loss(h: Tensor, beta: float) -> Tensor:

@@ -13,7 +13,9 @@ With rho(y) = log pi(y|x) - log ref(y|x), h = rho(y_w) - rho(y_l), and h-bar fro
     preferred_ft       SFT on the chosen side                                2305.18290 sec. 6
     unlikelihood       - log pi(y_w) + alpha log pi(y_l)                     2305.18290 sec. 6
 
-plus sft_coef times the NLL per token of chosen responses. The reference is the policy as it starts,
+plus sft_coef times the NLL per token of chosen responses. Of a pair whose chosen side is better
+with chance p alone (soft_labels) dpo has the cross-entropy with p, ipo the target (2p - 1) / (2
+tau), and so have their means per token. The reference is the policy as it starts,
 another folder, or the policy after SFT on the chosen side (reference=bootstrap). Where policy and
 reference start as one, every rho is 0 at first; the stage stops where it is not.
 
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from rlhf_cli.config.schema.algorithms import DpoAlgo
 from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.config.schema.stages import DpoConfig
-from rlhf_cli.data.batches import rankings_of
+from rlhf_cli.data.batches import doubts_of, rankings_of
 from rlhf_cli.data.items import responses_in
 from rlhf_cli.data.store import by_source
 from rlhf_cli.data.transfer import tensor_on, to_device
@@ -206,6 +208,7 @@ class Comparison:
     best, worst: (N,) the places of the best and the worst response of each item.
     good: (N,) bool, whether the best is a response to imitate: kto's bad ones are not.
     nll: (N,) of the best, where it is good; its mean is the NLL per token.
+    doubt: the chance that the best is not the better one: of each, (N,), or of all.
     """
 
     logprobs: Tensor
@@ -214,6 +217,7 @@ class Comparison:
     worst: Tensor
     good: Tensor
     nll: Tensor
+    doubt: Tensor | float
 
     @property
     def h(self) -> Tensor:
@@ -246,7 +250,8 @@ def comparison_of(
     good = good.bool()
     rho = per_response(logprobs - reference, lengths, algo)
     nll = -logprobs[best] * good * whole.nll_scale
-    return Comparison(logprobs, rho, best, worst, good, nll)
+    doubt = doubts_of([item.answers for item in items], algo, rho)
+    return Comparison(logprobs, rho, best, worst, good, nll, doubt)
 
 
 def preference_losses(
@@ -262,14 +267,15 @@ def preference_losses(
         weights: kto's lambda_D and lambda_U.
     """
     rho, logprobs, best, worst, h = batch.rho, batch.logprobs, batch.best, batch.worst, batch.h
-    beta, smoothing = reward_scale(algo), algo.label_smoothing or 0.0
+    beta = reward_scale(algo)
     match algo.loss:
         case "dpo" | "length_normalised":
-            losses = preference.dpo_loss(h, beta, smoothing)
+            losses = preference.dpo_loss(h, beta, batch.doubt)
         case "robust":
-            losses = preference.robust_dpo_loss(h, beta, smoothing)
+            assert algo.label_smoothing is not None
+            losses = preference.robust_dpo_loss(h, beta, algo.label_smoothing)
         case "ipo" | "ipo_mean":
-            losses = preference.ipo_loss(h, beta)
+            losses = preference.ipo_loss(h, beta, batch.doubt)
         case "hinge":
             losses = preference.hinge_loss(h, beta)
         case "plackett_luce":
@@ -334,7 +340,7 @@ def metrics_of(batch: Comparison, algo: DpoAlgo, whole: Batchwise) -> dict[str, 
         "logprobs/rejected": batch.logprobs[batch.worst],
     }
     if algo.loss in ("dpo", "length_normalised"):
-        metrics["gradient_weight"] = preference.dpo_gradient_weight(batch.h, beta)
+        metrics["gradient_weight"] = preference.dpo_gradient_weight(batch.h, beta, batch.doubt)
     return metrics
 
 

@@ -27,7 +27,7 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.algorithms import RewardAlgo
 from rlhf_cli.config.schema.hardware import Hardware
 from rlhf_cli.config.schema.stages import RewardConfig
-from rlhf_cli.data.batches import Batch, rankings_of
+from rlhf_cli.data.batches import Batch, doubts_of, rankings_of
 from rlhf_cli.data.items import Answers, Tokens, responses_in
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.order import derived_seed
@@ -184,12 +184,10 @@ def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor,
     """
     rows = [item.row for item in items]
     if algo.loss in ("bradley_terry", "token"):
-        assert algo.label_smoothing is not None and algo.centring is not None
+        assert algo.centring is not None
         chosen, rejected = scores.view(-1, 2).unbind(-1)  # (N,) each
         margin = numbers_like(scores, [row.margin for row in rows]) if algo.row_margin else None
-        doubt: Tensor | float = algo.label_smoothing
-        if algo.soft_labels:
-            doubt = 1 - numbers_like(scores, [row.p for row in rows])
+        doubt = doubts_of(items, algo, scores)
         losses = reward_model.bradley_terry_loss(chosen, rejected, margin, doubt)
         losses = losses + algo.centring * reward_model.centring_penalty(chosen, rejected)
         return losses, {"accuracy": accuracy(chosen, rejected), "margin": chosen - rejected}

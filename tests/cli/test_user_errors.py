@@ -1091,6 +1091,21 @@ LATE: dict[str, Case] = {
         f"reward {SMALL} algo.soft_labels=true out=new",
         ["own.jsonl:", "the row says no p, which algo.soft_labels=true reads"],
     ),
+    "soft labels that pairs for dpo do not have": (
+        rows(PAIR, {**PAIR, "prompt": "Greet Bob: "}),
+        f"dpo {SMALL} algo.soft_labels=true",
+        ["own.jsonl:", "the row says no p, which algo.soft_labels=true reads"],
+    ),
+    "soft labels for a hinge": (
+        as_it_is,
+        f"dpo {ROWS} algo=hinge algo.soft_labels=true out=new",
+        ["algo.soft_labels is not used by algo.loss=hinge; set it to false, as algo=hinge does"],
+    ),
+    "two doubts about pairs for dpo": (
+        as_it_is,
+        f"dpo {ROWS} algo.soft_labels=true algo.label_smoothing=0.1 out=new",
+        ["algo.soft_labels=true takes that of each: set one of them to 0 or false"],
+    ),
     "two doubts about labels": (
         as_it_is,
         f"reward {ROWS} algo.soft_labels=true algo.label_smoothing=0.1 out=new",

@@ -48,6 +48,7 @@ def _choices(stage: str, key: str) -> tuple[str, ...]:
     [
         ("dpo", "algo.beta", "dpo hinge kto length_normalised plackett_luce robust simpo"),
         ("dpo", "algo.label_smoothing", "dpo length_normalised robust"),
+        ("dpo", "algo.soft_labels", "dpo ipo ipo_mean length_normalised"),
         ("dpo", "algo.tau", "ipo ipo_mean"),
         ("dpo", "algo.gamma", "simpo"),
         ("dpo", "algo.lam", "orpo"),
@@ -67,7 +68,7 @@ def test_the_losses_that_read_a_key(stage: str, key: str, losses: str) -> None:
     switch = used_by(stage, key)
     assert switch is not None and switch.key == "algo.loss"
     assert switch.values is not None and set(losses.split()) <= set(switch.values)
-    unread = {"ipo", "orpo", "preferred_ft", "kwise", "klpen"} - set(losses.split())
+    unread = {"ipo", "hinge", "orpo", "preferred_ft", "kwise", "klpen"} - set(losses.split())
     assert not unread & set(switch.values)
 
 

@@ -119,6 +119,60 @@ def test_the_robust_loss_expects_the_clean_one(e: float) -> None:
     )
 
 
+@pytest.mark.parametrize("e", [0.0, 0.1, 0.5, 0.8])
+def test_the_weight_of_a_pair_in_the_gradient_is_its_distance_from_the_label(e: float) -> None:
+    weight = dpo_gradient_weight(POINTS, BETA, torch.full_like(POINTS, e))
+    close(slope(lambda h: dpo_loss(h, BETA, e), POINTS).abs(), BETA * weight)
+
+
+# --------------------------------------------------------------------------- soft labels
+
+SOFT = doubles(1.0, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0)  # p for each of POINTS
+SOFTENED: dict[str, Callable[[Tensor, Tensor | float], Tensor]] = {
+    "dpo": lambda h, e: dpo_loss(h, BETA, e),
+    "ipo": lambda h, e: ipo_loss(h, BETA, e),
+}
+
+
+def test_worked_pairs_with_soft_labels() -> None:
+    # beta h = ln 3, so sigmoid is 3/4: -(3/4) ln (3/4) - (1/4) ln (1/4), and with p = 1/4 the sides
+    # change places
+    h = doubles(math.log(3), math.log(3), math.log(3)) / 0.5
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    other = -0.25 * math.log(0.75) - 0.75 * math.log(0.25)
+    found = dpo_loss(h, 0.5, 1 - doubles(0.75, 0.25, 1.0))
+    close(found, doubles(entropy, other, -math.log(0.75)))
+    # tau = .25: the target is 2 (2p - 1): 2, 1, 0 and -2
+    found = ipo_loss(doubles(3.0, 3.0, 3.0, 3.0), 0.25, 1 - doubles(1.0, 0.75, 0.5, 0.0))
+    close(found, doubles(1.0, 4.0, 9.0, 25.0))
+
+
+@pytest.mark.parametrize("name", SOFTENED)
+def test_a_certain_soft_label_is_the_hard_one_to_the_bit(name: str) -> None:
+    loss = SOFTENED[name]
+    for points in (POINTS, POINTS.float()):
+        sure = 1 - torch.ones_like(points)
+        assert torch.equal(loss(points, sure), loss(points, 0.0))
+        hard = slope(lambda h: loss(h, 0.0), points)
+        assert torch.equal(slope(lambda h: loss(h, 1 - torch.ones_like(h)), points), hard)
+
+
+@pytest.mark.parametrize("name", SOFTENED)
+def test_sides_that_change_places_with_their_chances_are_the_same_pair(name: str) -> None:
+    loss = SOFTENED[name]
+    close(loss(POINTS, 1 - SOFT), loss(-POINTS, SOFT))
+    close(slope(lambda h: loss(h, 1 - SOFT), POINTS), slope(lambda h: loss(-h, SOFT), POINTS))
+
+
+@pytest.mark.parametrize("name", SOFTENED)
+def test_a_soft_label_teaches_what_as_many_hard_ones_do(name: str) -> None:
+    """p of them for one side, 1 - p for the other: the gradients are the same."""
+    loss = SOFTENED[name]
+    drawn = SOFT * slope(lambda h: loss(h, 0.0), POINTS)
+    drawn += (1 - SOFT) * slope(lambda h: loss(-h, 0.0), POINTS)
+    close(slope(lambda h: loss(h, 1 - SOFT), POINTS), drawn)
+
+
 # --------------------------------------------------------------------------- IPO and hinge
 
 

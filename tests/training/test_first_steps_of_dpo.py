@@ -28,6 +28,7 @@ from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.preferences.items import PreferenceItems
 from rlhf_cli.rewards.reward import load_reward
+from tests.contents import without_times
 from tests.tiny import words_of
 from tests.toys import FROZEN, run_of
 
@@ -49,9 +50,15 @@ CASES: dict[str, tuple[list[str], float | None]] = {
         ["algo=length_normalised", "algo.beta=3", "algo.label_smoothing=0.1"],
         math.log(2),
     ),
+    "soft labels": (["algo.soft_labels=true", "algo.beta=0.3"], math.log(2)),
+    "length_normalised, soft": (
+        ["algo=length_normalised", "algo.beta=3", "algo.soft_labels=true"],
+        math.log(2),
+    ),
     "robust": (["algo=robust", "algo.label_smoothing=0.2"], math.log(2)),
     "ipo": (["algo=ipo", "algo.beta=null", "algo.tau=0.2"], 1 / (4 * 0.2**2)),
     "ipo_mean": (["algo=ipo_mean", "algo.beta=null", "algo.tau=0.7"], 1 / (4 * 0.7**2)),
+    "ipo, soft": (["algo=ipo", "algo.beta=null", "algo.soft_labels=true"], None),
     "hinge": (["algo=hinge", "algo.beta=0.3"], 1.0),
     "plackett_luce": (["algo=plackett_luce", RANKINGS], None),
     "kto": (
@@ -136,7 +143,6 @@ def by_hand(
         lengths = [torch.tensor([len(response) for response in each.responses]) for each in items]
         rhos = [rho / length for rho, length in zip(rhos, lengths, strict=True)]
     scale = algo.tau if "ipo" in loss else algo.beta or 1.0
-    smooth = algo.label_smoothing
     good = [is_good(item.row) for item in items]
     places = [ends_of(item.row) for item in items]
 
@@ -144,13 +150,15 @@ def by_hand(
     losses = []
     for item, rho, logprobs, liked, (b, w) in zip(items, rhos, ours, good, places, strict=True):
         x, h = scale * rho, rho[b] - rho[w]
+        smooth = 1 - item.row.p if algo.soft_labels else algo.label_smoothing
         if loss in ("dpo", "length_normalised"):
             value = -(1 - smooth) * logsigmoid(scale * h) - smooth * logsigmoid(-scale * h)
         elif loss == "robust":
             value = -(1 - smooth) * logsigmoid(scale * h) + smooth * logsigmoid(-scale * h)
             value = value / (1 - 2 * smooth)
         elif "ipo" in loss:
-            value = (h - 1 / (2 * algo.tau)) ** 2
+            p = item.row.p if algo.soft_labels else 1
+            value = (h - (2 * p - 1) / (2 * algo.tau)) ** 2
         elif loss == "hinge":
             value = (1 - scale * h).clamp(min=0)
         elif loss == "plackett_luce":
@@ -194,7 +202,9 @@ def by_hand(
         h = torch.stack(best) - torch.stack(worst)
         mean["rewards/accuracy"] = ((h > 0).double() + 0.5 * (h == 0).double()).mean().item()
         if loss in ("dpo", "length_normalised"):
-            mean["gradient_weight"] = torch.sigmoid(-scale * h).mean().item()
+            doubt = [1 - item.row.p for item in items] if algo.soft_labels else algo.label_smoothing
+            weight = torch.sigmoid(-scale * h) - torch.tensor(doubt)
+            mean["gradient_weight"] = weight.abs().mean().item()
     mean["rewards/margin"] = mean["rewards/chosen"] - mean["rewards/rejected"]
     return mean
 
@@ -263,6 +273,23 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
         assert raw.mean().item() == pytest.approx(expected["rewards/chosen"], abs=1e-4)
         mean, std = raw.mean().item(), raw.std().item()
         assert (source.mean, source.std) == pytest.approx((mean, std), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_certain_soft_labels_train_as_hard_ones_do_to_the_bit(loss: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    file = tmp_path / "sure.jsonl"
+    file.write_text("".join(json.dumps({**row, "p": 1}) + "\n" for row in rows))
+    words = [*ONE, f"algo={loss}", f"data.path={file}", "algo.batch_size=16"]
+    words += ["algo.beta=null"] if loss == "ipo" else []
+    logs = [
+        run(tmp_path / name, *words, *more)
+        for name, more in (("hard", []), ("soft", ["algo.soft_labels=true"]))
+    ]
+    hard, soft = ([without_times(line) for line in log] for log in logs)
+    assert hard == soft and len(hard) > 1
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hard", "soft")]
+    assert weights[0] == weights[1]
 
 
 def test_a_partner_of_kto_answers_another_prompt() -> None:

@@ -149,6 +149,7 @@ def test_what_is_no_loss(
         ("grpo", ["{}:mine"], "parameters are given by name: logprobs, old_logprobs"),
         ("dpo", ["{}:per_token"], "names gamma, so it needs algo.gamma=VALUE: Margin that"),
         ("dpo", ["{}:mean", "algo.tau=1"], "algo.tau is not used by algo.loss="),
+        ("dpo", ["{}:mean", "algo.soft_labels=true"], "algo.soft_labels is not used by algo.loss="),
         ("dpo", ["{}:mean", "algo=ipo"], "algo.tau is not used by algo.loss="),
         ("grpo", ["{}:clipped", "algo.clip=null"], "names clip, so it needs algo.clip=VALUE"),
         ("ppo", ["{}:every", "algo.old_kl_coef=1"], "algo.old_kl_coef is not used by algo.loss="),

@@ -376,6 +376,12 @@ class DpoAlgo(OptimizerConfig):
         used_by=OPTIONS,
         needed=True,
     )
+    soft_labels: bool = key(
+        "Take the row's column p for the chance that its chosen side is better: the target of "
+        "sigmoid(beta h), and (2p - 1) / (2 tau) that of IPO's margin.",
+        used_by="algo.loss=dpo|length_normalised|ipo|ipo_mean",
+        unused=False,
+    )
     gamma: float | None = key(
         "Margin that beta times the difference must pass.", ge=0, used_by=OPTIONS, needed=True
     )
