@@ -42,6 +42,7 @@ _SCORES: Form = {
     "total": list,
     "parts": {"*": list},
     "seconds": {"*": REAL},
+    "steps?": [list],
 }
 
 
@@ -145,8 +146,10 @@ class SamplesOfPolicy:
             by_main(lambda: self._kept.responses.append(block))
         stop_if_asked(KEPT_SAMPLES)
 
-    def scored(self, name: str, judge: Reward, rollouts: Sequence[Rollout]) -> Scores:
-        """What a judge says of all responses, block by block.
+    def scored(
+        self, name: str, judge: Reward, rollouts: Sequence[Rollout], by_step: bool = False
+    ) -> Scores:
+        """What a judge says of all responses, and by step of their steps, block by block.
 
         Raises:
             Interrupted: a signal asked for the end.
@@ -158,10 +161,11 @@ class SamplesOfPolicy:
             block = rollouts[first : first + size]
             place = self._first * self._samples + first
             record = self._said.get((judge_id, place))
-            if record is not None and len(record["total"]) == len(block):
+            whole = record is not None and len(record["total"]) == len(block)
+            if record is not None and whole and ("steps" in record) == by_step:
                 parts.append(_scores(record))
                 continue
-            scores = judge.score(block)
+            scores = judge.score(block, by_step)
             record = {
                 "policy": self._policy,
                 "judge": judge_id,
@@ -170,6 +174,8 @@ class SamplesOfPolicy:
                 "parts": {spec: part.tolist() for spec, part in scores.parts.items()},
                 "seconds": scores.seconds,
             }
+            if scores.steps is not None:
+                record["steps"] = [each.tolist() for each in scores.steps]
             if not scores.total.isnan().all():  # else it is asked again: a service may be back
                 by_main(lambda record=record: self._kept.scores.append([record]))  # type: ignore[misc]
             parts.append(scores)
@@ -221,14 +227,16 @@ def _rollout(row: Any, prompt: list[int], record: Record) -> Rollout:
 
 def _scores(record: Record) -> Scores:
     parts = {spec: torch.tensor(values) for spec, values in record["parts"].items()}
-    return Scores(torch.tensor(record["total"]), parts, record["seconds"])
+    steps = [torch.tensor(each) for each in record["steps"]] if "steps" in record else None
+    return Scores(torch.tensor(record["total"]), parts, record["seconds"], steps)
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:
     """The scores of blocks as those of all."""
-    specs = parts[0].parts
+    specs, by_step = parts[0].parts, parts[0].steps is not None
     return Scores(
         torch.cat([each.total for each in parts]),
         {spec: torch.cat([each.parts[spec] for each in parts]) for spec in specs},
         {spec: sum(each.seconds[spec] for each in parts) for spec in specs},
+        [steps for each in parts for steps in each.steps or []] if by_step else None,
     )

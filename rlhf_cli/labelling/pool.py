@@ -93,7 +93,10 @@ def given_samples(session: Session) -> list[Sample]:
         for row, ids, reason, text in zip(rows, tokens, reasons, texts, strict=True)
     ]
     judges = load_judges(session, encoder.tokenizer, rows)
-    return judged(cfg, samples, judges, rollouts, lambda name, judge, read: judge.score(read))
+    return judged(
+        *(cfg, samples, judges, rollouts),
+        lambda name, judge, read, by_step: judge.score(read, by_step),
+    )
 
 
 def sample_of(rollout: Rollout, policy: str) -> Sample:
@@ -131,26 +134,29 @@ def judged(
     samples: Sequence[Sample],
     judges: Mapping[str, Reward],
     rollouts: Sequence[Rollout],
-    score: Callable[[str, Reward, Sequence[Rollout]], Scores],
+    score: Callable[[str, Reward, Sequence[Rollout], bool], Scores],
 ) -> list[Sample]:
     """Samples with what judges say of them; None where one says nothing.
 
     Args:
         rollouts: the same responses as judges read them.
-        score: gives the scores of a judge, by its name.
+        score: gives the scores of a judge, by its name, and where asked those of steps.
     """
-    said = {name: score(name, judge, rollouts).total.tolist() for name, judge in judges.items()}
-    steps: list[list[float]] | None = None
-    if cfg.algo.protocol == STEPS and REWARD in judges:
-        by_step = judges[REWARD].score(rollouts, by_step=True).steps or []
-        steps = [each.tolist() for each in by_step]
+    by_step = cfg.algo.protocol == STEPS
+    scores = {
+        name: score(name, judge, rollouts, by_step and name == REWARD)
+        for name, judge in judges.items()
+    }
+    said = {name: each.total.tolist() for name, each in scores.items()}
+    steps = scores[REWARD].steps if REWARD in scores else None
     told = []
     for i, sample in enumerate(samples):
         own = {name: None if math.isnan(each[i]) else each[i] for name, each in said.items()}
         reward = {"reward": own.pop(REWARD)} if REWARD in own else {}
         others: dict[str, Any] = {"scores": own} if own else {}
         if steps is not None:
-            others["step_rewards"] = [None if math.isnan(each) else each for each in steps[i]]
+            own_steps = steps[i].tolist()  # infinite where they failed
+            others["step_rewards"] = [each if math.isfinite(each) else None for each in own_steps]
         told.append(replace(sample, origin={**sample.origin, **reward, **others}))
     if cfg.algo.select != "fisher":
         return told

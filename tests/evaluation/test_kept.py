@@ -169,12 +169,12 @@ def test_no_response_is_scored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         score, left = Reward.score, 2
 
-        def some(self: Any, rollouts: Any) -> Any:
+        def some(self: Any, rollouts: Any, by_step: bool) -> Any:
             nonlocal left
             left -= 1
             if left < 0:
                 raise Killed
-            return score(self, rollouts)
+            return score(self, rollouts, by_step)
 
         patch.setattr(Reward, "score", some)
         run("generate", out, reward)

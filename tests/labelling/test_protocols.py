@@ -171,7 +171,11 @@ def test_no_wrong_step_lies_behind_the_last_one() -> None:
 
 JUDGE = """
 def right(steps):
+    with open(__file__ + ".asked", "a") as file:
+        file.write("".join(f"{each}\\n" for each in steps))
     return [[-1.0 if "wrong" in step else 1.0 for step in each] for each in steps]
+def fails(steps):
+    return [[1.0 / (len(step) - len(step)) for step in each] for each in steps]
 """
 
 
@@ -185,8 +189,31 @@ def test_a_reward_that_judges_steps_labels_them(inside: None, tmp_path: Path) ->
     for reward, said in (("length:3", "reward=length:3 judges"), ("null", "that judges steps")):
         with pytest.raises(UserError, match=said):
             label(tmp_path / "other", *words, f"reward={reward}")
+    asked = (tmp_path / "judge.py.asked").read_text().splitlines()
+    assert len(asked) == len(set(asked)) == 2  # each response once
+    with pytest.raises(RunError, match="no task has a label"):  # a step that fails is not right
+        label(tmp_path / "failed", *words, f"reward={judge}:fails")
     with pytest.raises(UserError, match="source=reward has none"):
         compose("label", ["algo.protocol=instructgpt", "source=reward", "reward=length:3"])
+
+
+def test_steps_that_a_reward_has_judged_are_kept(
+    inside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text(JUDGE)
+    words = [*WORDS, "algo.samples=1", "algo.protocol=steps", f"reward={judge}:right"]
+    words += ["policy=runs/demo/sft", "source=reward"]
+
+    def dying(*task: Any) -> None:
+        raise RunError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="killed"):
+        patch.setattr("rlhf_cli.stages.label.write_tasks", dying)
+        label(tmp_path / "out", *words)
+    out = label(tmp_path / "out", *words)
+    assert len((tmp_path / "judge.py.asked").read_text().splitlines()) == 4
+    assert len(rows_in(out / "stepwise.jsonl")) == len(rows_in(out / "tasks.jsonl")) > 1
 
 
 def test_ratings_and_steps_of_a_file(tmp_path: Path) -> None:
