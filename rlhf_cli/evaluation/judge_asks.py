@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.judge_rules import is_address
+from rlhf_cli.config.schema.stages import LabelConfig
 from rlhf_cli.data.dataset import cache_folder
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.templates import CHAT, PLAIN
@@ -39,7 +40,7 @@ KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 """The variables that the key of an endpoint may stand in; the first that is set."""
 
 KEPT = "verdicts so far are kept"
-PAID = f"{CHECKPOINTS}/judge.jsonl"  # what a run has asked in all its starts
+PAID = "judge.jsonl"  # what a run has asked in all its starts
 AT_ONCE = 256  # questions to a local judge, after which their answers are kept
 SURE = 8.0  # log-odds, at most: what a verdict in words counts as
 TOP = 20  # tokens whose log-probs are asked for
@@ -49,6 +50,14 @@ LETTER = re.compile(r"\W*([ABC])\W*")
 
 class Spent(RunError):
     """All that a judge may cost is paid."""
+
+
+def paid_file(cfg: Any) -> Path:
+    """Where a run writes its calls down: with its resume points, which go at the end; but beside
+    labels, which a review opens and seals once more.
+    """
+    folder = Path(cfg.out) if isinstance(cfg, LabelConfig) else Path(cfg.out, CHECKPOINTS)
+    return folder / PAID
 
 
 class PairJudge(Protocol):
@@ -76,7 +85,7 @@ class KeptJudge(ABC):
             cache_folder(cfg.data) / "judgements" / f"{text_hash(named)}.jsonl"
         )
         self._spending = Spending(
-            out / PAID, cfg.judge_prices, cfg.judge_max_cost, lambda: check_lock(out)
+            paid_file(cfg), cfg.judge_prices, cfg.judge_max_cost, lambda: check_lock(out)
         )
 
     @property

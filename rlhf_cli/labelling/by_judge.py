@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rlhf_cli.evaluation.beside import CONSISTENT
-from rlhf_cli.evaluation.judge_asks import PAID, KeptJudge, Spent, identity_of
+from rlhf_cli.evaluation.judge_asks import KeptJudge, Spent, identity_of, paid_file
 from rlhf_cli.evaluation.judge_questions import Ask, Questions, asked_text
 from rlhf_cli.evaluation.judgements import Spending, name_of
 from rlhf_cli.evaluation.pair_judge import (
@@ -127,7 +126,7 @@ def of_labels(cfg: Any, desk: Desk) -> Figures:
     that were drawn, and what all of them cost, whatever a review put in the place of its answers.
     Tasks that people have judged before, planted among its own, tell how far it can be believed.
     """
-    questions, spending = Questions.of(cfg), Spending(Path(cfg.out) / PAID)
+    questions, spending = Questions.of(cfg), Spending(paid_file(cfg))
     protocol = desk.terms.protocol
     drawn = {task.id for task, _ in at_random(counted(desk.own, protocol))}
     pairs: list[Pair] = []

@@ -129,7 +129,9 @@ def test_what_a_judge_says_otherwise_in_the_other_order_is_settled(
     assert [(each["who"], each["line"]) for each in task["answers"]] == [("me", "5")]
     (row,) = (row for row in read(out / "preferences.jsonl") if row["task"] == task["task"])
     assert row["reviewed"] and "p" not in row
-    assert json.loads((out / "report.json").read_text())["judge"]["consistency"]["mean"] < 1
+    report = json.loads((out / "report.json").read_text())["judge"]
+    assert report["consistency"]["mean"] < 1
+    assert (report["calls"], report["cached"]) == (len(server.asked), 0) == (12, 0)
 
 
 def test_a_sealed_folder_is_reviewed_from_the_shell(tmp_path: Path) -> None:
