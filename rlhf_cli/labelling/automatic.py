@@ -52,7 +52,8 @@ def by_rewards(task: Task, protocol: str, errs: bool = False) -> Answer | None:
 def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
     """Answer what a file has answers to: rows of task, annotator and what `answers.Answer` has.
 
-    The kind may be left out where the rest tells it; the annotator where there is but one.
+    A row that says otherwise than it did takes the place of what was kept of it. The kind may be
+    left out where the rest tells it; the annotator where there is but one.
 
     Raises:
         RunError: there is no such file yet.
@@ -71,10 +72,10 @@ def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
         for who, desk in desks.items()
         for turn in desk.turns
     }
-    done = {
-        (who, turn.task.id, turn.showing)
+    kept = {
+        (who, turn.task.id, turn.showing): event
         for who, desk in desks.items()
-        for turn, _ in desk.answered
+        for turn, event in desk.own
     }
     times: Counter[tuple[str, str]] = Counter()
     for row, place in rows_of_file(file):
@@ -88,13 +89,14 @@ def label_by_file(desks: dict[str, Desk], labels: str, folder: Path) -> None:
         times[named] += 1
         if turn is None:
             raise UserError(f"{place}: {who} has no task {row.get('task')!r}, or has it less often")
-        if (who, turn.task.id, turn.showing) in done:
-            continue
         desk = desks[who]
-        answer = answer_of(row, desk.terms.protocol)
+        answer, note = answer_of(row, desk.terms.protocol), str(row.get("note") or "")
+        before = kept.get((who, turn.task.id, turn.showing), {})
+        if {**before, **answer} == before and before.get("note", "") == note:
+            continue
         if (fault := fault_of(answer, desk.terms.protocol, turn.task)) is not None:
             raise UserError(f"{place}: {fault}")
-        desk.answer(turn, answer, str(row.get("note") or ""))
+        desk.answer(turn, answer, note)
 
 
 def answer_of(row: dict[str, object], protocol: str) -> Answer:

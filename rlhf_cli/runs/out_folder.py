@@ -39,6 +39,7 @@ from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
 from rlhf_cli.runs.provenance import (
     Provenance,
     changed_since,
+    held_to,
     parent_paths,
     places_read,
     provenance_of,
@@ -123,9 +124,8 @@ def state_of(cfg: Run, check_only: bool = False) -> str:
     if cfg.data.path == STDIN and stdin_differs(provenance, before):
         return to_be_emptied(out)
     if changed := changed_since(provenance, before):
-        raise UserError(
-            f"out={out} was made from another {changed}; set overwrite=true to make it again"
-        )
+        anew = "name another out" if labels_in(out) else "set overwrite=true to make it again"
+        raise UserError(f"out={out} was made from another {changed}; {anew}")
     if not complete and what_is_kept(out) and not any((out / name).is_file() for name in BEGUN):
         raise UserError(f"{out / INPUTS} is missing; set overwrite=true to start afresh")
     return FINISHED if complete else RESUMABLE
@@ -176,11 +176,16 @@ def check_no_labels(out: Path) -> None:
     Raises:
         UserError: naming it.
     """
-    if labels := sorted(out.glob(EVENTS.format("*"))):
+    if labels := labels_in(out):
         raise UserError(
             f"out={out} holds {len(labels)} files of labels, as {labels[0].name}, which "
             "overwrite=true would remove: name another out, or remove them yourself"
         )
+
+
+def labels_in(out: Path) -> list[Path]:
+    """The files of what was labelled there."""
+    return sorted(out.glob(EVENTS.format("*")))
 
 
 def begun_by_the_same_order(cfg: Run) -> bool:
@@ -307,7 +312,7 @@ def claim(cfg: Run, provenance: Provenance) -> None:
     variables = (f"{' '.join(VARIABLE)} {name} {mark}\n" for name, mark in marks().items())
     write_text(out / CONFIG, header + "".join(variables) + content)
     (out / CHECKPOINTS).mkdir(exist_ok=True)
-    record = record_of(places_referenced(begun_with(out) or dict(provenance)))
+    record = record_of(places_referenced(begun_with(out) or held_to(provenance)))
     for name in RECORDS:
         if not holds(out / name, record):
             write_json(out / name, record)

@@ -37,6 +37,7 @@ FILES = (
     *("known", "anchors"),
 )
 """Keys that name a file beside `data`."""
+GROWING = "labels"  # names a file of labels: people may go on writing it until they are sealed
 ROWS = "rows"  # the role of a folder that left rows which a stage reads
 
 
@@ -207,7 +208,10 @@ def data_files(place: str) -> list[Path]:
 
 def provenance_of(cfg: Run) -> Provenance:
     """What a stage is made from, as stage.json has it: parents by role, and other inputs."""
-    hashes = {key: (place, input_hash(place)) for key, place in inputs_read(cfg).items()}
+    inputs = inputs_read(cfg)
+    if (labels := getattr(cfg, GROWING, None)) is not None:
+        inputs[GROWING] = labels
+    hashes = {key: (place, input_hash(place)) for key, place in inputs.items()}
     if cfg.data.path == STDIN and not facts_of(cfg).holds_out:
         hashes["data.path"] = (STDIN, text_hash("".join(stdin_lines())))
     parents = parents_of(cfg) | {f"{ROWS} {path}": path for path in folders_of_rows(cfg)}
@@ -220,6 +224,14 @@ def provenance_of(cfg: Run) -> Provenance:
             for key, (place, digits) in hashes.items()
             if digits is not None
         },
+    }
+
+
+def held_to(provenance: Provenance) -> Provenance:
+    """What a run that is unfinished is held to: all that it is made from, but what may grow."""
+    return {
+        group: {key: each for key, each in entries.items() if key != GROWING}
+        for group, entries in provenance.items()
     }
 
 

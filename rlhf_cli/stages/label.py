@@ -37,8 +37,18 @@ from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.lock import check_lock, lock, unlock
-from rlhf_cli.runs.out_folder import FINISHED, FREE, SAMPLES, TASKS, check_no_labels, claim, staging
+from rlhf_cli.runs.out_folder import (
+    FINISHED,
+    FREE,
+    SAMPLES,
+    TASKS,
+    begun_with,
+    check_no_labels,
+    claim,
+    staging,
+)
 from rlhf_cli.runs.preflight import Plan, preflight
+from rlhf_cli.runs.provenance import GROWING
 
 if TYPE_CHECKING:
     from rlhf_cli.evaluation.judge_asks import KeptJudge
@@ -248,7 +258,15 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
             (folder / name).write_text(text, encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(round_figures(report), indent=2) + "\n")
     show(report)
-    return session.finish("labels", headline(report), sentence(report))
+    return session.finish("labels", headline(report), sentence(report), **made_from(session))
+
+
+def made_from(session: "Session") -> dict[str, Any]:
+    """For stage.json: beside what the run began with labels=FILE as it was sealed."""
+    assert session.plan.provenance is not None  # it is not finished
+    begun, now = begun_with(session.out), session.plan.provenance["inputs"]
+    grown = {GROWING: now[GROWING]} if GROWING in now else {}
+    return {"inputs": {**(begun.get("inputs") or {}), **grown}}
 
 
 def tell_of_judge(

@@ -24,6 +24,7 @@ from rlhf_cli.labelling.tasks import Sample, Task, dealt, samples_of_file, task_
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs.data_checks import check_data
 from rlhf_cli.runs.out_folder import state_of, what_is_kept
+from rlhf_cli.runs.preflight import preflight
 from tests.tiny import DATA
 
 WORDS = [*(word for word in DATA if "eval" not in word), "algo.prompts=4"]
@@ -250,6 +251,34 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
     assert len(feedback.train) + len(feedback.held_out) == len(tasks) - 2  # flagged, and skipped
     left_out = [each for each in read(out / "events-ana.jsonl") if "reason" in each]
     assert {each["reason"] for each in left_out} == {"a phone number", "odd"}
+
+
+def test_labels_of_a_file_may_change_until_they_are_sealed(tmp_path: Path) -> None:
+    labels, out = tmp_path / "labels.jsonl", tmp_path / "out"
+    words = [given(tmp_path / "s.jsonl", 3, 1), "policy=null", "source=file", f"labels={labels}"]
+    words += ["algo.protocol=thumbs", "algo.repeat=0", "annotators=[ana]"]
+    with pytest.raises(RunError, match="is not there yet"):
+        label(out, *words)
+    rows = [{"task": each["task"], "label": True} for each in read(out / "tasks.jsonl")]
+
+    def write(*said: dict[str, Any]) -> None:
+        labels.write_text("".join(json.dumps(row) + "\n" for row in said))
+
+    write(*rows[:2])
+    for _ in range(2):  # what was kept is not kept again
+        with pytest.raises(RunError, match=f"2 of {len(rows)} labels are kept"):
+            label(out, *words)
+    write({**rows[0], "label": False}, *rows[1:])  # a mistake is mended, and all are there
+    label(out, *words)
+    assert len(read(out / "events-ana.jsonl")) == len(rows) + 1
+    said = {row["task"]: row["label"] for row in read(out / "feedback.jsonl")}
+    assert said == {row["task"]: row is not rows[0] for row in rows}
+    assert label(out, *words) == out  # nothing to do
+    write(*rows)
+    with pytest.raises(UserError, match=r"made from another labels .*labels.jsonl has changed"):
+        label(out, *words)
+    with pytest.raises(UserError, match="name another out$"):
+        preflight(compose("label", [*words, f"out={out}"]), check_only=True)
 
 
 def test_a_label_file_of_odd_rows_is_named(tmp_path: Path) -> None:
