@@ -7,14 +7,23 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+ODD = (
+    *(b"<html>busy</html>", b"", b"[]", b'"text"', b"{}", b'{"choices": {}}', b'{"choices": []}'),
+    *(b'{"choices": ["text"]}', b'{"choices": [{"message": "text"}]}'),
+    b'{"choices": [{"message": {"content": [{"type": "text", "text": "[[A]]"}]}}]}',
+)
+"""What may come with status 200 and is no answer."""
+
 Verdict = Callable[[str, str], float | None]
 """Log-odds that the first of two is better; None is a fault of the server."""
 
 
 class FakeEndpoint(ThreadingHTTPServer):
-    """Answers a message by a function that gives a choice; it counts what it is asked."""
+    """Answers a message by a function that gives a choice, or all that is sent; it counts what it
+    is asked.
+    """
 
-    def __init__(self, choose: Callable[[str], dict[str, Any] | None]) -> None:
+    def __init__(self, choose: Callable[[str], dict[str, Any] | bytes | None]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.choose = choose
         self.asked: list[dict[str, Any]] = []
@@ -74,7 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(server.status, "no such luck")
             return
         usage = {"prompt_tokens": 100, "completion_tokens": 2}
-        content = json.dumps({"choices": [choice], "usage": usage}).encode()
+        content = choice
+        if not isinstance(content, bytes):
+            content = json.dumps({"choices": [choice], "usage": usage}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from rlhf_cli.folders.json_forms import Form, misfit
 from rlhf_cli.reporting.console import say
-from rlhf_cli.rollout.server_client import Client
+from rlhf_cli.rollout.server_client import OK, Client, ServerFault
 
 TOLD = 3  # failures that are told one by one
+CHOICE: Form = {"message": {"content?": (str, None)}, "finish_reason?": (str, None)}
+ANSWER: Form = {"choices": [CHOICE]}
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -48,11 +51,30 @@ class ChatRoute:
         """What it answers to one message of the user's, as JSON.
 
         Raises:
-            ServerFault: it does not, or not in time.
+            ServerFault: it does not, or not in time, or no object.
         """
         messages = [{"role": "user", "content": text}]
         body = {"model": self._model, "messages": messages, **options}
-        return self._client.post("/chat/completions", body)
+        return self._as_asked(self._client.post("/chat/completions", body), {})
+
+    def choice(self, answer: Any) -> dict[str, Any]:
+        """The first choice of an answer: `message`, its `content` a text, null or absent, and more.
+
+        Raises:
+            ServerFault: there is none, or it has another shape.
+        """
+        choices: list[dict[str, Any]] = self._as_asked(answer, ANSWER)["choices"]
+        if not choices:
+            raise self._otherwise("choices is empty")
+        return choices[0]
+
+    def _as_asked(self, answer: Any, form: Form) -> Any:
+        if (fault := misfit(answer, form)) is not None:
+            raise self._otherwise(fault)
+        return answer
+
+    def _otherwise(self, fault: str) -> ServerFault:
+        return ServerFault(f"{self.url} answered otherwise than asked: {fault}", OK)
 
     def each(
         self, work: Callable[[Item], Answer], items: Sequence[Item]

@@ -7,6 +7,7 @@ file, pair_judge.py, which asks in both orders. What was answered once is not as
 import json
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -234,7 +235,7 @@ class Endpoint(KeptJudge):
                     f"{self._spending.most:g} cannot be held; set it to null"
                 )
             self._spending.add({name: [int(usage.get(each) or 0) for each in TOKENS]})
-            return verdict_of(answer["choices"][0])
+            return verdict_of(self._route.choice(answer))
         except ServerFault as fault:
             return str(fault)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -253,7 +254,7 @@ def verdict_of(choice: Any) -> float:
     content = (choice.get("logprobs") or {}).get("content") or []
     if content and (found := odds_of_tokens(content[0].get("top_logprobs") or [])) is not None:
         return found
-    text = choice["message"]["content"] or ""
+    text = choice["message"].get("content") or ""
     letters = VERDICT.findall(text) or LETTER.fullmatch(text.strip())
     if not letters:
         raise ValueError(f"no verdict in {text[:80]!r}")
@@ -267,12 +268,15 @@ def odds_of_tokens(tokens: Sequence[dict[str, Any]]) -> float | None:
     One that is not among them counts as the least likely of those.
     """
     mass = {"A": 0.0, "B": 0.0}
-    for each in tokens:
+    chances = [math.exp(min(each["logprob"], 0.0)) for each in tokens]
+    for each, chance in zip(tokens, chances, strict=True):
+        if math.isnan(chance):
+            raise ValueError("a log-prob is no number")
         if (letter := str(each["token"]).strip()) in mass:
-            mass[letter] += math.exp(each["logprob"])
+            mass[letter] += chance
     if not any(mass.values()):
         return None
-    least = math.exp(min(each["logprob"] for each in tokens))
+    least = max(min(chances), sys.float_info.min)  # -9999 stands for 0
     ours, theirs = (each or min(least, max(mass.values())) for each in mass.values())
     return clipped(math.log(ours) - math.log(theirs))
 

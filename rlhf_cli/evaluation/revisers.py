@@ -195,16 +195,13 @@ class EndpointReviser:
             ServerFault: the server is not there, or too busy for as long as it is asked.
         """
         try:
-            answer = self._route.ask(text, **self._options)
-            choice = answer["choices"][0]
+            choice = self._route.choice(self._route.ask(text, **self._options))
             ended = choice.get("finish_reason") not in CUT
-            return Said(str(choice["message"]["content"] or ""), ended)
+            return Said(choice["message"].get("content") or "", ended)
         except ServerFault as fault:
             if fault.status is None or fault.status in BUSY:
                 raise
             return str(fault)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            return f"{self._route.url} answered otherwise than asked: {error or type(error)}"
 
 
 def reviser_of(cfg: GenerateConfig, policy: Policy, load: Callable[[str], Policy]) -> Reviser:

@@ -23,6 +23,7 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 IN_FLIGHT = 256  # requests at once; a server queues what it has no room for
+OK = 200
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # what may pass
 TRIES = 5  # of a request that a server answers so
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two; each is twice the one before
@@ -32,7 +33,7 @@ LONGEST_ANSWER = 300  # characters of a server's answer that are shown
 class ServerFault(RunError):
     """A server did not do what it was asked for; a line that says what it answered.
 
-    status: of its answer; None where there was none.
+    status: of its answer, 200 of one that is no JSON; None where there was none.
     """
 
     def __init__(self, line: str, status: int | None = None) -> None:
@@ -170,7 +171,7 @@ class Client:
 
     def _read(self, route: str, answer: HTTPResponse) -> str:
         text = answer.read().decode("utf-8", "replace")
-        if answer.status != 200:
+        if answer.status != OK:
             said = in_a_line(text) or answer.reason
             raise ServerFault(f"{self.url}{route} answered {answer.status}: {said}", answer.status)
         return text
@@ -181,7 +182,8 @@ class Client:
         try:
             return json.loads(text)
         except ValueError:
-            raise ServerFault(f"{self.url}{route} answered no JSON: {in_a_line(text)}") from None
+            line = f"{self.url}{route} answered no JSON: {in_a_line(text)}"
+            raise ServerFault(line, OK) from None
 
     @contextmanager
     def _connected(self, timeout: float) -> Iterator[HTTPConnection]:

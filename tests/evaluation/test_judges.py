@@ -140,6 +140,9 @@ def test_worked_verdicts() -> None:
     )
     assert odds_of_tokens(tokens[:1]) == 0  # nothing is known of B but that it is no likelier
     assert odds_of_tokens([{"token": "The", "logprob": -0.1}]) is None
+    assert odds_of_tokens([tokens[0], {"token": "B", "logprob": -9999.0}]) == 8  # as OpenAI has it
+    with pytest.raises(ValueError):
+        odds_of_tokens([{"token": "A", "logprob": math.nan}])
 
     def said(text: str | None) -> dict[str, Any]:
         return {"message": {"content": text}}

@@ -15,10 +15,10 @@ from rlhf_cli.config.errors import Interrupted, RunError, UserError
 from rlhf_cli.data.kinds import Demonstration
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.demo.gold import FACTS, QUESTION, gold_score
-from tests.endpoints import FakeEndpoint
+from tests.endpoints import ODD, FakeEndpoint
 from tests.tiny import DATA
 
-Choose = Callable[[str], dict[str, Any] | None]
+Choose = Callable[[str], dict[str, Any] | bytes | None]
 WORDS = [
     *(word for word in DATA if "eval" not in word),
     *("policy=runs/demo/sft", "algo.prompts=5", "algo.samples=2", "algo.max_tokens=6"),
@@ -152,6 +152,30 @@ def test_what_is_refused_or_cut_is_left_out_and_told(
     assert all(row["completion"] != "half a" for row in read(out / "demonstrations.jsonl"))
     with pytest.raises(RunError, match="none of 10 responses has a revision"):
         generate(tmp_path / "none", *words_for(served(lambda text: None), tmp_path, *words[3:]))
+
+
+@pytest.mark.usefixtures("inside")
+def test_what_is_no_answer_is_left_out_and_told(
+    served: Callable[[Choose], FakeEndpoint],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With status 200, whether it was to be a critique or a revision: it ends no run."""
+    left = list(ODD)
+    words = ["algo.prompts=12", "algo.revisions=1", "reviser_concurrency=1"]
+
+    def choose(text: str) -> dict[str, Any] | bytes | None:
+        asks_in_turn = len(left) > len(ODD) / 2 or text.endswith("Revision: ")
+        return left.pop() if left and asks_in_turn else kinder(text)
+
+    out = generate(tmp_path / "out", *words_for(served(choose), tmp_path, *words))
+    shown = " ".join(capsys.readouterr().err.split())
+    revisions = read(out / "revisions.jsonl")
+    responses = [row["response"] for row in read(out / "samples.jsonl")]
+    assert not left and len(revisions) == sum(map(bool, map(str.strip, responses))) - len(ODD)
+    assert "answered otherwise than asked: choices[0].message.content is" in shown
+    for each in revisions:
+        assert each["revisions"][0]["revision"] == f"{each['response']}+".strip()
 
 
 @pytest.mark.usefixtures("inside")

@@ -17,7 +17,7 @@ from rlhf_cli.labelling.by_judge import ranks_of
 from rlhf_cli.labelling.desk import Desk, desks_of
 from rlhf_cli.runs.kinship import kinship_lines
 from rlhf_cli.runs.preflight import preflight
-from tests.endpoints import FakeJudge
+from tests.endpoints import ODD, FakeJudge
 from tests.labelling.test_label import WORDS, given, label, read, typed
 
 Fake = Callable[..., FakeJudge]
@@ -115,6 +115,19 @@ def test_a_failure_is_no_tie_and_is_asked_again(
     other = report_in(label(tmp_path / "other", *words))
     assert len(server.asked) == before and other["ratings"] == report["ratings"]
     assert (other["judge"]["calls"], other["judge"]["cached"]) == (0, 12)
+
+
+def test_what_is_no_answer_is_no_verdict(fake: Fake, tmp_path: Path) -> None:
+    """With status 200: it ends no run before all are asked, and none is taken for a tie."""
+    server, odd = fake(fair), list(ODD)
+    choose = server.choose
+    server.choose = lambda text: odd.pop() if odd else choose(text)
+    words = words_for(server, tmp_path, "algo.protocol=pair", "judge_concurrency=1", count=8)
+    with pytest.raises(RunError, match="of 8 labels are kept"):
+        label(tmp_path / "out", *words)
+    assert len(server.asked) == 16
+    out = label(tmp_path / "out", *words)
+    assert len(read(out / "preferences.jsonl")) == 8 and len(server.asked) == 26
 
 
 def test_what_may_be_paid_is_labelled_and_may_be_sealed(fake: Fake, tmp_path: Path) -> None:
