@@ -72,7 +72,12 @@ STAGE: Form = {
     "metrics?": {"eval/auc?": (REAL, None), "eval/accuracy?": (REAL, None)},
     "seconds?": REAL,
     "step?": COUNT,
-    "exported?": {"stage?": (str, None), "options": dict, "written": [str]},
+    "exported?": {
+        "stage?": (str, None),
+        "step?": COUNT,
+        "options": dict,
+        "written": [str],
+    },
 }
 
 SIZES = (

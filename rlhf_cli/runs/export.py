@@ -48,7 +48,10 @@ from rlhf_cli.runs.origin import CARD, card_of
 CPU = torch.device("cpu")
 EDITED = (CARD, ".gguf")  # what people may change or take out: no later stage reads it
 # of DIR's stage.json: these are said anew, or belong to its own run
-NOT_KEPT = ("stage", "parents", "inputs", "files", "complete", "seconds", "stopped", EXPORTED)
+NOT_KEPT = (
+    *("stage", "parents", "inputs", "files", "complete", "seconds", "stopped", "step"),
+    EXPORTED,
+)
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,7 @@ def _manifest(
         EXPORTED: {
             "from": order.source,
             "stage": said.get("stage"),
+            **({"step": said["step"]} if "step" in said else {}),  # of a snapshot
             "options": _options(order),
             "written": written,
         },

@@ -190,6 +190,12 @@ class Session:
         """
         bar.skip(self.start)
         self.last_step = bar.total
+        every = getattr(self.cfg.algo, "snapshot_every", None)
+        if every is not None and every > bar.total:
+            say(
+                f"note: algo.snapshot_every={every}, but the run has {bar.total} steps: no policy "
+                "is kept on its way"
+            )
         by_main(lambda: drop_snapshots(self.out, self.start))
         for step in range(self.start + 1, bar.total + 1):
             bar.advance()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_cli.commands import export
 from rlhf_cli.config.compose import compose
 from rlhf_cli.folders.manifest import content_hash, read_manifest
 from rlhf_cli.reporting.metrics import JsonLines
@@ -102,12 +103,27 @@ def test_a_snapshot_may_go_and_is_no_run(tmp_path: Path) -> None:
     first, *others = sorted(out.glob("step-*"))
     assert list(runs_in([tmp_path])) == [out]
     assert list(runs_in([first])) == [first]
+    export.run([str(first), str(out / "mine")])  # made of one, and none itself
+    said = read_manifest(out / "mine") or {}
+    assert snapshot_step(out / "mine") is None and said["exported"]["step"] == 2
+    shutil.rmtree(out / "mine")
     shutil.rmtree(first)
     cfg = compose("sft", [*words_of("sft"), *RUNS["sft"], EVERY, f"out={out}"])
     assert state_of(cfg) == FINISHED
     shutil.copytree(others[0], tmp_path / "copy")  # elsewhere it is a policy as any other
     assert snapshot_step(tmp_path / "copy") is None
     assert snapshot_step(out) is None
+
+
+def test_a_run_that_is_too_short_for_a_snapshot_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for every, told in ((6, False), (7, True)):
+        out = tmp_path / str(every)
+        run("sft", out, f"algo.snapshot_every={every}")  # of 6 steps
+        line = "note: algo.snapshot_every=7, but the run has 6 steps: no policy is kept on its way"
+        said = " ".join(capsys.readouterr().err.split())
+        assert (line in said, snapshots(out)) == (told, [] if told else ["step-6"])
 
 
 def test_a_run_that_is_given_more_steps_makes_later_snapshots_anew(
