@@ -22,6 +22,12 @@ def choosers(cfg: LabelConfig) -> list[str]:
     return [REWARD] * own + cfg.scorers
 
 
+def only_drawn(cfg: LabelConfig) -> bool:
+    """Whether tasks are drawn from responses that exist: no model samples, scores or chooses."""
+    scored = cfg.reward is not None or bool(cfg.scorers)
+    return cfg.samples is not None and not scored and cfg.algo.select == "random"
+
+
 def selection(cfg: Run) -> Iterator[str]:
     """A rule has rewards to go by, and something to choose from."""
     if not isinstance(cfg, LabelConfig) or cfg.algo.select == "random":

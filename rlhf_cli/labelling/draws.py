@@ -73,10 +73,14 @@ def pool_of(samples: Iterable[Sample], algo: LabelAlgo, seed: int) -> tuple[Pool
     return Pool(list(enough.values()), candidates, size, most, wanted), dropped
 
 
-def task_in(pool: Pool, pick: Pick) -> Task:
-    """The task that is picked."""
-    said = pool.prompts[pick.prompt]
-    return task_of([said[i] for i in pool.candidates[pick.prompt][pick.place]], pick.select)
+def tasks_in(pool: Pool, picks: Iterable[Pick]) -> list[Task]:
+    """The tasks that are picked, in the order of their prompts."""
+    tasks = []
+    for pick in sorted(picks, key=lambda pick: (pick.prompt, pick.place)):
+        said = pool.prompts[pick.prompt]
+        shown = [said[i] for i in pool.candidates[pick.prompt][pick.place]]
+        tasks.append(task_of(shown, pick.select))
+    return tasks
 
 
 # --------------------------------------------------------------------------- candidates

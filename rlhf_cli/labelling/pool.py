@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import LabelConfig
 from rlhf_cli.config.selection_rules import BY_SCORES, FEWEST, REWARD, choosers
-from rlhf_cli.data.asked import asked_in, not_asked
+from rlhf_cli.data.asked import not_asked
 from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.data.rows import Split
 from rlhf_cli.evaluation.kept import KeptSamples
 from rlhf_cli.labelling.selection import score_of
-from rlhf_cli.labelling.tasks import STEPS, Sample, samples_of_file
-from rlhf_cli.reporting.console import Bar, say
+from rlhf_cli.labelling.tasks import STEPS, Sample, asked_before, new_samples
+from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rewards.reward import Reward, Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
@@ -67,18 +67,10 @@ def prompts_of(session: Session) -> Split:
     return session.rows.to_answer()
 
 
-def asked_before(cfg: Any) -> set[str]:
-    """The identities of the prompts in the files of `asked`, whose number is said."""
-    known = asked_in(cfg.asked)
-    if known:
-        say(f"{len(known)} prompts of {', '.join(cfg.asked)} are not asked again")
-    return known
-
-
 def given_samples(session: Session) -> list[Sample]:
     """What samples=FILE has of new prompts, scored where rewards are given."""
     cfg: Any = session.cfg
-    samples = not_asked(samples_of_file(cfg.samples), asked_before(cfg))
+    samples = new_samples(cfg)
     session.note([])
     session.claim()
     if cfg.reward is None and not cfg.scorers:

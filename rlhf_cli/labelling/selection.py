@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_cli.config.schema.algorithms import LabelAlgo
 from rlhf_cli.config.selection_rules import REWARD
-from rlhf_cli.labelling.draws import Pick, Pool, at_random, selected, task_in
+from rlhf_cli.labelling.draws import Pick, Pool, at_random, selected, tasks_in
 from rlhf_cli.labelling.tasks import RANDOM, Sample, Task
 from rlhf_cli.objectives.acquisition import (
     comparison_weights,
@@ -45,8 +45,7 @@ def chosen(pool: Pool, algo: LabelAlgo, judges: Sequence[str], seed: int) -> lis
     if drawn < pool.tasks:
         by_head = algo.select == "fisher"
         picks += by_design(pool, picks) if by_head else by_scores(pool, picks, algo, judges)
-    picks.sort(key=lambda pick: (pick.prompt, pick.place))
-    return [task_in(pool, pick) for pick in picks]
+    return tasks_in(pool, picks)
 
 
 def room_in(pool: Pool, picks: Sequence[Pick]) -> list[int]:

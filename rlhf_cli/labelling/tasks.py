@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import UserError
+from rlhf_cli.config.schema.stages import LabelConfig
+from rlhf_cli.data.asked import asked_in, not_asked
 from rlhf_cli.data.kinds import Turns, reply_text
 from rlhf_cli.data.order import order_of
 from rlhf_cli.data.responses import responses_of
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.json_forms import REAL, Form, misfit
+from rlhf_cli.reporting.console import say
 from rlhf_cli.runs.out_folder import TASKS
 
 if TYPE_CHECKING:
@@ -216,6 +219,24 @@ def _fault(row: dict[str, Any]) -> str | None:
     if not isinstance(row.get("prompt"), str | list):
         return "prompt is no text and no list of messages"
     return None if len(row["origins"]) == len(row["responses"]) else "responses without origins"
+
+
+def new_samples(cfg: LabelConfig) -> list[Sample]:
+    """The responses that samples=FILE has to prompts that were not asked before.
+
+    Raises:
+        UserError: there are none, or a row is none of a response.
+    """
+    assert cfg.samples is not None
+    return not_asked(samples_of_file(cfg.samples), asked_before(cfg))
+
+
+def asked_before(cfg: LabelConfig) -> set[str]:
+    """The identities of the prompts in the files of `asked`, whose number is said."""
+    known = asked_in(cfg.asked)
+    if known:
+        say(f"{len(known)} prompts of {', '.join(cfg.asked)} are not asked again")
+    return known
 
 
 def samples_of_file(path: str) -> list[Sample]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.schema.stages import Run
+from rlhf_cli.config.schema.stages import LabelConfig, Run
+from rlhf_cli.config.selection_rules import only_drawn
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.config.switches import written
 from rlhf_cli.data.look import expected_rows
@@ -176,6 +177,8 @@ def loading_line(cfg: Run) -> str:
     """What is loaded before the first step, in a line."""
     if (Path(cfg.out) / TASKS).is_file() and is_claimed(Path(cfg.out)):
         return f"reading {Path(cfg.out) / TASKS}"
+    if isinstance(cfg, LabelConfig) and only_drawn(cfg):
+        return f"reading {cfg.samples}"
     models = dict.fromkeys(models_read(cfg).values())  # a policy is often its own baseline
     more = [f"{len(models) - NAMED} more"] if len(models) > NAMED else []
     return f"loading {', '.join(['PyTorch', *list(models)[:NAMED], *more])}"

@@ -8,8 +8,8 @@ who wrote what, and sees responses in an order of their own.
 First responses are sampled, once, into tasks.jsonl; or samples=FILE has them. Then labels are
 collected, each on disk before the next task is shown, in events-NAME.jsonl. Once all tasks are
 labelled the folder is sealed with rows that reward and dpo read as they are, and with a report:
-agreement, Krippendorff's alpha, ratings of the policies. Until tasks are sampled torch is needed,
-then not before the end.
+agreement, Krippendorff's alpha, ratings of the policies. Torch is needed to sample, to score and at
+the end; else not.
 
     rlhf-cli label policy=runs/demo/sft baselines=[runs/demo/ppo] algo.protocol=pair
 """
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.config.schema.stages import LabelConfig
+from rlhf_cli.config.selection_rules import only_drawn
 from rlhf_cli.data.conversions import steps_of
 from rlhf_cli.data.order import derived_seed
 from rlhf_cli.folders.files import remove
@@ -29,10 +30,19 @@ from rlhf_cli.folders.manifest import MANIFEST
 from rlhf_cli.labelling import terminal
 from rlhf_cli.labelling.automatic import label_by_file, label_by_reward
 from rlhf_cli.labelling.desk import Desk, desks_of, instructions_of
+from rlhf_cli.labelling.draws import at_random, pool_of, tasks_in
 from rlhf_cli.labelling.majority import MAJORITY, by_majority
 from rlhf_cli.labelling.planted import anchor_tasks, known_tasks, with_planted
 from rlhf_cli.labelling.rows import counted, rows_of
-from rlhf_cli.labelling.tasks import RANDOM, STEPS, Task, read_tasks, write_tasks
+from rlhf_cli.labelling.tasks import (
+    RANDOM,
+    STEPS,
+    Sample,
+    Task,
+    new_samples,
+    read_tasks,
+    write_tasks,
+)
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
@@ -130,19 +140,17 @@ def left_over(cfg: LabelConfig, desks: dict[str, Desk]) -> str:
 
 def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
     """Write tasks.jsonl: what the policies respond, or what samples=FILE has."""
-    from rlhf_cli.labelling.draws import pool_of
-    from rlhf_cli.labelling.pool import given_samples, judges_that_know, sampled
-    from rlhf_cli.labelling.selection import chosen
-    from rlhf_cli.runs.begin import begin
-
-    session = begin(cfg, plan)
-    assert session is not None  # it is not finished
-    session.trackers = None  # they are told by the session that seals: it has the figures
-    planted = planted_of(cfg)
-    samples = given_samples(session) if cfg.samples else sampled(session)
+    planted, plain = planted_of(cfg), only_drawn(cfg)
     seed = derived_seed(cfg.seed, "label")
+    samples = as_they_are(cfg, plan) if plain else computed(cfg, plan)
     pool, dropped = pool_of(samples, cfg.algo, seed)
-    tasks = chosen(pool, cfg.algo, judges_that_know(cfg, samples), seed)
+    if plain:
+        tasks = tasks_in(pool, at_random(pool, pool.tasks, seed))
+    else:
+        from rlhf_cli.labelling.pool import judges_that_know
+        from rlhf_cli.labelling.selection import chosen
+
+        tasks = chosen(pool, cfg.algo, judges_that_know(cfg, samples), seed)
     if cfg.algo.protocol == STEPS:
         tasks = [
             replace(task, steps=steps_of(task.responses[0], cfg.data, task.source))
@@ -162,9 +170,30 @@ def sample_tasks(cfg: LabelConfig, plan: Plan) -> None:
         raise UserError(
             "no prompt has two different responses: raise algo.samples or algo.temperature"
         )
-    check_lock(session.out)
-    write_tasks(session.out, with_planted(tasks, planted))
+    check_lock(Path(cfg.out))
+    write_tasks(Path(cfg.out), with_planted(tasks, planted))
     interrupts.wait_no_more("the tasks are sampled")  # nothing is lost by an end from here on
+
+
+def as_they_are(cfg: LabelConfig, plan: Plan) -> list[Sample]:
+    """The responses of samples=FILE, without torch: the page is there at once."""
+    assert plan.provenance is not None  # it is not finished
+    samples = new_samples(cfg)
+    for line in [*plan.at_once(), *plan.at_start()]:
+        say(line)
+    claim(cfg, plan.provenance)
+    return samples
+
+
+def computed(cfg: LabelConfig, plan: Plan) -> list[Sample]:
+    """Responses that are sampled, or those of samples=FILE to be scored or chosen."""
+    from rlhf_cli.labelling.pool import given_samples, sampled
+    from rlhf_cli.runs.begin import begin
+
+    session = begin(cfg, plan)
+    assert session is not None  # it is not finished
+    session.trackers = None  # they are told by the session that seals: it has the figures
+    return given_samples(session) if cfg.samples else sampled(session)
 
 
 def planted_of(cfg: LabelConfig) -> list[Task]:
