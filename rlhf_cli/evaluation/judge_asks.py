@@ -32,7 +32,7 @@ from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar
-from rlhf_cli.rollout.server_client import ServerFault
+from rlhf_cli.rollout.server_client import ServerFault, Unreachable
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.out_folder import CHECKPOINTS
 from rlhf_cli.runs.policy import Policy
@@ -49,8 +49,8 @@ VERDICT = re.compile(r"\[\[([ABC])\]\]")
 LETTER = re.compile(r"\W*([ABC])\W*")
 
 
-class Spent(RunError):
-    """All that a judge may cost is paid."""
+class Unasked(RunError):
+    """What is left cannot be asked: all that a judge may cost is paid, or it is not there."""
 
 
 def paid_file(cfg: Any) -> Path:
@@ -98,7 +98,7 @@ class KeptJudge(ABC):
         """Each is asked unless its answer is kept.
 
         Raises:
-            Spent: what is left to ask may not be paid.
+            Unasked: what is left may not be paid, or the judge is not there.
         """
         texts = [self.questions.written(ask) for ask in asks]
         names = [name_of(text) for text in texts]
@@ -208,7 +208,7 @@ class Endpoint(KeptJudge):
                     stop_if_asked(KEPT)
         tell_failures("judge: no verdict", failures, len(new))
         if unasked:
-            raise Spent(
+            raise Unasked(
                 f"judge_max_cost={self._spending.most:g} is spent after {self.counts['calls']} "
                 f"calls, and {unasked} are left; verdicts so far are kept: the same command with a "
                 "greater judge_max_cost goes on"
@@ -221,6 +221,7 @@ class Endpoint(KeptJudge):
 
         Raises:
             RunError: the endpoint does not tell what a call costs, and that is limited.
+            Unasked: it is not there; each call that is left would wait as long.
         """
         name, text = item
         if self._spending.is_spent:
@@ -236,6 +237,8 @@ class Endpoint(KeptJudge):
                 )
             self._spending.add({name: [int(usage.get(each) or 0) for each in TOKENS]})
             return verdict_of(self._route.choice(answer))
+        except Unreachable as fault:
+            raise Unasked(f"{fault}; {KEPT}: the same command goes on") from None
         except ServerFault as fault:
             return str(fault)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

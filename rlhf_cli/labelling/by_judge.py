@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from rlhf_cli.evaluation.beside import CONSISTENT
-from rlhf_cli.evaluation.judge_asks import KeptJudge, Spent, identity_of, paid_file
+from rlhf_cli.evaluation.judge_asks import KeptJudge, Unasked, identity_of, paid_file
 from rlhf_cli.evaluation.judge_questions import Ask, Questions, asked_text
 from rlhf_cli.evaluation.judgements import Spending, name_of
 from rlhf_cli.evaluation.pair_judge import (
@@ -43,20 +43,20 @@ def label_by_judge(desk: Desk, judge: KeptJudge, tie: float, accept_partial: boo
 
     Args:
         tie: log-odds that neighbours of a ranking must be apart.
-        accept_partial: whether what may not be paid any more is left unasked, and no error.
+        accept_partial: whether what cannot be asked any more is left so, and no error.
 
     Raises:
-        Spent: it is one.
+        Unasked: it is one.
     """
     done = {(turn.task.id, turn.showing) for turn, _ in desk.answered}
     left = [turn for turn in desk.turns if (turn.task.id, turn.showing) not in done]
     try:
         for first in range(0, len(left), AT_ONCE):
             _label(desk, judge, tie, left[first : first + AT_ONCE])
-    except Spent as spent:
+    except Unasked as fault:
         if not accept_partial:
             raise
-        say(str(spent))
+        say(str(fault))
     if desk.left:
         say(f"judge: {desk.left} tasks have no verdict and no label; the same command asks again")
 

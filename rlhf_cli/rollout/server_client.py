@@ -41,6 +41,10 @@ class ServerFault(RunError):
         self.status = status
 
 
+class Unreachable(ServerFault):
+    """A server was not there for as long as it is waited for."""
+
+
 class Client:
     """Asks one server; may be used by many threads at once."""
 
@@ -145,7 +149,7 @@ class Client:
                 self._say_once(fault)
             late = time.monotonic() - began + pause > self.timeout
             if late and fault.status is None:
-                raise ServerFault(f"{fault}; {self._limited_by}={self.timeout:g} is over")
+                raise Unreachable(f"{fault}; {self._limited_by}={self.timeout:g} is over")
             if late or self._given_up.wait(pause):
                 raise fault
             pause = min(2 * pause, LONGEST_PAUSE)

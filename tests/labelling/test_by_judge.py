@@ -143,6 +143,27 @@ def test_what_may_be_paid_is_labelled_and_may_be_sealed(fake: Fake, tmp_path: Pa
     assert report["judge"]["cost"] == pytest.approx(134 * 120e-6)
 
 
+def test_a_judge_that_has_left_is_not_waited_for_by_every_call(fake: Fake, tmp_path: Path) -> None:
+    """70 tasks are 140 calls: 128 of the first 64 tasks, then it is gone."""
+    server = fake(fair)
+    asked = 0
+
+    def verdict(text: str) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        if asked == 128:
+            server.end()
+        return {"message": {"content": "A"}}
+
+    server.choose = verdict
+    words = ["algo.protocol=pair", "judge_timeout=1", "judge_concurrency=1"]
+    words = words_for(server, tmp_path, *words, count=70)
+    with pytest.raises(RunError, match="cannot be reached: .*judge_timeout=1 is over; verdicts so"):
+        label(tmp_path / "out", *words)
+    report = report_in(label(tmp_path / "out", *words, "accept_partial=true"))
+    assert (report["labels"], report["left"]) == (64, 6)
+
+
 def test_a_judge_beside_people(
     fake: Fake,
     tmp_path: Path,
