@@ -91,6 +91,13 @@ class Draft:
     steps: list[dict[str, str]] = field(default_factory=list)
 
 
+def fault_of(revision: Said) -> str | None:
+    """Why it is none that a row could have."""
+    if not revision.ended:
+        return "with a revision that was cut, at algo.max_tokens or by a filter"
+    return None if revision.text.strip() else "with an empty revision"
+
+
 class Revised:
     """The files of what is revised, and how much that is."""
 
@@ -106,6 +113,7 @@ class Revised:
         self._journal = Journal(out / CHECKPOINTS / REVISIONS, lambda: check_lock(out))
         self._known = {asked: Said(*said) for asked, said in by_main(self._read).items()}
         self._counts: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()  # responses without a last revision, by the reason
 
     def _read(self) -> dict[str, tuple[str, bool]]:
         return {each["asked"]: each["said"] for block in self._journal.blocks() for each in block}
@@ -122,6 +130,7 @@ class Revised:
             if rollout.text.strip()
         ]
         self._counts["asked"] += len(rollouts)
+        self._lost["empty"] += len(rollouts) - len(drafts)
         for time in range(self._cfg.algo.revisions):
             drafts = self._once_more(drafts, time)
         by_main(lambda: self._write(drafts, samples))
@@ -144,12 +153,17 @@ class Revised:
         critiques = self._asked(CRITIQUE, self._requests.critique, parts, time)
         for place, critique in critiques.items():
             parts[place]["{critique}"] = critique.text.strip()
+        self._lost["without a critique"] += len(parts) - len(critiques)
         parts = {place: parts[place] for place in critiques}
         revisions = self._asked(REVISION, self._requests.revision, parts, time)
+        self._lost["without a revision"] += len(parts) - len(revisions)
         left = []
         for draft in drafts:
             revision = revisions.get(draft.place)
-            if revision is None or not revision.ended or not revision.text.strip():
+            if revision is None:
+                continue
+            if fault := fault_of(revision):
+                self._lost[fault] += 1
                 continue
             draft.text = revision.text.strip()
             draft.steps.append(
@@ -207,15 +221,11 @@ class Revised:
             RunError: all of them did.
         """
         counts: dict[str, int] = by_main(lambda: dict(self._counts))
+        why = ", ".join(f"{count} {reason}" for reason, count in self._lost.items() if count)
         if not counts.get("revised"):
-            raise RunError(
-                f"none of {counts['asked']} responses has a revision; see the lines above"
-            )
+            raise RunError(f"none of {counts['asked']} responses has a revision: {why}")
         if lost := counts["asked"] - counts["revised"]:
-            say(
-                f"{lost} of {counts['asked']} responses are left out: they were empty, or a "
-                "revision failed, was empty or was cut at the most tokens"
-            )
+            say(f"{lost} of {counts['asked']} responses are left out: {why}")
         return {
             "demonstrations": counts["demonstrations"],
             "revised": counts["revised"] / counts["asked"],
