@@ -29,7 +29,7 @@ from rlhf_cli.config.errors import EXIT_TRY_AGAIN
 from rlhf_cli.ranks.causes import Cause, cause_of, first_cause
 from rlhf_cli.reporting.console import say
 from rlhf_cli.runs import interrupts
-from rlhf_cli.runs.out_folder import what_is_kept
+from rlhf_cli.runs.out_files import what_is_kept
 
 LOOKS = 0.2  # seconds between two looks at the workers
 HERE = "localhost"  # names of machines need not resolve

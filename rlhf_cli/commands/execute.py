@@ -127,7 +127,7 @@ def _tell_path(out: Path) -> None:
 def _disk_faults(cfg: Any) -> Iterator[None]:
     """A full, read-only or forbidden disk ends a run in one line."""
     from rlhf_cli.folders.files import disk_fault
-    from rlhf_cli.runs.out_folder import what_is_kept
+    from rlhf_cli.runs.out_files import what_is_kept
 
     try:
         yield

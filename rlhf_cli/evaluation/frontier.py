@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_cli.reporting.plots import Curve, numbers
 from rlhf_cli.runs.lineage import config_of_run
-from rlhf_cli.runs.out_folder import snapshot_step
+from rlhf_cli.runs.out_files import snapshot_step
 
 Point = dict[str, Any]
 

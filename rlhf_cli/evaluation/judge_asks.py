@@ -34,7 +34,7 @@ from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import Bar
 from rlhf_cli.rollout.server_client import ServerFault, Unreachable
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import CHECKPOINTS
+from rlhf_cli.runs.out_files import CHECKPOINTS
 from rlhf_cli.runs.policy import Policy
 
 KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")

@@ -24,7 +24,7 @@ from rlhf_cli.rewards.specs import files_of, models_of
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs import interrupts
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import CHECKPOINTS, KEPT, KEPT_SCORES, SAMPLES
+from rlhf_cli.runs.out_files import CHECKPOINTS, KEPT, KEPT_SCORES, SAMPLES
 from rlhf_cli.runs.session import Session
 
 KEPT_SAMPLES = "what was sampled is kept"

@@ -21,7 +21,7 @@ from rlhf_cli.reporting.grid import show, side_by_side
 from rlhf_cli.reporting.metrics import JsonLines, round_figures
 from rlhf_cli.reporting.plots import curves_picture, reliability_picture
 from rlhf_cli.reporting.terminal import width
-from rlhf_cli.runs.out_folder import SAMPLES
+from rlhf_cli.runs.out_files import SAMPLES
 
 Results = dict[str, dict[str, Any]]
 """Folder or hub id of a policy -> its figures; an estimate is {mean, stderr}."""

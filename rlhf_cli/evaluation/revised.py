@@ -25,7 +25,7 @@ from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import CHECKPOINTS
+from rlhf_cli.runs.out_files import CHECKPOINTS
 
 REVISIONS = "revisions.jsonl"
 CRITIQUE, REVISION = "critique", "revision"

@@ -10,7 +10,7 @@ from rlhf_cli.data.parse import rows_of_file
 from rlhf_cli.labelling.answers import FIELDS, FLAG, SKIP, Answer, dense, fault_of
 from rlhf_cli.labelling.desk import Desk
 from rlhf_cli.labelling.tasks import PAIR, STEPS, THUMBS, Task
-from rlhf_cli.runs.out_folder import TASKS
+from rlhf_cli.runs.out_files import TASKS
 
 
 def label_by_reward(desk: Desk, flip: float, seed: int) -> None:

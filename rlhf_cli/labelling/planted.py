@@ -15,17 +15,8 @@ from rlhf_cli.data.readers import as_row
 from rlhf_cli.folders.journal import Journal
 from rlhf_cli.folders.manifest import EVENTS
 from rlhf_cli.labelling.answers import FIELDS, FLAG, dense
-from rlhf_cli.labelling.tasks import (
-    PAIR,
-    RANKED,
-    STEPS,
-    THUMBS,
-    Task,
-    id_of,
-    key_of,
-    read_tasks,
-)
-from rlhf_cli.runs.out_folder import CONFIG, TASKS
+from rlhf_cli.labelling.tasks import PAIR, RANKED, STEPS, THUMBS, Task, id_of, key_of, read_tasks
+from rlhf_cli.runs.out_files import CONFIG, TASKS
 
 KNOWN = {
     **dict.fromkeys((*RANKED, PAIR), "prompt, responses and ranks, or prompt, chosen and rejected"),

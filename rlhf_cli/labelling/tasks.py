@@ -17,7 +17,7 @@ from rlhf_cli.data.responses import responses_of
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.json_forms import REAL, Form, misfit
 from rlhf_cli.reporting.console import say
-from rlhf_cli.runs.out_folder import TASKS
+from rlhf_cli.runs.out_files import TASKS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -50,8 +50,8 @@ from rlhf_cli.rewards.models import CheckpointReward
 from rlhf_cli.rewards.reward import Reward, load_reward
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.rollout.rollouts import Rollout
+from rlhf_cli.runs.begun import begun_with
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import begun_with
 from rlhf_cli.runs.policy import Policy
 from rlhf_cli.runs.session import Session
 from rlhf_cli.runs.weights import tensors_of

@@ -27,7 +27,7 @@ from rlhf_cli.rollout.slot_sampler import size_of
 from rlhf_cli.runs.attention import predicted_attention
 from rlhf_cli.runs.memory_estimate import held_always, in_bytes
 from rlhf_cli.runs.model_sizes import BYTES, Unknown, geometry_of, start_of
-from rlhf_cli.runs.out_folder import BUDGET
+from rlhf_cli.runs.out_files import BUDGET
 from rlhf_cli.runs.pass_sizes import (
     activations,
     attention_matrices,

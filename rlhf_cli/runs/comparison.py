@@ -13,7 +13,7 @@ from rlhf_cli.config.stages import STAGES
 from rlhf_cli.folders.manifest import MANIFEST, Manifest, read_manifest
 from rlhf_cli.runs.config_diff import as_named_now, flatten
 from rlhf_cli.runs.lineage import KINDS, config_of_run, read_node, runs_in
-from rlhf_cli.runs.out_folder import is_claimed
+from rlhf_cli.runs.out_files import is_claimed
 
 PLACES = ("out", "overwrite", "reference_cache", "tracker")  # keys that say where, not what
 STDERR, ENDS = "_stderr", ("_low", "_high")  # what follows the name of a figure

@@ -20,7 +20,7 @@ from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.rewards.specs import check_rows_of, terms_of
 from rlhf_cli.runs.lineage import command_of
 from rlhf_cli.runs.model_checks import rewards_of
-from rlhf_cli.runs.out_folder import LABELS, TASKS, is_claimed
+from rlhf_cli.runs.out_files import LABELS, TASKS, is_claimed
 
 
 def row_kind(cfg: Run) -> type:

@@ -9,14 +9,9 @@ from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.limits import sampled_tokens
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.geometry import context_of as positions_of
-from rlhf_cli.folders.manifest import (
-    Manifest,
-    adapter_base,
-    read_config,
-    read_manifest,
-    shapes_of,
-)
-from rlhf_cli.runs.out_folder import config_of, is_claimed
+from rlhf_cli.folders.manifest import Manifest, adapter_base, read_config, read_manifest, shapes_of
+from rlhf_cli.runs.begun import config_of
+from rlhf_cli.runs.out_files import is_claimed
 
 KEYS = ("template", "chat_args", "max_prompt_tokens", "max_response_tokens")
 

@@ -20,8 +20,9 @@ from rlhf_cli.data.files import is_there
 from rlhf_cli.data.stdin import STDIN
 from rlhf_cli.folders.integrity import check_files
 from rlhf_cli.folders.manifest import EXPORTED, MANIFEST, content_hash, read_manifest
+from rlhf_cli.runs.begun import begun_with
 from rlhf_cli.runs.lock import running
-from rlhf_cli.runs.out_folder import CHECKPOINTS, CONFIG, STEP, begun_with, is_claimed, what_is_kept
+from rlhf_cli.runs.out_files import CHECKPOINTS, CONFIG, STEP, is_claimed, what_is_kept
 from rlhf_cli.runs.provenance import ROWS, input_hash
 
 PARENTS, INPUTS = "parents", "inputs"

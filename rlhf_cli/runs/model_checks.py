@@ -36,7 +36,7 @@ from rlhf_cli.rewards.specs import (
     signature_of,
     terms_of,
 )
-from rlhf_cli.runs.out_folder import is_claimed
+from rlhf_cli.runs.out_files import is_claimed
 from rlhf_cli.runs.provenance import baselines_of, named_models
 
 READERS = ("judge", "reviser")  # of text: their tokens may be others than the policy's

@@ -1,41 +1,47 @@
 """The `out` folder of a stage: free, finished, resumable or somebody else's."""
 
-import hashlib
-import json
 import os
-import re
-import shlex
 import shutil
-import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rlhf_cli.config.errors import Busy, UserError
 from rlhf_cli.config.own_files import dump
 from rlhf_cli.config.schema.stages import Run
-from rlhf_cli.config.secrets import as_given, marks
+from rlhf_cli.config.secrets import marks
 from rlhf_cli.config.stages import facts_of, stage_name
 from rlhf_cli.data.stdin import STDIN
 from rlhf_cli.folders.files import PART, flush, flush_all, remove, seal, write_json, write_text
 from rlhf_cli.folders.integrity import check_files, check_plain, oddity
-from rlhf_cli.folders.json_forms import PROVENANCE
-from rlhf_cli.folders.manifest import (
-    EVENTS,
-    MANIFEST,
-    Manifest,
-    places_filled_in,
-    places_referenced,
-    read_manifest,
-    read_object,
-)
+from rlhf_cli.folders.manifest import EVENTS, MANIFEST, Manifest, places_referenced, read_manifest
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.terminal import on_one_line
+from rlhf_cli.runs.begun import (
+    VARIABLE,
+    begun_with,
+    changed_variable,
+    command_line,
+    config_as_written,
+    config_of,
+    holds,
+    record_of,
+)
 from rlhf_cli.runs.config_diff import IGNORED_KEYS, differing_keys, free_keys
 from rlhf_cli.runs.lock import LOCK, check_lock, lock, running, unlock
+from rlhf_cli.runs.out_files import (
+    BEGUN,
+    CHECKPOINTS,
+    CONFIG,
+    INPUTS,
+    KEPT,
+    KEPT_SCORES,
+    RECORDS,
+    STAGING,
+    TRASH,
+    is_claimed,
+    snapshot_step,
+    what_is_kept,
+)
 from rlhf_cli.runs.provenance import (
     Provenance,
     changed_since,
@@ -47,27 +53,6 @@ from rlhf_cli.runs.provenance import (
 )
 
 FREE, FINISHED, RESUMABLE = "free", "finished", "resumable"
-CONFIG = "config.yaml"
-VARIABLE = ["#", "variable"]  # begins the line of a variable that the config takes, and its mark
-HEADER = "# rlhf"  # how the first line of our own config.yaml begins
-STAGING = ".staging"
-CHECKPOINTS = "checkpoints"
-INPUTS = f"{CHECKPOINTS}/inputs.json"
-TASKS = "tasks.jsonl"  # what label asks, once it is sampled
-# rows that it seals
-LABELS = ("rankings.jsonl", "preferences.jsonl", "feedback.jsonl", "stepwise.jsonl")
-RECORDS = (INPUTS, f"{CHECKPOINTS}/inputs.copy.json")  # a damaged one costs no run
-BEGUN = (*RECORDS, TASKS)  # tasks do without a record: what was labelled of them is not lost
-# responses and what judges say of them, as an unfinished stage that does not train has made them
-SAMPLES = "samples.jsonl"
-BUDGET = f"{CHECKPOINTS}/budget.json"  # what hardware's auto meant
-TRACKED = f"{CHECKPOINTS}/tracked"  # by which trackers know an unfinished run again
-ROLLOUTS = f"{CHECKPOINTS}/rollouts"  # weights on their way to a server, and its log
-KEPT, KEPT_SCORES = f"{CHECKPOINTS}/{SAMPLES}", f"{CHECKPOINTS}/scores.jsonl"
-PROGRESS = f"{CHECKPOINTS}/progress.json"  # for who watches it
-STEP = re.compile(r"step-(\d+)")
-TRASH = ".trash"
-MODULE = "rlhf_cli"  # as `python -m` names it
 
 
 def state_of(cfg: Run, check_only: bool = False) -> str:
@@ -206,69 +191,6 @@ def begun_by_the_same_order(cfg: Run) -> bool:
     )
 
 
-def config_of(out: Path) -> dict[str, Any]:
-    """The config that made a folder.
-
-    Raises:
-        UserError: its config.yaml cannot be read.
-    """
-    file = out / CONFIG
-    try:
-        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError):
-        raise UserError(f"{file}: damaged; set overwrite=true to start afresh") from None
-
-
-def config_as_written(cfg: Run) -> dict[str, Any]:
-    """A config as config.yaml has it: what the environment said stays a reference."""
-    return as_given(asdict(cfg))
-
-
-def changed_variable(out: Path) -> str | None:
-    """A variable that the config takes, and whose value was another when the folder was begun."""
-    lines = (out / CONFIG).read_text(encoding="utf-8").splitlines()
-    before = {words[2]: words[3] for line in lines if (words := line.split())[:2] == VARIABLE}
-    return next((name for name, mark in marks().items() if before.get(name, mark) != mark), None)
-
-
-def begun_with(out: Path) -> dict[str, Any]:
-    """What an unfinished run said of its parents and inputs as it began; empty where it did not.
-
-    Raises:
-        UserError: neither record of it is whole.
-    """
-    faults = []
-    for file in (out / name for name in RECORDS):
-        try:
-            said = read_object(file, PROVENANCE) if file.is_file() else None
-        except UserError as error:
-            faults.append(error)
-            continue
-        if said is None:
-            continue
-        digest = said.pop("sha256", None)
-        if digest in (None, record_of(said)["sha256"]):
-            return places_filled_in(said)
-        faults.append(
-            UserError(f"{file}: damaged: other bytes than were written; set overwrite=true")
-        )
-    if faults:
-        raise faults[0]
-    return {}
-
-
-def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
-    """What a run is made from, with a hash by which damage shows."""
-    text = json.dumps(provenance, sort_keys=True)
-    return {**provenance, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def is_claimed(out: Path) -> bool:
-    """Whether a stage has written, or begun to write, this folder."""
-    saved = out / CONFIG
-    return saved.is_file() and saved.read_bytes().startswith(HEADER.encode())
-
-
 def check_writable(out: Path) -> None:
     """Stop before any work where `out` cannot be written."""
     place = out
@@ -317,82 +239,6 @@ def claim(cfg: Run, provenance: Provenance) -> None:
         if not holds(out / name, record):
             write_json(out / name, record)
     flush(out.parent)
-
-
-def holds(file: Path, record: dict[str, Any]) -> bool:
-    """Whether a file is there and holds this very object."""
-    try:
-        return file.is_file() and bool(read_object(file, PROVENANCE) == record)
-    except UserError:
-        return False
-
-
-def command_line() -> str | None:
-    """The command as it was typed (Hydra rewrites sys.argv); None where Python called a stage."""
-    typed = sys.orig_argv[1:]
-    if MODULE in typed:  # python -m rlhf_cli, which is how a rank is started
-        return shlex.join(["rlhf-cli", *typed[typed.index(MODULE) + 1 :]])
-    script, *words = typed or [""]
-    return shlex.join(["rlhf-cli", *words]) if Path(script).name == "rlhf-cli" else None
-
-
-def resume_point(out: Path, step: int) -> Path:
-    """The folder of what is resumed from after a step."""
-    return out / CHECKPOINTS / f"step-{step:08d}"
-
-
-def resume_points(out: Path) -> dict[int, Path]:
-    """The resume points of an out folder by step, oldest first."""
-    points = {
-        int(match[1]): folder
-        for folder in (out / CHECKPOINTS).glob("step-*")
-        if (match := STEP.fullmatch(folder.name))
-    }
-    return dict(sorted(points.items()))
-
-
-def snapshot(out: Path, step: int, last: int) -> Path:
-    """The folder of the policy as it is after a step of a run.
-
-    Args:
-        last: the step that the run is planned to end with, which has all the digits that there are:
-            names stand in the order of the steps.
-    """
-    return out / f"step-{step:0{len(str(last))}d}"
-
-
-def drop_snapshots(out: Path, after: int) -> None:
-    """Remove those of later steps, which a run that goes on from a step makes anew: it may have
-    been given another length, by which names have other digits.
-    """
-    for folder in out.glob("step-*"):
-        if (match := STEP.fullmatch(folder.name)) and int(match[1]) > after:
-            remove([folder])
-    remove(out.glob(f".step-*{PART}"))  # of a run that was killed as it wrote one
-
-
-def snapshot_step(folder: Path) -> int | None:
-    """After which step of its run a policy was kept; None of any other folder."""
-    if not is_claimed(folder.parent):
-        return None
-    step: int | None = (read_manifest(folder) or {}).get("step")
-    return step
-
-
-def what_is_kept(out: Path) -> str | None:
-    """In words what an unfinished run goes on from; None where there is nothing."""
-    if (step := newest_step(out)) is not None:
-        return f"step {step}"
-    for file, what in ((out / TASKS, "tasks"), (out / KEPT, "samples")):
-        with suppress(OSError), file.open("rb") as stream:
-            if count := sum(1 for _ in stream):
-                return f"{count} {what}"
-    return None
-
-
-def newest_step(out: Path) -> int | None:
-    """The step of the newest resume point; None where there is none."""
-    return max(resume_points(out), default=None)
 
 
 def staging(out: Path) -> Path:

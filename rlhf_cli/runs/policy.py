@@ -23,7 +23,7 @@ from rlhf_cli.rollout.native import NativeEngine
 from rlhf_cli.rollout.ranks import RankedEngine
 from rlhf_cli.rollout.server import ServerEngine
 from rlhf_cli.runs.inherited import KEYS, check_context, told
-from rlhf_cli.runs.out_folder import ROLLOUTS
+from rlhf_cli.runs.out_files import ROLLOUTS
 from rlhf_cli.runs.session import Session
 
 MANY = 2_000_000  # tokens that a run samples, whose compiled steps are worth the wait for them

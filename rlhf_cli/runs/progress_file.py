@@ -15,7 +15,7 @@ from rlhf_cli.config.errors import RunError
 from rlhf_cli.folders.files import PART
 from rlhf_cli.reporting.live import Progress
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import PROGRESS
+from rlhf_cli.runs.out_files import PROGRESS
 
 EVERY = 1.0  # seconds between two writes, at least
 

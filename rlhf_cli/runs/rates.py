@@ -15,8 +15,9 @@ from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.rewards.specs import refreshed_model
+from rlhf_cli.runs.begun import config_of
 from rlhf_cli.runs.model_sizes import Unknown, count, known
-from rlhf_cli.runs.out_folder import config_of, is_claimed
+from rlhf_cli.runs.out_files import is_claimed
 
 SIZES = (DEMO_SIZE, 5e8, 3e9, 15e9)
 RATES = {  # up to each of SIZES, and above the last

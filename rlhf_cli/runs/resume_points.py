@@ -28,16 +28,10 @@ from rlhf_cli.models.shards import is_sharded
 from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.world import alone, world
 from rlhf_cli.reporting.console import say
+from rlhf_cli.runs.begun import begun_with
 from rlhf_cli.runs.lock import check_lock
-from rlhf_cli.runs.out_folder import begun_with, resume_point, resume_points
-from rlhf_cli.runs.slices import (
-    TENSORS,
-    Wanted,
-    are_all,
-    fault_in_pieces,
-    read_pieces,
-    write_own,
-)
+from rlhf_cli.runs.out_files import resume_point, resume_points
+from rlhf_cli.runs.slices import TENSORS, Wanted, are_all, fault_in_pieces, read_pieces, write_own
 
 STATE, FILES = "state.json", "files.json"
 SEAL = "seal"  # an entry of FILES beside those of files

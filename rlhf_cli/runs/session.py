@@ -38,13 +38,15 @@ from rlhf_cli.reporting.metrics import JsonLines, Listener, defined, round_figur
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs import interrupts, written_model
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
+from rlhf_cli.runs.begun import begun_with
 from rlhf_cli.runs.budgets import Budget, keep
 from rlhf_cli.runs.cost import cost_of
 from rlhf_cli.runs.data_checks import row_kind
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.model_sizes import BYTES
-from rlhf_cli.runs.out_folder import begun_with, claim, drop_snapshots, publish, snapshot, staging
+from rlhf_cli.runs.out_files import drop_snapshots, snapshot
+from rlhf_cli.runs.out_folder import claim, publish, staging
 from rlhf_cli.runs.preflight import Plan
 from rlhf_cli.runs.progress_file import ProgressFile
 from rlhf_cli.runs.resume_points import load_checkpoint, save_checkpoint

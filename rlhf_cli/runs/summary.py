@@ -15,7 +15,8 @@ from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.folders.cached import folder_of
 from rlhf_cli.folders.manifest import accuracy_by_source, kind_of
 from rlhf_cli.reporting.grid import show, with_error
-from rlhf_cli.runs.out_folder import SAMPLES, command_line
+from rlhf_cli.runs.begun import command_line
+from rlhf_cli.runs.out_files import SAMPLES
 
 Metrics = Mapping[str, Any]
 Rows = Sequence[Metrics]

@@ -12,8 +12,9 @@ from rlhf_cli.config.stages import stage_name
 from rlhf_cli.folders.files import write_text
 from rlhf_cli.folders.manifest import places_referenced
 from rlhf_cli.reporting.trackers.about import About
+from rlhf_cli.runs.begun import begun_with, command_line, config_as_written
 from rlhf_cli.runs.lineage import KINDS
-from rlhf_cli.runs.out_folder import TRACKED, begun_with, command_line, config_as_written
+from rlhf_cli.runs.out_files import TRACKED
 
 ID = re.compile("[0-9a-f]{12}")
 

@@ -44,7 +44,8 @@ from rlhf_cli.rewards.reward import Scores, load_reward
 from rlhf_cli.rollout.rollouts import Rollout
 from rlhf_cli.rollout.sampling import Sampling
 from rlhf_cli.runs.begin import begin
-from rlhf_cli.runs.out_folder import SAMPLES, staging
+from rlhf_cli.runs.out_files import SAMPLES
+from rlhf_cli.runs.out_folder import staging
 from rlhf_cli.runs.policy import Policy, policy_of
 from rlhf_cli.runs.preflight import Plan
 

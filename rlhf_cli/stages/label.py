@@ -46,17 +46,10 @@ from rlhf_cli.labelling.tasks import (
 from rlhf_cli.reporting.console import say, table
 from rlhf_cli.reporting.metrics import round_figures
 from rlhf_cli.runs import interrupts
+from rlhf_cli.runs.begun import begun_with
 from rlhf_cli.runs.lock import check_lock, lock, unlock
-from rlhf_cli.runs.out_folder import (
-    FINISHED,
-    FREE,
-    SAMPLES,
-    TASKS,
-    begun_with,
-    check_no_labels,
-    claim,
-    staging,
-)
+from rlhf_cli.runs.out_files import SAMPLES, TASKS
+from rlhf_cli.runs.out_folder import FINISHED, FREE, check_no_labels, claim, staging
 from rlhf_cli.runs.preflight import Plan, preflight
 from rlhf_cli.runs.provenance import GROWING
 

@@ -22,7 +22,7 @@ from rlhf_cli.reporting.plots import (
     reliability_panels,
 )
 from rlhf_cli.reporting.terminal import on_one_line
-from rlhf_cli.runs.out_folder import STEP
+from rlhf_cli.runs.out_files import STEP
 from rlhf_cli.views.records import Record
 
 if TYPE_CHECKING:

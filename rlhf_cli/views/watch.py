@@ -17,7 +17,7 @@ from rlhf_cli.reporting.grid import laid_out, show
 from rlhf_cli.reporting.live import METRICS, SAMPLES, Course, View, clipped, clock, drawn
 from rlhf_cli.runs.lineage import Node, command_of, read_node, runs_in
 from rlhf_cli.runs.lock import writer_of
-from rlhf_cli.runs.out_folder import CONFIG
+from rlhf_cli.runs.out_files import CONFIG
 from rlhf_cli.runs.progress_file import Told, read_progress
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"  # as the state of a run begins

@@ -10,7 +10,7 @@ from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.own_config import read_config
 from rlhf_cli.config.own_files import dump
 from rlhf_cli.config.stages import STAGES
-from rlhf_cli.runs.out_folder import config_as_written
+from rlhf_cli.runs.begun import config_as_written
 from tests.conftest import Cli
 
 DIRS = catalog.config_dirs()

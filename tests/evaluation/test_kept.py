@@ -22,7 +22,7 @@ from rlhf_cli.evaluation import kept
 from rlhf_cli.evaluation.kept import SamplesOfPolicy
 from rlhf_cli.rewards.reward import Reward
 from rlhf_cli.rollout.slot_sampler import SlotSampler
-from rlhf_cli.runs.out_folder import KEPT, what_is_kept
+from rlhf_cli.runs.out_files import KEPT, what_is_kept
 from tests.contents import contents_of, faults_of
 from tests.faults.killing import SAMPLING
 from tests.tiny import DATA

@@ -23,7 +23,8 @@ from rlhf_cli.labelling.selection import chosen
 from rlhf_cli.labelling.tasks import Sample, Task, dealt, samples_of_file, task_of, writers_of
 from rlhf_cli.reporting.trackers.outlets import Trackers
 from rlhf_cli.runs.data_checks import check_data
-from rlhf_cli.runs.out_folder import state_of, what_is_kept
+from rlhf_cli.runs.out_files import what_is_kept
+from rlhf_cli.runs.out_folder import state_of
 from rlhf_cli.runs.preflight import preflight
 from tests.tiny import DATA
 

@@ -12,7 +12,7 @@ from rlhf_cli.models.save import save_model
 from rlhf_cli.runs import budgets
 from rlhf_cli.runs.budgets import MOST, UNMEASURED, Budget, budget_of, keep, settle
 from rlhf_cli.runs.memory_estimate import parts_of
-from rlhf_cli.runs.out_folder import BUDGET
+from rlhf_cli.runs.out_files import BUDGET
 from rlhf_cli.runs.pass_sizes import activations
 from rlhf_cli.runs.plan_lines import auto_line
 from tests.toys import bpe, llama

@@ -23,7 +23,7 @@ from rlhf_cli.models.shards import is_sharded, own_part
 from rlhf_cli.ranks.agreement import by_main, together
 from rlhf_cli.ranks.world import world
 from rlhf_cli.runs import resume_points
-from rlhf_cli.runs.out_folder import resume_point
+from rlhf_cli.runs.out_files import resume_point
 from rlhf_cli.runs.resume_points import FILES, SEAL, load_checkpoint, save_checkpoint, seal_of
 from rlhf_cli.runs.same_weights import checksum, require_same
 from rlhf_cli.runs.slices import write_own

@@ -18,7 +18,7 @@ from rlhf_cli.data.order import derived_seed
 from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs import interrupts, session
-from rlhf_cli.runs.out_folder import resume_points
+from rlhf_cli.runs.out_files import resume_points
 from rlhf_cli.stages import dpo, grpo, ppo, reward, sft
 from tests.contents import contents_of, faults_of
 from tests.pace import slow

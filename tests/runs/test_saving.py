@@ -20,7 +20,7 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.folders.integrity import described
 from rlhf_cli.runs import lock, session
-from rlhf_cli.runs.out_folder import newest_step, resume_point, resume_points
+from rlhf_cli.runs.out_files import newest_step, resume_point, resume_points
 from rlhf_cli.runs.resume_points import save_checkpoint
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import dpo, evaluate, generate, ppo, reward, sft

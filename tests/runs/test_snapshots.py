@@ -14,7 +14,8 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.folders.manifest import content_hash, read_manifest
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs.lineage import runs_in
-from rlhf_cli.runs.out_folder import FINISHED, snapshot, snapshot_step, state_of
+from rlhf_cli.runs.out_files import snapshot, snapshot_step
+from rlhf_cli.runs.out_folder import FINISHED, state_of
 from rlhf_cli.stages import evaluate
 from tests.contents import contents_of, faults_of
 from tests.pace import fast

@@ -28,7 +28,7 @@ from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.reporting.metrics import JsonLines
 from rlhf_cli.runs import out_folder as outfolder
-from rlhf_cli.runs.out_folder import newest_step
+from rlhf_cli.runs.out_files import STAGING, newest_step
 from rlhf_cli.runs.preflight import preflight
 from rlhf_cli.runs.session import Session
 from rlhf_cli.stages import sft
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(name, tmp_path / "whole")
-    assert not (whole / "checkpoints").exists() and not (whole / outfolder.STAGING).exists()
+    assert not (whole / "checkpoints").exists() and not (whole / STAGING).exists()
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
         kill_at(4, patch)

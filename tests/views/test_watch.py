@@ -21,7 +21,7 @@ from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.reporting.live import Progress
 from rlhf_cli.runs.lineage import HashOf, Node, read_node
 from rlhf_cli.runs.lock import LOCK
-from rlhf_cli.runs.out_folder import PROGRESS
+from rlhf_cli.runs.out_files import PROGRESS
 from rlhf_cli.runs.progress_file import EVERY, ProgressFile, read_progress
 from rlhf_cli.views import watch
 from rlhf_cli.views.watch import Tail, Watch, ago
