@@ -53,3 +53,45 @@ def opened(
     assert heard == [], heard
     assert [url for url in asked if not url.startswith("data:")] == [file.absolute().as_uri()]
     context.close()
+
+
+FAINT = """() => {
+  const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const painted = (layers) => {
+    for (const [colour, alpha] of layers) {
+      pen.fillStyle = colour;
+      pen.globalAlpha = alpha;
+      pen.fillRect(0, 0, 1, 1);
+    }
+    return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const linear = (part) => (part <= 10.31 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([red, green, blue]) =>
+    0.05 + 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue);
+  const found = [];
+  for (const each of document.querySelectorAll("body, body *")) {
+    const texts = [...each.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+    const text = texts.map((node) => node.data.trim()).join("");
+    if (!text || !each.checkVisibility() || each.closest("script, :disabled, [disabled]")) continue;
+    const layers = [];
+    let alpha = 1;
+    for (let at = each; at; at = at.parentElement) {
+      const style = getComputedStyle(at);
+      layers.unshift([style.backgroundColor, 1]);
+      alpha *= style.opacity;
+    }
+    const style = getComputedStyle(each);
+    const ink = each instanceof SVGElement ? style.fill : style.color;
+    const [low, high] = [layers, [...layers, [ink, alpha]]]
+      .map((each) => light(painted([["white", 1], ...each])))
+      .sort((one, other) => one - other);
+    if (high / low < 4.5) found.push(`${text.slice(0, 40)}: ${(high / low).toFixed(2)}`);
+  }
+  return found;
+}"""
+
+
+def faint(page: "Page") -> list[str]:
+    """Texts that stand out less than 4.5 to one from what lies behind them, as WCAG 2 has it."""
+    found: list[str] = page.evaluate(FAINT)
+    return found

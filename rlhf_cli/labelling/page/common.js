@@ -23,11 +23,29 @@ async function ask(path, body) {
   return told;
 }
 
-function say(text) {
-  $("message").textContent = text;
+// Screen readers speak it, too; what only they need is not seen. The same words a second time would
+// not be a change, and not be spoken.
+function say(text, seen = true) {
+  const again = text && $("message").textContent === text;
+  $("message").className = seen ? "" : "spoken";
+  $("message").textContent = again ? `${text}\u00a0` : text;
 }
 
-function failed(error) {
+function failed(error, what = "") {
   const lost = error instanceof TypeError;
-  say(lost ? "the server does not answer: run the same command again" : error.message);
+  say(what + (lost ? "the server does not answer: run the same command again" : error.message));
+}
+
+// The last words of a page; they have the focus, as what had it is gone.
+function close(place, text) {
+  const last = element("p", text, { tabindex: "-1" });
+  document.querySelector("main").replaceChildren(last);
+  document.querySelector("footer").remove();
+  $("place").textContent = place;
+  last.focus();
+}
+
+// What models and people wrote: of whatever language and direction.
+function words(text, attributes = {}) {
+  return element("pre", text, { lang: "", dir: "auto", ...attributes });
 }

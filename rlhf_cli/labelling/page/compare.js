@@ -17,63 +17,90 @@ PROTOCOLS.pair = {
     const sides = [["A is better:", 0, 4], ["", 4, 6], ["B is better:", 6, 10]];
     for (const [head, first, last] of sides) {
       const side = element("div", "", { class: "side", role: "group", "aria-label": head || "neither" });
-      if (head) side.append(element("span", head));
-      for (const [key, text] of PAIR.slice(first, last)) side.append(button(text, key, () => answer(key)));
+      if (head) side.append(element("span", head, { id: `side-${first}` }));
+      for (const [key, text] of PAIR.slice(first, last)) {
+        const naming = head ? { id: `pair-${key}`, "aria-labelledby": `side-${first} pair-${key}` } : {};
+        side.append(button(text, key, () => prefer(key), naming));
+      }
       $("answers").append(side);
     }
   },
   key(key) {
     const known = PAIR.some(([each]) => each === key);
-    if (known) answer(key);
+    if (known) prefer(key);
     return known;
   },
 };
+
+function prefer(key) {
+  const [, text] = PAIR.find(([each]) => each === key);
+  const better = "56".includes(key) ? "" : "1234".includes(key) ? "A" : "B";
+  answer(key, better ? `${better} is ${text} better` : text.toLowerCase());
+}
 
 let groups = []; // of ranks: lists of shown numbers, best first
 let ties = false; // whether the next pick joins the last group
 
 const ranked = () => groups.map((group) => group.join("=")).join(" ");
+const both = (group) => group.join(" and ");
+const spelled = () => groups.map((group) => (group.length > 1 ? `${both(group)} tied` : group)).join(", then ");
 
-function pick(number) {
-  if (groups.flat().includes(number)) return say(`${number} is ranked already`);
-  if (ties && groups.length) groups.at(-1).push(number);
-  else groups.push([number]);
-  ties = false;
-  say("");
-  showRanks();
+function left() {
+  const count = state.turn.responses.length - groups.flat().length;
+  return count ? `${count} left` : "All are ranked, Enter saves";
 }
 
-function unpick() {
-  if (ties) ties = false;
-  else if (groups.length) {
-    groups.at(-1).pop();
-    if (!groups.at(-1).length) groups.pop();
-  }
-  showRanks();
+function pick(number, event) {
+  if (groups.flat().includes(number)) return say(`response ${number} is ranked already`);
+  const tied = ties && groups.length ? groups.at(-1) : [];
+  const and = tied.length ? `, tied with ${both(tied)}` : "";
+  if (tied.length) tied.push(number);
+  else groups.push([number]);
+  ties = false;
+  say(`Response ${number} has rank ${groups.length}${and}. ${left()}`, false);
+  showRanks(event);
+}
+
+function unpick(event) {
+  if (ties) return join();
+  if (!groups.length) return say("nothing is ranked yet");
+  const number = groups.at(-1).pop();
+  if (!groups.at(-1).length) groups.pop();
+  say(`Response ${number} has no rank. ${left()}`, false);
+  showRanks(event);
 }
 
 function join() {
-  if (groups.length) ties = !ties;
+  if (!groups.length) return say("rank one first, then the next can tie with it");
+  ties = !ties;
+  say(ties ? `The next one ties with ${both(groups.at(-1))}` : "The next one does not tie", false);
   showRanks();
 }
 
 function saveRanks() {
-  if (groups.flat().length < state.turn.responses.length) return say("rank all of them first");
+  if (groups.flat().length < state.turn.responses.length) return say(`rank all of them first, ${left()}`);
   mine().save();
 }
 
 function headOfRanked(head, i) {
-  const tie = element("button", "Tie with last", { type: "button", class: "tie" });
-  const best = button("Next best", String(i + 1), (event) => press(event, i + 1));
-  tie.addEventListener("click", (event) => { ties = true; press(event, i + 1); });
+  const title = `response-${i + 1}`;
+  const named = (id) => ({ id, "aria-labelledby": `${id} ${title}` });
+  const best = button("Next best", String(i + 1), (event) => pick(i + 1, event), named(`best-${i + 1}`));
+  const tie = element("button", "Tie with last", { type: "button", class: "tie", ...named(`tie-${i + 1}`) });
+  tie.addEventListener("click", (event) => { ties = true; pick(i + 1, event); });
   head.append(best, tie);
 }
 
-function press(event, number) {
-  pick(number);
-  if (event.detail > 0) return; // by mouse
-  const next = document.querySelector("#responses button:enabled") || $("answers").querySelector("button");
-  next.focus(); // the one that was pressed cannot keep it
+function beginRanks() {
+  $("answers").replaceChildren(button("Save", "Enter", saveRanks), button("Take back", "Backspace", unpick));
+  showRanks();
+}
+
+// had: what had the focus; a button that was disabled by being pressed cannot keep it. Whoever clicks
+// goes on by mouse.
+function passFocus(had, event) {
+  if (!had.disabled || (event && event.detail > 0)) return;
+  document.querySelector("#responses button:enabled, #answers button:enabled").focus();
 }
 
 function keyOfRanks(key) {
@@ -85,7 +112,9 @@ function keyOfRanks(key) {
   return false;
 }
 
-function showRanks() {
+// event: the click that changed them, where it was one
+function showRanks(event) {
+  const had = document.activeElement;
   const count = state.turn.responses.length;
   const picked = groups.flat();
   [...$("responses").children].forEach((made, i) => {
@@ -99,12 +128,11 @@ function showRanks() {
   const order = groups.map((group) => group.join(" = ")).join(" > ");
   const more = picked.length < count ? (ties ? " = ..." : groups.length ? " > ..." : "") : "";
   $("picked").textContent = order ? `Best first: ${order}${more}` : "Best first: press the number of the best one";
-  const saving = button("Save", "Enter", saveRanks);
+  const [saving, back] = $("answers").children;
   saving.classList.toggle("main", picked.length === count);
   saving.disabled = picked.length < count;
-  const back = button("Take back", "Backspace", unpick);
   back.disabled = !groups.length;
-  $("answers").replaceChildren(saving, back);
+  passFocus(had, event);
 }
 
 const RANKS = [
@@ -118,8 +146,8 @@ PROTOCOLS.rank = {
   head: headOfRanked,
   begin() {
     [groups, ties] = [[], false];
-    showRanks();
+    beginRanks();
   },
-  save: () => answer(ranked()),
+  save: () => answer(ranked(), spelled()),
   key: keyOfRanks,
 };

@@ -18,7 +18,7 @@ PROTOCOLS.instructgpt = {
     ratings = state.turn.responses.map(() => ({ score: null, marks: new Set() }));
     showStep();
   },
-  save: () => answer([...ratings.map(lineOf), ranked()].join("\n")),
+  save: () => answer([...ratings.map(lineOf), ranked()].join("\n"), spelled()),
   undo: back,
   key(key) {
     if (at === ratings.length) return key === "Backspace" && !groups.length ? back() : keyOfRanks(key);
@@ -31,7 +31,10 @@ PROTOCOLS.instructgpt = {
 const lineOf = ({ score, marks }) => [score, ...marks].join(" ");
 
 function tick(key) {
-  document.querySelector(`#form input[value='${key}']`).click();
+  const input = document.querySelector(`#form input[value='${key}']`);
+  input.click();
+  const mark = state.marks.find((each) => each.key === key);
+  say(mark ? `${mark.text}: ${input.checked ? "marked" : "not marked"}` : `Rated ${key} of 7`, false);
   return true;
 }
 
@@ -61,14 +64,14 @@ function showStep() {
   });
   $("responses-head").textContent = ranking ? "Responses, to be ranked" : `Response ${at + 1} of ${count}, to be rated`;
   $("form").replaceChildren(...(ranking ? [] : [ratingOf(ratings[at]), marksOf(ratings[at])]));
-  if (ranking) showRanks();
+  if (ranking) beginRanks();
   else {
     $("answers").replaceChildren(button(at + 1 < count ? "Next response" : "On to ranks", "Enter", next));
     showRating();
   }
   $("undo").disabled = at === 0 && state.done === 0;
-  if (document.activeElement === document.body) $("responses-head").focus();
-  document.querySelector("main").scrollTop = 0;
+  $("responses-head").focus({ preventScroll: true }); // and is spoken: it says what is to be done
+  scrolled().scrollTop = 0;
 }
 
 function showRating() {
@@ -95,7 +98,7 @@ function ratingOf(rating) {
 function marksOf(rating) {
   const made = fieldset("What holds of it", "marks");
   for (const { key, text } of state.marks) {
-    made.append(choice("checkbox", "marks", key, [element("kbd", key), element("span", text)], rating.marks.has(key), (on) => {
+    made.append(choice("checkbox", "marks", key, [element("kbd", key, { "aria-hidden": "true" }), element("span", text)], rating.marks.has(key), (on) => {
       if (on) rating.marks.add(key);
       else rating.marks.delete(key);
       showRating();

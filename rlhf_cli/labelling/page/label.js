@@ -15,15 +15,18 @@ const ALWAYS = [
   ["m", "a note with this answer"], ["j, k", "scroll"], ["?", "this help"],
 ];
 
+const SINGLES = "singles"; // whether keys of a single character work, as this browser remembers it
+
 let state = null; // as the server told it last
 let note = "";
 let busy = false; // a request is under way
 let seconds = 0; // that the task was looked at
 let since = null; // since when it is, on the page's clock
 
-function button(text, key, act) {
-  const made = element("button", `${text} `, { type: "button", "aria-keyshortcuts": key });
-  made.append(element("kbd", key));
+function button(text, key, act, attributes = {}) {
+  const made = element("button", `${text} `, { type: "button", "data-key": key, ...attributes });
+  made.append(element("kbd", key, { "aria-hidden": "true" }));
+  hint(made);
   made.addEventListener("click", act);
   return made;
 }
@@ -36,7 +39,8 @@ function fieldset(legend, kind) {
 
 function choice(type, name, value, content, chosen, act) {
   const label = element("label");
-  const input = element("input", "", { type, name, value, "aria-keyshortcuts": value });
+  const input = element("input", "", { type, name, value, "data-key": value });
+  hint(input);
   input.checked = chosen;
   input.addEventListener("change", () => act(input.checked));
   label.append(input, ...content);
@@ -60,19 +64,20 @@ async function send(path, body, saying) {
     const told = await ask(path, body);
     if (told.finished) return end();
     show(told);
-    say(told.fault ? `${told.fault}: here is what is next` : saying(told));
+    say(`${told.fault ? `${told.fault}: here is what is next` : saying(told)}. ${where()}`);
   } catch (error) {
-    failed(error);
+    failed(error, path === "/answer" ? "Not saved: " : "");
   } finally {
     busy = false;
   }
 }
 
-function answer(line) {
+// line: as the server reads it; meaning: in words, for whoever pressed a wrong key
+function answer(line, meaning) {
   if (!state || !state.turn) return;
   look(!document.hidden);
   const { task, showing } = state.turn;
-  send("/answer", { task, showing, line, note, seconds }, () => "Saved");
+  send("/answer", { task, showing, line, note, seconds }, () => `Saved: ${meaning}`);
 }
 
 // ------------------------------------------------------------------ what is shown
@@ -90,33 +95,44 @@ function show(told) {
   $("done").hidden = Boolean(turn) && !told.may_finish;
   $("undo").disabled = done === 0;
   for (const id of ["answers", "form"]) $(id).replaceChildren();
+  $("done-text").hidden = Boolean(turn);
   $("picked").textContent = "";
   $("finish").disabled = !told.may_finish;
-  $("done-text").textContent = turn ? "" : told.may_finish
+  $("done-text").textContent = told.may_finish
     ? `All ${turns} tasks are labelled. You can still undo.`
     : `All your ${turns} tasks are labelled. Others have ${told.others_left} left; you may close this page.`;
   fillHelp();
-  if (!turn) return;
+  if (!turn) return $("done-text").focus();
   $("prompt").replaceChildren(...turn.prompt.flatMap(({ role, text }) => [
-    ...(role ? [element("p", role, { class: "quiet" })] : []), element("pre", text),
+    ...(role ? [element("p", role, { class: "quiet" })] : []), words(text),
   ]));
   $("responses").className = turn.responses.length === 2 ? "two" : "";
   $("responses").replaceChildren(...turn.responses.map(card));
   mine().begin();
-  document.querySelector("main").scrollTop = 0;
+  scrolled().scrollTop = 0;
   $("prompt-head").focus({ preventScroll: true }); // what had it is gone
+}
+
+const where = () => $(state.turn ? "place" : "done-text").textContent;
+
+// In a low window, or an enlarged one, all of the page scrolls.
+function scrolled() {
+  const main = document.querySelector("main");
+  return getComputedStyle(main).overflowY === "auto" ? main : document.scrollingElement;
 }
 
 const mine = () => PROTOCOLS[state.protocol];
 
 function card(response, i) {
-  const name = mine().name(i);
-  const made = element("article", "", { "aria-label": `response ${name}`.trim() });
+  const id = `response-${i + 1}`;
+  const made = element("article", "", { "aria-labelledby": id });
   const head = element("header");
-  head.append(element("h3", `Response ${name}`), element("span", "", { class: "rank" }));
+  const title = element("h3", `Response ${mine().name(i)}`.trim(), { id });
+  head.append(title, element("span", "", { class: "rank" }));
   if (response.cut) head.append(element("span", "cut at the most tokens", { class: "cut" }));
   if (mine().head) mine().head(head, i);
-  made.append(head, mine().body ? mine().body() : element("pre", response.text, { tabindex: "0" }));
+  const scrolling = { tabindex: "0", role: "group", "aria-labelledby": id };
+  made.append(head, mine().body ? mine().body() : words(response.text, scrolling));
   return made;
 }
 
@@ -150,18 +166,29 @@ function fillHelp() {
 }
 
 const undo = () => (state.turn && mine().undo && mine().undo()) || send("/undo", {}, (told) => (told.undone ? "Taken back" : "Nothing to take back"));
-const skip = () => state.turn && askText("Why skip this? (may stay empty)", "", (text) => answer(`s ${text}`));
-const flag = () => state.turn && askText("What is wrong with it? It will enter no data.", "", (text) => answer(`f ${text}`));
+const skip = () => state.turn && askText("Why skip this? (may stay empty)", "", (text) => answer(`s ${text}`, "skipped"));
+const flag = () => state.turn && askText("What is wrong with it? It will enter no data.", "", (text) => answer(`f ${text}`, "flagged"));
 const remark = () => state.turn && askText("Note", note, (text) => { note = text; say(text ? "Note is kept with this answer" : ""); });
 const help = () => $("help").showModal();
 
-function end() {
-  document.querySelector("main").replaceChildren(element("p", "Sealed. You may close this page."));
-  document.querySelector("footer").remove();
-  $("place").textContent = "Sealed";
-}
+const end = () => close("Sealed", "Sealed. You may close this page.");
 
 // ------------------------------------------------------------------ keys and buttons
+
+// They are in the way of whoever speaks to the machine, and of who touches keys by mistake (WCAG
+// 2.1.4), so they can be turned off.
+const singles = () => localStorage.getItem(SINGLES) !== "off";
+
+function hint(made) { // at its key, as long as that works
+  const { key } = made.dataset;
+  if (key.length > 1 || singles()) made.setAttribute("aria-keyshortcuts", key);
+  else made.removeAttribute("aria-keyshortcuts");
+}
+
+function turnSingles() {
+  localStorage.setItem(SINGLES, $("singles").checked ? "on" : "off");
+  document.querySelectorAll("[data-key]").forEach(hint);
+}
 
 const COMMANDS = { u: undo, s: skip, f: flag, m: remark, "?": help };
 
@@ -177,12 +204,13 @@ document.addEventListener("keydown", (event) => {
   const pressed = { BUTTON: ["Enter", " "], INPUT: [" ", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight"] };
   if ((pressed[event.target.tagName] || []).includes(event.key)) return; // it does what it does
   if ($("place").textContent === "Sealed") return;
+  if (event.key.length === 1 && !singles()) return;
   if (handle(event.key)) event.preventDefault();
 });
 
 function handle(key) {
   if (key === "j" || key === "k") {
-    document.querySelector("main").scrollBy(0, key === "j" ? 120 : -120);
+    scrolled().scrollBy(0, key === "j" ? 120 : -120);
     return true;
   }
   if (COMMANDS[key]) return COMMANDS[key](), true;
@@ -195,4 +223,8 @@ for (const [id, act] of Object.entries({
   finish: () => send("/finish", {}, () => ""),
 })) $(id).addEventListener("click", act);
 
-document.addEventListener("DOMContentLoaded", () => ask("/turn").then(show, failed));
+$("singles").checked = singles();
+$("singles").addEventListener("change", turnSingles);
+document.querySelectorAll("[data-key]").forEach(hint);
+
+document.addEventListener("DOMContentLoaded", () => ask("/turn").then(show, (error) => failed(error)));

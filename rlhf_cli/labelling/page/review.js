@@ -35,27 +35,32 @@ function taskOf(task, i) {
   made.append(element("h2", `Task ${i + 1}`, { id: `task-${i}` }));
   for (const { role, text } of task.prompt) {
     if (role) made.append(element("p", role, { class: "quiet" }));
-    made.append(element("pre", text));
+    made.append(words(text));
   }
   const cards = element("div", "", { class: "cards" });
-  cards.append(...task.responses.map((response, place) => responseOf(task, response, place)));
+  cards.append(...task.responses.map((response, place) => responseOf(task, response, `${i}-${place}`, place)));
   made.append(cards, answersOf(task), settlingOf(task, i));
   return made;
 }
 
-function responseOf(task, response, place) {
-  const made = element("article", "", { "aria-label": `response ${nameOf(place)}`.trim() });
+function responseOf(task, response, id, place) {
+  const made = element("article", "", { "aria-labelledby": `response-${id}` });
   const head = element("header");
-  head.append(element("h3", `Response ${nameOf(place)}`), element("span", response.policy));
+  const title = element("h3", `Response ${nameOf(place)}`.trim(), { id: `response-${id}` });
+  head.append(title, element("span", response.policy));
   if (typeof response.reward === "number") head.append(element("span", `reward ${response.reward.toPrecision(3)}`));
   const steps = task.steps.map((text, number) => `${number + 1}: ${text}`).join("\n");
-  made.append(head, element("pre", steps || response.text, { tabindex: "0" }));
+  const scrolling = { tabindex: "0", role: "group", "aria-labelledby": title.id };
+  made.append(head, words(steps || response.text, scrolling));
   return made;
 }
 
 function answersOf(task) {
   const made = element("table", "", { class: "said" });
   made.append(element("caption", "What was said", { class: "quiet" }));
+  const heads = element("tr");
+  for (const text of ["who", "answer", "note", "settle"]) heads.append(element("th", text, { scope: "col" }));
+  made.append(heads);
   for (const { who, line, note, reviewed } of task.answers) {
     const row = element("tr");
     const said = element("td");
@@ -74,7 +79,10 @@ function settlingOf(task, i) {
   const label = element("label", "Or your own answer");
   const text = element("textarea", "", { rows: "1", id: `own-${i}` });
   label.append(text);
-  made.append(label, button("Save", () => settle(task, text.value)));
+  const saving = button("Save", () => settle(task, text.value));
+  saving.id = `save-${i}`;
+  saving.setAttribute("aria-labelledby", `save-${i} task-${i}`);
+  made.append(label, saving);
   return made;
 }
 
@@ -83,7 +91,7 @@ function settle(task, line) {
   const place = [...$("tasks").children].indexOf(again);
   send("/review", { task: task.task, line }, (told) => {
     show(told);
-    say("Saved");
+    say(`Saved: task ${place + 1} of ${told.tasks.length}`);
     const next = $("tasks").children[place + 1] || $("tasks").children[place];
     const at = next && next.querySelector("button");
     if (at) at.focus();
@@ -91,9 +99,7 @@ function settle(task, line) {
 }
 
 $("finish").addEventListener("click", () => send("/finish", {}, ({ changed }) => {
-  document.querySelector("main").replaceChildren(element("p", changed ? "Sealed. You may close this page." : "Nothing was changed. You may close this page."));
-  document.querySelector("footer").remove();
-  $("place").textContent = "Finished";
+  close("Finished", `${changed ? "Sealed" : "Nothing was changed"}. You may close this page.`);
 }));
 
 document.addEventListener("DOMContentLoaded", () => send("/disagreements", undefined, show));

@@ -1,15 +1,20 @@
 "use strict";
 // A response by itself: is it good, and which of its steps is the first wrong one?
 
+const THUMBS = [["y", "Good"], ["n", "Bad"]];
+
+const judge = (key) => answer(key, new Map(THUMBS).get(key).toLowerCase());
+
 PROTOCOLS.thumbs = {
   keys: [["y", "good"], ["n", "bad"]],
   name: () => "",
   begin() {
-    $("answers").append(button("Good", "y", () => answer("y")), button("Bad", "n", () => answer("n")));
+    for (const [key, text] of THUMBS) $("answers").append(button(text, key, () => judge(key)));
   },
   key(key) {
-    if (key === "y" || key === "n") return answer(key), true;
-    return false;
+    const known = THUMBS.some(([each]) => each === key);
+    if (known) judge(key);
+    return known;
   },
 };
 
@@ -25,6 +30,7 @@ PROTOCOLS.steps = {
   body: stepsOf,
   begin() {
     [step, typing] = [null, false];
+    $("answers").replaceChildren(button("Save", "Enter", saveStep));
     showSteps();
   },
   key(key) {
@@ -36,8 +42,9 @@ PROTOCOLS.steps = {
     } else if (key === "ArrowDown" || key === "ArrowUp") {
       choose(Math.min(count, Math.max(0, (step || 0) + (key === "ArrowDown" ? 1 : -1))));
       typing = false;
-    } else if (key === "Enter") saveStep();
+    } else if (key === "Enter") return saveStep(), true;
     else return false;
+    say(meaningOfStep(), false);
     return true;
   },
 };
@@ -46,7 +53,7 @@ function stepsOf() {
   const made = fieldset("Which step is the first wrong one?", "steps");
   const texts = [["0", "none: all of it is right"], ...state.turn.steps.map((text, i) => [String(i + 1), text])];
   for (const [value, text] of texts) {
-    const content = [element("kbd", value), element("pre", text)];
+    const content = [element("kbd", value), words(text)];
     made.append(choice("radio", "step", value, content, false, () => { typing = false; choose(Number(value)); }));
   }
   return made;
@@ -65,16 +72,19 @@ function showSteps() {
     const label = input.parentElement;
     label.classList.toggle("wrong", number > 0 && number === step);
     label.classList.toggle("after", step > 0 && number > step);
-    if (input.checked) label.scrollIntoView({ block: "nearest" });
+    if (!input.checked) return;
+    label.scrollIntoView({ block: "nearest" });
+    if (document.activeElement.name === input.name) input.focus(); // arrows go on from it
   });
-  $("picked").textContent = step === null ? "" : step ? `Step ${step} is the first wrong one` : "No step is wrong";
-  const saving = button("Save", "Enter", saveStep);
+  $("picked").textContent = step === null ? "" : meaningOfStep();
+  const saving = $("answers").firstChild;
   saving.classList.toggle("main", step !== null);
   saving.disabled = step === null;
-  $("answers").replaceChildren(saving);
 }
+
+const meaningOfStep = () => (step ? `Step ${step} is the first wrong one` : "No step is wrong");
 
 function saveStep() {
   if (step === null) return say("say which step is the first wrong one, or 0");
-  answer(String(step));
+  answer(String(step), meaningOfStep());
 }
