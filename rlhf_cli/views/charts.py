@@ -283,11 +283,7 @@ def frontier_figures(report: Mapping[str, Any], names: Callable[[str], str]) -> 
             plain(f"frontier-{judge}"),
             f"{judge} over KL",
             [curve_panel(judge, across, curves, colours)],
-            "; ".join(
-                f"{each.name} {y:.3g} at {x:.3g} nats"
-                for each in curves
-                for x, y in zip(each.x, each.y, strict=True)
-            ),
+            points_said(curves, " nats"),
         )
         for judge, curves in panels.items()
     ]
@@ -315,6 +311,7 @@ def temperature_figures(report: Mapping[str, Any], names: Callable[[str], str]) 
             plain(measured),
             measured,
             [curve_panel(measured, "sampling temperature", curves, colours)],
+            points_said(curves),
         )
         for measured, curves in panels.items()
     ]
@@ -378,10 +375,24 @@ def calibration_figure(report: Mapping[str, Any], name: str) -> Figure | None:
         return None
     error = report.get("calibration_error")
     known = f": calibration error {error:.3f}" if is_number(error) else ""
-    return Figure(plain(f"calibration-{name}"), f"{name}{known}", reliability_panels(bins))
+    words = "; ".join(
+        "{accuracy:.3g} right of {count:.0f} at confidence {confidence:.3g}".format_map(each)
+        for each in bins
+        if each["count"]
+    )
+    return Figure(plain(f"calibration-{name}"), f"{name}{known}", reliability_panels(bins), words)
 
 
 # --------------------------------------------------------------------------- words
+
+
+def points_said(curves: Iterable[Curve], unit: str = "") -> str:
+    """The points of all curves in words. Args: unit, that of x, with a space before it."""
+    return "; ".join(
+        f"{each.name} {y:.3g} at {x:.3g}{unit}"
+        for each in curves
+        for x, y in zip(each.x, each.y, strict=True)
+    )
 
 
 def names_for(paths: Iterable[str]) -> Callable[[str], str]:

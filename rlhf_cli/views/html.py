@@ -57,7 +57,7 @@ def table(
     caption: str = "",
     look: str = "",
 ) -> str:
-    """A table that scrolls where it is wider than the page; cells and heads are HTML.
+    """A table that scrolls where it is wider than the page; cells, heads and caption are HTML.
 
     Args:
         look: its class in page.css, if it has a look of its own.
@@ -67,7 +67,7 @@ def table(
     lines = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
     start = f'<table class="{look}">' if look else "<table>"
     inside = f"{start}{above}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    label = caption or "table"
+    label = caption or f"table by {heads[0]}"
     return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{inside}</div>'
 
 

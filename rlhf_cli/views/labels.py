@@ -198,7 +198,7 @@ def biases(report: Mapping[str, Any]) -> str:
 
 def flips(report: Mapping[str, Any]) -> str:
     """Errors that were planted, and what of them the agreement tells."""
-    return grid("", {"labels turned round": report.get("flips") or {}}, OF_FLIPS)
+    return grid("errors", {"labels turned round": report.get("flips") or {}}, OF_FLIPS)
 
 
 def of_judge(report: Mapping[str, Any]) -> str:

@@ -493,7 +493,7 @@ def beside(runs: Sequence[Compared]) -> str:
     """Settings that differ, then final metrics, a column for each run; of a sweep a line for each,
     with both.
     """
-    heads = ["", *(said(each.name) for each in runs)]
+    columns = [said(each.name) for each in runs]
     differ = [[said(key), *(setting(each, key) for each in runs)] for key in differing(runs)]
     names = [each for each in figure_names(runs) if not each.endswith(ENDS)]
     ended = [
@@ -504,13 +504,13 @@ def beside(runs: Sequence[Compared]) -> str:
         for name in names
     ]
     if len(runs) > MOST_COLUMNS:
-        (_, *lines) = zip(heads, *differ, *ended, strict=True)
-        columns = [str(row[0]) for row in (*differ, *ended)]
-        return table(
-            ["run", *columns], lines, "settings that differ, final metrics ± standard error"
-        )
-    told = table(heads, differ, "settings that differ") if differ else "<p>No setting differs.</p>"
-    return told + table(heads, ended, "final metrics, ± standard error")
+        ((_, *heads), *lines) = zip(["run", *columns], *differ, *ended, strict=True)
+        title = "settings that differ, final metrics ± standard error"
+        return table(["run", *map(str, heads)], lines, title)
+    told = "<p>No setting differs.</p>"
+    if differ:
+        told = table(["setting", *columns], differ, "settings that differ")
+    return told + table(["metric", *columns], ended, "final metrics, ± standard error")
 
 
 def setting(run: Compared, key: str) -> str | None:

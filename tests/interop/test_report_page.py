@@ -13,7 +13,7 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError
 from rlhf_cli.views.html import Section, page
 from rlhf_cli.views.samples import samples_of
-from tests.interop.browser import chromium, opened
+from tests.interop.browser import chromium, faint, opened
 from tests.labelling.test_label import given, label, typed
 from tests.tiny import DATA, run_stage
 from tests.views.test_report import WON, evaluation, made
@@ -105,8 +105,9 @@ def test_the_whole_page(browser: "Browser", runs: Path, scheme: str, width: int)
         assert all(box and 200 < box["width"] <= width for box in boxes)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert cards(page).count() == 10
-        for chosen in ("body", "#samples .asked .text", "#samples .status", "#samples .token"):
-            assert contrast(page.locator(chosen).first) > 4.5, chosen
+        for each in page.locator(".answer summary").all()[:3]:
+            each.click()
+        assert faint(page) == [] and unsaid(page) == []
         page.emulate_media(media="print")
         assert not page.locator("#samples .controls").is_visible()
 
@@ -136,8 +137,7 @@ def test_a_page_of_labels(browser: "Browser", labelled: Path, scheme: str, width
         assert page.locator("#labels [data-chart] svg").count() == 1
         assert "Not sealed: 3 of 20 labels are there" in page.locator("#labels").inner_text()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        for chosen in ("#labels td", "#labels .note", "#samples .said li", "#samples .facts"):
-            assert contrast(page.locator(chosen).first) > 4.5, chosen
+        assert faint(page) == [] and unsaid(page) == []
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,9 @@ def test_labelled_tasks_are_found_by_what_was_said(browser: "Browser", labelled:
     with opened(browser, labelled / "labels.html") as page:
         samples = page.locator("#samples")
         sealed = samples.get_by_label("Samples").locator("option", has_text="sealed")
+        samples.get_by_label("Samples").focus()
         samples.get_by_label("Samples").select_option(label=sealed.inner_text())
+        assert page.evaluate("document.activeElement.id") == "samples-samples"
         assert status(page) == "12 prompts, 1 to 10 shown."
         first = cards(page).first
         assert first.locator(".answer").count() == 4 and first.locator(".stepper").count() == 0
@@ -216,32 +218,23 @@ def test_labelled_tasks_are_found_by_what_was_said(browser: "Browser", labelled:
         page.locator("#samples .status", has_text="1 of 12 prompts").wait_for()
 
 
-def contrast(place: "Locator") -> float:
-    """Of a text with what lies behind it, as WCAG 2 defines it."""
-    colours = place.evaluate(
-        """element => {
-            let behind = element;
-            const of = each => getComputedStyle(each).backgroundColor;
-            while (behind.parentElement && /, 0\\)|\\/ 0\\)|transparent/.test(of(behind))) {
-              behind = behind.parentElement;
-            }
-            const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-            return [getComputedStyle(document.body).backgroundColor, of(behind),
-                    getComputedStyle(element).color].map(colour => {
-              pen.fillStyle = colour;
-              pen.fillRect(0, 0, 1, 1);
-              return [...pen.getImageData(0, 0, 1, 1).data];
-            });
-        }"""
+def unsaid(page: "Page") -> list[str]:
+    """What has no name, or no words, for whoever does not see it."""
+    found: list[str] = page.evaluate(
+        """() => [
+          ...[...document.querySelectorAll("th")].filter((each) => !each.textContent.trim()),
+          ...[...document.querySelectorAll("[role=img]")].filter(
+            (each) => !/\\. .*[0-9]/.test(each.ariaLabel),
+          ),
+          ...[...document.querySelectorAll("[tabindex='0']")].filter((each) => !each.ariaLabel),
+          ...[...document.querySelectorAll("main *")].filter(
+            (each) => each.scrollWidth > each.clientWidth + 1 && each.tabIndex < 0
+              && /auto|scroll/.test(getComputedStyle(each).overflowX),
+          ),
+          ...document.querySelectorAll(".prompt section"), // each would be a landmark
+        ].map((each) => each.outerHTML.slice(0, 100))"""
     )
-    light = []
-    for red, green, blue, _ in colours[1:]:
-        linear = [
-            each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4
-            for each in (red / 255, green / 255, blue / 255)
-        ]
-        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(light) + 0.05) / (min(light) + 0.05)
+    return found
 
 
 def test_the_browser_of_samples_by_mouse(browser: "Browser", runs: Path) -> None:
@@ -354,9 +347,10 @@ def test_texts_are_texts(browser: "Browser", tmp_path: Path) -> None:
     ]
     file = browser_page(tmp_path, lines)
     assert file.stat().st_size < 500_000
-    for width in (400, 1400):
-        with opened(browser, file, width) as page:
+    for width, scheme in ((400, "dark"), (1400, "light")):
+        with opened(browser, file, width, scheme) as page:
             assert cards(page).count() == 6
+            assert faint(page) == [] and unsaid(page) == []
             assert page.evaluate("window.hacked") is None
             assert page.locator("img, #samples script").count() == 0
             shown = cards(page).first.locator(".asked .text").inner_text()
@@ -372,6 +366,17 @@ def test_texts_are_texts(browser: "Browser", tmp_path: Path) -> None:
             page.get_by_label("Search").fill("<IMG SRC")
             page.locator("#samples .status", has_text="1 of 6 prompts").wait_for()
             assert page.evaluate("[...CSS.highlights.get('found')][0].toString()") == "<img src"
+
+
+def test_a_long_text_is_scrolled_by_keys(browser: "Browser", tmp_path: Path) -> None:
+    line = {"policy": "one", "temperature": 1, "prompt": "p", "reward": 1.0}
+    lines = [{**line, "response": text} for text in ("short", "line\n" * 200)]
+    with opened(browser, browser_page(tmp_path, lines)) as page:
+        text = cards(page).get_by_role("group", name="long text")
+        assert text.count() == 1 and "line" in text.inner_text()
+        text.focus()
+        page.keyboard.press("End")
+        page.wait_for_function("document.activeElement.scrollTop > 100")
 
 
 def test_a_response_is_numbered_by_those_of_its_step(browser: "Browser", tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ let seconds = 0; // that the task was looked at
 let since = null; // since when it is, on the page's clock
 
 function button(text, key, act, attributes = {}) {
-  const made = element("button", `${text} `, { type: "button", "data-key": key, ...attributes });
-  made.append(element("kbd", key, { "aria-hidden": "true" }));
+  const made = element("button", text, { type: "button", "data-key": key, ...attributes });
   hint(made);
   made.addEventListener("click", act);
   return made;

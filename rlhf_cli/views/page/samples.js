@@ -105,7 +105,11 @@
       const parts = [];
       if (this.sets.length > 1) {
         const titles = this.sets.map((each, i) => [i, named(each.title)]);
-        parts.push(this.select("Samples", titles, this.number, (to) => this.open(Number(to))));
+        const choose = (to) => {
+          this.open(Number(to));
+          this.form.querySelector("select").focus(); // the one that was chosen in is gone
+        };
+        parts.push(this.select("Samples", titles, this.number, choose));
       }
       this.search = element("input", { type: "search", autocomplete: "off", spellcheck: "false" });
       this.search.addEventListener("input", () => {
@@ -260,6 +264,7 @@
       const left = more ? ` ${more} more responses, left out here, are in samples.jsonl.` : "";
       this.status.textContent = `${count} prompts${which}.${left}`;
       this.turns();
+      reachable(this.list);
       mark(this.list, folded(this.find.trim()));
     }
 
@@ -374,6 +379,7 @@
         this.shownOf.set(card.entry, (now + by + most) % most);
         say();
         this.fill(card);
+        reachable(card);
         mark(this.list, folded(this.find.trim()));
       };
       const say = () => {
@@ -406,7 +412,8 @@
     answer(source, answer) {
       const { name, of } = this.set.sources[source];
       const title = element("h4", { title: named(of) }, ...visible(name));
-      const cell = element("section", { class: "answer", "aria-label": named(name) }, title);
+      const attributes = { class: "answer", role: "group", "aria-label": named(name) };
+      const cell = element("div", attributes, title);
       cell.style.setProperty("--own", `var(--series-${source % 8})`);
       const facts = this.scores
         .filter((each) => answer[each] !== undefined)
@@ -455,6 +462,16 @@
 
     beyond(by, card) {
       if (this.page + by >= 0 && this.page + by < this.pages) this.turn(by, card);
+    }
+  }
+
+  /** Let keys scroll what is longer than its box. */
+  function reachable(place) {
+    for (const text of place.querySelectorAll(".text:not([tabindex])")) {
+      if (text.scrollHeight <= text.clientHeight) continue;
+      text.tabIndex = 0;
+      text.setAttribute("role", "group");
+      text.setAttribute("aria-label", "long text");
     }
   }
 

@@ -73,6 +73,13 @@ function moveAlong(event, text) {
   next?.scrollIntoView({ block: "nearest" });
 }
 
+/** A token in one line, in words where nothing of it is seen. */
+function quoted(token) {
+  if (token === "") return ["(goes on)"]; // a part of the character that a later one ends
+  const text = JSON.stringify(token).slice(1, -1);
+  return text.trim() ? visible(text) : ["(space)"];
+}
+
 /** All values of all tokens, for those who do not see colours; made when it is opened. */
 function tokenTable(answer) {
   const details = element("details", {}, element("summary", {}, "values of tokens"));
@@ -85,7 +92,7 @@ function tokenTable(answer) {
       element(
         "tr",
         {},
-        element("th", { scope: "row" }, ...visible(JSON.stringify(token).slice(1, -1))),
+        element("th", { scope: "row" }, ...quoted(token)),
         ...names.map((name) => element("td", {}, figure(answer[name][i]))),
       ),
     );
