@@ -34,7 +34,7 @@ def matrix_figure(report: Mapping[str, Any], names: Callable[[str], str]) -> Fig
         for one in ones
     ]
     heads = [f'<span class="upward">{said(names(each))}</span>' for each in others]
-    text = table(["", *heads], lines, "of each row against each column", "matrix")
+    text = table(["policy", *heads], lines, "of each row against each column", "matrix")
     panel = _panel(found, list(map(names, order)), names)
     title, whole = "Wins and half the ties", len(others) > MOST_BESIDE
     return Figure("wins", title, [panel], table=text, whole=whole)

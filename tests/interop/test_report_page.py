@@ -171,8 +171,7 @@ def test_a_matrix_of_many_policies(
         words = page.locator("#wins .chart text")
         ends = words.evaluate_all("all => all.map(each => each.getBoundingClientRect().right)")
         assert max(ends) <= width
-        for each in (scores.first, scores.last):  # the deepest colours
-            assert contrast(each) > 4.5
+        assert faint(page) == [] and unsaid(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         around = page.locator("#wins .wide", has=page.locator(".matrix"))
         hidden = around.evaluate("each => each.scrollWidth - each.clientWidth")

@@ -27,7 +27,7 @@ def test_each_against_each_other_one_the_best_first() -> None:
         "c": {"a": WON, "<b>": WON},
     }
     assert lines_of(report) == [
-        ["", "c", "a", "&lt;b&gt;"],
+        ["policy", "c", "a", "&lt;b&gt;"],
         ["c", "", "0.62", "0.62"],
         ["a", "0.00", "", "0.62"],
         ["&lt;b&gt;", "–", "0.00", ""],
@@ -41,7 +41,7 @@ def test_each_against_each_other_one_the_best_first() -> None:
 def test_reports_of_old_versions_have_a_row_alone() -> None:
     report = evaluation("a", "b", "c") | {"head_to_heads": None, "ratings": None}
     report["win_rates"] = {"b": WON, "c": LOST | {"low": None}}
-    assert lines_of(report) == [["", "b", "c"], ["a", "0.62", "0.00"]]
+    assert lines_of(report) == [["policy", "b", "c"], ["a", "0.62", "0.00"]]
     assert matrix_figure(report | {"win_rates": {}}, str) is None
 
 
