@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from rlhf_cli.config.compose import compose
 from tests.endpoints import FakeJudge, Verdict
 from tests.tiny import WORDS, rows_of, words_of
 
+hypothesis.settings.load_profile("ci")  # the same examples each time, on a busy machine as well
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Commands draw less where a service sets CI, and as wide as these say: tests say so where they ask.
 for name in ("CI", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):

@@ -26,8 +26,6 @@ from tests.cli.made import POLICY, ROWS
 from tests.pace import fast
 
 ANY = settings(
-    derandomize=True,
-    database=None,
     deadline=timedelta(seconds=10),  # an example that hangs fails
     phases=[Phase.explicit, Phase.generate],  # loading is slow, and a change says enough as it is
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

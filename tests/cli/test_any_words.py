@@ -13,8 +13,6 @@ from rlhf_cli.config.stages import STAGES
 from tests.cli.made import POLICY, ROWS, contents
 
 ANY = settings(
-    derandomize=True,
-    database=None,
     deadline=timedelta(seconds=10),  # an example that hangs fails
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -29,8 +29,6 @@ from rlhf_cli.runs.data_checks import check_rows, row_kind
 from tests.toys import bpe, composed, data_of
 
 ANY = settings(
-    derandomize=True,
-    database=None,
     deadline=timedelta(seconds=5),  # an example that hangs fails
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

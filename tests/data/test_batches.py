@@ -9,9 +9,6 @@ from rlhf_cli.data.batches import collate, collate_answers, cut, micro_batches
 from rlhf_cli.data.items import Answers, Tokens
 from rlhf_cli.data.packing import PACKED, PADDED, SHARED, SHARED_FROM, Layout
 
-settings.register_profile("steady", deadline=None, derandomize=True)
-settings.load_profile("steady")
-
 
 def test_a_worked_collate() -> None:
     batch = collate([Tokens([1, 2], [3]), Tokens([1], [4, 5, 6]), Tokens([], [7, 8])])

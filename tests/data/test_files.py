@@ -586,7 +586,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.dictionaries(st.just("prompt") | st.text(max_size=3), VALUES), min_size=2),
     indent=st.sampled_from([None, 0, 2]),
@@ -606,7 +606,7 @@ def test_any_rows_in_any_json(
             assert read(str(file)) == rows
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(KINDS)),
     flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), max_size=3),

@@ -4,14 +4,11 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_cli.data.batches import EpochBatches, draw
 from rlhf_cli.data.order import derived_seed, evenly, order_of
-
-settings.register_profile("steady", deadline=None, derandomize=True)
-settings.load_profile("steady")
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(0, 3))

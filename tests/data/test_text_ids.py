@@ -32,7 +32,7 @@ IDS = {name: TextIds(family(name)) for name in FAMILIES}
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(prompt=WRITTEN, response=WRITTEN)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_response_has_the_ids_that_the_joined_text_has(
     name: str, prompt: str, response: str
 ) -> None:
@@ -46,7 +46,7 @@ def test_a_response_has_the_ids_that_the_joined_text_has(
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2", "llama2_legacy"])
 @given(prompt=WRITTEN, response=WRITTEN)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prompt_and_response_are_the_text_again(name: str, prompt: str, response: str) -> None:
     """No blank comes between them, wherever the boundary is."""
     ids = IDS[name]

@@ -62,7 +62,7 @@ def test_what_the_failed_work_held_is_free_again() -> None:
     assert held[0]() is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(1, 9), max_size=5), room=st.integers(1, 9))
 @pytest.mark.slow
 def test_every_item_once_in_order_in_groups_that_fit(sizes: list[int], room: int) -> None:

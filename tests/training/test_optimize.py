@@ -416,7 +416,7 @@ class Small(Language):
 LONGEST = max(map(len, SEQUENCES))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(budget=st.integers(LONGEST, 99), most=st.integers(LONGEST, 99), texts=st.integers(0, 4))
 @pytest.mark.slow
 def test_halved_micro_batches_give_the_same_step(budget: int, most: int, texts: int) -> None:
