@@ -11,6 +11,7 @@ ODD = (
     *(b"<html>busy</html>", b"", b"[]", b'"text"', b"{}", b'{"choices": {}}', b'{"choices": []}'),
     *(b'{"choices": ["text"]}', b'{"choices": [{"message": "text"}]}'),
     b'{"choices": [{"message": {"content": [{"type": "text", "text": "[[A]]"}]}}]}',
+    *(b"[" * 50_000, b'{"error": {"message": "busy"}}'),
 )
 """What may come with status 200 and is no answer."""
 

@@ -4,13 +4,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from rlhf_cli.folders.json_forms import Form, misfit
+from rlhf_cli.evaluation.judgements import TOKENS
+from rlhf_cli.folders.json_forms import COUNT, Form, misfit
 from rlhf_cli.reporting.console import say
 from rlhf_cli.rollout.server_client import OK, Client, ServerFault
 
 TOLD = 3  # failures that are told one by one
 CHOICE: Form = {"message": {"content?": (str, None)}, "finish_reason?": (str, None)}
 ANSWER: Form = {"choices": [CHOICE]}
+USAGE: Form = {"usage?": ({f"{name}?": (COUNT, None) for name in TOKENS}, None)}
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -67,6 +69,15 @@ class ChatRoute:
         if not choices:
             raise self._otherwise("choices is empty")
         return choices[0]
+
+    def usage(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """How many tokens were read and written, by the names of `TOKENS`, as far as it tells.
+
+        Raises:
+            ServerFault: they are no numbers of tokens.
+        """
+        usage: dict[str, Any] = self._as_asked(answer, USAGE).get("usage") or {}
+        return usage
 
     def _as_asked(self, answer: Any, form: Form) -> Any:
         if (fault := misfit(answer, form)) is not None:

@@ -229,14 +229,15 @@ class Endpoint(KeptJudge):
         asked = {"logprobs": True, "top_logprobs": TOP} if self._tokens == 1 else {}
         try:
             answer = self._route.ask(text, temperature=0, max_tokens=self._tokens, **asked)
-            usage = answer.get("usage") or {}
+            usage = self._route.usage(answer)
+            self._spending.add({name: [usage.get(each) or 0 for each in TOKENS]})
+            choice = self._route.choice(answer)
             if self._spending.most is not None and not usage:
                 raise RunError(
                     f"{self._route.url} tells no usage, so judge_max_cost="
                     f"{self._spending.most:g} cannot be held; set it to null"
                 )
-            self._spending.add({name: [int(usage.get(each) or 0) for each in TOKENS]})
-            return verdict_of(self._route.choice(answer))
+            return verdict_of(choice)
         except Unreachable as fault:
             raise Unasked(f"{fault}; {KEPT}: the same command goes on") from None
         except ServerFault as fault:

@@ -185,7 +185,7 @@ class Client:
             return None
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = f"{self.url}{route} answered no JSON: {in_a_line(text)}"
             raise ServerFault(line, OK) from None
 
@@ -252,7 +252,7 @@ def told(error: BaseException) -> str:
 
 def in_a_line(text: str) -> str:
     """The message in a server's answer: vLLM's own, FastAPI's, or the text itself."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(text)
         for name in ("error", "message", "detail"):
             if isinstance(found, dict) and name in found:

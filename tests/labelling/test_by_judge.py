@@ -123,11 +123,28 @@ def test_what_is_no_answer_is_no_verdict(fake: Fake, tmp_path: Path) -> None:
     choose = server.choose
     server.choose = lambda text: odd.pop() if odd else choose(text)
     words = words_for(server, tmp_path, "algo.protocol=pair", "judge_concurrency=1", count=8)
+    words += ["judge_prices=[1,10]", "judge_max_cost=1"]  # what they cost is not known
     with pytest.raises(RunError, match="of 8 labels are kept"):
         label(tmp_path / "out", *words)
     assert len(server.asked) == 16
     out = label(tmp_path / "out", *words)
-    assert len(read(out / "preferences.jsonl")) == 8 and len(server.asked) == 26
+    assert len(read(out / "preferences.jsonl")) == 8
+    assert len(server.asked) == 16 + len(ODD)
+
+
+@pytest.mark.parametrize("tokens", [b"1e999", b"-5", b'"many"'])
+def test_what_is_no_number_of_tokens_is_no_verdict(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: bytes
+) -> None:
+    """Else it ended the run in the middle, or gave back what was paid."""
+    server = fake(fair)
+    text = b'{"choices": [{"message": {"content": "[[A]]"}}], "usage": {"prompt_tokens": %s}}'
+    server.choose = lambda asked: text % tokens
+    words = words_for(server, tmp_path, "algo.protocol=pair", count=2)
+    with pytest.raises(RunError, match="0 of 2 labels are kept"):
+        label(tmp_path / "out", *words)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "usage.prompt_tokens is" in shown and "not a whole number of 0 or more" in shown
 
 
 def test_what_may_be_paid_is_labelled_and_may_be_sealed(fake: Fake, tmp_path: Path) -> None:
