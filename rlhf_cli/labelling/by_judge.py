@@ -28,7 +28,7 @@ from rlhf_cli.labelling.answers import Answer
 from rlhf_cli.labelling.desk import Desk
 from rlhf_cli.labelling.outcomes import Figures, Outcomes, Places, asked_of, outcomes_of
 from rlhf_cli.labelling.policies import Meeting, meetings_of, win_rates
-from rlhf_cli.labelling.quality import told_of
+from rlhf_cli.labelling.quality import by_people
 from rlhf_cli.labelling.report import at_random
 from rlhf_cli.labelling.rows import counted
 from rlhf_cli.labelling.tasks import PAIR, Task, Turn, key_of
@@ -124,7 +124,8 @@ def ranks_of(log_odds: Sequence[float], count: int, tie: float) -> list[int]:
 def of_labels(cfg: Any, desk: Desk) -> Figures:
     """Of the judge whose labels these are, in all starts of the run: what it goes by on the tasks
     that were drawn, and what all of them cost, whatever a review put in the place of its answers.
-    Tasks that people have judged before, planted among its own, tell how far it can be believed.
+    Tasks planted among its own whose answer is known, or which people have judged before, tell how
+    far it can be believed.
     """
     questions, spending = Questions.of(cfg), Spending(paid_file(cfg))
     protocol = desk.terms.protocol
@@ -136,7 +137,7 @@ def of_labels(cfg: Any, desk: Desk) -> Figures:
     for place, (turn, event) in enumerate(desk.own):
         task, prompt = turn.task, asked_text(turn.task.prompt)
         places = places_of(task)
-        people += [outcomes_of([(task, answer)]) for answer in told_of(task, protocol)]
+        people += [outcomes_of([(task, answer)]) for answer in by_people(task, protocol)]
         log_odds |= asked_of(task, zip(places, map(mean, event["log_odds"]), strict=True))
         for (i, j), odds in zip(places, event["log_odds"], strict=True):
             ours, theirs = text_of(task.responses[i]), text_of(task.responses[j])
@@ -164,9 +165,10 @@ def beside_people(
     cfg: Any, judge: KeptJudge, desks: Sequence[Desk]
 ) -> tuple[Figures, Figures | None]:
     """What a judge says of the tasks that others have labelled, of those that were drawn: its own
-    figures, and how far it agrees with them; a pair of which it says nothing counts for neither.
+    figures, and how far it agrees with them, whatever a review put in the place of their answers; a
+    pair of which it says nothing counts for neither.
     """
-    answers = [at_random(counted(desk.answered, desk.terms.protocol)) for desk in desks]
+    answers = [at_random(counted(desk.own, desk.terms.protocol)) for desk in desks]
     tasks = list({task.id: task for own in answers for task, _ in own}.values())
     pairs = compared(judge, tasks)
     of_task: dict[int, list[tuple[Places, Pair]]] = {}

@@ -121,7 +121,8 @@ def answers_in(folder: Path, protocol: str) -> dict[str, list[dict[str, Any]]]:
         left_out |= {task for task, event in last.items() if event.get("kind") == FLAG}
         for task, event in last.items():
             if event.get("kind") == protocol:
-                said = {name: event[name] for name in FIELDS[protocol] if name in event}
+                kept = (*FIELDS[protocol], "source", "reviewed")
+                said = {name: event[name] for name in kept if name in event}
                 found.setdefault(task, []).append(said)
     return {task: said for task, said in found.items() if task not in left_out}
 

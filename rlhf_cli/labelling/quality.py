@@ -14,6 +14,9 @@ from rlhf_cli.labelling.outcomes import Figures, Outcomes, is_good, outcomes_of,
 from rlhf_cli.labelling.tasks import SINGLE, Task, Turn, key_of, writers_of
 from rlhf_cli.reporting.grid import with_error
 
+MACHINES = ("judge", "reward")
+"""Sources of labels that nobody gives."""
+
 Said = Sequence[tuple[Task, Event]]
 
 
@@ -61,6 +64,12 @@ def told_of(task: Task, protocol: str) -> list[Event]:
     known = [] if task.known is None else [task.known]
     answers = known or (task.earlier or [{"answers": []}])[-1]["answers"]
     return [{**answer, "kind": protocol} for answer in answers]
+
+
+def by_people(task: Task, protocol: str) -> list[Event]:
+    """`told_of` without what a judge or a reward said, but where somebody has reviewed it."""
+    said = told_of(task, protocol)
+    return [each for each in said if each.get("source") not in MACHINES or each.get("reviewed")]
 
 
 def rates_of(answers: Said) -> Figures:

@@ -86,11 +86,12 @@ def by_rule(tasks: Sequence[Task], answers: Sequence[tuple[Task, Event]]) -> Fig
 
 def crowd(report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[Task]) -> Figures:
     """Of errors that were planted: their chance, the share of pairs that they turned round, and
-    what the agreement of annotators tells of it, with a 95% interval over prompts.
+    what the agreement of annotators tells of it, with a 95% interval over prompts; all of what they
+    said, whatever a review put in its place.
     """
     protocol, between = desks[0].terms.protocol, report["between_annotators"] or {}
     rewards = of_rewards(tasks, protocol)
-    said = [outcomes_of(at_random(counted(desk.answered, protocol))) for desk in desks]
+    said = [outcomes_of(at_random(counted(desk.own, protocol))) for desk in desks]
     meant = agreement_of([(each, rewards) for each in said]) or {}
     told = {"chance": flip}
     told |= {"planted": 1 - meant["decided"]} if "decided" in meant else {}

@@ -212,8 +212,31 @@ def test_a_judge_beside_people(
     manifest = json.loads((out / "stage.json").read_text())
     assert manifest["metrics"]["judge_agreement"] == pytest.approx(right / 20)
 
+    (desk,) = desks_of(compose("label", [*words, "source=terminal", f"out={out}"])).values()
+    for turn, event in desk.own:  # a review says otherwise
+        ranks = event["ranks"][::-1]
+        desk.review(turn, {"kind": "pair", "ranks": ranks, "strength": 4, "both_bad": False})
+    (out / "stage.json").unlink()
+    again = report_in(label(out, *words, "source=terminal"))
+    assert again["reviewed"] == 20 and again["with_judge"] == found
+    assert again["judge"]["calibration"] == belief
+
     label(tmp_path / "labelled", *words)  # what the judge has said there costs nothing here
     assert len(server.asked) == 40
+
+
+def test_what_a_judge_said_before_tells_nothing_of_how_sure_it_may_be(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = words_for(fake(fair), tmp_path, "algo.protocol=pair", "algo.repeat=0")
+    typed(monkeypatch, *["1"] * 6)
+    people = label(tmp_path / "people", *words, "source=terminal", "judge=null", "judge_model=null")
+    judged = label(tmp_path / "judged", *words)
+    for before, pairs in ((people, 4), (judged, None)):
+        more = [f"anchors={before}", "algo.anchor_tasks=4"]
+        report = report_in(label(tmp_path / f"after-{before.name}", *words, *more))
+        belief = report["judge"]["calibration"]
+        assert report["anchors"]["tasks"] == 4 and (belief and belief["pairs"]) == pairs
 
 
 def test_a_judge_is_told_by_what_it_said_of_what_was_drawn(fake: Fake, tmp_path: Path) -> None:

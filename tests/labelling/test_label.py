@@ -15,6 +15,7 @@ from rlhf_cli.config.compose import compose
 from rlhf_cli.config.errors import RunError, UserError
 from rlhf_cli.data.kinds import Feedback, Preference, Ranking
 from rlhf_cli.data.rows import Rows
+from rlhf_cli.labelling.desk import desks_of
 from rlhf_cli.labelling.draws import pool_of
 from rlhf_cli.labelling.policies import liked, points_of, rated
 from rlhf_cli.labelling.report import bias_of
@@ -124,6 +125,19 @@ def test_an_answer_reads_the_order_that_was_shown(
     cfg = compose("dpo", ["data=jsonl", f"data.path={out / 'preferences.jsonl'}"])
     pairs = Rows(cfg.data).split(Preference)
     assert {pair.margin for pair in [*pairs.train, *pairs.held_out]} == {1.0}
+
+
+def test_a_review_changes_nothing_of_the_errors_that_were_planted(tmp_path: Path) -> None:
+    words = [given(tmp_path / "s.jsonl", 20, 1), "policy=null", "source=reward", "algo.repeat=0"]
+    words += ["annotators=[one,two]", "algo.overlap=1", "flip=0.25", "algo.protocol=pair"]
+    out = label(tmp_path / "out", *words)
+    before = json.loads((out / "report.json").read_text())["flips"]
+    for desk in desks_of(compose("label", [*words, f"out={out}"])).values():
+        for turn, event in desk.own:
+            desk.review(turn, {**event, "ranks": event["ranks"][::-1]})
+    (out / "stage.json").unlink()
+    report = json.loads((label(out, *words) / "report.json").read_text())
+    assert report["reviewed"] == 40 and report["flips"] == before
 
 
 def test_planted_errors_are_recovered_and_policies_keep_their_order(tmp_path: Path) -> None:
