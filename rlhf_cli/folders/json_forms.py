@@ -66,7 +66,7 @@ STAGE: Form = {
     },
     "level?": str,
     "adapter?": dict,
-    "head?": {"aggregate?": (str, None), "step_end?": (str, None)},
+    "head?": {"target?": (str, None), "aggregate?": (str, None), "step_end?": (str, None)},
     "reward?": {"mean?": REAL, "std?": POSITIVE},
     "implicit_reward?": {"beta": REAL, "per_token": bool, "reference": Path, "hash": str},
     "metrics?": {"eval/auc?": (REAL, None), "eval/accuracy?": (REAL, None)},

@@ -200,9 +200,13 @@ def statistics_of(path: str) -> tuple[float, float]:
 def log_odds_of(spec: str) -> float | None:
     """How many log-odds of one response over another a difference of 1 in a reward is: the standard
     deviation by which the scores of a model are divided, of which a difference is log-odds under
-    Bradley-Terry. None of a sum, a rule, and what judges steps.
+    Bradley-Terry. None of a sum, a rule, what judges steps, and what was fitted to the numbers of
+    people, whose unit is theirs.
     """
-    return statistics_of(spec)[1] if models_of(spec) == [spec] and not judges_steps(spec) else None
+    if models_of(spec) != [spec] or judges_steps(spec):
+        return None
+    fitted_to = (read_manifest(spec) or {}).get("head", {}).get("target")
+    return None if fitted_to == "score" else statistics_of(spec)[1]
 
 
 def load_model_reward(

@@ -114,6 +114,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     head = {
         "name": head_name(unwrap(scorer)),
         "loss": algo.loss,
+        "target": algo.target,
         "aggregate": algo.aggregate,
         "step_end": cfg.data.step_end if level == STEP else None,
         "centring": algo.centring,

@@ -83,6 +83,10 @@ def test_of_a_model_alone_a_difference_is_log_odds(folder: Path) -> None:
     assert log_odds_of(str(folder)) == 2.0  # by which its scores are divided
     for spec in (f"0.5*{folder}", f"{folder} + length:20", "length:20"):
         assert log_odds_of(spec) is None
+    said = json.loads((folder / "stage.json").read_text())
+    for target, scale in (("label", 2.0), ("score", None)):  # a logit, and a number of theirs
+        (folder / "stage.json").write_text(json.dumps({**said, "head": {"target": target}}))
+        assert log_odds_of(str(folder)) == scale
 
 
 @pytest.mark.parametrize(("accuracy", "holds"), [(0.5, False), (0.7, True), (0.2, False)])

@@ -164,6 +164,7 @@ def test_the_first_step(name: str, tmp_path: Path) -> None:
     assert manifest["head"] == {
         "name": "score",
         "loss": cfg.algo.loss,
+        "target": cfg.algo.target,
         "aggregate": cfg.algo.aggregate,
         "step_end": "\n" if level == "step" else None,
         "centring": cfg.algo.centring,
