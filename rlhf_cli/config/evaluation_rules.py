@@ -13,8 +13,8 @@ SAMPLING = (
 )
 
 
-def evaluation(cfg: Run) -> Iterator[str]:
-    """What samples that are there already cannot tell."""
+def evaluation_rules(cfg: Run) -> Iterator[str]:
+    """What best_of and algo.enumerate need, and what samples that are there already cannot tell."""
     if not isinstance(cfg, EvaluateConfig):
         return
     if cfg.best_of is not None and cfg.reward is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from rlhf_cli.config.schema.stages import Run
 
 
-def hardware(cfg: Run) -> Iterator[str]:
+def hardware_rules(cfg: Run) -> Iterator[str]:
     """What is wrong with the hardware of a run."""
     yield from _no_training(cfg)
     yield from _resume_points(cfg)
@@ -15,15 +15,16 @@ def hardware(cfg: Run) -> Iterator[str]:
 
 
 def _no_training(cfg: Run) -> Iterator[str]:
-    if not cfg.trains:
-        for name in ("save_every", "keep_checkpoints", "device_memory"):
-            if getattr(cfg.hardware, name) is not None:
-                yield f"hardware.{name} is for stages that train; set it to null"
-        for name in ("gradient_checkpointing", "compile"):
-            if getattr(cfg.hardware, name) is not False:
-                yield f"hardware.{name} is for stages that train; set it to false"
-        if cfg.hardware.shard != "none":
-            yield "hardware.shard is for stages that train; set it to none"
+    if cfg.trains:
+        return
+    for name in ("save_every", "keep_checkpoints", "device_memory"):
+        if getattr(cfg.hardware, name) is not None:
+            yield f"hardware.{name} is for stages that train; set it to null"
+    for name in ("gradient_checkpointing", "compile"):
+        if getattr(cfg.hardware, name) is not False:
+            yield f"hardware.{name} is for stages that train; set it to false"
+    if cfg.hardware.shard != "none":
+        yield "hardware.shard is for stages that train; set it to none"
 
 
 def _resume_points(cfg: Run) -> Iterator[str]:

@@ -17,8 +17,8 @@ def is_address(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
-def judges(cfg: Run) -> Iterator[str]:
-    """Where a judge or a reviser is asked."""
+def judge_rules(cfg: Run) -> Iterator[str]:
+    """What a judge or a reviser needs, and which keys are for endpoints alone."""
     if isinstance(cfg, GenerateConfig):
         yield from _revises(cfg)
     if not isinstance(cfg, EvaluateConfig | LabelConfig):

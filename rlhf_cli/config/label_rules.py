@@ -8,7 +8,7 @@ from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.schema.stages import LabelConfig, Run
 
 
-def labelling(cfg: Run) -> Iterator[str]:
+def label_rules(cfg: Run) -> Iterator[str]:
     """Who labels what."""
     if not isinstance(cfg, LabelConfig):
         return

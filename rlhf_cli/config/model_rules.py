@@ -6,7 +6,7 @@ from rlhf_cli.config.schema.models import Model, SftModel
 from rlhf_cli.config.schema.stages import Run
 
 
-def models(cfg: Run) -> Iterator[str]:
+def model_rules(cfg: Run) -> Iterator[str]:
     """What is wrong with the model of a run."""
     yield from _scratch(cfg)
     yield from _lora(cfg)
@@ -14,7 +14,7 @@ def models(cfg: Run) -> Iterator[str]:
 
 
 def _scratch(cfg: Run) -> Iterator[str]:
-    model = getattr(cfg, "model", None)
+    model = cfg.model
     if not isinstance(model, SftModel) or model.path is not None:
         return
     assert model.hidden_size and model.heads and model.context  # for the type checker
@@ -35,12 +35,13 @@ def _scratch(cfg: Run) -> Iterator[str]:
 
 
 def _lora(cfg: Run) -> Iterator[str]:
-    model = getattr(cfg, "model", None)
-    if isinstance(model, Model) and model.lora_rank == 0 and not model.merge_lora:
+    model = cfg.model
+    if not isinstance(model, Model):
+        return
+    if model.lora_rank == 0 and not model.merge_lora:
         yield "model.merge_lora=false writes an adapter, but model.lora_rank=0 trains none"
-    if isinstance(model, Model):
-        yield from _adapter(cfg, model)
-    if isinstance(model, Model) and model.lora_rank and model.frozen_layers:
+    yield from _adapter(cfg, model)
+    if model.lora_rank and model.frozen_layers:
         yield (
             f"model.frozen_layers={model.frozen_layers} is for training all weights; an adapter "
             "(model.lora_rank > 0) freezes the whole base: set model.frozen_layers=0"

@@ -238,7 +238,7 @@ _ONLINE: tuple[Callable[[OnlineConfig], Iterator[str]], ...] = (
 )
 
 
-def online(cfg: Run) -> Iterator[str]:
+def online_rules(cfg: Run) -> Iterator[str]:
     """Complaints about a config of a stage that learns from its own samples."""
     if isinstance(cfg, OnlineConfig):
         for rule in _ONLINE:

@@ -11,7 +11,7 @@ from rlhf_cli.config.schema.stages import OnlineConfig, Run, SamplingConfig
 COLDEST = 0.01  # vLLM raises a lower temperature to this
 
 
-def rollouts(cfg: Run) -> Iterator[str]:
+def rollout_rules(cfg: Run) -> Iterator[str]:
     """Complaints about hardware.rollout=vllm."""
     hardware = cfg.hardware
     if hardware.rollout != VLLM:

@@ -28,8 +28,8 @@ def only_drawn(cfg: LabelConfig) -> bool:
     return cfg.samples is not None and not scored and cfg.algo.select == "random"
 
 
-def selection(cfg: Run) -> Iterator[str]:
-    """A rule has rewards to go by, and something to choose from."""
+def selection_rules(cfg: Run) -> Iterator[str]:
+    """What algo.select needs: rewards to go by, and something to choose from."""
     if not isinstance(cfg, LabelConfig) or cfg.algo.select == "random":
         return
     rule, named = f"algo.select={cfg.algo.select}", choosers(cfg)

@@ -1,5 +1,7 @@
-"""Bounds of single keys and rules between keys. One line per broken rule; no torch, no files but
-those that functions of users stand in."""
+"""Bounds of single keys, and rules between keys: one line for the first that is broken.
+
+No torch, and no files but those that functions of users stand in.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,15 +10,15 @@ from typing import Any
 from rlhf_cli.config import catalog
 from rlhf_cli.config.data_rules import data_rules
 from rlhf_cli.config.errors import UserError
-from rlhf_cli.config.evaluation_rules import evaluation
-from rlhf_cli.config.hardware_rules import hardware
+from rlhf_cli.config.evaluation_rules import evaluation_rules
+from rlhf_cli.config.hardware_rules import hardware_rules
 from rlhf_cli.config.hints import unknown_value, wrong_value
-from rlhf_cli.config.judge_rules import judges
-from rlhf_cli.config.label_rules import labelling
-from rlhf_cli.config.model_rules import models
-from rlhf_cli.config.online_rules import online
+from rlhf_cli.config.judge_rules import judge_rules
+from rlhf_cli.config.label_rules import label_rules
+from rlhf_cli.config.model_rules import model_rules
+from rlhf_cli.config.online_rules import online_rules
 from rlhf_cli.config.paths import is_path
-from rlhf_cli.config.rollout_rules import rollouts
+from rlhf_cli.config.rollout_rules import rollout_rules
 from rlhf_cli.config.schema.algorithms import Decoding
 from rlhf_cli.config.schema.keys import AUTO
 from rlhf_cli.config.schema.stages import (
@@ -28,7 +30,7 @@ from rlhf_cli.config.schema.stages import (
     SftConfig,
 )
 from rlhf_cli.config.secrets import refuse_secrets
-from rlhf_cli.config.selection_rules import selection
+from rlhf_cli.config.selection_rules import selection_rules
 from rlhf_cli.config.stages import WITHOUT_REFERENCE
 from rlhf_cli.config.switches import complaints
 
@@ -245,7 +247,7 @@ def _preferences(cfg: Run) -> Iterator[str]:
             yield f"reference={cfg.reference} is not used by algo.loss={algo.loss}; set it to null"
 
 
-def _selection(cfg: Run) -> Iterator[str]:
+def _best_weights(cfg: Run) -> Iterator[str]:
     if not isinstance(cfg, SftConfig):
         return
     if cfg.select_by == "reward" and cfg.algo.keep != "best":
@@ -253,21 +255,21 @@ def _selection(cfg: Run) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
-    online,
-    models,
+    online_rules,
+    model_rules,
     _plain_text,
     _distillation,
     _picks,
-    hardware,
+    hardware_rules,
     _decoding,
-    rollouts,
+    rollout_rules,
     _reward_model,
     _doubts,
     _preferences,
-    _selection,
-    evaluation,
-    labelling,
-    judges,
-    selection,
+    _best_weights,
+    evaluation_rules,
+    label_rules,
+    judge_rules,
+    selection_rules,
     data_rules,
 )
