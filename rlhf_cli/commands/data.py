@@ -99,11 +99,12 @@ def looked_at(
     check_overrides(stage, overrides, catalog.config_dirs(config_dir))
     cfg = compose(stage, overrides, config_dir, config_file)
     from rlhf_cli.data.dataset import dataset_of
+    from rlhf_cli.data.kinds import row_kind
     from rlhf_cli.data.look import expected_rows
     from rlhf_cli.data.rows import Rows
     from rlhf_cli.data.survey import surveyed
     from rlhf_cli.reporting.console import Bar
-    from rlhf_cli.runs.data_checks import check_data, row_kind
+    from rlhf_cli.runs.data_checks import check_data
     from rlhf_cli.runs.inherited import inherit
     from rlhf_cli.runs.model_checks import check_models
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, get_args
 
+from rlhf_cli.config.schema.stages import Run
+from rlhf_cli.config.stages import row_kind_name
+
 Message = dict[str, Any]
 """`role`, `content` and whatever else a chat template reads (tool_calls, name, ...).
 
@@ -150,6 +153,11 @@ def name_of(kind: type) -> str:
 def kind_named(word: str) -> type:
     """The kind of rows that a word of config/stages.py names."""
     return next(kind for kind in get_args(Row) if name_of(kind) == word)
+
+
+def row_kind(cfg: Run) -> type:
+    """The kind of rows that a stage learns from or answers."""
+    return kind_named(row_kind_name(cfg))
 
 
 # --------------------------------------------------------------------------- derivations

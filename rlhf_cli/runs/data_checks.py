@@ -7,9 +7,9 @@ from typing import Any
 
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import LabelConfig, Run
-from rlhf_cli.config.stages import facts_of, row_kind_name
+from rlhf_cli.config.stages import facts_of
 from rlhf_cli.data.files import find, is_local
-from rlhf_cli.data.kinds import Demonstration, Prompt, Text, kind_named
+from rlhf_cli.data.kinds import Demonstration, Prompt, Text, row_kind
 from rlhf_cli.data.look import check_split, looked_at
 from rlhf_cli.data.parse import check_content
 from rlhf_cli.data.rows import Rows, text_data
@@ -19,17 +19,16 @@ from rlhf_cli.data.templates import chat_template_of, prefix_of
 from rlhf_cli.folders.manifest import read_manifest
 from rlhf_cli.rewards.specs import check_rows_of, terms_of
 from rlhf_cli.runs.lineage import command_of
-from rlhf_cli.runs.model_checks import rewards_of
 from rlhf_cli.runs.out_files import LABELS, TASKS, is_claimed
-
-
-def row_kind(cfg: Run) -> type:
-    """The kind of rows that a stage learns from or answers."""
-    return kind_named(row_kind_name(cfg))
+from rlhf_cli.runs.provenance import rewards_of
 
 
 def check_data(cfg: Run) -> None:
-    """Data files exist and say something."""
+    """Data files exist and say something, and templates are there.
+
+    Raises:
+        UserError: naming the key of what is missing, empty, not finished, or not for this stage.
+    """
     data = cfg.data
     prefix_of(data)
     if data.chat_template is not None:

@@ -88,11 +88,6 @@ def either(names: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def rewards_of(cfg: Run) -> list[tuple[str, str]]:
-    """The keys of a stage that name rewards, and what they say."""
-    return [(key, value) for key, role, value in named_models(cfg) if role == "reward"]
-
-
 def check_judge(cfg: Any, judge: str) -> None:
     """What labels pairs for a reward model to learn from is not that model."""
     learner = Path(refreshed_model(cfg.reward))

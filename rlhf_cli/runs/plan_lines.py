@@ -8,11 +8,9 @@ from rlhf_cli.config.schema.stages import LabelConfig, Run
 from rlhf_cli.config.selection_rules import REWARD, choosers
 from rlhf_cli.config.stages import row_kind_name, stage_name
 from rlhf_cli.config.switches import given_to
-from rlhf_cli.data.kinds import JUDGEMENTS
+from rlhf_cli.data.kinds import JUDGEMENTS, row_kind
 from rlhf_cli.rewards.specs import meaning_of, terms_of
-from rlhf_cli.runs.data_checks import row_kind
-from rlhf_cli.runs.model_checks import rewards_of
-from rlhf_cli.runs.provenance import own_loss
+from rlhf_cli.runs.provenance import own_loss, rewards_of
 from rlhf_cli.runs.sharing import expects_gpu
 
 
@@ -48,11 +46,11 @@ def sampler_lines(cfg: Run) -> list[str]:
     return []
 
 
-def arithmetic(cfg: Run) -> list[str]:
+def arithmetic_lines(cfg: Run) -> list[str]:
     """The batch arithmetic, spelled out."""
     algo: Any = cfg.algo
     if cfg.samples_online:
-        return online_arithmetic(algo)
+        return online_arithmetic_lines(algo)
     if cfg.trains:
         judged = row_kind(cfg) in JUDGEMENTS
         rows = f"{row_kind_name(cfg)} rows" if judged else "rows"
@@ -78,7 +76,7 @@ def selection_lines(cfg: Run) -> list[str]:
     ]
 
 
-def online_arithmetic(algo: Any) -> list[str]:
+def online_arithmetic_lines(algo: Any) -> list[str]:
     """How many responses are sampled, and how many updates are made of them."""
     group = getattr(algo, "group_size", 1)
     updates = algo.batch_size // algo.minibatch_size * algo.epochs
@@ -98,7 +96,7 @@ def online_arithmetic(algo: Any) -> list[str]:
     return lines
 
 
-def auto_line(cfg: Run) -> list[str]:
+def auto_lines(cfg: Run) -> list[str]:
     """What the keys of hardware that say auto will mean, for --check."""
     hardware, gpu = cfg.hardware, expects_gpu(cfg)
     at_once = {

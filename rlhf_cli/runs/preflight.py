@@ -11,6 +11,7 @@ from rlhf_cli.config.schema.stages import LabelConfig, Run
 from rlhf_cli.config.selection_rules import only_drawn
 from rlhf_cli.config.stages import STAGES, stage_name
 from rlhf_cli.config.switches import written
+from rlhf_cli.data.kinds import row_kind
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.stdin import STDIN
@@ -25,7 +26,7 @@ from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.begun import config_as_written
 from rlhf_cli.runs.checks import check_labelling, check_questions, check_sampler
 from rlhf_cli.runs.config_diff import flatten
-from rlhf_cli.runs.data_checks import check_data, check_rows, row_kind
+from rlhf_cli.runs.data_checks import check_data, check_rows
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.kinship import kinship_lines
@@ -34,8 +35,8 @@ from rlhf_cli.runs.model_checks import check_frozen_layers, check_models
 from rlhf_cli.runs.out_files import TASKS, is_claimed, what_is_kept
 from rlhf_cli.runs.out_folder import FINISHED, FREE, RESUMABLE, state_of
 from rlhf_cli.runs.plan_lines import (
-    arithmetic,
-    auto_line,
+    arithmetic_lines,
+    auto_lines,
     own_loss_lines,
     reward_lines,
     sampler_lines,
@@ -159,9 +160,9 @@ def _sums(cfg: Run, check_only: bool, ranks: Ranks | None) -> list[str]:
         *own_loss_lines(cfg),
         *kinship_lines(cfg),
         *sampler_lines(cfg),
-        *arithmetic(cfg),
+        *arithmetic_lines(cfg),
         *attention_lines(predicted_attention(cfg), cfg.model.attention),
-        *(auto_line(cfg) if check_only else []),  # a start tells what is found on its device
+        *(auto_lines(cfg) if check_only else []),  # a start tells what is found on its device
         *sharing_lines(cfg, ranks),
     ]
 

@@ -58,6 +58,11 @@ def named_models(cfg: Run) -> Iterator[tuple[str, str, str]]:
             yield key, role, value
 
 
+def rewards_of(cfg: Run) -> list[tuple[str, str]]:
+    """The keys of a stage that name rewards, and what they say."""
+    return [(key, value) for key, role, value in named_models(cfg) if role == "reward"]
+
+
 def models_read(cfg: Run) -> dict[str, str]:
     """Every model folder and hub id that a stage loads, by role: policy, reward, reward[1], ..."""
     models: dict[str, str] = {}

@@ -7,14 +7,14 @@ from typing import Any
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.batches import EpochBatches
 from rlhf_cli.data.dataset import Dataset, dataset_of
-from rlhf_cli.data.kinds import Text
+from rlhf_cli.data.kinds import Text, row_kind
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows, text_data
 from rlhf_cli.data.store import Items
 from rlhf_cli.data.streaming import Stream, StreamBatches, streamed
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.reporting.console import Bar, say
-from rlhf_cli.runs.data_checks import check_judgements, row_kind, what_is_read
+from rlhf_cli.runs.data_checks import check_judgements, what_is_read
 
 MANY = 50_000  # rows that take a while to read
 

@@ -19,6 +19,7 @@ from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.config.stages import stage_name
 from rlhf_cli.data.dataset import Dataset
 from rlhf_cli.data.items import Judged
+from rlhf_cli.data.kinds import row_kind
 from rlhf_cli.data.look import expected_rows
 from rlhf_cli.data.rows import Rows
 from rlhf_cli.data.tokens import Encoder
@@ -41,7 +42,6 @@ from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.begun import begun_with
 from rlhf_cli.runs.budgets import Budget, keep
 from rlhf_cli.runs.cost import cost_of
-from rlhf_cli.runs.data_checks import row_kind
 from rlhf_cli.runs.lock import check_lock
 from rlhf_cli.runs.memory_estimate import predicted_memory
 from rlhf_cli.runs.model_sizes import BYTES

@@ -6,12 +6,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.files import is_local
+from rlhf_cli.data.kinds import row_kind
 from rlhf_cli.data.reading import Walk
 from rlhf_cli.data.rows import Rows, walked
 from rlhf_cli.data.templates import prefix_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.folders.generation import name_eos, read_generation
-from rlhf_cli.runs.data_checks import row_kind
 from rlhf_cli.runs.inherited import context_of
 
 ROWS = 200  # of each source

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from rlhf_cli.config.stages import row_kind_name
-from rlhf_cli.data.kinds import JUDGEMENTS, kind_named
+from rlhf_cli.data.kinds import JUDGEMENTS, row_kind
 from rlhf_cli.runs.inherited import context_of
 from rlhf_cli.runs.sharing import ALONE, Ranks
 
@@ -24,7 +23,7 @@ def items_of_update(cfg: Any) -> int:
 
 def rows_per_item(cfg: Any) -> int:
     """Sequences in an item of a batch."""
-    if kind_named(row_kind_name(cfg)) in JUDGEMENTS:
+    if row_kind(cfg) in JUDGEMENTS:
         return 2  # a pair; rankings have more, and fill the micro-batch
     return int(getattr(cfg.algo, "group_size", 1))
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_cli.config.errors import UserError
 from rlhf_cli.config.schema.stages import Run
 from rlhf_cli.data.held_out import identity
-from rlhf_cli.data.kinds import Demonstration, Prompt, Text
+from rlhf_cli.data.kinds import Demonstration, Prompt, Text, row_kind
 from rlhf_cli.data.rows import Rows, read_split
 from rlhf_cli.data.shapes.formats import reader_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.rewards.rules import rule_of
-from rlhf_cli.runs.data_checks import check_rows, row_kind
+from rlhf_cli.runs.data_checks import check_rows
 from tests.toys import bpe, composed, data_of
 
 ANY = settings(

@@ -14,7 +14,7 @@ from rlhf_cli.runs.budgets import MOST, UNMEASURED, Budget, budget_of, keep, set
 from rlhf_cli.runs.memory_estimate import parts_of
 from rlhf_cli.runs.out_files import BUDGET
 from rlhf_cli.runs.pass_sizes import activations
-from rlhf_cli.runs.plan_lines import auto_line
+from rlhf_cli.runs.plan_lines import auto_lines
 from tests.toys import bpe, llama
 
 DATA = ["data=jsonl", "data.path=rows.jsonl", "data.max_prompt_tokens=100"]
@@ -101,12 +101,12 @@ def test_a_run_that_goes_on_keeps_its_budget(
 
 
 def test_a_check_tells_what_auto_will_mean() -> None:
-    assert auto_line(compose("sft", ["hardware.device=cpu"])) == [
+    assert auto_lines(compose("sft", ["hardware.device=cpu"])) == [
         "hardware, auto: tokens_per_microbatch 4096, rollout_tokens 16384, logprob_chunk 1024, "
         "gradient_checkpointing once memory runs out, compile false"
     ]
-    told = auto_line(compose("sft", ["hardware=gpu"]))
+    told = auto_lines(compose("sft", ["hardware=gpu"]))
     assert told[0].startswith("hardware, auto: tokens_per_microbatch by the GPU's free memory, ")
-    assert auto_line(compose("generate", [*DATA, "hardware.rollout_tokens=9"])) == [
+    assert auto_lines(compose("generate", [*DATA, "hardware.rollout_tokens=9"])) == [
         "hardware, auto: tokens_per_microbatch 4096, logprob_chunk 1024"
     ]
