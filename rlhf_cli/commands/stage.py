@@ -74,8 +74,10 @@ def run(stage: str, words: list[str]) -> None:
 
             text = shown.getvalue()
             print(redacted(requoted(text) if flags.show_yaml else text), end="")
+    elif flags.multirun:
+        _sweep(stage, flags)
     else:
-        (_sweep if flags.multirun else _single)(stage, flags, words)
+        _single(stage, flags, words)
 
 
 def _single(stage: str, flags: Flags, words: list[str]) -> None:
@@ -92,7 +94,7 @@ def _single(stage: str, flags: Flags, words: list[str]) -> None:
     execute(stage, typed(composed[0], stage), flags.check, words, flags.json)
 
 
-def _sweep(stage: str, flags: Flags, _: list[str]) -> None:
+def _sweep(stage: str, flags: Flags) -> None:
     """Check every job before the first one starts, then let Hydra run them."""
     from rlhf_cli.commands import sweeps
     from rlhf_cli.config.compose import hydras_words, params_of_sweep, typed_config

@@ -84,7 +84,9 @@ def by_rule(tasks: Sequence[Task], answers: Sequence[tuple[Task, Event]]) -> Fig
     return {} if found.keys() <= {RANDOM} else {RANDOM: {"tasks": 0, "labels": 0}, **found}
 
 
-def crowd(report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[Task]) -> Figures:
+def planted_errors(
+    report: Figures, flip: float, desks: Sequence[Desk], tasks: Sequence[Task]
+) -> Figures:
     """Of errors that were planted: their chance, the share of pairs that they turned round, and
     what the agreement of annotators tells of it, with a 95% interval over prompts; all of what they
     said, whatever a review put in its place.

@@ -70,8 +70,8 @@ def beliefs(report: Figures) -> list[str]:
     return lines
 
 
-def alpha_of(between: Figures) -> str:
-    """0.45, 0.31 to 0.58."""
+def alpha_with_ends(between: Figures) -> str:
+    """Alpha with the ends of its interval, where it has one: `0.45, 0.31 to 0.58`."""
     told, low, high = (between[f"alpha{end}"] for end in ("", "_low", "_high"))
     return f"{told:.2f}" if low is None else f"{told:.2f}, {low:.2f} to {high:.2f}"
 
@@ -87,7 +87,7 @@ def sentence(report: Figures) -> str:
     if between is not None:
         share = with_error(between["agreement"], between.get("stderr"))
         told += f"; annotators agree on {share} of {between['outcomes']} outcomes"
-        told += f" (alpha {alpha_of(between)})" if between["alpha"] is not None else ""
+        told += f" (alpha {alpha_with_ends(between)})" if between["alpha"] is not None else ""
     if reward is not None:
         share = with_error(reward["agreement"], reward.get("stderr"))
         told += f"; the reward agrees with them on {share}"

@@ -40,7 +40,7 @@ def summed(adapted: Any) -> tuple[Any, dict[str, Tensor]]:
     names = (BELOW, POLICY)
     with held_as(torch.float32, (w for each in names for w in weights_of(adapted, each).values())):
         parts = [saved_weights(adapted, each) for each in names]
-    scales = [_scales(adapted, each) for each in (BELOW, POLICY)]
+    scales = [_scales(adapted, each) for each in names]
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name in {**parts[0], **parts[1]}:

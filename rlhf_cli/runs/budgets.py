@@ -25,7 +25,7 @@ from rlhf_cli.ranks.agreement import by_main
 from rlhf_cli.ranks.world import world
 from rlhf_cli.rollout.slot_sampler import size_of
 from rlhf_cli.runs.attention import predicted_attention
-from rlhf_cli.runs.memory_estimate import held_always, in_bytes
+from rlhf_cli.runs.memory_estimate import USABLE, held_always, in_bytes
 from rlhf_cli.runs.model_sizes import BYTES, Unknown, geometry_of, start_of
 from rlhf_cli.runs.out_files import BUDGET
 from rlhf_cli.runs.pass_sizes import (
@@ -40,7 +40,6 @@ from rlhf_cli.runs.sharing import ranks_of
 from rlhf_cli.runs.update_sizes import longest_sequence, responses_of, rows_of_update
 from rlhf_cli.training.room import SHARES
 
-USED = 0.9  # of the free memory: estimates are not exact, and allocators leave gaps
 MOST = 32768  # tokens, from which on a GPU gains nothing by more
 ENOUGH = 8192  # tokens that keep it busy: rather than fewer, some blocks are recomputed
 FOR_ROLLOUTS = 0.25  # of what is left: keys and values stay while weights are updated
@@ -131,7 +130,7 @@ def budget_of(cfg: Any, free: float, width: int) -> Budget:
     Args:
         width: bytes of a number in the products.
     """
-    room = USED * free
+    room = USABLE * free
     try:
         if not cfg.trains:
             token = 2 * width * geometry_of(cfg.policy).keys * geometry_of(cfg.policy).layers

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf_cli.config.schema.hardware import VLLM
-from rlhf_cli.runs.memory_estimate import LIBRARIES, in_bytes, predicted_peak
+from rlhf_cli.runs.memory_estimate import LIBRARIES, USABLE, in_bytes, predicted_peak
 from rlhf_cli.runs.model_sizes import Unknown
 from rlhf_cli.runs.sharing import ALONE, Ranks, expects_gpu, gpu_memory, host_memory, ranks_of
 from rlhf_cli.runs.update_sizes import (
@@ -14,7 +14,6 @@ from rlhf_cli.runs.update_sizes import (
 )
 
 SHARDS = "none", "hybrid", "full"
-USED = 0.9  # of a device's memory, as of runs/budgets.py
 MOST_RANKS = 4096  # that are tried
 
 
@@ -104,7 +103,7 @@ def device_of(cfg: Any) -> tuple[float | None, str]:
 def fits(cfg: Any, peak: float, room: float, ranks: Ranks) -> bool:
     """Whether ranks of this peak fit a device: each its own GPU, or all of a machine its memory."""
     if expects_gpu(cfg) or cfg.hardware.device_memory is not None:
-        return peak <= USED * room
+        return peak <= USABLE * room
     return ranks.local * (peak + LIBRARIES) <= room
 
 

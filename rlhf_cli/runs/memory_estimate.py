@@ -39,6 +39,7 @@ from rlhf_cli.runs.update_sizes import longest_sequence, responses_of, rows_of_u
 
 # Beside tensors, as measured: what a stage has imported, and what is held of each row.
 LIBRARIES, ROW = 460 * 2**20, 200
+USABLE = 0.9  # of a device's memory: estimates are not exact, and allocators leave gaps
 
 
 def predicted_memory(

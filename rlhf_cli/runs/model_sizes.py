@@ -28,7 +28,7 @@ def start_of(cfg: Any) -> tuple[Shapes, Geometry]:
     """
     if cfg.start is None:
         return from_scratch(cfg.model)
-    return known(cfg.start), geometry_of(cfg.start)
+    return base_shapes(cfg.start), geometry_of(cfg.start)
 
 
 def geometry_of(path: str) -> Geometry:
@@ -43,7 +43,7 @@ def geometry_of(path: str) -> Geometry:
         raise Unknown(f"for {path}: its config.json says no {missing.args[0]}") from None
 
 
-def known(path: str) -> Shapes:
+def base_shapes(path: str) -> Shapes:
     """The shapes of a full model, or of the base of an adapter folder.
 
     Raises:

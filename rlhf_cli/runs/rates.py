@@ -16,7 +16,7 @@ from rlhf_cli.config.stages import DEMO_SIZE, stage_name
 from rlhf_cli.folders.manifest import adapter_base
 from rlhf_cli.rewards.specs import refreshed_model
 from rlhf_cli.runs.begun import config_of
-from rlhf_cli.runs.model_sizes import Unknown, count, known
+from rlhf_cli.runs.model_sizes import Unknown, base_shapes, count
 from rlhf_cli.runs.out_files import is_claimed
 
 SIZES = (DEMO_SIZE, 5e8, 3e9, 15e9)
@@ -104,7 +104,7 @@ def size_of(path: str, called: str = "") -> float | None:
         called: its size, where the name may not tell.
     """
     with suppress(Unknown, UserError):
-        return count(known(path))
+        return count(base_shapes(path))
     with suppress(UserError):
         name = adapter_base(path) or path
         if Path(name).exists():

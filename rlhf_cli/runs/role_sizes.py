@@ -25,10 +25,10 @@ from rlhf_cli.runs.adapter_sizes import (
 from rlhf_cli.runs.model_sizes import (
     BYTES,
     adapter_shapes,
+    base_shapes,
     count,
     frozen_of,
     geometry_of,
-    known,
     of_text,
     trunk_of,
 )
@@ -62,7 +62,7 @@ def roles_of(
     others |= {f"scorer {spec}": spec for spec in getattr(cfg, "scorers", [])}
     for name, spec in others.items():
         if spec is not None:
-            held[name] = sum(count(trunk_of(known(path))) for path in models_of(spec))
+            held[name] = sum(count(trunk_of(base_shapes(path))) for path in models_of(spec))
     return {role: number for role, number in held.items() if number}, trained
 
 
@@ -71,7 +71,7 @@ def _reference_numbers(cfg: Any, shapes: Shapes, adapter: int, frozen: int) -> i
     if getattr(cfg.algo, "precompute_reference", False):
         return 0
     if (path := models_read(cfg).get("reference")) is not None:
-        return count(known(path))
+        return count(base_shapes(path))
     if not adapter:
         return count(shapes) - frozen
     refreshed = getattr(cfg.algo, "refresh_reference", None) is not None
@@ -96,7 +96,7 @@ def _critic_numbers(cfg: Any, shapes: Shapes, width: int, parts: int) -> tuple[i
         upper = count(trunk) - count(frozen_of(trunk, model.frozen_layers))
         adapter = trained_adapter(cfg, of_text(trunk)) if model.lora_rank else upper
         return adapter, adapter
-    reward = trunk_of(known(start))
+    reward = trunk_of(base_shapes(start))
     if not model.lora_rank:
         frozen = count(frozen_of(reward, model.frozen_layers))
         return count(reward) - _in_common(cfg, start, parts), count(reward) - frozen
@@ -110,10 +110,10 @@ def _reward_numbers(cfg: Any, path: str, parts: int) -> int:
     """What a reward model holds beside the policy."""
     implicit = implicit_reward_of(path)
     if implicit is not None:
-        return count(known(path)) + count(known(reference_folder(path, implicit)))
+        return count(base_shapes(path)) + count(base_shapes(reference_folder(path, implicit)))
     if cfg.model.lora_rank and cfg.samples_online and _on_base_of(path, cfg.policy):
         return count(adapter_shapes(path))
-    return count(trunk_of(known(path))) - _in_common(cfg, path, parts)
+    return count(trunk_of(base_shapes(path))) - _in_common(cfg, path, parts)
 
 
 def _in_common(cfg: Any, path: str, parts: int) -> int:
@@ -123,7 +123,7 @@ def _in_common(cfg: Any, path: str, parts: int) -> int:
     """
     if not cfg.samples_online or parts > 1:
         return 0
-    frozen = frozen_of(known(cfg.policy), cfg.model.frozen_layers)
+    frozen = frozen_of(base_shapes(cfg.policy), cfg.model.frozen_layers)
     ours, theirs = (
         beginnings(Path(adapter_base(each) or each), frozen) for each in (cfg.policy, path)
     )

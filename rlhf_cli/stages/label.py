@@ -270,7 +270,7 @@ def sealed(cfg: LabelConfig, plan: Plan) -> Path:
     report = reporting.report_of(desks, tasks, derived_seed(cfg.seed, "ratings"), scale)
     report["rows"] = {name: len(rows) for name, rows in made.items()}
     if cfg.flip:
-        report["flips"] = reporting.crowd(report, cfg.flip, desks, tasks)
+        report["flips"] = reporting.planted_errors(report, cfg.flip, desks, tasks)
     if cfg.judge is not None:
         tell_of_judge(cfg, report, desks, session)
     folder = staging(session.out)

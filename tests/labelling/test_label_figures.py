@@ -11,7 +11,7 @@ from rlhf_cli.labelling.agreement import agreement_of, between_people, calibrati
 from rlhf_cli.labelling.outcomes import Asked, Outcomes, outcomes_of, said_of
 from rlhf_cli.labelling.policies import meetings_of, win_rates
 from rlhf_cli.labelling.report import with_reward
-from rlhf_cli.labelling.summary import alpha_of
+from rlhf_cli.labelling.summary import alpha_with_ends
 from rlhf_cli.labelling.tasks import Sample, Task, task_of
 from rlhf_cli.objectives.comparisons import length_controlled
 
@@ -55,10 +55,10 @@ def test_agreement_does_not_depend_on_which_response_a_task_names_first() -> Non
     found = [between_people(said(turns), "rank", 0) for turns in (set(), {0}, {1, 3}, {0, 2, 3})]
     assert all(each == found[0] for each in found) and found[0] is not None
     assert found[0]["alpha_low"] <= found[0]["alpha"] <= found[0]["alpha_high"]
-    assert alpha_of(found[0]).startswith(f"{found[0]['alpha']:.2f}, ")
+    assert alpha_with_ends(found[0]).startswith(f"{found[0]['alpha']:.2f}, ")
     agreed = between_people([said(set())[1]] * 2, "rank", 0)
     assert agreed is not None and (agreed["alpha"], agreed["alpha_low"]) == (1, None)
-    assert alpha_of(agreed) == "1.00"
+    assert alpha_with_ends(agreed) == "1.00"
 
 
 def test_belief_by_hand() -> None:

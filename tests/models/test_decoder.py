@@ -22,7 +22,7 @@ from rlhf_cli.models.forward import token_logprobs
 from rlhf_cli.models.load import load_policy
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.save import save_model
-from rlhf_cli.runs.model_sizes import count, known, towers_of
+from rlhf_cli.runs.model_sizes import base_shapes, count, towers_of
 from rlhf_cli.runs.role_sizes import roles_of
 from tests.conftest import Cli
 from tests.pace import slow
@@ -285,7 +285,7 @@ def test_towers_are_frozen_and_written_back(family: str, rank: int, tmp_path: Pa
 def test_towers_count_as_weights_and_not_as_trained(tmp_path: Path) -> None:
     place = folder_of("qwen3_vl", tmp_path / "in")
     cfg = composed("dpo", "data=jsonl", "data.path=rows.jsonl", f"policy={place}")
-    shapes = known(str(place))
+    shapes = base_shapes(str(place))
     held, training = roles_of(cfg, shapes)
     model = load_policy(str(place), model_of(), bpe(), CPU)
     assert training["policy"] == sum(each.numel() for each in trained(model).values())

@@ -22,8 +22,8 @@ from rlhf_cli.models.scorers import load_critic, load_scorer
 from rlhf_cli.models.scorers import scorer_from_policy as new_scorer
 from rlhf_cli.models.scratch import build_decoder
 from rlhf_cli.runs.memory_estimate import parts_of, predicted_memory, predicted_peak
+from rlhf_cli.runs.model_sizes import base_shapes, from_scratch
 from rlhf_cli.runs.model_sizes import count as numbers_in
-from rlhf_cli.runs.model_sizes import from_scratch, known
 from rlhf_cli.runs.pass_sizes import activations
 from rlhf_cli.runs.role_sizes import roles_of
 from tests.toys import bpe, llama, model_of
@@ -88,7 +88,7 @@ def test_roles_hold_as_many_numbers_as_predicted(
     policy: str, reward: str, how: list[str], folder: Path
 ) -> None:
     cfg = config_of("ppo", folder, f"policy={policy}", f"reward={reward}", *how)
-    weights, training = roles_of(cfg, known(cfg.policy))
+    weights, training = roles_of(cfg, base_shapes(cfg.policy))
 
     model: Any = load_policy(cfg.policy, cfg.model, TOKENIZER, CPU)
     reference = Reference(model)
@@ -163,7 +163,7 @@ def test_parts_of_a_run_by_hand(folder: Path) -> None:
         *("hardware.rollout_tokens=100", "hardware.logprob_chunk=16", "algo.ema_decay=0.9"),
     )
     always, update, rollout = parts_of(cfg)
-    shapes = known(cfg.policy)
+    shapes = base_shapes(cfg.policy)
     size = numbers_in(shapes)
     assert always["weights of the policy"] == 4 * size
     assert always["average of the weights"] == 4 * size

@@ -20,7 +20,7 @@ from rlhf_cli.runs import fitting, sharing
 from rlhf_cli.runs.budgets import budget_of
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.memory_estimate import held_always, parts_of, predicted_memory, predicted_peak
-from rlhf_cli.runs.model_sizes import count, known
+from rlhf_cli.runs.model_sizes import base_shapes, count
 from rlhf_cli.runs.sharing import Ranks, gpus, ranks_of
 from tests.pace import slow
 from tests.ranks import on_ranks
@@ -137,7 +137,7 @@ def test_ranks_hold_as_many_bytes_as_predicted(names: list[str], folder: Path) -
         words = CASES[name]
         cfg = ppo(folder, *words, reward="adapter" if LORA[0] in words else "reward")
         width = 2 if "model.dtype=bfloat16" in words else 4
-        held, _ = held_always(cfg, known(cfg.policy), width, parts=2)
+        held, _ = held_always(cfg, base_shapes(cfg.policy), width, parts=2)
         weights = sum(size for part, size in held.items() if part.startswith("weights of"))
         assert weights == pytest.approx(sum(each[name] for each in both) / 2, rel=0.03), name
 
@@ -148,7 +148,7 @@ def test_parts_of_a_sharded_run_by_hand(folder: Path) -> None:
     words += ["hardware.shard=full", "hardware.logprob_chunk=16"]
     cfg = ppo(folder, *words)
     always, update, rollout = parts_of(cfg, ranks=Ranks(4, 4))
-    size = count(known(cfg.policy))
+    size = count(base_shapes(cfg.policy))
     table = 16 * len(TOKENIZER)  # embeddings; as many in the unembedding
     block = (size - 2 * table - 16) // 3
     score = size - table + 16  # the reward model has a head in place of the unembedding

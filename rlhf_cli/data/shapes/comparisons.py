@@ -27,15 +27,14 @@ def ultrafeedback(raw: Raw, source: str) -> Raw:
     """
     if not is_given(raw, "completions"):
         ours = {name: column(raw, name, source) for name in ("chosen", "rejected")}
-        scores = [as_number(raw.get(f"score_{side}")) for side in ours]
-        if None not in scores and is_given(raw, "score_chosen"):
-            better, worse = scores
-            if better < worse:  # type: ignore[operator]
+        better, worse = (as_number(raw.get(f"score_{side}")) for side in ours)
+        if better is not None and worse is not None:
+            if better < worse:
                 raise RowError(
                     f"{source}: column 'score_chosen' holds {better:g}, less than 'score_rejected' "
                     f"with {worse:g}"
                 )
-            ours["margin"] = better - worse  # type: ignore[operator]
+            ours["margin"] = better - worse
         return ours | given(raw, "prompt")
     answers = objects_of(raw, "completions", source)
     by = "fine-grained_score"
