@@ -32,8 +32,9 @@ from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.score import logprobs_of, states_of
 from rlhf_cli.models.scorers import load_scorer
 from rlhf_cli.models.tokenizers import load_tokenizer, same_ids
+from rlhf_cli.rewards.aggregation import Aggregation, aggregation_of
 from rlhf_cli.rewards.base import Cut, Require, RewardSource
-from rlhf_cli.rewards.reading import Reader, Reading, end_as_padding, own_data, reading_of
+from rlhf_cli.rewards.reading import Reader, end_as_padding, own_data
 from rlhf_cli.rewards.specs import judges_steps, models_of
 from rlhf_cli.rollout.rollouts import Rollout
 
@@ -110,18 +111,18 @@ class CheckpointReward(ModelReward):
     """A reward model: a classifier with one label, at the level that its stage.json says."""
 
     def __init__(
-        self, reader: Reader, model: nn.Module, reading: Reading, hardware: Hardware
+        self, reader: Reader, model: nn.Module, aggregation: Aggregation, hardware: Hardware
     ) -> None:
         super().__init__(reader, hardware)
         self.model = model
-        self.reading = reading
-        if reading.level == STEP:
-            assert reading.cutter is not None
-            self.step_end = reading.cutter.step_end
+        self.aggregation = aggregation
+        if aggregation.level == STEP:
+            assert aggregation.cutter is not None
+            self.step_end = aggregation.cutter.step_end
 
     def raw(self, sequences: Sequence[Tokens]) -> Tensor:
         """(N,) scores of the head."""
-        return self.reading.scores(self.model, sequences, self.hardware)
+        return self.aggregation.scores(self.model, sequences, self.hardware)
 
     def states(self, rollouts: Sequence[Rollout]) -> list[tuple[float, Tensor]]:
         """Of each response its score before normalisation, and (d,) what the head reads at its end.
@@ -147,7 +148,7 @@ class CheckpointReward(ModelReward):
         probabilities = [torch.full((len(cut.ends),), math.nan) for cut in cuts]
         sequences = self.reader.sequences(rollouts)
         fitting = [(i, sequence) for i, sequence in enumerate(sequences) if sequence is not None]
-        raw = self.reading.step_scores(self.model, [each for _, each in fitting], self.hardware)
+        raw = self.aggregation.step_scores(self.model, [each for _, each in fitting], self.hardware)
         others, failed = 0, []
         for (i, sequence), scores in zip(fitting, raw, strict=True):
             if not scores.isfinite().all():
@@ -248,4 +249,4 @@ def load_model_reward(
     scorer = load_scorer(path, frozen, own, device, base).requires_grad_(False)
     padding = end_as_padding(path, own) if level_of(path) == RESPONSE else None
     reader = Reader(path, positions_of(scorer), beginning_of(own), encoder, padding)
-    return CheckpointReward(reader, scorer, reading_of(path, own), hardware)
+    return CheckpointReward(reader, scorer, aggregation_of(path, own), hardware)

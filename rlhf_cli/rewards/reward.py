@@ -154,7 +154,7 @@ class Reward:
             source = term.source
             if (
                 isinstance(source, CheckpointReward)
-                and source.reading.level == RESPONSE
+                and source.aggregation.level == RESPONSE
                 and source.shares_vocabulary
                 and term.weight > 0
             ):
@@ -166,7 +166,7 @@ class Reward:
         """The first reward model of whole responses that counts; `response_models` tells of any."""
         counted = (term.source for term in self.terms if term.weight)
         models = (source for source in counted if isinstance(source, CheckpointReward))
-        return next(model for model in models if model.reading.level == RESPONSE)
+        return next(model for model in models if model.aggregation.level == RESPONSE)
 
     def check(self, rows: Sequence[Prompt], require: Require, role: str = "reward") -> None:
         """The rows have what every term reads, and no reward model is as good as a coin."""

@@ -56,7 +56,7 @@ from rlhf_cli.models.scorers import scorer_to_train
 from rlhf_cli.objectives import reward_model
 from rlhf_cli.reporting.console import Bar, say
 from rlhf_cli.reporting.grid import with_error
-from rlhf_cli.rewards.reading import Reading
+from rlhf_cli.rewards.aggregation import Aggregation
 from rlhf_cli.runs.begin import begin
 from rlhf_cli.runs.encoders import encoder_of
 from rlhf_cli.runs.preflight import Plan
@@ -86,12 +86,12 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     demonstrations = to_imitate(encoder, session, train)
     if hardware.gradient_checkpointing is True:
         recompute_activations(scorer)
-    reading = Reading(level, algo.aggregate, encoder.step_cutter)
+    aggregation = Aggregation(level, algo.aggregate, encoder.step_cutter)
 
     batches = session.data.batches(train, algo.batch_size, algo.epochs, "reward", algo.max_steps)
     optimizer = Optimizer({"reward": (scorer, algo.rate)}, algo, len(batches), hardware)
     best = Best(scorer, *session.resume({"reward": scorer}, optimizer))
-    objective = RewardObjective(scorer, reading, algo, hardware)
+    objective = RewardObjective(scorer, aggregation, algo, hardware)
     log = session.log()
 
     with Bar("reward", len(batches)) as bar:
@@ -110,7 +110,7 @@ def run(cfg: RewardConfig, plan: Plan | None = None) -> Path:
     session.settle(scorer)
     scorer.eval()
     report = final_report(objective, held_out, parts, algo)
-    statistics = statistics_of(reading.scores(scorer, demonstrations, hardware).double())
+    statistics = statistics_of(aggregation.scores(scorer, demonstrations, hardware).double())
     head = {
         "name": head_name(unwrap(scorer)),
         "loss": algo.loss,
@@ -135,9 +135,9 @@ class RewardObjective:
     """What the scores of responses, or of their steps, are fitted to."""
 
     def __init__(
-        self, scorer: nn.Module, reading: Reading, algo: RewardAlgo, hardware: Hardware
+        self, scorer: nn.Module, aggregation: Aggregation, algo: RewardAlgo, hardware: Hardware
     ) -> None:
-        self._scorer, self._reading = scorer, reading
+        self._scorer, self._aggregation = scorer, aggregation
         self._algo, self._hardware = algo, hardware
         self._layout = layout_of(scorer, hardware)
 
@@ -154,27 +154,27 @@ class RewardObjective:
 
     def _scores_in(self, batch: Batch, items: list[Answers]) -> Tensor:
         """Scores with gradient of all responses, (S,), or of all their steps, (N,)."""
-        if self._reading.level == RESPONSE:
+        if self._aggregation.level == RESPONSE:
             return response_scores(self._scorer, batch)
         grid = token_scores(self._scorer, batch)  # (S, R)
-        if self._reading.level == STEP:
+        if self._aggregation.level == STEP:
             width = grid.shape[1]
             ends = [i * width + end for i, item in enumerate(items) for end in item.ends]
             return grid.flatten()[tensor_on(grid.device, ends)]
         sums = (grid * batch.response).sum(-1)
-        return sums / batch.response.sum(-1) if self._reading.aggregate == "mean" else sums
+        return sums / batch.response.sum(-1) if self._aggregation.aggregate == "mean" else sums
 
     def scores(self, items: list[Answers]) -> list[Tensor]:
         """Per row the scores of its responses, or of its steps; without gradient."""
         counts = [responses_in(item) for item in items]
-        if self._reading.level == RESPONSE:
+        if self._aggregation.level == RESPONSE:
             scores = scores_of(self._scorer, items, self._hardware)  # (S,)
             return list(scores.split(counts))
         sequences = [sequence for item in items for sequence in item.sequences]
-        if self._reading.level == STEP:
+        if self._aggregation.level == STEP:
             per_token = token_scores_of(self._scorer, sequences, self._hardware)
             return [scores[item.ends] for scores, item in zip(per_token, items, strict=True)]
-        return list(self._reading.scores(self._scorer, sequences, self._hardware).split(counts))
+        return list(self._aggregation.scores(self._scorer, sequences, self._hardware).split(counts))
 
 
 def fit(scores: Tensor, items: list[Answers], algo: RewardAlgo) -> tuple[Tensor, dict[str, Tensor]]:
