@@ -294,14 +294,25 @@ def made_from(session: "Session") -> dict[str, Any]:
 def tell_of_judge(
     cfg: LabelConfig, report: dict[str, Any], desks: list[Desk], session: "Session"
 ) -> None:
-    """Put into a report what it tells of the judge who labelled, or of one beside people."""
+    """Put into a report what it tells of the judge who labelled, or of one beside people.
+
+    Raises:
+        RunError: one beside people cannot be asked, and `accept_partial` does not do without it.
+    """
+    from rlhf_cli.evaluation.judge_asks import Unasked
     from rlhf_cli.labelling.by_judge import beside_people, doubts, of_labels
 
     if cfg.source == "judge":
         report["judge"] = of_labels(cfg, desks[0])
     else:
         judge = judge_for(cfg, lambda: session)
-        report["judge"], report["with_judge"] = beside_people(cfg, judge, desks)
+        try:
+            report["judge"], report["with_judge"] = beside_people(cfg, judge, desks)
+        except Unasked as fault:
+            if not cfg.accept_partial:
+                raise RunError(f"{fault}; accept_partial=true seals without the judge") from None
+            say(f"{fault}; sealed without the judge")
+            return
     for line in doubts(report):
         say(line)
 

@@ -181,6 +181,21 @@ def test_a_judge_that_has_left_is_not_waited_for_by_every_call(fake: Fake, tmp_p
     assert (report["labels"], report["left"]) == (64, 6)
 
 
+def test_labels_of_people_do_not_wait_for_a_judge_that_has_left(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = fake(fair)
+    words = words_for(server, tmp_path, "algo.protocol=pair", "judge_timeout=1", "algo.repeat=0")
+    words += ["source=terminal"]
+    server.end()
+    typed(monkeypatch, *["1"] * 6)
+    with pytest.raises(RunError, match="is over; .*; accept_partial=true seals without the judge"):
+        label(tmp_path / "out", *words)
+    report = report_in(label(tmp_path / "out", *words, "accept_partial=true"))
+    assert report["rows"] == {"preferences.jsonl": 6} and "judge" not in report
+    assert "sealed without the judge" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_judge_beside_people(
     fake: Fake,
     tmp_path: Path,

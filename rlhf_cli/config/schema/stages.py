@@ -297,7 +297,9 @@ class LabelConfig(JudgeKeys, SamplingConfig):
         "reward, or a judge with itself in the other order, with the names of all; an answer that "
         "you give there takes the place of theirs."
     )
-    accept_partial: bool = key("Seal what is labelled where tasks are left.")
+    accept_partial: bool = key(
+        "Seal what is labelled where tasks are left, or the judge beside people cannot be asked."
+    )
     algo: LabelAlgo
 
 
