@@ -22,7 +22,8 @@ FEWEST = 6  # prompts that can tell players apart: a coin gives all of five to o
 class Difference:
     """A mean of differences, its standard error, and the chance of one as far from 0 if 0 is true.
 
-    p: two-sided, by Student's t; not a number with one prompt, 0 or 1 where they do not vary.
+    p: two-sided, by Student's t; not a number with one prompt. Where they do not vary t would be
+        infinite however few they are: it is 1 if all are 0, else that of the sign test.
     """
 
     mean: float
@@ -48,7 +49,7 @@ def mean_difference(differences: Tensor) -> Difference:
         return Difference(mean, math.nan, math.nan)
     stderr = (differences.double().std() / count**0.5).item()
     if stderr == 0:
-        return Difference(mean, 0.0, float(mean == 0))
+        return Difference(mean, 0.0, 0.5 ** (count - 1) if mean else 1.0)
     return Difference(mean, stderr, student_p(mean / stderr, count - 1))
 
 

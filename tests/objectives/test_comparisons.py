@@ -24,7 +24,8 @@ def test_a_worked_difference() -> None:
     assert (found.mean, found.stderr) == pytest.approx((2, 2 / math.sqrt(3)))
     assert found.p == pytest.approx(student_p(math.sqrt(3), 2))
     assert mean_difference(torch.zeros(4)).p == 1
-    assert mean_difference(torch.ones(4)).p == 0
+    for sign in (1, -1):  # four coins that fall alike, of 16 ways 2
+        assert mean_difference(sign * torch.ones(4)).p == 1 / 8
     assert math.isnan(mean_difference(torch.ones(1)).p)
 
 
