@@ -158,7 +158,7 @@ def curve_panel(
         layers.append(band.encode(**ends))
     if any(curve.joined for curve in curves):
         dash = alt.StrokeDash("dashed:N").legend(None)
-        line = base.transform_filter("datum.joined").mark_line(strokeWidth=1.6)
+        line = base.transform_filter("datum.joined").mark_line(strokeWidth=1.6, strokeJoin="round")
         line = line.encode(order="place:Q") if turns else line
         layers.append(
             line.encode(strokeDash=dash.scale(domain=[False, True], range=[[1, 0], [5, 3]]))
