@@ -1,102 +1,91 @@
-"""The two figures of the DPO paper on the demo, over several seeds, from finished evaluations.
+"""The two figures of the DPO paper on the demo, over several seeds: those of README.md.
 
-    python benchmarks/demo_figures.py docs/pictures runs/seed0/evaluate runs/seed1/evaluate ...
+    python benchmarks/demo_figures.py docs/pictures runs/demo0 runs/demo1 ...
 
-frontier.png (2305.18290 fig. 2, left): gold over the KL to SFT, of each policy, of its snapshots or
-else of the evaluations that its training has logged, and of the best of n samples of SFT at the
-bound of its KL.
+docs/evaluation.md has the commands of a chain, each of another seed, that leave `evaluate` and
+`snapshots` in these folders.
+frontier.png (2305.18290 fig. 2, left): gold over the KL to SFT, of each run from SFT through its
+snapshots, and of the best of n samples of SFT at the bound of its KL.
 win_rates.png (fig. 2, right): how often a policy beats the reference of the data by gold, over the
 sampling temperature; ties are half.
-Points are means over seeds, bars go from the least seed to the greatest.
+Points are means over seeds, bars and bands go from the least seed to the greatest.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.evaluation.frontier import BEST_OF, POLICY, SNAPSHOT, TRAINING
+from rlhf_cli.evaluation.frontier import BEST_OF, POLICY, SNAPSHOT, runs_of
 from rlhf_cli.reporting.plots import Curve, curves_picture
 
 Report = dict[str, Any]
-
-
-def main(folder: Path, evaluations: Sequence[Path]) -> None:
-    """Draw both pictures into a folder."""
-    reports = [json.loads((each / "report.json").read_text()) for each in evaluations]
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {point["policy"] for point in reports[0]["frontier"] if point["from"] == SNAPSHOT}
-    names = sorted({Path(path).name for path in reports[0]["policies"] if path not in kept})
-    seeds = f"{len(reports)} seeds"
-    frontier = [
-        curve
-        for name in names
-        for curve in (
-            over_seeds(name, reports, lambda report, name=name: way_of(report, name), joined=True),
-            over_seeds(name, reports, lambda report, name=name: sampled(report, name)),
-        )
-        if curve.x
-    ]
-    frontier.append(over_seeds("best of n of sft", reports, best_of, joined=True))
-    curves_picture(
-        folder / "frontier.png",
-        f"The demo: gold over KL, {seeds}",
-        "KL to sft in nats per response; of best of n at most",
-        {"gold": frontier},
-    )
-    rates = [
-        over_seeds(name, reports, lambda report, name=name: wins(report, name), joined=True)
-        for name in names
-    ]
-    curves_picture(
-        folder / "win_rates.png",
-        f"The demo: wins against the references of the data, {seeds}",
-        "sampling temperature",
-        {"share of prompts, ties half": rates},
-    )
-
-
 Points = Callable[[Report], Iterator[tuple[float, float]]]
 """(x, y) of a report, as many in each."""
 
+START = "sft"
 
-def over_seeds(name: str, reports: Sequence[Report], points: Points, joined: bool = False) -> Curve:
-    """The means of the points over seeds, and how far they reach upward and down."""
-    columns = list(zip(*map(points, reports), strict=False))
-    means = [sum(y for _, y in column) / len(column) for column in columns]
-    return Curve(
-        name,
-        [sum(x for x, _ in column) / len(column) for column in columns],
-        means,
-        [min(y for _, y in column) for column in columns],
-        [max(y for _, y in column) for column in columns],
-        joined,
-        band=joined,
+
+def main(folder: Path, chains: Sequence[Path]) -> None:
+    """Draw both pictures into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    below = f"means of {len(chains)} seeds, {{}} from the least to the greatest"
+    reports = read(chains, "snapshots")
+    names = sorted(Path(run).name for run in runs_of(reports[0]["frontier"]))
+    curves = [over_seeds(name, reports, partial(way, name=name)) for name in names]
+    best = partial(points, name=START, kind=BEST_OF)
+    curves.append(over_seeds(f"best of n of {START}", reports, best))
+    curves[-1].dashed = True
+    curves_picture(
+        folder / "frontier.png",
+        "The demo: gold over KL in the course of training",
+        f"KL to {START} in nats per response; of best of n at most",
+        {"gold": curves},
+        below=below.format("bars"),
+    )
+    reports = read(chains, "evaluate")
+    names = sorted(Path(path).name for path in reports[0]["policies"])
+    curves = [over_seeds(name, reports, partial(wins, name=name), band=True) for name in names]
+    curves_picture(
+        folder / "win_rates.png",
+        "The demo: wins against the references of the data",
+        "sampling temperature",
+        {"share of prompts, ties half": curves},
+        below=below.format("bands"),
     )
 
 
-def sampled(report: Report, name: str) -> Iterator[tuple[float, float]]:
-    """A policy as it was evaluated."""
-    yield from of_frontier(report, name, POLICY)
+def read(chains: Sequence[Path], evaluation: str) -> list[Report]:
+    """What an evaluation of each chain has found."""
+    return [json.loads((chain / evaluation / "report.json").read_text()) for chain in chains]
 
 
-def way_of(report: Report, name: str) -> Iterator[tuple[float, float]]:
-    """Its snapshots, or what its training has logged, in the order of steps."""
-    kept = [*of_frontier(report, name, SNAPSHOT)]
-    yield from kept or of_frontier(report, name, TRAINING)
+def over_seeds(name: str, reports: Sequence[Report], points: Points, band: bool = False) -> Curve:
+    """The means of the points over seeds, and how far they reach upward and down."""
+    columns = list(zip(*map(points, reports), strict=True))
+    return Curve(
+        name,
+        [sum(x for x, _ in column) / len(column) for column in columns],
+        [sum(y for _, y in column) / len(column) for column in columns],
+        [min(y for _, y in column) for column in columns],
+        [max(y for _, y in column) for column in columns],
+        band=band,
+    )
 
 
-def best_of(report: Report) -> Iterator[tuple[float, float]]:
-    """The best of n samples of SFT by the reward."""
-    yield from of_frontier(report, "sft", BEST_OF)
+def way(report: Report, name: str) -> Iterator[tuple[float, float]]:
+    """A run from where it began through its snapshots."""
+    yield from points(report, START, POLICY)
+    yield from points(report, name, SNAPSHOT)
 
 
-def of_frontier(report: Report, name: str, kind: str) -> Iterator[tuple[float, float]]:
-    """(KL, gold) of the points of a kind."""
-    for point in sorted(report["frontier"], key=lambda point: point.get("step") or 0):
-        path = point["run" if kind == SNAPSHOT and "run" in point else "policy"]
-        if Path(path).name == name and point["from"] == kind and "gold" in point:
+def points(report: Report, name: str, kind: str) -> Iterator[tuple[float, float]]:
+    """(KL, gold) of the points of a kind, in the order of steps."""
+    for point in sorted(report["frontier"], key=lambda point: point.get("step", 0)):
+        whose = point["run" if kind == SNAPSHOT else "policy"] if point["from"] == kind else ""
+        if Path(whose).name == name:
             yield point["kl"]["mean"], point["gold"]["mean"]
 
 

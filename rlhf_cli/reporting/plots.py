@@ -90,7 +90,16 @@ def theme(colours: Mapping[str, str]) -> dict[str, Any]:
         "rule": {"color": colours["series-0"]},
         "style": {"win": {"color": colours["good"]}, "loss": {"color": colours["bad"]}},
         "text": {"color": text, "fontSize": 11},
-        "title": {"color": text, "fontSize": 13, "anchor": "start", "fontWeight": 600},
+        "title": {
+            "anchor": "start",
+            "color": text,
+            "fontSize": 13,
+            "fontWeight": 600,
+            "offset": 12,
+            "subtitleColor": muted,
+            "subtitleFontSize": 11,
+            "subtitlePadding": 5,
+        },
         "view": {"stroke": None},
     }
 
@@ -347,7 +356,12 @@ def lengths_picture(file: Path, lengths: Mapping[str, Sequence[int]]) -> None:
 
 
 def curves_picture(
-    file: Path, title: str, across: str, panels: Mapping[str, Sequence[Curve]], zero: bool = False
+    file: Path,
+    title: str,
+    across: str,
+    panels: Mapping[str, Sequence[Curve]],
+    zero: bool = False,
+    below: str = "",
 ) -> None:
     """A panel below the other for each thing that is measured, over the same x, as a file.
 
@@ -355,13 +369,14 @@ def curves_picture(
         across: what x is.
         panels: curves by what their y is; a name has one colour in all of them.
         zero: whether the axes begin there.
+        below: said under the title.
     """
     names = names_in(panels)
     drawn = [
         curve_panel(measured, across, curves, names, zero=zero)
         for measured, curves in panels.items()
     ]
-    write_picture(file, drawn, title)
+    write_picture(file, drawn, title, below)
 
 
 def names_in(panels: Mapping[str, Sequence[Curve]]) -> list[str]:
