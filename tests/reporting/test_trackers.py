@@ -75,9 +75,9 @@ def test_a_tracker_that_hangs_costs_no_time(
     trackers = begun("wandb")
     start = time.monotonic()
     hear(trackers, *range(1, 1500))
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 5  # far below one wait for each row
     trackers.finish({})
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10
     said = capfd.readouterr().err.splitlines()
     assert said == ["note: tracker wandb has left 2000 rows lying; the run goes on without it"]
     trackers = begun("wandb")
@@ -134,7 +134,7 @@ def test_a_resumed_run_goes_on_in_the_same_run(
     assert "final/eval/loss" in summary
 
 
-def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(about, "find_spec", lambda name: None if name == "trackio" else name)
     cfg = compose("sft", ["tracker=[tensorboard,trackio]"])
     with pytest.raises(

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rlhf_cli.config.compose import compose
 from rlhf_cli.runs.inherited import inherit
 
@@ -48,7 +50,10 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
     assert (cfg.data.template, cfg.algo.max_tokens) == ("chat", 50)
 
 
-def test_a_policy_that_says_nothing_samples_up_to_half_of_its_positions(tmp_path: Path) -> None:
+def test_a_policy_that_says_nothing_samples_up_to_half_of_its_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # away from runs in whose place this one would stand
     cfg = config(policy(tmp_path / "policy"))
     inherit(cfg)
     assert (cfg.data.template, cfg.algo.max_tokens) == (None, 100)

@@ -107,7 +107,10 @@ def test_a_refreshed_reward_model_counts_by_its_own_size(tmp_path: Path) -> None
     assert (cfg.algo.lr, cfg.algo.refresh_lr) == (2e-6, 9e-6)
 
 
-def test_a_model_of_unknown_size_is_taken_for_a_large_one(tmp_path: Path) -> None:
+def test_a_model_of_unknown_size_is_taken_for_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # away from runs in whose place this one would stand
     cfg = compose("sft", ["model=pretrained", "model.path=nowhere/at_all"])
     (line,) = choose_rates(cfg)
     assert cfg.algo.lr == 1e-5 and "of unknown size" in line
