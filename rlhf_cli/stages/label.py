@@ -300,10 +300,10 @@ def tell_of_judge(
         RunError: one beside people cannot be asked, and `accept_partial` does not do without it.
     """
     from rlhf_cli.evaluation.judge_asks import Unasked
-    from rlhf_cli.labelling.by_judge import beside_people, doubts, of_labels
+    from rlhf_cli.labelling.judge_quality import as_annotator, beside_people, doubts
 
     if cfg.source == "judge":
-        report["judge"] = of_labels(cfg, desks[0])
+        report["judge"] = as_annotator(cfg, desks[0])
     else:
         judge = judge_for(cfg, lambda: session)
         try:
