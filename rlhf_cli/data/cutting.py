@@ -27,8 +27,10 @@ class Cutter:
         lengths: Lengths,
         counts: Counter[str],
     ) -> None:
-        """Args:
-        prefixed: whether a text stands before every prompt; such prompts are never cut.
+        """For one encoder, whose ids, lengths and counts these are.
+
+        Args:
+            prefixed: whether a text stands before every prompt; such prompts are never cut.
         """
         self._data, self._prefixed, self._limits = data, prefixed, limits
         self._ids, self._lengths, self._counts = ids, lengths, counts

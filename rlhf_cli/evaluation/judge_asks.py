@@ -76,9 +76,11 @@ class KeptJudge(ABC):
     """A judge whose answers are kept for other runs; a subclass asks."""
 
     def __init__(self, cfg: Any, named: str) -> None:
-        """Args:
-        cfg: of a stage that has `JudgeKeys`.
-        named: all that its answer to a question depends on.
+        """Of a run, with all that was asked before.
+
+        Args:
+            cfg: of a stage that has `JudgeKeys`.
+            named: all that its answer to a question depends on.
         """
         out = Path(cfg.out)
         self.questions = Questions.of(cfg)

@@ -54,11 +54,13 @@ class Spending:
         most: float | None = None,
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args:
-        file: of the run.
-        prices: of a million tokens read and a million written.
-        most: that it may pay.
-        before_write: raises where the file is no longer this run's to write.
+        """Of a run, with what its earlier starts have paid.
+
+        Args:
+            file: of the run.
+            prices: of a million tokens read and a million written.
+            most: that it may pay.
+            before_write: raises where the file is no longer this run's to write.
         """
         self._journal = Journal(file, before_write)
         self._prices, self.most = prices, most

@@ -114,10 +114,13 @@ class SamplesOfPolicy:
         done: dict[int, list[Rollout]],
         said: dict[tuple[str, int], Record],
     ) -> None:
-        """Args:
-        first: the place of the first prompt among all that the run answers.
-        done: all responses to prompts, by place among these.
-        said: what a judge says of a block of responses, by the place of the first one among all.
+        """Of one policy, with what is kept of it already.
+
+        Args:
+            first: the place of the first prompt among all that the run answers.
+            done: all responses to prompts, by place among these.
+            said: what a judge says of a block of responses, by the place of the first one among
+                all.
         """
         self._kept, self._policy, self._samples, self._first = kept, policy, samples, first
         self.done: Mapping[int, list[Rollout]] = done

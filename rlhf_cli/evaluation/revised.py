@@ -102,9 +102,11 @@ class Revised:
     """The files of what is revised, and how much that is."""
 
     def __init__(self, cfg: GenerateConfig, reviser: Reviser, out: Path, folder: Path) -> None:
-        """Args:
-        out: of the run, where what was written is kept until the end.
-        folder: that files are written into, afresh.
+        """With what earlier starts of the run have been told, which is not asked again.
+
+        Args:
+            out: of the run, where what was written is kept until the end.
+            folder: that files are written into, afresh.
         """
         self._cfg, self._reviser = cfg, reviser
         self._requests = Requests.of(cfg)

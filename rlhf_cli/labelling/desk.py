@@ -59,8 +59,10 @@ class Desk:
         terms: Terms,
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args:
-        before_write: raises where the folder is no longer this run's to write.
+        """With what its annotator has answered before.
+
+        Args:
+            before_write: raises where the folder is no longer this run's to write.
         """
         self.who, self.turns, self.terms = who, turns, terms
         self._journal = Journal(events_file(folder, who), before_write)

@@ -51,10 +51,12 @@ class Gate(ABC):
     """
 
     def __init__(self, names: Sequence[str], port: int, index: str, files: Sequence[str]) -> None:
-        """Args:
-        names: those who get an address each.
-        index: what an address shows, of PAGE.
-        files: what that loads.
+        """With a random token for each name.
+
+        Args:
+            names: those who get an address each.
+            index: what an address shows, of PAGE.
+            files: what that loads.
         """
         self.port, self._index_file = port, index
         self.tokens = {name: secrets.token_urlsafe(24) for name in names}
