@@ -23,11 +23,15 @@ def table_of(report: Figures) -> list[tuple[object, ...]]:
 
 def inseparable(report: Figures) -> list[tuple[str, str]]:
     """Pairs of policies that the labels do not tell apart."""
-    found = {name: each for name, each in (report["ratings"] or {}).items() if "above" in each}
+    above = {
+        name: each["above"]
+        for name, each in (report["ratings"] or {}).items()
+        if each and each.get("above") is not None
+    }
     return [
         (ours, theirs)
-        for ours, theirs in combinations(found, 2)
-        if theirs not in found[ours]["above"] and ours not in found[theirs]["above"]
+        for ours, theirs in combinations(above, 2)
+        if theirs not in above[ours] and ours not in above[theirs]
     ]
 
 

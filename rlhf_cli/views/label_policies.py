@@ -1,9 +1,9 @@
 """How the policies behind the labels fare: whom they beat, their ratings, what was marked."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
+from rlhf_cli.labelling.summary import inseparable
 from rlhf_cli.labelling.tasks import RANDOM
 from rlhf_cli.reporting.plots import numbers
 from rlhf_cli.views import charts
@@ -90,10 +90,7 @@ def policies(
         figure = charts.ratings_figure({"ratings": found}, name_of)
         note = "Bradley-Terry on Elo's scale, over all pairs within a task; bars are 95%."
         alike = [
-            f"{name_of(one)} and {name_of(other)}"
-            for one, other in combinations(found, 2)
-            if other not in (found[one].get("above") or [])
-            and one not in (found[other].get("above") or [])
+            f"{name_of(one)} and {name_of(other)}" for one, other in inseparable({"ratings": found})
         ]
         if left := [name_of(path) for path, each in found.items() if not numbers(each, "rating")]:
             note += f" Not rated: {listed(left)}."
