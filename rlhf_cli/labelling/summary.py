@@ -1,5 +1,6 @@
 """A report of labels in short: what the terminal shows of it, and what stage.json has."""
 
+import math
 from itertools import combinations
 
 from rlhf_cli.labelling.outcomes import Figures
@@ -14,7 +15,8 @@ def table_of(report: Figures) -> list[tuple[object, ...]]:
         if "up" in each:
             lines.append((name, each["up"], each["labels"]))
         else:
-            interval = f"{each['low']:.0f} to {each['high']:.0f}"
+            ends = each["low"], each["high"]
+            interval = "unknown" if math.isnan(ends[0]) else "{:.0f} to {:.0f}".format(*ends)
             lines.append(
                 (name, round(each["rating"]), interval, ", ".join(each["above"]) or "none")
             )

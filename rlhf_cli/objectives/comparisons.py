@@ -15,6 +15,7 @@ ELO = 400 / math.log(10)
 ROUNDS = 100  # of Newton's method, which needs about ten
 STEP = 2.0  # of log odds, at most, lest an early step run away
 EXACT = 1e-12
+SAME = 1e-6  # points that rounding may tell ratings apart by
 FEWEST = 6  # prompts that can tell players apart: a coin gives all of five to one in 1 of 16
 
 
@@ -126,7 +127,8 @@ def bradley_terry(points: Tensor, anchor: int = 0) -> Tensor:
 class Ratings:
     """Of P players, in points of Elo's scale above the anchor, whose rating is 0.
 
-    low, high: (P,) of a 95% interval.
+    low, high: (P,) of a 95% interval; not numbers where all bootstraps have the same rating, as of
+        who wins on every prompt: they tell nothing of the error.
     apart: (P, P) whether i is above j: the interval of their difference lies above 0, and is of
         FEWEST prompts or more. Where one wins all of fewer no redrawing of them says otherwise.
     """
@@ -158,7 +160,9 @@ def ratings(points: Tensor, anchor: int, seed: int, resamples: int = 1000) -> Ra
     centre = ELO * bradley_terry(points.sum(0) + tied, anchor)
     again = ELO * bradley_terry(sums, anchor)  # (R, P)
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    low, high = again.quantile(ends, 0)
+    alike = again.amax(0) - again.amin(0) < SAME
+    alike[anchor] = False  # its 0 is no estimate
+    low, high = again.quantile(ends, 0).masked_fill(alike, math.nan)
     gaps = again[:, :, None] - again[:, None, :]
     apart = (gaps.quantile(0.025, 0) > 0) & (count >= FEWEST)
     return Ratings(centre, low, high, apart)
@@ -171,7 +175,8 @@ def length_controlled(
     how hard a prompt is): sigmoid(a) of the regression sigmoid(a + b tanh(longer / its std)).
 
     p is that of one half. Errors are those of the sandwich, clustered by prompt. A unit of a normal
-    prior holds b, and a little of one a, where one side wins or loses all.
+    prior holds b, and a little of one a, where one side wins or loses all. Then, and of one prompt,
+    what is seen tells nothing of the error, and neither it nor p is a number.
 
     Args:
         points: (N,) 1 where ours won, 0 where it lost, in between where a judge was unsure.
@@ -198,5 +203,7 @@ def length_controlled(
     bread = torch.linalg.inv(curvature)
     stderr = (bread @ (scores.mT @ scores) @ bread)[0, 0].sqrt().item()
     rate = found[0].sigmoid().item()
-    p = student_p(found[0].item() / stderr, count - 1) if stderr and count > 1 else math.nan
+    if count < 2 or bool((points == points[0]).all()):
+        stderr = math.nan
+    p = student_p(found[0].item() / stderr, count - 1) if stderr > 0 else math.nan
     return Difference(rate, stderr * rate * (1 - rate), p)

@@ -9,9 +9,9 @@ import torch
 
 from rlhf_cli.labelling.agreement import agreement_of, between_people, calibration_of
 from rlhf_cli.labelling.outcomes import Asked, Outcomes, outcomes_of, said_of
-from rlhf_cli.labelling.policies import meetings_of, win_rates
+from rlhf_cli.labelling.policies import meetings_of, rated, win_rates
 from rlhf_cli.labelling.report import with_reward
-from rlhf_cli.labelling.summary import alpha_with_ends
+from rlhf_cli.labelling.summary import alpha_with_ends, table_of
 from rlhf_cli.labelling.tasks import Sample, Task, task_of
 from rlhf_cli.objectives.comparisons import length_controlled
 
@@ -113,3 +113,11 @@ def test_a_reward_beside_people() -> None:
     assert scaled["calibration"]["brier"] == pytest.approx((1 - 1 / (1 + math.e)) ** 2)
     assert scaled["calibration"]["calibration_error"] == pytest.approx(1 / (1 + math.exp(-1)))
     assert with_reward(said, [unseen], "rank", 2.0) is None
+
+
+def test_a_rating_of_one_prompt_has_no_interval() -> None:
+    """Redrawn it is the same prompt again and again; the last policy has 0 by definition."""
+    task, event = ranked("p", ("x", "y"), FIRST, policy=["a", "b"])
+    (first, last) = table_of({"ratings": rated([(task, event)], 0)})
+    assert first[0] == "a" and first[2:] == ("unknown", "none")
+    assert last == ("b", 0, "0 to 0", "none")

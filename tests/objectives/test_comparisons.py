@@ -113,6 +113,11 @@ def test_who_wins_every_game_has_a_finite_rating() -> None:
     # ten wins and a tie: log(10.5 / 0.5)
     assert found.points[1].item() == pytest.approx(ELO * math.log(21))
     assert found.apart[1, 0] and not found.apart[0, 1]
+    assert found.low[1].isnan() and found.high[1].isnan()  # they say nothing of how far it is known
+    assert ratings(points[:1], anchor=0, seed=0).low.isnan().tolist() == [False, True]
+    points[0] = points[0].mT.clone()
+    found = ratings(points, anchor=0, seed=0)
+    assert 0 < found.low[1] < found.points[1] < found.high[1]
 
 
 def test_a_win_rate_at_equal_length_leaves_length_out() -> None:
@@ -130,4 +135,7 @@ def test_a_win_rate_at_equal_length_leaves_length_out() -> None:
     assert plain.stderr == pytest.approx(
         (wins.mean() * (1 - wins.mean()) / 2000).sqrt().item(), 1e-3
     )
-    assert length_controlled(torch.ones(10), torch.ones(10)).mean < 1  # finite
+    won = length_controlled(torch.ones(10), torch.ones(10))
+    one = length_controlled(torch.tensor([1.0, 0.5]), torch.tensor([1, 0]), ["p", "p"])
+    assert won.mean < 1 and one.mean < 1  # finite, and how far they are known is not known
+    assert all(math.isnan(each) for each in (won.stderr, won.p, one.stderr, one.p))
