@@ -36,8 +36,8 @@ def dpo_loss(h: Tensor, beta: float, label_smoothing: Tensor | float = 0.0) -> T
 def dpo_gradient_weight(h: Tensor, beta: float, label_smoothing: Tensor | float = 0.0) -> Tensor:
     """|sigmoid(-beta h) - e|, how far the implicit rewards are from the label; no gradient.
 
-    |d dpo_loss / d rho_w| is beta times this (2305.18290 sec. 4). It is 1/2 - e at the start, and 0
-    where sigmoid(beta h) is 1 - e. (N,).
+    |d dpo_loss / d rho_w| is beta times this (2305.18290 sec. 4). It is |1/2 - e| at the start, and
+    0 where sigmoid(beta h) is 1 - e. (N,).
     """
     return (torch.sigmoid(-beta * h) - label_smoothing).abs().detach()
 

@@ -13,10 +13,10 @@ With rho(y) = log pi(y|x) - log ref(y|x), h = rho(y_w) - rho(y_l), and h-bar fro
     preferred_ft       SFT on the chosen side                                2305.18290 sec. 6
     unlikelihood       - log pi(y_w) + alpha log pi(y_l)                     2305.18290 sec. 6
 
-plus sft_coef times the NLL per token of chosen responses. Of a pair whose chosen side is better
-with chance p alone (soft_labels) dpo has the cross-entropy with p, ipo the target (2p - 1) / (2
-tau), and so have their means per token. The reference is the policy as it starts,
-another folder, or the policy after SFT on the chosen side (reference=bootstrap). Where policy and
+plus sft_coef times the NLL per token of chosen responses. Where the chosen side of a pair is
+better only with chance p (soft_labels), dpo has the cross-entropy with p, ipo the target (2p - 1)
+/ (2 tau), and their means per token the same. The reference is the policy as it starts, another
+folder, or the policy after SFT on the chosen side (reference=bootstrap). Where policy and
 reference start as one, every rho is 0 at first; the stage stops where it is not.
 
     rlhf-cli dpo policy=runs/demo/sft data=hh data.path=hh.jsonl algo.beta=0.1
@@ -189,9 +189,11 @@ class DpoObjective:
             ref = to_device(torch.cat(known).to(logprobs.dtype), logprobs.device)
         both = comparison_of(logprobs, ref, lengths, items, self._algo, whole)
         if self._own is not None:
-            losses = own_losses(self._own, both, ref, lengths, self._algo)
+            losses = own_losses(self._own, both, ref, lengths)
         else:
             losses = preference_losses(both, items, self._algo, whole, self._weights)
+        if self._algo.sft_coef:
+            losses = losses + self._algo.sft_coef * both.nll
         metrics = metrics_of(both, self._algo, whole)
         return losses.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
@@ -261,7 +263,7 @@ def preference_losses(
     whole: Batchwise,
     weights: tuple[float, float],
 ) -> Tensor:
-    """(N,) the losses of a micro-batch.
+    """(N,) the losses of a micro-batch, without the NLL of sft_coef.
 
     Args:
         weights: kto's lambda_D and lambda_U.
@@ -298,19 +300,17 @@ def preference_losses(
             raise ValueError(
                 f"conf/algo has an option with loss={algo.loss}, which is no case here"
             )
-    return losses + algo.sft_coef * batch.nll if algo.sft_coef else losses
+    return losses
 
 
-def own_losses(
-    own: OwnLoss, batch: Comparison, reference: Tensor, lengths: Tensor, algo: DpoAlgo
-) -> Tensor:
-    """(N,) the losses of a micro-batch by a function of the user's.
+def own_losses(own: OwnLoss, batch: Comparison, reference: Tensor, lengths: Tensor) -> Tensor:
+    """(N,) the losses of a micro-batch by a function of the user's, without the NLL of sft_coef.
 
     Args:
         reference, lengths: (S,) as for `comparison_of`.
     """
     best, worst = batch.best, batch.worst
-    losses = own.losses(
+    return own.losses(
         chosen_logps=batch.logprobs[best],
         rejected_logps=batch.logprobs[worst],
         reference_chosen_logps=reference[best],
@@ -318,7 +318,6 @@ def own_losses(
         chosen_lengths=lengths[best],
         rejected_lengths=lengths[worst],
     )
-    return losses + algo.sft_coef * batch.nll if algo.sft_coef else losses
 
 
 # --------------------------------------------------------------------------- metrics
