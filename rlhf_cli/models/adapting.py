@@ -3,7 +3,6 @@
 docs/adapters.md has the kinds, and what is refused.
 """
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,24 +23,20 @@ from rlhf_cli.models.adapter_folders import (
     put_weights,
     unknown_settings,
 )
-from rlhf_cli.models.adapters import BELOW, POLICY, can_lend, is_adapted, unite, weights_of
-from rlhf_cli.models.decoder import trunk, unwrap
+from rlhf_cli.models.adapters import BELOW, POLICY, is_adapted, unite, weights_of
+from rlhf_cli.models.decoder import unwrap
 from rlhf_cli.models.dropout import disable_dropout
 from rlhf_cli.models.dtypes import product_type
 from rlhf_cli.models.heads import HEAD_NAMES, head_name
 from rlhf_cli.models.loading_faults import check_finite, told
 from rlhf_cli.models.lora_targets import fresh_config
-from rlhf_cli.models.masters import HELD, hold, sum_uses_in_float32
 from rlhf_cli.models.merging import merge
-from rlhf_cli.models.quantized import compute_in_bfloat16
-from rlhf_cli.models.sharding import shard
+from rlhf_cli.models.placing import place
 from rlhf_cli.models.shared import freeze_lowest
 from rlhf_cli.models.tokenizers import leave_absent_rows, trainable_rows
 from rlhf_cli.models.towers import freeze, processor_files, towers
-from rlhf_cli.ranks.world import world
 from rlhf_cli.reporting.console import say
 
-FLOAT32 = "_keep_in_fp32_modules_strict"  # how classes of transformers name weights that stay so
 # settings under which an adapter acts in other ways than by its matrices alone
 OTHER_WAYS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "monteclora_config")
 
@@ -88,89 +83,6 @@ def adapt(model: Any, path: str, config: FrozenModel, task: str, device: torch.d
         freeze_lowest(adapted, config.frozen_layers)
     place(adapted, config, product_type(config.dtype, parameters, device), device)
     return adapted.eval()  # peft makes its layers in training mode
-
-
-def place(model: nn.Module, config: FrozenModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Move a model to its device, in the type that it computes in; of a sharded run, its parts.
-
-    In bfloat16 scalar heads stay float32, as scores would be rounded into ties, and so do the few
-    weights that transformers keeps so. What is not trained has float32 values beside it only where
-    it is written.
-    """
-
-    def prepare() -> None:
-        unwrap(model).compute_dtype = dtype
-        if dtype == torch.bfloat16:
-            _compute_in_bfloat16(model)
-
-    def narrow(group: nn.Module) -> None:
-        if dtype == torch.bfloat16:
-            _narrow(model, group, config, device)
-
-    if world().mesh is None:
-        narrow(model)
-        prepare()
-        model.to(device)
-        return
-    copied = isinstance(config, Model) and not (is_adapted(model) and can_lend(model))
-    shard(model, device, dtype, _heads_and_norms(model), prepare, narrow, copied)
-
-
-def _narrow(model: nn.Module, group: nn.Module, config: FrozenModel, device: torch.device) -> None:
-    """Hold in bfloat16 what is computed with in it of a group of a model's modules.
-
-    Not what is to be sharded and trained, or written: its parts stay float32, and are cast as they
-    are gathered.
-    """
-    base = unwrap(model)
-    whole = isinstance(config, Model) and (
-        not is_adapted(model) or config.merge_lora or base.embeddings_in_adapter
-    )
-
-    def written(name: str) -> bool:
-        return whole or BELOW in name.split(".")
-
-    spared = {id(weight) for weight in _heads_and_norms(model)}
-    if world().mesh is not None:
-        spared |= {
-            id(weight)
-            for name, weight in group.named_parameters()
-            if (isinstance(config, Model) and weight.requires_grad) or written(name)
-        }
-    hold(
-        {name: weight for name, weight in group.named_parameters() if id(weight) not in spared},
-        trained=isinstance(config, Model),
-        written=written,
-        device=device,
-    )
-
-
-def _compute_in_bfloat16(model: nn.Module) -> None:
-    """Let what is beside the weights follow their type."""
-    base = unwrap(model)
-    for part in trunk(model).children():  # a table of positions is added to embeddings (XGLM)
-        for buffer in part.buffers(recurse=False):
-            if buffer.ndim == 2 and buffer.dtype == torch.float32:
-                buffer.data = buffer.to(HELD)
-    compute_in_bfloat16(model)
-    if head_of(base) is None and (unembedding := base.get_output_embeddings()) is not None:
-        sum_uses_in_float32(unembedding.parameters())
-
-
-def head_of(base: Any) -> nn.Module | None:
-    """The scalar head of a classifier."""
-    head: nn.Module | None = getattr(base, head_name(base) or "", None)
-    return head
-
-
-def _heads_and_norms(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that stay float32 in bfloat16: scalar heads, and what transformers keeps so."""
-    base = unwrap(model)
-    head = head_of(base)
-    always = [re.escape(each) for each in getattr(base, FLOAT32, None) or ()]
-    kept = re.compile("|".join(rf"(^|\.){each}(\.|$)" for each in always) or "(?!)")
-    named = [weight for name, weight in base.named_parameters() if kept.search(name)]
-    return [*(() if head is None else head.parameters()), *named]
 
 
 def _with_adapter(model: Any, path: str, config: FrozenModel, task: str) -> nn.Module:

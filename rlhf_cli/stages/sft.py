@@ -35,11 +35,11 @@ from rlhf_cli.data.store import Items, Joined, by_source
 from rlhf_cli.data.templates import prefix_of
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.evaluation.figures import held_out_loss
-from rlhf_cli.models.adapting import place
 from rlhf_cli.models.dropout import residual_dropout, training_mode
 from rlhf_cli.models.forward import distillation_kl, response_nll
 from rlhf_cli.models.layouts import batch_of, layout_of
 from rlhf_cli.models.load import load_policy
+from rlhf_cli.models.placing import place
 from rlhf_cli.models.positions import positions_of
 from rlhf_cli.models.recompute import recompute_activations
 from rlhf_cli.models.reference import Reference

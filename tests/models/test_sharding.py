@@ -17,13 +17,13 @@ from rlhf_cli.data.kinds import Prompt
 from rlhf_cli.data.packing import SHARED
 from rlhf_cli.data.tokens import Encoder
 from rlhf_cli.models.adapters import restore, snapshot, trained, unite
-from rlhf_cli.models.adapting import place
 from rlhf_cli.models.decoder import find_parts
 from rlhf_cli.models.forward import state_values, token_logprobs
 from rlhf_cli.models.heads import value_head
 from rlhf_cli.models.layouts import layout_of
 from rlhf_cli.models.masters import master_of
 from rlhf_cli.models.nonfinite import first_nonfinite
+from rlhf_cli.models.placing import place
 from rlhf_cli.models.reference import Reference
 from rlhf_cli.models.score import logprobs_of
 from rlhf_cli.models.shards import is_sharded, own_part, whole

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_cli.data.items import Answers
 from rlhf_cli.data.kinds import Preference
-from rlhf_cli.models.adapting import place
+from rlhf_cli.models.placing import place
 from rlhf_cli.online.correction import Correction
 from rlhf_cli.online.updates import Coefficients, Trajectory
 from rlhf_cli.preferences.items import PreferenceItem
