@@ -24,12 +24,12 @@ from rlhf_cli.reporting.trackers.about import check_packages
 from rlhf_cli.runs.adapter_start import adapter_lines, check_adapter_use
 from rlhf_cli.runs.attention import attention_lines, predicted_attention
 from rlhf_cli.runs.begun import config_as_written
-from rlhf_cli.runs.checks import check_labelling, check_questions, check_sampler
 from rlhf_cli.runs.config_diff import flatten
 from rlhf_cli.runs.data_checks import check_data, check_rows
 from rlhf_cli.runs.fitting import sharing_lines
 from rlhf_cli.runs.inherited import check_context, context_of, inherit
 from rlhf_cli.runs.kinship import kinship_lines
+from rlhf_cli.runs.machine_checks import check_labelling, check_questions, check_sampler
 from rlhf_cli.runs.memory_estimate import in_bytes, predicted_memory
 from rlhf_cli.runs.model_checks import check_frozen_layers, check_models
 from rlhf_cli.runs.out_files import TASKS, is_claimed, what_is_kept

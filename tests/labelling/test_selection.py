@@ -25,7 +25,7 @@ from rlhf_cli.labelling.draws import (
 )
 from rlhf_cli.labelling.selection import Design, chosen
 from rlhf_cli.labelling.tasks import Sample, Task, dealt, read_tasks
-from rlhf_cli.runs.checks import check_labelling
+from rlhf_cli.runs.machine_checks import check_labelling
 from tests.tiny import run_stage
 
 PAIRS = ["algo.protocol=pair", "algo.overlap=0", "algo.repeat=0"]
