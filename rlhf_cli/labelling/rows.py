@@ -51,7 +51,11 @@ def counted(answered: Iterable[tuple[Turn, Event]], protocol: str) -> list[tuple
 
 
 def rows_of(answers: Sequence[tuple[Task, Event]], protocol: str) -> dict[str, list[Row]]:
-    """The rows of each file; a tie is no preference."""
+    """The rows of each file; a tie is no preference.
+
+    Where a judge says how sure it is of its answers, people's beside them (of a review) are certain.
+    """
+    soft = any("p" in event for _, event in answers)
     made: dict[str, list[Row]] = {name: [] for name in FILES[protocol]}
     for task, event in answers:
         about = about_of(task, event)
@@ -64,7 +68,7 @@ def rows_of(answers: Sequence[tuple[Task, Event]], protocol: str) -> dict[str, l
             said = {"responses": task.responses, "ranks": event["ranks"]}
             made["rankings.jsonl"].append({"prompt": task.prompt, **said, **about})
         if "preferences.jsonl" in made:
-            made["preferences.jsonl"] += preferences(task, event, about)
+            made["preferences.jsonl"] += preferences(task, event, about, soft)
         if protocol == INSTRUCTGPT:
             made["feedback.jsonl"] += rated(task, event, about)
     return made
@@ -93,13 +97,13 @@ def rated(task: Task, event: Event, about: Row) -> Iterator[Row]:
         yield {"prompt": task.prompt, **said, **has, **about, "policies": policies}
 
 
-def preferences(task: Task, event: Event, about: Row) -> Iterator[Row]:
+def preferences(task: Task, event: Event, about: Row, soft: bool) -> Iterator[Row]:
     """The pairs of an answer that are no ties, the better side first.
 
     margin: of a pair, (strength - 1) / 3: none where it is slightly better, 1 where it is much
     better, as Llama 2 has it (2307.09288, table 28).
-    p: of a judge, how sure it is that the chosen side is better; below 0.5 where the other pairs of
-    a ranking outweigh this one.
+    p: where rows are soft, the chance that the chosen side is better: of a judge, how sure it is,
+    below 0.5 where the other pairs of a ranking outweigh this one; 1 of anybody else.
     """
     places = list(combinations(range(len(task.responses)), 2))
     for better, worse in event.get("decided", decided(event["ranks"])):
@@ -112,6 +116,8 @@ def preferences(task: Task, event: Event, about: Row) -> Iterator[Row]:
             first = min(better, worse)
             p = event["p"][places.index((first, max(better, worse)))]
             sure |= {"p": p if better == first else 1 - p}
+        elif soft:
+            sure |= {"p": 1.0}
         yield {"prompt": task.prompt, **sides, **sure, **about, "policies": policies}
 
 

@@ -14,6 +14,7 @@ from rlhf_cli.data.readers import as_row
 from rlhf_cli.labelling.agreement import between_people
 from rlhf_cli.labelling.answers import Wrong, as_typed, fault_of, rating, read
 from rlhf_cli.labelling.outcomes import outcomes_of
+from rlhf_cli.labelling.rows import rows_of
 from rlhf_cli.labelling.tasks import STEPS, Sample, Task, Turn, task_of
 from tests.labelling.test_label import WORDS, given, label, typed
 from tests.labelling.test_label import read as rows_in
@@ -230,3 +231,18 @@ def test_ratings_and_steps_of_a_file(tmp_path: Path) -> None:
     labels.write_text(json.dumps({**said, "marks": [["violent"], []]}))
     label(out, *words)
     assert [row["violent"] for row in rows_in(out / "feedback.jsonl")] == [True, False]
+
+
+def test_beside_what_a_judge_believes_a_person_is_certain() -> None:
+    """So rows of a folder that a person has reviewed are soft labels as a whole."""
+    about = {"annotator": "", "source": "judge", "instructions": ""}
+    task = task_of([Sample("p", text, "", {"policy": text}) for text in ("x", "y")])
+    judged = {"ranks": [2, 1], "p": [0.2], **about}
+    reviewed = {"ranks": [1, 2], "reviewed": True, **about}
+
+    def chances(*events: dict[str, Any]) -> list[float | None]:
+        made = rows_of([(task, event) for event in events], "pair")["preferences.jsonl"]
+        return [row.get("p") for row in made]
+
+    assert chances(judged, reviewed) == [0.8, 1.0]
+    assert chances(reviewed) == [None]
