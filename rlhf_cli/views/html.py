@@ -94,6 +94,11 @@ def with_stderr(figures: object, key: str, stderr: str) -> str | None:
     return with_error(known[0], error[0] if error else None) if known else None
 
 
+def remark(text: str) -> str:
+    """What is said in small beneath a table or a figure, as HTML; nothing of an empty text."""
+    return text and f'<p class="note">{text}</p>'
+
+
 def folded(summary: str, body: str) -> str:
     """A part that is opened by whoever wants it."""
     return f"<details><summary>{summary}</summary>\n{body}</details>"

@@ -8,7 +8,7 @@ from rlhf_cli.labelling.tasks import RANDOM
 from rlhf_cli.reporting.plots import numbers
 from rlhf_cli.views import charts
 from rlhf_cli.views.grids import Column, count_of, grid, share_of, within
-from rlhf_cli.views.html import cell, listed, said, with_stderr
+from rlhf_cli.views.html import cell, listed, remark, said, with_stderr
 
 
 def wins(report: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def wins(report: Mapping[str, Any]) -> str:
         "responses of both had as many characters (2404.04475)."
     )
     body = grid("policies", named, OF_WINS)
-    return body and f'{body}<p class="note">{note}</p>'
+    return body and body + remark(note)
 
 
 def _score(each: Mapping[str, Any]) -> str | None:
@@ -63,7 +63,7 @@ def ratings(report: Mapping[str, Any]) -> str:
     body = grid("policy", {name_of(path): each for path, each in scores.items()}, columns)
     against = with_stderr(report.get("contradictions"), "share", "stderr")
     note = f"The better ranked of two has the lower rating in {against} of the pairs."
-    return body + (f'<p class="note">{note}</p>' if against else "")
+    return body + (remark(note) if against else "")
 
 
 def mark_of(name: str) -> Column:
@@ -99,4 +99,4 @@ def policies(
             note += f" Not separable at {said(drawn_of.get('tasks'))} tasks: {listed(alike)}."
     if not (body := drawn([figure])):
         return ""
-    return f'{body}<p class="note">{note}</p>'
+    return body + remark(note)

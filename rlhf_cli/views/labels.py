@@ -13,7 +13,7 @@ from rlhf_cli.reporting.plots import numbers
 from rlhf_cli.runs.lineage import command_of
 from rlhf_cli.views import charts
 from rlhf_cli.views.grids import Column, count_of, grid, share_of, within
-from rlhf_cli.views.html import cell, listed, said, with_stderr
+from rlhf_cli.views.html import cell, listed, remark, said, with_stderr
 from rlhf_cli.views.label_policies import policies, ratings, wins
 from rlhf_cli.views.records import Record
 
@@ -93,7 +93,7 @@ def about(record: Record, desks: Sequence[Desk]) -> str:
         lines.append(f"{told}{f'; left: {left}' if left else ''}.")
         if command := command_of(record.folder):
             lines.append(f"<code>{said(command)}</code> goes on.")
-    return f'<p class="note">{" ".join(lines)}</p>' if lines else ""
+    return remark(" ".join(lines))
 
 
 def annotators(report: Mapping[str, Any], desks: Sequence[Desk]) -> str:
@@ -119,7 +119,7 @@ def selected(report: Mapping[str, Any]) -> str:
     """How many tasks each rule has chosen, where one has."""
     body = grid("tasks", report.get("selected") or {}, OF_RULE)
     note = "Agreement, biases and ratings go by the tasks that were drawn at random."
-    return body and f'{body}<p class="note">{note}</p>'
+    return body and body + remark(note)
 
 
 def agreements(report: Mapping[str, Any]) -> str:
@@ -130,7 +130,7 @@ def agreements(report: Mapping[str, Any]) -> str:
         "where chance agrees as often."
     )
     body = grid("agreement", found, OF_AGREEMENT)
-    return body and f'{body}<p class="note">{note}</p>'
+    return body and body + remark(note)
 
 
 def _left(each: Mapping[str, Any]) -> str | None:
@@ -208,7 +208,7 @@ def of_judge(report: Mapping[str, Any]) -> str:
     if preferred := (report.get("with_judge") or {}).get("preferred"):
         rows["prefers what annotators do"] = preferred
     facts = [f"{key} {said(found[key])}" for key in JUDGE if found.get(key) is not None]
-    note = f'<p class="note">{"; ".join(facts)}.</p>' if facts else ""
+    note = remark(f"{'; '.join(facts)}.") if facts else ""
     return grid("judge", rows, OF_JUDGE) + note
 
 
@@ -224,7 +224,7 @@ def beliefs(
         "the line are of pairs on which it is too sure."
     )
     figures = [charts.calibration_figure(each, who) for who, each in found.items()]
-    return body and f'{body}{drawn(figures)}<p class="note">{note}</p>'
+    return body and body + drawn(figures) + remark(note)
 
 
 def anchors(report: Mapping[str, Any]) -> str:

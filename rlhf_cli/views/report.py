@@ -28,7 +28,17 @@ from rlhf_cli.runs.lineage import INPUTS, Node, arranged, command_of, config_tex
 from rlhf_cli.runs.provenance import ROWS
 from rlhf_cli.views import charts
 from rlhf_cli.views.charts import Figure, Group
-from rlhf_cli.views.html import Section, cell, folded, listed, page, said, table, with_stderr
+from rlhf_cli.views.html import (
+    Section,
+    cell,
+    folded,
+    listed,
+    page,
+    remark,
+    said,
+    table,
+    with_stderr,
+)
 from rlhf_cli.views.label_tasks import shelves_of
 from rlhf_cli.views.labels import LABEL, figures_of
 from rlhf_cli.views.matrix import matrix_figure
@@ -221,12 +231,12 @@ def labels(runs: Runs) -> str:
         if record.node.stage == LABEL
     ]
     note = (
-        '<p class="note">All tasks are among the <a href="#samples">samples</a>, with what '
-        'everybody said. There "won" is the share of its comparisons that a response won, ties '
-        "half; of one that is judged by itself, how often it is good.</p>"
+        'All tasks are among the <a href="#samples">samples</a>, with what everybody said. There '
+        '"won" is the share of its comparisons that a response won, ties half; of one that is '
+        "judged by itself, how often it is good."
     )
     texts = [f"<h3>{said(name)}</h3>\n{text}" if len(found) > 1 else text for name, text in found]
-    return "\n".join([*texts, note] if found and runs.samples else texts)
+    return "\n".join([*texts, remark(note)] if found and runs.samples else texts)
 
 
 # --------------------------------------------------------------------------- evaluations
@@ -280,7 +290,7 @@ def _policies(report: dict[str, Any], name_of: Callable[[str], str]) -> str:
     told = [*facts, "± is a standard error, clustered by prompt"]
     if any(None in row for row in rows):
         told.append("– is not known, or infinite")
-    note = f'<p class="note">{"; ".join(told)}.</p>'
+    note = remark(f"{'; '.join(told)}.")
     return table(["policy", *(ESTIMATES[key] for key in used)], rows) + note
 
 
@@ -302,7 +312,7 @@ def frontier(runs: Runs) -> str:
         note = "Bars are two standard errors. At equal KL, higher is better."
         if left := charts.off_the_frontier(report, name_of):
             note += f" Not drawn, as its KL or score is not known or infinite: {listed(left)}."
-        return drawn and f'{drawn}<p class="note">{note}</p>'
+        return drawn and drawn + remark(note)
 
     return each_evaluation(runs, body)
 
@@ -325,7 +335,7 @@ def win_rates(runs: Runs) -> str:
         beside += table(["against", *heads[1:]], rows, title) if rows else ""
         drawn = runs.drawn([*figures, *charts.temperature_figures(report, name_of)]) + beside
         note = "Scores of the same prompts are compared; intervals are 95%, clustered by prompt."
-        return drawn and f'{drawn}<p class="note">{note}</p>'
+        return drawn and drawn + remark(note)
 
     return each_evaluation(runs, body)
 
@@ -363,7 +373,7 @@ def ratings(runs: Runs) -> str:
             note += f" Not separable{f' at {said(count)} prompts' if count else ''}: {alike}."
         if left := [name_of(path) for path, each in rated.items() if not numbers(each, "rating")]:
             note += f" Not rated: {listed(left)}."
-        return f'{drawn}<p class="note">{note}</p>'
+        return drawn + remark(note)
 
     return each_evaluation(runs, body)
 
@@ -381,7 +391,7 @@ def rewards(runs: Runs) -> str:
     for name, record in online[: charts.MOST_CURVES]:
         figures.append(charts.rewards_in_training(record, name))
     left = ", ".join(said(name) for name, _ in online[charts.MOST_CURVES :])
-    note = f'<p class="note">Not drawn: {left}. Name fewer runs to see them.</p>' if left else ""
+    note = remark(f"Not drawn: {left}. Name fewer runs to see them.") if left else ""
     known = [each for each in figures if each is not None]
     first, rest = known[: charts.MOST_CURVES], known[charts.MOST_CURVES :]
     more = folded(f"{len(rest)} more histograms", runs.drawn(rest)) if rest else ""
@@ -398,7 +408,7 @@ def calibration(runs: Runs) -> str:
         figures.setdefault(repr(found.get("calibration_bins")), figure)  # of the same scores, once
     drawn = runs.drawn(list(figures.values()))
     note = "On the dashed line a judgement is right as often as its confidence says; below it less."
-    return drawn and f'{drawn}<p class="note">{note}</p>'
+    return drawn and drawn + remark(note)
 
 
 # --------------------------------------------------------------------------- training
@@ -438,14 +448,14 @@ def how_drawn(groups: Sequence[Group]) -> str:
     if len(groups) > charts.MOST_CURVES:
         left = ", ".join(said(each.name) for each in groups[charts.MOST_CURVES :])
         told.append(f"Not drawn, for want of colours: {left}. Name fewer runs to see them.")
-    return f'<p class="note">{" ".join(told)}</p>' if told else ""
+    return remark(" ".join(told))
 
 
 def constants(groups: Sequence[Group]) -> str:
     """The metrics that have no curve."""
     same = charts.constants_of(groups)
     text = ", ".join(f"{said(name)} {show(value)}" for name, value in same.items())
-    return f'<p class="note">The same at every step: {text}.</p>' if text else ""
+    return remark(f"The same at every step: {text}.") if text else ""
 
 
 def groups_of(runs: Runs, stage: str | None) -> list[Group]:

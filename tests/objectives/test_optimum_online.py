@@ -238,10 +238,7 @@ FEW = ("whitened ppo", "rloo")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(
-    "name",
-    fast(FEW, SAMPLED),
-)
+@pytest.mark.parametrize("name", fast(FEW, SAMPLED))
 def test_with_the_tie_in_the_reward_samples_lead_to_the_optimum(name: str, seed: int) -> None:
     assert TWO.distance(learn(TWO, SAMPLED[name], seed)) < 0.02
 
