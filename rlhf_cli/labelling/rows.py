@@ -53,7 +53,7 @@ def counted(answered: Iterable[tuple[Turn, Event]], protocol: str) -> list[tuple
 def rows_of(answers: Sequence[tuple[Task, Event]], protocol: str) -> dict[str, list[Row]]:
     """The rows of each file; a tie is no preference.
 
-    Where a judge says how sure it is of its answers, people's beside them (of a review) are certain.
+    Where a judge says how sure it is of its answers, those of a review beside them are certain.
     """
     soft = any("p" in event for _, event in answers)
     made: dict[str, list[Row]] = {name: [] for name in FILES[protocol]}
