@@ -57,7 +57,7 @@ def validate(stage: str, cfg: Run) -> None:
     values = {key: _value(cfg, key) for key in catalog.keys(stage)}
     refuse_secrets(values)
     for key, value in values.items():
-        _check_entries(stage, key, value)
+        _check_entries(key, value)
         if catalog.keys(stage)[key].metadata["texts"]:
             _check_texts(stage, key, value)
         _check_bounds(stage, key, value)
@@ -83,7 +83,7 @@ def _value(cfg: Run, key: str) -> Any:
     return node
 
 
-def _check_entries(stage: str, key: str, value: Any) -> None:
+def _check_entries(key: str, value: Any) -> None:
     """Lists and maps hold plain values: OmegaConf lets further lists and maps pass for texts."""
     entries = {}
     if isinstance(value, list):

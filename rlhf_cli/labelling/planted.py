@@ -16,7 +16,6 @@ from rlhf_cli.folders.journal import Journal
 from rlhf_cli.folders.manifest import EVENTS
 from rlhf_cli.labelling.answers import FIELDS, FLAG, dense
 from rlhf_cli.labelling.tasks import PAIR, RANKED, STEPS, THUMBS, Task, id_of, key_of, read_tasks
-from rlhf_cli.runs.out_files import CONFIG, TASKS
 
 KNOWN = {
     **dict.fromkeys((*RANKED, PAIR), "prompt, responses and ranks, or prompt, chosen and rejected"),
@@ -125,13 +124,3 @@ def answers_in(folder: Path, protocol: str) -> dict[str, list[dict[str, Any]]]:
                 said = {name: event[name] for name in kept if name in event}
                 found.setdefault(task, []).append(said)
     return {task: said for task, said in found.items() if task not in left_out}
-
-
-def check_anchors(folder: str) -> None:
-    """anchors=FOLDER is what label has left.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not (Path(folder) / TASKS).is_file() or not (Path(folder) / CONFIG).is_file():
-        raise UserError(f"anchors={folder} is no output of label: {TASKS} is missing")

@@ -24,7 +24,6 @@ from rlhf_cli.labelling.tasks import (
     writers_of,
 )
 
-Answered = Sequence[tuple[Turn, Event]]
 Row = dict[str, Any]
 FILES = {
     RANK: ("rankings.jsonl", "preferences.jsonl"),

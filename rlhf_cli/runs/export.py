@@ -173,7 +173,7 @@ def _write(order: Export, folder: Path, parent: dict[str, dict[str, str]]) -> No
     if command and kind != "policy":
         raise UserError(f"gguf={order.gguf}: {order.source} is a reward model; llama.cpp runs none")
     base = adapter_base(folder)
-    places = [folder, *([_base_folder(base, order)] if base is not None else [])]
+    places = [folder, *([_base_folder(base)] if base is not None else [])]
     model, tokenizer = _loaded(order, folder)
     dtype = type_to_write(model, order.save_dtype, merge=True)
     _check_range(model, dtype, order.source)
@@ -200,7 +200,7 @@ def _write(order: Export, folder: Path, parent: dict[str, dict[str, str]]) -> No
     say(f"export: {name_of(dtype)} in {files} file{'s' * (files > 1)}{merged}")
 
 
-def _base_folder(base: str, order: Export) -> Path:
+def _base_folder(base: str) -> Path:
     """Where the base of an adapter lies."""
     return Path(base) if Path(base).is_dir() else hub.downloaded(base)
 

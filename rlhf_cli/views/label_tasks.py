@@ -76,7 +76,7 @@ def lines_of(task: Task, said: Said) -> Iterator[dict[str, Any]]:
     counted = [event for _, turn, event in reviewed or judged if not turn.showing]
     for place, response in enumerate(task.responses):
         won = [value for event in counted for value in won_of(event, place)]
-        verdicts = [(named(*each), verdict(each[2], place)) for each in judged]
+        verdicts = [(named(who, turn), verdict(event, place)) for who, turn, event in judged]
         line = {"prompt": task.prompt, "response": response, "said": verdicts}
         yield line | ({"won": fmean(won)} if won else {})
 
@@ -91,7 +91,7 @@ def won_of(event: Event, place: int) -> Iterator[float]:
             yield value if i == place else 1 - value
 
 
-def named(who: str, turn: Turn, event: Event) -> str:
+def named(who: str, turn: Turn) -> str:
     """Who said something, and whether it was not the first time."""
     return f"{who}, once more" if turn.showing else who
 
@@ -128,9 +128,9 @@ def remarks_of(said: Said) -> list[str]:
         if event["kind"] in (SKIP, FLAG):
             done = "skipped it" if event["kind"] == SKIP else "flagged it"
             reason = event.get("reason")
-            told.append(f"{named(who, turn, event)} {done}{f': {reason}' if reason else ''}")
+            told.append(f"{named(who, turn)} {done}{f': {reason}' if reason else ''}")
         if event.get("note"):
-            told.append(f"{named(who, turn, event)} noted: {event['note']}")
+            told.append(f"{named(who, turn)} noted: {event['note']}")
     return told
 
 
