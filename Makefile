@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 # The tests use what is on this disk and nothing else, and two cores, a thread on each.
 export HF_HUB_OFFLINE ?= 1
 # Neighbours share what they are tried on, so a process takes half of the tests, then what is left.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+# The many processes that tests start find our modules compiled, whatever the environment says.
+PYTEST := $(BIN)/python -m compileall -q rlhf_cli && OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo check test test-slow test-gpu interop bench lint format type wheel
