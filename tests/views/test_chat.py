@@ -261,20 +261,28 @@ def test_on_a_terminal(tmp_path: Path) -> None:
         )
     seen = ""
 
-    def until(mark: str) -> None:
+    def until(*marks: str) -> None:
+        """One after the other: before a prompt is there a key means something else."""
         nonlocal seen
         start, end = len(seen), time.monotonic() + 240
-        while mark not in seen[start:]:
-            assert time.monotonic() < end, seen
-            if select.select([terminal], [], [], 5)[0]:
-                seen += os.read(terminal, 4096).decode(errors="replace")
-            elif mark == "Ctrl-D ends":
-                os.write(terminal, b"\x03")  # the one before came as an answer ended
+        for mark in marks:
+            while mark not in seen[start:]:
+                assert time.monotonic() < end, seen
+                if select.select([terminal], [], [], 5)[0]:
+                    seen += os.read(terminal, 4096).decode(errors="replace")
+                elif mark == "Ctrl-D ends":
+                    os.write(terminal, b"\x03")  # the one before came as an answer ended
+            start = seen.index(mark, start) + len(mark)
 
-    until("\r\n> ")
-    for line, mark in (("Hi\n", "> "), ("\x03", "Ctrl-D ends"), ("/undo\n", "taken back: Hi")):
+    prompt = "\r\n> "
+    until(prompt)
+    for line, marks in (
+        ("Hi\n", [prompt]),
+        ("\x03", ["Ctrl-D ends", prompt]),
+        ("/undo\n", ["taken back: Hi", prompt]),
+    ):
         os.write(terminal, line.encode())
-        until(mark)
+        until(*marks)
     os.write(terminal, b"\x04")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(terminal)
