@@ -128,7 +128,7 @@ def test_what_a_judge_says_otherwise_in_the_other_order_is_settled(
     (task,) = shown[0]["tasks"]  # the first prompt alone
     assert [(each["who"], each["line"]) for each in task["answers"]] == [("me", "5")]
     (row,) = (row for row in read(out / "preferences.jsonl") if row["task"] == task["task"])
-    assert row["reviewed"] and "p" not in row
+    assert row["reviewed"] and row["p"] == 1
     report = json.loads((out / "report.json").read_text())["judge"]
     assert report["consistency"]["mean"] < 1
     assert (report["calls"], report["cached"]) == (len(server.asked), 0) == (12, 0)
